@@ -1,0 +1,106 @@
+"""Quantize real activations and print what came of it.
+
+    python -m bench.demo
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+import cute_quant as cq
+from bench import timing
+
+ACTIVATIONS = Path(__file__).parent / "data" / "activations.safetensors"
+THROUGHPUT_ROWS = 16384
+SHOWN_WIDTH = 36
+
+
+def show(label: str, value: object) -> None:
+    print(f"  {label:<{SHOWN_WIDTH}}{value}")
+
+
+def describe(t: torch.Tensor) -> str:
+    name = str(t.dtype).removeprefix("torch.")
+    return f"{name} {tuple(t.shape)}, strides {t.stride()}, {t.numel() * t.element_size():,} bytes"
+
+
+def decibels(signal: torch.Tensor, result: torch.Tensor) -> float:
+    noise = result.float() - signal.float()
+    return 10 * torch.log10(signal.float().square().sum() / noise.square().sum()).item()
+
+
+def nbytes(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def demonstrate(name: str, x: torch.Tensor) -> None:
+    print(f"\n{name}")
+    q, sf = cq.quantize(x)
+    show("x", describe(x))
+    show("q", describe(q))
+    show("sf, packed UE8M0 for SM100", describe(sf))
+    float32 = cq.quantize(x, scale_format="float32")
+    show("sf, float32 for SM90", describe(float32[1]))
+    show("bytes saved", f"{1 - nbytes(q, sf) / nbytes(x):.1%}")
+    show("signal to noise", f"{decibels(x, cq.dequantize(q, sf)):.1f} dB")
+    show("  with float32 scales", f"{decibels(x, cq.dequantize(*float32)):.1f} dB")
+    exponents = (sf.unsqueeze(2) >> torch.arange(0, 32, 8, device=x.device) & 0xFF).flatten(1)
+    show("scale exponents of the first row", exponents[0].tolist())
+
+
+def throughput(x: torch.Tensor) -> None:
+    """Time the packed quantizer, on a GPU on enough copies of `x` to fill it."""
+    if x.is_cuda:
+        x = x.repeat(-(-THROUGHPUT_ROWS // len(x)), 1)
+    out = cq.quantize(x)
+    moved = nbytes(x, *out)
+    if x.is_cuda:
+        buffers = [(x.clone(), cq.quantize(x)) for _ in range(timing.buffer_count(moved))]
+        calls = [lambda x=x, out=out: cq.quantize(x, out=out) for x, out in buffers]
+        seconds = timing.median_seconds({"quantize": timing.capture(calls)})["quantize"]
+    else:
+        start = time.perf_counter()
+        cq.quantize(x, out=out)
+        seconds = time.perf_counter() - start
+    show(f"throughput at {tuple(x.shape)}", f"{moved / seconds / 1e9:,.1f} GB/s, {seconds * 1e6:,.0f} us")
+
+
+def show_machine_code() -> None:
+    import cutlass
+
+    from bench.sass import machine_code
+    from cute_quant.formats import make_format
+    from cute_quant.kernels.quantize import Quantize
+
+    print("\nno GPU here: the kernel for SM100 (Blackwell), compiled on this machine")
+    start = time.perf_counter()
+    code = machine_code(Quantize, "sm_100a", cutlass.BFloat16, make_format(128, "ue8m0", False))
+    show("compiled and disassembled in", f"{time.perf_counter() - start:.1f} s")
+    show("instructions, registers", f"{len(code.opcodes)}, {code.registers}")
+    show("loads", ", ".join(op for op in code.opcodes if op.startswith("LDG")))
+    show("stores", ", ".join(op for op in code.opcodes if op.startswith("STG")))
+    show("shuffles", code.count("SHFL"))
+    show("conversions to e4m3, two at a time", code.count("F2FP"))
+    show("shared memory, barriers, calls", code.count("LDS", "STS", "BAR", "CALL"))
+
+
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = f"CUDA kernel on {torch.cuda.get_device_name()}" if device == "cuda" else "reference on CPU"
+    print(f"cute_quant {cq.__version__}, torch {torch.__version__}, path: {path}")
+    with safe_open(ACTIVATIONS, "pt") as file:
+        print(f"activations of {file.metadata()['model']}, {file.metadata()['layer']}")
+        activations = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+    for name, x in activations.items():
+        demonstrate(name, x)
+    throughput(activations["intermediate"])
+    if device == "cpu":
+        show_machine_code()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Checks of arguments: each failure names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+
+from cute_quant.formats import INPUT_DTYPES, VALUE_DTYPE, Format, last_column_rows
+
+LOAD_BYTES = 32
+STORE_BYTES = 16
+MAX_SIZE = 2**31 - 1
+
+
+def check_tensor(name: str, t: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
+        raise TypeError(f"{name}: expected a tensor of {_names(dtypes)}, got {_kind(t)}")
+
+
+def check_input(x: torch.Tensor, fmt: Format) -> None:
+    """Check what a tensor says of itself, be it real or fake."""
+    check_tensor("x", x, INPUT_DTYPES)
+    if x.layout is not torch.strided:
+        raise TypeError(f"x: expected a strided tensor, got layout {x.layout}")
+    if x.ndim != 2:
+        raise ValueError(f"x: expected 2 dimensions (mn, k), got shape {tuple(x.shape)}")
+    mn, k = x.shape
+    if k % fmt.group_size:
+        raise ValueError(f"x: expected k to be a multiple of {fmt.group_size}, got k = {k}")
+    if mn > MAX_SIZE or k > MAX_SIZE:
+        raise ValueError(f"x: expected sizes up to {MAX_SIZE}, got {tuple(x.shape)}")
+    if k and x.stride(1) != 1:
+        raise ValueError(f"x: expected neighbours in a row to be contiguous, got {x.stride()=}")
+
+
+def has_aligned_rows(t: torch.Tensor, alignment: int) -> bool:
+    """Whether every row of a matrix starts at a multiple of `alignment` bytes."""
+    row_bytes = t.stride(0) * t.element_size() if t.shape[0] > 1 else 0
+    return t.data_ptr() % alignment == 0 and row_bytes % alignment == 0
+
+
+def check_rows(name: str, t: torch.Tensor, alignment: int) -> None:
+    """Check that a GPU's wide loads and stores find the rows of `t` aligned."""
+    if not has_aligned_rows(t, alignment):
+        raise ValueError(
+            f"{name}: expected every row to start at a multiple of {alignment} bytes, got address "
+            f"{t.data_ptr():#x} and a row stride of {t.stride(0)} elements of {t.element_size()} "
+            "bytes"
+        )
+
+
+def check_values_out(q: torch.Tensor, x: torch.Tensor) -> None:
+    """Check a caller's `q` against the input."""
+    mn, k = x.shape
+    check_tensor("out q", q, (VALUE_DTYPE,))
+    if q.device != x.device:
+        raise ValueError(f"out q: expected the device of x, {x.device}, got {q.device}")
+    if q.ndim != 2 or q.shape[0] < mn or q.shape[1] != k:
+        raise ValueError(f"out q: expected shape ({mn} or more, {k}), got {tuple(q.shape)}")
+    if q.shape[0] > MAX_SIZE:
+        raise ValueError(f"out q: expected up to {MAX_SIZE} rows, got {q.shape[0]}")
+    if k and (q.stride(1) != 1 or (q.shape[0] > 1 and q.stride(0) < k)):
+        raise ValueError(
+            f"out q: expected strides (at least {k}, 1), so that rows are contiguous and do not "
+            f"overlap, got {q.stride()}"
+        )
+
+
+def check_scales_out(sf: torch.Tensor, x: torch.Tensor, fmt: Format) -> None:
+    """Check a caller's `sf` against the input and the format."""
+    mn, k = x.shape
+    check_tensor("out sf", sf, (fmt.scale_dtype,))
+    if sf.device != x.device:
+        raise ValueError(f"out sf: expected the device of x, {x.device}, got {sf.device}")
+    shape, strides = fmt.scale_shape(mn, k), fmt.scale_strides(mn)
+    if tuple(sf.shape) != shape:
+        raise ValueError(f"out sf: expected shape {shape}, got {tuple(sf.shape)}")
+    if sf.stride(1) != strides[1] or (mn > 1 and sf.stride(0) != 1):
+        raise ValueError(f"out sf: expected strides {strides}, got {sf.stride()}")
+
+
+def check_disjoint(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor) -> None:
+    """Check that no byte to be written belongs to another of the tensors."""
+    inner_columns = sf.shape[1] - 1
+    sf_size = inner_columns * sf.stride(1) + last_column_rows(sf) if sf.numel() else 0
+    spans = {
+        "x": _span(x, _extent(x)),
+        "out q": _span(q, _extent(q)),
+        "out sf": _span(sf, sf_size),
+    }
+    for a, b in (("x", "out q"), ("x", "out sf"), ("out q", "out sf")):
+        if max(spans[a][0], spans[b][0]) < min(spans[a][1], spans[b][1]):
+            raise ValueError(f"{b}: expected memory of its own, got memory that overlaps {a}")
+
+
+def _extent(t: torch.Tensor) -> int:
+    """Elements from the first of a matrix to its last."""
+    rows, k = t.shape
+    return (rows - 1) * t.stride(0) + k if t.numel() else 0
+
+
+def _span(t: torch.Tensor, size: int) -> tuple[int, int]:
+    return t.data_ptr(), t.data_ptr() + size * t.element_size()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(map(_name, dtypes))
+
+
+def _kind(value: object) -> str:
+    return _name(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__

@@ -1,0 +1,102 @@
+"""The calls that vLLM and DeepGEMM users already have, with their floors and their results."""
+
+from __future__ import annotations
+
+import torch
+
+from cute_quant.checks import LOAD_BYTES, has_aligned_rows
+from cute_quant.formats import RECIPROCAL_FLOAT32
+from cute_quant.ops import quantize
+
+VLLM_MIN_SCALE = 1e-10
+DEEP_GEMM_MIN_AMAX = 1e-4
+E4M3_MAX = 448.0
+
+
+def per_token_group_quant_fp8_packed_for_deepgemm(
+    x: torch.Tensor,
+    group_size: int,
+    eps: float = 1e-10,
+    use_ue8m0: bool | None = True,
+    out_q: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """vLLM's quantizer for DeepGEMM on SM100, equal to it to the bit on finite input.
+
+    Args:
+        x: (..., k), bfloat16 or float16, k a multiple of `group_size`, neighbours contiguous.
+            Where one row stride cannot walk its leading dimensions, or starts rows off multiples
+            of 32 bytes, it is copied first; vLLM copies whatever is not contiguous.
+        group_size: neighbours that share a scale, 128.
+        eps: lower bound of a group's amax, above 0; vLLM bounds the scale by 1e-10 besides.
+        use_ue8m0: True, or None for the same; the packed format has no other scales.
+        out_q: float8_e4m3fn to write values into: the shape of x, or any that holds as many rows
+            of k or more, contiguous. Rows past those of x become 0.
+
+    Returns:
+        The values, of the shape of x, and the scales: int32, packed UE8M0, (rows of x,
+        ceil(k / group_size / 4)), MN-major and aligned for TMA.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`cute_quant.quantize`.
+    """
+    if use_ue8m0 not in (None, True):
+        raise ValueError(f"use_ue8m0: expected True or None, got {use_ue8m0!r}")
+    if not eps > 0:
+        raise ValueError(f"eps: expected a number above 0, got {eps!r}")
+    if not isinstance(x, torch.Tensor) or x.ndim == 0:
+        raise TypeError(f"x: expected a torch.Tensor of at least 1 dimension, got {x!r}")
+    rows = _rows(x)
+    if x.is_cuda and not has_aligned_rows(rows, LOAD_BYTES):
+        rows = rows.contiguous()
+    if out_q is not None:
+        if (
+            not isinstance(out_q, torch.Tensor)
+            or out_q.shape[-1:] != x.shape[-1:]
+            or not out_q.is_contiguous()
+        ):
+            raise ValueError(
+                f"out_q: expected a contiguous tensor of rows of {x.shape[-1]}, got "
+                + (f"shape {tuple(out_q.shape)}" if isinstance(out_q, torch.Tensor) else repr(out_q))
+            )
+        out_q = _rows(out_q)
+    min_amax = torch.tensor(eps, dtype=torch.float32).item()
+    min_scale = max(min_amax / E4M3_MAX, VLLM_MIN_SCALE)
+    q, sf = quantize(rows, group_size, "ue8m0", min_scale=min_scale, out=(out_q, None))
+    return q[: rows.shape[0]].view(x.shape), sf
+
+
+def per_token_cast_to_fp8(
+    x: torch.Tensor, use_ue8m0: bool, gran_k: int = 128, use_packed_ue8m0: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """DeepGEMM's cast, equal to it to the bit on finite input.
+
+    The scales come MN-major and aligned for TMA, so that DeepGEMM takes them as they are; its own
+    cast returns them row-major and its GEMM transposes them first.
+
+    Args:
+        x: (m, n), bfloat16 or float16, n a multiple of `gran_k`, neighbours contiguous.
+        use_ue8m0: round scales up to powers of two.
+        gran_k: neighbours that share a scale, 128.
+        use_packed_ue8m0: pack the exponents of four scales to an int32; needs `use_ue8m0`.
+
+    Returns:
+        The values, (m, n) float8_e4m3fn, and the scales, float32 (m, n / gran_k) or int32
+        (m, ceil(n / gran_k / 4)).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`cute_quant.quantize`.
+    """
+    if use_packed_ue8m0 and not use_ue8m0:
+        raise ValueError("use_packed_ue8m0: expected False where use_ue8m0 is False")
+    min_scale = DEEP_GEMM_MIN_AMAX / E4M3_MAX
+    if use_packed_ue8m0:
+        return quantize(x, gran_k, "ue8m0", min_scale=min_scale)
+    if use_ue8m0:
+        return quantize(x, gran_k, "float32", round_scale=True, min_scale=min_scale)
+    # DeepGEMM divides by 448 in torch, which on CUDA multiplies by the rounded reciprocal.
+    quotient = RECIPROCAL_FLOAT32 if isinstance(x, torch.Tensor) and x.is_cuda else "float32"
+    return quantize(x, gran_k, quotient, min_scale=min_scale)
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    return t.unsqueeze(0) if t.ndim == 1 else t.flatten(0, -2)

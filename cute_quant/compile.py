@@ -1,0 +1,66 @@
+"""Compile kernels, once per process, kernel, choices and architecture."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+import torch
+
+ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
+"""Compute capability -> target of the kernels."""
+
+ELEMENT_TYPES = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
+
+# Two compilations at a time abort the process, or one silently builds for the other's target.
+_lock = threading.RLock()
+_functions: dict[Hashable, Callable[..., None]] = {}
+
+
+@functools.cache
+def architecture(device_index: int) -> str:
+    """The target for a CUDA device.
+
+    Raises:
+        RuntimeError: no kernel is built for the device.
+    """
+    capability = torch.cuda.get_device_capability(device_index)
+    if capability not in ARCHITECTURES:
+        supported = ", ".join(f"{major}.{minor}" for major, minor in ARCHITECTURES)
+        raise RuntimeError(
+            f"x: expected a tensor on a GPU of compute capability {supported} (Hopper, Blackwell), "
+            f"got cuda:{device_index}, {torch.cuda.get_device_name(device_index)}, "
+            f"of {capability[0]}.{capability[1]}"
+        )
+    return ARCHITECTURES[capability]
+
+
+def build(kernel: Any, arch: str, *options: str) -> Any:
+    """Compile `kernel` for `arch`, a value of ``ARCHITECTURES``; works without a GPU.
+
+    Args:
+        kernel: has `signature()`, stand-ins for its arguments, and a jitted `__call__`.
+        options: further options of ``cute.compile``.
+    """
+    flags = " ".join(("--enable-tvm-ffi", f"--gpu-arch {arch}", *options))
+    with _lock:
+        return cute.compile(kernel, *kernel.signature(), options=flags)
+
+
+def function(kernel_class: type, arch: str, *choices: Hashable) -> Callable[..., None]:
+    """The compiled ``kernel_class(*choices)``, to be called on torch tensors.
+
+    It runs on the current stream of the tensors' device. Any thread may ask at any time.
+    """
+    key = (kernel_class, arch, choices)
+    if key not in _functions:
+        with _lock:
+            if key not in _functions:
+                compiled = build(kernel_class(*choices), arch)
+                # Without the wrapper that sorts keyword arguments, a call costs half.
+                _functions[key] = compiled._tvm_ffi_function
+    return _functions[key]

@@ -1,0 +1,253 @@
+"""The public operations: dispatch, and their registration with torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from cute_quant import checks, reference
+from cute_quant.formats import (
+    DEFAULT_MIN_SCALE,
+    GROUP_SIZES,
+    VALUE_DTYPE,
+    Format,
+    last_column_rows,
+    make_format,
+    scale_floor,
+)
+
+OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def quantize(
+    x: torch.Tensor,
+    group_size: int = 128,
+    scale_format: str = "ue8m0",
+    *,
+    round_scale: bool = False,
+    min_scale: float = DEFAULT_MIN_SCALE,
+    out: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize the rows of a matrix to FP8 e4m3 in groups that share a scale.
+
+    Each group of `group_size` neighbours in a row gets the scale
+    ``s = max(amax / 448, min_scale)``, rounded up to a power of two in the UE8M0 format and with
+    `round_scale`; its values are x / s, rounded to nearest even. A group that holds NaN or Inf
+    becomes NaN, values and scale.
+
+    On a GPU this is one kernel on the current stream. It is compiled at the first call for a
+    dtype, format and architecture; call it once before capturing it in a CUDA graph. On the CPU
+    plain torch computes the same bits. Gradients do not flow through it.
+
+    Args:
+        x: (mn, k), bfloat16 or float16, k a multiple of `group_size`, neighbours contiguous. On a
+            GPU (compute capability 9.0, 10.0 or 10.3) its rows start at multiples of 32 bytes;
+            their stride is free.
+        group_size: 128.
+        scale_format: "ue8m0", the exponents of four groups packed to an int32, the first in the
+            low byte; or "float32".
+        round_scale: round float32 scales up to powers of two.
+        min_scale: lower bound of the scales, rounded to float32; from 0 (2^-126 for "float32") to
+            2^100. The default gives a group of zeros the UE8M0 byte 94, as vLLM does.
+        out: q and sf to write into, either of them None to have it allocated. `q` may have more
+            rows than x, which become 0, and any row stride that starts rows at multiples of 16
+            bytes. `sf` has the shape and strides below; its padding rows become 0 as far as its
+            storage goes.
+
+    Returns:
+        q: (mn, k), float8_e4m3fn, contiguous.
+        sf: MN-major and aligned for TMA: strides (1, mn rounded up to a multiple of 4). For
+            "ue8m0" int32 of shape (mn, ceil(k / group_size / 4)), bytes past the last group 0; for
+            "float32" float32 of shape (mn, k / group_size). DeepGEMM reads the first on SM100, the
+            second on SM90.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: an argument has a wrong value, shape, stride, alignment or device.
+        RuntimeError: x requires a gradient while gradients are recorded, or its GPU is not
+            supported.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "x: expected a tensor that requires no gradient, since quantize is not "
+            "differentiable; detach it or call under torch.no_grad()"
+        )
+    q, sf = _out_pair(out)
+    if _is_traced(x):
+        choices = (group_size, scale_format, round_scale, min_scale)
+        if q is None and sf is None:
+            return torch.ops.cute_quant.quantize(x, *choices)
+        fmt = make_format(group_size, scale_format, round_scale)
+        checks.check_input(x, fmt)
+        q = _empty_values(x) if q is None else q
+        sf = fmt.empty_scales(*x.shape, x.device) if sf is None else sf
+        torch.ops.cute_quant.quantize_out(x, q, sf, *choices)
+        return q, sf
+    return _quantize(x, make_format(group_size, scale_format, round_scale), min_scale, q, sf)
+
+
+def dequantize(
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    group_size: int | None = None,
+) -> torch.Tensor:
+    """Multiply quantized values by their scales.
+
+    Args:
+        q: (mn, k), float8_e4m3fn.
+        sf: the scales that `quantize` returned with it: int32 of packed UE8M0, or float32. Their
+            strides are free.
+        dtype: of the result: bfloat16, float16 or float32. Products are computed in float32 and
+            rounded once.
+        group_size: neighbours that share a scale; by default what the shapes say.
+
+    Returns:
+        (mn, k), `dtype`, contiguous.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: the shapes or devices do not belong together.
+    """
+    checks.check_tensor("q", q, (VALUE_DTYPE,))
+    checks.check_tensor("sf", sf, (torch.int32, torch.float32))
+    if dtype not in OUTPUT_DTYPES:
+        raise TypeError(f"dtype: expected one of {OUTPUT_DTYPES}, got {dtype!r}")
+    if q.device != sf.device:
+        raise ValueError(f"sf: expected the device of q, {q.device}, got {sf.device}")
+    if q.ndim != 2:
+        raise ValueError(f"q: expected 2 dimensions (mn, k), got shape {tuple(q.shape)}")
+    scale_format = "ue8m0" if sf.dtype is torch.int32 else "float32"
+    sizes = GROUP_SIZES if group_size is None else (group_size,)
+    for size in sizes:
+        fmt = make_format(size, scale_format, False)
+        if q.shape[1] % size == 0 and tuple(sf.shape) == fmt.scale_shape(*q.shape):
+            return reference.dequantize(q, sf, fmt, dtype)
+    expected = " or ".join(
+        f"{make_format(size, scale_format, False).scale_shape(*q.shape)} for groups of {size}"
+        for size in sizes
+    )
+    raise ValueError(
+        f"sf: expected the {scale_format} scales of q {tuple(q.shape)}, {expected}, "
+        f"got shape {tuple(sf.shape)}"
+    )
+
+
+def _out_pair(out: object) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if out is None:
+        return None, None
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise TypeError(f"out: expected a pair (q, sf), got {type(out).__name__}")
+    return out[0], out[1]
+
+
+def _is_traced(x: torch.Tensor) -> bool:
+    """Whether the dispatcher has to see this call: a tracer, a mode or a subclass wants it."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or x.is_meta
+    )
+
+
+def _empty_values(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=VALUE_DTYPE, device=x.device)
+
+
+def _quantize(
+    x: torch.Tensor,
+    fmt: Format,
+    min_scale: float,
+    q: torch.Tensor | None = None,
+    sf: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    checks.check_input(x, fmt)
+    floor = scale_floor(fmt, min_scale)
+    caller_owns_memory = q is not None or sf is not None
+    if q is None:
+        q = _empty_values(x)
+    else:
+        checks.check_values_out(q, x)
+    if sf is None:
+        sf = fmt.empty_scales(*x.shape, x.device)
+    else:
+        checks.check_scales_out(sf, x, fmt)
+    if caller_owns_memory:
+        checks.check_disjoint(x, q, sf)
+    if x.is_cuda:
+        _launch(x, q, sf, fmt, floor)
+    elif x.is_cpu:
+        reference.quantize_into(x, q, sf, fmt, floor)
+    else:
+        raise ValueError(f"x: expected a tensor on a CUDA device or the CPU, got {x.device}")
+    return q, sf
+
+
+def _launch(
+    x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, fmt: Format, floor: int | float
+) -> None:
+    if x.numel() == 0:
+        # A grid needs rows; without any, what is left to define is a caller's larger q.
+        q.view(torch.uint8).zero_()
+        return
+    checks.check_rows("x", x, checks.LOAD_BYTES)
+    checks.check_rows("out q", q, checks.STORE_BYTES)
+    _kernel(x.dtype, fmt, x.get_device())(x, q, sf, last_column_rows(sf), floor)
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, fmt: Format, device_index: int) -> Callable[..., None]:
+    # CuTe DSL takes a second to import and CPU users need not have it.
+    from cute_quant import compile
+    from cute_quant.kernels.quantize import Quantize
+
+    arch = compile.architecture(device_index)
+    return compile.function(Quantize, arch, compile.ELEMENT_TYPES[dtype], fmt)
+
+
+_CHOICES = "int group_size, str scale_format, bool round_scale, float min_scale"
+
+
+@torch.library.custom_op(
+    "cute_quant::quantize",
+    mutates_args=(),
+    schema=f"(Tensor x, {_CHOICES}) -> (Tensor, Tensor)",
+)
+def _quantize_op(x: torch.Tensor, *choices: object) -> tuple[torch.Tensor, torch.Tensor]:
+    *format_choices, min_scale = choices
+    return _quantize(x, make_format(*format_choices), min_scale)
+
+
+@_quantize_op.register_fake
+def _(x: torch.Tensor, *choices: object) -> tuple[torch.Tensor, torch.Tensor]:
+    *format_choices, min_scale = choices
+    fmt = make_format(*format_choices)
+    checks.check_input(x, fmt)
+    scale_floor(fmt, min_scale)
+    return _empty_values(x), fmt.empty_scales(*x.shape, x.device)
+
+
+@torch.library.custom_op(
+    "cute_quant::quantize_out",
+    mutates_args=("q", "sf"),
+    schema=f"(Tensor x, Tensor(a!) q, Tensor(b!) sf, {_CHOICES}) -> ()",
+)
+def _quantize_out_op(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *choices: object) -> None:
+    *format_choices, min_scale = choices
+    _quantize(x, make_format(*format_choices), min_scale, q, sf)
+
+
+@_quantize_out_op.register_fake
+def _(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *choices: object) -> None:
+    *format_choices, min_scale = choices
+    fmt = make_format(*format_choices)
+    checks.check_input(x, fmt)
+    checks.check_values_out(q, x)
+    checks.check_scales_out(sf, x, fmt)
+    scale_floor(fmt, min_scale)

@@ -1,0 +1,226 @@
+"""Values and scales: the contract, bit for bit, on every device."""
+
+import math
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cute_quant import dequantize, quantize
+from tests.helpers import (
+    FLOAT32,
+    FLOAT32_ROUNDED,
+    FORMATS,
+    UE8M0,
+    bits,
+    check_against_reference,
+    exact_group,
+    format_id,
+    random_bits,
+)
+
+DTYPES = [torch.bfloat16, torch.float16]
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def all_patterns(dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def groups_with_amax(magnitudes: torch.Tensor) -> torch.Tensor:
+    """One group of 128 a pattern: the pattern at a moving position, smaller neighbours around."""
+    n = magnitudes.numel()
+    factors = torch.linspace(-1, 1, 128, dtype=torch.float64)
+    finite = magnitudes.double().nan_to_num(1.0, 1.0, 1.0)
+    x = (finite[:, None] * factors * 0.999).to(magnitudes.dtype)
+    x[torch.arange(n), torch.arange(n) % 128] = magnitudes
+    return x
+
+
+@every_dtype
+@every_format
+@pytest.mark.parametrize("min_scale", [1e-10, 2.0**-126])
+def test_every_pattern_as_amax(dtype, fmt, min_scale, device):
+    x = groups_with_amax(all_patterns(dtype)).view(-1, 1024).to(device)
+    check_against_reference(x, fmt, min_scale)
+
+
+@every_dtype
+def test_every_pattern_as_amax_without_floor(dtype, device):
+    x = groups_with_amax(all_patterns(dtype)).view(-1, 1024).to(device)
+    check_against_reference(x, UE8M0, min_scale=0.0)
+
+
+@every_dtype
+@every_format
+def test_random_bits(dtype, fmt, device):
+    x = random_bits((257, 1280), dtype, seed=1).to(device)
+    check_against_reference(x, fmt)
+
+
+@every_dtype
+@every_format
+def test_random_finite_bits(dtype, fmt, device):
+    x = random_bits((130, 1280), dtype, seed=2)
+    x = x.where(x.isfinite(), 0.75).to(device)
+    q, sf = check_against_reference(x, fmt)
+    assert q.float().isfinite().all() and sf.float().isfinite().all()
+
+
+def ue8m0_bytes(sf: torch.Tensor, groups: int) -> torch.Tensor:
+    return bits(sf).view(sf.shape[0], -1)[:, :groups]
+
+
+@every_dtype
+@pytest.mark.parametrize("min_scale", [0.0, 1e-10, 2.0**-126, 3.0, 2.0**100])
+def test_exact_oracle(dtype, min_scale, device):
+    x = random_bits((64, 128), dtype, seed=3)
+    x[::2] = torch.randn(32, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1] = 0.0
+    x[3] = x[3].where(x[3].isfinite(), 1.0)
+    q, sf = quantize(x.to(device), min_scale=min_scale)
+    exponents = ue8m0_bytes(sf, 1)
+    for row in range(len(x)):
+        codes, exponent = exact_group(x[row].tolist(), struct_float32(min_scale))
+        assert exponents[row].item() == exponent
+        assert bits(q[row]).tolist() == codes
+
+
+def struct_float32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+@every_dtype
+def test_float32_scale_is_the_rounded_quotient(dtype, device):
+    x = all_patterns(dtype)
+    x = x.where(x.isfinite(), 1.0)[:, None].expand(-1, 128).contiguous()
+    _, sf = quantize(x.to(device), scale_format="float32", min_scale=2.0**-126)
+    quotient = (x[:, 0].abs().double() / 448).float().clamp(min=2.0**-126)
+    assert torch.equal(sf[:, 0].cpu(), quotient)
+
+
+@pytest.mark.parametrize(
+    ("value", "byte", "code"),
+    [
+        (0.0, 0x5E, 0x00),
+        (-0.0, 0x5E, 0x80),
+        (448.0, 127, 0x7E),
+        (-448.0, 127, 0xFE),
+        (450.0, 128, 0x76),
+        (672.0, 128, 0x7A),  # 336 lies between 320 and 352 and goes to the even mantissa
+        (2.0**-33 * 448, 94, 0x7E),
+        (2.0**-34 * 448, 94, 0x76),
+        (math.inf, 255, 0x7F),
+        (-math.inf, 255, 0x7F),
+        (math.nan, 255, 0x7F),
+    ],
+)
+def test_known_values(value, byte, code, device):
+    x = torch.full((1, 128), value, dtype=torch.bfloat16, device=device)
+    q, sf = quantize(x)
+    assert ue8m0_bytes(sf, 4).tolist() == [[byte, 0, 0, 0]]
+    assert bits(q).tolist() == [code] * 128
+
+
+@every_dtype
+@every_format
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+def test_one_special_value_poisons_its_group_alone(dtype, fmt, special, device):
+    x = torch.randn(8, 1024, generator=torch.Generator().manual_seed(4)).to(dtype)
+    clean = dequantize(
+        *quantize(x, scale_format=fmt.scale_format, round_scale=fmt.round_scale), torch.float32
+    )
+    positions = [(row, 131 * row % 1024) for row in range(8)]
+    for position in positions:
+        x[position] = special
+    q, sf = check_against_reference(x.to(device), fmt)
+    y = dequantize(q, sf, torch.float32).cpu()
+    for row, column in positions:
+        group = slice(column // 128 * 128, column // 128 * 128 + 128)
+        assert bits(q[row, group]).eq(0x7F).all()
+        clean[row, group] = torch.nan
+    torch.testing.assert_close(y, clean, rtol=0, atol=0, equal_nan=True)
+
+
+def test_nan_payloads_and_signs_do_not_matter(device):
+    patterns = torch.cat([torch.arange(0x7F81, 0x8000), torch.arange(0xFF81, 0x10000)])
+    x = torch.zeros(patterns.numel(), 128, dtype=torch.int32)
+    x[:, 5] = patterns
+    x = x.to(torch.int16).view(torch.bfloat16)
+    q, sf = check_against_reference(x.to(device), UE8M0)
+    assert bits(q).eq(0x7F).all() and ue8m0_bytes(sf, 1).eq(255).all()
+
+
+@every_format
+def test_each_group_has_its_scale(fmt, device):
+    """A different power of two in each of 13 groups: scales cannot change places unnoticed."""
+    x = torch.ones(6, 13 * 128, dtype=torch.bfloat16)
+    exponents = torch.arange(6)[:, None] * 13 + torch.arange(13)
+    x = x.unflatten(1, (13, 128)) * 2.0 ** (exponents - 40)[:, :, None]
+    x = x.to(torch.bfloat16).flatten(1)
+    q, sf = check_against_reference(x.to(device), fmt)
+    assert torch.equal(dequantize(q, sf).cpu(), x) == fmt.power_of_two
+
+
+@every_format
+def test_dequantize_is_close(fmt, device):
+    x = torch.randn(33, 1536, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    q, sf = quantize(x.to(device), scale_format=fmt.scale_format, round_scale=fmt.round_scale)
+    y = dequantize(q, sf, torch.float32).cpu()
+    x = x.float()
+    scale = x.unflatten(1, (12, 128)).abs().amax(2, keepdim=True) / 448 * 2
+    half_ulp = torch.maximum(x.unflatten(1, (12, 128)).abs() / 16, scale * 2.0**-10)
+    assert ((y - x).unflatten(1, (12, 128)).abs() <= half_ulp * 1.001).all()
+
+
+def test_quantization_has_no_bias():
+    x = torch.randn(4096, 128, generator=torch.Generator().manual_seed(6)).to(torch.bfloat16)
+    y = dequantize(*quantize(x), dtype=torch.float32)
+    error = (y - x.float()).double()
+    standard_error = error.std() / math.sqrt(error.numel())
+    assert error.mean().abs() < 4 * standard_error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@every_format
+def test_dequantize_is_exact_for_every_code(dtype, fmt, device):
+    codes = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    q = codes.view(torch.float8_e4m3fn).to(device)
+    sf = fmt.empty_scales(2, 128, torch.device(device))
+    sf.copy_(torch.tensor([[120], [133]]) if fmt.packed else torch.tensor([[2**-7], [2**6]]))
+    expected = codes.view(torch.float8_e4m3fn).double() * torch.tensor([[2.0**-7], [2.0**6]])
+    y = dequantize(q, sf, dtype).cpu()
+    assert y.dtype == dtype
+    torch.testing.assert_close(
+        y.double(), expected.to(dtype).double(), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32_ROUNDED, FLOAT32], ids=format_id)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_hypothesis_values(fmt, data):
+    hypothesis_values(fmt, data, "cpu")
+
+
+@pytest.mark.gpu
+@every_format
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_hypothesis_values_on_gpu(fmt, data):
+    hypothesis_values(fmt, data, "cuda")
+
+
+def hypothesis_values(fmt, data, device):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    patterns = data.draw(st.lists(st.integers(-(2**15), 2**15 - 1), min_size=128, max_size=128))
+    lowest = 0.0 if fmt.packed else 2.0**-126
+    min_scale = data.draw(st.floats(lowest, 2.0**100, allow_nan=False))
+    x = torch.tensor([patterns], dtype=torch.int16).view(dtype)
+    q, sf = check_against_reference(x.to(device), fmt, min_scale)
+    if fmt.packed:
+        codes, exponent = exact_group(x[0].tolist(), struct_float32(min_scale))
+        assert ue8m0_bytes(sf, 1).item() == exponent and bits(q).tolist() == codes

@@ -1,0 +1,53 @@
+"""What the kernels compile to, on a machine without a GPU."""
+
+import cutlass
+import pytest
+
+from bench.sass import machine_code
+from cute_quant.compile import ARCHITECTURES
+from cute_quant.kernels.quantize import Quantize
+from tests.helpers import FLOAT32, FORMATS, UE8M0, format_id
+
+MAX_INSTRUCTIONS = 129
+"""Budget of the packed bf16 kernel on sm_100a. It only ever goes down."""
+
+every_arch = pytest.mark.parametrize("arch", ARCHITECTURES.values())
+every_dtype = pytest.mark.parametrize("dtype", [cutlass.BFloat16, cutlass.Float16])
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+
+
+@every_arch
+@every_dtype
+@every_format
+def test_memory_instructions(arch, dtype, fmt):
+    code = machine_code(Quantize, arch, dtype, fmt)
+    loads = ["LDG.E.128"] * 2 if arch == "sm_90a" else ["LDG.E.ENL2.256"]
+    scale = "STG.E.U8" if fmt.packed else "STG.E"
+    assert [op for op in code.opcodes if op.startswith("LDG")] == loads
+    assert sorted(op for op in code.opcodes if op.startswith("STG")) == sorted([scale, "STG.E.128"])
+
+
+@every_arch
+@every_dtype
+@every_format
+def test_registers_and_shuffles_only(arch, dtype, fmt):
+    code = machine_code(Quantize, arch, dtype, fmt)
+    assert code.count("SHFL") == 3
+    assert code.count("LDS", "STS", "BAR", "ATOM", "ATOMS", "RED", "LDL", "STL") == 0
+    assert code.stack == 0 and code.shared == 0
+
+
+@every_arch
+@every_dtype
+@every_format
+def test_no_division(arch, dtype, fmt):
+    code = machine_code(Quantize, arch, dtype, fmt)
+    if fmt is FLOAT32:
+        assert code.count("MUFU") > 0  # the check below can fail
+    else:
+        assert code.count("CALL", "MUFU", "FCHK") == 0
+
+
+def test_instruction_budget():
+    code = machine_code(Quantize, "sm_100a", cutlass.BFloat16, UE8M0)
+    assert len(code.opcodes) <= MAX_INSTRUCTIONS

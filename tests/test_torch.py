@@ -1,0 +1,267 @@
+"""Under torch: the registered operators, compilation, graphs, streams, threads."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from cute_quant import dequantize, quantize
+from tests.helpers import (
+    FORMATS,
+    assert_same_bits,
+    bits,
+    format_id,
+    poisoned_scales,
+    poisoned_values,
+    random_bits,
+)
+
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+ROWS = [1, 3, 4, 5, 33]
+
+
+def keywords(fmt):
+    return {"scale_format": fmt.scale_format, "round_scale": fmt.round_scale}
+
+
+def operands(fmt, min_scale=1e-10):
+    return fmt.group_size, fmt.scale_format, fmt.round_scale, min_scale
+
+
+def activations(mn, device, k=640, seed=0):
+    return random_bits((mn, k), torch.bfloat16, seed=seed).to(device)
+
+
+def test_import_is_quick_and_needs_no_dsl():
+    program = (
+        "import sys, torch, time; before = set(sys.modules); start = time.perf_counter();"
+        "import cute_quant; seconds = time.perf_counter() - start;"
+        "came = {'cutlass', 'tvm_ffi', 'cuda'} & (set(sys.modules) - before);"
+        "assert not came, came; assert seconds < 0.5, seconds"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@every_format
+@pytest.mark.parametrize("mn", [0, *ROWS])
+def test_opcheck(fmt, mn, device):
+    # opcheck compares with allclose, to which a NaN differs from itself.
+    x = torch.randn(mn, 640, generator=torch.Generator().manual_seed(mn)).to(torch.bfloat16)
+    x = x.to(device)
+    torch.library.opcheck(torch.ops.cute_quant.quantize.default, (x, *operands(fmt)))
+
+
+@every_format
+@pytest.mark.parametrize("mn", [4, 8])
+def test_opcheck_out(fmt, mn, device):
+    # opcheck clones its arguments, which keeps the strides of scales only where mn is aligned, and
+    # compares them with allclose, which float8 lacks.
+    utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    args = (
+        activations(mn, device),
+        poisoned_values(mn + 3, 640, device),
+        poisoned_scales(fmt, mn, 640, device),
+    )
+    operator = torch.ops.cute_quant.quantize_out.default
+    torch.library.opcheck(operator, (*args, *operands(fmt)), test_utils=utils)
+
+
+@every_format
+@pytest.mark.parametrize("mn", [0, *ROWS])
+def test_fake_tensors_have_the_shapes_dtypes_and_strides(fmt, mn, device):
+    x = activations(mn, device)
+    real = quantize(x, **keywords(fmt))
+    mode = FakeTensorMode()
+    fake = quantize(mode.from_tensor(x), **keywords(fmt))
+    meta = quantize(x.to("meta"), **keywords(fmt))
+    for results in (fake, meta):
+        for result, expected in zip(results, real, strict=True):
+            assert result.shape == expected.shape and result.dtype == expected.dtype
+            assert result.stride() == expected.stride()
+    assert fake[0].device == x.device and meta[0].is_meta
+
+
+def test_fake_tensors_are_checked():
+    with FakeTensorMode(), pytest.raises(ValueError, match="x: expected k to be a multiple of 128"):
+        quantize(torch.empty(4, 100, dtype=torch.bfloat16))
+    with FakeTensorMode(), pytest.raises(ValueError, match="min_scale"):
+        quantize(torch.empty(4, 128, dtype=torch.bfloat16), min_scale=-1.0)
+
+
+@every_format
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_gives_the_same_bits_and_strides(fmt, dynamic, device):
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=dynamic)
+    def compiled(x):
+        return quantize(x * 2, **keywords(fmt))
+
+    for mn in ROWS:
+        x = activations(mn, device)
+        q, sf = compiled(x)
+        expected_q, expected_sf = quantize(x * 2, **keywords(fmt))
+        assert_same_bits(q, expected_q)
+        assert_same_bits(sf, expected_sf)
+        assert q.stride() == expected_q.stride() and sf.stride() == expected_sf.stride()
+
+
+@every_format
+@pytest.mark.parametrize("given", ["both", "q", "sf"])
+def test_compile_with_out(fmt, given, device):
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True)
+    def compiled(x, q, sf):
+        q, sf = quantize(x, **keywords(fmt), out=(q, sf))
+        return q, sf, dequantize(q[: x.shape[0]], sf)
+
+    for mn in ROWS:
+        x = activations(mn, device)
+        q = None if given == "sf" else poisoned_values(mn + 2, 640, device)
+        sf = None if given == "q" else poisoned_scales(fmt, mn, 640, device)
+        result_q, result_sf, y = compiled(x, q, sf)
+        expected_q, expected_sf = quantize(x, **keywords(fmt))
+        assert_same_bits(result_q[:mn], expected_q)
+        assert_same_bits(result_sf, expected_sf)
+        assert result_sf.stride() == expected_sf.stride()
+        assert bits(result_q[mn:]).eq(0).all()
+        torch.testing.assert_close(y, dequantize(expected_q, expected_sf), equal_nan=True)
+        if q is not None:
+            assert_same_bits(q[:mn], expected_q)
+        if sf is not None:
+            assert_same_bits(sf, expected_sf)
+
+
+def test_operator_has_no_gradient(device):
+    x = torch.ones(4, 128, dtype=torch.bfloat16, device=device, requires_grad=True)
+    compiled = torch.compile(lambda x: quantize(x))
+    with pytest.raises(Exception, match="not differentiable"):
+        compiled(x)
+
+
+@pytest.mark.gpu
+@every_format
+def test_cuda_graph(fmt):
+    x = activations(37, "cuda")
+    expected = quantize(x, **keywords(fmt))
+    q = poisoned_values(40, 640, "cuda")
+    sf = poisoned_scales(fmt, 37, 640, "cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        quantize(x, **keywords(fmt), out=(q, sf))
+        own = quantize(x, **keywords(fmt))
+    q.view(torch.uint8).fill_(1)
+    graph.replay()
+    for results in ((q[:37], sf), own):
+        for result, wanted in zip(results, expected, strict=True):
+            assert_same_bits(result, wanted)
+    x.copy_(activations(37, "cuda", seed=1))
+    graph.replay()
+    for result, wanted in zip(own, quantize(x, **keywords(fmt)), strict=True):
+        assert_same_bits(result, wanted)
+
+
+@pytest.mark.gpu
+def test_current_stream():
+    """The kernel runs where torch would: after the slow work that its input waits for."""
+    source = activations(4096, "cuda", k=7168)
+    expected_q, expected_sf = quantize(source)
+    x = torch.zeros_like(source)
+    q, sf = quantize(x)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        x.copy_(source)
+        quantize(x, out=(q, sf))
+    stream.synchronize()
+    assert_same_bits(q, expected_q)
+    assert_same_bits(sf, expected_sf)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_device_index():
+    x = activations(33, "cpu")
+    expected = quantize(x)
+    with torch.cuda.device(0):
+        for index in (1, 0, 1):
+            results = quantize(x.to(f"cuda:{index}"))
+            for result, wanted in zip(results, expected, strict=True):
+                assert result.device.index == index
+                assert_same_bits(result, wanted)
+        assert torch.cuda.current_device() == 0
+        with pytest.raises(ValueError, match="out q: expected the device of x, cuda:1, got cuda:0"):
+            quantize(x.to("cuda:1"), out=(poisoned_values(33, 640, "cuda:0"), None))
+
+
+@pytest.mark.gpu
+def test_many_threads_and_first_calls():
+    """A fresh process in which every thread's first call compiles."""
+    program = """
+import threading, torch
+from cute_quant import quantize
+formats = [("ue8m0", False), ("float32", False), ("float32", True)]
+barrier, failures = threading.Barrier(12), []
+def work(i):
+    dtype = (torch.bfloat16, torch.float16)[i % 2]
+    fmt, rounded = formats[i % 3]
+    x = torch.randn(65 + i, 896, generator=torch.Generator().manual_seed(i)).to(dtype)
+    expected = quantize(x, scale_format=fmt, round_scale=rounded)
+    barrier.wait()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(50):
+            results = quantize(x.cuda(), scale_format=fmt, round_scale=rounded)
+            for result, wanted in zip(results, expected):
+                if not torch.equal(result.cpu().view(torch.uint8), wanted.view(torch.uint8)):
+                    failures.append(i)
+threads = [threading.Thread(target=work, args=(i,)) for i in range(12)]
+[t.start() for t in threads]; [t.join() for t in threads]
+assert not failures, failures
+print("ok")
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "ok\n", result.stderr
+
+
+def test_compilation_from_many_threads():
+    """Without a GPU: each of the threads gets the function of its own architecture."""
+    program = """
+import threading, cutlass
+from cute_quant import compile
+from cute_quant.formats import make_format
+from cute_quant.kernels.quantize import Quantize
+host = "sm_100a"  # what the DSL takes for its host without a GPU, and so can be loaded
+barrier, functions = threading.Barrier(8), {}
+def work(i):
+    fmt = make_format(128, ("ue8m0", "float32")[i % 2], False)
+    barrier.wait()
+    functions[i] = compile.function(Quantize, host, cutlass.BFloat16, fmt)
+threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+[t.start() for t in threads]; [t.join() for t in threads]
+assert len(functions) == 8
+assert len(set(map(id, functions.values()))) == 2
+assert functions[0] is functions[6] and functions[1] is functions[7]
+print("ok")
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "ok\n", result.stderr
+
+
+def test_threads_on_the_cpu():
+    x = activations(64, "cpu")
+    expected = quantize(x)
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(quantize(x))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    for q, sf in results:
+        assert_same_bits(q, expected[0])
+        assert_same_bits(sf, expected[1])
