@@ -1,6 +1,6 @@
 """Quantize real activations and print what came of it.
 
-    python -m bench.demo
+python -m bench.demo
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ def throughput(x: torch.Tensor) -> None:
         start = time.perf_counter()
         cq.quantize(x, out=out)
         seconds = time.perf_counter() - start
-    show(f"throughput at {tuple(x.shape)}", f"{moved / seconds / 1e9:,.1f} GB/s, {seconds * 1e6:,.0f} us")
+    show(
+        f"throughput at {tuple(x.shape)}",
+        f"{moved / seconds / 1e9:,.1f} GB/s, {seconds * 1e6:,.0f} us",
+    )
 
 
 def show_machine_code() -> None:
@@ -90,7 +93,9 @@ def show_machine_code() -> None:
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = f"CUDA kernel on {torch.cuda.get_device_name()}" if device == "cuda" else "reference on CPU"
+    path = (
+        f"CUDA kernel on {torch.cuda.get_device_name()}" if device == "cuda" else "reference on CPU"
+    )
     print(f"cute_quant {cq.__version__}, torch {torch.__version__}, path: {path}")
     with safe_open(ACTIVATIONS, "pt") as file:
         print(f"activations of {file.metadata()['model']}, {file.metadata()['layer']}")

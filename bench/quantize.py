@@ -43,7 +43,9 @@ def measure(mn: int) -> tuple[int, dict[str, float]]:
         q, sf = quantize(x)
         check(x, q, sf)
         # As many bytes in all, half of them read and half of them written.
-        source, target = (torch.empty(mn * K * 3 // 2, dtype=torch.uint8, device="cuda") for _ in "rw")
+        source, target = (
+            torch.empty(mn * K * 3 // 2, dtype=torch.uint8, device="cuda") for _ in "rw"
+        )
         source.random_()
         calls["quantize"].append(partial(quantize, x, out=(q, sf)))
         calls["stream"].append(partial(stream, as_words(x), as_words(torch.empty_like(q))))

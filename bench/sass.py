@@ -48,17 +48,17 @@ class MachineCode:
     def count(self, *prefixes: str) -> int:
         """Instructions whose mnemonic is a prefix or goes on after it with a dot."""
         return sum(
-            op == prefix or op.startswith(prefix + ".") for op in self.opcodes for prefix in prefixes
+            op == prefix or op.startswith(prefix + ".")
+            for op in self.opcodes
+            for prefix in prefixes
         )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def machine_code(kernel_class: type, arch: str, *choices: object) -> MachineCode:
     """Compile ``kernel_class(*choices)`` for `arch` and disassemble it."""
     with tempfile.TemporaryDirectory() as directory:
-        compiled = build(
-            kernel_class(*choices), arch, "--keep-cubin", f"--dump-dir {directory}"
-        )
+        compiled = build(kernel_class(*choices), arch, "--keep-cubin", f"--dump-dir {directory}")
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(compiled.__cubin__)
         text = _run("nvdisasm", "-c", str(cubin))

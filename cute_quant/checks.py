@@ -6,8 +6,6 @@ import torch
 
 from cute_quant.formats import INPUT_DTYPES, VALUE_DTYPE, Format, last_column_rows
 
-LOAD_BYTES = 32
-STORE_BYTES = 16
 MAX_SIZE = 2**31 - 1
 
 

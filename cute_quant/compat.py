@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from cute_quant.checks import LOAD_BYTES, has_aligned_rows
-from cute_quant.formats import RECIPROCAL_FLOAT32
+from cute_quant.checks import has_aligned_rows
+from cute_quant.formats import E4M3_MAX, LOAD_BYTES, RECIPROCAL_FLOAT32
 from cute_quant.ops import quantize
 
 VLLM_MIN_SCALE = 1e-10
 DEEP_GEMM_MIN_AMAX = 1e-4
-E4M3_MAX = 448.0
 
 
 def per_token_group_quant_fp8_packed_for_deepgemm(
@@ -56,7 +55,11 @@ def per_token_group_quant_fp8_packed_for_deepgemm(
         ):
             raise ValueError(
                 f"out_q: expected a contiguous tensor of rows of {x.shape[-1]}, got "
-                + (f"shape {tuple(out_q.shape)}" if isinstance(out_q, torch.Tensor) else repr(out_q))
+                + (
+                    f"shape {tuple(out_q.shape)}"
+                    if isinstance(out_q, torch.Tensor)
+                    else repr(out_q)
+                )
             )
         out_q = _rows(out_q)
     min_amax = torch.tensor(eps, dtype=torch.float32).item()

@@ -25,11 +25,17 @@ DEFAULT_MIN_SCALE = 1e-10
 MAX_MIN_SCALE = 2.0**100
 SMALLEST_NORMAL = 2.0**-126
 
+LOAD_BYTES = 32
+STORE_BYTES = 16
+"""What a thread of a GPU loads of x and stores of q at once, and so how rows are aligned."""
+
+E4M3_MAX = 448.0
+UE8M0_BIAS = 127
+UE8M0_NAN = 255
+
 BYTES_PER_WORD = 4
 SCALE_ROW_ALIGNMENT = 4
 """TMA's 16 bytes in words: a column of scales starts at a multiple of this many rows."""
-
-UE8M0_BIAS = 127
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -12,6 +12,8 @@ from cute_quant import checks, reference
 from cute_quant.formats import (
     DEFAULT_MIN_SCALE,
     GROUP_SIZES,
+    LOAD_BYTES,
+    STORE_BYTES,
     VALUE_DTYPE,
     Format,
     last_column_rows,
@@ -196,8 +198,8 @@ def _launch(
         # A grid needs rows; without any, what is left to define is a caller's larger q.
         q.view(torch.uint8).zero_()
         return
-    checks.check_rows("x", x, checks.LOAD_BYTES)
-    checks.check_rows("out q", q, checks.STORE_BYTES)
+    checks.check_rows("x", x, LOAD_BYTES)
+    checks.check_rows("out q", q, STORE_BYTES)
     _kernel(x.dtype, fmt, x.get_device())(x, q, sf, last_column_rows(sf), floor)
 
 

@@ -10,15 +10,15 @@ import torch
 
 from cute_quant.formats import (
     BYTES_PER_WORD,
+    E4M3_MAX,
     UE8M0_BIAS,
+    UE8M0_NAN,
     VALUE_DTYPE,
     Format,
     last_column_rows,
 )
 
-E4M3_MAX = 448.0
 E4M3_NAN = 0x7F
-UE8M0_NAN = 255
 
 
 def ue8m0_to_float32(exponents: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,9 @@ def test_vllm(dtype, eps, device):
     assert sf.stride() == (1, 68)
 
 
-@pytest.mark.parametrize("shape", [(256,), (1, 256), (5, 256), (2, 3, 256), (2, 0, 256), (2, 3, 4, 128)])
+@pytest.mark.parametrize(
+    "shape", [(256,), (1, 256), (5, 256), (2, 3, 256), (2, 0, 256), (2, 3, 4, 128)]
+)
 def test_vllm_shapes(shape, device):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(device)
     rows = x.numel() // shape[-1]

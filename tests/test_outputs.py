@@ -213,4 +213,4 @@ def test_more_rows_than_a_grid_has_in_y():
         q[:-1].view(torch.uint8), expected_q.cuda().view(torch.uint8).expand(mn - 1, -1)
     )
     assert torch.equal(sf[:-1], expected_sf.cuda().expand(mn - 1, -1))
-    assert sf[-1].item() == 120 + 1
+    assert sf[-1].item() == 120 and q[-1].float().eq(3.0 * 2**7).all()

@@ -6,11 +6,11 @@ bytes make one packed word. A CTA stacks ``ROWS_PER_CTA`` warps, one row each. F
 the unit to which TMA aligns a column of scales, so the rows that pad a column fall to the CTA
 that holds its last rows.
 
-    columns        0 .. 127      128 .. 255     256 .. 383     384 .. 511
-    row 0     lane 0 ..   7      8 ..  15      16 ..  23      24 ..  31      warp 0
-    row 1    lane 32 ..  39     40 ..  47      48 ..  55      56 ..  63      warp 1
-    row 2    lane 64 ..  71     72 ..  79      80 ..  87      88 ..  95      warp 2
-    row 3    lane 96 .. 103    104 .. 111     112 .. 119     120 .. 127      warp 3
+    columns          0 .. 127      128 .. 255     256 .. 383     384 .. 511
+    row 0    thread  0 ..   7      8 ..  15      16 ..  23      24 ..  31      warp 0
+    row 1    thread 32 ..  39     40 ..  47      48 ..  55      56 ..  63      warp 1
+    row 2    thread 64 ..  71     72 ..  79      80 ..  87      88 ..  95      warp 2
+    row 3    thread 96 .. 103    104 .. 111     112 .. 119     120 .. 127      warp 3
 
 These functions build layouts where a kernel is traced, or in any other MLIR context.
 """
@@ -18,9 +18,10 @@ These functions build layouts where a kernel is traced, or in any other MLIR con
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from cute_quant.formats import BYTES_PER_WORD, SCALE_ROW_ALIGNMENT
+from cute_quant.formats import BYTES_PER_WORD, LOAD_BYTES, SCALE_ROW_ALIGNMENT
 
-VALUES_PER_THREAD = 16
+BYTES_PER_VALUE = 2
+VALUES_PER_THREAD = LOAD_BYTES // BYTES_PER_VALUE
 ROWS_PER_CTA = SCALE_ROW_ALIGNMENT
 THREADS_PER_ROW = 32
 THREADS_PER_CTA = ROWS_PER_CTA * THREADS_PER_ROW
@@ -39,17 +40,22 @@ def tiled_copy(atom: cute.CopyAtom) -> cute.TiledCopy:
     )
 
 
-def packed_scales(rows: Int32, words: Int32) -> cute.Layout:
+def packed_scales(rows: Int32 | int, words: Int32 | int) -> cute.Layout:
     """(row, group) -> byte of the packed UE8M0 scales: ``(rows, (4, words)) : (4, (1, 4 rows))``.
 
     `rows` counts the padding: it is a multiple of 4.
     """
     return cute.make_layout(
         (rows, (BYTES_PER_WORD, words)),
-        stride=(BYTES_PER_WORD, (1, BYTES_PER_WORD * Int64(rows))),
+        stride=(BYTES_PER_WORD, (1, BYTES_PER_WORD * _wide(rows))),
     )
 
 
-def float32_scales(rows: Int32, groups: Int32) -> cute.Layout:
+def float32_scales(rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
     """(row, group) -> element of the MN-major float32 scales: ``(rows, groups) : (1, rows)``."""
-    return cute.make_layout((rows, groups), stride=(1, Int64(rows)))
+    return cute.make_layout((rows, groups), stride=(1, _wide(rows)))
+
+
+def _wide(rows: Int32 | int) -> Int64 | int:
+    """A stride between columns, whose multiples exceed 32 bits; a static size stays static."""
+    return rows if isinstance(rows, int) else Int64(rows)

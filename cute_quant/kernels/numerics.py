@@ -11,7 +11,8 @@ from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Uint16, Uint32, 
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-E4M3_MAX = 448.0
+from cute_quant.formats import E4M3_MAX, UE8M0_NAN
+
 E4M3_MAX_MANTISSA = 0x600000
 E4M3_MAX_EXPONENT = 8
 
@@ -20,7 +21,6 @@ FLOAT32_NAN = 0x7FC00000
 MANTISSA_BITS = 23
 MANTISSA_MASK = 0x7FFFFF
 
-UE8M0_NAN = 255
 UE8M0_MAX = 254
 
 

@@ -14,7 +14,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint8, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from cute_quant.formats import Format
+from cute_quant.formats import LOAD_BYTES, STORE_BYTES, Format
 from cute_quant.kernels import layouts, numerics
 
 MAX_GRID_Y = 65535
@@ -34,9 +34,9 @@ class Quantize:
         k = cute.sym_int32(divisibility=self.fmt.group_size)
         x_stride, q_stride = (cute.sym_int64(divisibility=layouts.VALUES_PER_THREAD) for _ in "xq")
         return (
-            make_fake_tensor(self.dtype, (mn, k), stride=(x_stride, 1), assumed_align=32),
+            make_fake_tensor(self.dtype, (mn, k), stride=(x_stride, 1), assumed_align=LOAD_BYTES),
             make_fake_tensor(
-                cutlass.Float8E4M3FN, (q_rows, k), stride=(q_stride, 1), assumed_align=16
+                cutlass.Float8E4M3FN, (q_rows, k), stride=(q_stride, 1), assumed_align=STORE_BYTES
             ),
             make_fake_tensor(
                 Int32 if self.fmt.packed else Float32,
@@ -66,8 +66,10 @@ class Quantize:
         else:
             mS = cute.make_tensor(mS.iterator, layouts.float32_scales(rows, columns))
         op = cute.nvgpu.CopyUniversalOp()
-        load = layouts.tiled_copy(cute.make_copy_atom(op, mX.element_type, num_bits_per_copy=256))
-        store = layouts.tiled_copy(cute.make_copy_atom(op, mQ.element_type, num_bits_per_copy=128))
+        load, store = [
+            layouts.tiled_copy(cute.make_copy_atom(op, dtype, num_bits_per_copy=8 * nbytes))
+            for dtype, nbytes in ((mX.element_type, LOAD_BYTES), (mQ.element_type, STORE_BYTES))
+        ]
         row_tiles, column_tiles = cute.ceil_div(
             (cutlass.max(rows, mQ.shape[0]), mX.shape[1]), layouts.TILE
         )
@@ -119,9 +121,9 @@ class Quantize:
             scale = numerics.float32_scale(amax, floor, self.fmt.reciprocal)
             multiplier = 1.0 / scale
 
-        in_last_column = group + self.fmt.groups_per_column >= cute.size(mS, mode=[1])
-        rows = last_column_rows if in_last_column else mS.shape[0]
-        if thread % self.threads_per_group == 0 and row < rows:
+        groups = cute.size(mS, mode=[1])
+        rows = last_column_rows if group + self.fmt.groups_per_column >= groups else mS.shape[0]
+        if thread % self.threads_per_group == 0 and row < rows and group < groups:
             mS[row, group] = (scale if live else type(scale)(0)).to(mS.element_type)
 
         values = numerics.widen(tXrX).load() * multiplier

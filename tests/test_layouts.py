@@ -1,0 +1,58 @@
+"""The layouts that the kernel uses, evaluated on the host."""
+
+import itertools
+from collections.abc import Iterator
+
+import cutlass
+import cutlass.cute as cute
+import pytest
+import torch
+from cutlass._mlir import ir
+
+from cute_quant.kernels import layouts
+from tests.helpers import FLOAT32, UE8M0
+
+
+@pytest.fixture
+def mlir() -> Iterator[None]:
+    with ir.Context(), ir.Location.unknown():
+        module = ir.Module.create()
+        with ir.InsertionPoint(module.body):
+            yield
+
+
+@pytest.mark.parametrize(("mn", "groups"), [(1, 1), (3, 4), (5, 7), (8, 56)])
+def test_packed_scales_are_the_bytes_of_the_tensor(mlir, mn, groups):
+    sf = UE8M0.empty_scales(mn, 128 * groups, torch.device("cpu"))
+    rows, words = sf.stride(1), sf.shape[1]
+    layout = layouts.packed_scales(rows, words)
+    for row, group in itertools.product(range(mn), range(4 * words)):
+        word = row * sf.stride(0) + group // 4 * sf.stride(1)
+        assert layout((row, group)) == 4 * word + group % 4
+    assert cute.cosize(layout) == sf.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize(("mn", "groups"), [(1, 1), (3, 4), (5, 7), (8, 56)])
+def test_float32_scales_are_the_elements_of_the_tensor(mlir, mn, groups):
+    sf = FLOAT32.empty_scales(mn, 128 * groups, torch.device("cpu"))
+    layout = layouts.float32_scales(sf.stride(1), groups)
+    for row, group in itertools.product(range(mn), range(groups)):
+        assert layout((row, group)) == row * sf.stride(0) + group * sf.stride(1)
+    assert 4 * cute.cosize(layout) == sf.untyped_storage().nbytes()
+
+
+def test_threads_and_values_cover_the_tile_once(mlir):
+    atom = cute.make_copy_atom(
+        cute.nvgpu.CopyUniversalOp(), cutlass.BFloat16, num_bits_per_copy=256
+    )
+    thread_value = layouts.tiled_copy(atom).layout_tv_tiled
+    rows, columns = layouts.TILE
+    owner = {}
+    for thread, value in itertools.product(range(layouts.THREADS_PER_CTA), range(16)):
+        index = thread_value((thread, value))
+        row, column = index % rows, index // rows
+        assert column % 16 == value, "a thread's values are neighbours"
+        assert column // 128 == thread % 32 // 8, "an octet of lanes holds a group"
+        assert row == thread // 32, "a warp holds one row"
+        owner[row, column] = thread
+    assert len(owner) == rows * columns
