@@ -1,0 +1,203 @@
+"""What an H100 answers, recorded, for the emulator to be held against where there is no GPU.
+
+    python -m tests.emulator.hardware record tests/emulator/vectors/sm_90a.npz
+
+runs every probe and the quantizer's kernels for sm_90a on the GPU. Inputs are computed, not
+stored, and of results most is kept as checksums: one for each ``probes.CHUNK`` inputs, one for
+each row of q. The first results of each probe, those of its corner cases, are kept whole. It
+prints where the emulator differs; what it records is the hardware's.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cute_quant import compile
+from cute_quant.formats import Format, last_column_rows, scale_floor
+from cute_quant.kernels.quantize import Quantize
+from tests.emulator import machine, probes, ptx
+from tests.emulator.cases import DTYPES, EVERY_FORMAT
+from tests.emulator.memory import Memory
+from tests.helpers import format_id, poisoned_scales, poisoned_values, storage_bits
+
+ARCH = "sm_90a"
+RECORDING = Path(__file__).parent / "vectors" / f"{ARCH}.npz"
+WHOLE = 64  # results of a probe that are kept, beside the checksums
+WHOLE_ROWS = 2  # rows of q
+MN, K, EXTRA_ROWS = 131, 640, 3
+MIN_SCALE = 1e-10
+
+CONFIGURATIONS = [(dtype, fmt) for dtype in DTYPES for fmt in EVERY_FORMAT]
+
+
+def configuration_id(dtype: torch.dtype, fmt: Format) -> str:
+    return f"{str(dtype).removeprefix('torch.')}-{format_id(fmt)}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is kept of an array of results: checksums of parts, and the first parts whole."""
+
+    checksums: np.ndarray
+    whole: np.ndarray
+
+    @classmethod
+    def of(cls, data: np.ndarray, rows_per_checksum: int, whole: int) -> Result:
+        parts = data.reshape(-1, rows_per_checksum, data.shape[1])
+        checksums = [zlib.crc32(np.ascontiguousarray(part).tobytes()) for part in parts]
+        return cls(np.array(checksums, np.uint32), data[:whole].copy())
+
+
+def probe_result(outputs: np.ndarray) -> Result:
+    return Result.of(outputs, probes.CHUNK, WHOLE)
+
+
+def kernel_input(dtype: torch.dtype) -> torch.Tensor:
+    """Rows of random bits: as they are, only finite ones, and magnitudes near each other."""
+    name = configuration_id(dtype, EVERY_FORMAT[0])
+    bits = (probes.words(name, MN * K) & 0xFFFF).astype(np.uint16).reshape(MN, K)
+    exponent = 0x7F80 if dtype == torch.bfloat16 else 0x7C00
+    nearby = 0x0F80 if dtype == torch.bfloat16 else 0x0C00
+    finite = np.where(bits & exponent == exponent, bits ^ np.uint16(exponent), bits)
+    bits[1::4] = finite[1::4]
+    bits[2::4] = bits[2::4] & ~np.uint16(exponent) | np.uint16(0x3000) | bits[2::4] & nearby
+    bits[3::4] = bits[3::4] & ~np.uint16(exponent) | np.uint16(exponent >> 1 & exponent)
+    return torch.from_numpy(bits.view(np.int16)).view(dtype)
+
+
+def run_kernel(function, dtype: torch.dtype, fmt: Format, device: str) -> dict[str, Result]:
+    """Call ``function(x, q, sf, floor)`` on poisoned results."""
+    q = poisoned_values(MN + EXTRA_ROWS, K, device)
+    sf = poisoned_scales(fmt, MN, K, device)
+    function(kernel_input(dtype).to(device), q, sf, scale_floor(fmt, MIN_SCALE))
+    values = storage_bits(q).numpy().reshape(MN + EXTRA_ROWS, K)
+    scales = storage_bits(sf).numpy().reshape(1, -1)
+    return {"q": Result.of(values, 1, WHOLE_ROWS), "sf": Result.of(scales, 1, 1)}
+
+
+def emulate_probe(probe: probes.Probe) -> np.ndarray:
+    text = probes.module([probe])
+    program = machine.Program(ptx.parse(text)[probe.name])
+    memory = Memory()
+    inputs = torch.from_numpy(probe.inputs.view(np.int32))
+    outputs = torch.empty(len(probe.inputs), 2, dtype=torch.int32)
+    arguments = [
+        memory.add(name, tensor, name == "inputs").to_bytes(8, "little")
+        for name, tensor in (("inputs", inputs), ("outputs", outputs))
+    ]
+    grid = (len(probe.inputs) // probes.THREADS, 1, 1)
+    machine.run(program, grid, (probes.THREADS, 1, 1), arguments, memory)
+    return outputs.numpy().view(np.uint32)
+
+
+class Gpu:
+    """The current CUDA device."""
+
+    def __init__(self, chosen: list[probes.Probe]):
+        from cuda.bindings import driver
+
+        capability = torch.cuda.get_device_capability()
+        if capability != (9, 0):
+            raise RuntimeError(f"expected a GPU of compute capability 9.0, got {capability}")
+        self._driver = driver
+        torch.zeros(1, device="cuda")  # makes the primary context current
+        (self._module,) = self._call("cuModuleLoadData", probes.module(chosen).encode() + b"\0")
+
+    def _call(self, name: str, *arguments) -> tuple:
+        status, *results = getattr(self._driver, name)(*arguments)
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"{name}: {status!r}")
+        return tuple(results)
+
+    def probe(self, probe: probes.Probe) -> np.ndarray:
+        (function,) = self._call("cuModuleGetFunction", self._module, probe.name.encode())
+        inputs = torch.from_numpy(probe.inputs.view(np.int32)).cuda()
+        outputs = torch.zeros(len(probe.inputs), 2, dtype=torch.int32, device="cuda")
+        torch.cuda.synchronize()
+        values = [np.array([t.data_ptr()], np.uint64) for t in (inputs, outputs)]
+        pointers = np.array([v.ctypes.data for v in values], np.uint64)
+        grid = len(probe.inputs) // probes.THREADS
+        stream = self._driver.CUstream(0)
+        shape = (grid, 1, 1, probes.THREADS, 1, 1, 0)
+        self._call("cuLaunchKernel", function, *shape, stream, pointers.ctypes.data, 0)
+        torch.cuda.synchronize()
+        return outputs.cpu().numpy().view(np.uint32)
+
+    def kernel(self, dtype: torch.dtype, fmt: Format) -> dict[str, Result]:
+        function = compile.function(Quantize, ARCH, compile.ELEMENT_TYPES[dtype], fmt)
+
+        def call(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, floor: int | float) -> None:
+            function(x, q, sf, last_column_rows(sf), floor)
+            torch.cuda.synchronize()
+
+        return run_kernel(call, dtype, fmt, "cuda")
+
+
+def save(path: Path, results: dict[str, Result], **facts: str) -> None:
+    """A few arrays for all results: an entry of an npz costs more than a probe's checksums."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = [r.whole.astype(np.uint32) for r in results.values()]
+    np.savez_compressed(
+        path,
+        names=np.array(list(results)),
+        checksums=np.concatenate([r.checksums for r in results.values()]),
+        checksum_counts=np.array([len(r.checksums) for r in results.values()], np.uint32),
+        whole=np.concatenate([w.ravel() for w in whole]),
+        whole_shapes=np.array([w.shape for w in whole], np.uint32),
+        **{key: np.array(value) for key, value in facts.items()},
+    )
+
+
+def load(path: Path = RECORDING) -> dict[str, Result]:
+    with np.load(path, allow_pickle=False) as file:
+        ends = np.cumsum(file["checksum_counts"])
+        checksums = np.split(file["checksums"], ends[:-1])
+        shapes = file["whole_shapes"]
+        whole = np.split(file["whole"], np.cumsum(shapes.prod(1))[:-1])
+        return {
+            str(name): Result(c, w.reshape(shape))
+            for name, c, w, shape in zip(file["names"], checksums, whole, shapes, strict=True)
+        }
+
+
+def report_differences(probe: probes.Probe, outputs: np.ndarray) -> None:
+    """Print where the emulator computes something else: the recording cannot say it later."""
+    emulated = emulate_probe(probe)
+    differ = np.flatnonzero((emulated != outputs).any(1))
+    if len(differ):
+        print(f"{probe.name}: the emulator differs on {len(differ)} of {len(outputs)} inputs")
+    for at in differ[:: max(1, len(differ) // 8)][:8]:
+        hexadecimal = [
+            " ".join(f"{word:08x}" for word in a[at]) for a in (probe.inputs, outputs, emulated)
+        ]
+        print("    inputs {}  hardware {}  emulator {}".format(*hexadecimal))
+
+
+def record(path: Path) -> None:
+    chosen = probes.probes()
+    gpu = Gpu(chosen)
+    results = {}
+    for probe in chosen:
+        outputs = gpu.probe(probe)
+        results[probe.name] = probe_result(outputs)
+        report_differences(probe, outputs)
+    save(path, results, device=torch.cuda.get_device_name())
+    print(f"{len(results)} probes")
+    for dtype, fmt in CONFIGURATIONS:
+        name = configuration_id(dtype, fmt)
+        results |= {f"{name}.{key}": value for key, value in gpu.kernel(dtype, fmt).items()}
+        print(name)
+    save(path, results, device=torch.cuda.get_device_name())
+    print(f"{path}: {path.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "record":
+        sys.exit(__doc__)
+    record(Path(sys.argv[2]))
