@@ -18,7 +18,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 
 bench: $(READY)
-	@$(BIN)/python -m bench.quantize
+	@$(BIN)/python -m bench $(ARGS)
 
 sass: $(READY)
 	@$(BIN)/python -m bench.sass

@@ -2,29 +2,69 @@
 
     python -m bench.sass
 
-Prints, for each kernel and architecture, the instructions of its one function by kind.
+Prints, for each kernel and architecture, its instructions beside the issue budget, its registers
+and spills, the accesses to global memory, and the instructions by kind.
+
+A warp moves what its 32 threads of 16 elements read and write, and the warps of a GPU together
+move no more than its memory does. The issue budget is how many instructions a warp may issue until
+its schedulers, not memory, are the limit. All instructions of a function count against it, also
+those that a warp skips. Kernels are as launched by default, as programmatic dependents.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import re
-import subprocess
-import sys
-import sysconfig
 import tempfile
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import cutlass
 
+from bench import binary_utilities, kernels
+from bench.stream import Stream
 from cute_quant.compile import ARCHITECTURES, build
 from cute_quant.formats import make_format
-from cute_quant.kernels.quantize import Quantize
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)(.*?);", re.M)
 RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
+
+ELEMENTS_PER_WARP = 32 * 16
+BYTES_PER_WARP = ELEMENTS_PER_WARP * 3 + ELEMENTS_PER_WARP // 128
+SCHEDULERS_PER_SM = 4
+
+WIDTH = 100
+INDENT = " " * 4
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a GPU of an architecture can do, from its data sheet.
+
+    Attributes:
+        clock: cycles a second under load.
+        bandwidth: bytes a second from and to memory.
+    """
+
+    name: str
+    sms: int
+    clock: float
+    bandwidth: float
+
+    @property
+    def issue_budget(self) -> int:
+        """Instructions that a warp of 512 elements may issue in the time its bytes take."""
+        warps = self.bandwidth / BYTES_PER_WARP
+        return round(self.sms * SCHEDULERS_PER_SM * self.clock / warps)
+
+
+GPUS = {
+    "sm_100a": Gpu("B200", sms=148, clock=1.9e9, bandwidth=7.67e12),
+}
 
 
 @dataclass(frozen=True)
@@ -61,41 +101,72 @@ def machine_code(kernel_class: type, arch: str, *choices: object) -> MachineCode
         compiled = build(kernel_class(*choices), arch, "--keep-cubin", f"--dump-dir {directory}")
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(compiled.__cubin__)
-        text = _run("nvdisasm", "-c", str(cubin))
-        usage = dict(RESOURCE.findall(_run("cuobjdump", "--dump-resource-usage", str(cubin))))
+        text = binary_utilities.run("nvdisasm", "-c", cubin)
+        usage = binary_utilities.run("cuobjdump", "--dump-resource-usage", cubin)
+    resources = dict(RESOURCE.findall(usage))
     opcodes = [op for op, _ in INSTRUCTION.findall(text)]
     while opcodes[-1] == "NOP" or opcodes[-1] == "BRA":  # what pads the end to a cache line
         opcodes.pop()
     return MachineCode(
-        tuple(opcodes), text, int(usage["REG"]), int(usage["STACK"]), int(usage["SHARED"])
+        tuple(opcodes),
+        text,
+        int(resources["REG"]),
+        int(resources["STACK"]),
+        int(resources["SHARED"]),
     )
 
 
-def _run(tool: str, *arguments: str) -> str:
-    """Output of one of NVIDIA's binary utilities, as their PyPI packages install them."""
-    path = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / tool
-    return subprocess.run(
-        [path if path.exists() else tool, *arguments], check=True, capture_output=True, text=True
-    ).stdout
+def reported() -> Iterator[tuple[str, type, tuple]]:
+    """Name, class and compile-time choices of each kernel."""
+    for scale_format, round_scale in (("ue8m0", False), ("float32", False), ("float32", True)):
+        for dtype, short in ((cutlass.BFloat16, "bf16"), (cutlass.Float16, "fp16")):
+            rounded = ", powers of 2" if round_scale else ""
+            fmt = make_format(128, scale_format, round_scale)
+            kernel_class, *choices = kernels.quantize(dtype, fmt, pdl=True)
+            yield f"{short} -> e4m3, {scale_format}{rounded}", kernel_class, tuple(choices)
+    yield "stream, the ceiling", Stream, (True,)
+
+
+def report(architectures: str, code: MachineCode, gpu: Gpu | None) -> list[str]:
+    """Lines about a kernel: one of numbers, then the instructions by kind."""
+    count = len(code.opcodes)
+    share = f"{count / gpu.issue_budget:4.0%} of {gpu.name}'s {gpu.issue_budget}" if gpu else ""
+    spills = code.count("LDL", "STL")
+    memory = _counted(op for op in code.opcodes if op.startswith(("LDG", "STG", "LDS", "STS")))
+    kinds = _counted(op.split(".")[0] for op in code.opcodes)
+    wrapped = textwrap.wrap(
+        kinds.replace(" ", "\0").replace(",\0", ", "),  # a number stays with its name
+        WIDTH,
+        initial_indent=INDENT,
+        subsequent_indent=INDENT,
+    )
+    return [
+        f"  {architectures:16} {count:12}  {share:19} {code.registers:9} {spills:6} "
+        f"{code.shared:6}  {memory}",
+        *(line.replace("\0", " ") for line in wrapped),
+    ]
+
+
+def _counted(names: Iterator[str]) -> str:
+    """Each name once, the most frequent first, with how often it came."""
+    counts = collections.Counter(names).most_common()
+    return ", ".join(f"{n} {name}" for name, n in counts)
 
 
 def main() -> None:
-    for scale_format, round_scale in (("ue8m0", False), ("float32", False), ("float32", True)):
-        for dtype in (cutlass.BFloat16, cutlass.Float16):
-            for arch in ARCHITECTURES.values():
-                fmt = make_format(128, scale_format, round_scale)
-                code = machine_code(Quantize, arch, dtype, fmt)
-                kinds = collections.Counter(op.split(".")[0] for op in code.opcodes)
-                rounded = " rounded" if round_scale else ""
-                print(
-                    f"{dtype.__name__} -> {scale_format}{rounded}, {arch}: "
-                    f"{len(code.opcodes)} instructions, {code.registers} registers, "
-                    f"{code.stack} bytes of stack, {code.shared} of shared memory"
-                )
-                memory = [op for op in code.opcodes if op.startswith(("LDG", "STG"))]
-                print("   ", " ".join(memory))
-                print("   ", ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()))
-                sys.stdout.flush()
+    print(
+        f"  {'target':16} {'instructions':>12}  {'of the issue budget':19} {'registers':>9} "
+        f"{'spills':>6} {'shared':>6}  accesses to memory; below, instructions by kind"
+    )
+    for name, kernel_class, choices in reported():
+        print(f"\n{name}")
+        same: dict[MachineCode, list[str]] = {}
+        for arch in ARCHITECTURES.values():
+            code = machine_code(kernel_class, arch, *choices)
+            same.setdefault(dataclasses.replace(code, text=""), []).append(arch)
+        for code, architectures in same.items():
+            gpu = GPUS.get(architectures[0])
+            print(*report(" ".join(architectures), code, gpu), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

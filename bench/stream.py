@@ -6,7 +6,7 @@ what it loaded are joined by an exclusive or, only so that neither load can be d
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 THREADS_PER_CTA = 128
@@ -15,6 +15,11 @@ WORDS_OUT = 4
 
 
 class Stream:
+    """Compile-time choice: whether the launch is a programmatic dependent one."""
+
+    def __init__(self, pdl: bool):
+        self.pdl = pdl
+
     def signature(self) -> tuple:
         n_in = cute.sym_int64(divisibility=WORDS_IN)
         n_out = cute.sym_int64(divisibility=WORDS_OUT)
@@ -45,17 +50,21 @@ class Stream:
         )
         tiles = cute.ceil_div(mX.shape[0], THREADS_PER_CTA * WORDS_IN)
         self.kernel(mX, mY, load, store).launch(
-            grid=[tiles, 1, 1], block=[THREADS_PER_CTA, 1, 1], stream=stream
+            grid=[tiles, 1, 1], block=[THREADS_PER_CTA, 1, 1], stream=stream, use_pdl=self.pdl
         )
 
     @cute.kernel
     def kernel(self, mX: cute.Tensor, mY: cute.Tensor, load: cute.TiledCopy, store: cute.TiledCopy):
+        if const_expr(self.pdl):
+            cute.arch.griddepcontrol_launch_dependents()
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         gX = cute.local_tile(mX, (THREADS_PER_CTA * WORDS_IN,), (block,))
         gY = cute.local_tile(mY, (THREADS_PER_CTA * WORDS_OUT,), (block,))
         tXgX = load.get_slice(thread).partition_S(gX)
         tXgY = store.get_slice(thread).partition_D(gY)
+        if const_expr(self.pdl):
+            cute.arch.griddepcontrol_wait()
         if (block * THREADS_PER_CTA + thread) * WORDS_OUT < mY.shape[0]:
             tXrX = cute.make_rmem_tensor_like(tXgX)
             cute.copy(load, tXgX, tXrX)

@@ -1,45 +1,113 @@
-"""Time GPU work: a CUDA graph of launches over buffers that together exceed the L2 cache."""
+"""Time GPU work: CUDA graphs of launches over rotating buffers, replayed in turn."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 ROTATION_BYTES = 320 << 20
 MAX_BUFFERS = 16
-LAUNCHES_PER_GRAPH = 20
-REPLAYS = 20
+MIN_LAUNCHES = 20
+MAX_LAUNCHES = 160
+REPLAYS = 24
+
+# A graph long enough that the gap between its first event and first kernel is lost in it. The
+# rates only size graphs; nothing is computed from them.
+GRAPH_SECONDS = 200e-6
+ASSUMED_BYTES_PER_SECOND = 3e12
+ASSUMED_LAUNCH_SECONDS = 1.5e-6
+
+# Clock cycles that the GPU spins before each timed replay, about 200 us, so that the graph is
+# enqueued by the time its first event passes.
+SPIN_CYCLES = 400_000
+WARM_UP_SPINS = 1500
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured sequence of calls.
+
+    Attributes:
+        graph: what to replay.
+        launches: calls in it.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    launches: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call, one for each replay, ascending."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
 
 
 def buffer_count(bytes_per_call: int) -> int:
-    """Buffers to rotate so that a call finds none of its data in the L2 cache."""
+    """Buffers to rotate so that a call finds none of its data in the L2 cache, as far as
+    ``MAX_BUFFERS`` go: small activations come from the L2 cache in a model too."""
     return max(2, min(MAX_BUFFERS, -(-ROTATION_BYTES // bytes_per_call)))
 
 
-def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """A graph that runs `calls` in turn, ``LAUNCHES_PER_GRAPH`` of them."""
+def launch_count(bytes_per_call: int) -> int:
+    """Calls to capture in one graph."""
+    seconds = ASSUMED_LAUNCH_SECONDS + bytes_per_call / ASSUMED_BYTES_PER_SECOND
+    return max(MIN_LAUNCHES, min(MAX_LAUNCHES, round(GRAPH_SECONDS / seconds)))
+
+
+def capture(calls: Sequence[Callable[[], object]], launches: int = MIN_LAUNCHES) -> Graph:
+    """A graph that runs `calls` in turn, `launches` of them.
+
+    Each runs once before: a first call may compile or load a module, which no capture allows.
+    """
     for call in calls:
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(LAUNCHES_PER_GRAPH):
+        for i in range(launches):
             calls[i % len(calls)]()
     graph.replay()
-    return graph
+    torch.cuda.synchronize()
+    return Graph(graph, launches)
 
 
-def median_seconds(graphs: dict[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
-    """Seconds a launch for each graph, the median over replays that alternate between them."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    seconds: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(REPLAYS):
-        for name, graph in graphs.items():
+def warm_up() -> None:
+    """Keep the GPU busy for some tenths of a second: an idle one starts at low clocks."""
+    for _ in range(WARM_UP_SPINS):
+        torch.cuda._sleep(SPIN_CYCLES)
+    torch.cuda.synchronize()
+
+
+def measure(graphs: Mapping[Hashable, Graph], replays: int = REPLAYS) -> dict[Hashable, Timing]:
+    """Time graphs, alternating between them; each round starts with the next."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    seconds: dict[Hashable, list[float]] = {key: [] for key in graphs}
+    keys = list(graphs)
+    for i in range(replays):
+        first = i % len(keys)
+        for key in keys[first:] + keys[:first]:
+            torch.cuda._sleep(SPIN_CYCLES)
             start.record()
-            graph.replay()
+            graphs[key].graph.replay()
             end.record()
             end.synchronize()
-            seconds[name].append(start.elapsed_time(end) / 1e3 / LAUNCHES_PER_GRAPH)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            seconds[key].append(start.elapsed_time(end) / 1e3 / graphs[key].launches)
+    return {key: Timing(tuple(sorted(values))) for key, values in seconds.items()}
+
+
+def median_seconds(graphs: Mapping[Hashable, Graph]) -> dict[Hashable, float]:
+    """Seconds a call for each graph, the median over replays that alternate between them."""
+    return {key: timing.median for key, timing in measure(graphs).items()}

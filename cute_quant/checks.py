@@ -26,6 +26,10 @@ def check_input(x: torch.Tensor, fmt: Format) -> None:
         raise ValueError(f"x: expected k to be a multiple of {fmt.group_size}, got k = {k}")
     if mn > MAX_SIZE or k > MAX_SIZE:
         raise ValueError(f"x: expected sizes up to {MAX_SIZE}, got {tuple(x.shape)}")
+    if mn > 1 and x.stride(0) * x.element_size() > MAX_SIZE:
+        raise ValueError(
+            f"x: expected a row stride up to {MAX_SIZE} bytes, got {x.stride(0)} elements"
+        )
     if k and x.stride(1) != 1:
         raise ValueError(f"x: expected neighbours in a row to be contiguous, got {x.stride()=}")
 
@@ -56,10 +60,10 @@ def check_values_out(q: torch.Tensor, x: torch.Tensor) -> None:
         raise ValueError(f"out q: expected shape ({mn} or more, {k}), got {tuple(q.shape)}")
     if q.shape[0] > MAX_SIZE:
         raise ValueError(f"out q: expected up to {MAX_SIZE} rows, got {q.shape[0]}")
-    if k and (q.stride(1) != 1 or (q.shape[0] > 1 and q.stride(0) < k)):
+    if k and (q.stride(1) != 1 or (q.shape[0] > 1 and not k <= q.stride(0) <= MAX_SIZE)):
         raise ValueError(
-            f"out q: expected strides (at least {k}, 1), so that rows are contiguous and do not "
-            f"overlap, got {q.stride()}"
+            f"out q: expected strides ({k} to {MAX_SIZE}, 1), so that rows are contiguous and do "
+            f"not overlap, got {q.stride()}"
         )
 
 

@@ -41,18 +41,15 @@ def test_float32_scales_are_the_elements_of_the_tensor(mlir, mn, groups):
     assert 4 * cute.cosize(layout) == sf.untyped_storage().nbytes()
 
 
-def test_threads_and_values_cover_the_tile_once(mlir):
+def test_lanes_and_values_cover_a_tile_of_a_row_once(mlir):
     atom = cute.make_copy_atom(
         cute.nvgpu.CopyUniversalOp(), cutlass.BFloat16, num_bits_per_copy=256
     )
     thread_value = layouts.tiled_copy(atom).layout_tv_tiled
-    rows, columns = layouts.TILE
-    owner = {}
-    for thread, value in itertools.product(range(layouts.THREADS_PER_CTA), range(16)):
-        index = thread_value((thread, value))
-        row, column = index % rows, index // rows
-        assert column % 16 == value, "a thread's values are neighbours"
-        assert column // 128 == thread % 32 // 8, "an octet of lanes holds a group"
-        assert row == thread // 32, "a warp holds one row"
-        owner[row, column] = thread
-    assert len(owner) == rows * columns
+    columns = []
+    for lane, value in itertools.product(range(layouts.LANES), range(layouts.VALUES_PER_THREAD)):
+        column = thread_value((lane, value))
+        assert column == 16 * lane + value, "a thread's values are neighbours"
+        assert column // 128 == lane // 8, "an octet of lanes holds a group"
+        columns.append(column)
+    assert columns == list(range(layouts.COLUMNS_PER_CTA))

@@ -8,7 +8,7 @@ from cute_quant.compile import ARCHITECTURES
 from cute_quant.kernels.quantize import Quantize
 from tests.helpers import FLOAT32, FORMATS, UE8M0, format_id
 
-MAX_INSTRUCTIONS = 131
+MAX_INSTRUCTIONS = 105
 """Budget of the packed bf16 kernel on sm_100a. It only ever goes down."""
 
 every_arch = pytest.mark.parametrize("arch", ARCHITECTURES.values())

@@ -12,32 +12,45 @@ that holds its last rows.
     row 2    thread 64 ..  71     72 ..  79      80 ..  87      88 ..  95      warp 2
     row 3    thread 96 .. 103    104 .. 111     112 .. 119     120 .. 127      warp 3
 
+A row's offset in memory is computed first, with 64 bits; within the row a tiled copy, lanes times
+values, says who holds what.
+
 These functions build layouts where a kernel is traced, or in any other MLIR context.
 """
 
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32, Int64, Uint8
 
 from cute_quant.formats import BYTES_PER_WORD, LOAD_BYTES, SCALE_ROW_ALIGNMENT
 
 BYTES_PER_VALUE = 2
 VALUES_PER_THREAD = LOAD_BYTES // BYTES_PER_VALUE
 ROWS_PER_CTA = SCALE_ROW_ALIGNMENT
-THREADS_PER_ROW = 32
-THREADS_PER_CTA = ROWS_PER_CTA * THREADS_PER_ROW
-TILE = (ROWS_PER_CTA, THREADS_PER_ROW * VALUES_PER_THREAD)
+LANES = 32
+THREADS_PER_CTA = ROWS_PER_CTA * LANES
+COLUMNS_PER_CTA = LANES * VALUES_PER_THREAD
 
 
 def tiled_copy(atom: cute.CopyAtom) -> cute.TiledCopy:
-    """A copy of the CTA's tile, each thread its 16 neighbours.
-
-    (row, lane) -> thread ``(4, 32) : (32, 1)`` and (row, column) -> value ``(1, 16) : (16, 1)``.
-    """
+    """A warp's copy of its part of a row: lane -> ``32 : 16``, value -> ``16 : 1``."""
     return cute.make_tiled_copy_tv(
-        atom,
-        cute.make_ordered_layout((ROWS_PER_CTA, THREADS_PER_ROW), order=(1, 0)),
-        cute.make_ordered_layout((1, VALUES_PER_THREAD), order=(1, 0)),
+        atom, cute.make_layout(LANES), cute.make_layout(VALUES_PER_THREAD)
     )
+
+
+def row_tile(m: cute.Tensor, row: Int32, tile: Int32) -> cute.Tensor:
+    """Tile number `tile` of a row of `m`, (512,).
+
+    The row's offset is one product of 32-bit numbers to 64 bits, where a layout would multiply
+    64-bit numbers or overflow 32.
+    """
+    row_bytes = m.stride[0] * (m.element_type.width // 8)
+    offset = cute.assume(Int64(row) * row_bytes, divby=m.iterator.alignment)
+    start = cute.recast_ptr(m.iterator, dtype=Uint8) + offset
+    mRow = cute.make_tensor(
+        cute.recast_ptr(start, dtype=m.element_type), cute.make_layout(m.shape[1])
+    )
+    return cute.local_tile(mRow, (COLUMNS_PER_CTA,), (tile,))
 
 
 def packed_scales(rows: Int32 | int, words: Int32 | int) -> cute.Layout:

@@ -1,17 +1,19 @@
 """Device functions of the contract: magnitudes, scales, exact multipliers.
 
 They work on the registers of a thread and the lanes of a group; nothing here touches memory.
-Scales and multipliers travel as the bits of a float32, in which a comparison of integers orders
-magnitudes: NaN above Inf above every finite value.
+Magnitudes, scales and multipliers travel as the bits of a float32, in which a comparison of
+integers orders magnitudes: NaN above Inf above every finite value.
 """
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Uint16, Uint32, const_expr
 from cutlass._mlir.dialects import llvm
+from cutlass.base_dsl import BaseDSL
+from cutlass.base_dsl.enums import Arch
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-from cute_quant.formats import E4M3_MAX, UE8M0_NAN
+from cute_quant.formats import E4M3_MAX
 
 E4M3_MAX_MANTISSA = 0x600000
 E4M3_MAX_EXPONENT = 8
@@ -20,48 +22,58 @@ FLOAT32_INFINITY = 0x7F800000
 FLOAT32_NAN = 0x7FC00000
 MANTISSA_BITS = 23
 MANTISSA_MASK = 0x7FFFFF
+EXPONENT_MASK = 0xFF800000
 
 UE8M0_MAX = 254
 
+PRECISION = {BFloat16: 7, Float16: 10}
+"""Bits of the mantissa that are stored."""
+
 
 @dsl_user_op
-def max_u16x2(a: Uint32, b: Uint32, *, loc=None, ip=None) -> Uint32:
-    """``max.u16x2``: one instruction for two magnitudes; the DSL has no packed 16-bit integers."""
-    operands = [Uint32(a).ir_value(loc=loc, ip=ip), Uint32(b).ir_value(loc=loc, ip=ip)]
-    return Uint32(
-        llvm.inline_asm(T.i32(), operands, "max.u16x2 $0, $1, $2;", "=r,r,r", loc=loc, ip=ip)
-    )
+def _max_magnitude(a, b, dtype, *, loc=None, ip=None) -> Uint32:
+    """``max.NaN.xorsign.abs``: the larger magnitude of two pairs of halves, under some sign; an
+    integer maximum would have to mask the signs of all its operands first."""
+    halves = "f16x2" if dtype is Float16 else "bf16x2"
+    operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (a, b)]
+    ptx = f"max.NaN.xorsign.abs.{halves} $0, $1, $2;"
+    return Uint32(llvm.inline_asm(T.i32(), operands, ptx, "=r,r,r", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def _max_u16x2(a, b, *, loc=None, ip=None) -> Uint32:
+    """``max.u16x2``: one instruction for two magnitudes; the DSL has no pairs of integers."""
+    operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (a, b)]
+    ptx = "max.u16x2 $0, $1, $2;"
+    return Uint32(llvm.inline_asm(T.i32(), operands, ptx, "=r,r,r", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def _multiply_bf16(a, b, *, loc=None, ip=None) -> Float32:
+    """``fma.rn.f32.bf16`` with -0 to add: SM100 widens and multiplies in one instruction."""
+    operands = [v.ir_value(loc=loc, ip=ip) for v in (a, b, Float32(-0.0))]
+    ptx = "fma.rn.f32.bf16 $0, $1, $2, $3;"
+    return Float32(llvm.inline_asm(T.f32(), operands, ptx, "=f,h,h,f", loc=loc, ip=ip))
 
 
 @cute.jit
 def group_amax(rX: cute.Tensor, lanes: cutlass.Constexpr[int]) -> Uint32:
-    """Bits of the largest magnitude in a group of 16-bit floats held by `lanes` neighbours."""
+    """Largest magnitude in a group of 16-bit floats held by `lanes` neighbours, as a float32.
+
+    Bits below the precision of `rX` have no meaning.
+    """
     pairs = cute.recast_tensor(rX, Uint32)
-    amax = pairs[0] & 0x7FFF7FFF
-    for i in cutlass.range_constexpr(1, cute.size(pairs)):
-        amax = max_u16x2(amax, pairs[i] & 0x7FFF7FFF)
+    amax = _max_magnitude(pairs[0], pairs[1], rX.element_type)
+    for i in cutlass.range_constexpr(2, cute.size(pairs), 2):
+        pair = _max_magnitude(pairs[i], pairs[i + 1], rX.element_type)
+        amax = _max_magnitude(amax, pair, rX.element_type)
+    amax = amax & 0x7FFF7FFF
     for i in cutlass.range_constexpr(lanes.bit_length() - 1):
-        amax = max_u16x2(amax, cute.arch.shuffle_sync_bfly(amax, offset=1 << i))
+        amax = _max_u16x2(amax, cute.arch.shuffle_sync_bfly(amax, offset=1 << i))
+    amax = _max_u16x2(amax, amax << 16 | amax >> 16)
     if const_expr(rX.element_type is Float16):
-        half = Uint16(cutlass.max(amax & 0xFFFF, amax >> 16))
-        return Float32(half.bitcast(Float16)).bitcast(Uint32)
-    return cutlass.max(amax << 16, amax & Uint32(0xFFFF0000))
-
-
-@cute.jit
-def widen(rX: cute.Tensor) -> cute.Tensor:
-    """The registers of `rX` as float32, exact."""
-    rY = cute.make_rmem_tensor(rX.shape, Float32)
-    if const_expr(rX.element_type is BFloat16):
-        # Two shifts or masks a pair; converting each half alone first moves it to the low half.
-        pairs = cute.recast_tensor(rX, Uint32)
-        bits = cute.recast_tensor(rY, Uint32)
-        for i in cutlass.range_constexpr(cute.size(pairs)):
-            bits[2 * i] = pairs[i] << 16
-            bits[2 * i + 1] = pairs[i] & Uint32(0xFFFF0000)
-    else:
-        rY.store(rX.load().to(Float32))
-    return rY
+        return Float32(Uint16(amax).bitcast(Float16)).bitcast(Uint32)
+    return amax
 
 
 @cute.jit
@@ -71,40 +83,91 @@ def is_finite(amax: Uint32) -> Boolean:
 
 
 @cute.jit
-def ue8m0_exponent(amax: Uint32, min_exponent: Int32) -> Int32:
-    """Biased exponent of the smallest power of two that is at least amax / 448.
+def max_multiplier(min_exponent: Int32) -> Uint32:
+    """Bits of the reciprocal of the smallest scale, 2^(min_exponent - 127)."""
+    return Uint32((UE8M0_MAX - min_exponent) << MANTISSA_BITS)
 
-    Adding the largest mantissa less that of 448 carries into the exponent exactly where the
-    mantissa of amax is above that of 448. 255, the UE8M0 NaN, where amax is not finite.
+
+@cute.jit
+def exact_multiplier(
+    amax: Uint32, dtype: cutlass.Constexpr[type], max_multiplier: Uint32
+) -> Uint32:
+    """Bits of the largest power of two m with amax * m <= 448, at most `max_multiplier`.
+
+    It is the reciprocal of the UE8M0 scale, its exponent 254 less that of the scale. Subtracting
+    amax from 448 with the exponent of m for amax = 1 leaves it in place: the mantissa borrows from
+    the exponent exactly where that of amax is above that of 448. NaN where amax is not finite.
     """
-    carried = Int32((amax + Uint32(MANTISSA_MASK - E4M3_MAX_MANTISSA)) >> MANTISSA_BITS)
-    exponent = cutlass.max(carried - E4M3_MAX_EXPONENT, min_exponent)
-    return exponent if is_finite(amax) else Int32(UE8M0_NAN)
+    below_precision = (1 << MANTISSA_BITS - PRECISION[dtype]) - 1
+    minuend = UE8M0_MAX + E4M3_MAX_EXPONENT << MANTISSA_BITS | E4M3_MAX_MANTISSA | below_precision
+    multiplier = (Uint32(minuend) - amax) & Uint32(EXPONENT_MASK)
+    multiplier = cutlass.min(multiplier, max_multiplier)
+    return multiplier if is_finite(amax) else Uint32(FLOAT32_NAN)
 
 
 @cute.jit
-def power_of_two(exponent: Int32) -> Float32:
-    """The scale 2^(exponent - 127), for exponents from 1; NaN for the UE8M0 NaN."""
-    bits = exponent << MANTISSA_BITS
-    bits = Int32(FLOAT32_NAN) if exponent == UE8M0_NAN else bits
+def ue8m0(multiplier: Uint32) -> Uint32:
+    """The UE8M0 byte of 1 / `multiplier`, in the low byte: 254 less its exponent, 255 of a NaN."""
+    return (Uint32(UE8M0_MAX << MANTISSA_BITS | MANTISSA_MASK) - multiplier) >> MANTISSA_BITS
+
+
+@cute.jit
+def power_of_two(multiplier: Uint32) -> Float32:
+    """1 / `multiplier` for exponents up to 253; NaN of a NaN."""
+    bits = Uint32(UE8M0_MAX << MANTISSA_BITS) - multiplier
+    bits = bits if multiplier < Uint32(FLOAT32_INFINITY) else multiplier
     return bits.bitcast(Float32)
 
 
 @cute.jit
-def exact_reciprocal(exponent: Int32) -> Float32:
-    """1 / 2^(exponent - 127), exact for every exponent; NaN for the UE8M0 NaN."""
-    bits = (UE8M0_MAX - exponent) << MANTISSA_BITS
-    bits = Int32(FLOAT32_NAN) if exponent == UE8M0_NAN else bits
-    return bits.bitcast(Float32)
-
-
-@cute.jit
-def float32_scale(amax: Uint32, min_scale: Float32, reciprocal: cutlass.Constexpr[bool]) -> Float32:
+def float32_scale(
+    amax: Uint32,
+    dtype: cutlass.Constexpr[type],
+    min_scale: Float32,
+    reciprocal: cutlass.Constexpr[bool],
+) -> Float32:
     """max(amax / 448, min_scale), NaN where amax is not finite.
 
     The quotient has IEEE rounding; with `reciprocal` it is amax times the rounded 1 / 448.
     """
-    scale = amax.bitcast(Float32)
+    below_precision = (1 << MANTISSA_BITS - PRECISION[dtype]) - 1
+    scale = (amax & Uint32(0xFFFFFFFF ^ below_precision)).bitcast(Float32)
     scale = scale * (1.0 / E4M3_MAX) if const_expr(reciprocal) else scale / E4M3_MAX
     scale = cutlass.max(scale, min_scale)
     return scale if is_finite(amax) else Uint32(FLOAT32_NAN).bitcast(Float32)
+
+
+@cute.jit
+def multiply_exact(rX: cute.Tensor, multiplier: Uint32) -> cute.Tensor:
+    """Float32 products of `rX` and a multiplier that is a power of two or NaN, given as bits."""
+    if const_expr(rX.element_type is BFloat16 and _has_mixed_fma()):
+        # Such a multiplier is a bfloat16 too: the upper half of the float32.
+        rY = cute.make_rmem_tensor(rX.shape, Float32)
+        halves = cute.recast_tensor(rX, Uint16)
+        factor = Uint16(multiplier >> 16)
+        for i in cutlass.range_constexpr(cute.size(rX)):
+            rY[i] = _multiply_bf16(halves[i], factor)
+        return rY
+    return multiply(rX, multiplier.bitcast(Float32))
+
+
+@cute.jit
+def multiply(rX: cute.Tensor, multiplier: Float32) -> cute.Tensor:
+    """Float32 products of `rX` and `multiplier`."""
+    rY = cute.make_rmem_tensor(rX.shape, Float32)
+    if const_expr(rX.element_type is BFloat16):
+        # A shift and a mask for a pair; converting a half alone first moves it to the low half.
+        pairs = cute.recast_tensor(rX, Uint32)
+        bits = cute.recast_tensor(rY, Uint32)
+        for i in cutlass.range_constexpr(cute.size(pairs)):
+            bits[2 * i] = pairs[i] << 16
+            bits[2 * i + 1] = pairs[i] & Uint32(0xFFFF0000)
+    else:
+        rY.store(rX.load().to(Float32))
+    rY.store(rY.load() * multiplier)
+    return rY
+
+
+def _has_mixed_fma() -> bool:
+    """Whether the target has ``fma.rn.f32.bf16``."""
+    return BaseDSL._get_dsl().get_arch_enum() >= Arch.sm_100

@@ -288,6 +288,14 @@ def choose_half(a, b, o, t, n=""):
     return np.where(nan, np.uint16(half(t).nan), chosen)
 
 
+@operation("max.NaN.xorsign.abs.{t}", "{t}", "{t} {t}", t="f16x2 bf16x2")
+def max_magnitude_half(a, b, t):
+    x, y = (np.abs(floats.decode(v, half(t))) for v in (a, b))
+    magnitude = np.where(choose(x, y, True), a, b) & np.uint16(0x7FFF)
+    chosen = magnitude | (a ^ b) & np.uint16(0x8000)
+    return np.where(np.isnan(x) | np.isnan(y), np.uint16(half(t).nan), chosen)
+
+
 # 9.7.5 Mixed Precision Floating Point Instructions
 
 

@@ -87,17 +87,20 @@ def pack(
     mn, k = x.shape
     rows = align(mn, SCALE_ROW_ALIGNMENT)
     column_stride = rows * sf.itemsize if fmt.packed else rows  # in bytes of packed scales
-    tensor = struct.Struct("<Qiiq")  # address, two sizes, one stride
+    last_rows = last_column_rows(sf)
+    full_columns = sf.shape[1] - (last_rows < rows)
+    matrix = struct.Struct("<Qiii4x")  # address, two sizes, one stride, padding
     arguments = (
-        tensor.pack(addresses["x"], mn, k, x.stride(0)),
-        tensor.pack(addresses["q"], q.shape[0], k, q.stride(0)),
-        tensor.pack(addresses["sf"], rows, sf.shape[1], column_stride),
-        struct.pack("<i", last_column_rows(sf)),
-        struct.pack("<i" if fmt.power_of_two else "<f", floor),
+        struct.pack("<i", full_columns),
+        struct.pack("<i", last_rows),
+        struct.pack("<I", 254 - floor << 23) if fmt.power_of_two else struct.pack("<f", floor),
+        matrix.pack(addresses["x"], mn, k, x.stride(0)),
+        matrix.pack(addresses["q"], q.shape[0], k, q.stride(0)),
+        struct.pack("<Qiiq", addresses["sf"], rows, sf.shape[1], column_stride),
     )
-    row_tiles = ceil_div(max(rows, q.shape[0]), layouts.TILE[0])
+    row_tiles = ceil_div(max(rows, q.shape[0]), layouts.ROWS_PER_CTA)
     grid = (
-        ceil_div(k, layouts.TILE[1]),
+        ceil_div(k, layouts.COLUMNS_PER_CTA),
         min(row_tiles, MAX_GRID_Y),
         ceil_div(row_tiles, MAX_GRID_Y),
     )

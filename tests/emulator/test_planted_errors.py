@@ -92,8 +92,8 @@ def test_comparison_off_by_one(planted, kernel_of, arch, fmt):
         except (EmulatorError, AssertionError):
             continue
         missed.append(wrong)
-    # Tiles hold whole words of packed scales: that a group is below their number is always true.
-    assert len(missed) <= (1 if fmt.packed else 0), missed
+    # The amax of a group with Inf has bits below its precision, so it is above that bound.
+    assert all(str(0x7F800000) in comparison for comparison in missed), missed
 
 
 @every_arch
@@ -153,7 +153,7 @@ def test_two_threads_store_the_same_scale(planted, arch):
 
 @every_arch
 def test_load_of_the_next_row(planted, arch):
-    kernel = planted(arch, UE8M0, r"(ld\.global\.v4\.b\d+\s+\{[^}]*\}, \[%rd\d+)\]", r"\1+1280]")
+    kernel = planted(arch, UE8M0, r"(ld\.global\.v[48]\.b\d+\s+\{[^}]*\}, \[%rd\d+)\]", r"\1+1280]")
     with pytest.raises((MemoryFault, AssertionError)):
         run(kernel)
 

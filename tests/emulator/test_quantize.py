@@ -109,12 +109,12 @@ def test_third_grid_dimension(kernel_of, arch, fmt):
 @every_arch
 def test_offsets_past_32_bits(kernel_of, arch):
     """Rows gigabytes apart: offsets in elements do not fit 32 bits, with or without a sign."""
-    stride = 2**31 + 32
-    x = torch.empty(2 * stride + 128, dtype=torch.bfloat16).as_strided((3, 128), (stride, 1))
-    x.copy_(special_groups(3, 128, torch.bfloat16, 1))
-    q, expected_q = (torch.zeros(3, 128, dtype=VALUE_DTYPE) for _ in range(2))
-    sf, expected_sf = (poisoned_scales(UE8M0, 3, 128, "cpu") for _ in range(2))
-    assert last_column_rows(sf) == 4
+    stride = 2**30 - 16
+    x = torch.empty(5 * stride + 128, dtype=torch.bfloat16).as_strided((6, 128), (stride, 1))
+    x.copy_(special_groups(6, 128, torch.bfloat16, 1))
+    q, expected_q = (torch.zeros(6, 128, dtype=VALUE_DTYPE) for _ in range(2))
+    sf, expected_sf = (poisoned_scales(UE8M0, 6, 128, "cpu") for _ in range(2))
+    assert last_column_rows(sf) == 8
     kernel_of(torch.bfloat16, UE8M0, arch)(x, q, sf, 94)
     reference.quantize_into(x.clone(), expected_q, expected_sf, UE8M0, 94)
     assert torch.equal(q.view(torch.uint8), expected_q.view(torch.uint8))

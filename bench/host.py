@@ -1,0 +1,66 @@
+"""Host time of a call: what the CPU spends before the GPU has work.
+
+    python -m bench.host
+
+Batches of calls alternate between the functions; each number is the median batch.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from bench.names import EMPTY_LIKE, NEG, QUANTIZE, QUANTIZE_OUT
+from cute_quant import quantize
+
+SHAPE = (16, 7168)
+CALLS = 100
+BATCHES = 60
+WARM_UP_BATCHES = 5
+
+
+def measure() -> dict[str, float]:
+    """Seconds a call on a small input, whose kernels never hold the host up."""
+    x = torch.randn(SHAPE, dtype=torch.bfloat16, device="cuda")
+    out = quantize(x)
+    functions: dict[str, Callable[[], object]] = {
+        QUANTIZE_OUT: lambda: quantize(x, out=out),
+        QUANTIZE: lambda: quantize(x),
+        NEG: lambda: torch.neg(x),
+        EMPTY_LIKE: lambda: torch.empty_like(x),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(WARM_UP_BATCHES + BATCHES):
+        for name, function in functions.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                function()
+            elapsed = time.perf_counter() - start
+            if i >= WARM_UP_BATCHES:
+                seconds[name].append(elapsed / CALLS)
+    torch.cuda.synchronize()
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def lines(seconds: dict[str, float]) -> list[str]:
+    """A small table."""
+    return [f"host time of a call, x {SHAPE} bf16, median of {BATCHES} batches of {CALLS}"] + [
+        f"  {name:26} {s * 1e6:6.2f} us  {s / seconds[NEG]:5.2f} x {NEG}"
+        for name, s in seconds.items()
+    ]
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("bench.host: needs a CUDA GPU of compute capability 9.0, 10.0 or 10.3")
+    print(torch.cuda.get_device_name())
+    print("\n".join(lines(measure())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Names by which results are looked up. Nothing here needs more than Python."""
+
+PLAIN, PDL = "plain", "pdl"
+LAUNCHES = (PLAIN, PDL)
+"""A plain launch waits for the one before it to end. With PDL, programmatic dependent launch, it
+starts while that one runs and waits in its code."""
+
+CUTE_QUANT, STREAM = "cute_quant", "stream"
+FLOAT16_INPUT, FLOAT32_SCALES = "cute_quant fp16", "cute_quant fp32 sf"
+
+QUANTIZE_OUT = "quantize(x, out=(q, sf))"
+QUANTIZE = "quantize(x)"
+NEG = "torch.neg(x)"
+EMPTY_LIKE = "torch.empty_like(x)"

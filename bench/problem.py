@@ -1,0 +1,98 @@
+"""Inputs, outputs and expected results of one shape."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from bench import timing
+from bench.shapes import GROUP_SIZE, bytes_moved
+from cute_quant import reference
+from cute_quant.formats import DEFAULT_MIN_SCALE, VALUE_DTYPE, Format, make_format, scale_floor
+
+UE8M0 = make_format(GROUP_SIZE, "ue8m0", False)
+FLOAT32 = make_format(GROUP_SIZE, "float32", False)
+
+POISON = 0xA5
+EDGE_ROWS = 4
+MIDDLE_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory for one call.
+
+    Attributes:
+        x: (mn, k), bfloat16, normally distributed.
+        q: (mn, k), e4m3.
+        scales: for each format, MN-major.
+    """
+
+    x: torch.Tensor
+    q: torch.Tensor
+    scales: dict[Format, torch.Tensor]
+
+    def input(self, dtype: torch.dtype) -> torch.Tensor:
+        """x, or its bits read as float16: as many bytes, finite, and not the same values."""
+        return self.x.view(dtype)
+
+    def poison(self) -> None:
+        """Fill the outputs with bytes that are not the result."""
+        for t in (self.q, *self.scales.values()):
+            storage = torch.empty(0, dtype=torch.uint8, device=t.device)
+            storage.set_(t.untyped_storage()).fill_(POISON)
+
+
+class Problem:
+    """Rotating buffers of one shape on the current GPU."""
+
+    def __init__(self, mn: int, k: int):
+        self.mn, self.k = mn, k
+        self.bytes = bytes_moved(mn, k, UE8M0)
+        self.buffers = [
+            Buffer(
+                torch.randn(mn, k, dtype=torch.bfloat16, device="cuda"),
+                torch.empty(mn, k, dtype=VALUE_DTYPE, device="cuda"),
+                {fmt: fmt.empty_scales(mn, k, torch.device("cuda")) for fmt in (UE8M0, FLOAT32)},
+            )
+            for _ in range(timing.buffer_count(self.bytes))
+        ]
+        self._expected: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @functools.cached_property
+    def rows(self) -> torch.Tensor:
+        """The rows that checks look at: the first, the last, and some between them."""
+        middle = torch.linspace(0, self.mn - 1, MIDDLE_ROWS + 2).round().long()
+        edges = torch.arange(EDGE_ROWS)
+        rows = torch.cat([edges, middle, self.mn - 1 - edges]).clamp(0, self.mn - 1)
+        return rows.unique().cuda()
+
+    def expected(
+        self, index: int, dtype: torch.dtype, fmt: Format
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference's values and scales for ``rows`` of a buffer, on the CPU."""
+        key = (index, dtype, fmt)
+        if key in self._expected:
+            return self._expected[key]
+        x = self.buffers[index].input(dtype)[self.rows].cpu()
+        q = torch.empty(x.shape, dtype=VALUE_DTYPE)
+        sf = fmt.empty_scales(*x.shape, x.device)
+        reference.quantize_into(x, q, sf, fmt, scale_floor(fmt, DEFAULT_MIN_SCALE))
+        self._expected[key] = q, sf
+        return q, sf
+
+    def difference(
+        self, index: int, dtype: torch.dtype, fmt: Format, q: torch.Tensor, sf: torch.Tensor
+    ) -> str:
+        """How results differ from the reference in ``rows``; empty where no bit does."""
+        expected_q, expected_sf = self.expected(index, dtype, fmt)
+        found = []
+        for name, t, expected in (("values", q, expected_q), ("scales", sf, expected_sf)):
+            integer = torch.uint8 if t.dtype is VALUE_DTYPE else torch.int32
+            actual = t.view(integer)[self.rows].cpu()
+            wrong = int((actual != expected.view(integer)).sum())
+            if wrong:
+                found.append(f"{wrong} of {actual.numel()} {name} in {len(actual)} rows")
+        return ", ".join(found)

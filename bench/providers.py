@@ -1,0 +1,277 @@
+"""Who is measured: each provider binds its calls to buffers, and says how to check them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from bench import kernels, stream
+from bench.names import CUTE_QUANT, FLOAT16_INPUT, FLOAT32_SCALES, PDL, PLAIN, STREAM
+from bench.problem import FLOAT32, UE8M0, Buffer, Problem
+from bench.vllm_kernels import Module
+from cute_quant import compile, quantize
+from cute_quant.formats import (
+    BYTES_PER_WORD,
+    DEFAULT_MIN_SCALE,
+    UE8M0_NAN,
+    Format,
+    last_column_rows,
+    scale_floor,
+)
+
+NAMES = (CUTE_QUANT, STREAM, "vllm", "triton", "torch", "deep_gemm")
+
+PLAIN_ONLY = ("triton", "torch", "deep_gemm")
+
+RECOMPILE_LIMIT = 64
+MIN_EXPONENT = int(scale_floor(UE8M0, DEFAULT_MIN_SCALE))
+
+
+class Provider:
+    """A way to quantize.
+
+    Attributes:
+        name: in tables and plots.
+        launch: one of ``names.LAUNCHES``.
+        dtype: of the input.
+        fmt: of the scales.
+        everywhere: whether the targets need it at every shape; else it gives context at one k.
+    """
+
+    everywhere = True
+
+    def __init__(
+        self,
+        name: str,
+        launch: str = PLAIN,
+        dtype: torch.dtype = torch.bfloat16,
+        fmt: Format = UE8M0,
+    ):
+        self.name = name
+        self.launch = launch
+        self.dtype = dtype
+        self.fmt = fmt
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.name, self.launch
+
+    def bind(self, buffer: Buffer) -> Callable[[], tuple[torch.Tensor, torch.Tensor] | None]:
+        """A call on a buffer. It returns (q, sf) where it does not write those of the buffer."""
+        raise NotImplementedError
+
+    def difference(self, problem: Problem) -> str:
+        """Run on poisoned outputs, first and last buffer, and say how results are not right."""
+        for index in (0, len(problem.buffers) - 1):
+            buffer = problem.buffers[index]
+            buffer.poison()
+            q, sf = self.bind(buffer)() or (buffer.q, buffer.scales[self.fmt])
+            difference = problem.difference(index, self.dtype, self.fmt, q, sf)
+            if difference:
+                return difference
+        return ""
+
+
+class CuteQuant(Provider):
+    """The compiled kernel, called on tensors without the checks of `cute_quant.quantize`."""
+
+    def __init__(
+        self,
+        name: str = CUTE_QUANT,
+        launch: str = PLAIN,
+        dtype: torch.dtype = torch.bfloat16,
+        fmt: Format = UE8M0,
+    ):
+        super().__init__(name, launch, dtype, fmt)
+        kernel_class, *choices = kernels.quantize(compile.ELEMENT_TYPES[dtype], fmt, launch == PDL)
+        self.function = compile.function(kernel_class, architecture(), *choices)
+        self.floor = scale_floor(fmt, DEFAULT_MIN_SCALE)
+
+    def bind(self, buffer: Buffer) -> Callable[[], None]:
+        x, sf = buffer.input(self.dtype), buffer.scales[self.fmt]
+        return functools.partial(self.function, x, buffer.q, sf, last_column_rows(sf), self.floor)
+
+    def difference(self, problem: Problem) -> str:
+        difference = super().difference(problem)
+        if difference:
+            return difference
+        # The last buffer now holds the kernel's result, of every row.
+        buffer = problem.buffers[-1]
+        q, sf = quantize(buffer.input(self.dtype), scale_format=self.fmt.scale_format)
+        same = torch.equal(q.view(torch.uint8), buffer.q.view(torch.uint8)) and torch.equal(
+            sf, buffer.scales[self.fmt]
+        )
+        return "" if same else "cute_quant.quantize gives other bits than its kernel"
+
+
+class Stream(Provider):
+    """The ceiling: the same bytes but for the scales, and no arithmetic."""
+
+    def __init__(self, launch: str = PLAIN):
+        super().__init__(STREAM, launch)
+        self.function = compile.function(stream.Stream, architecture(), launch == PDL)
+
+    def bind(self, buffer: Buffer) -> Callable[[], None]:
+        words = (t.view(torch.int32).flatten() for t in (buffer.x, buffer.q))
+        return functools.partial(self.function, *words)
+
+    def difference(self, problem: Problem) -> str:
+        for buffer in (problem.buffers[0], problem.buffers[-1]):
+            buffer.poison()
+            self.bind(buffer)()
+            halves = buffer.x[problem.rows].view(torch.int32).unflatten(1, (-1, 2, 4))
+            expected = (halves[:, :, 0] ^ halves[:, :, 1]).flatten(1)
+            wrong = int((buffer.q.view(torch.int32)[problem.rows] != expected).sum())
+            if wrong:
+                return f"{wrong} of {expected.numel()} words"
+        return ""
+
+
+class Vllm(Provider):
+    """The kernel of a vLLM wheel, without what vLLM does around it."""
+
+    def __init__(self, module: Module, launch: str):
+        super().__init__(f"vLLM {module.version}", launch)
+        self.module = module
+
+    def bind(self, buffer: Buffer) -> Callable[[], None]:
+        return self.module.bind(buffer.x, buffer.q, buffer.scales[UE8M0], self.launch == PDL)
+
+
+class Triton(Provider):
+    everywhere = False
+
+    def __init__(self) -> None:
+        from bench import triton_quantize
+
+        super().__init__("Triton")
+        self.function = triton_quantize.quantize
+
+    def bind(self, buffer: Buffer) -> Callable[[], None]:
+        sf = buffer.scales[UE8M0]
+        return functools.partial(self.function, buffer.x, buffer.q, sf, MIN_EXPONENT)
+
+
+def formula(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor) -> None:
+    """The contract in plain torch for a compiler to fuse, into `q` and packed `sf`."""
+    groups = x.unflatten(1, (-1, UE8M0.group_size)).float()
+    amax = groups.abs().amax(2)
+    carried = (amax.view(torch.int32) + 0x1FFFFF) >> 23
+    finite = amax.isfinite()
+    exponent = (carried - 8).clamp(min=MIN_EXPONENT).where(finite, UE8M0_NAN)
+    multiplier = ((254 - exponent) << 23).view(torch.float32).where(finite, torch.nan)
+    q.copy_((groups * multiplier.unsqueeze(2)).to(q.dtype).flatten(1))
+    exponent = torch.nn.functional.pad(exponent, (0, -exponent.shape[1] % BYTES_PER_WORD))
+    shifts = torch.arange(0, 32, 8, device=x.device, dtype=torch.int32)
+    words = exponent.unflatten(1, (-1, BYTES_PER_WORD)) << shifts
+    sf.copy_(words.sum(2, dtype=torch.int32))
+
+
+class TorchCompile(Provider):
+    """``torch.compile`` of the formula, for any number of rows and one k at a time."""
+
+    everywhere = False
+
+    def __init__(self) -> None:
+        super().__init__("torch.compile")
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        self.function = torch.compile(formula, fullgraph=True)
+
+    def bind(self, buffer: Buffer) -> Callable[[], None]:
+        tensors = buffer.x, buffer.q, buffer.scales[UE8M0]
+        for t in tensors:
+            torch._dynamo.maybe_mark_dynamic(t, 0)
+            torch._dynamo.mark_static(t, 1)
+        return functools.partial(self.function, *tensors)
+
+
+class DeepGemm(Provider):
+    """DeepGEMM's cast, in torch, and its kernel that packs the scales. Both allocate."""
+
+    everywhere = False
+
+    def __init__(self) -> None:
+        import deep_gemm
+        from deep_gemm.utils.math import per_token_cast_to_fp8
+
+        super().__init__("DeepGEMM")
+        self.cast = per_token_cast_to_fp8
+        self.pack = deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor
+
+    def bind(self, buffer: Buffer) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        def call() -> tuple[torch.Tensor, torch.Tensor]:
+            q, sf = self.cast(buffer.x, use_ue8m0=True)
+            return q, self.pack(sf)
+
+        return call
+
+
+def create(
+    names: Sequence[str], launches: Sequence[str], wheels: Sequence[Path]
+) -> tuple[list[Provider], list[str]]:
+    """The providers of `names` that can run here, and a line for each that cannot.
+
+    The streaming ceiling is always among them, since everything is measured against it.
+    """
+    providers: list[Provider] = []
+    absent: list[str] = []
+    for name, factory in _factories(launches, wheels):
+        if name not in names and name != STREAM:
+            continue
+        try:
+            providers += factory()
+        except Exception as error:
+            if name in (CUTE_QUANT, STREAM):
+                raise
+            absent.append(f"{name}: {first_line(error)}")
+    for provider in [p for p in providers if isinstance(p, Vllm) and p.launch == PDL]:
+        if not provider.module.waits:
+            providers.remove(provider)
+            absent.append(f"{provider.name}, {PDL}: its code does not wait for its predecessor")
+    if PLAIN not in launches:
+        absent += [f"{name}: launched plainly only" for name in PLAIN_ONLY if name in names]
+    if "vllm" in names and not wheels:
+        absent.append("vllm: point to a wheel, or to what was extracted from one, with --vllm")
+    return providers, absent
+
+
+def _factories(
+    launches: Sequence[str], wheels: Sequence[Path]
+) -> list[tuple[str, Callable[[], list[Provider]]]]:
+    """Names with functions that make providers, each on its own: one may fail alone."""
+    factories = [
+        (STREAM, lambda: [Stream(launch) for launch in launches]),
+        (CUTE_QUANT, lambda: [CuteQuant(launch=launch) for launch in launches]),
+    ]
+    if PLAIN in launches:
+        factories += [
+            (CUTE_QUANT, lambda: [CuteQuant(FLOAT16_INPUT, dtype=torch.float16)]),
+            (CUTE_QUANT, lambda: [CuteQuant(FLOAT32_SCALES, fmt=FLOAT32)]),
+        ]
+    factories += [("vllm", functools.partial(_vllm, wheel, launches)) for wheel in wheels]
+    if PLAIN in launches:
+        factories += [
+            ("triton", lambda: [Triton()]),
+            ("torch", lambda: [TorchCompile()]),
+            ("deep_gemm", lambda: [DeepGemm()]),
+        ]
+    return factories
+
+
+def _vllm(wheel: Path, launches: Sequence[str]) -> list[Provider]:
+    # Wheels hold code for the plain architecture, which runs on the specific one.
+    module = Module(wheel, architecture().removesuffix("a"))
+    return [Vllm(module, launch) for launch in launches]
+
+
+def architecture() -> str:
+    """The target for the current device."""
+    return compile.architecture(torch.cuda.current_device())
+
+
+def first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -1,0 +1,395 @@
+"""Results of the benchmark: JSON lines, a table, the verdict on each target, a plot.
+
+    python -m bench.report results.jsonl                # draws results.png, here or anywhere
+    python -m bench.report results.jsonl --markdown     # prints the tables instead
+
+The first line of a file describes the machine; each line after it is one provider at one shape,
+or the host times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.names import (
+    CUTE_QUANT,
+    FLOAT16_INPUT,
+    FLOAT32_SCALES,
+    LAUNCHES,
+    NEG,
+    PDL,
+    PLAIN,
+    QUANTIZE,
+    QUANTIZE_OUT,
+    STREAM,
+)
+from bench.shapes import MAIN_COLUMN
+
+CELL = 12
+
+
+@dataclass(frozen=True)
+class Result:
+    """One provider at one shape.
+
+    Attributes:
+        provider, launch: as in `bench.providers`.
+        mn, k: rows and columns of the input.
+        seconds, quartiles: a call, over the replays.
+        bytes: that a quantizer moves at this shape.
+        buffers, launches, replays: of the measurement.
+        difference: how the output is not the reference's; empty where every bit is.
+    """
+
+    provider: str
+    launch: str
+    mn: int
+    k: int
+    seconds: float
+    quartiles: tuple[float, float]
+    bytes: int
+    buffers: int
+    launches: int
+    replays: int
+    difference: str = ""
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median."""
+        return (self.quartiles[1] - self.quartiles[0]) / self.seconds
+
+
+class Results:
+    """All of a run, to be looked up by provider, launch and shape."""
+
+    def __init__(self, machine: dict, results: Sequence[Result] = (), host: dict | None = None):
+        self.machine = machine
+        self.host = host or {}
+        self._by_key: dict[tuple[str, str, int, int], Result] = {}
+        for result in results:
+            self.add(result)
+
+    def add(self, result: Result) -> None:
+        self._by_key[result.provider, result.launch, result.mn, result.k] = result
+
+    def get(self, provider: str, launch: str, mn: int, k: int) -> Result | None:
+        return self._by_key.get((provider, launch, mn, k))
+
+    def ratio(self, a: str, b: str, launch: str, mn: int, k: int) -> float | None:
+        """Time of provider `a` over that of `b`."""
+        over, under = self.get(a, launch, mn, k), self.get(b, launch, mn, k)
+        return over.seconds / under.seconds if over and under else None
+
+    def providers(self, launch: str | None = None) -> list[str]:
+        """Names in the order in which they came."""
+        return list(dict.fromkeys(r.provider for r in self if launch in (None, r.launch)))
+
+    def launches(self) -> list[str]:
+        return list(dict.fromkeys(r.launch for r in self))
+
+    def columns(self) -> list[int]:
+        return sorted({r.k for r in self})
+
+    def rows(self, k: int) -> list[int]:
+        return sorted({r.mn for r in self if r.k == k})
+
+    def __iter__(self):
+        return iter(self._by_key.values())
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            for line in self.to_json():
+                file.write(json.dumps(line) + "\n")
+
+    def to_json(self) -> list[dict]:
+        host = [{"host_seconds": self.host}] if self.host else []
+        return [{"machine": self.machine}, *map(asdict, self), *host]
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        results, machine, host = [], {}, {}
+        for line in lines:
+            if "machine" in line:
+                machine = line["machine"]
+            elif "host_seconds" in line:
+                host = line["host_seconds"]
+            else:
+                results.append(Result(**{**line, "quartiles": tuple(line["quartiles"])}))
+        return cls(machine, results, host)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on the ratio of two providers' times over a range of rows.
+
+    Attributes:
+        over, under: the providers, or how their names start.
+        launches: ways to launch it is judged in.
+        rows: smallest and largest mn.
+        bound: of the ratio.
+        at_most: whether the bound is an upper one.
+    """
+
+    over: str
+    under: str
+    launches: tuple[str, ...]
+    rows: tuple[int, int]
+    bound: float
+    at_most: bool = True
+
+    def __str__(self) -> str:
+        low, high = self.rows
+        if self.rows == ANY:
+            rows = ""
+        elif high == ANY[1]:
+            rows = f", M >= {low}"
+        else:
+            rows = f", M <= {high}" if low == 1 else f", M {low} to {high}"
+        return f"{self.over} / {self.under}{rows}"
+
+    def concerns(self, result: Result) -> bool:
+        """Whether a result is one of `over`; versions are named without their last part."""
+        over = result.provider
+        named = over == self.over or (over.startswith(f"{self.over}.") and "vLLM" in over)
+        return named and self.rows[0] <= result.mn <= self.rows[1]
+
+
+ANY = (1, 2**31)
+TARGETS = (
+    Target(CUTE_QUANT, STREAM, LAUNCHES, (4096, ANY[1]), 1.02),
+    Target(CUTE_QUANT, STREAM, LAUNCHES, (512, 4095), 1.04),
+    Target(CUTE_QUANT, STREAM, LAUNCHES, (1, 256), 1.10),
+    Target("vLLM 0.33", CUTE_QUANT, LAUNCHES, ANY, 1.3, at_most=False),
+    Target("vLLM 0.33", CUTE_QUANT, LAUNCHES, (1, 512), 1.5, at_most=False),
+    Target("vLLM 0.33", CUTE_QUANT, (PDL,), (1, 64), 1.8, at_most=False),
+    Target("vLLM 0.20", CUTE_QUANT, (PLAIN,), (4096, ANY[1]), 1.9, at_most=False),
+    Target("vLLM 0.20", CUTE_QUANT, (PLAIN,), (1, 4095), 1.6, at_most=False),
+    Target(FLOAT16_INPUT, CUTE_QUANT, (PLAIN,), (4096, ANY[1]), 1.03),
+    Target(FLOAT32_SCALES, CUTE_QUANT, (PLAIN,), (4096, ANY[1]), 1.03),
+)
+HOST_TARGETS = (
+    (QUANTIZE_OUT, NEG, 1.0),
+    (QUANTIZE, NEG, 1.6),
+)
+
+
+def verdicts(results: Results) -> list[str]:
+    """A line for each target that the results can judge, with its worst shape."""
+    lines = []
+    for target in TARGETS:
+        for launch in target.launches:
+            ratios = []
+            for r in results:
+                if target.concerns(r) and r.launch == launch:
+                    ratio = results.ratio(r.provider, target.under, launch, r.mn, r.k)
+                    ratios += [(ratio, r.mn, r.k)] if ratio else []
+            if ratios:
+                worst, mn, k = (max if target.at_most else min)(ratios)
+                where = f"worst of {len(ratios)} at {mn} x {k}"
+                label = f"{target}, {launch}"
+                lines.append(_verdict(label, worst, target.bound, target.at_most, where))
+    for name, base, bound in HOST_TARGETS:
+        if name in results.host and base in results.host:
+            ratio = results.host[name] / results.host[base]
+            lines.append(_verdict(f"host time, {name} / {base}", ratio, bound, True, ""))
+    return lines
+
+
+def _verdict(label: str, ratio: float, bound: float, at_most: bool, where: str) -> str:
+    met = ratio <= bound if at_most else ratio >= bound
+    sign = "<=" if at_most else ">="
+    word = "met   " if met else "MISSED"
+    return f"{word} {ratio:6.3f} {sign} {bound:<5} {label:58} {where}".rstrip()
+
+
+def machine_lines(machine: dict) -> list[str]:
+    """The GPU, its driver, and versions, in words."""
+    versions = {n: v for n, v in machine.get("versions", {}).items() if v}
+    return [
+        f"{machine.get('gpu')}, driver {machine.get('driver')}, CUDA {machine.get('cuda')}, "
+        f"{machine.get('date')}, commit {machine.get('commit') or 'unknown'}",
+        ", ".join(f"{n} {v}" for n, v in versions.items()) + f", Python {machine.get('python')}",
+    ]
+
+
+def header_line(providers: Sequence[str]) -> str:
+    short = (name.replace("cute_quant ", "+ ").removeprefix("torch.") for name in providers)
+    return f"{'M':>6} {'K':>5} launch{''.join(f'{name:>{CELL}}' for name in short)}  spread"
+
+
+def result_line(results: Results, mn: int, k: int, launch: str, providers: Sequence[str]) -> str:
+    """Microseconds of each provider and, but for the ceiling, times of the ceiling."""
+    found = [results.get(name, launch, mn, k) for name in providers]
+    cells = "".join(f"{_cell(results, r):>{CELL}}" for r in found)
+    spread = max((r.spread for r in found if r), default=0)
+    return f"{mn:6} {k:5} {launch:6}{cells}  {spread:6.1%}"
+
+
+def _cell(results: Results, result: Result | None) -> str:
+    if result is None:
+        return "-"
+    time = ("!" if result.difference else "") + _microseconds(result)
+    ratio = results.ratio(result.provider, STREAM, result.launch, result.mn, result.k)
+    if result.provider == STREAM or ratio is None:
+        return time
+    return f"{time} {ratio:4.2f}" if ratio < 10 else f"{time} {ratio:4.1f}"
+
+
+def _microseconds(result: Result) -> str:
+    us = result.seconds * 1e6
+    return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 100 else f"{us:.0f}"
+
+
+def markdown(results: Results) -> str:
+    """Tables for a document, one for each k: microseconds and ratios, in brackets those with
+    programmatic dependent launch."""
+    names = _quantizers(results)
+    lines = [*machine_lines(results.machine), f"`{results.machine.get('command')}`", ""]
+    for k in results.columns():
+        present = [n for n in names if any(r.provider == n and r.k == k for r in results)]
+        titles = [f"M, k = {k}", *(f"{n} µs" for n in present), f"{CUTE_QUANT} / {STREAM}"]
+        lines += [f"| {' | '.join(titles)} |", "| ---: " * len(titles) + "|"]
+        for mn in results.rows(k):
+            cells = [str(mn)]
+            for name in present:
+                found = [results.get(name, launch, mn, k) for launch in LAUNCHES]
+                cells.append(_with_pdl(*(_microseconds(r) if r else "" for r in found)))
+            ratios = [results.ratio(CUTE_QUANT, STREAM, launch, mn, k) for launch in LAUNCHES]
+            cells.append(_with_pdl(*(f"{r:.2f}" if r else "" for r in ratios)))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _quantizers(results: Results) -> list[str]:
+    """Providers of the packed bf16 quantizer, and the ceiling."""
+    return [n for n in results.providers() if n not in (FLOAT16_INPUT, FLOAT32_SCALES)]
+
+
+def _with_pdl(plain: str, pdl: str) -> str:
+    return f"{plain} ({pdl})" if pdl else plain
+
+
+COLORS = {
+    STREAM: "#8a8a8a",
+    CUTE_QUANT: "#c4314b",
+    "vLLM": ("#1f5fa8", "#6ba3d6", "#9cc3e6"),
+    "Triton": "#2e8b57",
+    "torch.compile": "#e08a1e",
+    "DeepGEMM": "#7a4fa3",
+}
+
+
+def draw(results: Results, path: Path, k: int) -> None:
+    """Time, and share of the ceiling's speed, over M, one line per provider.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [n for n in _quantizers(results) if any(r.provider == n and r.k == k for r in results)]
+    colors = _colors(names)
+    rows = results.rows(k)
+    figure, (time, share) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for name in names:
+        for launch in LAUNCHES:
+            found = [r for mn in rows if (r := results.get(name, launch, mn, k))]
+            if not found:
+                continue
+            x = [r.mn for r in found]
+            style = {
+                "color": colors[name],
+                "linestyle": "-" if launch == PLAIN else (0, (3, 1.5)),
+                "linewidth": 2.2 if name == CUTE_QUANT else 1.4,
+                "marker": "o" if launch == PLAIN else None,
+                "markersize": 3.5,
+                "zorder": 3 if name == CUTE_QUANT else 2,
+            }
+            label = name + (", PDL" if launch == PDL else "")
+            time.plot(x, [r.seconds * 1e6 for r in found], label=label, **style)
+            if name == STREAM:
+                continue
+            ratios = [results.ratio(STREAM, name, launch, r.mn, k) for r in found]
+            share.plot(x, [100 * ratio if ratio else float("nan") for ratio in ratios], **style)
+    time.set_yscale("log")
+    time.yaxis.set_major_formatter("{x:g}")
+    time.set_title("time, µs", loc="left")
+    share.axhline(100, color=colors.get(STREAM, "gray"), linewidth=1.4)
+    share.set_ylim(0, 108)
+    share.set_title("speed, % of a kernel that only moves the bytes", loc="left")
+    ticks = _sparse(rows)
+    for axes in (time, share):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(mn) for mn in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("M, rows")
+        axes.grid(color="#e4e4e4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False)
+    machine = results.machine
+    figure.suptitle(
+        f"bf16 to e4m3 with packed UE8M0 scales, k = {k}: {machine.get('gpu')}, "
+        f"{str(machine.get('date')).split(' ')[0]}, commit {machine.get('commit') or 'unknown'}",
+        fontsize=12,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _sparse(rows: Sequence[int]) -> list[int]:
+    """Rows far enough from each other that their labels do not touch."""
+    kept: list[int] = []
+    for mn in rows:
+        if not kept or mn >= 4 * kept[-1]:
+            kept.append(mn)
+    return kept
+
+
+def _colors(names: Sequence[str]) -> dict[str, str]:
+    shades = iter(COLORS["vLLM"] * len(names))
+    return {n: next(shades) if n.startswith("vLLM") else COLORS.get(n, "black") for n in names}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report")
+    parser.add_argument("results", type=Path, help="JSON lines of a run")
+    parser.add_argument("--markdown", action="store_true", help="print tables instead of drawing")
+    parser.add_argument("--column", type=int, help=f"k to draw; default: {MAIN_COLUMN}")
+    parser.add_argument("-o", "--output", type=Path, help="default: beside the results")
+    arguments = parser.parse_args()
+    try:
+        results = Results.read(arguments.results)
+    except (OSError, ValueError, TypeError) as error:
+        sys.exit(f"bench.report: {arguments.results}: {error}")
+    if arguments.markdown:
+        print(markdown(results))
+        print("\n".join(verdicts(results)))
+        return
+    columns = results.columns()
+    if not columns:
+        sys.exit(f"bench.report: {arguments.results}: no results")
+    k = arguments.column or (MAIN_COLUMN if MAIN_COLUMN in columns else columns[-1])
+    output = arguments.output or arguments.results.with_suffix(".png")
+    try:
+        draw(results, output, k)
+    except ImportError:
+        sys.exit("bench.report: drawing needs matplotlib: pip install matplotlib")
+    print(output)
+
+
+if __name__ == "__main__":
+    main()
