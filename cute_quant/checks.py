@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cute_quant.formats import INPUT_DTYPES, VALUE_DTYPE, Format, last_column_rows
+from cute_quant.formats import INPUT_DTYPES, VALUE_DTYPE, Format
 
 MAX_SIZE = 2**31 - 1
 
@@ -80,28 +80,35 @@ def check_scales_out(sf: torch.Tensor, x: torch.Tensor, fmt: Format) -> None:
         raise ValueError(f"out sf: expected strides {strides}, got {sf.stride()}")
 
 
-def check_disjoint(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor) -> None:
-    """Check that no byte to be written belongs to another of the tensors."""
-    inner_columns = sf.shape[1] - 1
-    sf_size = inner_columns * sf.stride(1) + last_column_rows(sf) if sf.numel() else 0
-    spans = {
-        "x": _span(x, _extent(x)),
-        "out q": _span(q, _extent(q)),
-        "out sf": _span(sf, sf_size),
-    }
-    for a, b in (("x", "out q"), ("x", "out sf"), ("out q", "out sf")):
-        if max(spans[a][0], spans[b][0]) < min(spans[a][1], spans[b][1]):
-            raise ValueError(f"{b}: expected memory of its own, got memory that overlaps {a}")
+def check_disjoint(
+    x: torch.Tensor, x_bytes: int, q: torch.Tensor, q_bytes: int, sf: torch.Tensor, last_rows: int
+) -> None:
+    """Check that no byte to be written belongs to another of the tensors.
+
+    Args:
+        x_bytes, q_bytes: their :func:`span`.
+        last_rows: ``formats.last_column_rows`` of `sf`, whose padding is written too.
+    """
+    x_start, q_start, sf_start = x.data_ptr(), q.data_ptr(), sf.data_ptr()
+    x_end, q_end = x_start + x_bytes, q_start + q_bytes
+    columns = sf.shape[1]
+    sf_end = sf_start + 4 * ((columns - 1) * sf.stride(1) + last_rows) if columns else sf_start
+    if x_start < q_end and q_start < x_end:
+        _overlap("out q", "x")
+    if x_start < sf_end and sf_start < x_end:
+        _overlap("out sf", "x")
+    if q_start < sf_end and sf_start < q_end:
+        _overlap("out sf", "out q")
 
 
-def _extent(t: torch.Tensor) -> int:
-    """Elements from the first of a matrix to its last."""
+def _overlap(name: str, other: str) -> None:
+    raise ValueError(f"{name}: expected memory of its own, got memory that overlaps {other}")
+
+
+def span(t: torch.Tensor) -> int:
+    """Bytes from the first element of a matrix to its last."""
     rows, k = t.shape
-    return (rows - 1) * t.stride(0) + k if t.numel() else 0
-
-
-def _span(t: torch.Tensor, size: int) -> tuple[int, int]:
-    return t.data_ptr(), t.data_ptr() + size * t.element_size()
+    return ((rows - 1) * t.stride(0) + k) * t.element_size() if t.numel() else 0
 
 
 def _name(dtype: torch.dtype) -> str:

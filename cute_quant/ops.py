@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -80,17 +81,17 @@ def quantize(
             "differentiable; detach it or call under torch.no_grad()"
         )
     q, sf = _out_pair(out)
-    if _is_traced(x):
-        choices = (group_size, scale_format, round_scale, min_scale)
-        if q is None and sf is None:
-            return torch.ops.cute_quant.quantize(x, *choices)
-        fmt = make_format(group_size, scale_format, round_scale)
-        checks.check_input(x, fmt)
-        q = _empty_values(x) if q is None else q
-        sf = fmt.empty_scales(*x.shape, x.device) if sf is None else sf
-        torch.ops.cute_quant.quantize_out(x, q, sf, *choices)
-        return q, sf
-    return _quantize(x, make_format(group_size, scale_format, round_scale), min_scale, q, sf)
+    choices = (group_size, scale_format, round_scale, min_scale)
+    if not _is_traced(x):
+        return _quantize(x, q, sf, choices)
+    if out is None:
+        return torch.ops.cute_quant.quantize(x, *choices)
+    fmt = make_format(*choices[:3])
+    checks.check_input(x, fmt)
+    q = _empty_values(x) if q is None else q
+    sf = fmt.empty_scales(*x.shape, x.device) if sf is None else sf
+    torch.ops.cute_quant.quantize_out(x, q, sf, *choices)
+    return q, sf
 
 
 def dequantize(
@@ -162,45 +163,82 @@ def _empty_values(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=VALUE_DTYPE, device=x.device)
 
 
-def _quantize(
-    x: torch.Tensor,
-    fmt: Format,
-    min_scale: float,
-    q: torch.Tensor | None = None,
-    sf: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+class _Plan(NamedTuple):
+    """What a call on tensors of some look needs to know, their addresses aside.
+
+    Attributes:
+        launch: the compiled kernel, None for the CPU and for no elements.
+        x_bytes, q_bytes: from the first element to the last, of a caller's q only.
+    """
+
+    fmt: Format
+    floor: int | float
+    launch: Callable[..., None] | None
+    x_bytes: int
+    q_bytes: int
+
+
+# Checking the looks of three tensors costs more than launching a kernel on them.
+_plans: dict[tuple, _Plan] = {}
+_MAX_PLANS = 4096
+
+
+def _look(t: torch.Tensor | None) -> tuple | None:
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
+
+
+def _plan(
+    x: torch.Tensor, q: torch.Tensor | None, sf: torch.Tensor | None, choices: tuple
+) -> _Plan:
+    """Check all but addresses, and find the kernel."""
+    *format_choices, min_scale = choices
+    fmt = make_format(*format_choices)
     checks.check_input(x, fmt)
+    if x.is_neg():
+        raise ValueError("x: expected values in memory, got a lazily negated view")
     floor = scale_floor(fmt, min_scale)
-    caller_owns_memory = q is not None or sf is not None
+    if q is not None:
+        checks.check_values_out(q, x)
+    if sf is not None:
+        checks.check_scales_out(sf, x, fmt)
+    if not (x.is_cuda or x.is_cpu):
+        raise ValueError(f"x: expected a tensor on a CUDA device or the CPU, got {x.device}")
+    launch = _kernel(x.dtype, fmt, x.get_device()) if x.is_cuda and x.numel() else None
+    return _Plan(fmt, floor, launch, checks.span(x), 0 if q is None else checks.span(q))
+
+
+def _quantize(
+    x: torch.Tensor, q: torch.Tensor | None, sf: torch.Tensor | None, choices: tuple
+) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        key = _look(x), x.is_neg(), _look(q), _look(sf), choices
+        plan = _plans.get(key)
+    except (AttributeError, RuntimeError, TypeError):  # no look, or no hash: say what is wrong
+        plan = _plan(x, q, sf, choices)
+    if plan is None:
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _plan(x, q, sf, choices)
+    given = q is not None or sf is not None
     if q is None:
         q = _empty_values(x)
-    else:
-        checks.check_values_out(q, x)
     if sf is None:
-        sf = fmt.empty_scales(*x.shape, x.device)
-    else:
-        checks.check_scales_out(sf, x, fmt)
-    if caller_owns_memory:
-        checks.check_disjoint(x, q, sf)
-    if x.is_cuda:
-        _launch(x, q, sf, fmt, floor)
+        sf = plan.fmt.empty_scales(*x.shape, x.device)
+    last_rows = last_column_rows(sf)
+    if given:
+        checks.check_disjoint(x, plan.x_bytes, q, plan.q_bytes, sf, last_rows)
+    if plan.launch is not None:
+        try:
+            plan.launch(x, q, sf, last_rows, plan.floor)
+        except ValueError:
+            checks.check_rows("x", x, LOAD_BYTES)
+            checks.check_rows("out q", q, STORE_BYTES)
+            raise
     elif x.is_cpu:
-        reference.quantize_into(x, q, sf, fmt, floor)
+        reference.quantize_into(x, q, sf, plan.fmt, plan.floor)
     else:
-        raise ValueError(f"x: expected a tensor on a CUDA device or the CPU, got {x.device}")
+        q.view(torch.uint8).zero_()  # without elements in x: a caller's q may have rows
     return q, sf
-
-
-def _launch(
-    x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, fmt: Format, floor: int | float
-) -> None:
-    if x.numel() == 0:
-        # A grid needs rows; without any, what is left to define is a caller's larger q.
-        q.view(torch.uint8).zero_()
-        return
-    checks.check_rows("x", x, LOAD_BYTES)
-    checks.check_rows("out q", q, STORE_BYTES)
-    _kernel(x.dtype, fmt, x.get_device())(x, q, sf, last_column_rows(sf), floor)
 
 
 @functools.cache
@@ -222,8 +260,7 @@ _CHOICES = "int group_size, str scale_format, bool round_scale, float min_scale"
     schema=f"(Tensor x, {_CHOICES}) -> (Tensor, Tensor)",
 )
 def _quantize_op(x: torch.Tensor, *choices: object) -> tuple[torch.Tensor, torch.Tensor]:
-    *format_choices, min_scale = choices
-    return _quantize(x, make_format(*format_choices), min_scale)
+    return _quantize(x, None, None, choices)
 
 
 @_quantize_op.register_fake
@@ -241,8 +278,7 @@ def _(x: torch.Tensor, *choices: object) -> tuple[torch.Tensor, torch.Tensor]:
     schema=f"(Tensor x, Tensor(a!) q, Tensor(b!) sf, {_CHOICES}) -> ()",
 )
 def _quantize_out_op(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *choices: object) -> None:
-    *format_choices, min_scale = choices
-    _quantize(x, make_format(*format_choices), min_scale, q, sf)
+    _quantize(x, q, sf, choices)
 
 
 @_quantize_out_op.register_fake

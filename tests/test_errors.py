@@ -107,6 +107,21 @@ def test_layout(device):
         quantize(activations(device).to_sparse())
 
 
+def test_negated_view(device):
+    quantize(activations(device))  # of the same look
+    with pytest.raises(ValueError, match=r"x: expected values in memory, got a lazily negated"):
+        quantize(torch._neg_view(activations(device)))
+
+
+def test_row_stride(device):
+    x = torch.empty(1, dtype=torch.bfloat16, device=device).expand(2, 128)
+    with pytest.raises(ValueError, match=r"x: expected neighbours"):
+        quantize(x)
+    far = torch.empty(0, dtype=torch.bfloat16, device="meta").as_strided((2, 128), (2**31, 1))
+    with pytest.raises(ValueError, match=r"x: expected a row stride up to 2147483647 bytes"):
+        quantize(far)
+
+
 @pytest.mark.parametrize("out", [torch.empty(1), (torch.empty(1),), (1, 2, 3), "qs"])
 def test_out_is_a_pair(out, device):
     with pytest.raises(TypeError, match=r"out: expected a pair \(q, sf\), got"):
