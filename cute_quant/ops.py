@@ -14,6 +14,7 @@ from cute_quant.formats import (
     DEFAULT_MIN_SCALE,
     GROUP_SIZES,
     LOAD_BYTES,
+    SCALE_ROW_ALIGNMENT,
     STORE_BYTES,
     VALUE_DTYPE,
     Format,
@@ -160,15 +161,16 @@ def _is_traced(x: torch.Tensor) -> bool:
 
 
 def _empty_values(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=VALUE_DTYPE, device=x.device)
+    return torch.empty_like(x, dtype=VALUE_DTYPE, memory_format=torch.contiguous_format)
 
 
 class _Plan(NamedTuple):
-    """What a call on tensors of some look needs to know, their addresses aside.
+    """What calls on tensors of the same shapes and strides have in common.
 
     Attributes:
-        launch: the compiled kernel, None for the CPU and for no elements.
+        launch: the compiled kernel; None on the CPU and where x has no elements.
         x_bytes, q_bytes: from the first element to the last, of a caller's q only.
+        aligned: whether columns of scales have no padding rows.
     """
 
     fmt: Format
@@ -176,21 +178,18 @@ class _Plan(NamedTuple):
     launch: Callable[..., None] | None
     x_bytes: int
     q_bytes: int
+    aligned: bool
 
 
-# Checking the looks of three tensors costs more than launching a kernel on them.
+# To check all this anew costs more than the launch of a kernel.
 _plans: dict[tuple, _Plan] = {}
 _MAX_PLANS = 4096
-
-
-def _look(t: torch.Tensor | None) -> tuple | None:
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
 
 
 def _plan(
     x: torch.Tensor, q: torch.Tensor | None, sf: torch.Tensor | None, choices: tuple
 ) -> _Plan:
-    """Check all but addresses, and find the kernel."""
+    """Check everything that tensors say of themselves, and find the kernel."""
     *format_choices, min_scale = choices
     fmt = make_format(*format_choices)
     checks.check_input(x, fmt)
@@ -204,40 +203,56 @@ def _plan(
     if not (x.is_cuda or x.is_cpu):
         raise ValueError(f"x: expected a tensor on a CUDA device or the CPU, got {x.device}")
     launch = _kernel(x.dtype, fmt, x.get_device()) if x.is_cuda and x.numel() else None
-    return _Plan(fmt, floor, launch, checks.span(x), 0 if q is None else checks.span(q))
+    q_bytes = 0 if q is None else checks.span(q)
+    aligned = x.shape[0] % SCALE_ROW_ALIGNMENT == 0
+    return _Plan(fmt, floor, launch, checks.span(x), q_bytes, aligned)
+
+
+def _look_up_plan(
+    x: torch.Tensor, q: torch.Tensor | None, sf: torch.Tensor | None, choices: tuple
+) -> _Plan:
+    if not x.is_cuda or x.is_neg():
+        return _plan(x, q, sf, choices)
+    try:
+        q_look = None if q is None else (q.shape, q.stride())
+        sf_look = None if sf is None else (sf.shape, sf.stride())
+        key = x.shape, x.stride(), x.dtype, x.device, q_look, sf_look, choices
+        plan = _plans.get(key)
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, no strides, no hash
+        return _plan(x, q, sf, choices)
+    if plan is None:
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _plan(x, q, sf, choices)
+    return plan
 
 
 def _quantize(
     x: torch.Tensor, q: torch.Tensor | None, sf: torch.Tensor | None, choices: tuple
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    try:
-        key = _look(x), x.is_neg(), _look(q), _look(sf), choices
-        plan = _plans.get(key)
-    except (AttributeError, RuntimeError, TypeError):  # no look, or no hash: say what is wrong
-        plan = _plan(x, q, sf, choices)
-    if plan is None:
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _plan(x, q, sf, choices)
+    plan = _look_up_plan(x, q, sf, choices)
+    out = q, sf
     given = q is not None or sf is not None
     if q is None:
         q = _empty_values(x)
     if sf is None:
         sf = plan.fmt.empty_scales(*x.shape, x.device)
-    last_rows = last_column_rows(sf)
+    last_rows = x.shape[0] if plan.aligned else last_column_rows(sf)
     if given:
         checks.check_disjoint(x, plan.x_bytes, q, plan.q_bytes, sf, last_rows)
     if plan.launch is not None:
         try:
             plan.launch(x, q, sf, last_rows, plan.floor)
-        except ValueError:
+        except (TypeError, ValueError):
+            # The kernel refuses dtypes, devices and addresses that do not fit. Say so by name.
+            _plan(x, *out, choices)
             checks.check_rows("x", x, LOAD_BYTES)
             checks.check_rows("out q", q, STORE_BYTES)
             raise
     elif x.is_cpu:
         reference.quantize_into(x, q, sf, plan.fmt, plan.floor)
     else:
-        q.view(torch.uint8).zero_()  # without elements in x: a caller's q may have rows
+        q.view(torch.uint8).zero_()  # x has no elements, but a caller's q may have rows
     return q, sf
 
 

@@ -56,6 +56,14 @@ def _multiply_bf16(a, b, *, loc=None, ip=None) -> Float32:
     return Float32(llvm.inline_asm(T.f32(), operands, ptx, "=f,h,h,f", loc=loc, ip=ip))
 
 
+@dsl_user_op
+def _multiply_bf16x2(a, b, *, loc=None, ip=None) -> Uint32:
+    """``mul.rn.bf16x2``: two products an instruction, which the DSL has only as a sum."""
+    operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (a, b)]
+    ptx = "mul.rn.bf16x2 $0, $1, $2;"
+    return Uint32(llvm.inline_asm(T.i32(), operands, ptx, "=r,r,r", loc=loc, ip=ip))
+
+
 @cute.jit
 def group_amax(rX: cute.Tensor, lanes: cutlass.Constexpr[int]) -> Uint32:
     """Largest magnitude in a group of 16-bit floats held by `lanes` neighbours, as a float32.
@@ -139,21 +147,38 @@ def float32_scale(
 
 @cute.jit
 def multiply_exact(rX: cute.Tensor, multiplier: Uint32) -> cute.Tensor:
-    """Float32 products of `rX` and a multiplier that is a power of two or NaN, given as bits."""
-    if const_expr(rX.element_type is BFloat16 and _has_mixed_fma()):
-        # Such a multiplier is a bfloat16 too: the upper half of the float32.
+    """Products of `rX` and a multiplier that is a power of two or NaN, as float32.
+
+    Such a multiplier is a bfloat16 too, the upper half of the float32, and so are the products:
+    those that get lost below its smallest value are below that of e4m3 by far.
+    """
+    if const_expr(rX.element_type is not BFloat16):
+        return multiply(rX, multiplier.bitcast(Float32))
+    if const_expr(_has_mixed_fma()):
         rY = cute.make_rmem_tensor(rX.shape, Float32)
         halves = cute.recast_tensor(rX, Uint16)
-        factor = Uint16(multiplier >> 16)
         for i in cutlass.range_constexpr(cute.size(rX)):
-            rY[i] = _multiply_bf16(halves[i], factor)
+            rY[i] = _multiply_bf16(halves[i], Uint16(multiplier >> 16))
         return rY
-    return multiply(rX, multiplier.bitcast(Float32))
+    rY = cute.make_rmem_tensor_like(rX)
+    pairs, products = cute.recast_tensor(rX, Uint32), cute.recast_tensor(rY, Uint32)
+    factors = multiplier | multiplier >> 16
+    for i in cutlass.range_constexpr(cute.size(pairs)):
+        products[i] = _multiply_bf16x2(pairs[i], factors)
+    return widen(rY)
 
 
 @cute.jit
 def multiply(rX: cute.Tensor, multiplier: Float32) -> cute.Tensor:
-    """Float32 products of `rX` and `multiplier`."""
+    """Products of `rX` and `multiplier` as float32."""
+    rY = widen(rX)
+    rY.store(rY.load() * multiplier)
+    return rY
+
+
+@cute.jit
+def widen(rX: cute.Tensor) -> cute.Tensor:
+    """`rX` as float32."""
     rY = cute.make_rmem_tensor(rX.shape, Float32)
     if const_expr(rX.element_type is BFloat16):
         # A shift and a mask for a pair; converting a half alone first moves it to the low half.
@@ -164,7 +189,6 @@ def multiply(rX: cute.Tensor, multiplier: Float32) -> cute.Tensor:
             bits[2 * i + 1] = pairs[i] & Uint32(0xFFFF0000)
     else:
         rY.store(rX.load().to(Float32))
-    rY.store(rY.load() * multiplier)
     return rY
 
 

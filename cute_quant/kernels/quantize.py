@@ -23,8 +23,8 @@ MAX_GRID_Y = 65535
 
 class Quantize:
     """Compile-time choices: the input's element type, the format of the results, and `pdl`,
-    programmatic dependent launch: CTAs start while the kernel before runs its last ones, and let
-    those of the next start once they have read their input."""
+    programmatic dependent launch: CTAs start while the kernel before still runs, wait for its end
+    before they touch memory, and let those of the next start as early, which have to wait too."""
 
     def __init__(self, dtype: type[cutlass.Numeric], fmt: Format, pdl: bool = True):
         self.dtype = dtype
@@ -104,6 +104,8 @@ class Quantize:
         store: cute.TiledCopy,
     ):
         fmt = self.fmt
+        if const_expr(self.pdl):
+            cute.arch.griddepcontrol_launch_dependents()
         thread, _, _ = cute.arch.thread_idx()
         tile, y, z = cute.arch.block_idx()
         warp, lane = thread // layouts.LANES, thread % layouts.LANES
@@ -120,8 +122,6 @@ class Quantize:
             cute.arch.griddepcontrol_wait()
         if live:
             cute.copy(load, tXgX, tXrX)
-        if const_expr(self.pdl):
-            cute.arch.griddepcontrol_launch_dependents()
 
         amax = numerics.group_amax(tXrX, self.threads_per_group)
 
