@@ -49,7 +49,9 @@ def demonstrate(name: str, x: torch.Tensor) -> None:
     show("signal to noise", f"{decibels(x, cq.dequantize(q, sf)):.1f} dB")
     show("  with float32 scales", f"{decibels(x, cq.dequantize(*float32)):.1f} dB")
     exponents = (sf.unsqueeze(2) >> torch.arange(0, 32, 8, device=x.device) & 0xFF).flatten(1)
-    show("scale exponents of the first row", exponents[0].tolist())
+    groups = x.shape[1] // 128
+    show("scale exponents of the first row", exponents[0, :groups].tolist())
+    show("  bytes that fill up the last word", exponents[0, groups:].tolist())
 
 
 def throughput(x: torch.Tensor) -> None:
@@ -66,8 +68,9 @@ def throughput(x: torch.Tensor) -> None:
         start = time.perf_counter()
         cq.quantize(x, out=out)
         seconds = time.perf_counter() - start
+    print("\nthroughput, " + ("median of graph replays" if x.is_cuda else "one call on the CPU"))
     show(
-        f"throughput at {tuple(x.shape)}",
+        f"quantize, x {tuple(x.shape)}",
         f"{moved / seconds / 1e9:,.1f} GB/s, {seconds * 1e6:,.0f} us",
     )
 

@@ -7,31 +7,43 @@ import torch
 from cute_quant.formats import INPUT_DTYPES, VALUE_DTYPE, Format
 
 MAX_SIZE = 2**31 - 1
+MAX_ROWS = 2**31 - 2**20
+"""A grid covers more rows than there are, and counts them in 32 bits."""
 
 
 def check_tensor(name: str, t: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Check the type, dtype and layout of `t`."""
     if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
         raise TypeError(f"{name}: expected a tensor of {_names(dtypes)}, got {_kind(t)}")
+    if t.is_nested or t.layout is not torch.strided:
+        kind = "a nested tensor" if t.is_nested else f"layout {t.layout}"
+        raise TypeError(f"{name}: expected a strided tensor, got {kind}")
 
 
 def check_input(x: torch.Tensor, fmt: Format) -> None:
     """Check what a tensor says of itself, be it real or fake."""
     check_tensor("x", x, INPUT_DTYPES)
-    if x.layout is not torch.strided:
-        raise TypeError(f"x: expected a strided tensor, got layout {x.layout}")
     if x.ndim != 2:
         raise ValueError(f"x: expected 2 dimensions (mn, k), got shape {tuple(x.shape)}")
     mn, k = x.shape
-    if k % fmt.group_size:
-        raise ValueError(f"x: expected k to be a multiple of {fmt.group_size}, got k = {k}")
-    if mn > MAX_SIZE or k > MAX_SIZE:
-        raise ValueError(f"x: expected sizes up to {MAX_SIZE}, got {tuple(x.shape)}")
-    if mn > 1 and x.stride(0) * x.element_size() > MAX_SIZE:
+    check_groups("x", x, fmt)
+    if mn > MAX_ROWS or k > MAX_SIZE:
+        raise ValueError(
+            f"x: expected up to {MAX_ROWS} rows of up to {MAX_SIZE}, got shape {tuple(x.shape)}"
+        )
+    if x.stride(0) * x.element_size() > MAX_SIZE:
         raise ValueError(
             f"x: expected a row stride up to {MAX_SIZE} bytes, got {x.stride(0)} elements"
         )
     if k and x.stride(1) != 1:
         raise ValueError(f"x: expected neighbours in a row to be contiguous, got {x.stride()=}")
+
+
+def check_groups(name: str, t: torch.Tensor, fmt: Format) -> None:
+    """Check that the rows of `t` are whole groups."""
+    k = t.shape[1]
+    if k % fmt.group_size:
+        raise ValueError(f"{name}: expected k to be a multiple of {fmt.group_size}, got k = {k}")
 
 
 def has_aligned_rows(t: torch.Tensor, alignment: int) -> bool:
@@ -54,13 +66,15 @@ def check_values_out(q: torch.Tensor, x: torch.Tensor) -> None:
     """Check a caller's `q` against the input."""
     mn, k = x.shape
     check_tensor("out q", q, (VALUE_DTYPE,))
+    _check_no_gradient("out q", q)
     if q.device != x.device:
         raise ValueError(f"out q: expected the device of x, {x.device}, got {q.device}")
     if q.ndim != 2 or q.shape[0] < mn or q.shape[1] != k:
         raise ValueError(f"out q: expected shape ({mn} or more, {k}), got {tuple(q.shape)}")
-    if q.shape[0] > MAX_SIZE:
-        raise ValueError(f"out q: expected up to {MAX_SIZE} rows, got {q.shape[0]}")
-    if k and (q.stride(1) != 1 or (q.shape[0] > 1 and not k <= q.stride(0) <= MAX_SIZE)):
+    if q.shape[0] > MAX_ROWS:
+        raise ValueError(f"out q: expected up to {MAX_ROWS} rows, got {q.shape[0]}")
+    overlapping = q.shape[0] > 1 and q.stride(0) < k
+    if k and (q.stride(1) != 1 or overlapping or q.stride(0) > MAX_SIZE):
         raise ValueError(
             f"out q: expected strides ({k} to {MAX_SIZE}, 1), so that rows are contiguous and do "
             f"not overlap, got {q.stride()}"
@@ -71,6 +85,7 @@ def check_scales_out(sf: torch.Tensor, x: torch.Tensor, fmt: Format) -> None:
     """Check a caller's `sf` against the input and the format."""
     mn, k = x.shape
     check_tensor("out sf", sf, (fmt.scale_dtype,))
+    _check_no_gradient("out sf", sf)
     if sf.device != x.device:
         raise ValueError(f"out sf: expected the device of x, {x.device}, got {sf.device}")
     shape, strides = fmt.scale_shape(mn, k), fmt.scale_strides(mn)
@@ -78,6 +93,11 @@ def check_scales_out(sf: torch.Tensor, x: torch.Tensor, fmt: Format) -> None:
         raise ValueError(f"out sf: expected shape {shape}, got {tuple(sf.shape)}")
     if sf.stride(1) != strides[1] or (mn > 1 and sf.stride(0) != 1):
         raise ValueError(f"out sf: expected strides {strides}, got {sf.stride()}")
+
+
+def _check_no_gradient(name: str, t: torch.Tensor) -> None:
+    if t.requires_grad:
+        raise ValueError(f"{name}: expected a tensor that requires no gradient, got one that does")
 
 
 def check_disjoint(

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 
 from cute_quant.checks import has_aligned_rows
-from cute_quant.formats import E4M3_MAX, LOAD_BYTES, RECIPROCAL_FLOAT32
+from cute_quant.formats import (
+    E4M3_MAX,
+    GROUP_SIZES,
+    LOAD_BYTES,
+    RECIPROCAL_FLOAT32,
+    to_float32,
+)
 from cute_quant.ops import quantize
+
+__all__ = ["per_token_cast_to_fp8", "per_token_group_quant_fp8_packed_for_deepgemm"]
 
 VLLM_MIN_SCALE = 1e-10
 DEEP_GEMM_MIN_AMAX = 1e-4
@@ -38,32 +49,29 @@ def per_token_group_quant_fp8_packed_for_deepgemm(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`cute_quant.quantize`.
     """
-    if use_ue8m0 not in (None, True):
+    if use_ue8m0 is not None and use_ue8m0 is not True:
         raise ValueError(f"use_ue8m0: expected True or None, got {use_ue8m0!r}")
-    if not eps > 0:
-        raise ValueError(f"eps: expected a number above 0, got {eps!r}")
-    if not isinstance(x, torch.Tensor) or x.ndim == 0:
-        raise TypeError(f"x: expected a torch.Tensor of at least 1 dimension, got {x!r}")
+    if not isinstance(eps, numbers.Real):
+        raise TypeError(f"eps: expected a number, got {eps!r}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps: expected a finite number above 0, got {eps!r}")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    if x.ndim == 0:
+        raise ValueError("x: expected at least 1 dimension, got 0")
     rows = _rows(x)
     if x.is_cuda and not has_aligned_rows(rows, LOAD_BYTES):
         rows = rows.contiguous()
     if out_q is not None:
-        if (
-            not isinstance(out_q, torch.Tensor)
-            or out_q.shape[-1:] != x.shape[-1:]
-            or not out_q.is_contiguous()
-        ):
+        if not isinstance(out_q, torch.Tensor):
+            raise TypeError(f"out_q: expected a torch.Tensor, got {type(out_q).__name__}")
+        if out_q.shape[-1:] != x.shape[-1:] or not out_q.is_contiguous():
             raise ValueError(
-                f"out_q: expected a contiguous tensor of rows of {x.shape[-1]}, got "
-                + (
-                    f"shape {tuple(out_q.shape)}"
-                    if isinstance(out_q, torch.Tensor)
-                    else repr(out_q)
-                )
+                f"out_q: expected a contiguous tensor of rows of {x.shape[-1]}, "
+                f"got shape {tuple(out_q.shape)}, strides {out_q.stride()}"
             )
         out_q = _rows(out_q)
-    min_amax = torch.tensor(eps, dtype=torch.float32).item()
-    min_scale = max(min_amax / E4M3_MAX, VLLM_MIN_SCALE)
+    min_scale = max(to_float32(eps) / E4M3_MAX, VLLM_MIN_SCALE)
     q, sf = quantize(rows, group_size, "ue8m0", min_scale=min_scale, out=(out_q, None))
     return q[: rows.shape[0]].view(x.shape), sf
 
@@ -89,6 +97,11 @@ def per_token_cast_to_fp8(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`cute_quant.quantize`.
     """
+    for name, flag in (("use_ue8m0", use_ue8m0), ("use_packed_ue8m0", use_packed_ue8m0)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {flag!r}")
+    if gran_k not in GROUP_SIZES:
+        raise ValueError(f"gran_k: expected one of {GROUP_SIZES}, got {gran_k!r}")
     if use_packed_ue8m0 and not use_ue8m0:
         raise ValueError("use_packed_ue8m0: expected False where use_ue8m0 is False")
     min_scale = DEEP_GEMM_MIN_AMAX / E4M3_MAX

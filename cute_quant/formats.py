@@ -7,8 +7,8 @@ columns, `sf` scaling factors; a group is `group_size` neighbours in a row that 
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,11 @@ def ceil_div(a: int, b: int) -> int:
 
 def align(a: int, b: int) -> int:
     return ceil_div(a, b) * b
+
+
+def to_float32(value: float) -> float:
+    """`value` rounded to float32."""
+    return ctypes.c_float(value).value
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Format:
         padded = torch.empty_strided(
             (strides[1], columns), strides, dtype=self.scale_dtype, device=device
         )
-        return padded if mn == strides[1] else padded[:mn]
+        return padded[:mn]
 
 
 _FORMATS = {
@@ -122,9 +127,9 @@ def make_format(group_size: int, scale_format: str, round_scale: bool) -> Format
         return _FORMATS[group_size, scale_format, round_scale]
     except (KeyError, TypeError):
         pass
-    if group_size not in GROUP_SIZES:
+    if not isinstance(group_size, int) or group_size not in GROUP_SIZES:
         raise ValueError(f"group_size: expected one of {GROUP_SIZES}, got {group_size!r}")
-    if scale_format not in SCALE_FORMATS:
+    if not isinstance(scale_format, str) or scale_format not in SCALE_FORMATS:
         raise ValueError(f"scale_format: expected one of {SCALE_FORMATS}, got {scale_format!r}")
     raise ValueError(
         "round_scale: expected a bool, and False for scale_format='ue8m0', whose scales are powers "
@@ -154,21 +159,15 @@ def scale_floor(fmt: Format, min_scale: float) -> int | float:
         TypeError: `min_scale` is not a number.
         ValueError: `min_scale` is outside of what `fmt` can represent.
     """
-    try:
-        return _scale_floor(fmt, min_scale)
-    except TypeError:
-        raise TypeError(f"min_scale: expected a number, got {min_scale!r}") from None
-
-
-@functools.lru_cache(maxsize=1024)
-def _scale_floor(fmt: Format, min_scale: float) -> int | float:
+    if not isinstance(min_scale, numbers.Real):
+        raise TypeError(f"min_scale: expected a number, got {min_scale!r}")
     lowest = 0.0 if fmt.packed else SMALLEST_NORMAL
     if not lowest <= min_scale <= MAX_MIN_SCALE:
         raise ValueError(
             f"min_scale: expected {lowest} <= min_scale <= {MAX_MIN_SCALE} "
             f"for scale_format={fmt.scale_format!r}, got {min_scale}"
         )
-    floor = ctypes.c_float(min_scale).value
+    floor = to_float32(min_scale)
     if not fmt.power_of_two:
         return floor
     if floor == 0.0:

@@ -43,8 +43,10 @@ def quantize(
     becomes NaN, values and scale.
 
     On a GPU this is one kernel on the current stream. It is compiled at the first call for a
-    dtype, format and architecture; call it once before capturing it in a CUDA graph. On the CPU
-    plain torch computes the same bits. Gradients do not flow through it.
+    dtype, format and architecture; call it once before capturing it in a CUDA graph. It runs as a
+    programmatic dependent of the kernel before; one launched so after it has to wait for it
+    (``griddepcontrol.wait``), as other kernels do anyway. On the CPU plain torch computes the same
+    bits. Gradients do not flow through it.
 
     Args:
         x: (mn, k), bfloat16 or float16, k a multiple of `group_size`, neighbours contiguous. On a
@@ -58,11 +60,12 @@ def quantize(
             2^100. The default gives a group of zeros the UE8M0 byte 94, as vLLM does.
         out: q and sf to write into, either of them None to have it allocated. `q` may have more
             rows than x, which become 0, and any row stride that starts rows at multiples of 16
-            bytes. `sf` has the shape and strides below; its padding rows become 0 as far as its
-            storage goes.
+            bytes. `sf` has the shape and strides below. Its padding rows become 0 as far as its
+            storage goes, so nothing else may live there: leave room for them, or end the storage
+            with the last row.
 
     Returns:
-        q: (mn, k), float8_e4m3fn, contiguous.
+        q: that of `out`, or (mn, k), float8_e4m3fn, contiguous.
         sf: MN-major and aligned for TMA: strides (1, mn rounded up to a multiple of 4). For
             "ue8m0" int32 of shape (mn, ceil(k / group_size / 4)), bytes past the last group 0; for
             "float32" float32 of shape (mn, k / group_size). DeepGEMM reads the first on SM100, the
@@ -104,7 +107,7 @@ def dequantize(
     """Multiply quantized values by their scales.
 
     Args:
-        q: (mn, k), float8_e4m3fn.
+        q: (mn, k), float8_e4m3fn; without rows past those of `sf`.
         sf: the scales that `quantize` returned with it: int32 of packed UE8M0, or float32. Their
             strides are free.
         dtype: of the result: bfloat16, float16 or float32. Products are computed in float32 and
@@ -128,13 +131,13 @@ def dequantize(
         raise ValueError(f"q: expected 2 dimensions (mn, k), got shape {tuple(q.shape)}")
     scale_format = "ue8m0" if sf.dtype is torch.int32 else "float32"
     sizes = GROUP_SIZES if group_size is None else (group_size,)
-    for size in sizes:
-        fmt = make_format(size, scale_format, False)
-        if q.shape[1] % size == 0 and tuple(sf.shape) == fmt.scale_shape(*q.shape):
+    formats = [make_format(size, scale_format, False) for size in sizes]
+    for fmt in formats:
+        if tuple(sf.shape) == fmt.scale_shape(*q.shape):
+            checks.check_groups("q", q, fmt)
             return reference.dequantize(q, sf, fmt, dtype)
     expected = " or ".join(
-        f"{make_format(size, scale_format, False).scale_shape(*q.shape)} for groups of {size}"
-        for size in sizes
+        f"{fmt.scale_shape(*q.shape)} for groups of {fmt.group_size}" for fmt in formats
     )
     raise ValueError(
         f"sf: expected the {scale_format} scales of q {tuple(q.shape)}, {expected}, "
@@ -284,7 +287,9 @@ def _(x: torch.Tensor, *choices: object) -> tuple[torch.Tensor, torch.Tensor]:
     fmt = make_format(*format_choices)
     checks.check_input(x, fmt)
     scale_floor(fmt, min_scale)
-    return _empty_values(x), fmt.empty_scales(*x.shape, x.device)
+    # Not `empty_scales`: its storage, which a fake has none of, depends on mn % 4.
+    shape, strides = fmt.scale_shape(*x.shape), fmt.scale_strides(x.shape[0])
+    return _empty_values(x), x.new_empty_strided(shape, strides, dtype=fmt.scale_dtype)
 
 
 @torch.library.custom_op(

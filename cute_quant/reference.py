@@ -33,8 +33,8 @@ def group_scales(x: torch.Tensor, fmt: Format, floor: int | float) -> torch.Tens
     they are powers of two, else float32."""
     amax = x.unflatten(1, (-1, fmt.group_size)).abs().amax(2)
     if not fmt.power_of_two:
-        max_ = torch.tensor(E4M3_MAX)
-        scales = amax.float() * (1.0 / max_) if fmt.reciprocal else amax.float() / max_
+        largest = amax.new_full((), E4M3_MAX, dtype=torch.float32)
+        scales = amax.float() * (1.0 / largest) if fmt.reciprocal else amax.float() / largest
         return scales.clamp(min=floor).where(amax.isfinite(), torch.nan)
     # In float64 no quotient of a 16-bit amax rounds onto a power of two that it is not.
     mantissa, exponent = torch.frexp(amax.double() / E4M3_MAX)
@@ -58,9 +58,14 @@ def quantize_into(
     if k == 0:
         return
     scales = group_scales(x, fmt, floor)
-    factors = (ue8m0_to_float32(scales) if fmt.power_of_two else scales).unsqueeze(2)
-    values = x.unflatten(1, (-1, fmt.group_size)).float() * (1.0 / factors)
-    q8 = values.to(VALUE_DTYPE).view(torch.uint8).where(factors.isfinite(), E4M3_NAN)
+    if fmt.power_of_two:
+        finite = scales != UE8M0_NAN
+        multipliers = ue8m0_to_float32((254 - scales).where(finite, UE8M0_NAN))
+    else:
+        finite = scales.isfinite()
+        multipliers = 1.0 / scales
+    values = x.unflatten(1, (-1, fmt.group_size)).float() * multipliers.unsqueeze(2)
+    q8 = values.to(VALUE_DTYPE).view(torch.uint8).where(finite.unsqueeze(2), E4M3_NAN)
     q[:mn].view(torch.uint8).copy_(q8.flatten(1))
     q[mn:].view(torch.uint8).zero_()
 
@@ -69,7 +74,7 @@ def quantize_into(
         exponents = torch.nn.functional.pad(scales.to(torch.uint8), (0, padding))
         sf.copy_(exponents.view(torch.int32))
     else:
-        sf.copy_(factors.squeeze(2))
+        sf.copy_(ue8m0_to_float32(scales) if fmt.power_of_two else scales)
     columns = sf.shape[1]
     aligned = fmt.scale_strides(mn)[1]
     inner = sf.as_strided((aligned, columns - 1), (1, aligned))
@@ -93,4 +98,4 @@ def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtyp
     else:
         scales = sf
     values = q.unflatten(1, (-1, fmt.group_size)).float() * scales.unsqueeze(2)
-    return values.to(dtype).flatten(1)
+    return values.to(dtype).flatten(1).contiguous()

@@ -6,6 +6,12 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 
 
+def pytest_report_header() -> str:
+    if HAS_GPU:
+        return f"GPU: {torch.cuda.get_device_name()}"
+    return "GPU: none, so the tests marked gpu are skipped; the emulator runs the kernels"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA GPU")
     for item in items:

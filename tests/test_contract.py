@@ -165,6 +165,25 @@ def test_each_group_has_its_scale(fmt, device):
     assert torch.equal(dequantize(q, sf).cpu(), x) == fmt.power_of_two
 
 
+def test_dequantize_is_contiguous(device):
+    q, sf = quantize(torch.ones(6, 256, dtype=torch.bfloat16, device=device))
+    assert dequantize(q.t().contiguous().t(), sf).is_contiguous()
+
+
+def test_flushing_subnormals_on_the_cpu():
+    x = torch.zeros(2, 128, dtype=torch.bfloat16)
+    expected = quantize(x, min_scale=0.0)
+    if not torch.set_flush_denormal(True):
+        return
+    try:
+        results = quantize(x, min_scale=0.0)
+    finally:
+        torch.set_flush_denormal(False)
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(bits(result), bits(wanted))
+    assert bits(results[0]).eq(0).all()
+
+
 @every_format
 def test_dequantize_is_close(fmt, device):
     x = torch.randn(33, 1536, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)

@@ -52,7 +52,9 @@ def test_neighbours_are_contiguous(device):
         quantize(activations(device, 4, 512)[:, ::2])
 
 
-@pytest.mark.parametrize("group_size", [0, -128, 1, 64, 127, 256, 128.5, "128", None, [128]])
+@pytest.mark.parametrize(
+    "group_size", [0, -128, 1, 64, 127, 256, 128.5, "128", None, [128], torch.tensor(128)]
+)
 def test_group_size(group_size, device):
     with pytest.raises(ValueError, match=r"group_size: expected one of \(128,\), got"):
         quantize(activations(device), group_size)
@@ -86,7 +88,7 @@ def test_min_scale_of_float32_scales_is_normal(device):
             )
 
 
-@pytest.mark.parametrize("min_scale", ["1", None, [1e-10], 1j])
+@pytest.mark.parametrize("min_scale", ["1", None, [1e-10], 1j, torch.tensor(1e-10)])
 def test_min_scale_is_a_number(min_scale, device):
     with pytest.raises(TypeError, match=r"min_scale: expected a number, got"):
         quantize(activations(device), min_scale=min_scale)
@@ -194,9 +196,11 @@ def test_out_overlaps(device):
     for name, other, x_, q_, sf_ in cases:
         with pytest.raises(ValueError, match=rf"{name}: expected memory of its own.* {other}"):
             quantize(x_, out=(q_, sf_))
-    # Padding rows are written too, so they count.
-    with pytest.raises(ValueError, match=r"out sf: expected memory of its own"):
-        quantize(x, out=(q, view(sf.dtype, (6, 1), (1, 8), 0).as_strided((6, 1), (1, 8), 0)))
+    # Padding rows are written too, so they count: six rows end where x starts.
+    x = view(torch.bfloat16, (6, 256), (256, 1), 8192)
+    with pytest.raises(ValueError, match=r"out sf: expected memory of its own.* x"):
+        quantize(x, out=(q, view(sf.dtype, (6, 1), (1, 8), 8192 - 24)))
+    quantize(x, out=(q, view(sf.dtype, (6, 1), (1, 8), 8192 - 32)))
 
 
 @pytest.mark.gpu
@@ -270,9 +274,38 @@ def test_dequantize(device):
         dequantize(q, sf, group_size=64)
 
 
-@pytest.mark.parametrize("eps", [0, 0.0, -1e-10, float("nan")])
+def test_dequantize_k(device):
+    q, sf = values(device, 3, 100), torch.ones(3, 1, device=device)
+    with pytest.raises(ValueError, match=r"q: expected k to be a multiple of 128, got k = 100"):
+        dequantize(q, sf)
+    with pytest.raises(TypeError, match=r"sf: expected a strided tensor, got layout"):
+        dequantize(values(device), torch.ones(6, 2, device=device).to_sparse())
+
+
+def test_out_requires_no_gradient(device):
+    sf = torch.empty_strided((6, 2), (1, 8), device=device, requires_grad=True)
+    q = values(device)
+    q.view(torch.uint8).fill_(7)
+    with pytest.raises(ValueError, match=r"out sf: expected a tensor that requires no gradient"):
+        quantize(activations(device), scale_format="float32", out=(q, sf))
+    assert q.view(torch.uint8).eq(7).all()
+
+
+def test_too_many_rows():
+    x = torch.empty(0, dtype=torch.bfloat16, device="meta").as_strided((2**31 - 4, 128), (128, 1))
+    with pytest.raises(ValueError, match=r"x: expected up to 2146435072 rows"):
+        quantize(x)
+
+
+@pytest.mark.parametrize("eps", [None, "1e-10", 1j])
+def test_eps_is_a_number(eps, device):
+    with pytest.raises(TypeError, match=r"eps: expected a number, got"):
+        per_token_group_quant_fp8_packed_for_deepgemm(activations(device), 128, eps=eps)
+
+
+@pytest.mark.parametrize("eps", [0, 0.0, -1e-10, float("nan"), float("inf")])
 def test_eps(eps, device):
-    with pytest.raises(ValueError, match=r"eps: expected a number above 0, got"):
+    with pytest.raises(ValueError, match=r"eps: expected a finite number above 0, got"):
         per_token_group_quant_fp8_packed_for_deepgemm(activations(device), 128, eps=eps)
 
 
@@ -284,7 +317,13 @@ def test_compat(device):
         per_token_group_quant_fp8_packed_for_deepgemm(x, 64)
     with pytest.raises(ValueError, match=r"out_q: expected"):
         per_token_group_quant_fp8_packed_for_deepgemm(x, 128, out_q=values(device)[:, :128])
-    with pytest.raises(TypeError, match=r"x: expected"):
+    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got int"):
         per_token_group_quant_fp8_packed_for_deepgemm(3, 128)
+    with pytest.raises(TypeError, match=r"out_q: expected a torch.Tensor, got int"):
+        per_token_group_quant_fp8_packed_for_deepgemm(x, 128, out_q=3)
+    with pytest.raises(ValueError, match=r"gran_k: expected one of \(128,\), got 64"):
+        per_token_cast_to_fp8(x, True, gran_k=64)
+    with pytest.raises(TypeError, match=r"use_ue8m0: expected a bool, got 'no'"):
+        per_token_cast_to_fp8(x, "no")
     with pytest.raises(ValueError, match=r"use_packed_ue8m0: expected False"):
         per_token_cast_to_fp8(x, False, use_packed_ue8m0=True)

@@ -82,7 +82,7 @@ def test_nothing_outside_is_touched(fmt, mn, device):
     aligned = fmt.scale_strides(mn)[1]
     _, columns = fmt.scale_shape(mn, k)
     sf_arena = poisoned(4 * (aligned * columns + 2 * sf_guard), device).view(fmt.scale_dtype)
-    # Storage that ends where the scales end: what comes before is somebody else's.
+    # Between two guards, with room for the padding rows.
     sf = sf_arena[sf_guard : sf_guard + aligned * columns].as_strided(
         (mn, columns), (1, aligned), sf_guard
     )

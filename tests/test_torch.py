@@ -40,7 +40,7 @@ def test_import_is_quick_and_needs_no_dsl():
         "import sys, torch, time; before = set(sys.modules); start = time.perf_counter();"
         "import cute_quant; seconds = time.perf_counter() - start;"
         "came = {'cutlass', 'tvm_ffi', 'cuda'} & (set(sys.modules) - before);"
-        "assert not came, came; assert seconds < 0.5, seconds"
+        "assert not came, came; assert seconds < 1, seconds"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -134,6 +134,53 @@ def test_compile_with_out(fmt, given, device):
             assert_same_bits(q[:mn], expected_q)
         if sf is not None:
             assert_same_bits(sf, expected_sf)
+
+
+@every_format
+def test_export_with_any_number_of_rows(fmt):
+    """One graph for all rows: nothing in the operator's fake depends on mn % 4."""
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return quantize(x, **keywords(fmt))
+
+    rows = torch.export.Dim("rows", min=2, max=99)
+    example = (torch.ones(8, 640, dtype=torch.bfloat16),)
+    program = torch.export.export(Module(), example, dynamic_shapes=({0: rows},)).module()
+    for mn in (4, 5, 33):
+        x = activations(mn, "cpu")
+        for result, expected in zip(program(x), quantize(x, **keywords(fmt)), strict=True):
+            assert_same_bits(result, expected)
+            assert result.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("first", [8, 5])
+def test_compiled_once_for_any_number_of_rows(first, device):
+    """As serving engines compile: without guards, what was traced has to hold for every mn."""
+    torch._dynamo.reset()
+    drop = {"guard_filter_fn": lambda guards: [False for _ in guards]}
+    compiled = torch.compile(lambda x: quantize(x), fullgraph=True, options=drop)
+    for mn in (first, 5, 33, 4, 6):
+        x = activations(mn, device)
+        torch._dynamo.mark_dynamic(x, 0)
+        for result, expected in zip(compiled(x), quantize(x), strict=True):
+            assert_same_bits(result, expected)
+            assert result.stride() == expected.stride()
+
+
+def test_global_defaults_do_not_matter():
+    x = activations(5, "cpu")
+    expected = [quantize(x, **keywords(fmt)) for fmt in FORMATS]
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        results = [quantize(x, **keywords(fmt)) for fmt in FORMATS]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for pair, wanted in zip(results, expected, strict=True):
+        for result, want in zip(pair, wanted, strict=True):
+            assert_same_bits(result, want)
 
 
 def test_operator_has_no_gradient(device):
