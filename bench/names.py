@@ -5,7 +5,7 @@ LAUNCHES = (PLAIN, PDL)
 """A plain launch waits for the one before it to end. With PDL, programmatic dependent launch, it
 starts while that one runs and waits in its code."""
 
-CUTE_QUANT, STREAM = "cute_quant", "stream"
+CUTE_QUANT, STREAM, COPY = "cute_quant", "stream", "copy_"
 FLOAT16_INPUT, FLOAT32_SCALES = "cute_quant fp16", "cute_quant fp32 sf"
 
 QUANTIZE_OUT = "quantize(x, out=(q, sf))"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bench import kernels, stream
-from bench.names import CUTE_QUANT, FLOAT16_INPUT, FLOAT32_SCALES, PDL, PLAIN, STREAM
+from bench.names import COPY, CUTE_QUANT, FLOAT16_INPUT, FLOAT32_SCALES, PDL, PLAIN, STREAM
 from bench.problem import FLOAT32, UE8M0, Buffer, Problem
 from bench.vllm_kernels import Module
 from cute_quant import compile, quantize
@@ -22,9 +22,9 @@ from cute_quant.formats import (
     scale_floor,
 )
 
-NAMES = (CUTE_QUANT, STREAM, "vllm", "triton", "torch", "deep_gemm")
+NAMES = (CUTE_QUANT, STREAM, "copy", "vllm", "triton", "torch", "deep_gemm")
 
-PLAIN_ONLY = ("triton", "torch", "deep_gemm")
+PLAIN_ONLY = ("copy", "triton", "torch", "deep_gemm")
 
 RECOMPILE_LIMIT = 64
 MIN_EXPONENT = int(scale_floor(UE8M0, DEFAULT_MIN_SCALE))
@@ -128,6 +128,23 @@ class Stream(Provider):
             if wrong:
                 return f"{wrong} of {expected.numel()} words"
         return ""
+
+
+class Copy(Provider):
+    """``torch.Tensor.copy_`` of as many bytes in all, half of them read and half written."""
+
+    everywhere = False
+
+    def __init__(self) -> None:
+        super().__init__(COPY)
+
+    def bind(self, buffer: Buffer) -> Callable[[], torch.Tensor]:
+        source = torch.empty(buffer.q.numel() * 3 // 2, dtype=torch.uint8, device="cuda").random_()
+        target = torch.empty_like(source)
+        return functools.partial(target.copy_, source)
+
+    def difference(self, problem: Problem) -> str:
+        return ""  # torch's own: nothing of ours to check
 
 
 class Vllm(Provider):
@@ -254,6 +271,7 @@ def _factories(
     factories += [("vllm", functools.partial(_vllm, wheel, launches)) for wheel in wheels]
     if PLAIN in launches:
         factories += [
+            ("copy", lambda: [Copy()]),
             ("triton", lambda: [Triton()]),
             ("torch", lambda: [TorchCompile()]),
             ("deep_gemm", lambda: [DeepGemm()]),

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.names import (
+    COPY,
     CUTE_QUANT,
     FLOAT16_INPUT,
     FLOAT32_SCALES,
@@ -221,15 +222,19 @@ def machine_lines(machine: dict) -> list[str]:
 
 def header_line(providers: Sequence[str]) -> str:
     short = (name.replace("cute_quant ", "+ ").removeprefix("torch.") for name in providers)
-    return f"{'M':>6} {'K':>5} launch{''.join(f'{name:>{CELL}}' for name in short)}  spread"
+    names = "".join(f"{name:>{CELL}}" for name in short)
+    return f"{'M':>6} {'K':>5} launch{names}   GB/s  spread"
 
 
 def result_line(results: Results, mn: int, k: int, launch: str, providers: Sequence[str]) -> str:
-    """Microseconds of each provider and, but for the ceiling, times of the ceiling."""
+    """Microseconds of each provider and, but for the ceiling, times of the ceiling; bytes a
+    second of cute_quant."""
     found = [results.get(name, launch, mn, k) for name in providers]
     cells = "".join(f"{_cell(results, r):>{CELL}}" for r in found)
     spread = max((r.spread for r in found if r), default=0)
-    return f"{mn:6} {k:5} {launch:6}{cells}  {spread:6.1%}"
+    ours = results.get(CUTE_QUANT, launch, mn, k)
+    bandwidth = f"{ours.bytes / ours.seconds / 1e9:.0f}" if ours else "-"
+    return f"{mn:6} {k:5} {launch:6}{cells}  {bandwidth:>5}  {spread:6.1%}"
 
 
 def _cell(results: Results, result: Result | None) -> str:
@@ -282,6 +287,7 @@ COLORS = {
     CUTE_QUANT: "#c4314b",
     "vLLM": ("#1f5fa8", "#6ba3d6", "#9cc3e6"),
     "Triton": "#2e8b57",
+    COPY: "#5c5c5c",
     "torch.compile": "#e08a1e",
     "DeepGEMM": "#7a4fa3",
 }
