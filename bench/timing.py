@@ -33,10 +33,12 @@ class Graph:
     Attributes:
         graph: what to replay.
         launches: calls in it.
+        calls: what was captured; memory that they own has to last as long as the graph.
     """
 
     graph: torch.cuda.CUDAGraph
     launches: int
+    calls: tuple[Callable[[], object], ...]
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def capture(calls: Sequence[Callable[[], object]], launches: int = MIN_LAUNCHES)
             calls[i % len(calls)]()
     graph.replay()
     torch.cuda.synchronize()
-    return Graph(graph, launches)
+    return Graph(graph, launches, tuple(calls))
 
 
 def warm_up() -> None:
