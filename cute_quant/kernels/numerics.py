@@ -31,37 +31,35 @@ PRECISION = {BFloat16: 7, Float16: 10}
 
 
 @dsl_user_op
-def _max_magnitude(a, b, dtype, *, loc=None, ip=None) -> Uint32:
-    """``max.NaN.xorsign.abs``: the larger magnitude of two pairs of halves, under some sign; an
-    integer maximum would have to mask the signs of all its operands first."""
-    halves = "f16x2" if dtype is Float16 else "bf16x2"
+def _ptx(instruction: str, a: Uint32, b: Uint32, *, loc=None, ip=None) -> Uint32:
+    """An instruction from two 32-bit registers to one."""
     operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (a, b)]
-    ptx = f"max.NaN.xorsign.abs.{halves} $0, $1, $2;"
+    ptx = f"{instruction} $0, $1, $2;"
     return Uint32(llvm.inline_asm(T.i32(), operands, ptx, "=r,r,r", loc=loc, ip=ip))
 
 
-@dsl_user_op
-def _max_u16x2(a, b, *, loc=None, ip=None) -> Uint32:
-    """``max.u16x2``: one instruction for two magnitudes; the DSL has no pairs of integers."""
-    operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (a, b)]
-    ptx = "max.u16x2 $0, $1, $2;"
-    return Uint32(llvm.inline_asm(T.i32(), operands, ptx, "=r,r,r", loc=loc, ip=ip))
+def _max_magnitude(a: Uint32, b: Uint32, dtype: type[cutlass.Numeric]) -> Uint32:
+    """The larger magnitudes of two pairs of halves, under some sign. An integer maximum would have
+    to mask the signs of all its operands first."""
+    return _ptx(f"max.NaN.xorsign.abs.{'f16x2' if dtype is Float16 else 'bf16x2'}", a, b)
+
+
+def _max_u16x2(a: Uint32, b: Uint32) -> Uint32:
+    """Two maxima at once. The DSL has no pairs of integers, and two maxima cost four times."""
+    return _ptx("max.u16x2", a, b)
+
+
+def _multiply_bf16x2(a: Uint32, b: Uint32) -> Uint32:
+    """Two products at once. The DSL has them only as part of a sum."""
+    return _ptx("mul.rn.bf16x2", a, b)
 
 
 @dsl_user_op
-def _multiply_bf16(a, b, *, loc=None, ip=None) -> Float32:
-    """``fma.rn.f32.bf16`` with -0 to add: SM100 widens and multiplies in one instruction."""
+def _multiply_bf16(a: Uint16, b: Uint16, *, loc=None, ip=None) -> Float32:
+    """A product of bfloat16 as float32: with -0 to add, SM100 widens and multiplies at once."""
     operands = [v.ir_value(loc=loc, ip=ip) for v in (a, b, Float32(-0.0))]
     ptx = "fma.rn.f32.bf16 $0, $1, $2, $3;"
     return Float32(llvm.inline_asm(T.f32(), operands, ptx, "=f,h,h,f", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def _multiply_bf16x2(a, b, *, loc=None, ip=None) -> Uint32:
-    """``mul.rn.bf16x2``: two products an instruction, which the DSL has only as a sum."""
-    operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (a, b)]
-    ptx = "mul.rn.bf16x2 $0, $1, $2;"
-    return Uint32(llvm.inline_asm(T.i32(), operands, ptx, "=r,r,r", loc=loc, ip=ip))
 
 
 @cute.jit
