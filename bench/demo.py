@@ -71,7 +71,7 @@ def throughput(x: torch.Tensor) -> None:
     print("\nthroughput, " + ("median of graph replays" if x.is_cuda else "one call on the CPU"))
     show(
         f"quantize, x {tuple(x.shape)}",
-        f"{moved / seconds / 1e9:,.1f} GB/s, {seconds * 1e6:,.0f} us",
+        f"{moved / seconds / 1e9:,.2f} GB/s, {seconds * 1e6:,.0f} us",
     )
 
 

@@ -39,6 +39,11 @@ def check_input(x: torch.Tensor, fmt: Format) -> None:
         raise ValueError(f"x: expected neighbours in a row to be contiguous, got {x.stride()=}")
 
 
+def check_not_negated(name: str, t: torch.Tensor) -> None:
+    if t.is_neg():
+        raise ValueError(f"{name}: expected values in memory, got a lazily negated view")
+
+
 def check_groups(name: str, t: torch.Tensor, fmt: Format) -> None:
     """Check that the rows of `t` are whole groups."""
     k = t.shape[1]
@@ -46,15 +51,15 @@ def check_groups(name: str, t: torch.Tensor, fmt: Format) -> None:
         raise ValueError(f"{name}: expected k to be a multiple of {fmt.group_size}, got k = {k}")
 
 
-def has_aligned_rows(t: torch.Tensor, alignment: int) -> bool:
-    """Whether every row of a matrix starts at a multiple of `alignment` bytes."""
+def has_aligned_rows(start: int, t: torch.Tensor, alignment: int) -> bool:
+    """Whether all rows of a matrix at byte `start` begin at multiples of `alignment`."""
     row_bytes = t.stride(0) * t.element_size() if t.shape[0] > 1 else 0
-    return t.data_ptr() % alignment == 0 and row_bytes % alignment == 0
+    return start % alignment == 0 and row_bytes % alignment == 0
 
 
 def check_rows(name: str, t: torch.Tensor, alignment: int) -> None:
     """Check that a GPU's wide loads and stores find the rows of `t` aligned."""
-    if not has_aligned_rows(t, alignment):
+    if not has_aligned_rows(t.data_ptr(), t, alignment):
         raise ValueError(
             f"{name}: expected every row to start at a multiple of {alignment} bytes, got address "
             f"{t.data_ptr():#x} and a row stride of {t.stride(0)} elements of {t.element_size()} "

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 
 import torch
 
-from cute_quant.checks import has_aligned_rows
+from cute_quant.checks import check_tensor, has_aligned_rows
 from cute_quant.formats import (
     E4M3_MAX,
     GROUP_SIZES,
     LOAD_BYTES,
+    MAX_MIN_SCALE,
     RECIPROCAL_FLOAT32,
+    VALUE_DTYPE,
     to_float32,
 )
-from cute_quant.ops import quantize
+from cute_quant.ops import is_traced, quantize
 
 __all__ = ["per_token_cast_to_fp8", "per_token_group_quant_fp8_packed_for_deepgemm"]
 
@@ -53,18 +54,18 @@ def per_token_group_quant_fp8_packed_for_deepgemm(
         raise ValueError(f"use_ue8m0: expected True or None, got {use_ue8m0!r}")
     if not isinstance(eps, numbers.Real):
         raise TypeError(f"eps: expected a number, got {eps!r}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps: expected a finite number above 0, got {eps!r}")
+    if not 0 < eps <= E4M3_MAX * MAX_MIN_SCALE:
+        raise ValueError(f"eps: expected 0 < eps <= {E4M3_MAX * MAX_MIN_SCALE}, got {eps!r}")
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     if x.ndim == 0:
         raise ValueError("x: expected at least 1 dimension, got 0")
     rows = _rows(x)
-    if x.is_cuda and not has_aligned_rows(rows, LOAD_BYTES):
+    start = 0 if is_traced(rows) else rows.data_ptr()  # traced tensors have no address
+    if x.is_cuda and not has_aligned_rows(start, rows, LOAD_BYTES):
         rows = rows.contiguous()
     if out_q is not None:
-        if not isinstance(out_q, torch.Tensor):
-            raise TypeError(f"out_q: expected a torch.Tensor, got {type(out_q).__name__}")
+        check_tensor("out_q", out_q, (VALUE_DTYPE,))
         if out_q.shape[-1:] != x.shape[-1:] or not out_q.is_contiguous():
             raise ValueError(
                 f"out_q: expected a contiguous tensor of rows of {x.shape[-1]}, "

@@ -6,7 +6,6 @@ columns, `sf` scaling factors; a group is `group_size` neighbours in a row that 
 
 from __future__ import annotations
 
-import ctypes
 import math
 import numbers
 from dataclasses import dataclass
@@ -47,8 +46,10 @@ def align(a: int, b: int) -> int:
 
 
 def to_float32(value: float) -> float:
-    """`value` rounded to float32."""
-    return ctypes.c_float(value).value
+    """`value` rounded to float32, to nearest even; in arithmetic that a tracer can follow."""
+    _, exponent = math.frexp(value)
+    ulp = 2.0 ** max(exponent - 24, -149)
+    return round(value / ulp) * ulp
 
 
 @dataclass(frozen=True)

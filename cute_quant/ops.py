@@ -24,6 +24,10 @@ from cute_quant.formats import (
 )
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NOT_DIFFERENTIABLE = (
+    "x: expected a tensor that requires no gradient, since quantize is not differentiable; "
+    "got one that does: detach it or call under torch.no_grad()"
+)
 
 
 def quantize(
@@ -80,13 +84,10 @@ def quantize(
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            "x: expected a tensor that requires no gradient, since quantize is not "
-            "differentiable; detach it or call under torch.no_grad()"
-        )
+        raise RuntimeError(NOT_DIFFERENTIABLE)
     q, sf = _out_pair(out)
     choices = (group_size, scale_format, round_scale, min_scale)
-    if not _is_traced(x):
+    if not is_traced(x):
         return _quantize(x, q, sf, choices)
     if out is None:
         return torch.ops.cute_quant.quantize(x, *choices)
@@ -111,7 +112,7 @@ def dequantize(
         sf: the scales that `quantize` returned with it: int32 of packed UE8M0, or float32. Their
             strides are free.
         dtype: of the result: bfloat16, float16 or float32. Products are computed in float32 and
-            rounded once.
+            rounded once, to Inf where they are beyond its largest number.
         group_size: neighbours that share a scale; by default what the shapes say.
 
     Returns:
@@ -153,7 +154,7 @@ def _out_pair(out: object) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return out[0], out[1]
 
 
-def _is_traced(x: torch.Tensor) -> bool:
+def is_traced(x: torch.Tensor) -> bool:
     """Whether the dispatcher has to see this call: a tracer, a mode or a subclass wants it."""
     return (
         torch.compiler.is_compiling()
@@ -196,13 +197,13 @@ def _plan(
     *format_choices, min_scale = choices
     fmt = make_format(*format_choices)
     checks.check_input(x, fmt)
-    if x.is_neg():
-        raise ValueError("x: expected values in memory, got a lazily negated view")
+    checks.check_not_negated("x", x)
     floor = scale_floor(fmt, min_scale)
     if q is not None:
         checks.check_values_out(q, x)
     if sf is not None:
         checks.check_scales_out(sf, x, fmt)
+        checks.check_not_negated("out sf", sf)
     if not (x.is_cuda or x.is_cpu):
         raise ValueError(f"x: expected a tensor on a CUDA device or the CPU, got {x.device}")
     launch = _kernel(x.dtype, fmt, x.get_device()) if x.is_cuda and x.numel() else None
@@ -214,20 +215,29 @@ def _plan(
 def _look_up_plan(
     x: torch.Tensor, q: torch.Tensor | None, sf: torch.Tensor | None, choices: tuple
 ) -> _Plan:
-    if not x.is_cuda or x.is_neg():
+    """The plan of an earlier call on tensors that look alike, or a new one.
+
+    Only plans that launch are kept, since dtypes and devices of q and sf do not count among looks:
+    the kernel refuses those that do not fit, and addresses that are not aligned, by itself.
+    """
+    if not x.is_cuda:
         return _plan(x, q, sf, choices)
     try:
-        q_look = None if q is None else (q.shape, q.stride())
-        sf_look = None if sf is None else (sf.shape, sf.stride())
-        key = x.shape, x.stride(), x.dtype, x.device, q_look, sf_look, choices
+        key = _look(x), x.dtype, x.device, _look(q), _look(sf), choices
         plan = _plans.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, no strides, no hash
         return _plan(x, q, sf, choices)
     if plan is None:
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _plan(x, q, sf, choices)
+        plan = _plan(x, q, sf, choices)
+        if plan.launch is not None:
+            if len(_plans) >= _MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
     return plan
+
+
+def _look(t: torch.Tensor | None) -> tuple | None:
+    return None if t is None else (t.shape, t.stride(), t.is_neg(), t.requires_grad)
 
 
 def _quantize(
@@ -279,6 +289,13 @@ _CHOICES = "int group_size, str scale_format, bool round_scale, float min_scale"
 )
 def _quantize_op(x: torch.Tensor, *choices: object) -> tuple[torch.Tensor, torch.Tensor]:
     return _quantize(x, None, None, choices)
+
+
+def _refuse_gradient(*_: object, **__: object) -> None:
+    raise RuntimeError(NOT_DIFFERENTIABLE)
+
+
+_quantize_op.register_autograd(_refuse_gradient, setup_context=_refuse_gradient)
 
 
 @_quantize_op.register_fake

@@ -136,3 +136,28 @@ def exact_group(group: list[float], min_scale: float = 0.0) -> tuple[list[int], 
     signs = [0x80 if math.copysign(1.0, v) < 0 else 0 for v in group]
     codes = [exact_e4m3(abs(Fraction(v)) / scale) for v in group]
     return [sign | code for sign, code in zip(signs, codes, strict=True)], exponent
+
+
+def exact_float32(value: Fraction) -> Fraction:
+    """The nearest normal float32, ties to even."""
+    exponent = 0
+    while value >= Fraction(2) ** (exponent + 1):
+        exponent += 1
+    while value < Fraction(2) ** exponent:
+        exponent -= 1
+    ulp = Fraction(2) ** (exponent - 23)
+    return round(value / ulp) * ulp
+
+
+def exact_float32_group(group: list[float], min_scale: float) -> tuple[list[int], float]:
+    """e4m3 codes and float32 scale of one group of finite values."""
+    amax = max(map(abs, map(Fraction, group)))
+    quotient = exact_float32(amax / 448) if amax else Fraction(0)
+    scale = max(quotient, Fraction(min_scale))
+    reciprocal = exact_float32(1 / scale)
+    codes = []
+    for value in group:
+        product = abs(Fraction(value)) * reciprocal
+        magnitude = exact_e4m3(exact_float32(product)) if product else 0
+        codes.append((0x80 if math.copysign(1.0, value) < 0 else 0) | magnitude)
+    return codes, float(scale)

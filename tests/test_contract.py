@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cute_quant import dequantize, quantize
+from cute_quant.formats import to_float32
 from tests.helpers import (
     FLOAT32,
     FLOAT32_ROUNDED,
@@ -16,6 +17,7 @@ from tests.helpers import (
     UE8M0,
     bits,
     check_against_reference,
+    exact_float32_group,
     exact_group,
     format_id,
     random_bits,
@@ -87,6 +89,23 @@ def test_exact_oracle(dtype, min_scale, device):
         codes, exponent = exact_group(x[row].tolist(), struct_float32(min_scale))
         assert exponents[row].item() == exponent
         assert bits(q[row]).tolist() == codes
+
+
+@every_dtype
+def test_exact_oracle_of_float32_scales(dtype, device):
+    x = random_bits((48, 128), dtype, seed=7)
+    x[::2] = torch.randn(24, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = x.where(x.isfinite(), 1.0)
+    q, sf = quantize(x.to(device), scale_format="float32", min_scale=2.0**-126)
+    for row in range(len(x)):
+        codes, scale = exact_float32_group(x[row].tolist(), 2.0**-126)
+        assert sf[row].item() == scale
+        assert bits(q[row]).tolist() == codes
+
+
+@pytest.mark.parametrize("value", [1e-10, 3.0, 1 / 3, 2.0**-149, 1e-40, 1e-46, 2.0**100, 1e-4, 0.1])
+def test_rounding_to_float32(value):
+    assert to_float32(value) == struct_float32(value)
 
 
 def struct_float32(value: float) -> float:
@@ -174,7 +193,7 @@ def test_flushing_subnormals_on_the_cpu():
     x = torch.zeros(2, 128, dtype=torch.bfloat16)
     expected = quantize(x, min_scale=0.0)
     if not torch.set_flush_denormal(True):
-        return
+        pytest.skip("this CPU cannot flush subnormals")
     try:
         results = quantize(x, min_scale=0.0)
     finally:

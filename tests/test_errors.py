@@ -1,10 +1,12 @@
 """Bad input: every message names the argument, what was expected and what came."""
 
+import ctypes
+
 import pytest
 import torch
 
 import cute_quant.compile
-from cute_quant import dequantize, quantize
+from cute_quant import dequantize, ops, quantize
 from cute_quant.compat import per_token_cast_to_fp8, per_token_group_quant_fp8_packed_for_deepgemm
 from tests.helpers import UE8M0
 
@@ -98,9 +100,12 @@ def test_gradients(device):
     x = activations(device).requires_grad_()
     with pytest.raises(RuntimeError, match=r"x: .*not differentiable"):
         quantize(x)
+    with pytest.raises(RuntimeError, match=r"x: .*not differentiable"):
+        torch.ops.cute_quant.quantize(x, 128, "ue8m0", False, 1e-10)
     with torch.no_grad():
         quantize(x)
         quantize(torch.nn.Parameter(x))
+        torch.ops.cute_quant.quantize(x, 128, "ue8m0", False, 1e-10)
     quantize(x.detach())
 
 
@@ -291,6 +296,77 @@ def test_out_requires_no_gradient(device):
     assert q.view(torch.uint8).eq(7).all()
 
 
+@pytest.fixture
+def planned(monkeypatch):
+    """CPU tensors that say CUDA, and a kernel that does nothing: what stands before a launch."""
+    launched = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(ops, "_kernel", lambda *_: lambda *arguments: launched.append(arguments))
+    monkeypatch.setattr(ops, "_plans", {})
+    return launched
+
+
+def test_plans_are_kept_for_what_they_hold(planned):
+    """Each thing that a plan was checked for makes another plan."""
+    x, q, sf = activations("cpu"), values("cpu"), scales("cpu")
+    wide = torch.ones(6, 512, dtype=torch.bfloat16)[:, :256]
+    calls = [
+        lambda: quantize(x, out=(q, sf)),
+        lambda: quantize(wide, out=(q, sf)),
+        lambda: quantize(x.half(), out=(q, sf)),
+        lambda: quantize(x[:5], out=(q, None)),
+        lambda: quantize(x, out=(values("cpu", 9), sf)),
+        lambda: quantize(x, out=(None, sf)),
+        lambda: quantize(x),
+        lambda: quantize(x, min_scale=1e-9),
+        lambda: quantize(x, scale_format="float32"),
+        lambda: quantize(x, scale_format="float32", round_scale=True),
+    ]
+    for count, call in enumerate(calls, 1):
+        call()
+        call()
+        assert len(ops._plans) == count and len(planned) == 2 * count
+    floors = [arguments[-1] for arguments in planned[::2]]
+    assert floors == [94] * 7 + [98, ctypes.c_float(1e-10).value, 94]
+
+
+def test_plans_skip_no_check(planned):
+    x, q = activations("cpu"), values("cpu")
+    sf = torch.empty_strided((6, 2), (1, 8))
+    quantize(x, scale_format="float32", out=(q, sf))
+    with pytest.raises(ValueError, match="out sf: expected a tensor that requires no gradient"):
+        quantize(x, scale_format="float32", out=(q, sf.clone().requires_grad_()))
+    with pytest.raises(ValueError, match="out sf: expected values in memory, got a lazily negated"):
+        quantize(x, scale_format="float32", out=(q, torch._neg_view(sf)))
+    with pytest.raises(ValueError, match="x: expected values in memory, got a lazily negated"):
+        quantize(torch._neg_view(x), scale_format="float32", out=(q, sf))
+    with pytest.raises(ValueError, match="out q: expected memory of its own"):
+        quantize(x, scale_format="float32", out=(x.view(q.dtype)[:, :256], sf))
+    # Without rows nothing is launched that would refuse these.
+    quantize(x[:0], out=(values("cpu", 3), None))
+    with pytest.raises(TypeError, match="out q: expected a tensor of float8_e4m3fn, got float32"):
+        quantize(x[:0], out=(torch.ones(3, 256), None))
+
+
+def test_what_the_kernel_refuses_is_named(planned, monkeypatch):
+    """Its host code checks dtypes, devices and alignment; a plan leaves them to it."""
+    x, q, sf = activations("cpu"), values("cpu"), scales("cpu")
+
+    def refuse(*arguments):
+        if arguments[1].dtype != torch.float8_e4m3fn or arguments[0].data_ptr() % 32:
+            raise ValueError("Misaligned Tensor data on argument #0")
+
+    monkeypatch.setattr(ops, "_kernel", lambda *_: refuse)
+    quantize(x, out=(q, sf))
+    with pytest.raises(TypeError, match="out q: expected a tensor of float8_e4m3fn, got uint8"):
+        quantize(x, out=(q.view(torch.uint8), sf))
+    moved = torch.ones(6 * 256 + 16, dtype=torch.bfloat16)
+    moved = moved.as_strided((6, 256), (256, 1), 1 if moved.data_ptr() % 32 == 0 else 0)
+    with pytest.raises(ValueError, match=r"x: expected every row to start at a multiple of 32"):
+        quantize(moved, out=(q, sf))
+    assert len(ops._plans) == 1
+
+
 def test_too_many_rows():
     x = torch.empty(0, dtype=torch.bfloat16, device="meta").as_strided((2**31 - 4, 128), (128, 1))
     with pytest.raises(ValueError, match=r"x: expected up to 2146435072 rows"):
@@ -305,7 +381,7 @@ def test_eps_is_a_number(eps, device):
 
 @pytest.mark.parametrize("eps", [0, 0.0, -1e-10, float("nan"), float("inf")])
 def test_eps(eps, device):
-    with pytest.raises(ValueError, match=r"eps: expected a finite number above 0, got"):
+    with pytest.raises(ValueError, match=r"eps: expected 0 < eps <= .*, got"):
         per_token_group_quant_fp8_packed_for_deepgemm(activations(device), 128, eps=eps)
 
 
@@ -319,7 +395,7 @@ def test_compat(device):
         per_token_group_quant_fp8_packed_for_deepgemm(x, 128, out_q=values(device)[:, :128])
     with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got int"):
         per_token_group_quant_fp8_packed_for_deepgemm(3, 128)
-    with pytest.raises(TypeError, match=r"out_q: expected a torch.Tensor, got int"):
+    with pytest.raises(TypeError, match=r"out_q: expected a tensor of float8_e4m3fn, got int"):
         per_token_group_quant_fp8_packed_for_deepgemm(x, 128, out_q=3)
     with pytest.raises(ValueError, match=r"gran_k: expected one of \(128,\), got 64"):
         per_token_cast_to_fp8(x, True, gran_k=64)

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from cute_quant import dequantize, quantize
+from cute_quant.compat import per_token_cast_to_fp8, per_token_group_quant_fp8_packed_for_deepgemm
 from tests.helpers import (
     FORMATS,
     assert_same_bits,
@@ -166,6 +167,27 @@ def test_compiled_once_for_any_number_of_rows(first, device):
         for result, expected in zip(compiled(x), quantize(x), strict=True):
             assert_same_bits(result, expected)
             assert result.stride() == expected.stride()
+
+
+def test_compat_compiles(device):
+    torch._dynamo.reset()
+    x = torch.randn(5, 3, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x = x.to(device)
+    calls = [
+        lambda x: per_token_group_quant_fp8_packed_for_deepgemm(x, 128),
+        lambda x: per_token_group_quant_fp8_packed_for_deepgemm(x[:, :, 128:], 128, eps=1e-4),
+        lambda x: per_token_cast_to_fp8(x[0], True),
+        lambda x: per_token_cast_to_fp8(x[0], False),
+        lambda x: per_token_cast_to_fp8(x[0], True, use_packed_ue8m0=True),
+    ]
+    for call in calls:
+        compiled = torch.compile(call, fullgraph=True)
+        for result, expected in zip(compiled(x), call(x), strict=True):
+            assert_same_bits(result, expected)
+            assert result.stride() == expected.stride()
+    with FakeTensorMode() as mode:
+        q, sf = per_token_group_quant_fp8_packed_for_deepgemm(mode.from_tensor(x), 128)
+    assert q.shape == x.shape and sf.stride() == (1, 16)
 
 
 def test_global_defaults_do_not_matter():

@@ -72,6 +72,15 @@ _LAUNCH = ctypes.CFUNCTYPE(
 )
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """cudaLaunchAttribute of driver_types.h; its value is a union of 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_int32), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int32 * 16)]
+
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
 class HostFunction:
     """A compiled kernel's host function, to be called like the original."""
 
@@ -160,6 +169,18 @@ class HostFunction:
         self.launches.append(launch)
         if kernel != expected.name:
             raise EmulatorError(f"launch of {kernel}, expected {expected.name}")
+        attributes = ctypes.cast(config.attributes, ctypes.POINTER(_LaunchAttribute))
+        dependent = any(
+            attributes[i].id == PROGRAMMATIC_STREAM_SERIALIZATION and attributes[i].value[0]
+            for i in range(config.attribute_count)
+        )
+        if dependent != self._program.waits:
+            launched = "launched" if dependent else "not launched"
+            waits = "waits" if self._program.waits else "does not wait"
+            raise EmulatorError(
+                f"{kernel}: {launched} as a programmatic dependent, and its code {waits} for the "
+                "grid before"
+            )
         if launch.shared_bytes:
             raise EmulatorError(f"{kernel}: {launch.shared_bytes} bytes of dynamic shared memory")
         self._run(launch.grid, launch.block, launch.arguments)

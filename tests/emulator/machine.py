@@ -46,6 +46,7 @@ class Program:
         self.kernel = kernel
         self.parameters = {p.name: i for i, p in enumerate(kernel.parameters)}
         self.steps = [self._decode(i) for i in kernel.instructions]
+        self.waits = any(isinstance(step, _Wait) for step in self.steps)
 
     def _decode(self, instruction: ptx.Instruction) -> _Step:
         opcode = instruction.opcode
@@ -64,10 +65,10 @@ class Program:
                 return _Branch(instruction, self.kernel)
             if opcode in ("ret", "exit"):
                 return _Exit(instruction)
-            # 9.7.13 "griddepcontrol": a grid that runs alone has no prerequisites to wait for and
-            # no dependents to let go.
-            if opcode in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
-                return _Step(instruction)
+            if opcode == "griddepcontrol.wait":
+                return _Wait(instruction)
+            if opcode == "griddepcontrol.launch_dependents":
+                return _Step(instruction)  # a grid that runs alone has none to let go
             raise UnknownInstruction(f"unknown instruction {opcode}")
         except UnknownInstruction as error:
             place = f"{self.kernel.name}: line {instruction.line}: `{instruction.text}`"
@@ -93,6 +94,13 @@ class _Step:
     def follow(self, batch: Batch, pc: int, active: np.ndarray, chosen: np.ndarray) -> None:
         """Say where the threads go on; `chosen` are those of the `active` whose guard is true."""
         batch.arrive(pc + 1, active)
+
+
+class _Wait(_Step):
+    """9.7.13 "griddepcontrol.wait": from here on, what the grid before wrote can be seen."""
+
+    def execute(self, batch: Batch, chosen: np.ndarray) -> None:
+        batch.waited = batch.waited | chosen
 
 
 class _Compute(_Step):
@@ -171,6 +179,9 @@ class _Access(_Step):
         _check_width(self.address.base, "u64", False, False)
 
     def addresses(self, batch: Batch, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        early = np.flatnonzero(chosen & ~batch.waited)
+        if len(early):
+            raise EmulatorError(f"{batch.describe(early[0])}: before griddepcontrol.wait")
         at = np.flatnonzero(chosen)
         base = batch.read(self.address.base, "u64", chosen)[at]
         return at, base + np.uint64(self.address.offset & (1 << 64) - 1)
@@ -360,6 +371,7 @@ class Batch:
         self.parked: dict[int, np.ndarray] = {}  # threads that a shuffle holds back
         self.held = self.nobody
         self.exited = ~self.everyone
+        self.waited = self.nobody if program.waits else self.everyone
         self.current: ptx.Instruction | None = None
 
     def run(self, watched: int | None = None) -> None:

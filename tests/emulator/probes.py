@@ -22,7 +22,7 @@ PATTERNS = 1 << 16
 
 # Needs sm_100: PTX ISA 9.7.3 (f32x2) and 9.7.5. These are two scalar operations, or a widening and
 # a scalar one, which are probed.
-_SM100_ONLY = re.compile(r".*\.f32x2|(?:fma\.rn|add|add\.rn)\.f32\.b?f16")
+SM100_ONLY = re.compile(r".*\.f32x2|(?:fma\.rn|add|add\.rn)\.f32\.b?f16")
 # Operands that must be constants.
 _CONSTANTS = {"lop3.b32": {3: "0x1D"}}
 _SHUFFLE_CONTROLS = (0x1F, 0x00, 0x181F, 0x1800, 0x101F, 0x1C07)
@@ -195,7 +195,7 @@ def probes() -> list[Probe]:
     """All of them; every pattern of 16 bits for conversions of floats, max and min."""
     result = [*_shuffles(), _loop()]
     for opcode, operation in isa.OPERATIONS.items():
-        if _SM100_ONLY.fullmatch(opcode):
+        if SM100_ONLY.fullmatch(opcode):
             continue
         name = re.sub(r"\W", "_", opcode)
         result.append(_instruction(opcode, name, operands(opcode)))

@@ -8,6 +8,7 @@ import torch
 
 from tests.emulator.cases import ARCHITECTURES, check, special_groups
 from tests.emulator.errors import EmulatorError, MemoryFault
+from tests.emulator.host import C_COMPILER
 from tests.emulator.quantizer import Kernel, load
 from tests.helpers import FLOAT32, FLOAT32_ROUNDED, UE8M0, format_id
 
@@ -155,6 +156,25 @@ def test_two_threads_store_the_same_scale(planted, arch):
 def test_load_of_the_next_row(planted, arch):
     kernel = planted(arch, UE8M0, r"(ld\.global\.v[48]\.b\d+\s+\{[^}]*\}, \[%rd\d+)\]", r"\1+1280]")
     with pytest.raises((MemoryFault, AssertionError)):
+        run(kernel)
+
+
+@every_arch
+def test_load_before_the_grid_before_ended(planted, arch):
+    kernel = planted(
+        arch, UE8M0, r"griddepcontrol\.wait;((?s:.*?)ld\.global[^;]*;)", r"\1 griddepcontrol.wait;"
+    )
+    with pytest.raises(EmulatorError, match=r"before griddepcontrol\.wait"):
+        run(kernel)
+
+
+@every_arch
+def test_no_wait_for_the_grid_before(planted, arch):
+    """Of a dependent launch; told by the launch attribute, which takes the host code."""
+    if C_COMPILER is None:
+        pytest.skip("needs a C compiler")
+    kernel = planted(arch, UE8M0, r"griddepcontrol\.wait;", "")
+    with pytest.raises(EmulatorError, match="as a programmatic dependent, and its code does not"):
         run(kernel)
 
 
