@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from bench import kernels, stream
+from bench import stream
 from bench.names import COPY, CUTE_QUANT, FLOAT16_INPUT, FLOAT32_SCALES, PDL, PLAIN, STREAM
 from bench.problem import FLOAT32, UE8M0, Buffer, Problem
 from bench.vllm_kernels import Module
@@ -21,6 +22,7 @@ from cute_quant.formats import (
     last_column_rows,
     scale_floor,
 )
+from cute_quant.kernels.quantize import Quantize
 
 NAMES = (CUTE_QUANT, STREAM, "copy", "vllm", "triton", "torch", "deep_gemm")
 
@@ -30,7 +32,7 @@ RECOMPILE_LIMIT = 64
 MIN_EXPONENT = int(scale_floor(UE8M0, DEFAULT_MIN_SCALE))
 
 
-class Provider:
+class Provider(abc.ABC):
     """A way to quantize.
 
     Attributes:
@@ -59,9 +61,9 @@ class Provider:
     def key(self) -> tuple[str, str]:
         return self.name, self.launch
 
+    @abc.abstractmethod
     def bind(self, buffer: Buffer) -> Callable[[], tuple[torch.Tensor, torch.Tensor] | None]:
         """A call on a buffer. It returns (q, sf) where it does not write those of the buffer."""
-        raise NotImplementedError
 
     def difference(self, problem: Problem) -> str:
         """Run on poisoned outputs, first and last buffer, and say how results are not right."""
@@ -86,8 +88,8 @@ class CuteQuant(Provider):
         fmt: Format = UE8M0,
     ):
         super().__init__(name, launch, dtype, fmt)
-        kernel_class, *choices = kernels.quantize(compile.ELEMENT_TYPES[dtype], fmt, launch == PDL)
-        self.function = compile.function(kernel_class, architecture(), *choices)
+        choices = compile.ELEMENT_TYPES[dtype], fmt, launch == PDL
+        self.function = compile.function(Quantize, architecture(), *choices)
         self.floor = scale_floor(fmt, DEFAULT_MIN_SCALE)
 
     def bind(self, buffer: Buffer) -> Callable[[], None]:

@@ -25,10 +25,11 @@ from pathlib import Path
 
 import cutlass
 
-from bench import binary_utilities, kernels
+from bench import binary_utilities
 from bench.stream import Stream
 from cute_quant.compile import ARCHITECTURES, build
 from cute_quant.formats import make_format
+from cute_quant.kernels.quantize import Quantize
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)(.*?);", re.M)
 RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
@@ -122,8 +123,7 @@ def reported() -> Iterator[tuple[str, type, tuple]]:
         for dtype, short in ((cutlass.BFloat16, "bf16"), (cutlass.Float16, "fp16")):
             rounded = ", powers of 2" if round_scale else ""
             fmt = make_format(128, scale_format, round_scale)
-            kernel_class, *choices = kernels.quantize(dtype, fmt, pdl=True)
-            yield f"{short} -> e4m3, {scale_format}{rounded}", kernel_class, tuple(choices)
+            yield f"{short} -> e4m3, {scale_format}{rounded}", Quantize, (dtype, fmt)
     yield "stream, the ceiling", Stream, (True,)
 
 

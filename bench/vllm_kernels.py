@@ -117,7 +117,7 @@ def _check_parameters(kernel: vllm_wheel.Kernel, types: tuple[type, ...]) -> Non
         expected.append((offset, size))
         offset += size
     if kernel.parameters != tuple(expected):
-        raise NotImplementedError(
+        raise RuntimeError(
             f"{kernel.symbol}: this version takes parameters {kernel.parameters}, "
             f"known are {tuple(expected)}"
         )

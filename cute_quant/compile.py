@@ -62,6 +62,6 @@ def function(kernel_class: type, arch: str, *choices: Hashable) -> Callable[...,
         with _lock:
             if key not in _functions:
                 compiled = build(kernel_class(*choices), arch)
-                # Without the wrapper that sorts keyword arguments, a call costs half.
+                # What is wrapped around it sorts keyword arguments, and none are passed.
                 _functions[key] = compiled._tvm_ffi_function
     return _functions[key]

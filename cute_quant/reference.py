@@ -12,6 +12,7 @@ from cute_quant.formats import (
     BYTES_PER_WORD,
     E4M3_MAX,
     UE8M0_BIAS,
+    UE8M0_MAX,
     UE8M0_NAN,
     VALUE_DTYPE,
     Format,
@@ -60,7 +61,7 @@ def quantize_into(
     scales = group_scales(x, fmt, floor)
     if fmt.power_of_two:
         finite = scales != UE8M0_NAN
-        multipliers = ue8m0_to_float32((254 - scales).where(finite, UE8M0_NAN))
+        multipliers = ue8m0_to_float32((UE8M0_MAX - scales).where(finite, UE8M0_NAN))
     else:
         finite = scales.isfinite()
         multipliers = 1.0 / scales

@@ -13,7 +13,7 @@ from cutlass.base_dsl import BaseDSL
 from cutlass.base_dsl.enums import Arch
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-from cute_quant.formats import E4M3_MAX
+from cute_quant.formats import E4M3_MAX, UE8M0_MAX
 
 E4M3_MAX_MANTISSA = 0x600000
 E4M3_MAX_EXPONENT = 8
@@ -24,10 +24,8 @@ MANTISSA_BITS = 23
 MANTISSA_MASK = 0x7FFFFF
 EXPONENT_MASK = 0xFF800000
 
-UE8M0_MAX = 254
-
-PRECISION = {BFloat16: 7, Float16: 10}
-"""Bits of the mantissa that are stored."""
+BELOW_PRECISION = {BFloat16: 0xFFFF, Float16: 0x1FFF}
+"""Bits of a float32's mantissa that the type does not have."""
 
 
 @dsl_user_op
@@ -45,7 +43,7 @@ def _max_magnitude(a: Uint32, b: Uint32, dtype: type[cutlass.Numeric]) -> Uint32
 
 
 def _max_u16x2(a: Uint32, b: Uint32) -> Uint32:
-    """Two maxima at once. The DSL has no pairs of integers, and two maxima cost four times."""
+    """Two maxima at once. The DSL has no pairs of integers."""
     return _ptx("max.u16x2", a, b)
 
 
@@ -104,9 +102,8 @@ def exact_multiplier(
     amax from 448 with the exponent of m for amax = 1 leaves it in place: the mantissa borrows from
     the exponent exactly where that of amax is above that of 448. NaN where amax is not finite.
     """
-    below_precision = (1 << MANTISSA_BITS - PRECISION[dtype]) - 1
-    minuend = UE8M0_MAX + E4M3_MAX_EXPONENT << MANTISSA_BITS | E4M3_MAX_MANTISSA | below_precision
-    multiplier = (Uint32(minuend) - amax) & Uint32(EXPONENT_MASK)
+    minuend = UE8M0_MAX + E4M3_MAX_EXPONENT << MANTISSA_BITS | E4M3_MAX_MANTISSA
+    multiplier = (Uint32(minuend | BELOW_PRECISION[dtype]) - amax) & Uint32(EXPONENT_MASK)
     multiplier = cutlass.min(multiplier, max_multiplier)
     return multiplier if is_finite(amax) else Uint32(FLOAT32_NAN)
 
@@ -136,8 +133,7 @@ def float32_scale(
 
     The quotient has IEEE rounding; with `reciprocal` it is amax times the rounded 1 / 448.
     """
-    below_precision = (1 << MANTISSA_BITS - PRECISION[dtype]) - 1
-    scale = (amax & Uint32(0xFFFFFFFF ^ below_precision)).bitcast(Float32)
+    scale = (amax & Uint32(0xFFFFFFFF ^ BELOW_PRECISION[dtype])).bitcast(Float32)
     scale = scale * (1.0 / E4M3_MAX) if const_expr(reciprocal) else scale / E4M3_MAX
     scale = cutlass.max(scale, min_scale)
     return scale if is_finite(amax) else Uint32(FLOAT32_NAN).bitcast(Float32)
