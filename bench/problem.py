@@ -55,7 +55,10 @@ class Problem:
             Buffer(
                 torch.randn(mn, k, dtype=torch.bfloat16, device="cuda"),
                 torch.empty(mn, k, dtype=VALUE_DTYPE, device="cuda"),
-                {fmt: fmt.empty_scales(mn, k, torch.device("cuda")) for fmt in (UE8M0, FLOAT32)},
+                {
+                    fmt: fmt.empty_scales((), mn, k, torch.device("cuda"))
+                    for fmt in (UE8M0, FLOAT32)
+                },
             )
             for _ in range(timing.buffer_count(self.bytes))
         ]
@@ -78,7 +81,7 @@ class Problem:
             return self._expected[key]
         x = self.buffers[index].input(dtype)[self.rows].cpu()
         q = torch.empty(x.shape, dtype=VALUE_DTYPE)
-        sf = fmt.empty_scales(*x.shape, x.device)
+        sf = fmt.empty_scales((), *x.shape, x.device)
         reference.quantize_into(x, q, sf, fmt, scale_floor(fmt, DEFAULT_MIN_SCALE))
         self._expected[key] = q, sf
         return q, sf

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
-from cute_quant.formats import INPUT_DTYPES, VALUE_DTYPE, Format
+from cute_quant.formats import (
+    INPUT_DTYPES,
+    UE8M0_BLOCKED,
+    UE8M0_ROW_MAJOR,
+    Format,
+    align,
+    flat_batch,
+    make_format,
+)
+from cute_quant.rows import KINDS, Masked, PrefixSum, Rows
 
 MAX_SIZE = 2**31 - 1
-MAX_ROWS = 2**31 - 2**20
-"""A grid covers more rows than there are, and counts them in 32 bits."""
+MAX_COLUMNS = 2**20
 
 
-def check_tensor(name: str, t: object, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_tensor(name: str, t: object, dtypes: Iterable[torch.dtype]) -> None:
     """Check the type, dtype and layout of `t`."""
     if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
         raise TypeError(f"{name}: expected a tensor of {_names(dtypes)}, got {_kind(t)}")
@@ -20,35 +30,113 @@ def check_tensor(name: str, t: object, dtypes: tuple[torch.dtype, ...]) -> None:
         raise TypeError(f"{name}: expected a strided tensor, got {kind}")
 
 
-def check_input(x: torch.Tensor, fmt: Format) -> None:
+def check_input(x: torch.Tensor) -> None:
     """Check what a tensor says of itself, be it real or fake."""
     check_tensor("x", x, INPUT_DTYPES)
-    if x.ndim != 2:
-        raise ValueError(f"x: expected 2 dimensions (mn, k), got shape {tuple(x.shape)}")
-    mn, k = x.shape
-    check_groups("x", x, fmt)
-    if mn > MAX_ROWS or k > MAX_SIZE:
+    if x.ndim < 2:
+        raise ValueError(f"x: expected 2 or more dimensions (..., mn, k), got {tuple(x.shape)}")
+    mn, k = x.shape[-2:]
+    if mn > MAX_SIZE or k > MAX_COLUMNS:
         raise ValueError(
-            f"x: expected up to {MAX_ROWS} rows of up to {MAX_SIZE}, got shape {tuple(x.shape)}"
+            f"x: expected up to {MAX_SIZE} rows of up to {MAX_COLUMNS}, got shape {tuple(x.shape)}"
         )
-    if x.stride(0) * x.element_size() > MAX_SIZE:
-        raise ValueError(
-            f"x: expected a row stride up to {MAX_SIZE} bytes, got {x.stride(0)} elements"
-        )
-    if k and x.stride(1) != 1:
+    if k > 1 and x.stride(-1) != 1:
         raise ValueError(f"x: expected neighbours in a row to be contiguous, got {x.stride()=}")
+    if mn > 1 and x.stride(-2) * x.element_size() > MAX_SIZE:
+        raise ValueError(
+            f"x: expected a row stride up to {MAX_SIZE} bytes, got {x.stride(-2)} elements"
+        )
+    flat_batch("x", x)
+
+
+def check_rows(
+    rows: Rows | None, index: torch.Tensor | None, x: torch.Tensor
+) -> tuple[tuple[int, ...], int]:
+    """Check which rows are asked for against the input, without a look at their counts.
+
+    Returns:
+        The batch shape of the results, and their rows.
+    """
+    *batch_shape, mn = x.shape[:-1]
+    if index is not None:
+        check_tensor("index", index, (torch.int32,))
+        if x.ndim != 2:
+            raise ValueError(f"x: expected 2 dimensions (T, k) with an index, got {tuple(x.shape)}")
+        if index.ndim not in (1, 2):
+            raise ValueError(f"index: expected 1 or 2 dimensions, got shape {tuple(index.shape)}")
+        _check_operand("index", index, x)
+        *batch_shape, mn = index.shape
+        if mn > MAX_SIZE:
+            raise ValueError(f"index: expected up to {MAX_SIZE} rows, got {mn}")
+    if rows is None:
+        return tuple(batch_shape), mn
+    if not isinstance(rows, tuple(KINDS.values())):
+        kinds = ", ".join(kind.__name__ for kind in KINDS.values())
+        raise TypeError(f"rows: expected None or one of {kinds}, got {type(rows).__name__}")
+    name = f"rows.{rows.data_name}"
+    check_tensor(name, rows.data, (torch.int32,))
+    shape = (*batch_shape, mn)
+    if len(shape) != len(rows.dimensions):
+        argument, t, last = ("x", x, ("k",)) if index is None else ("index", index, ())
+        expected = ", ".join((*rows.dimensions, *last))
+        raise ValueError(
+            f"{argument}: expected shape ({expected}) for rows={type(rows).__name__}, "
+            f"got {tuple(t.shape)}"
+        )
+    length = None if isinstance(rows, PrefixSum) else shape[0]
+    if rows.data.ndim != 1 or (length is not None and rows.data.shape[0] != length):
+        expected = "(G,), one for each group" if length is None else f"({length},)"
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(rows.data.shape)}")
+    _check_operand(name, rows.data, x)
+    if isinstance(rows, PrefixSum):
+        alignment = rows.alignment
+        if not isinstance(alignment, int) or isinstance(alignment, bool):
+            raise TypeError(f"rows.alignment: expected an int, got {alignment!r}")
+        if not 0 < alignment <= MAX_SIZE:
+            raise ValueError(f"rows.alignment: expected 1 to {MAX_SIZE}, got {alignment}")
+    return tuple(batch_shape), mn
+
+
+def _check_operand(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
+    if not t.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {t.stride()}")
+
+
+def check_counts(rows: Rows | None, index: torch.Tensor | None, tokens: int, mn: int) -> None:
+    """Read what tensors say of rows, and check it. Waits for their device.
+
+    Args:
+        tokens: rows of x, which `index` points to.
+        mn: rows of the result.
+    """
+    if index is not None:
+        _check_range("index", index, -1, tokens - 1)
+    if isinstance(rows, Masked):
+        _check_range("rows.masked_m", rows.masked_m, 0, mn)
+    if isinstance(rows, PrefixSum):
+        _check_range("rows.ends", rows.ends, 0, mn)
+        start = 0
+        for group, end in enumerate(rows.ends.tolist()):
+            if end < start:
+                raise ValueError(
+                    f"rows.ends: expected group {group} to end at its start {start} or later, "
+                    f"got {end}"
+                )
+            start = align(end, rows.alignment)
+
+
+def _check_range(name: str, t: torch.Tensor, lowest: int, highest: int) -> None:
+    outside = ((t < lowest) | (t > highest)).nonzero().tolist()
+    if outside:
+        at = tuple(outside[0]) if t.ndim > 1 else outside[0][0]
+        raise ValueError(f"{name}: expected {lowest} to {highest}, got {t[at].item()} at {at}")
 
 
 def check_not_negated(name: str, t: torch.Tensor) -> None:
     if t.is_neg():
         raise ValueError(f"{name}: expected values in memory, got a lazily negated view")
-
-
-def check_groups(name: str, t: torch.Tensor, fmt: Format) -> None:
-    """Check that the rows of `t` are whole groups."""
-    k = t.shape[1]
-    if k % fmt.group_size:
-        raise ValueError(f"{name}: expected k to be a multiple of {fmt.group_size}, got k = {k}")
 
 
 def has_aligned_rows(start: int, t: torch.Tensor, alignment: int) -> bool:
@@ -57,7 +145,7 @@ def has_aligned_rows(start: int, t: torch.Tensor, alignment: int) -> bool:
     return start % alignment == 0 and row_bytes % alignment == 0
 
 
-def check_rows(name: str, t: torch.Tensor, alignment: int) -> None:
+def check_alignment(name: str, t: torch.Tensor, alignment: int) -> None:
     """Check that a GPU's wide loads and stores find the rows of `t` aligned."""
     if not has_aligned_rows(t.data_ptr(), t, alignment):
         raise ValueError(
@@ -67,80 +155,139 @@ def check_rows(name: str, t: torch.Tensor, alignment: int) -> None:
         )
 
 
-def check_values_out(q: torch.Tensor, x: torch.Tensor) -> None:
-    """Check a caller's `q` against the input."""
-    mn, k = x.shape
-    check_tensor("out q", q, (VALUE_DTYPE,))
-    _check_no_gradient("out q", q)
-    if q.device != x.device:
-        raise ValueError(f"out q: expected the device of x, {x.device}, got {q.device}")
-    if q.ndim != 2 or q.shape[0] < mn or q.shape[1] != k:
-        raise ValueError(f"out q: expected shape ({mn} or more, {k}), got {tuple(q.shape)}")
-    if q.shape[0] > MAX_ROWS:
-        raise ValueError(f"out q: expected up to {MAX_ROWS} rows, got {q.shape[0]}")
-    overlapping = q.shape[0] > 1 and q.stride(0) < k
-    if k and (q.stride(1) != 1 or overlapping or q.stride(0) > MAX_SIZE):
-        raise ValueError(
-            f"out q: expected strides ({k} to {MAX_SIZE}, 1), so that rows are contiguous and do "
-            f"not overlap, got {q.stride()}"
-        )
+def check_values_out(
+    q: torch.Tensor,
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    batch_shape: tuple[int, ...],
+    mn: int,
+    exact: bool,
+) -> None:
+    """Check a caller's `q` against the input.
+
+    Args:
+        exact: whether it may have no more rows than `mn`.
+    """
+    k = x.shape[-1]
+    _check_written("out q", q, dtype, x)
+    shape = tuple(q.shape)
+    if (
+        q.ndim != len(batch_shape) + 2
+        or (*shape[:-2], shape[-1]) != (*batch_shape, k)
+        or q.shape[-2] < mn
+        or (exact and q.shape[-2] != mn)
+    ):
+        rows = mn if exact else f"{mn} or more"
+        expected = ", ".join(map(str, (*batch_shape, rows, k)))
+        raise ValueError(f"out q: expected shape ({expected}), got {shape}")
+    if q.shape[-2] > MAX_SIZE:
+        raise ValueError(f"out q: expected up to {MAX_SIZE} rows, got {q.shape[-2]}")
+    _check_strides_out("out q", q)
 
 
-def check_scales_out(sf: torch.Tensor, x: torch.Tensor, fmt: Format) -> None:
+def check_scales_out(
+    sf: torch.Tensor, x: torch.Tensor, fmt: Format, batch_shape: tuple[int, ...], mn: int
+) -> None:
     """Check a caller's `sf` against the input and the format."""
-    mn, k = x.shape
-    check_tensor("out sf", sf, (fmt.scale_dtype,))
-    _check_no_gradient("out sf", sf)
-    if sf.device != x.device:
-        raise ValueError(f"out sf: expected the device of x, {x.device}, got {sf.device}")
-    shape, strides = fmt.scale_shape(mn, k), fmt.scale_strides(mn)
+    k = x.shape[-1]
+    _check_written("out sf", sf, fmt.scale_dtype, x)
+    shape = fmt.scale_shape(batch_shape, mn, k)
+    strides = fmt.scale_strides(batch_shape, mn, k)
     if tuple(sf.shape) != shape:
         raise ValueError(f"out sf: expected shape {shape}, got {tuple(sf.shape)}")
-    if sf.stride(1) != strides[1] or (mn > 1 and sf.stride(0) != 1):
+    if sf.numel() and any(
+        size > 1 and actual != stride
+        for size, actual, stride in zip(shape, sf.stride(), strides, strict=True)
+    ):
         raise ValueError(f"out sf: expected strides {strides}, got {sf.stride()}")
 
 
-def _check_no_gradient(name: str, t: torch.Tensor) -> None:
+def check_fake_out(out: torch.Tensor, x: torch.Tensor) -> None:
+    """Check a caller's result of `fake_quantize` against the input."""
+    _check_written("out", out, x.dtype, x)
+    if out.shape != x.shape:
+        raise ValueError(f"out: expected shape {tuple(x.shape)}, got {tuple(out.shape)}")
+    _check_strides_out("out", out)
+
+
+def _check_written(name: str, t: torch.Tensor, dtype: torch.dtype, x: torch.Tensor) -> None:
+    check_tensor(name, t, (dtype,))
     if t.requires_grad:
         raise ValueError(f"{name}: expected a tensor that requires no gradient, got one that does")
+    if t.device != x.device:
+        raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
 
 
-def check_disjoint(
-    x: torch.Tensor, x_bytes: int, q: torch.Tensor, q_bytes: int, sf: torch.Tensor, last_rows: int
-) -> None:
-    """Check that no byte to be written belongs to another of the tensors.
+def _check_strides_out(name: str, t: torch.Tensor) -> None:
+    """Check that the rows of `t` (..., rows, k) are contiguous and do not overlap."""
+    if t.numel() == 0:
+        return
+    batch, batch_stride = flat_batch(name, t)
+    rows, k = t.shape[-2:]
+    row_stride = t.stride(-2) if rows > 1 else k
+    good = (k == 1 or t.stride(-1) == 1) and row_stride * t.element_size() <= MAX_SIZE
+    dimensions = ((row_stride, rows), (batch_stride, batch))
+    extent = k
+    for stride, size in dimensions if row_stride <= batch_stride else dimensions[::-1]:
+        if size > 1:
+            good = good and stride >= extent
+            extent = extent + (size - 1) * stride
+    if not good:
+        raise ValueError(
+            f"{name}: expected strides (..., {k} or more, 1), so that rows are contiguous, at most "
+            f"{MAX_SIZE} bytes apart, and do not overlap, got {t.stride()}"
+        )
 
-    Args:
-        x_bytes, q_bytes: their :func:`span`.
-        last_rows: ``formats.last_column_rows`` of `sf`, whose padding is written too.
-    """
-    x_start, q_start, sf_start = x.data_ptr(), q.data_ptr(), sf.data_ptr()
-    x_end, q_end = x_start + x_bytes, q_start + q_bytes
-    columns = sf.shape[1]
-    sf_end = sf_start + 4 * ((columns - 1) * sf.stride(1) + last_rows) if columns else sf_start
-    if x_start < q_end and q_start < x_end:
-        _overlap("out q", "x")
-    if x_start < sf_end and sf_start < x_end:
-        _overlap("out sf", "x")
-    if q_start < sf_end and sf_start < q_end:
-        _overlap("out sf", "out q")
+
+def check_scales_of(sf: torch.Tensor, q: torch.Tensor, group_size: int) -> Format:
+    """Check scales against the values that they belong to, and find their format."""
+    if sf.dtype is torch.int32:
+        scale_format = "ue8m0"
+    elif sf.dtype is torch.float32:
+        scale_format = "float32"
+    else:
+        scale_format = UE8M0_ROW_MAJOR if sf.ndim >= q.ndim else UE8M0_BLOCKED
+    fmt = make_format(group_size, scale_format, False, q.dtype)
+    *batch_shape, mn, k = q.shape
+    expected = fmt.scale_shape(batch_shape, mn, k)
+    if tuple(sf.shape) != expected:
+        raise ValueError(
+            f"sf: expected {expected}, the {scale_format} scales of q {tuple(q.shape)} for "
+            f"group_size={group_size}, got shape {tuple(sf.shape)}"
+        )
+    return fmt
 
 
-def _overlap(name: str, other: str) -> None:
-    raise ValueError(f"{name}: expected memory of its own, got memory that overlaps {other}")
+Region = tuple[str, int, int]
+"""Memory of an argument: its name, address and bytes."""
+
+
+def check_disjoint(reads: list[Region], writes: list[Region]) -> None:
+    """Check that no byte to be written belongs to another of the tensors."""
+    others = list(reads)
+    for name, start, nbytes in writes:
+        for other, other_start, other_bytes in others:
+            overlaps = start < other_start + other_bytes and other_start < start + nbytes
+            if overlaps and nbytes and other_bytes:
+                raise ValueError(
+                    f"{name}: expected memory of its own, got memory that overlaps {other}"
+                )
+        others.append((name, start, nbytes))
 
 
 def span(t: torch.Tensor) -> int:
-    """Bytes from the first element of a matrix to its last."""
-    rows, k = t.shape
-    return ((rows - 1) * t.stride(0) + k) * t.element_size() if t.numel() else 0
+    """Bytes from the first element of a tensor to its last."""
+    if t.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.element_size()
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+def _names(dtypes: Iterable[torch.dtype]) -> str:
     return " or ".join(map(_name, dtypes))
 
 

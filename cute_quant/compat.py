@@ -8,8 +8,8 @@ import torch
 
 from cute_quant.checks import check_tensor, has_aligned_rows
 from cute_quant.formats import (
+    DEFAULT_MIN_SCALE,
     E4M3_MAX,
-    GROUP_SIZES,
     LOAD_BYTES,
     MAX_MIN_SCALE,
     RECIPROCAL_FLOAT32,
@@ -20,8 +20,8 @@ from cute_quant.ops import is_traced, quantize
 
 __all__ = ["per_token_cast_to_fp8", "per_token_group_quant_fp8_packed_for_deepgemm"]
 
-VLLM_MIN_SCALE = 1e-10
-DEEP_GEMM_MIN_AMAX = 1e-4
+GROUP_SIZES = (128,)
+VLLM_MIN_SCALE = DEFAULT_MIN_SCALE
 
 
 def per_token_group_quant_fp8_packed_for_deepgemm(
@@ -34,9 +34,9 @@ def per_token_group_quant_fp8_packed_for_deepgemm(
     """vLLM's quantizer for DeepGEMM on SM100, equal to it to the bit on finite input.
 
     Args:
-        x: (..., k), bfloat16 or float16, k a multiple of `group_size`, neighbours contiguous.
-            Where one row stride cannot walk its leading dimensions, or starts rows off multiples
-            of 32 bytes, it is copied first; vLLM copies whatever is not contiguous.
+        x: (..., k), bfloat16, float16 or float32, k a multiple of `group_size`, neighbours
+            contiguous. Where one row stride cannot walk its leading dimensions, or starts rows off
+            multiples of 32 bytes, it is copied first; vLLM copies whatever is not contiguous.
         group_size: neighbours that share a scale, 128.
         eps: lower bound of a group's amax, above 0; vLLM bounds the scale by 1e-10 besides.
         use_ue8m0: True, or None for the same; the packed format has no other scales.
@@ -60,6 +60,7 @@ def per_token_group_quant_fp8_packed_for_deepgemm(
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     if x.ndim == 0:
         raise ValueError("x: expected at least 1 dimension, got 0")
+    _check_groups("group_size", group_size, x)
     rows = _rows(x)
     start = 0 if is_traced(rows) else rows.data_ptr()  # traced tensors have no address
     if x.is_cuda and not has_aligned_rows(start, rows, LOAD_BYTES):
@@ -86,7 +87,7 @@ def per_token_cast_to_fp8(
     cast returns them row-major and its GEMM transposes them first.
 
     Args:
-        x: (m, n), bfloat16 or float16, n a multiple of `gran_k`, neighbours contiguous.
+        x: (m, n), bfloat16, float16 or float32, n a multiple of `gran_k`, neighbours contiguous.
         use_ue8m0: round scales up to powers of two.
         gran_k: neighbours that share a scale, 128.
         use_packed_ue8m0: pack the exponents of four scales to an int32; needs `use_ue8m0`.
@@ -101,18 +102,30 @@ def per_token_cast_to_fp8(
     for name, flag in (("use_ue8m0", use_ue8m0), ("use_packed_ue8m0", use_packed_ue8m0)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {flag!r}")
-    if gran_k not in GROUP_SIZES:
-        raise ValueError(f"gran_k: expected one of {GROUP_SIZES}, got {gran_k!r}")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    if x.ndim != 2:
+        raise ValueError(f"x: expected 2 dimensions (m, n), got shape {tuple(x.shape)}")
+    _check_groups("gran_k", gran_k, x)
     if use_packed_ue8m0 and not use_ue8m0:
         raise ValueError("use_packed_ue8m0: expected False where use_ue8m0 is False")
-    min_scale = DEEP_GEMM_MIN_AMAX / E4M3_MAX
     if use_packed_ue8m0:
-        return quantize(x, gran_k, "ue8m0", min_scale=min_scale)
+        return quantize(x, gran_k, "ue8m0", min_scale="deepgemm")
     if use_ue8m0:
-        return quantize(x, gran_k, "float32", round_scale=True, min_scale=min_scale)
+        return quantize(x, gran_k, "float32", round_scale=True, min_scale="deepgemm")
     # DeepGEMM divides by 448 in torch, which on CUDA multiplies by the rounded reciprocal.
-    quotient = RECIPROCAL_FLOAT32 if isinstance(x, torch.Tensor) and x.is_cuda else "float32"
-    return quantize(x, gran_k, quotient, min_scale=min_scale)
+    quotient = RECIPROCAL_FLOAT32 if x.is_cuda else "float32"
+    return quantize(x, gran_k, quotient, min_scale="deepgemm")
+
+
+def _check_groups(name: str, group_size: int, x: torch.Tensor) -> None:
+    """Check what the peers demand and `quantize` does not: whole groups of the sizes they have."""
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"{name}: expected one of {GROUP_SIZES}, got {group_size!r}")
+    if x.shape[-1] % group_size:
+        raise ValueError(
+            f"x: expected rows of a multiple of {group_size}, got shape {tuple(x.shape)}"
+        )
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,6 @@ import torch
 ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
 """Compute capability -> target of the kernels."""
 
-ELEMENT_TYPES = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
-
 # Two compilations at a time abort the process, or one silently builds for the other's target.
 # Kernels that others compile with the DSL, in another thread meanwhile, are not under this lock.
 _lock = threading.RLock()

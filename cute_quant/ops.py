@@ -12,22 +12,20 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from cute_quant import checks, reference
 from cute_quant.formats import (
     DEFAULT_MIN_SCALE,
-    GROUP_SIZES,
     LOAD_BYTES,
-    SCALE_ROW_ALIGNMENT,
     STORE_BYTES,
     VALUE_DTYPE,
+    VALUE_TYPES,
     Format,
     last_column_rows,
     make_format,
+    resolve_min_scale,
     scale_floor,
 )
+from cute_quant.rows import Masked, Rows, from_operands, to_operands
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-NOT_DIFFERENTIABLE = (
-    "x: expected a tensor that requires no gradient, since quantize is not differentiable; "
-    "got one that does: detach it or call under torch.no_grad()"
-)
+SCALE_DTYPES = (torch.int32, torch.float32, torch.float8_e8m0fnu)
 
 
 def quantize(
@@ -35,16 +33,20 @@ def quantize(
     group_size: int = 128,
     scale_format: str = "ue8m0",
     *,
+    dtype: torch.dtype = VALUE_DTYPE,
     round_scale: bool = False,
-    min_scale: float = DEFAULT_MIN_SCALE,
+    min_scale: float | str = DEFAULT_MIN_SCALE,
+    rows: Rows | None = None,
+    index: torch.Tensor | None = None,
+    check: bool = False,
     out: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize the rows of a matrix to FP8 e4m3 in groups that share a scale.
+    """Quantize rows to 8 bits in groups that share a scale.
 
-    Each group of `group_size` neighbours in a row gets the scale
-    ``s = max(amax / 448, min_scale)``, rounded up to a power of two in the UE8M0 format and with
+    Each group of `group_size` neighbours in a row gets the scale ``s = max(amax / M, min_scale)``,
+    M the largest value of `dtype`, rounded up to a power of two in the UE8M0 formats and with
     `round_scale`; its values are x / s, rounded to nearest even. A group that holds NaN or Inf
-    becomes NaN, values and scale.
+    becomes NaN, values and scale; int8 has no NaN, so there its values are 0.
 
     On a GPU this is one kernel on the current stream. It is compiled at the first call for a
     dtype, format and architecture; call it once before capturing it in a CUDA graph. It runs as a
@@ -53,27 +55,46 @@ def quantize(
     bits. Gradients do not flow through it.
 
     Args:
-        x: (mn, k), bfloat16 or float16, k a multiple of `group_size`, neighbours contiguous. On a
-            GPU (compute capability 9.0, 10.0 or 10.3) its rows start at multiples of 32 bytes;
-            their stride is free.
-        group_size: 128.
-        scale_format: "ue8m0", the exponents of four groups packed to an int32, the first in the
-            low byte; or "float32".
+        x: (..., mn, k), bfloat16, float16 or float32, neighbours in a row contiguous. Other
+            strides are free, 0 included, as long as one of them walks the leading dimensions. k is
+            at most 2^20 and need not be a multiple of `group_size`: the last group may be short.
+        group_size: 16, 32, 64, 128, 256, or -1 for the whole row.
+        scale_format: what `sf` looks like, see below. "ue8m0_128x4" takes groups of 32 alone,
+            since those who read it do.
+        dtype: of the values: float8_e4m3fn, float8_e5m2 or int8 (-127 to 127).
         round_scale: round float32 scales up to powers of two.
-        min_scale: lower bound of the scales, rounded to float32; from 0 (2^-126 for "float32") to
-            2^100. The default gives a group of zeros the UE8M0 byte 94, as vLLM does.
-        out: q and sf to write into, either of them None to have it allocated. `q` may have more
-            rows than x, which become 0, and any row stride that starts rows at multiples of 16
-            bytes. `sf` has the shape and strides below. Its padding rows become 0 as far as its
-            storage goes, so nothing else may live there: leave room for them, or end the storage
-            with the last row.
+        min_scale: lower bound of the scales, rounded to float32: a number from 0 (2^-126 for
+            float32 scales) to 2^100, or whose bound to take: "vllm" (1e-10), "deepgemm" (1e-4 / M),
+            "sglang" (1e-10 / M) or "ocp" (0). The default gives a group of zeros the UE8M0 byte
+            94, as vLLM does.
+        rows: which rows exist: all of them, :class:`Masked`, :class:`PrefixSum` or
+            :class:`Indexed`. They are read on the device of x.
+        index: int32, contiguous, (mn,) or (b, mn), for x of shape (T, k): row i of the result is
+            ``x[index[i]]``. An index outside of 0 to T - 1 gives values 0 and scales 0.
+        check: whether to read what `rows` and `index` say, which waits for the device, and refuse
+            counts and indices that make no sense. Otherwise they are clamped.
+        out: q and sf to write into, either of them None to have it allocated. `q` has the leading
+            dimensions of the result, any strides that do not overlap, and, unless rows are
+            ``Masked``, may have more rows, which become 0. `sf` has the shape and strides below.
+            Padding rows of the last column become 0 as far as its storage goes, so nothing else
+            may live there: leave room for them, or end the storage with the last row.
 
     Returns:
-        q: that of `out`, or (mn, k), float8_e4m3fn, contiguous.
-        sf: MN-major and aligned for TMA: strides (1, mn rounded up to a multiple of 4). For
-            "ue8m0" int32 of shape (mn, ceil(k / group_size / 4)), bytes past the last group 0; for
-            "float32" float32 of shape (mn, k / group_size). DeepGEMM reads the first on SM100, the
-            second on SM90.
+        q: that of `out`, or (..., mn, k), `dtype`, contiguous; with an index, (*index.shape, k).
+        sf: that of `out`, or a new one. With g = ceil(k / group_size) groups in a row, p columns
+            and A = mn rounded up to a multiple of 4:
+
+            "ue8m0": int32 (..., mn, p = ceil(g / 4)), strides (p A, 1, A), the exponents of four
+            groups in a word, the first in the low byte; bytes past the last group 0.
+            "float32": float32 (..., mn, p = g), strides (p A, 1, A).
+            "float32_row_major": float32 (..., mn, g), contiguous.
+            "ue8m0_row_major": float8_e8m0fnu (..., mn, g), contiguous.
+            "ue8m0_128x4": float8_e8m0fnu (..., align(mn, 128) align(g, 4)), contiguous: blocks of
+            128 rows and 4 groups, as cuBLAS, CUTLASS and ``torch._scaled_mm`` read them. The byte
+            of (row, group) is ``((row // 128) * (align(g, 4) // 4) + group // 4) * 512
+            + row % 32 * 16 + row % 128 // 32 * 4 + group % 4``; all others are 0.
+
+            DeepGEMM reads the first on SM100, the second on SM90.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -81,68 +102,111 @@ def quantize(
         RuntimeError: x requires a gradient while gradients are recorded, or its GPU is not
             supported.
     """
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(NOT_DIFFERENTIABLE)
+    _check_differentiable("quantize", x)
+    if not isinstance(check, bool):
+        raise TypeError(f"check: expected a bool, got {check!r}")
     q, sf = _out_pair(out)
-    choices = (group_size, scale_format, round_scale, min_scale)
+    choices = (group_size, scale_format, dtype, round_scale, min_scale)
     if not is_traced(x):
-        return _quantize(x, q, sf, choices)
+        return _quantize(x, q, sf, choices, rows, index, check)
+    if check:
+        raise ValueError("check: expected False under a tracer, which has no counts to read")
+    fmt, batch_shape, mn = _check(x, None, None, choices, rows, index)
+    operands = (*choices[:4], resolve_min_scale(fmt, min_scale), *to_operands(rows), index)
     if out is None:
-        return torch.ops.cute_quant.quantize(x, *choices)
-    fmt = make_format(*choices[:3])
-    checks.check_input(x, fmt)
-    q = _empty_values(x) if q is None else q
-    sf = fmt.empty_scales(*x.shape, x.device) if sf is None else sf
-    torch.ops.cute_quant.quantize_out(x, q, sf, *choices)
+        return torch.ops.cute_quant.quantize(x, *operands)
+    q = _empty_values(x, fmt, batch_shape, mn) if q is None else q
+    if fmt.scale_dtype is not torch.float8_e8m0fnu:
+        sf = fmt.empty_scales(batch_shape, mn, x.shape[-1], x.device) if sf is None else sf
+        torch.ops.cute_quant.quantize_out(x, q, sf, *operands)
+        return q, sf
+    # As bytes, because Inductor cannot hand float8_e8m0fnu to an operator that writes them.
+    if sf is None:
+        stored = x.new_empty(fmt.scale_shape(batch_shape, mn, x.shape[-1]), dtype=torch.uint8)
+        sf = stored.view(fmt.scale_dtype)
+    else:
+        checks.check_tensor("out sf", sf, (fmt.scale_dtype,))
+        stored = sf.view(torch.uint8)
+    torch.ops.cute_quant.quantize_out(x, q, stored, *operands)
     return q, sf
 
 
 def dequantize(
     q: torch.Tensor,
     sf: torch.Tensor,
+    group_size: int = 128,
     dtype: torch.dtype = torch.bfloat16,
-    group_size: int | None = None,
 ) -> torch.Tensor:
     """Multiply quantized values by their scales.
 
     Args:
-        q: (mn, k), float8_e4m3fn; without rows past those of `sf`.
-        sf: the scales that `quantize` returned with it: int32 of packed UE8M0, or float32. Their
-            strides are free.
+        q: (..., mn, k), float8_e4m3fn, float8_e5m2 or int8, strides free; without rows past those
+            of `sf`.
+        sf: the scales that `quantize` returned with it, strides free: int32 are packed UE8M0,
+            float8_e8m0fnu row-major or, where they have a dimension less than q, in blocks of
+            128x4 (groups of 32).
+        group_size: neighbours that share a scale, as in `quantize`.
         dtype: of the result: bfloat16, float16 or float32. Products are computed in float32 and
             rounded once, to Inf where they are beyond its largest number.
-        group_size: neighbours that share a scale; by default what the shapes say.
 
     Returns:
-        (mn, k), `dtype`, contiguous.
+        (..., mn, k), `dtype`, contiguous.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: the shapes or devices do not belong together.
+        ValueError: `group_size`, the shapes or devices do not belong together.
     """
-    checks.check_tensor("q", q, (VALUE_DTYPE,))
-    checks.check_tensor("sf", sf, (torch.int32, torch.float32))
-    if dtype not in OUTPUT_DTYPES:
-        raise TypeError(f"dtype: expected one of {OUTPUT_DTYPES}, got {dtype!r}")
-    if q.device != sf.device:
-        raise ValueError(f"sf: expected the device of q, {q.device}, got {sf.device}")
-    if q.ndim != 2:
-        raise ValueError(f"q: expected 2 dimensions (mn, k), got shape {tuple(q.shape)}")
-    scale_format = "ue8m0" if sf.dtype is torch.int32 else "float32"
-    sizes = GROUP_SIZES if group_size is None else (group_size,)
-    formats = [make_format(size, scale_format, False) for size in sizes]
-    for fmt in formats:
-        if tuple(sf.shape) == fmt.scale_shape(*q.shape):
-            checks.check_groups("q", q, fmt)
-            return reference.dequantize(q, sf, fmt, dtype)
-    expected = " or ".join(
-        f"{fmt.scale_shape(*q.shape)} for groups of {fmt.group_size}" for fmt in formats
-    )
-    raise ValueError(
-        f"sf: expected the {scale_format} scales of q {tuple(q.shape)}, {expected}, "
-        f"got shape {tuple(sf.shape)}"
+    if isinstance(q, torch.Tensor) and is_traced(q):
+        return torch.ops.cute_quant.dequantize(q, sf, group_size, dtype)
+    return _dequantize(q, sf, group_size, dtype)
+
+
+def fake_quantize(
+    x: torch.Tensor,
+    group_size: int = 128,
+    scale_format: str = "ue8m0",
+    *,
+    dtype: torch.dtype = VALUE_DTYPE,
+    round_scale: bool = False,
+    min_scale: float | str = DEFAULT_MIN_SCALE,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What is left of `x` after `quantize` and `dequantize`, in one pass and without scales.
+
+    Equal to ``dequantize(*quantize(x, ...), group_size, x.dtype)``, so a group with NaN or Inf is
+    all NaN. Gradients do not flow through it.
+
+    Args:
+        x, group_size, scale_format, dtype, round_scale, min_scale: as for :func:`quantize`.
+        out: to write into: the shape and dtype of x, any strides that do not overlap.
+
+    Returns:
+        `out`, or a contiguous tensor of x's shape and dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    _check_differentiable("fake_quantize", x)
+    choices = (group_size, scale_format, dtype, round_scale, min_scale)
+    if not is_traced(x):
+        return _fake_quantize(x, out, choices)
+    fmt = _check_fake(x, out, choices)
+    operands = (*choices[:4], resolve_min_scale(fmt, min_scale))
+    result = torch.ops.cute_quant.fake_quantize(x, *operands)
+    return result if out is None else out.copy_(result)
+
+
+def _check_differentiable(name: str, x: object) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(_not_differentiable(name))
+
+
+def _not_differentiable(name: str) -> str:
+    return (
+        f"x: expected a tensor that requires no gradient, since {name} is not differentiable; "
+        "got one that does: detach it or call under torch.no_grad()"
     )
 
 
@@ -164,25 +228,73 @@ def is_traced(x: torch.Tensor) -> bool:
     )
 
 
-def _empty_values(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x, dtype=VALUE_DTYPE, memory_format=torch.contiguous_format)
+def _empty_values(
+    x: torch.Tensor, fmt: Format, batch_shape: tuple[int, ...], mn: int
+) -> torch.Tensor:
+    return x.new_empty((*batch_shape, mn, x.shape[-1]), dtype=fmt.dtype)
+
+
+def _check(
+    x: torch.Tensor,
+    q: torch.Tensor | None,
+    sf: torch.Tensor | None,
+    choices: tuple,
+    rows: Rows | None,
+    index: torch.Tensor | None,
+) -> tuple[Format, tuple[int, ...], int]:
+    """Check everything that tensors say of themselves, be they real or fake.
+
+    Args:
+        choices: group_size, scale_format, dtype, round_scale, min_scale.
+
+    Returns:
+        The format, and the batch shape and rows of the results.
+    """
+    group_size, scale_format, dtype, round_scale, min_scale = choices
+    fmt = make_format(group_size, scale_format, round_scale, dtype)
+    checks.check_input(x)
+    resolve_min_scale(fmt, min_scale)
+    batch_shape, mn = checks.check_rows(rows, index, x)
+    if q is not None:
+        checks.check_values_out(q, x, dtype, batch_shape, mn, exact=isinstance(rows, Masked))
+    if sf is not None:
+        checks.check_scales_out(sf, x, fmt, batch_shape, mn)
+    return fmt, batch_shape, mn
+
+
+def _check_fake(x: torch.Tensor, out: torch.Tensor | None, choices: tuple) -> Format:
+    fmt, _, _ = _check(x, None, None, choices, None, None)
+    if out is not None:
+        checks.check_fake_out(out, x)
+    return fmt
+
+
+def _check_device(name: str, t: torch.Tensor) -> None:
+    checks.check_not_negated(name, t)
+    if not (t.is_cuda or t.is_cpu):
+        raise ValueError(f"{name}: expected a tensor on a CUDA device or the CPU, got {t.device}")
 
 
 class _Plan(NamedTuple):
     """What calls on tensors of the same shapes and strides have in common.
 
     Attributes:
-        launch: the compiled kernel; None on the CPU and where x has no elements.
-        x_bytes, q_bytes: from the first element to the last, of a caller's q only.
-        aligned: whether columns of scales have no padding rows.
+        batch_shape, mn: of the results.
+        launch: the compiled kernel; None where there is none or nothing for it to do.
+        x_bytes, q_bytes, sf_bytes: from the first element to the last, of a caller's q and sf
+            only.
+        padded: whether columns of scales have padding rows.
     """
 
     fmt: Format
     floor: int | float
+    batch_shape: tuple[int, ...]
+    mn: int
     launch: Callable[..., None] | None
     x_bytes: int
     q_bytes: int
-    aligned: bool
+    sf_bytes: int
+    padded: bool
 
 
 # Checking all this anew took half the time of a call.
@@ -191,44 +303,56 @@ _MAX_PLANS = 4096
 
 
 def _plan(
-    x: torch.Tensor, q: torch.Tensor | None, sf: torch.Tensor | None, choices: tuple
+    x: torch.Tensor,
+    q: torch.Tensor | None,
+    sf: torch.Tensor | None,
+    choices: tuple,
+    rows: Rows | None,
+    index: torch.Tensor | None,
 ) -> _Plan:
-    """Check everything that tensors say of themselves, and find the kernel."""
-    *format_choices, min_scale = choices
-    fmt = make_format(*format_choices)
-    checks.check_input(x, fmt)
-    checks.check_not_negated("x", x)
-    floor = scale_floor(fmt, min_scale)
-    if q is not None:
-        checks.check_values_out(q, x)
+    """Check a call on real tensors, and find the kernel."""
+    fmt, batch_shape, mn = _check(x, q, sf, choices, rows, index)
+    _check_device("x", x)
     if sf is not None:
-        checks.check_scales_out(sf, x, fmt)
         checks.check_not_negated("out sf", sf)
-    if not (x.is_cuda or x.is_cpu):
-        raise ValueError(f"x: expected a tensor on a CUDA device or the CPU, got {x.device}")
-    launch = _kernel(x.dtype, fmt, x.get_device()) if x.is_cuda and x.numel() else None
-    q_bytes = 0 if q is None else checks.span(q)
-    aligned = x.shape[0] % SCALE_ROW_ALIGNMENT == 0
-    return _Plan(fmt, floor, launch, checks.span(x), q_bytes, aligned)
+    launch = None
+    if x.is_cuda and x.numel() and rows is None and index is None:
+        launch = _kernel_for(x, fmt)
+    return _Plan(
+        fmt,
+        scale_floor(fmt, choices[-1]),
+        batch_shape,
+        mn,
+        launch,
+        checks.span(x),
+        0 if q is None else checks.span(q),
+        0 if sf is None else checks.span(sf),
+        fmt.mn_major and fmt.scale_rows(mn) > mn,
+    )
 
 
 def _look_up_plan(
-    x: torch.Tensor, q: torch.Tensor | None, sf: torch.Tensor | None, choices: tuple
+    x: torch.Tensor,
+    q: torch.Tensor | None,
+    sf: torch.Tensor | None,
+    choices: tuple,
+    rows: Rows | None,
+    index: torch.Tensor | None,
 ) -> _Plan:
     """The plan of an earlier call on tensors that look alike, or a new one.
 
     Only plans that launch are kept, since dtypes and devices of q and sf do not count among looks:
     the kernel refuses those that do not fit, and addresses that are not aligned, by itself.
     """
-    if not x.is_cuda:
-        return _plan(x, q, sf, choices)
+    if not x.is_cuda or rows is not None or index is not None:
+        return _plan(x, q, sf, choices, rows, index)
     try:
         key = _look(x), x.dtype, x.device, _look(q), _look(sf), choices
         plan = _plans.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, no strides, no hash
-        return _plan(x, q, sf, choices)
+        return _plan(x, q, sf, choices, rows, index)
     if plan is None:
-        plan = _plan(x, q, sf, choices)
+        plan = _plan(x, q, sf, choices, rows, index)
         if plan.launch is not None:
             if len(_plans) >= _MAX_PLANS:
                 _plans.clear()
@@ -241,32 +365,76 @@ def _look(t: torch.Tensor | None) -> tuple | None:
 
 
 def _quantize(
-    x: torch.Tensor, q: torch.Tensor | None, sf: torch.Tensor | None, choices: tuple
+    x: torch.Tensor,
+    q: torch.Tensor | None,
+    sf: torch.Tensor | None,
+    choices: tuple,
+    rows: Rows | None = None,
+    index: torch.Tensor | None = None,
+    check: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    plan = _look_up_plan(x, q, sf, choices)
+    plan = _look_up_plan(x, q, sf, choices, rows, index)
+    if check:
+        checks.check_counts(rows, index, x.shape[-2], plan.mn)
     out = q, sf
-    given = q is not None or sf is not None
     if q is None:
-        q = _empty_values(x)
+        q = _empty_values(x, plan.fmt, plan.batch_shape, plan.mn)
     if sf is None:
-        sf = plan.fmt.empty_scales(*x.shape, x.device)
-    last_rows = x.shape[0] if plan.aligned else last_column_rows(sf)
-    if given:
-        checks.check_disjoint(x, plan.x_bytes, q, plan.q_bytes, sf, last_rows)
-    if plan.launch is not None:
-        try:
-            plan.launch(x, q, sf, last_rows, plan.floor)
-        except (TypeError, ValueError):
-            # The kernel refuses dtypes, devices and addresses that do not fit. Say so by name.
-            _plan(x, *out, choices)
-            checks.check_rows("x", x, LOAD_BYTES)
-            checks.check_rows("out q", q, STORE_BYTES)
-            raise
-    elif x.is_cpu:
-        reference.quantize_into(x, q, sf, plan.fmt, plan.floor)
-    else:
-        q.view(torch.uint8).zero_()  # x has no elements, but a caller's q may have rows
+        sf = plan.fmt.empty_scales(plan.batch_shape, plan.mn, x.shape[-1], x.device)
+    last_rows = last_column_rows(sf) if plan.padded else plan.mn
+    if out != (None, None):
+        sf_bytes = plan.sf_bytes
+        if sf_bytes and plan.padded:
+            sf_bytes += (last_rows - plan.mn) * sf.element_size()
+        reads = [("x", x.data_ptr(), plan.x_bytes)]
+        if index is not None:
+            reads.append(("index", index.data_ptr(), checks.span(index)))
+        if rows is not None:
+            name, data = f"rows.{rows.data_name}", rows.data
+            reads.append((name, data.data_ptr(), checks.span(data)))
+        writes = [("out q", q.data_ptr(), plan.q_bytes), ("out sf", sf.data_ptr(), sf_bytes)]
+        checks.check_disjoint(reads, writes)
+    _launch(x, q, sf, plan, last_rows, out, choices, rows, index)
     return q, sf
+
+
+def _launch(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    plan: _Plan,
+    last_rows: int,
+    out: tuple[torch.Tensor | None, torch.Tensor | None],
+    choices: tuple,
+    rows: Rows | None,
+    index: torch.Tensor | None,
+) -> None:
+    """Write the results."""
+    if plan.launch is None:
+        # CUDA: what `_kernel_for` has no kernel for is computed in plain torch on the GPU too.
+        reference.quantize_into(x, q, sf, plan.fmt, plan.floor, rows, index)
+        return
+    try:
+        plan.launch(x, q, sf, last_rows, plan.floor)
+    except (TypeError, ValueError):
+        # The kernel refuses dtypes, devices and addresses that do not fit. Say so by name.
+        _plan(x, *out, choices, rows, index)
+        checks.check_alignment("x", x, LOAD_BYTES)
+        checks.check_alignment("out q", q, STORE_BYTES)
+        raise
+
+
+def _kernel_for(x: torch.Tensor, fmt: Format) -> Callable[..., None] | None:
+    """The kernel for dense rows of whole groups of 128; None where they are not that."""
+    covered = (
+        x.ndim == 2
+        and x.dtype is not torch.float32
+        and fmt.dtype is VALUE_DTYPE
+        and fmt.mn_major
+        and fmt.group_size == 128
+        and x.shape[1] % 128 == 0
+    )
+    return _kernel(x.dtype, fmt, x.get_device()) if covered else None
 
 
 @functools.cache
@@ -279,50 +447,134 @@ def _kernel(dtype: torch.dtype, fmt: Format, device_index: int) -> Callable[...,
     return compile.function(Quantize, arch, compile.ELEMENT_TYPES[dtype], fmt)
 
 
-_CHOICES = "int group_size, str scale_format, bool round_scale, float min_scale"
+def _check_dequantize(
+    q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype
+) -> Format:
+    checks.check_tensor("q", q, VALUE_TYPES)
+    checks.check_tensor("sf", sf, SCALE_DTYPES)
+    if dtype not in OUTPUT_DTYPES:
+        raise TypeError(f"dtype: expected one of {OUTPUT_DTYPES}, got {dtype!r}")
+    if q.device != sf.device:
+        raise ValueError(f"sf: expected the device of q, {q.device}, got {sf.device}")
+    if q.ndim < 2:
+        raise ValueError(f"q: expected 2 or more dimensions (..., mn, k), got {tuple(q.shape)}")
+    return checks.check_scales_of(sf, q, group_size)
+
+
+def _dequantize(
+    q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    fmt = _check_dequantize(q, sf, group_size, dtype)
+    return reference.dequantize(q, sf, fmt, dtype)
+
+
+def _fake_quantize(x: torch.Tensor, out: torch.Tensor | None, choices: tuple) -> torch.Tensor:
+    fmt = _check_fake(x, out, choices)
+    _check_device("x", x)
+    if out is not None:
+        checks.check_not_negated("out", out)
+        checks.check_disjoint(
+            [("x", x.data_ptr(), checks.span(x))], [("out", out.data_ptr(), checks.span(out))]
+        )
+    result = reference.fake_quantize(x, fmt, scale_floor(fmt, choices[-1]))
+    return result if out is None else out.copy_(result)
+
+
+_CHOICES = "int group_size, str scale_format, ScalarType dtype, bool round_scale, float min_scale"
+_ROWS = 'str rows="dense", Tensor? row_data=None, int alignment=1, Tensor? index=None'
+
+
+def _rows_of(
+    rows: str = "dense",
+    row_data: torch.Tensor | None = None,
+    alignment: int = 1,
+    index: torch.Tensor | None = None,
+) -> tuple[Rows | None, torch.Tensor | None]:
+    return from_operands(rows, row_data, alignment), index
 
 
 @torch.library.custom_op(
     "cute_quant::quantize",
     mutates_args=(),
-    schema=f"(Tensor x, {_CHOICES}) -> (Tensor, Tensor)",
+    schema=f"(Tensor x, {_CHOICES}, {_ROWS}) -> (Tensor, Tensor)",
 )
-def _quantize_op(x: torch.Tensor, *choices: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return _quantize(x, None, None, choices)
-
-
-def _refuse_gradient(*_: object, **__: object) -> None:
-    raise RuntimeError(NOT_DIFFERENTIABLE)
-
-
-_quantize_op.register_autograd(_refuse_gradient, setup_context=_refuse_gradient)
+def _quantize_op(x: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return _quantize(x, None, None, operands[:5], *_rows_of(*operands[5:]))
 
 
 @_quantize_op.register_fake
-def _(x: torch.Tensor, *choices: object) -> tuple[torch.Tensor, torch.Tensor]:
-    *format_choices, min_scale = choices
-    fmt = make_format(*format_choices)
-    checks.check_input(x, fmt)
-    scale_floor(fmt, min_scale)
+def _(x: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
+    fmt, batch_shape, mn = _check(x, None, None, operands[:5], *_rows_of(*operands[5:]))
     # Not `empty_scales`: its storage, which a fake has none of, depends on mn % 4.
-    shape, strides = fmt.scale_shape(*x.shape), fmt.scale_strides(x.shape[0])
-    return _empty_values(x), x.new_empty_strided(shape, strides, dtype=fmt.scale_dtype)
+    shape = fmt.scale_shape(batch_shape, mn, x.shape[-1])
+    if fmt.mn_major:
+        strides = fmt.scale_strides(batch_shape, mn, x.shape[-1])
+        sf = x.new_empty_strided(shape, strides, dtype=fmt.scale_dtype)
+    else:
+        sf = x.new_empty(shape, dtype=fmt.scale_dtype)
+    return _empty_values(x, fmt, batch_shape, mn), sf
 
 
 @torch.library.custom_op(
     "cute_quant::quantize_out",
     mutates_args=("q", "sf"),
-    schema=f"(Tensor x, Tensor(a!) q, Tensor(b!) sf, {_CHOICES}) -> ()",
+    schema=f"(Tensor x, Tensor(a!) q, Tensor(b!) sf, {_CHOICES}, {_ROWS}) -> ()",
 )
-def _quantize_out_op(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *choices: object) -> None:
-    _quantize(x, q, sf, choices)
+def _quantize_out_op(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object) -> None:
+    _quantize(x, q, _typed(sf, operands), operands[:5], *_rows_of(*operands[5:]))
+
+
+def _typed(sf: torch.Tensor, operands: tuple) -> torch.Tensor:
+    """Scales that came as bytes, in the dtype of their format."""
+    group_size, scale_format, dtype, round_scale = operands[:4]
+    fmt = make_format(group_size, scale_format, round_scale, dtype)
+    as_bytes = sf.dtype is torch.uint8 and fmt.scale_dtype is torch.float8_e8m0fnu
+    return sf.view(fmt.scale_dtype) if as_bytes else sf
 
 
 @_quantize_out_op.register_fake
-def _(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *choices: object) -> None:
-    *format_choices, min_scale = choices
-    fmt = make_format(*format_choices)
-    checks.check_input(x, fmt)
-    checks.check_values_out(q, x)
-    checks.check_scales_out(sf, x, fmt)
-    scale_floor(fmt, min_scale)
+def _(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object) -> None:
+    _check(x, q, _typed(sf, operands), operands[:5], *_rows_of(*operands[5:]))
+
+
+@torch.library.custom_op(
+    "cute_quant::dequantize",
+    mutates_args=(),
+    schema="(Tensor q, Tensor sf, int group_size, ScalarType dtype) -> Tensor",
+)
+def _dequantize_op(
+    q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return _dequantize(q, sf, group_size, dtype)
+
+
+@_dequantize_op.register_fake
+def _(q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype) -> torch.Tensor:
+    _check_dequantize(q, sf, group_size, dtype)
+    return q.new_empty(q.shape, dtype=dtype)
+
+
+@torch.library.custom_op(
+    "cute_quant::fake_quantize",
+    mutates_args=(),
+    schema=f"(Tensor x, {_CHOICES}) -> Tensor",
+)
+def _fake_quantize_op(x: torch.Tensor, *choices: object) -> torch.Tensor:
+    return _fake_quantize(x, None, choices)
+
+
+@_fake_quantize_op.register_fake
+def _(x: torch.Tensor, *choices: object) -> torch.Tensor:
+    _check_fake(x, None, choices)
+    return x.new_empty(x.shape)
+
+
+def _refuse_gradients(operator: torch.library.CustomOpDef, name: str) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(_not_differentiable(name))
+
+    operator.register_autograd(refuse, setup_context=refuse)
+
+
+_refuse_gradients(_quantize_op, "quantize")
+_refuse_gradients(_fake_quantize_op, "fake_quantize")

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from cute_quant import dequantize, quantize
-from tests.helpers import FORMATS, check_against_reference, exact_group, format_id
+from tests.helpers import FORMATS, check_against_reference, format_id
+from tests.oracle import exact_group
 
 PATH = Path(__file__).parents[1] / "bench" / "data" / "activations.safetensors"
 ACTIVATIONS = load_file(PATH)

@@ -17,11 +17,10 @@ from tests.helpers import (
     UE8M0,
     bits,
     check_against_reference,
-    exact_float32_group,
-    exact_group,
     format_id,
     random_bits,
 )
+from tests.oracle import exact_float32_group, exact_group
 
 DTYPES = [torch.bfloat16, torch.float16]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
@@ -150,13 +149,14 @@ def test_known_values(value, byte, code, device):
 def test_one_special_value_poisons_its_group_alone(dtype, fmt, special, device):
     x = torch.randn(8, 1024, generator=torch.Generator().manual_seed(4)).to(dtype)
     clean = dequantize(
-        *quantize(x, scale_format=fmt.scale_format, round_scale=fmt.round_scale), torch.float32
+        *quantize(x, scale_format=fmt.scale_format, round_scale=fmt.round_scale),
+        dtype=torch.float32,
     )
     positions = [(row, 131 * row % 1024) for row in range(8)]
     for position in positions:
         x[position] = special
     q, sf = check_against_reference(x.to(device), fmt)
-    y = dequantize(q, sf, torch.float32).cpu()
+    y = dequantize(q, sf, dtype=torch.float32).cpu()
     for row, column in positions:
         group = slice(column // 128 * 128, column // 128 * 128 + 128)
         assert bits(q[row, group]).eq(0x7F).all()
@@ -207,7 +207,7 @@ def test_flushing_subnormals_on_the_cpu():
 def test_dequantize_is_close(fmt, device):
     x = torch.randn(33, 1536, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
     q, sf = quantize(x.to(device), scale_format=fmt.scale_format, round_scale=fmt.round_scale)
-    y = dequantize(q, sf, torch.float32).cpu()
+    y = dequantize(q, sf, dtype=torch.float32).cpu()
     x = x.float()
     scale = x.unflatten(1, (12, 128)).abs().amax(2, keepdim=True) / 448 * 2
     half_ulp = torch.maximum(x.unflatten(1, (12, 128)).abs() / 16, scale * 2.0**-10)
@@ -227,10 +227,10 @@ def test_quantization_has_no_bias():
 def test_dequantize_is_exact_for_every_code(dtype, fmt, device):
     codes = torch.arange(256, dtype=torch.uint8).view(2, 128)
     q = codes.view(torch.float8_e4m3fn).to(device)
-    sf = fmt.empty_scales(2, 128, torch.device(device))
+    sf = fmt.empty_scales((), 2, 128, torch.device(device))
     sf.copy_(torch.tensor([[120], [133]]) if fmt.packed else torch.tensor([[2**-7], [2**6]]))
     expected = codes.view(torch.float8_e4m3fn).double() * torch.tensor([[2.0**-7], [2.0**6]])
-    y = dequantize(q, sf, dtype).cpu()
+    y = dequantize(q, sf, dtype=dtype).cpu()
     assert y.dtype == dtype
     torch.testing.assert_close(
         y.double(), expected.to(dtype).double(), rtol=0, atol=0, equal_nan=True

@@ -78,5 +78,5 @@ def test_gemm(name, round_scale):
     assert our_error < 0.05 and our_error <= their_error * 1.01
     # What the GEMM computed is the product of what dequantize says the operands are.
     scales = sfw.repeat_interleave(128, 0).repeat_interleave(128, 1)[:n]
-    product = dequantize(q, sf, torch.float32).double() @ (w8.float() * scales).double().t()
+    product = dequantize(q, sf, dtype=torch.float32).double() @ (w8.float() * scales).double().t()
     assert relative_error(ours, product) < 0.005

@@ -6,9 +6,20 @@ import pytest
 import torch
 
 import cute_quant.compile
-from cute_quant import dequantize, ops, quantize
+from cute_quant import (
+    Indexed,
+    Masked,
+    PrefixSum,
+    dequantize,
+    fake_quantize,
+    ops,
+    quantize,
+)
 from cute_quant.compat import per_token_cast_to_fp8, per_token_group_quant_fp8_packed_for_deepgemm
+from cute_quant.formats import make_format
 from tests.helpers import UE8M0
+
+both = pytest.mark.parametrize("function", [quantize, fake_quantize])
 
 
 def activations(device, mn=6, k=256, dtype=torch.bfloat16):
@@ -20,7 +31,7 @@ def values(device, mn=6, k=256):
 
 
 def scales(device, mn=6, k=256):
-    return UE8M0.empty_scales(mn, k, torch.device(device))
+    return UE8M0.empty_scales((), mn, k, torch.device(device))
 
 
 def test_not_a_tensor():
@@ -28,23 +39,41 @@ def test_not_a_tensor():
         quantize([[1.0]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int8, torch.float8_e4m3fn])
-def test_dtype(dtype, device):
+@both
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
+def test_input_dtype(function, dtype, device):
     name = str(dtype).removeprefix("torch.")
-    with pytest.raises(TypeError, match=rf"x: expected .*bfloat16 or float16, got {name}"):
-        quantize(activations(device).to(dtype))
+    message = rf"x: expected .*bfloat16 or float16 or float32, got {name}"
+    with pytest.raises(TypeError, match=message):
+        function(activations(device).to(dtype))
 
 
-@pytest.mark.parametrize("shape", [(), (256,), (2, 3, 256)])
-def test_dimensions(shape, device):
-    with pytest.raises(ValueError, match=r"x: expected 2 dimensions .*got shape"):
-        quantize(torch.ones(shape, dtype=torch.bfloat16, device=device))
+@both
+@pytest.mark.parametrize("shape", [(), (256,)])
+def test_dimensions(function, shape, device):
+    with pytest.raises(
+        ValueError, match=r"x: expected 2 or more dimensions \(\.\.\., mn, k\), got"
+    ):
+        function(torch.ones(shape, dtype=torch.bfloat16, device=device))
 
 
-@pytest.mark.parametrize("k", [1, 64, 127, 129, 200])
-def test_k_is_a_multiple_of_the_group(k, device):
-    with pytest.raises(ValueError, match=rf"x: expected k to be a multiple of 128, got k = {k}"):
-        quantize(activations(device, k=k))
+@both
+def test_leading_dimensions_have_one_stride(function, device):
+    x = torch.ones(4, 3, 6, 256, dtype=torch.bfloat16, device=device)
+    for good in (x[::2, :1], x[0:1, ::2], x.flatten(0, 1)[::3], x[:1, :1].expand(4, 3, 6, 256)):
+        function(good)
+    message = r"x: expected leading dimensions that one stride walks, got shape .*, strides \("
+    for bad in (x[:, :2], x.transpose(0, 1), x[:, :1].expand(4, 3, 6, 256)):
+        with pytest.raises(ValueError, match=message):
+            function(bad)
+
+
+@both
+def test_too_many_columns(function):
+    x = torch.empty(0, dtype=torch.bfloat16, device="meta")
+    function(x.as_strided((4, 2**20), (2**20, 1)))
+    with pytest.raises(ValueError, match=r"x: expected up to 2147483647 rows of up to 1048576, "):
+        function(x.as_strided((4, 2**20 + 1), (2**20 + 1, 1)))
 
 
 def test_neighbours_are_contiguous(device):
@@ -55,22 +84,42 @@ def test_neighbours_are_contiguous(device):
 
 
 @pytest.mark.parametrize(
-    "group_size", [0, -128, 1, 64, 127, 256, 128.5, "128", None, [128], torch.tensor(128)]
+    "group_size", [0, -2, -128, 1, 8, 127, 512, 128.5, "128", None, [128], torch.tensor(128)]
 )
-def test_group_size(group_size, device):
-    with pytest.raises(ValueError, match=r"group_size: expected one of \(128,\), got"):
-        quantize(activations(device), group_size)
+@both
+def test_group_size(function, group_size, device):
+    message = r"group_size: expected one of \(16, 32, 64, 128, 256\) or -1 for the whole row, got"
+    with pytest.raises(ValueError, match=message):
+        function(activations(device), group_size)
+
+
+@both
+@pytest.mark.parametrize("group_size", [16, 64, 128, -1])
+def test_group_size_of_blocked_scales(function, group_size, device):
+    message = rf"group_size: expected 32 for scale_format='ue8m0_128x4', .*MXFP8.*got {group_size}"
+    with pytest.raises(ValueError, match=message):
+        function(activations(device), group_size, "ue8m0_128x4")
+
+
+@both
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e8m0fnu, torch.float8_e4m3fnuz, torch.uint8, "int8"]
+)
+def test_value_dtype(function, dtype, device):
+    with pytest.raises(TypeError, match=r"dtype: expected one of \(torch.float8_e4m3fn, .*, got"):
+        function(activations(device), dtype=dtype)
 
 
 @pytest.mark.parametrize("scale_format", ["", "e8m0", "UE8M0", None, torch.float32])
 def test_scale_format(scale_format, device):
-    with pytest.raises(ValueError, match=r"scale_format: expected one of \('ue8m0', 'float32'\)"):
+    with pytest.raises(ValueError, match=r"scale_format: expected one of \('ue8m0', 'float32', "):
         quantize(activations(device), scale_format=scale_format)
 
 
 def test_round_scale(device):
-    with pytest.raises(ValueError, match=r"round_scale: expected a bool, and False for"):
-        quantize(activations(device), round_scale=True)
+    for scale_format in ("ue8m0", "ue8m0_row_major", "ue8m0_128x4"):
+        with pytest.raises(ValueError, match=r"round_scale: expected a bool, and True only for"):
+            quantize(activations(device), 32, scale_format, round_scale=True)
     with pytest.raises(ValueError, match=r"round_scale: expected a bool.*got 'yes'"):
         quantize(activations(device), scale_format="float32", round_scale="yes")
 
@@ -90,23 +139,41 @@ def test_min_scale_of_float32_scales_is_normal(device):
             )
 
 
-@pytest.mark.parametrize("min_scale", ["1", None, [1e-10], 1j, torch.tensor(1e-10)])
-def test_min_scale_is_a_number(min_scale, device):
-    with pytest.raises(TypeError, match=r"min_scale: expected a number, got"):
-        quantize(activations(device), min_scale=min_scale)
+@pytest.mark.parametrize("min_scale", [None, [1e-10], 1j, torch.tensor(1e-10)])
+@both
+def test_min_scale_is_a_number(function, min_scale, device):
+    with pytest.raises(TypeError, match=r"min_scale: expected a number or one of \('vllm', .*got"):
+        function(activations(device), min_scale=min_scale)
+
+
+@pytest.mark.parametrize("min_scale", ["1", "", "vLLM", "tilekernels"])
+@both
+def test_min_scale_is_a_name(function, min_scale, device):
+    with pytest.raises(ValueError, match=r"min_scale: expected a number or one of \('vllm', .*got"):
+        function(activations(device), min_scale=min_scale)
+
+
+@pytest.mark.parametrize("scale_format", ["float32", "float32_row_major"])
+def test_float32_scales_need_a_floor(scale_format, device):
+    with pytest.raises(ValueError, match=r"min_scale: expected 1.17.*e-38 <= .*, got 'ocp'"):
+        quantize(activations(device), scale_format=scale_format, min_scale="ocp")
 
 
 def test_gradients(device):
     x = activations(device).requires_grad_()
-    with pytest.raises(RuntimeError, match=r"x: .*not differentiable"):
-        quantize(x)
-    with pytest.raises(RuntimeError, match=r"x: .*not differentiable"):
-        torch.ops.cute_quant.quantize(x, 128, "ue8m0", False, 1e-10)
-    with torch.no_grad():
-        quantize(x)
-        quantize(torch.nn.Parameter(x))
-        torch.ops.cute_quant.quantize(x, 128, "ue8m0", False, 1e-10)
-    quantize(x.detach())
+    choices = (128, "ue8m0", torch.float8_e4m3fn, False, 1e-10)
+    for function in (quantize, fake_quantize):
+        operator = getattr(torch.ops.cute_quant, function.__name__)
+        message = rf"x: .*{function.__name__} is not differentiable"
+        with pytest.raises(RuntimeError, match=message):
+            function(x)
+        with pytest.raises(RuntimeError, match=message):
+            operator(x, *choices)
+        with torch.no_grad():
+            function(x)
+            function(torch.nn.Parameter(x))
+            operator(x, *choices)
+        function(x.detach())
 
 
 def test_layout(device):
@@ -151,19 +218,32 @@ def bad_values(device):
     ]  # fmt: skip
 
 
+def bad_batched_values(device):
+    q = torch.empty(3, 6, 256, dtype=torch.float8_e4m3fn, device=device)
+    return [
+        (r"expected shape \(3, 6 or more, 256\), got \(6, 256\)", q[0]),
+        (r"expected shape .*got \(2, 6, 256\)", q[:2]),
+        (r"expected shape .*got \(3, 5, 256\)", q[:, :5]),
+        (r"expected shape .*got \(1, 3, 6, 256\)", q[None]),
+        (r"expected strides .*got \(0, 256, 1\)", q[:1].expand(3, 6, 256)),
+        (r"expected strides .*got \(1280, 256, 1\)", q.as_strided((3, 6, 256), (1280, 256, 1))),
+        (r"expected strides .*got \(256, 512, 1\)", q.as_strided((3, 6, 256), (256, 512, 1))),
+    ]
+
+
 def bad_scales(device):
     aligned = torch.empty_strided((6, 1), (1, 8), dtype=torch.int32, device=device)
     return [
         (TypeError, r"expected a tensor of int32, got float32", aligned.view(torch.float32)),
         (TypeError, r"expected a tensor of int32, got tuple", (1, 2)),
-        (ValueError, r"expected shape \(6, 1\), got \(6, 2\)", scales(device, 6, 1024)),
-        (ValueError, r"expected shape \(6, 1\), got \(7, 1\)", scales(device, 7)),
+        (ValueError, r"expected shape \(6, 2\), got \(6, 3\)", scales(device, 6, 1536)),
+        (ValueError, r"expected shape \(6, 2\), got \(7, 2\)", scales(device, 7, 1024)),
         (ValueError, r"expected strides \(1, 8\), got \(1, 6\)",
-         torch.empty_strided((6, 1), (1, 6), dtype=torch.int32, device=device)),
-        (ValueError, r"expected strides \(1, 8\), got \(1, 1\)",
-         torch.empty((6, 1), dtype=torch.int32, device=device)),
+         torch.empty_strided((6, 2), (1, 6), dtype=torch.int32, device=device)),
+        (ValueError, r"expected strides \(1, 8\), got \(2, 1\)",
+         torch.empty((6, 2), dtype=torch.int32, device=device)),
         (ValueError, r"expected strides \(1, 8\), got \(2, 8\)",
-         torch.empty_strided((6, 1), (2, 8), dtype=torch.int32, device=device)),
+         torch.empty_strided((6, 2), (2, 8), dtype=torch.int32, device=device)),
     ]  # fmt: skip
 
 
@@ -178,7 +258,193 @@ def test_out_values(case, device):
 def test_out_scales(case, device):
     error, message, sf = bad_scales(device)[case]
     with pytest.raises(error, match=r"out sf: .*" + message):
-        quantize(activations(device), out=(None, sf))
+        quantize(activations(device, k=1024), out=(None, sf))
+
+
+@pytest.mark.parametrize("case", range(7))
+def test_out_values_of_a_batch(case, device):
+    message, q = bad_batched_values(device)[case]
+    with pytest.raises(ValueError, match=r"out q: .*" + message):
+        quantize(activations(device).expand(3, 6, 256), out=(q, None))
+
+
+@pytest.mark.parametrize(
+    ("scale_format", "shape", "strides", "message"),
+    [
+        ("ue8m0", (3, 6, 2), (8, 1, 24), r"strides \(16, 1, 8\), got \(8, 1, 24\)"),
+        ("ue8m0", (6, 2), (1, 8), r"shape \(3, 6, 2\), got \(6, 2\)"),
+        ("float32", (3, 6, 32), (192, 32, 1), r"strides \(256, 1, 8\), got \(192, 32, 1\)"),
+        ("float32_row_major", (3, 6, 32), (256, 1, 8), r"strides \(192, 32, 1\), got"),
+        ("ue8m0_row_major", (3, 6, 32), (384, 64, 2), r"strides \(192, 32, 1\), got"),
+        ("ue8m0_128x4", (3, 6, 32), (192, 32, 1), r"shape \(3, 4096\), got \(3, 6, 32\)"),
+        ("ue8m0_128x4", (3, 4096), (1, 3), r"strides \(4096, 1\), got \(1, 3\)"),
+    ],
+)
+def test_out_scales_of_a_batch(scale_format, shape, strides, message, device):
+    dtype = make_format(32, scale_format, False).scale_dtype
+    sf = torch.empty(4096 * 3, dtype=dtype, device=device).as_strided(shape, strides)
+    x = activations(device, k=256 if scale_format == "ue8m0" else 1024).expand(3, 6, -1)
+    with pytest.raises(ValueError, match=r"out sf: expected " + message):
+        quantize(x, 32, scale_format, out=(None, sf))
+
+
+def test_masked_values_have_no_more_rows(device):
+    rows = Masked(torch.zeros(3, dtype=torch.int32, device=device))
+    q = torch.empty(3, 7, 256, dtype=torch.float8_e4m3fn, device=device)
+    with pytest.raises(ValueError, match=r"out q: expected shape \(3, 6, 256\), got \(3, 7, 256\)"):
+        quantize(activations(device).expand(3, 6, 256), rows=rows, out=(q, None))
+
+
+def int32(*values_, device):
+    return torch.tensor(values_, dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(3, dtype=torch.int32), "masked", Masked, (3,)])
+def test_rows_are_of_a_kind(rows, device):
+    message = r"rows: expected None or one of Masked, PrefixSum, Indexed, got "
+    with pytest.raises(TypeError, match=message):
+        quantize(activations(device).expand(3, 6, 256), rows=rows)
+
+
+def test_rows(device):
+    x, batch = activations(device), activations(device).expand(3, 6, 256)
+    three, six = int32(1, 2, 3, device=device), int32(1, 2, 3, 4, 5, 6, device=device)
+    cases = [
+        (
+            TypeError,
+            r"rows.masked_m: expected a tensor of int32, got int64",
+            batch,
+            Masked(three.long()),
+        ),
+        (TypeError, r"rows.ends: expected a tensor of int32, got list", x, PrefixSum([1, 2])),
+        (TypeError, r"rows.m_indices: expected a tensor of int32, got NoneType", x, Indexed(None)),
+        (
+            ValueError,
+            r"x: expected shape \(E, max_m, k\) for rows=Masked, got \(6, 256\)",
+            x,
+            Masked(six),
+        ),
+        (
+            ValueError,
+            r"x: expected shape \(M, k\) for rows=PrefixSum, got",
+            batch,
+            PrefixSum(three),
+        ),
+        (
+            ValueError,
+            r"x: expected shape \(M, k\) for rows=Indexed, got \(3, 6, 256\)",
+            batch,
+            Indexed(three),
+        ),
+        (ValueError, r"rows.masked_m: expected shape \(3,\), got \(6,\)", batch, Masked(six)),
+        (
+            ValueError,
+            r"rows.masked_m: expected shape \(3,\), got \(3, 1\)",
+            batch,
+            Masked(three[:, None]),
+        ),
+        (
+            ValueError,
+            r"rows.ends: expected shape \(G,\), .*got \(3, 1\)",
+            x,
+            PrefixSum(three[:, None]),
+        ),
+        (ValueError, r"rows.m_indices: expected shape \(6,\), got \(3,\)", x, Indexed(three)),
+        (
+            ValueError,
+            r"rows.masked_m: expected a contiguous tensor, got strides \(2,\)",
+            batch,
+            Masked(six[::2]),
+        ),
+        (ValueError, r"rows.alignment: expected 1 to 2147483647, got 0", x, PrefixSum(three, 0)),
+        (ValueError, r"rows.alignment: expected 1 to 2147483647, got -8", x, PrefixSum(three, -8)),
+        (TypeError, r"rows.alignment: expected an int, got 4.0", x, PrefixSum(three, 4.0)),
+        (TypeError, r"rows.alignment: expected an int, got True", x, PrefixSum(three, True)),
+    ]
+    for error, message, x_, rows in cases:
+        with pytest.raises(error, match=message):
+            quantize(x_, rows=rows)
+
+
+def test_index(device):
+    x, three = activations(device), int32(0, 1, 2, device=device)
+    cases = [
+        (TypeError, r"index: expected a tensor of int32, got int64", x, three.long(), None),
+        (TypeError, r"index: expected a tensor of int32, got list", x, [1], None),
+        (ValueError, r"index: expected 1 or 2 dimensions, got shape \(\)", x, three[0], None),
+        (ValueError, r"index: expected 1 or 2 dimensions", x, three[None, None], None),
+        (
+            ValueError,
+            r"index: expected a contiguous tensor, got strides \(2,\)",
+            x,
+            three[::2],
+            None,
+        ),
+        (ValueError, r"x: expected 2 dimensions \(T, k\) with an index", x[None], three, None),
+        (
+            ValueError,
+            r"index: expected shape \(E, max_m\) for rows=Masked, got \(3,\)",
+            x,
+            three,
+            Masked(three),
+        ),
+        (
+            ValueError,
+            r"index: expected shape \(M\) for rows=PrefixSum, got \(1, 3\)",
+            x,
+            three[None],
+            PrefixSum(three),
+        ),
+        (
+            ValueError,
+            r"rows.m_indices: expected shape \(3,\), got \(2,\)",
+            x,
+            three,
+            Indexed(three[:2]),
+        ),
+    ]
+    for error, message, x_, index, rows in cases:
+        with pytest.raises(error, match=message):
+            quantize(x_, index=index, rows=rows)
+
+
+def test_check(device):
+    """What is clamped otherwise is named with `check`."""
+    x, batch = activations(device), activations(device).expand(3, 6, 256)
+
+    def tensor(*numbers):
+        return int32(*numbers, device=device)
+
+    good = [
+        (batch, Masked(tensor(0, 6, 3)), None),
+        (x, PrefixSum(tensor(2, 4, 6), 4), None),
+        (x, PrefixSum(tensor(0, 0, 6), 4), None),
+        (x, PrefixSum(tensor(), 4), None),
+        (x, Indexed(tensor(-9, 3, 3, 2**30, 0, -1)), None),
+        (x, None, tensor(-1, 0, 5, 5)),
+        (x, None, None),
+    ]
+    for x_, rows, index in good:
+        quantize(x_, rows=rows, index=index, check=True)
+    bad = [
+        (r"rows.masked_m: expected 0 to 6, got 7 at 1", batch, Masked(tensor(0, 7, 3)), None),
+        (r"rows.masked_m: expected 0 to 6, got -1 at 2", batch, Masked(tensor(0, 6, -1)), None),
+        (r"rows.ends: expected 0 to 6, got 7 at 0", x, PrefixSum(tensor(7)), None),
+        (r"rows.ends: expected 0 to 6, got -2 at 1", x, PrefixSum(tensor(1, -2)), None),
+        (r"rows.ends: expected group 1 to end at its start 4 or later, got 3",
+         x, PrefixSum(tensor(2, 3, 6), 4), None),
+        (r"index: expected -1 to 5, got 6 at 1", x, None, tensor(0, 6)),
+        (r"index: expected -1 to 5, got -2 at \(1, 0\)", x, None, tensor(0, -2)[:, None]),
+    ]  # fmt: skip
+    for message, x_, rows, index in bad:
+        quantize(x_, rows=rows, index=index)
+        with pytest.raises(ValueError, match=message):
+            quantize(x_, rows=rows, index=index, check=True)
+    for check in (1, None, "yes"):
+        with pytest.raises(TypeError, match=r"check: expected a bool, got"):
+            quantize(x, check=check)
+    with pytest.raises(ValueError, match=r"check: expected False under a tracer"):
+        quantize(x.to("meta"), check=True)
 
 
 def test_out_overlaps(device):
@@ -263,28 +529,57 @@ def test_failed_calls_write_nothing(device):
 
 def test_dequantize(device):
     q, sf = quantize(activations(device))
-    with pytest.raises(TypeError, match=r"q: expected a tensor of float8_e4m3fn, got uint8"):
+    names = "float8_e4m3fn or float8_e5m2 or int8"
+    with pytest.raises(TypeError, match=rf"q: expected a tensor of {names}, got uint8"):
         dequantize(q.view(torch.uint8), sf)
-    with pytest.raises(TypeError, match=r"sf: expected a tensor of int32 or float32, got uint8"):
+    names = "int32 or float32 or float8_e8m0fnu"
+    with pytest.raises(TypeError, match=rf"sf: expected a tensor of {names}, got uint8"):
         dequantize(q, sf.to(torch.uint8))
-    with pytest.raises(TypeError, match=r"dtype: expected one of .*, got torch.int8"):
-        dequantize(q, sf, torch.int8)
-    with pytest.raises(ValueError, match=r"q: expected 2 dimensions"):
-        dequantize(q.flatten(), sf)
-    with pytest.raises(
-        ValueError, match=r"sf: expected .*\(6, 1\) for groups of 128, got .*\(5, 1"
-    ):
-        dequantize(q, sf[:5])
-    with pytest.raises(ValueError, match=r"group_size: expected one of \(128,\), got 64"):
-        dequantize(q, sf, group_size=64)
-
-
-def test_dequantize_k(device):
-    q, sf = values(device, 3, 100), torch.ones(3, 1, device=device)
-    with pytest.raises(ValueError, match=r"q: expected k to be a multiple of 128, got k = 100"):
-        dequantize(q, sf)
     with pytest.raises(TypeError, match=r"sf: expected a strided tensor, got layout"):
-        dequantize(values(device), torch.ones(6, 2, device=device).to_sparse())
+        dequantize(q, torch.ones(6, 2, device=device).to_sparse())
+    with pytest.raises(TypeError, match=r"dtype: expected one of .*, got torch.int8"):
+        dequantize(q, sf, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"q: expected 2 or more dimensions"):
+        dequantize(q.flatten(), sf)
+    with pytest.raises(ValueError, match=r"group_size: expected one of \(16, .*, got 127"):
+        dequantize(q, sf, 127)
+    with pytest.raises(ValueError, match=r"group_size: expected 32 for scale_format='ue8m0_128x4'"):
+        dequantize(q, torch.empty(512, dtype=torch.float8_e8m0fnu, device=device), 128)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "group_size", "expected"),
+    [
+        (torch.int32, (5, 1), 128, r"\(6, 1\), the ue8m0 scales .* group_size=128, got"),
+        (torch.int32, (6, 1), 32, r"\(6, 2\), the ue8m0 scales"),
+        (torch.int32, (1, 6, 1), 128, r"\(6, 1\), the ue8m0 scales"),
+        (torch.float32, (6, 1), 128, r"\(6, 2\), the float32 scales"),
+        (torch.float32, (6, 2), -1, r"\(6, 1\), the float32 scales"),
+        (torch.float8_e8m0fnu, (6, 8), 16, r"\(6, 16\), the ue8m0_row_major scales"),
+        (torch.float8_e8m0fnu, (48,), 32, r"\(1024,\), the ue8m0_128x4 scales"),
+    ],
+)
+def test_dequantize_shapes(dtype, shape, group_size, expected, device):
+    sf = torch.empty(shape, dtype=dtype, device=device)
+    with pytest.raises(ValueError, match=r"sf: expected " + expected):
+        dequantize(values(device), sf, group_size)
+
+
+def test_fake_quantize_out(device):
+    x = activations(device)
+    cases = [
+        (TypeError, r"expected a tensor of bfloat16, got float16", torch.empty_like(x).half()),
+        (TypeError, r"expected a tensor of bfloat16, got tuple", (x, None)),
+        (ValueError, r"expected shape \(6, 256\), got \(7, 256\)", activations(device, 7)),
+        (ValueError, r"expected strides .*got \(1, 6\)", activations(device, 256, 6).t()),
+        (ValueError, r"expected strides .*got \(0, 1\)", activations(device, 1).expand(6, 256)),
+        (ValueError, r"expected memory of its own, got memory that overlaps x", x),
+        (ValueError, r"requires no gradient", torch.empty_like(x).requires_grad_()),
+        (ValueError, r"lazily negated view", torch._neg_view(torch.empty_like(x))),
+    ]
+    for error, message, out in cases:
+        with pytest.raises(error, match=r"out: .*" + message):
+            fake_quantize(x, out=out)
 
 
 def test_out_requires_no_gradient(device):
@@ -368,8 +663,8 @@ def test_what_the_kernel_refuses_is_named(planned, monkeypatch):
 
 
 def test_too_many_rows():
-    x = torch.empty(0, dtype=torch.bfloat16, device="meta").as_strided((2**31 - 4, 128), (128, 1))
-    with pytest.raises(ValueError, match=r"x: expected up to 2146435072 rows"):
+    x = torch.empty(0, dtype=torch.bfloat16, device="meta").as_strided((2**31, 128), (128, 1))
+    with pytest.raises(ValueError, match=r"x: expected up to 2147483647 rows"):
         quantize(x)
 
 
@@ -397,6 +692,14 @@ def test_compat(device):
         per_token_group_quant_fp8_packed_for_deepgemm(3, 128)
     with pytest.raises(TypeError, match=r"out_q: expected a tensor of float8_e4m3fn, got int"):
         per_token_group_quant_fp8_packed_for_deepgemm(x, 128, out_q=3)
+    with pytest.raises(ValueError, match=r"x: expected rows of a multiple of 128, got .* 200\)"):
+        per_token_group_quant_fp8_packed_for_deepgemm(x[:, :200], 128)
+    with pytest.raises(ValueError, match=r"x: expected rows of a multiple of 128, got .* 200\)"):
+        per_token_cast_to_fp8(x[:, :200], True)
+    with pytest.raises(ValueError, match=r"x: expected 2 dimensions \(m, n\), got"):
+        per_token_cast_to_fp8(x[None], True)
+    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got int"):
+        per_token_cast_to_fp8(3, True)
     with pytest.raises(ValueError, match=r"gran_k: expected one of \(128,\), got 64"):
         per_token_cast_to_fp8(x, True, gran_k=64)
     with pytest.raises(TypeError, match=r"use_ue8m0: expected a bool, got 'no'"):

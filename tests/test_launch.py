@@ -33,7 +33,7 @@ def test_chain_of_dependents(mn, captured):
         eighths = words(x).view(-1, 4)
         sources.append(torch.cat([eighths, torch.zeros_like(eighths)], 1).flatten())
     x, q = torch.empty_like(inputs[0]), torch.empty(mn, k, dtype=torch.float8_e4m3fn, device="cuda")
-    sf = [UE8M0.empty_scales(mn, k, x.device) for _ in range(rounds)]
+    sf = [UE8M0.empty_scales((), mn, k, x.device) for _ in range(rounds)]
     results = [torch.empty(mn * k // 8, dtype=torch.int32, device="cuda") for _ in range(rounds)]
     expected = [quantize(x) for x in inputs]
 

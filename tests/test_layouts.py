@@ -23,7 +23,7 @@ def mlir() -> Iterator[None]:
 
 @pytest.mark.parametrize(("mn", "groups"), [(1, 1), (3, 4), (5, 7), (8, 56)])
 def test_packed_scales_are_the_bytes_of_the_tensor(mlir, mn, groups):
-    sf = UE8M0.empty_scales(mn, 128 * groups, torch.device("cpu"))
+    sf = UE8M0.empty_scales((), mn, 128 * groups, torch.device("cpu"))
     rows, words = sf.stride(1), sf.shape[1]
     layout = layouts.packed_scales(rows, words)
     for row, group in itertools.product(range(mn), range(4 * words)):
@@ -34,7 +34,7 @@ def test_packed_scales_are_the_bytes_of_the_tensor(mlir, mn, groups):
 
 @pytest.mark.parametrize(("mn", "groups"), [(1, 1), (3, 4), (5, 7), (8, 56)])
 def test_float32_scales_are_the_elements_of_the_tensor(mlir, mn, groups):
-    sf = FLOAT32.empty_scales(mn, 128 * groups, torch.device("cpu"))
+    sf = FLOAT32.empty_scales((), mn, 128 * groups, torch.device("cpu"))
     layout = layouts.float32_scales(sf.stride(1), groups)
     for row, group in itertools.product(range(mn), range(groups)):
         assert layout((row, group)) == row * sf.stride(0) + group * sf.stride(1)

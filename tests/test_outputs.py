@@ -79,8 +79,8 @@ def test_nothing_outside_is_touched(fmt, mn, device):
     arena = poisoned((mn + 2) * (k + gap), device).view(mn + 2, k + gap)
     q = arena[1:-1, 16 : 16 + k].view(VALUE_DTYPE)
     sf_guard = 64
-    aligned = fmt.scale_strides(mn)[1]
-    _, columns = fmt.scale_shape(mn, k)
+    aligned = fmt.scale_strides((), mn, k)[1]
+    _, columns = fmt.scale_shape((), mn, k)
     sf_arena = poisoned(4 * (aligned * columns + 2 * sf_guard), device).view(fmt.scale_dtype)
     # Between two guards, with room for the padding rows.
     sf = sf_arena[sf_guard : sf_guard + aligned * columns].as_strided(

@@ -1,9 +1,11 @@
-"""Device functions of the contract: magnitudes, scales, exact multipliers.
+"""Device functions of the contract: magnitudes, scales, exact multipliers, 8-bit values.
 
 They work on the registers of a thread and the lanes of a group; nothing here touches memory.
 Magnitudes, scales and multipliers travel as the bits of a float32, in which a comparison of
 integers orders magnitudes: NaN above Inf above every finite value.
 """
+
+from collections.abc import Callable
 
 import cutlass
 import cutlass.cute as cute
@@ -13,18 +15,17 @@ from cutlass.base_dsl import BaseDSL
 from cutlass.base_dsl.enums import Arch
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-from cute_quant.formats import E4M3_MAX, UE8M0_MAX
-
-E4M3_MAX_MANTISSA = 0x600000
-E4M3_MAX_EXPONENT = 8
+from cute_quant.formats import FLOAT32_MANTISSA_BITS, UE8M0_MAX, Format, ValueType
 
 FLOAT32_INFINITY = 0x7F800000
 FLOAT32_NAN = 0x7FC00000
-MANTISSA_BITS = 23
+SMALLEST_UE8M0 = 0x400000
+"""2^-127, the only UE8M0 scale that is no normal number."""
 MANTISSA_MASK = 0x7FFFFF
 EXPONENT_MASK = 0xFF800000
+MAGNITUDE_MASK = 0x7FFFFFFF
 
-BELOW_PRECISION = {BFloat16: 0xFFFF, Float16: 0x1FFF}
+BELOW_PRECISION = {BFloat16: 0xFFFF, Float16: 0x1FFF, Float32: 0}
 """Bits of a float32's mantissa that the type does not have."""
 
 
@@ -37,9 +38,10 @@ def _ptx(instruction: str, a: Uint32, b: Uint32, *, loc=None, ip=None) -> Uint32
 
 
 def _max_magnitude(a: Uint32, b: Uint32, dtype: type[cutlass.Numeric]) -> Uint32:
-    """The larger magnitudes of two pairs of halves, under some sign. An integer maximum would have
-    to mask the signs of all its operands first."""
-    return _ptx(f"max.NaN.xorsign.abs.{'f16x2' if dtype is Float16 else 'bf16x2'}", a, b)
+    """The larger magnitudes of two float32, or of two pairs of halves, under some sign. An integer
+    maximum would have to mask the signs of all its operands first."""
+    kind = {BFloat16: "bf16x2", Float16: "f16x2", Float32: "f32"}[dtype]
+    return _ptx(f"max.NaN.xorsign.abs.{kind}", a, b)
 
 
 def _max_u16x2(a: Uint32, b: Uint32) -> Uint32:
@@ -60,24 +62,55 @@ def _multiply_bf16(a: Uint16, b: Uint16, *, loc=None, ip=None) -> Float32:
     return Float32(llvm.inline_asm(T.f32(), operands, ptx, "=f,h,h,f", loc=loc, ip=ip))
 
 
-@cute.jit
-def group_amax(rX: cute.Tensor, lanes: cutlass.Constexpr[int]) -> Uint32:
-    """Largest magnitude in a group of 16-bit floats held by `lanes` neighbours, as a float32.
+@dsl_user_op
+def _pack_int8(a: Float32, b: Float32, c: Uint32, *, loc=None, ip=None) -> Uint32:
+    """``c << 16`` over two values as int8, rounded to nearest even; the DSL truncates. NaN gives
+    0, what is beyond 127 is saturated."""
+    words = []
+    for value in (a, b):
+        operand = [value.ir_value(loc=loc, ip=ip)]
+        ptx = "cvt.rni.s32.f32 $0, $1;"
+        words.append(llvm.inline_asm(T.i32(), operand, ptx, "=r,f", loc=loc, ip=ip))
+    ptx = "cvt.pack.sat.s8.s32.b32 $0, $1, $2, $3;"
+    operands = [words[1], words[0], Uint32(c).ir_value(loc=loc, ip=ip)]
+    return Uint32(llvm.inline_asm(T.i32(), operands, ptx, "=r,r,r,r", loc=loc, ip=ip))
 
-    Bits below the precision of `rX` have no meaning.
+
+@cute.jit
+def amax(rX: cute.Tensor) -> Uint32:
+    """Largest magnitude of a thread's values: the bits of a float32, or a pair of halves to be
+    joined by `group_amax`."""
+    words = cute.recast_tensor(rX, Uint32)
+    result = _max_magnitude(words[0], words[1], rX.element_type)
+    for i in cutlass.range_constexpr(2, cute.size(words), 2):
+        pair = _max_magnitude(words[i], words[i + 1], rX.element_type)
+        result = _max_magnitude(result, pair, rX.element_type)
+    return result & Uint32(MAGNITUDE_MASK if rX.element_type is Float32 else 0x7FFF7FFF)
+
+
+@cute.jit
+def group_amax(
+    thread_amax: Uint32, dtype: cutlass.Constexpr[type], lanes: cutlass.Constexpr[int]
+) -> Uint32:
+    """Largest `amax` of a group held by `lanes` neighbours, as a float32.
+
+    Bits below the precision of `dtype` have no meaning.
     """
-    pairs = cute.recast_tensor(rX, Uint32)
-    amax = _max_magnitude(pairs[0], pairs[1], rX.element_type)
-    for i in cutlass.range_constexpr(2, cute.size(pairs), 2):
-        pair = _max_magnitude(pairs[i], pairs[i + 1], rX.element_type)
-        amax = _max_magnitude(amax, pair, rX.element_type)
-    amax = amax & 0x7FFF7FFF
+    larger = max_of(dtype)
+    result = thread_amax
     for i in cutlass.range_constexpr(lanes.bit_length() - 1):
-        amax = _max_u16x2(amax, cute.arch.shuffle_sync_bfly(amax, offset=1 << i))
-    amax = _max_u16x2(amax, amax << 16 | amax >> 16)
-    if const_expr(rX.element_type is Float16):
-        return Float32(Uint16(amax).bitcast(Float16)).bitcast(Uint32)
-    return amax
+        result = larger(result, cute.arch.shuffle_sync_bfly(result, offset=1 << i))
+    if const_expr(dtype is Float32):
+        return result
+    result = _max_u16x2(result, result << 16 | result >> 16)
+    if const_expr(dtype is Float16):
+        return Float32(Uint16(result).bitcast(Float16)).bitcast(Uint32)
+    return result
+
+
+def max_of(dtype: type[cutlass.Numeric]) -> Callable[[Uint32, Uint32], Uint32]:
+    """The larger of two of `amax`."""
+    return cutlass.max if dtype is Float32 else _max_u16x2
 
 
 @cute.jit
@@ -89,36 +122,43 @@ def is_finite(amax: Uint32) -> Boolean:
 @cute.jit
 def max_multiplier(min_exponent: Int32) -> Uint32:
     """Bits of the reciprocal of the smallest scale, 2^(min_exponent - 127)."""
-    return Uint32((UE8M0_MAX - min_exponent) << MANTISSA_BITS)
+    return Uint32((UE8M0_MAX - min_exponent) << FLOAT32_MANTISSA_BITS)
 
 
 @cute.jit
 def exact_multiplier(
-    amax: Uint32, dtype: cutlass.Constexpr[type], max_multiplier: Uint32
+    amax: Uint32,
+    dtype: cutlass.Constexpr[type],
+    values: cutlass.Constexpr[ValueType],
+    max_multiplier: Uint32,
 ) -> Uint32:
-    """Bits of the largest power of two m with amax * m <= 448, at most `max_multiplier`.
+    """Bits of the largest power of two m with amax * m <= ``values.max``, at most `max_multiplier`.
 
     It is the reciprocal of the UE8M0 scale, its exponent 254 less that of the scale. Subtracting
-    amax from 448 with the exponent of m for amax = 1 leaves it in place: the mantissa borrows from
-    the exponent exactly where that of amax is above that of 448. NaN where amax is not finite.
+    amax from that maximum with the exponent of m for amax = 1 leaves it in place: the mantissa
+    borrows from the exponent exactly where that of amax is above that of the maximum. NaN where
+    amax is not finite.
     """
-    minuend = UE8M0_MAX + E4M3_MAX_EXPONENT << MANTISSA_BITS | E4M3_MAX_MANTISSA
+    minuend = UE8M0_MAX + values.max_exponent << FLOAT32_MANTISSA_BITS | values.max_mantissa
     multiplier = (Uint32(minuend | BELOW_PRECISION[dtype]) - amax) & Uint32(EXPONENT_MASK)
     multiplier = cutlass.min(multiplier, max_multiplier)
-    return multiplier if is_finite(amax) else Uint32(FLOAT32_NAN)
+    # Zero times amax is NaN where amax is not finite, and one instruction.
+    return (amax.bitcast(Float32) * Float32(0.0) + multiplier.bitcast(Float32)).bitcast(Uint32)
 
 
 @cute.jit
 def ue8m0(multiplier: Uint32) -> Uint32:
     """The UE8M0 byte of 1 / `multiplier`, in the low byte: 254 less its exponent, 255 of a NaN."""
-    return (Uint32(UE8M0_MAX << MANTISSA_BITS | MANTISSA_MASK) - multiplier) >> MANTISSA_BITS
+    bits = Uint32(UE8M0_MAX << FLOAT32_MANTISSA_BITS | MANTISSA_MASK) - multiplier
+    return bits >> FLOAT32_MANTISSA_BITS
 
 
 @cute.jit
 def power_of_two(multiplier: Uint32) -> Float32:
-    """1 / `multiplier` for exponents up to 253; NaN of a NaN."""
-    bits = Uint32(UE8M0_MAX << MANTISSA_BITS) - multiplier
-    bits = bits if multiplier < Uint32(FLOAT32_INFINITY) else multiplier
+    """1 / `multiplier`; NaN of a NaN."""
+    bits = Uint32(UE8M0_MAX << FLOAT32_MANTISSA_BITS) - multiplier
+    bits = cutlass.max(bits, Uint32(SMALLEST_UE8M0))
+    bits = bits if multiplier < Uint32(FLOAT32_INFINITY) else Uint32(FLOAT32_NAN)
     return bits.bitcast(Float32)
 
 
@@ -126,17 +166,75 @@ def power_of_two(multiplier: Uint32) -> Float32:
 def float32_scale(
     amax: Uint32,
     dtype: cutlass.Constexpr[type],
+    values: cutlass.Constexpr[ValueType],
     min_scale: Float32,
     reciprocal: cutlass.Constexpr[bool],
 ) -> Float32:
-    """max(amax / 448, min_scale), NaN where amax is not finite.
+    """max(amax / values.max, min_scale), NaN where amax is not finite.
 
-    The quotient has IEEE rounding; with `reciprocal` it is amax times the rounded 1 / 448.
+    The quotient has IEEE rounding; with `reciprocal` it is amax times the rounded reciprocal.
     """
     scale = (amax & Uint32(0xFFFFFFFF ^ BELOW_PRECISION[dtype])).bitcast(Float32)
-    scale = scale * (1.0 / E4M3_MAX) if const_expr(reciprocal) else scale / E4M3_MAX
+    scale = scale * (1.0 / values.max) if const_expr(reciprocal) else scale / values.max
     scale = cutlass.max(scale, min_scale)
     return scale if is_finite(amax) else Uint32(FLOAT32_NAN).bitcast(Float32)
+
+
+@cute.jit
+def group_scale(
+    amax: Uint32,
+    dtype: cutlass.Constexpr[type],
+    floor: Uint32 | Float32,
+    fmt: cutlass.Constexpr[Format],
+) -> Uint32 | Float32:
+    """The scale of a group, as `scaled`, `stored_scale` and `float32_of` take it: its multiplier
+    where it is a power of two, else itself.
+
+    Args:
+        amax: of the group, as `group_amax` has it.
+        floor: the smallest scale, or the largest multiplier.
+    """
+    if const_expr(fmt.power_of_two):
+        return exact_multiplier(amax, dtype, fmt.value_type, floor)
+    return float32_scale(amax, dtype, fmt.value_type, floor, fmt.reciprocal)
+
+
+@cute.jit
+def scaled(
+    rX: cute.Tensor, scale: Uint32 | Float32, fmt: cutlass.Constexpr[Format]
+) -> cute.Tensor:
+    """`rX` over the scale of its group, as float32."""
+    if const_expr(fmt.power_of_two):
+        return multiply_exact(rX, scale)
+    return multiply(rX, 1.0 / scale)
+
+
+@cute.jit
+def float32_of(scale: Uint32 | Float32, fmt: cutlass.Constexpr[Format]) -> Float32:
+    """A scale as float32."""
+    return power_of_two(scale) if const_expr(fmt.power_of_two) else scale
+
+
+@cute.jit
+def stored_scale(
+    scale: Uint32 | Float32, fmt: cutlass.Constexpr[Format]
+) -> Uint32 | Float32:
+    """A scale as its format stores it: a UE8M0 byte or a float32."""
+    return ue8m0(scale) if const_expr(fmt.ue8m0) else float32_of(scale, fmt)
+
+
+@cute.jit
+def round_to(values: cute.Tensor, dtype: cutlass.Constexpr[type]) -> cute.Tensor:
+    """float32 `values` (16,) rounded to nearest even, saturated."""
+    rQ = cute.make_rmem_tensor(values.shape, dtype)
+    if const_expr(dtype is cutlass.Int8):
+        words = cute.recast_tensor(rQ, Uint32)
+        for i in cutlass.range_constexpr(cute.size(words)):
+            upper = _pack_int8(values[4 * i + 2], values[4 * i + 3], Uint32(0))
+            words[i] = _pack_int8(values[4 * i], values[4 * i + 1], upper)
+    else:
+        rQ.store(values.load().to(dtype))
+    return rQ
 
 
 @cute.jit
@@ -144,7 +242,7 @@ def multiply_exact(rX: cute.Tensor, multiplier: Uint32) -> cute.Tensor:
     """Products of `rX` and a multiplier that is a power of two or NaN, as float32.
 
     Such a multiplier is a bfloat16 too, the upper half of the float32, and so are the products:
-    those that get lost below its smallest value are below that of e4m3 by far.
+    those that get lost below its smallest value are below that of any 8 bits by far.
     """
     if const_expr(rX.element_type is not BFloat16):
         return multiply(rX, multiplier.bitcast(Float32))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.emulator import floats, isa, probes
-from tests.helpers import exact_e4m3
+from tests.oracle import exact_e4m3
 
 ALL_16 = np.arange(1 << 16, dtype=np.uint16)
 WORDS = probes.words("isa", 1 << 16)

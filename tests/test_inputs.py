@@ -1,0 +1,655 @@
+"""Every input: dtypes, groups, formats, batches, short groups, rows and indices.
+
+The expected bytes are those of `oracle`, which computes them one by one in fractions.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cute_quant import Indexed, Masked, PrefixSum, dequantize, fake_quantize, quantize
+from cute_quant.formats import Format, make_format
+from tests.helpers import (
+    EVERY_DTYPE,
+    EVERY_LAYOUT,
+    INPUT_DTYPES,
+    POISON,
+    UE8M0,
+    all_formats,
+    assert_same_bits,
+    bits,
+    check_against_reference,
+    format_arguments,
+    full_id,
+    on_device,
+    poisoned,
+    poisoned_scales,
+    poisoned_values,
+    random_bits,
+    storage_bits,
+)
+from tests.oracle import Choices, expected_bytes
+
+every_format = pytest.mark.parametrize("fmt", all_formats(), ids=full_id)
+formats_of_32 = pytest.mark.parametrize("fmt", all_formats(group_sizes=(32,)), ids=full_id)
+e4m3_of_32 = pytest.mark.parametrize("fmt", all_formats((torch.float8_e4m3fn,), (32,)), ids=full_id)
+every_input_dtype = pytest.mark.parametrize("input_dtype", INPUT_DTYPES, ids=str)
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Rows that take turns: random bits, finite ones, a normal distribution, zeros, one special."""
+    x = random_bits(shape, dtype, seed)
+    rows = x.view(-1, shape[-1])
+    generator = torch.Generator().manual_seed(seed)
+    for i, row in enumerate(rows):
+        normal = torch.randn(shape[-1], generator=generator)
+        match (i + seed) % 6:
+            case 1:
+                row.copy_(row.where(row.isfinite(), 1.0))
+            case 2 | 5:
+                row.copy_(normal)
+            case 3:
+                row.fill_(-0.0)
+                row[::3] = 0.0
+            case 4:
+                row.copy_(normal * 1e-6)
+                row[i % shape[-1]] = (math.nan, math.inf, -math.inf)[i % 3]
+    return x
+
+
+def int32(values: object, device: str = "cpu") -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def live_sources(
+    x: torch.Tensor, rows: object, index: torch.Tensor | None
+) -> tuple[list[list[list[float] | None]], list[int] | None]:
+    """What `rows` and `index` mean, one row at a time."""
+    if index is None:
+        sources = [matrix.tolist() for matrix in x.reshape(-1, *x.shape[-2:])]
+    else:
+        tokens = x.tolist()
+        sources = [
+            [tokens[i] if 0 <= i < len(tokens) else None for i in row]
+            for row in index.reshape(-1, index.shape[-1]).tolist()
+        ]
+    mn = len(sources[0])
+    match rows:
+        case Masked():
+            return sources, [min(max(count, 0), mn) for count in rows.masked_m.tolist()]
+        case PrefixSum():
+            live, start = set(), 0
+            for end in rows.ends.tolist():
+                end = min(max(end, 0), mn)
+                live |= set(range(start, end))
+                start = -(-end // rows.alignment) * rows.alignment
+        case Indexed():
+            live = {row for row, group in enumerate(rows.m_indices.tolist()) if group >= 0}
+        case None:
+            live = set(range(mn))
+    return [[s if i in live else None for i, s in enumerate(m)] for m in sources], None
+
+
+def check_against_oracle(
+    x: torch.Tensor,
+    fmt: Format,
+    device: str,
+    *,
+    min_scale: float = 1e-10,
+    extra_rows: int = 0,
+    last_padding: bool = True,
+    rows: object = None,
+    index: torch.Tensor | None = None,
+) -> None:
+    """Quantize into poisoned memory; every byte must be the oracle's."""
+    *batch_shape, mn, k = x.shape if index is None else (*index.shape, x.shape[-1])
+    batch_shape = tuple(batch_shape)
+    q = poisoned_values(mn + extra_rows, k, device, fmt.dtype, batch_shape)
+    sf = poisoned_scales(fmt, mn, k, device, last_padding, batch_shape)
+    sources, counts = live_sources(x, rows, index)
+    expected_q, expected_sf = expected_bytes(
+        Choices(**format_arguments(fmt), min_scale=min_scale, k=k, sources=sources, counts=counts),
+        bytes([POISON]) * q.numel(),
+        mn + extra_rows,
+        bytes([POISON]) * sf.untyped_storage().nbytes(),
+    )
+    results = quantize(
+        x.to(device),
+        **format_arguments(fmt),
+        min_scale=min_scale,
+        rows=on_device(rows, device),
+        index=None if index is None else index.to(device),
+        out=(q, sf),
+    )
+    assert results[0] is q and results[1] is sf
+    assert bytes(bits(q).tolist()) == expected_q
+    assert bytes(storage_bits(sf).tolist()) == expected_sf
+    # What is allocated here holds the same, wherever it is defined.
+    q, sf = quantize(
+        x.to(device),
+        **format_arguments(fmt),
+        min_scale=min_scale,
+        rows=on_device(rows, device),
+        index=None if index is None else index.to(device),
+    )
+    assert q.shape == (*batch_shape, mn, k) and q.is_contiguous() and q.dtype is fmt.dtype
+    assert sf.shape == results[1].shape and sf.stride() == results[1].stride()
+    if counts is None:
+        assert_same_bits(q, results[0][..., :mn, :])
+        assert_same_bits(sf, results[1])
+
+
+@every_format
+def test_every_format(fmt, device):
+    """All value dtypes, groups and layouts, with short groups, batches and extra rows."""
+    seed = 7 * abs(fmt.group_size)
+    check_against_oracle(inputs((6, 70), torch.bfloat16, seed), fmt, device)
+    check_against_oracle(inputs((3, 33), torch.float16, 1), fmt, device, last_padding=False)
+    check_against_oracle(inputs((2, 3, 290), torch.float32, 2), fmt, device, extra_rows=2)
+    check_against_oracle(
+        inputs((2, 1, 2, 48), torch.float32, 4), fmt, device, last_padding=False, extra_rows=1
+    )
+    check_against_oracle(inputs((5, 1), torch.float32, 5), fmt, device, min_scale=2.0**-60)
+
+
+@every_input_dtype
+@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
+@pytest.mark.parametrize("min_scale", [0.0, 2.0**-149, 3e-39, 1e-4, 3.0, 2.0**100])
+def test_floors_of_exponents(input_dtype, dtype, min_scale, device):
+    fmt = make_format(16, "ue8m0_row_major", False, dtype)
+    check_against_oracle(inputs((12, 70), input_dtype, 3), fmt, device, min_scale=min_scale)
+
+
+@every_input_dtype
+@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
+@pytest.mark.parametrize("round_scale", [False, True])
+@pytest.mark.parametrize("min_scale", [2.0**-126, 1e-4, 3.0, 2.0**100])
+def test_floors_of_floats(input_dtype, dtype, round_scale, min_scale, device):
+    fmt = make_format(16, "float32_row_major", round_scale, dtype)
+    check_against_oracle(inputs((12, 70), input_dtype, 3), fmt, device, min_scale=min_scale)
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
+def test_all_values_and_all_ties(dtype, device):
+    """In groups with scale 1: each code, the midpoint of each two, and the floats beside it."""
+    largest = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}[dtype]
+    if dtype is torch.int8:
+        values = torch.arange(0.0, 128.0)
+    else:
+        codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+        values = codes[(codes.isfinite()) & (codes >= 0)].unique()
+    middles = (values[1:] + values[:-1]) / 2
+    up, down = torch.tensor(math.inf), torch.tensor(0.0)
+    x = torch.cat([values, middles, middles.nextafter(up), middles.nextafter(down)])
+    x = torch.cat([x, -x])
+    x = torch.nn.functional.pad(x, (0, -len(x) % 15)).view(-1, 15)
+    x = torch.cat([x, torch.full((len(x), 1), largest)], 1)
+    for layout in ("ue8m0_row_major", "float32_row_major"):
+        check_against_oracle(x, make_format(16, layout, False, dtype), device)
+
+
+@every_input_dtype
+@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
+def test_amax_beside_each_step_of_the_scale(input_dtype, dtype, device):
+    """M * 2^n, where an exponent changes, and the floats on both sides of it."""
+    largest = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}[dtype]
+    limits = torch.finfo(input_dtype)
+    steps = (largest * 2.0 ** torch.arange(-165.0, 122.0, dtype=torch.float64)).to(input_dtype)
+    steps = steps[steps.isfinite() & (steps > 0)]
+    up, down = torch.tensor(math.inf, dtype=input_dtype), torch.tensor(0.0, dtype=input_dtype)
+    extremes = torch.tensor(
+        [limits.max, limits.tiny, limits.smallest_normal, 0.0], dtype=input_dtype
+    )
+    amax = torch.cat([steps, steps.nextafter(up), steps.nextafter(down), extremes])
+    amax = torch.cat([amax, down.nextafter(up)[None]])
+    x = amax[:, None] * torch.tensor([1.0, -0.5, 0.3], dtype=input_dtype)
+    fmt = make_format(16, "ue8m0_row_major", False, dtype)
+    check_against_oracle(x, fmt, device, min_scale=0.0)
+    fmt = make_format(16, "float32_row_major", False, dtype)
+    check_against_oracle(x, fmt, device, min_scale=2.0**-126)
+
+
+@every_input_dtype
+@formats_of_32
+def test_random_bits(input_dtype, fmt, device):
+    """More rows than the oracle has time for."""
+    check_against_reference(random_bits((2, 131, 333), input_dtype, 1).to(device), fmt)
+
+
+ROWS = {
+    "masked": (Masked(int32([0, 4, 9])), (3, 6, 33), None),
+    "masked-clamped": (Masked(int32([-3, 2, 6])), (3, 6, 33), None),
+    "masked-short": (Masked(int32([1, 3, 5])), (3, 5, 20), None),
+    "masked-index": (Masked(int32([2, 5])), (4, 33), int32([[3, 9, 1, 1, 0], [2, -1, 4, 0, 3]])),
+    "psum": (PrefixSum(int32([3, 5, 4, 12]), 4), (15, 33), None),
+    "psum-clamped": (PrefixSum(int32([-2, 3, 99]), 2), (7, 33), None),
+    "psum-overlapping": (PrefixSum(int32([5, 2, 4]), 1), (7, 33), None),
+    "psum-128": (PrefixSum(int32([5, 130])), (133, 16), None),
+    "psum-none": (PrefixSum(int32([])), (3, 33), None),
+    "psum-index": (PrefixSum(int32([1, 6]), 4), (3, 33), int32([2, 2, 0, 1, 0, -7, 0])),
+    "indexed": (Indexed(int32([0, 3, -1, 3, -5, 0])), (6, 33), None),
+    "indexed-index": (Indexed(int32([0, -1, 7])), (4, 33), int32([3, 1, 4])),
+    "index": (None, (4, 33), int32([3, 3, -1, 0, 4, 2**31 - 1, -(2**31)])),
+    "index-2d": (None, (4, 33), int32([[3, 1, 9], [0, -1, 2]])),
+    "index-of-nothing": (None, (0, 33), int32([0, -1, 2])),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@formats_of_32
+def test_rows(name, fmt, device):
+    rows, shape, index = ROWS[name]
+    x = inputs(shape, torch.bfloat16, 2) if shape[0] else torch.empty(shape)
+    extra_rows = 0 if isinstance(rows, Masked) else 3
+    check_against_oracle(x, fmt, device, rows=rows, index=index, extra_rows=extra_rows)
+    check_against_oracle(x, fmt, device, rows=rows, index=index, last_padding=False)
+
+
+@pytest.mark.parametrize("group_size", [16, 128, 256, -1])
+@pytest.mark.parametrize("name", ["masked", "psum", "indexed", "index-2d"])
+@pytest.mark.parametrize(("scale_format", "round_scale"), EVERY_LAYOUT[:-1])
+def test_rows_of_other_groups(name, scale_format, round_scale, group_size, device):
+    rows, shape, index = ROWS[name]
+    fmt = make_format(group_size, scale_format, round_scale)
+    x = inputs((*shape[:-1], 150), torch.float32, 1)
+    check_against_oracle(x, fmt, device, rows=rows, index=index)
+
+
+@e4m3_of_32
+@pytest.mark.parametrize("mn", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("k", [32, 127, 129, 160])
+def test_more_than_a_block(mn, k, fmt, device):
+    """Scales of 128 rows and more, where they are not computed alone: places against places."""
+    x = torch.ones(2, mn, k) * 2.0 ** (torch.arange(mn)[:, None] % 97 - 40)
+    x *= 2.0 ** (torch.arange(k) // 32)
+    masked = Masked(int32([mn // 2, mn - mn // 3], device))
+    for rows in (None, masked):
+        check_against_reference(x.to(device), fmt, rows=rows)
+
+
+@pytest.mark.parametrize(("mn", "k"), [(1, 32), (5, 33), (128, 128), (130, 129), (300, 700)])
+@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
+def test_blocked_scales_are_those_that_torch_makes(mn, k, dtype, device):
+    """The rearrangement that torch documents for ``_scaled_mm``, from row-major scales."""
+    x = inputs((mn, k), torch.bfloat16).to(device)
+    _, row_major = quantize(x, 32, "ue8m0_row_major", dtype=dtype)
+    _, blocked = quantize(x, 32, "ue8m0_128x4", dtype=dtype)
+    groups = row_major.shape[1]
+    row_blocks, column_blocks = -(-mn // 128), -(-groups // 4)
+    padded = torch.zeros(128 * row_blocks, 4 * column_blocks, dtype=torch.uint8)
+    padded[:mn, :groups] = row_major.view(torch.uint8).cpu()
+    blocks = padded.view(row_blocks, 128, column_blocks, 4).permute(0, 2, 1, 3)
+    expected = blocks.reshape(-1, 4, 32, 4).transpose(1, 2).reshape(-1)
+    assert blocked.shape == expected.shape and blocked.is_contiguous()
+    assert torch.equal(bits(blocked), expected)
+
+
+@every_format
+@pytest.mark.parametrize("shape", [(5, 70), (1, 70), (4, 1, 300), (2, 3, 5, 33), (1, 7, 1, 16)])
+def test_shapes_and_strides(fmt, shape, device):
+    *batch, mn, k = shape
+    q, sf = quantize(torch.ones(shape, device=device), **format_arguments(fmt))
+    assert q.shape == shape and q.is_contiguous() and q.dtype is fmt.dtype
+    groups = 1 if fmt.group_size == -1 else -(-k // fmt.group_size)
+    aligned = -(-mn // 4) * 4
+    if fmt.scale_format == "ue8m0_128x4":
+        expected = (*batch, -(-mn // 128) * 128 * (-(-groups // 4) * 4))
+    else:
+        expected = (*batch, mn, -(-groups // 4) if fmt.scale_format == "ue8m0" else groups)
+    assert sf.shape == expected
+    if fmt.scale_format in ("ue8m0", "float32"):
+        assert sf.stride()[-2:] == (1, aligned)
+        stride = aligned * expected[-1]
+        for size, actual in zip(reversed(batch), reversed(sf.stride()[:-2]), strict=True):
+            assert actual == stride
+            stride *= size
+        assert sf.untyped_storage().nbytes() == 4 * stride
+    else:
+        assert sf.is_contiguous() and sf.untyped_storage().nbytes() == sf.nbytes
+
+
+def test_formats_share_their_values_and_numbers(device):
+    x = inputs((3, 37, 300), torch.float32).to(device)
+    for dtype in EVERY_DTYPE:
+        q, sf = quantize(x, 32, "ue8m0_row_major", dtype=dtype)
+        exponents = bits(sf).view(3, 37, 10)
+        for scale_format in ("ue8m0", "ue8m0_128x4"):
+            other_q, other_sf = quantize(x, 32, scale_format, dtype=dtype)
+            assert_same_bits(q, other_q)
+            for out in (torch.float32, torch.bfloat16):
+                expected = dequantize(q, sf, 32, out)
+                assert_same_bits(dequantize(other_q, other_sf, 32, out), expected)
+        packed = quantize(x, 32, "ue8m0", dtype=dtype)[1]
+        assert torch.equal(bits(packed).view(3, 37, 12)[..., :10], exponents)
+        rounded_q, rounded = quantize(x, 32, "float32_row_major", round_scale=True, dtype=dtype)
+        assert_same_bits(rounded_q, q)
+        finite = exponents != 255
+        wanted = 2.0 ** (exponents.float() - 127)
+        assert torch.equal(rounded.cpu()[finite], wanted[finite])
+        assert rounded.cpu()[~finite].isnan().all()
+        for round_scale in (False, True):
+            choices = {"dtype": dtype, "round_scale": round_scale}
+            q, sf = quantize(x, 32, "float32", **choices)
+            other_q, other_sf = quantize(x, 32, "float32_row_major", **choices)
+            assert_same_bits(q, other_q)
+            assert_same_bits(sf, other_sf)
+
+
+# Strides, alignment, ownership.
+
+
+def strided_views(device: str) -> list[torch.Tensor]:
+    storage = inputs((40, 1000), torch.bfloat16, 1).flatten().to(device)
+    shapes_strides_offsets = [
+        ((5, 70), (70, 1), 1),
+        ((5, 70), (71, 1), 3),
+        ((5, 70), (0, 1), 5),
+        ((5, 70), (33, 1), 0),  # rows that overlap
+        ((3, 5, 70), (0, 70, 1), 2),
+        ((3, 5, 70), (70, 210, 1), 0),  # the batch inside of the rows
+        ((3, 5, 70), (1, 0, 1), 0),
+        ((2, 3, 4, 33), (3 * 501, 501, 41, 1), 7),
+        ((2, 1, 4, 33), (500, 99, 41, 1), 7),
+        ((1, 5, 70), (12345, 70, 1), 1),
+        ((4, 1, 70), (77, 12345, 1), 1),
+        ((5, 1), (9, 9), 1),
+        ((5, 1), (9, 0), 1),
+    ]
+    return [storage.as_strided(*arguments) for arguments in shapes_strides_offsets]
+
+
+@e4m3_of_32
+@pytest.mark.parametrize("case", range(13))
+def test_any_strides_of_the_input(case, fmt, device):
+    x = strided_views(device)[case]
+    before = bits(x)
+    results = quantize(x, **format_arguments(fmt))
+    expected = quantize(x.contiguous(), **format_arguments(fmt))
+    for result, wanted in zip(results, expected, strict=True):
+        assert_same_bits(result, wanted)
+        assert result.stride() == wanted.stride()
+    assert_same_bits(
+        fake_quantize(x, **format_arguments(fmt)), dequantize(*expected, 32, dtype=x.dtype)
+    )
+    assert torch.equal(bits(x), before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((5, 33), (33, 1)),
+        ((5, 33), (40, 1)),
+        ((3, 5, 33), (165, 33, 1)),
+        ((3, 5, 33), (400, 77, 1)),
+        ((3, 5, 33), (35, 106, 1)),
+        ((2, 3, 5, 33), (3 * 171, 171, 34, 1)),
+        ((3, 1, 33), (50, 1, 1)),
+        ((1, 5, 33), (1, 33, 1)),
+        ((5, 1), (3, 1)),
+        ((5, 1), (3, 7)),
+    ],
+)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
+def test_any_strides_of_the_values(shape, strides, dtype, device):
+    """Rows of a caller's q in larger memory: bytes before, between and after them stay."""
+    extra_rows = 2 if shape[-2] == 5 else 0
+    storage = poisoned(4000, device)
+    q = storage.view(dtype).as_strided(shape, strides, 13)
+    x = inputs((*shape[:-2], shape[-2] - extra_rows, shape[-1]), torch.float16).to(device)
+    quantize(x, 16, dtype=dtype, out=(q, None))
+    values, _ = quantize(x, 16, dtype=dtype)
+    expected = poisoned(4000, "cpu")
+    expected_q = expected.view(dtype).as_strided(shape, strides, 13)
+    expected_q.view(torch.uint8).zero_()
+    expected_q[..., : shape[-2] - extra_rows, :].view(torch.uint8).copy_(
+        values.view(torch.uint8).cpu()
+    )
+    assert torch.equal(storage.cpu(), expected)
+
+
+@formats_of_32
+@pytest.mark.parametrize("batch_shape", [(), (3,), (2, 1, 2)])
+@pytest.mark.parametrize("kind", ["dense", "masked"])
+def test_nothing_outside_of_the_scales_is_touched(fmt, batch_shape, kind, device):
+    mn, k, guard = 6, 150, 16
+    rows = None
+    if kind == "masked":
+        batch_shape, rows = (3,), Masked(int32([0, 5, 6], device))
+    x = inputs((*batch_shape, mn, k), torch.bfloat16).to(device)
+    own = poisoned_scales(fmt, mn, k, device, batch_shape=batch_shape)
+    size = own.untyped_storage().nbytes() // own.element_size()
+    arena = poisoned((size + 2 * guard) * own.element_size(), device)
+    sf = arena.view(own.dtype).as_strided(own.shape, own.stride(), guard)
+    quantize(x, **format_arguments(fmt), rows=rows, out=(None, own))
+    quantize(x, **format_arguments(fmt), rows=rows, out=(None, sf))
+    at = guard * own.element_size()
+    assert torch.equal(arena.cpu()[at:-at], storage_bits(own))
+    assert arena[:at].eq(POISON).all() and arena[-at:].eq(POISON).all()
+
+
+@pytest.mark.parametrize("scale_format", ["ue8m0", "float32", "ue8m0_row_major"])
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((3, 1, 1), (4, 9, 9)), ((1, 6, 1), (5, 1, 77)), ((1, 1, 1), (3, 5, 7))]
+)
+def test_dimensions_of_size_one_have_any_stride(scale_format, shape, strides, device):
+    fmt = make_format(32, scale_format, False)
+    if scale_format == "ue8m0_row_major" and shape[0] > 1:
+        strides = (1, 9, 9)
+    sf = poisoned(400, device).view(fmt.scale_dtype).as_strided(shape, strides)
+    x = inputs((*shape[:-1], 32), torch.bfloat16).to(device)
+    quantize(x, 32, scale_format, out=(None, sf))
+    assert_same_bits(sf, quantize(x, 32, scale_format)[1])
+
+
+def test_outputs_overlap_nothing(device):
+    arena = torch.zeros(4096, dtype=torch.uint8, device=device)
+    x = torch.ones(4, 3, 32, device=device)
+    q = arena[:384].view(torch.float8_e4m3fn).view(4, 3, 32)
+    masked = Masked(arena[400:416].view(torch.int32))
+    index = arena[416:464].view(torch.int32).view(4, 3)
+    sf = arena[512:576].view(torch.int32).as_strided((4, 3, 1), (4, 1, 4))
+    quantize(x, 32, rows=masked, out=(q, sf))
+    quantize(x[0], 32, rows=masked, index=index, out=(q, sf))
+    moved = arena[32:416].view(q.dtype).view(q.shape)
+    with pytest.raises(ValueError, match=r"out q: .*overlaps rows.masked_m"):
+        quantize(x, 32, rows=masked, out=(moved, sf))
+    moved = arena[448:512].view(torch.int32).as_strided((4, 3, 1), (4, 1, 4))
+    with pytest.raises(ValueError, match=r"out sf: .*overlaps index"):
+        quantize(x[0], 32, rows=masked, index=index, out=(q, moved))
+    # The padding rows of the last matrix count as well.
+    ends = arena[572:576].view(torch.int32)
+    with pytest.raises(ValueError, match=r"out sf: .*overlaps rows.ends"):
+        sf = arena[560:572].view(torch.int32).as_strided((3, 1), (1, 4))
+        quantize(x[0], 32, rows=PrefixSum(ends), out=(None, sf))
+
+
+# Empty inputs.
+
+EMPTY = [(0, 70), (5, 0), (0, 0), (0, 5, 70), (2, 0, 70), (2, 5, 0), (3, 0, 2, 16), (0, 4, 0, 16)]
+
+
+@every_format
+@pytest.mark.parametrize("shape", EMPTY)
+def test_nothing(fmt, shape, device):
+    *batch, mn, k = shape
+    x = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    q, sf = quantize(x, **format_arguments(fmt))
+    groups = min(k, 1) if fmt.group_size == -1 else -(-k // fmt.group_size)
+    assert q.shape == shape and q.dtype is fmt.dtype
+    if fmt.scale_format == "ue8m0_128x4":
+        assert sf.shape == (*batch, -(-mn // 128) * 128 * (-(-groups // 4) * 4))
+    else:
+        assert sf.shape == (*batch, mn, -(-groups // 4) if fmt.packed else groups)
+    y = dequantize(q, sf, fmt.group_size)
+    assert y.shape == shape and y.dtype == torch.bfloat16
+    assert fake_quantize(x, **format_arguments(fmt)).shape == shape
+    own_q = poisoned_values(mn + 3, k, device, fmt.dtype, tuple(batch))
+    own_sf = fmt.empty_scales(batch, mn, k, x.device)
+    quantize(x, **format_arguments(fmt), out=(own_q, own_sf))
+    assert bits(own_q).eq(0).all()
+
+
+@e4m3_of_32
+def test_no_rows_of_a_kind(fmt, device):
+    def empty(*shape):
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    x = torch.empty(0, 6, 70, device=device)
+    cases = [
+        (x, Masked(empty(0)), None),
+        (torch.ones(2, 0, 70, device=device), Masked(int32([3, -1], device)), None),
+        (x[:, 0], PrefixSum(empty(0)), None),
+        (x[:, 0], PrefixSum(int32([0, 5], device)), None),
+        (x[:, 0], Indexed(empty(0)), None),
+        (x[:, 0], None, empty(0)),
+        (torch.ones(3, 70, device=device), None, empty(0)),
+        (torch.ones(3, 70, device=device), None, empty(0, 4)),
+        (torch.ones(3, 70, device=device), Masked(empty(0)), empty(0, 4)),
+        (torch.ones(3, 0, device=device), None, int32([1, 1], device)),
+    ]
+    for x, rows, index in cases:
+        q, sf = quantize(x, **format_arguments(fmt), rows=rows, index=index)
+        shape = x.shape if index is None else (*index.shape, x.shape[-1])
+        assert q.shape == shape and q.numel() == 0 and dequantize(q, sf, 32).shape == shape
+
+
+# Multiplying back.
+
+
+@every_format
+@every_input_dtype
+def test_fake_quantize(fmt, input_dtype, device):
+    x = inputs((2, 6, 290), input_dtype).to(device)
+    arguments = format_arguments(fmt)
+    for min_scale in (1e-10, 1.0, "deepgemm"):
+        y = fake_quantize(x, **arguments, min_scale=min_scale)
+        q, sf = quantize(x, **arguments, min_scale=min_scale)
+        assert_same_bits(y, dequantize(q, sf, fmt.group_size, input_dtype))
+        assert y.is_contiguous()
+    storage = torch.zeros(2, 7, 300, dtype=input_dtype, device=device)
+    out = storage[:, :6, :290]
+    assert fake_quantize(x, **arguments, min_scale="deepgemm", out=out) is out
+    assert_same_bits(out, y)
+    assert storage[:, 6].eq(0).all() and storage[:, :, 290:].eq(0).all()
+
+
+@formats_of_32
+def test_dequantize_any_strides(fmt, device):
+    x = inputs((2, 1, 6, 150), torch.float32).to(device)
+    q, sf = quantize(x, **format_arguments(fmt))
+    expected = dequantize(q, sf, 32, torch.float32)
+    strided_q = torch.empty(6, 2, 150, 1, dtype=torch.uint8, device=device)
+    strided_q = strided_q.permute(1, 3, 0, 2).view(q.dtype)
+    strided_q.view(torch.uint8).copy_(q.view(torch.uint8))
+    strided_sf = torch.empty((*sf.shape, 3), dtype=sf.dtype, device=device)[..., 1]
+    strided_sf.copy_(sf)
+    assert_same_bits(dequantize(strided_q, strided_sf, 32, torch.float32), expected)
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float16, torch.float32])
+def test_dequantize_every_code_and_scale(dtype, out, device):
+    """All 256 x 256 products of values and UE8M0 bytes, in float64 for comparison."""
+    q = torch.arange(256, dtype=torch.uint8).view(dtype).expand(256, 256)
+    sf = torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu)[:, None]
+    y = dequantize(q.to(device), sf.to(device), -1, out).cpu()
+    scales = 2.0 ** (torch.arange(256, dtype=torch.float64) - 127)
+    scales[255] = torch.nan
+    expected = (q.double() * scales[:, None]).float().to(out)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@every_input_dtype
+@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
+def test_dead_rows_multiply_back_to_zero(input_dtype, dtype, device):
+    x = inputs((6, 70), input_dtype, 1).where(torch.tensor(True), 0).to(device)
+    rows = Indexed(int32([0, -1, -1, 0, -1, 0], device))
+    for scale_format in ("ue8m0", "float32"):
+        q, sf = quantize(x, 32, scale_format, dtype=dtype, rows=rows)
+        y = dequantize(q, sf, 32, input_dtype)
+        assert y[[1, 2, 4]].eq(0).all()
+
+
+@formats_of_32
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+@every_input_dtype
+def test_one_special_value_poisons_its_group_alone(special, input_dtype, fmt, device):
+    x = torch.randn(4, 150, generator=torch.Generator().manual_seed(0)).to(input_dtype)
+    clean = fake_quantize(x, **format_arguments(fmt))
+    x[0, 0], x[1, 149], x[2, 40] = special, special, special
+    q, sf = quantize(x.to(device), **format_arguments(fmt))
+    y = dequantize(q, sf, 32, input_dtype).cpu()
+    nan_byte = 0 if fmt.dtype is torch.int8 else 0x7F
+    for row, group in ((0, slice(0, 32)), (1, slice(128, 150)), (2, slice(32, 64))):
+        assert bits(q[row, group]).eq(nan_byte).all()
+        clean[row, group] = math.nan
+    torch.testing.assert_close(y, clean, rtol=0, atol=0, equal_nan=True)
+
+
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_hypothesis(data):
+    hypothesis_inputs(data, "cpu")
+
+
+@pytest.mark.gpu
+@settings(max_examples=500, deadline=None)
+@given(data=st.data())
+def test_hypothesis_on_gpu(data):
+    hypothesis_inputs(data, "cuda")
+
+
+def hypothesis_inputs(data, device):
+    fmt = data.draw(st.sampled_from(all_formats()))
+    dtype = data.draw(st.sampled_from(INPUT_DTYPES))
+    k = data.draw(st.integers(1, 70))
+    kind = data.draw(st.sampled_from(["dense", "masked", "psum", "indexed"]))
+    indexed = data.draw(st.booleans())
+    mn = data.draw(st.integers(1, 9))
+    batch = data.draw(st.integers(1, 3)) if kind == "masked" or data.draw(st.booleans()) else None
+    batch = None if kind in ("psum", "indexed") else batch
+    shape = (mn,) if batch is None else (batch, mn)
+
+    def numbers(count: int, low: int, high: int) -> torch.Tensor:
+        drawn = st.lists(st.integers(low, high), min_size=count, max_size=count)
+        return int32(data.draw(drawn))
+
+    rows = None
+    if kind == "masked":
+        rows = Masked(numbers(batch, -2, mn + 2))
+    elif kind == "psum":
+        count = data.draw(st.integers(0, 4))
+        rows = PrefixSum(numbers(count, -2, mn + 2), data.draw(st.integers(1, 6)))
+    elif kind == "indexed":
+        rows = Indexed(numbers(mn, -3, 3))
+    index = None
+    seed = data.draw(st.integers(0, 2**31))
+    x = inputs((*shape, k), dtype, seed)
+    if indexed:
+        tokens = data.draw(st.integers(1, 5))
+        index = numbers(math.prod(shape), -2, tokens + 1).view(shape)
+        x = inputs((tokens, k), dtype, seed)
+    check_against_oracle(
+        x,
+        fmt,
+        device,
+        min_scale=data.draw(st.sampled_from([1e-10, 2.0**-126, 1.0])),
+        extra_rows=0 if kind == "masked" else data.draw(st.integers(0, 3)),
+        last_padding=data.draw(st.booleans()),
+        rows=rows,
+        index=index,
+    )
+
+
+def test_rows_that_do_not_exist_may_hold_anything(device):
+    """It shows in no result, and theirs keep what they held."""
+    x = torch.ones(2, 4, 64, device=device)
+    x[0, 2:] = math.nan
+    x[1] = math.inf
+    rows = Masked(int32([2, 0], device))
+    q, sf = check_against_reference(x, UE8M0, rows=rows)
+    assert bits(q[0, 2:]).eq(POISON).all() and bits(q[1]).eq(POISON).all()
+    assert bits(sf[1]).eq(POISON).all()
