@@ -106,18 +106,10 @@ def _check_no_gradient(name: str, t: torch.Tensor) -> None:
 
 
 def check_disjoint(
-    x: torch.Tensor, x_bytes: int, q: torch.Tensor, q_bytes: int, sf: torch.Tensor, last_rows: int
+    x_start: int, x_bytes: int, q_start: int, q_bytes: int, sf_start: int, sf_bytes: int
 ) -> None:
-    """Check that no byte to be written belongs to another of the tensors.
-
-    Args:
-        x_bytes, q_bytes: their :func:`span`.
-        last_rows: ``formats.last_column_rows`` of `sf`, whose padding is written too.
-    """
-    x_start, q_start, sf_start = x.data_ptr(), q.data_ptr(), sf.data_ptr()
-    x_end, q_end = x_start + x_bytes, q_start + q_bytes
-    columns = sf.shape[1]
-    sf_end = sf_start + 4 * ((columns - 1) * sf.stride(1) + last_rows) if columns else sf_start
+    """Check that no byte to be written belongs to another of the tensors."""
+    x_end, q_end, sf_end = x_start + x_bytes, q_start + q_bytes, sf_start + sf_bytes
     if x_start < q_end and q_start < x_end:
         _overlap("out q", "x")
     if x_start < sf_end and sf_start < x_end:

@@ -40,6 +40,12 @@ def architecture(device_index: int) -> str:
     return ARCHITECTURES[capability]
 
 
+@functools.cache
+def multiprocessors(device_index: int) -> int:
+    """Streaming multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
 def build(kernel: Any, arch: str, *options: str) -> Any:
     """Compile `kernel` for `arch`, a value of ``ARCHITECTURES``; works without a GPU.
 

@@ -104,7 +104,7 @@ class Format:
         padded = torch.empty_strided(
             (strides[1], columns), strides, dtype=self.scale_dtype, device=device
         )
-        return padded[:mn]
+        return padded if mn == strides[1] else padded[:mn]
 
 
 _FORMATS = {

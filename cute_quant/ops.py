@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,10 +10,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from cute_quant import checks, reference
 from cute_quant.formats import (
+    BYTES_PER_WORD,
     DEFAULT_MIN_SCALE,
     GROUP_SIZES,
     LOAD_BYTES,
-    SCALE_ROW_ALIGNMENT,
     STORE_BYTES,
     VALUE_DTYPE,
     Format,
@@ -173,8 +172,8 @@ class _Plan(NamedTuple):
 
     Attributes:
         launch: the compiled kernel; None on the CPU and where x has no elements.
-        x_bytes, q_bytes: from the first element to the last, of a caller's q only.
-        aligned: whether columns of scales have no padding rows.
+        x_bytes, q_bytes, sf_bytes: from the first element to the last; of sf with all padding.
+        scale_rows: rows of a column of scales, padding included.
     """
 
     fmt: Format
@@ -182,7 +181,8 @@ class _Plan(NamedTuple):
     launch: Callable[..., None] | None
     x_bytes: int
     q_bytes: int
-    aligned: bool
+    sf_bytes: int
+    scale_rows: int
 
 
 # Checking all this anew took half the time of a call.
@@ -206,10 +206,16 @@ def _plan(
         checks.check_not_negated("out sf", sf)
     if not (x.is_cuda or x.is_cpu):
         raise ValueError(f"x: expected a tensor on a CUDA device or the CPU, got {x.device}")
-    launch = _kernel(x.dtype, fmt, x.get_device()) if x.is_cuda and x.numel() else None
-    q_bytes = 0 if q is None else checks.span(q)
-    aligned = x.shape[0] % SCALE_ROW_ALIGNMENT == 0
-    return _Plan(fmt, floor, launch, checks.span(x), q_bytes, aligned)
+    mn, k = x.shape
+    q_rows = mn if q is None else q.shape[0]
+    launch = None
+    if x.is_cuda and x.numel():
+        launch = _kernel(x.dtype, fmt, x.get_device(), q_rows, k)
+    q_bytes = q_rows * k if q is None else checks.span(q)
+    _, columns = fmt.scale_shape(mn, k)
+    scale_rows = fmt.scale_strides(mn)[1]
+    sf_bytes = BYTES_PER_WORD * columns * scale_rows
+    return _Plan(fmt, floor, launch, checks.span(x), q_bytes, sf_bytes, scale_rows)
 
 
 def _look_up_plan(
@@ -220,10 +226,12 @@ def _look_up_plan(
     Only plans that launch are kept, since dtypes and devices of q and sf do not count among looks:
     the kernel refuses those that do not fit, and addresses that are not aligned, by itself.
     """
-    if not x.is_cuda:
-        return _plan(x, q, sf, choices)
     try:
-        key = _look(x), x.dtype, x.device, _look(q), _look(sf), choices
+        key = (
+            (x.shape, x.stride(), x.dtype, x.device, x.is_neg(), choices)
+            + (() if q is None else (q.shape, q.stride(), q.is_neg(), q.requires_grad))
+            + (() if sf is None else (sf.is_neg(), sf.requires_grad, sf.shape, sf.stride()))
+        )
         plan = _plans.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, no strides, no hash
         return _plan(x, q, sf, choices)
@@ -236,10 +244,6 @@ def _look_up_plan(
     return plan
 
 
-def _look(t: torch.Tensor | None) -> tuple | None:
-    return None if t is None else (t.shape, t.stride(), t.is_neg(), t.requires_grad)
-
-
 def _quantize(
     x: torch.Tensor, q: torch.Tensor | None, sf: torch.Tensor | None, choices: tuple
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,9 +254,14 @@ def _quantize(
         q = _empty_values(x)
     if sf is None:
         sf = plan.fmt.empty_scales(*x.shape, x.device)
-    last_rows = x.shape[0] if plan.aligned else last_column_rows(sf)
+    last_rows = plan.scale_rows
+    if last_rows != x.shape[0]:
+        last_rows = last_column_rows(sf)
     if given:
-        checks.check_disjoint(x, plan.x_bytes, q, plan.q_bytes, sf, last_rows)
+        sf_bytes = plan.sf_bytes - BYTES_PER_WORD * (plan.scale_rows - last_rows)
+        checks.check_disjoint(
+            x.data_ptr(), plan.x_bytes, q.data_ptr(), plan.q_bytes, sf.data_ptr(), sf_bytes
+        )
     if plan.launch is not None:
         try:
             plan.launch(x, q, sf, last_rows, plan.floor)
@@ -269,14 +278,17 @@ def _quantize(
     return q, sf
 
 
-@functools.cache
-def _kernel(dtype: torch.dtype, fmt: Format, device_index: int) -> Callable[..., None]:
+def _kernel(
+    dtype: torch.dtype, fmt: Format, device_index: int, rows: int, k: int
+) -> Callable[..., None]:
     # CuTe DSL takes a second to import and CPU users need not have it.
     from cute_quant import compile
+    from cute_quant.kernels import launch
     from cute_quant.kernels.quantize import Quantize
 
     arch = compile.architecture(device_index)
-    return compile.function(Quantize, arch, compile.ELEMENT_TYPES[dtype], fmt)
+    shape = launch.shape(rows, k, compile.multiprocessors(device_index))
+    return compile.function(Quantize, arch, compile.ELEMENT_TYPES[dtype], fmt, *shape)
 
 
 _CHOICES = "int group_size, str scale_format, bool round_scale, float min_scale"

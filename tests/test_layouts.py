@@ -22,20 +22,19 @@ def mlir() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("mn", "groups"), [(1, 1), (3, 4), (5, 7), (8, 56)])
-def test_packed_scales_are_the_bytes_of_the_tensor(mlir, mn, groups):
+def test_packed_scales_are_the_words_of_the_tensor(mlir, mn, groups):
     sf = UE8M0.empty_scales(mn, 128 * groups, torch.device("cpu"))
     rows, words = sf.stride(1), sf.shape[1]
-    layout = layouts.packed_scales(rows, words)
-    for row, group in itertools.product(range(mn), range(4 * words)):
-        word = row * sf.stride(0) + group // 4 * sf.stride(1)
-        assert layout((row, group)) == 4 * word + group % 4
-    assert cute.cosize(layout) == sf.untyped_storage().nbytes()
+    layout = layouts.scales(rows, words)
+    for row, word in itertools.product(range(mn), range(words)):
+        assert layout((row, word)) == row * sf.stride(0) + word * sf.stride(1)
+    assert 4 * cute.cosize(layout) == sf.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize(("mn", "groups"), [(1, 1), (3, 4), (5, 7), (8, 56)])
 def test_float32_scales_are_the_elements_of_the_tensor(mlir, mn, groups):
     sf = FLOAT32.empty_scales(mn, 128 * groups, torch.device("cpu"))
-    layout = layouts.float32_scales(sf.stride(1), groups)
+    layout = layouts.scales(sf.stride(1), groups)
     for row, group in itertools.product(range(mn), range(groups)):
         assert layout((row, group)) == row * sf.stride(0) + group * sf.stride(1)
     assert 4 * cute.cosize(layout) == sf.untyped_storage().nbytes()
@@ -52,4 +51,4 @@ def test_lanes_and_values_cover_a_tile_of_a_row_once(mlir):
         assert column == 16 * lane + value, "a thread's values are neighbours"
         assert column // 128 == lane // 8, "an octet of lanes holds a group"
         columns.append(column)
-    assert columns == list(range(layouts.COLUMNS_PER_CTA))
+    assert columns == list(range(layouts.COLUMNS_PER_WARP))

@@ -105,7 +105,8 @@ def exact_multiplier(
     minuend = UE8M0_MAX + E4M3_MAX_EXPONENT << MANTISSA_BITS | E4M3_MAX_MANTISSA
     multiplier = (Uint32(minuend | BELOW_PRECISION[dtype]) - amax) & Uint32(EXPONENT_MASK)
     multiplier = cutlass.min(multiplier, max_multiplier)
-    return multiplier if is_finite(amax) else Uint32(FLOAT32_NAN)
+    # Zero times amax is NaN where amax is not finite, and one instruction.
+    return (amax.bitcast(Float32) * Float32(0.0) + multiplier.bitcast(Float32)).bitcast(Uint32)
 
 
 @cute.jit
@@ -118,7 +119,7 @@ def ue8m0(multiplier: Uint32) -> Uint32:
 def power_of_two(multiplier: Uint32) -> Float32:
     """1 / `multiplier` for exponents up to 253; NaN of a NaN."""
     bits = Uint32(UE8M0_MAX << MANTISSA_BITS) - multiplier
-    bits = bits if multiplier < Uint32(FLOAT32_INFINITY) else multiplier
+    bits = bits if multiplier < Uint32(FLOAT32_INFINITY) else Uint32(FLOAT32_NAN)
     return bits.bitcast(Float32)
 
 

@@ -1,8 +1,9 @@
 """Quantize rows in groups: load, reduce, scale, quantize, store.
 
-One thread holds 16 neighbours of a row in registers, from its one load to its one store. Eight
-threads hold a group of 128 and find its amax in three shuffles; the first of them writes the
-scale. `layouts` draws who holds what. No shared memory, no barrier.
+A thread holds 16 neighbours of a row in registers, from its load to its store, and as many of
+each of some rows that follow each other. Eight threads hold a group of 128 and find its amax in
+three shuffles; all of them know its scale, and one writes it. `layouts` draws who holds what. No
+shared memory, no barrier.
 
 Rows and groups past the input are quantized as if they were there and held nothing: values 0 and
 scales 0. That is how all padding gets defined, by the same stores. A word of packed scales has a
@@ -12,27 +13,45 @@ byte for each group of a tile, so groups past the row own one; a float32 column 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint8, Uint32, const_expr
+from cutlass import Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from cute_quant.formats import LOAD_BYTES, STORE_BYTES, Format
+from cute_quant.formats import LOAD_BYTES, SCALE_ROW_ALIGNMENT, STORE_BYTES, Format
 from cute_quant.kernels import layouts, numerics
-
-MAX_GRID_Y = 65535
+from cute_quant.kernels.launch import MAX_GRID_Y
 
 
 class Quantize:
-    """Compile-time choices: the input's element type, the format of the results, and `pdl`,
-    programmatic dependent launch: CTAs start while the kernel before still runs, wait for its end
-    before they touch memory, and let those of the next start as early, which have to wait too."""
+    """Compile-time choices.
 
-    def __init__(self, dtype: type[cutlass.Numeric], fmt: Format, pdl: bool = True):
+    Args:
+        dtype: of the elements of x.
+        fmt: of the results.
+        rows_per_thread: rows whose loads are in flight at once, up to the lanes of a group; the
+            scales of that many rows are written at once too.
+        tall: whether there are more rows than one dimension of a grid counts.
+        pdl: programmatic dependent launch: CTAs start while the kernel before still runs, wait for
+            its end before they touch memory, and let those of the next start as early, which have
+            to wait too.
+    """
+
+    def __init__(
+        self,
+        dtype: type[cutlass.Numeric],
+        fmt: Format,
+        rows_per_thread: int = 1,
+        tall: bool = False,
+        pdl: bool = True,
+    ):
         self.dtype = dtype
         self.fmt = fmt
+        self.rows_per_thread = rows_per_thread
+        self.rows_per_cta = layouts.WARPS_PER_CTA * rows_per_thread
+        self.tall = tall
         self.pdl = pdl
-        self.threads_per_group = fmt.group_size // layouts.VALUES_PER_THREAD
-        self.groups_per_tile = layouts.COLUMNS_PER_CTA // fmt.group_size
-        self.columns_per_tile = self.groups_per_tile // fmt.groups_per_column
+        self.lanes_per_group = fmt.group_size // layouts.VALUES_PER_THREAD
+        groups_per_tile = layouts.COLUMNS_PER_WARP // fmt.group_size
+        self.scale_columns_per_tile = groups_per_tile // fmt.groups_per_column
 
     def signature(self) -> tuple:
         """Stand-ins for the arguments: which sizes vary, and what alignment may be relied on."""
@@ -65,12 +84,8 @@ class Quantize:
         stream: cuda.CUstream,
     ):
         mn, columns = mS.shape
-        rows = cute.round_up(mn, layouts.ROWS_PER_CTA)
-        if const_expr(self.fmt.packed):
-            bytes_ = cute.recast_ptr(mS.iterator, dtype=Uint8)
-            mS = cute.make_tensor(bytes_, layouts.packed_scales(rows, columns))
-        else:
-            mS = cute.make_tensor(mS.iterator, layouts.float32_scales(rows, columns))
+        rows = cute.round_up(mn, SCALE_ROW_ALIGNMENT)
+        mS = cute.make_tensor(mS.iterator, layouts.scales(rows, columns))
         op = cute.nvgpu.CopyUniversalOp()
         load, store = [
             layouts.tiled_copy(cute.make_copy_atom(op, dtype, num_bits_per_copy=8 * nbytes))
@@ -78,15 +93,26 @@ class Quantize:
         ]
         if const_expr(self.fmt.power_of_two):
             floor = numerics.max_multiplier(floor)
-        row_tiles = cute.ceil_div(cutlass.max(rows, mQ.shape[0]), layouts.ROWS_PER_CTA)
-        full_columns = columns if last_column_rows == rows else columns - 1
-        self.kernel(full_columns, last_column_rows, floor, mX, mQ, mS, load, store).launch(
+        row_tiles = cute.ceil_div(cutlass.max(rows, mQ.shape[0]), self.rows_per_cta)
+        # Only the last column's padding may lack storage.
+        scale_elements = Uint32(columns - 1) * Uint32(rows) + Uint32(last_column_rows)
+        self.kernel(
+            floor,
+            mX,
+            mQ,
+            mS,
+            scale_elements,
+            layouts.row_bytes(mX),
+            layouts.row_bytes(mQ),
+            load,
+            store,
+        ).launch(
             grid=[
-                cute.ceil_div(mX.shape[1], layouts.COLUMNS_PER_CTA),
+                cute.ceil_div(mX.shape[1], layouts.COLUMNS_PER_WARP),
                 cutlass.min(row_tiles, MAX_GRID_Y),
                 cute.ceil_div(row_tiles, MAX_GRID_Y),
             ],
-            block=[layouts.THREADS_PER_CTA, 1, 1],
+            block=[layouts.LANES, layouts.WARPS_PER_CTA, 1],
             stream=stream,
             use_pdl=self.pdl,
         )
@@ -94,57 +120,71 @@ class Quantize:
     @cute.kernel
     def kernel(
         self,
-        full_columns: Int32,  # scale columns whose padding rows all have storage
-        last_column_rows: Int32,
         floor: Uint32 | Float32,  # smallest scale, or largest multiplier
         mX: cute.Tensor,
         mQ: cute.Tensor,
-        mS: cute.Tensor,  # (rows, groups), rows with padding
+        mS: cute.Tensor,  # (rows, columns), rows with padding
+        scale_elements: Uint32,  # of mS that have storage, the first ones
+        x_row_bytes: Uint32,
+        q_row_bytes: Uint32,
         load: cute.TiledCopy,
         store: cute.TiledCopy,
     ):
         fmt = self.fmt
         if const_expr(self.pdl):
             cute.arch.griddepcontrol_launch_dependents()
-        thread, _, _ = cute.arch.thread_idx()
-        tile, y, z = cute.arch.block_idx()
-        warp, lane = thread // layouts.LANES, thread % layouts.LANES
-        row = (y + z * MAX_GRID_Y) * layouts.ROWS_PER_CTA + warp
-        tXgX = load.get_slice(lane).partition_S(layouts.row_tile(mX, row, tile))
-        tXgQ = store.get_slice(lane).partition_D(layouts.row_tile(mQ, row, tile))
-        column = tile * layouts.COLUMNS_PER_CTA + lane * layouts.VALUES_PER_THREAD
+        lane, warp, _ = cute.arch.thread_idx()
+        tile, row_tile, z = cute.arch.block_idx()
+        if const_expr(self.tall):
+            row_tile += z * MAX_GRID_Y
+        first_row = row_tile * self.rows_per_cta + warp * self.rows_per_thread
+        column = tile * layouts.COLUMNS_PER_WARP + lane * layouts.VALUES_PER_THREAD
         in_row = column < mX.shape[1]
-        live = row < mX.shape[0] and in_row
+        load, store = load.get_slice(lane), store.get_slice(lane)
 
-        tXrX = cute.make_rmem_tensor_like(tXgX)
+        tXrX = cute.make_rmem_tensor((layouts.VALUES_PER_THREAD, self.rows_per_thread), self.dtype)
         tXrX.fill(0.0)
         if const_expr(self.pdl):
             cute.arch.griddepcontrol_wait()
-        if live:
-            cute.copy(load, tXgX, tXrX)
+        for i in cutlass.range_constexpr(self.rows_per_thread):
+            tXgX = load.partition_S(layouts.row_tile(mX, x_row_bytes, first_row + i, tile))
+            if first_row + i < mX.shape[0] and in_row:
+                cute.copy(load, tXgX, cute.make_tensor(tXrX[None, i].iterator, tXgX.layout))
 
-        amax = numerics.group_amax(tXrX, self.threads_per_group)
+        lane_in_group = lane % self.lanes_per_group
+        scale = None
+        for i in cutlass.range_constexpr(self.rows_per_thread):
+            tXrXi = tXrX[None, i]
+            amax = numerics.group_amax(tXrXi, self.lanes_per_group)
+            if const_expr(fmt.power_of_two):
+                multiplier = numerics.exact_multiplier(amax, self.dtype, floor)
+                values = numerics.multiply_exact(tXrXi, multiplier)
+                to_scale = numerics.ue8m0 if const_expr(fmt.packed) else numerics.power_of_two
+                row_scale = to_scale(multiplier)
+            else:
+                row_scale = numerics.float32_scale(amax, self.dtype, floor, fmt.reciprocal)
+                values = numerics.multiply(tXrXi, 1.0 / row_scale)
+            tXgQ = store.partition_D(layouts.row_tile(mQ, q_row_bytes, first_row + i, tile))
+            tXrQ = cute.make_rmem_tensor_like(tXgQ)
+            tXrQ.store(values.load().to(mQ.element_type))
+            if first_row + i < mQ.shape[0] and in_row:
+                cute.copy(store, tXrQ, tXgQ)
+            mine = const_expr(i == 0) or lane_in_group == i
+            scale = row_scale if mine else scale
 
-        if const_expr(fmt.power_of_two):
-            multiplier = numerics.exact_multiplier(amax, self.dtype, floor)
-            values = numerics.multiply_exact(tXrX, multiplier)
-            to_scale = numerics.ue8m0 if const_expr(fmt.packed) else numerics.power_of_two
-            scale = to_scale(multiplier)
-        else:
-            scale = numerics.float32_scale(amax, self.dtype, floor, fmt.reciprocal)
-            values = numerics.multiply(tXrX, 1.0 / scale)
-
-        tXrQ = cute.make_rmem_tensor_like(tXgQ)
-        tXrQ.store(values.load().to(mQ.element_type))
-        if row < mQ.shape[0] and in_row:
-            cute.copy(store, tXrQ, tXgQ)
-
-        group = lane // self.threads_per_group
-        gS = cute.local_tile(mS[row, None], (self.groups_per_tile,), (tile,))
-        scale_column = tile * self.columns_per_tile + group // fmt.groups_per_column
-        rows = mS.shape[0] if scale_column < full_columns else last_column_rows
-        owns_scale = lane % self.threads_per_group == 0 and row < rows
+        # A lane of the group for each row: the scales of a warp leave at once.
+        row = first_row + lane_in_group if const_expr(self.rows_per_thread > 1) else first_row
+        group = lane // self.lanes_per_group
+        scale_column = tile * self.scale_columns_per_tile + group // fmt.groups_per_column
+        element = layouts.scale_element(mS, row, scale_column)
+        owns_scale = lane_in_group < self.rows_per_thread and row < mS.shape[0]
         if const_expr(not fmt.packed):
             owns_scale = owns_scale and in_row
-        if owns_scale:
-            gS[group] = (scale if live else type(scale)(0)).to(mS.element_type)
+        if owns_scale and element < scale_elements:
+            live = row < mX.shape[0] and in_row
+            scale = scale if live else type(scale)(0)
+            tSgS = layouts.scale_bytes(mS, element)
+            if const_expr(fmt.packed):
+                tSgS[group % fmt.groups_per_column] = scale.to(tSgS.element_type)
+            else:
+                cute.recast_tensor(tSgS, Float32)[0] = scale
