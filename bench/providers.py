@@ -22,6 +22,7 @@ from cute_quant.formats import (
     last_column_rows,
     scale_floor,
 )
+from cute_quant.kernels import launch as launches
 from cute_quant.kernels.quantize import Quantize
 
 NAMES = (CUTE_QUANT, STREAM, "copy", "vllm", "triton", "torch", "deep_gemm")
@@ -88,13 +89,14 @@ class CuteQuant(Provider):
         fmt: Format = UE8M0,
     ):
         super().__init__(name, launch, dtype, fmt)
-        choices = compile.ELEMENT_TYPES[dtype], fmt, launch == PDL
-        self.function = compile.function(Quantize, architecture(), *choices)
         self.floor = scale_floor(fmt, DEFAULT_MIN_SCALE)
 
     def bind(self, buffer: Buffer) -> Callable[[], None]:
         x, sf = buffer.input(self.dtype), buffer.scales[self.fmt]
-        return functools.partial(self.function, x, buffer.q, sf, last_column_rows(sf), self.floor)
+        shape = launches.shape(*x.shape, compile.multiprocessors(x.get_device()))
+        choices = compile.ELEMENT_TYPES[self.dtype], self.fmt, *shape, self.launch == PDL
+        function = compile.function(Quantize, architecture(), *choices)
+        return functools.partial(function, x, buffer.q, sf, last_column_rows(sf), self.floor)
 
     def difference(self, problem: Problem) -> str:
         difference = super().difference(problem)

@@ -58,7 +58,7 @@ class Gpu:
 
     @property
     def issue_budget(self) -> int:
-        """Instructions that a warp of 512 elements may issue in the time its bytes take."""
+        """Instructions that a warp may issue for 512 elements in the time their bytes take."""
         warps = self.bandwidth / BYTES_PER_WARP
         return round(self.sms * SCHEDULERS_PER_SM * self.clock / warps)
 
@@ -117,20 +117,25 @@ def machine_code(kernel_class: type, arch: str, *choices: object) -> MachineCode
     )
 
 
-def reported() -> Iterator[tuple[str, type, tuple]]:
-    """Name, class and compile-time choices of each kernel."""
+def reported() -> Iterator[tuple[str, type, int, tuple]]:
+    """Name, class, rows of a warp, and compile-time choices of each kernel."""
     for scale_format, round_scale in (("ue8m0", False), ("float32", False), ("float32", True)):
         for dtype, short in ((cutlass.BFloat16, "bf16"), (cutlass.Float16, "fp16")):
             rounded = ", powers of 2" if round_scale else ""
             fmt = make_format(128, scale_format, round_scale)
-            yield f"{short} -> e4m3, {scale_format}{rounded}", Quantize, (dtype, fmt)
-    yield "stream, the ceiling", Stream, (True,)
+            for rows in (1, 2):
+                name = f"{short} -> e4m3, {scale_format}{rounded}, rows a thread: {rows}"
+                yield name, Quantize, rows, (dtype, fmt, rows)
+    yield "stream, the ceiling", Stream, 1, (True,)
 
 
-def report(architectures: str, code: MachineCode, gpu: Gpu | None) -> list[str]:
+def report(architectures: str, code: MachineCode, rows: int, gpu: Gpu | None) -> list[str]:
     """Lines about a kernel: one of numbers, then the instructions by kind."""
     count = len(code.opcodes)
-    share = f"{count / gpu.issue_budget:4.0%} of {gpu.name}'s {gpu.issue_budget}" if gpu else ""
+    share = ""
+    if gpu:
+        budget = rows * gpu.issue_budget
+        share = f"{count / budget:4.0%} of {gpu.name}'s {budget}"
     spills = code.count("LDL", "STL")
     memory = _counted(op for op in code.opcodes if op.startswith(("LDG", "STG", "LDS", "STS")))
     kinds = _counted(op.split(".")[0] for op in code.opcodes)
@@ -158,7 +163,7 @@ def main() -> None:
         f"  {'target':16} {'instructions':>12}  {'of the issue budget':19} {'registers':>9} "
         f"{'spills':>6} {'shared':>6}  accesses to memory; below, instructions by kind"
     )
-    for name, kernel_class, choices in reported():
+    for name, kernel_class, rows, choices in reported():
         print(f"\n{name}")
         same: dict[MachineCode, list[str]] = {}
         for arch in ARCHITECTURES.values():
@@ -166,7 +171,7 @@ def main() -> None:
             same.setdefault(dataclasses.replace(code, text=""), []).append(arch)
         for code, architectures in same.items():
             gpu = GPUS.get(architectures[0])
-            print(*report(" ".join(architectures), code, gpu), sep="\n", flush=True)
+            print(*report(" ".join(architectures), code, rows, gpu), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -10,15 +11,92 @@ from cute_quant.formats import (
     INPUT_DTYPES,
     UE8M0_BLOCKED,
     UE8M0_ROW_MAJOR,
+    VALUE_TYPES,
     Format,
     align,
     flat_batch,
     make_format,
+    resolve_min_scale,
 )
 from cute_quant.rows import KINDS, Masked, PrefixSum, Rows
 
 MAX_SIZE = 2**31 - 1
 MAX_COLUMNS = 2**20
+SCALE_DTYPES = (torch.int32, torch.float32, torch.float8_e8m0fnu)
+
+
+class Call(NamedTuple):
+    """What a call of `quantize` asks for: a format, and the batch shape and rows of the results."""
+
+    fmt: Format
+    batch_shape: tuple[int, ...]
+    mn: int
+
+
+def check_call(
+    x: torch.Tensor,
+    q: torch.Tensor | None,
+    sf: torch.Tensor | None,
+    choices: tuple,
+    rows: Rows | None,
+    index: torch.Tensor | None,
+) -> Call:
+    """Check everything that tensors say of themselves, be they real or fake.
+
+    Args:
+        choices: group_size, scale_format, dtype, round_scale, min_scale.
+    """
+    group_size, scale_format, dtype, round_scale, min_scale = choices
+    fmt = make_format(group_size, scale_format, round_scale, dtype)
+    check_input(x)
+    resolve_min_scale(fmt, min_scale)
+    batch_shape, mn = check_rows(rows, index, x)
+    if q is not None:
+        check_values_out(q, x, dtype, batch_shape, mn, exact=isinstance(rows, Masked))
+    if sf is not None:
+        check_scales_out(sf, x, fmt, batch_shape, mn)
+    return Call(fmt, batch_shape, mn)
+
+
+def check_fake_call(x: torch.Tensor, out: torch.Tensor | None, choices: tuple) -> Format:
+    """The same for `fake_quantize`."""
+    fmt = check_call(x, None, None, choices, None, None).fmt
+    if out is not None:
+        check_fake_out(out, x)
+    return fmt
+
+
+def check_dequantize_call(
+    q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype
+) -> Format:
+    """The same for `dequantize`."""
+    check_tensor("q", q, VALUE_TYPES)
+    check_tensor("sf", sf, SCALE_DTYPES)
+    if dtype not in INPUT_DTYPES:
+        raise TypeError(f"dtype: expected one of {INPUT_DTYPES}, got {dtype!r}")
+    if q.device != sf.device:
+        raise ValueError(f"sf: expected the device of q, {q.device}, got {sf.device}")
+    if q.ndim < 2:
+        raise ValueError(f"q: expected 2 or more dimensions (..., mn, k), got {tuple(q.shape)}")
+    return check_scales_of(sf, q, group_size)
+
+
+def check_real(
+    x: torch.Tensor,
+    q: torch.Tensor | None,
+    sf: torch.Tensor | None,
+    rows: Rows | None,
+    index: torch.Tensor | None,
+) -> None:
+    """Check that values are in memory where they seem to be."""
+    if not (x.is_cuda or x.is_cpu):
+        raise ValueError(f"x: expected a tensor on a CUDA device or the CPU, got {x.device}")
+    named = {"x": x, "out q": q, "out sf": sf, "index": index}
+    if rows is not None:
+        named[f"rows.{rows.data_name}"] = rows.data
+    for name, t in named.items():
+        if t is not None and t.is_neg():
+            raise ValueError(f"{name}: expected values in memory, got a lazily negated view")
 
 
 def check_tensor(name: str, t: object, dtypes: Iterable[torch.dtype]) -> None:
@@ -46,7 +124,7 @@ def check_input(x: torch.Tensor) -> None:
         raise ValueError(
             f"x: expected a row stride up to {MAX_SIZE} bytes, got {x.stride(-2)} elements"
         )
-    flat_batch("x", x)
+    flat_batch("x", x.shape, x.stride())
 
 
 def check_rows(
@@ -134,27 +212,6 @@ def _check_range(name: str, t: torch.Tensor, lowest: int, highest: int) -> None:
         raise ValueError(f"{name}: expected {lowest} to {highest}, got {t[at].item()} at {at}")
 
 
-def check_not_negated(name: str, t: torch.Tensor) -> None:
-    if t.is_neg():
-        raise ValueError(f"{name}: expected values in memory, got a lazily negated view")
-
-
-def has_aligned_rows(start: int, t: torch.Tensor, alignment: int) -> bool:
-    """Whether all rows of a matrix at byte `start` begin at multiples of `alignment`."""
-    row_bytes = t.stride(0) * t.element_size() if t.shape[0] > 1 else 0
-    return start % alignment == 0 and row_bytes % alignment == 0
-
-
-def check_alignment(name: str, t: torch.Tensor, alignment: int) -> None:
-    """Check that a GPU's wide loads and stores find the rows of `t` aligned."""
-    if not has_aligned_rows(t.data_ptr(), t, alignment):
-        raise ValueError(
-            f"{name}: expected every row to start at a multiple of {alignment} bytes, got address "
-            f"{t.data_ptr():#x} and a row stride of {t.stride(0)} elements of {t.element_size()} "
-            "bytes"
-        )
-
-
 def check_values_out(
     q: torch.Tensor,
     x: torch.Tensor,
@@ -222,7 +279,7 @@ def _check_strides_out(name: str, t: torch.Tensor) -> None:
     """Check that the rows of `t` (..., rows, k) are contiguous and do not overlap."""
     if t.numel() == 0:
         return
-    batch, batch_stride = flat_batch(name, t)
+    batch, batch_stride = flat_batch(name, t.shape, t.stride())
     rows, k = t.shape[-2:]
     row_stride = t.stride(-2) if rows > 1 else k
     good = (k == 1 or t.stride(-1) == 1) and row_stride * t.element_size() <= MAX_SIZE

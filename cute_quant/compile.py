@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import cutlass
 import cutlass.cute as cute
 import torch
 
@@ -36,6 +35,12 @@ def architecture(device_index: int) -> str:
             f"of {capability[0]}.{capability[1]}"
         )
     return ARCHITECTURES[capability]
+
+
+@functools.cache
+def multiprocessors(device_index: int) -> int:
+    """Streaming multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
 def build(kernel: Any, arch: str, *options: str) -> Any:

@@ -275,14 +275,14 @@ def make_format(
     )
 
 
-def flat_batch(name: str, t: torch.Tensor) -> tuple[int, int]:
-    """Size and stride of the one dimension that the leading dimensions of `t` make.
+def flat_batch(name: str, shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int]:
+    """Size and stride of the one dimension that the leading ones of (..., rows, k) make.
 
     Raises:
         ValueError: no single stride walks them.
     """
     count, stride = 1, 0
-    for size, step in zip(reversed(t.shape[:-2]), reversed(t.stride()[:-2]), strict=True):
+    for size, step in zip(reversed(shape[:-2]), reversed(strides[:-2]), strict=True):
         if size == 1:
             continue
         if count == 1:
@@ -290,7 +290,7 @@ def flat_batch(name: str, t: torch.Tensor) -> tuple[int, int]:
         elif size != 0 and count != 0 and step != count * stride:
             raise ValueError(
                 f"{name}: expected leading dimensions that one stride walks, got shape "
-                f"{tuple(t.shape)}, strides {t.stride()}"
+                f"{tuple(shape)}, strides {tuple(strides)}"
             )
         count = count * size
     return count, stride

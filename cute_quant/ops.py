@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from cute_quant import checks, reference
+from cute_quant import checks, execution
 from cute_quant.formats import (
     DEFAULT_MIN_SCALE,
-    LOAD_BYTES,
-    STORE_BYTES,
     VALUE_DTYPE,
-    VALUE_TYPES,
     Format,
-    last_column_rows,
     make_format,
     resolve_min_scale,
-    scale_floor,
 )
-from cute_quant.rows import Masked, Rows, from_operands, to_operands
+from cute_quant.rows import Rows, from_operands, to_operands
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCALE_DTYPES = (torch.int32, torch.float32, torch.float8_e8m0fnu)
@@ -108,10 +99,10 @@ def quantize(
     q, sf = _out_pair(out)
     choices = (group_size, scale_format, dtype, round_scale, min_scale)
     if not is_traced(x):
-        return _quantize(x, q, sf, choices, rows, index, check)
+        return execution.quantize(x, q, sf, choices, rows, index, check)
     if check:
         raise ValueError("check: expected False under a tracer, which has no counts to read")
-    fmt, batch_shape, mn = _check(x, None, None, choices, rows, index)
+    fmt, batch_shape, mn = checks.check_call(x, None, None, choices, rows, index)
     operands = (*choices[:4], resolve_min_scale(fmt, min_scale), *to_operands(rows), index)
     if out is None:
         return torch.ops.cute_quant.quantize(x, *operands)
@@ -158,7 +149,7 @@ def dequantize(
     """
     if isinstance(q, torch.Tensor) and is_traced(q):
         return torch.ops.cute_quant.dequantize(q, sf, group_size, dtype)
-    return _dequantize(q, sf, group_size, dtype)
+    return execution.dequantize(q, sf, group_size, dtype)
 
 
 def fake_quantize(
@@ -189,8 +180,8 @@ def fake_quantize(
     _check_differentiable("fake_quantize", x)
     choices = (group_size, scale_format, dtype, round_scale, min_scale)
     if not is_traced(x):
-        return _fake_quantize(x, out, choices)
-    fmt = _check_fake(x, out, choices)
+        return execution.fake_quantize(x, out, choices)
+    fmt = checks.check_fake_call(x, out, choices)
     operands = (*choices[:4], resolve_min_scale(fmt, min_scale))
     result = torch.ops.cute_quant.fake_quantize(x, *operands)
     return result if out is None else out.copy_(result)
@@ -234,252 +225,6 @@ def _empty_values(
     return x.new_empty((*batch_shape, mn, x.shape[-1]), dtype=fmt.dtype)
 
 
-def _check(
-    x: torch.Tensor,
-    q: torch.Tensor | None,
-    sf: torch.Tensor | None,
-    choices: tuple,
-    rows: Rows | None,
-    index: torch.Tensor | None,
-) -> tuple[Format, tuple[int, ...], int]:
-    """Check everything that tensors say of themselves, be they real or fake.
-
-    Args:
-        choices: group_size, scale_format, dtype, round_scale, min_scale.
-
-    Returns:
-        The format, and the batch shape and rows of the results.
-    """
-    group_size, scale_format, dtype, round_scale, min_scale = choices
-    fmt = make_format(group_size, scale_format, round_scale, dtype)
-    checks.check_input(x)
-    resolve_min_scale(fmt, min_scale)
-    batch_shape, mn = checks.check_rows(rows, index, x)
-    if q is not None:
-        checks.check_values_out(q, x, dtype, batch_shape, mn, exact=isinstance(rows, Masked))
-    if sf is not None:
-        checks.check_scales_out(sf, x, fmt, batch_shape, mn)
-    return fmt, batch_shape, mn
-
-
-def _check_fake(x: torch.Tensor, out: torch.Tensor | None, choices: tuple) -> Format:
-    fmt, _, _ = _check(x, None, None, choices, None, None)
-    if out is not None:
-        checks.check_fake_out(out, x)
-    return fmt
-
-
-def _check_device(name: str, t: torch.Tensor) -> None:
-    checks.check_not_negated(name, t)
-    if not (t.is_cuda or t.is_cpu):
-        raise ValueError(f"{name}: expected a tensor on a CUDA device or the CPU, got {t.device}")
-
-
-class _Plan(NamedTuple):
-    """What calls on tensors of the same shapes and strides have in common.
-
-    Attributes:
-        batch_shape, mn: of the results.
-        launch: the compiled kernel; None where there is none or nothing for it to do.
-        x_bytes, q_bytes, sf_bytes: from the first element to the last, of a caller's q and sf
-            only.
-        padded: whether columns of scales have padding rows.
-    """
-
-    fmt: Format
-    floor: int | float
-    batch_shape: tuple[int, ...]
-    mn: int
-    launch: Callable[..., None] | None
-    x_bytes: int
-    q_bytes: int
-    sf_bytes: int
-    padded: bool
-
-
-# Checking all this anew took half the time of a call.
-_plans: dict[tuple, _Plan] = {}
-_MAX_PLANS = 4096
-
-
-def _plan(
-    x: torch.Tensor,
-    q: torch.Tensor | None,
-    sf: torch.Tensor | None,
-    choices: tuple,
-    rows: Rows | None,
-    index: torch.Tensor | None,
-) -> _Plan:
-    """Check a call on real tensors, and find the kernel."""
-    fmt, batch_shape, mn = _check(x, q, sf, choices, rows, index)
-    _check_device("x", x)
-    if sf is not None:
-        checks.check_not_negated("out sf", sf)
-    launch = None
-    if x.is_cuda and x.numel() and rows is None and index is None:
-        launch = _kernel_for(x, fmt)
-    return _Plan(
-        fmt,
-        scale_floor(fmt, choices[-1]),
-        batch_shape,
-        mn,
-        launch,
-        checks.span(x),
-        0 if q is None else checks.span(q),
-        0 if sf is None else checks.span(sf),
-        fmt.mn_major and fmt.scale_rows(mn) > mn,
-    )
-
-
-def _look_up_plan(
-    x: torch.Tensor,
-    q: torch.Tensor | None,
-    sf: torch.Tensor | None,
-    choices: tuple,
-    rows: Rows | None,
-    index: torch.Tensor | None,
-) -> _Plan:
-    """The plan of an earlier call on tensors that look alike, or a new one.
-
-    Only plans that launch are kept, since dtypes and devices of q and sf do not count among looks:
-    the kernel refuses those that do not fit, and addresses that are not aligned, by itself.
-    """
-    if not x.is_cuda or rows is not None or index is not None:
-        return _plan(x, q, sf, choices, rows, index)
-    try:
-        key = _look(x), x.dtype, x.device, _look(q), _look(sf), choices
-        plan = _plans.get(key)
-    except (AttributeError, RuntimeError, TypeError):  # no tensor, no strides, no hash
-        return _plan(x, q, sf, choices, rows, index)
-    if plan is None:
-        plan = _plan(x, q, sf, choices, rows, index)
-        if plan.launch is not None:
-            if len(_plans) >= _MAX_PLANS:
-                _plans.clear()
-            _plans[key] = plan
-    return plan
-
-
-def _look(t: torch.Tensor | None) -> tuple | None:
-    return None if t is None else (t.shape, t.stride(), t.is_neg(), t.requires_grad)
-
-
-def _quantize(
-    x: torch.Tensor,
-    q: torch.Tensor | None,
-    sf: torch.Tensor | None,
-    choices: tuple,
-    rows: Rows | None = None,
-    index: torch.Tensor | None = None,
-    check: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    plan = _look_up_plan(x, q, sf, choices, rows, index)
-    if check:
-        checks.check_counts(rows, index, x.shape[-2], plan.mn)
-    out = q, sf
-    if q is None:
-        q = _empty_values(x, plan.fmt, plan.batch_shape, plan.mn)
-    if sf is None:
-        sf = plan.fmt.empty_scales(plan.batch_shape, plan.mn, x.shape[-1], x.device)
-    last_rows = last_column_rows(sf) if plan.padded else plan.mn
-    if out != (None, None):
-        sf_bytes = plan.sf_bytes
-        if sf_bytes and plan.padded:
-            sf_bytes += (last_rows - plan.mn) * sf.element_size()
-        reads = [("x", x.data_ptr(), plan.x_bytes)]
-        if index is not None:
-            reads.append(("index", index.data_ptr(), checks.span(index)))
-        if rows is not None:
-            name, data = f"rows.{rows.data_name}", rows.data
-            reads.append((name, data.data_ptr(), checks.span(data)))
-        writes = [("out q", q.data_ptr(), plan.q_bytes), ("out sf", sf.data_ptr(), sf_bytes)]
-        checks.check_disjoint(reads, writes)
-    _launch(x, q, sf, plan, last_rows, out, choices, rows, index)
-    return q, sf
-
-
-def _launch(
-    x: torch.Tensor,
-    q: torch.Tensor,
-    sf: torch.Tensor,
-    plan: _Plan,
-    last_rows: int,
-    out: tuple[torch.Tensor | None, torch.Tensor | None],
-    choices: tuple,
-    rows: Rows | None,
-    index: torch.Tensor | None,
-) -> None:
-    """Write the results."""
-    if plan.launch is None:
-        # CUDA: what `_kernel_for` has no kernel for is computed in plain torch on the GPU too.
-        reference.quantize_into(x, q, sf, plan.fmt, plan.floor, rows, index)
-        return
-    try:
-        plan.launch(x, q, sf, last_rows, plan.floor)
-    except (TypeError, ValueError):
-        # The kernel refuses dtypes, devices and addresses that do not fit. Say so by name.
-        _plan(x, *out, choices, rows, index)
-        checks.check_alignment("x", x, LOAD_BYTES)
-        checks.check_alignment("out q", q, STORE_BYTES)
-        raise
-
-
-def _kernel_for(x: torch.Tensor, fmt: Format) -> Callable[..., None] | None:
-    """The kernel for dense rows of whole groups of 128; None where they are not that."""
-    covered = (
-        x.ndim == 2
-        and x.dtype is not torch.float32
-        and fmt.dtype is VALUE_DTYPE
-        and fmt.mn_major
-        and fmt.group_size == 128
-        and x.shape[1] % 128 == 0
-    )
-    return _kernel(x.dtype, fmt, x.get_device()) if covered else None
-
-
-@functools.cache
-def _kernel(dtype: torch.dtype, fmt: Format, device_index: int) -> Callable[..., None]:
-    # CuTe DSL takes a second to import and CPU users need not have it.
-    from cute_quant import compile
-    from cute_quant.kernels.quantize import Quantize
-
-    arch = compile.architecture(device_index)
-    return compile.function(Quantize, arch, compile.ELEMENT_TYPES[dtype], fmt)
-
-
-def _check_dequantize(
-    q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype
-) -> Format:
-    checks.check_tensor("q", q, VALUE_TYPES)
-    checks.check_tensor("sf", sf, SCALE_DTYPES)
-    if dtype not in OUTPUT_DTYPES:
-        raise TypeError(f"dtype: expected one of {OUTPUT_DTYPES}, got {dtype!r}")
-    if q.device != sf.device:
-        raise ValueError(f"sf: expected the device of q, {q.device}, got {sf.device}")
-    if q.ndim < 2:
-        raise ValueError(f"q: expected 2 or more dimensions (..., mn, k), got {tuple(q.shape)}")
-    return checks.check_scales_of(sf, q, group_size)
-
-
-def _dequantize(
-    q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype
-) -> torch.Tensor:
-    fmt = _check_dequantize(q, sf, group_size, dtype)
-    return reference.dequantize(q, sf, fmt, dtype)
-
-
-def _fake_quantize(x: torch.Tensor, out: torch.Tensor | None, choices: tuple) -> torch.Tensor:
-    fmt = _check_fake(x, out, choices)
-    _check_device("x", x)
-    if out is not None:
-        checks.check_not_negated("out", out)
-        checks.check_disjoint(
-            [("x", x.data_ptr(), checks.span(x))], [("out", out.data_ptr(), checks.span(out))]
-        )
-    result = reference.fake_quantize(x, fmt, scale_floor(fmt, choices[-1]))
-    return result if out is None else out.copy_(result)
-
-
 _CHOICES = "int group_size, str scale_format, ScalarType dtype, bool round_scale, float min_scale"
 _ROWS = 'str rows="dense", Tensor? row_data=None, int alignment=1, Tensor? index=None'
 
@@ -499,12 +244,12 @@ def _rows_of(
     schema=f"(Tensor x, {_CHOICES}, {_ROWS}) -> (Tensor, Tensor)",
 )
 def _quantize_op(x: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return _quantize(x, None, None, operands[:5], *_rows_of(*operands[5:]))
+    return execution.quantize(x, None, None, operands[:5], *_rows_of(*operands[5:]))
 
 
 @_quantize_op.register_fake
 def _(x: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
-    fmt, batch_shape, mn = _check(x, None, None, operands[:5], *_rows_of(*operands[5:]))
+    fmt, batch_shape, mn = checks.check_call(x, None, None, operands[:5], *_rows_of(*operands[5:]))
     # Not `empty_scales`: its storage, which a fake has none of, depends on mn % 4.
     shape = fmt.scale_shape(batch_shape, mn, x.shape[-1])
     if fmt.mn_major:
@@ -521,7 +266,7 @@ def _(x: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
     schema=f"(Tensor x, Tensor(a!) q, Tensor(b!) sf, {_CHOICES}, {_ROWS}) -> ()",
 )
 def _quantize_out_op(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object) -> None:
-    _quantize(x, q, _typed(sf, operands), operands[:5], *_rows_of(*operands[5:]))
+    execution.quantize(x, q, _typed(sf, operands), operands[:5], *_rows_of(*operands[5:]))
 
 
 def _typed(sf: torch.Tensor, operands: tuple) -> torch.Tensor:
@@ -534,7 +279,7 @@ def _typed(sf: torch.Tensor, operands: tuple) -> torch.Tensor:
 
 @_quantize_out_op.register_fake
 def _(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object) -> None:
-    _check(x, q, _typed(sf, operands), operands[:5], *_rows_of(*operands[5:]))
+    checks.check_call(x, q, _typed(sf, operands), operands[:5], *_rows_of(*operands[5:]))
 
 
 @torch.library.custom_op(
@@ -545,12 +290,12 @@ def _(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object) -> 
 def _dequantize_op(
     q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    return _dequantize(q, sf, group_size, dtype)
+    return execution.dequantize(q, sf, group_size, dtype)
 
 
 @_dequantize_op.register_fake
 def _(q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype) -> torch.Tensor:
-    _check_dequantize(q, sf, group_size, dtype)
+    checks.check_dequantize_call(q, sf, group_size, dtype)
     return q.new_empty(q.shape, dtype=dtype)
 
 
@@ -560,12 +305,12 @@ def _(q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype) ->
     schema=f"(Tensor x, {_CHOICES}) -> Tensor",
 )
 def _fake_quantize_op(x: torch.Tensor, *choices: object) -> torch.Tensor:
-    return _fake_quantize(x, None, choices)
+    return execution.fake_quantize(x, None, choices)
 
 
 @_fake_quantize_op.register_fake
 def _(x: torch.Tensor, *choices: object) -> torch.Tensor:
-    _check_fake(x, None, choices)
+    checks.check_fake_call(x, None, choices)
     return x.new_empty(x.shape)
 
 

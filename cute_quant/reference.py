@@ -90,7 +90,7 @@ def live_rows(
         source: (batch, mn, k), the rows of x in their places; where none is live, anything.
     """
     if index is None:
-        source = x.view(flat_batch("x", x)[0], *x.shape[-2:])
+        source = x.view(flat_batch("x", x.shape, x.stride())[0], *x.shape[-2:])
         live = torch.ones(source.shape[:2], dtype=torch.bool, device=x.device)
     else:
         index = index.view(-1, index.shape[-1]) if index.ndim == 2 else index.unsqueeze(0)

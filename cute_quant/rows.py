@@ -29,6 +29,7 @@ class Masked:
     masked_m: torch.Tensor
 
     kind: ClassVar[str] = "masked"
+    alignment: ClassVar[int] = 1
     dimensions: ClassVar[tuple[str, ...]] = ("E", "max_m")
     data_name: ClassVar[str] = "masked_m"
 
@@ -76,6 +77,7 @@ class Indexed:
     m_indices: torch.Tensor
 
     kind: ClassVar[str] = "indexed"
+    alignment: ClassVar[int] = 1
     dimensions: ClassVar[tuple[str, ...]] = ("M",)
     data_name: ClassVar[str] = "m_indices"
 
@@ -92,7 +94,7 @@ def to_operands(rows: Rows | None) -> tuple[str, torch.Tensor | None, int]:
     """`rows` as the arguments of an operator: kind, tensor, alignment."""
     if rows is None:
         return DENSE, None, 1
-    return rows.kind, rows.data, rows.alignment if isinstance(rows, PrefixSum) else 1
+    return rows.kind, rows.data, rows.alignment
 
 
 def from_operands(kind: str, data: torch.Tensor | None, alignment: int) -> Rows | None:

@@ -26,6 +26,9 @@ class Access:
     ragged: bool = False
 
 
+WIDEST = Access()
+
+
 @cute.jit
 def load(
     gRow: cute.Tensor,  # (k,)

@@ -16,8 +16,17 @@ of such threads holds 32768 elements an SM. Two rows a thread use as many regist
 has, and put twice as much in flight.
 """
 
-from cute_quant.formats import ceil_div
-from cute_quant.kernels import layouts
+from typing import NamedTuple
+
+import torch
+
+from cute_quant.formats import LOAD_BYTES, WHOLE_ROW, Format, ceil_div
+from cute_quant.kernels.layouts import (
+    COLUMNS_PER_WARP,
+    VALUES_PER_THREAD,
+    WARPS_PER_CTA,
+    lanes_per_group,
+)
 
 TWO_ROWS_FROM = 30_000
 """Elements an SM."""
@@ -25,9 +34,35 @@ TWO_ROWS_FROM = 30_000
 MAX_GRID_Y = 65535
 MAX_GRID_Z = 65535
 
+RESIDENT_CTAS = 8
+"""Of an SM, while CTAs walk the experts of a batch."""
 
-def shape(rows: int, k: int, multiprocessors: int) -> tuple[int, bool]:
-    """Rows a thread, and whether the grid takes two dimensions to count them."""
-    rows_per_thread = 2 if rows * k >= TWO_ROWS_FROM * multiprocessors else 1
-    row_tiles = ceil_div(rows, layouts.WARPS_PER_CTA * rows_per_thread)
-    return rows_per_thread, row_tiles > MAX_GRID_Y
+
+class Shape(NamedTuple):
+    """What a launch looks like.
+
+    Attributes:
+        rows_per_thread: whose loads are in flight at once.
+        tall: whether rows are too many for one dimension of a grid.
+        row_ctas: CTAs that share the rows of all experts, where these are masked.
+    """
+
+    rows_per_thread: int
+    tall: bool
+    row_ctas: int
+
+
+def shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int) -> Shape:
+    """The launch for so many matrices of so many rows, on a GPU of so many multiprocessors."""
+    large = matrices * rows * k >= TWO_ROWS_FROM * sms and not masked
+    whole_row = fmt.group_size == WHOLE_ROW
+    rows_per_thread = 1 if whole_row else min(2 if large else 1, lanes_per_group(fmt.group_size))
+    row_tiles = ceil_div(fmt.scale_rows(rows), WARPS_PER_CTA * rows_per_thread)
+    tiles = 1 if whole_row else ceil_div(k, COLUMNS_PER_WARP)
+    row_ctas = min(matrices * row_tiles, ceil_div(RESIDENT_CTAS * sms, tiles), MAX_GRID_Y)
+    return Shape(rows_per_thread, row_tiles > MAX_GRID_Y, row_ctas)
+
+
+def store_bytes(dtype: torch.dtype) -> int:
+    """What a thread stores at once of results of a dtype."""
+    return min(VALUES_PER_THREAD * dtype.itemsize, LOAD_BYTES)

@@ -200,9 +200,7 @@ def group_scale(
 
 
 @cute.jit
-def scaled(
-    rX: cute.Tensor, scale: Uint32 | Float32, fmt: cutlass.Constexpr[Format]
-) -> cute.Tensor:
+def scaled(rX: cute.Tensor, scale: Uint32 | Float32, fmt: cutlass.Constexpr[Format]) -> cute.Tensor:
     """`rX` over the scale of its group, as float32."""
     if const_expr(fmt.power_of_two):
         return multiply_exact(rX, scale)
@@ -216,9 +214,7 @@ def float32_of(scale: Uint32 | Float32, fmt: cutlass.Constexpr[Format]) -> Float
 
 
 @cute.jit
-def stored_scale(
-    scale: Uint32 | Float32, fmt: cutlass.Constexpr[Format]
-) -> Uint32 | Float32:
+def stored_scale(scale: Uint32 | Float32, fmt: cutlass.Constexpr[Format]) -> Uint32 | Float32:
     """A scale as its format stores it: a UE8M0 byte or a float32."""
     return ue8m0(scale) if const_expr(fmt.ue8m0) else float32_of(scale, fmt)
 

@@ -10,8 +10,6 @@ scales 0. That is how all padding gets defined, by the same stores. A word of pa
 byte for each group of a tile, so groups past the row own one; a float32 column they do not have.
 """
 
-from typing import NamedTuple
-
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -26,9 +24,9 @@ from cute_quant.formats import (
     Format,
 )
 from cute_quant.kernels import copy, layouts, numerics, rows
-from cute_quant.kernels.copy import Access
+from cute_quant.kernels.copy import WIDEST, Access
 from cute_quant.kernels.launch import MAX_GRID_Y, MAX_GRID_Z
-from cute_quant.kernels.rows import Domain
+from cute_quant.kernels.rows import DENSE_ROWS, Domain
 from cute_quant.kernels.types import ELEMENT_TYPES
 
 
@@ -53,8 +51,8 @@ class Quantize:
         dtype: type[cutlass.Numeric],
         fmt: Format,
         rows_per_thread: int = 1,
-        domain: Domain = Domain(),
-        access: Access = Access(),
+        domain: Domain = DENSE_ROWS,
+        access: Access = WIDEST,
         fake: bool = False,
         pdl: bool = True,
     ):
@@ -206,20 +204,20 @@ class Quantize:
         domain = self.domain
         if const_expr(self.pdl):
             cute.arch.griddepcontrol_launch_dependents()
-        lane, warp, _ = cute.arch.thread_idx()
         tile, y, z = cute.arch.block_idx()
         _, ctas, depth = cute.arch.grid_dim()
         if const_expr(self.pdl):
             cute.arch.griddepcontrol_wait()
         common = mCounts, x_row_bytes, q_row_bytes, alignment, floor
         if const_expr(domain.masked):
-            max_m = mQ.shape[1]
+            limits = Uint32(mQ.shape[1]), self.rows_per_cta
             next_tile, end = y, Int32(0)
             for chunk in range(0, mCounts.shape[0], rows.EXPERTS_PER_CHUNK):
-                *experts, end = rows.read_experts(mCounts, chunk, end, max_m, self.rows_per_cta)
+                lane_first, lane_end, end = rows.read_experts(mCounts, chunk, end, *limits)
                 while next_tile < end:
-                    expert, row_tile, count = rows.find_tile(*experts, next_tile)
-                    batch = chunk + expert
+                    batch, row_tile, count = rows.find_tile(
+                        mCounts, chunk, lane_first, lane_end, next_tile, *limits
+                    )
                     written = cutlass.min(_round_up(count, SCALE_ROW_ALIGNMENT), scale_rows)
                     elements = scale_elements if batch == mQ.shape[0] - 1 else Uint32(2**32 - 1)
                     self.quantize_rows(
@@ -303,7 +301,7 @@ class Quantize:
         tile: Int32,
     ):
         """A warp's rows of a tile of rows, and its tile of their columns."""
-        fmt, access = self.fmt, self.access
+        fmt = self.fmt
         lane, warp, _ = cute.arch.thread_idx()
         first_row = Uint32(row_tile) * self.rows_per_cta + warp * self.rows_per_thread
         numbers = [first_row + i for i in range(self.rows_per_thread)]
@@ -347,9 +345,7 @@ class Quantize:
             )
 
     @cute.jit
-    def load(
-        self, row: cute.Tensor, tile: Int32, lane: Int32, live: Boolean
-    ) -> cute.Tensor:
+    def load(self, row: cute.Tensor, tile: Int32, lane: Int32, live: Boolean) -> cute.Tensor:
         """A lane's values of a tile of a row of x, zeros where there are none."""
         tXrX = cute.make_rmem_tensor(layouts.VALUES_PER_THREAD, self.dtype)
         tXrX.fill(0.0)

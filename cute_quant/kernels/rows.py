@@ -13,8 +13,8 @@ from cutlass import Boolean, Int32, Uint32
 from cute_quant.kernels.layouts import LANES
 from cute_quant.rows import DENSE, Indexed, Masked, PrefixSum
 
-COUNTS_PER_LANE = 8
-EXPERTS_PER_CHUNK = LANES * COUNTS_PER_LANE
+EXPERTS_PER_LANE = 8
+EXPERTS_PER_CHUNK = LANES * EXPERTS_PER_LANE
 """Experts whose counts a warp reads at once."""
 
 
@@ -49,6 +49,9 @@ class Domain:
     @property
     def indexed(self) -> bool:
         return self.kind == Indexed.kind
+
+
+DENSE_ROWS = Domain()
 
 
 @cute.jit
@@ -96,63 +99,77 @@ def gather(mIndex: cute.Tensor, row: Uint32, mn: Uint32) -> Uint32:
 @cute.jit
 def read_experts(
     mCounts: cute.Tensor,  # (experts,)
-    chunk_start: Int32,
+    chunk: Int32,
     first_tile: Int32,
-    max_m: Int32,
+    max_m: Uint32,
     rows_per_tile: cutlass.Constexpr[int],
 ) -> tuple:
-    """A lane's share of the experts from `chunk_start` on, whose tiles of rows are counted from
-    `first_tile` on.
+    """How many tiles of rows the experts from `chunk` on have, as a warp reads them.
 
     Returns:
-        The counts of the lane's experts and how many tiles each has; the number of the first of
-        these, and that after the last of the chunk.
+        The first tile of the lane's ``EXPERTS_PER_LANE`` experts, counted over all experts; that
+        after their last; and that after the last of the chunk.
     """
     lane = cute.arch.lane_idx()
-    counts, tiles = [], []
     total = Int32(0)
-    for i in cutlass.range_constexpr(COUNTS_PER_LANE):
-        expert = chunk_start + lane * COUNTS_PER_LANE + i
-        count = Int32(0)
-        if expert < mCounts.shape[0]:
-            count = Int32(clamp(mCounts[expert], Uint32(max_m)))
-        counts.append(count)
-        tiles.append((count + (rows_per_tile - 1)) // rows_per_tile)
-        total += tiles[i]
-    before = total
-    for i in cutlass.range_constexpr(LANES.bit_length() - 1):
-        below = cute.arch.shuffle_sync_up(before, offset=1 << i, mask_and_clamp=0)
-        before += below if lane >= 1 << i else 0
-    end = first_tile + cute.arch.shuffle_sync(before, LANES - 1)
-    return counts, tiles, first_tile + before - total, end
+    for i in cutlass.range_constexpr(EXPERTS_PER_LANE):
+        expert = chunk + lane * EXPERTS_PER_LANE + i
+        total += tiles_of(read_count(mCounts, expert, max_m), rows_per_tile)
+    end = first_tile + running_sum(total, LANES)
+    return end - total, end, cute.arch.shuffle_sync(end, LANES - 1)
 
 
 @cute.jit
-def find_tile(counts: list, tiles: list, first: Int32, tile: Int32) -> tuple:
-    """Of a tile of the chunk: its expert, counted in the chunk, its number there, the count.
+def find_tile(
+    mCounts: cute.Tensor,  # (experts,)
+    chunk: Int32,
+    first: Int32,
+    end: Int32,
+    tile: Int32,
+    max_m: Uint32,
+    rows_per_tile: cutlass.Constexpr[int],
+) -> tuple:
+    """Of a tile of the chunk: its expert, its number among the expert's tiles, the expert's count.
 
     Args:
-        counts, tiles, first: as `read_experts` has them.
+        first, end: of the lane's experts, as `read_experts` has them.
     """
     lane = cute.arch.lane_idx()
-    expert, local, count = Int32(0), Int32(0), Int32(0)
-    mine = Boolean(False)
-    for i in cutlass.range_constexpr(COUNTS_PER_LANE):
-        here = first <= tile and tile < first + tiles[i]
-        if here:
-            expert = lane * COUNTS_PER_LANE + i
-            local = tile - first
-            count = counts[i]
-            mine = Boolean(True)
-        first = first + tiles[i]
-    owner = Int32(cute.arch.popc(lanes_before(cute.arch.vote_ballot_sync(mine))))
-    return tuple(cute.arch.shuffle_sync(value, owner) for value in (expert, local, count))
+    owner = lane_of(first <= tile and tile < end)
+    expert = chunk + owner * EXPERTS_PER_LANE + lane % EXPERTS_PER_LANE
+    count = read_count(mCounts, expert, max_m)
+    tiles = tiles_of(count, rows_per_tile)
+    begin = cute.arch.shuffle_sync(first, owner) + running_sum(tiles, EXPERTS_PER_LANE) - tiles
+    here = lane_of(lane < EXPERTS_PER_LANE and begin <= tile and tile < begin + tiles)
+    return tuple(cute.arch.shuffle_sync(value, here) for value in (expert, tile - begin, count))
 
 
 @cute.jit
-def lanes_before(only: Uint32) -> Uint32:
-    """Bits of the lanes before the one whose bit alone is set."""
-    return Uint32(only) - 1
+def read_count(mCounts: cute.Tensor, expert: Int32, max_m: Uint32) -> Int32:
+    count = Int32(0)
+    if expert < mCounts.shape[0]:
+        count = Int32(clamp(mCounts[expert], max_m))
+    return count
+
+
+def tiles_of(rows: Int32, rows_per_tile: int) -> Int32:
+    return Int32((Uint32(rows) + (rows_per_tile - 1)) // rows_per_tile)
+
+
+@cute.jit
+def running_sum(value: Int32, lanes: cutlass.Constexpr[int]) -> Int32:
+    """The sum of a lane's value and those before it, in each of so many neighbours."""
+    lane = cute.arch.lane_idx() % lanes
+    for i in cutlass.range_constexpr(lanes.bit_length() - 1):
+        below = cute.arch.shuffle_sync_up(value, offset=1 << i, mask_and_clamp=0)
+        value += below if lane >= 1 << i else 0
+    return value
+
+
+def lane_of(only: Boolean) -> Int32:
+    """The lane for which this holds, which is one."""
+    lanes_before = Uint32(cute.arch.vote_ballot_sync(only)) - 1
+    return Int32(cute.arch.popc(lanes_before))
 
 
 @cute.jit

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from cute_quant.formats import VALUE_DTYPE, last_column_rows
-from tests.emulator.cases import DTYPES, EVERY_FORMAT, poisoned_rows, special_groups
+from tests.emulator.cases import poisoned_rows, special_groups
 from tests.emulator.errors import MemoryFault
 from tests.emulator.host import C_COMPILER, DeviceTensor
 from tests.emulator.memory import Memory
-from tests.emulator.quantizer import pack
-from tests.helpers import UE8M0, format_id, poisoned_scales
+from tests.helpers import UE8M0, poisoned_scales
 
 pytestmark = pytest.mark.skipif(
     C_COMPILER is None, reason="no C compiler to link the host code with; launched directly instead"
@@ -56,28 +55,20 @@ def test_stream_and_device(call):
     assert call.kernel.host.launches[-1].device == 3
 
 
-@pytest.mark.parametrize("fmt", EVERY_FORMAT, ids=format_id)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_grid_and_parameters(kernel_of, dtype, fmt):
-    """As the direct launch computes them, so that either checks the other."""
-    kernel = kernel_of(dtype, fmt, "sm_100a")
-    for mn, groups, extra in ((1, 1, 0), (4, 4, 0), (5, 5, 3), (33, 9, 31)):
-        x = special_groups(mn, 128 * groups, dtype, seed=0)
-        q = poisoned_rows(mn + extra, 128 * groups, 128 * groups)
-        sf = poisoned_scales(fmt, mn, 128 * groups, "cpu", last_padding=False)
-        floor = 94 if fmt.power_of_two else 1e-10
-        kernel(x, q, sf, floor)
-        launch = kernel.host.launches[-1]
-        memory = Memory()
-        addresses = {n: memory.add(n, t, False) for n, t in (("x", x), ("q", q), ("sf", sf))}
-        grid, block, arguments = pack(x, q, sf, fmt, floor, addresses)
-        assert (launch.grid, launch.block) == (grid, block)
-        assert [*map(len, launch.arguments)] == [*map(len, arguments)]
-        for position, (actual, expected) in enumerate(
-            zip(launch.arguments, arguments, strict=True)
-        ):
-            end = -4 if position in (3, 4) else None  # x and q: four bytes that only pad
-            assert actual[:end] == expected[:end]
+@pytest.mark.parametrize("rows_per_thread", [1, 2])
+@pytest.mark.parametrize(
+    ("mn", "groups", "extra", "warps"),
+    [(1, 1, 0, 1), (4, 4, 0, 4), (5, 5, 3, 8), (33, 9, 31, 64), (33, 9, 0, 36), (17, 8, 1, 20)],
+)
+def test_grid(kernel_of, rows_per_thread, mn, groups, extra, warps):
+    """`warps`: rows to write, those that pad the scales or q included."""
+    kernel = kernel_of(BF16, UE8M0, "sm_100a", rows_per_thread)
+    x = special_groups(mn, 128 * groups, BF16, seed=0)
+    q = poisoned_rows(mn + extra, 128 * groups, 128 * groups)
+    kernel(x, q, poisoned_scales(UE8M0, mn, 128 * groups, "cpu", last_padding=False), 94)
+    launch = kernel.host.launches[-1]
+    assert launch.block == (32, 4, 1)
+    assert launch.grid == (-(-groups // 4), -(-warps // (4 * rows_per_thread)), 1)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 
 from cute_quant import reference
 from cute_quant.formats import VALUE_DTYPE, last_column_rows, scale_floor
+from cute_quant.kernels.launch import MAX_GRID_Y
 from tests.emulator.cases import (
     ARCHITECTURES,
     DTYPES,
@@ -19,6 +20,11 @@ from tests.helpers import POISON, UE8M0, format_id, poisoned_scales, random_bits
 every_arch = pytest.mark.parametrize("arch", ARCHITECTURES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_format = pytest.mark.parametrize("fmt", EVERY_FORMAT, ids=format_id)
+
+
+@pytest.fixture(params=[1, 2], ids=["one row a thread", "two rows a thread"])
+def kernel_of(request, kernel_of):
+    return lambda *choices, tall=False: kernel_of(*choices, request.param, tall)
 
 
 def kernel(function):
@@ -87,19 +93,21 @@ def test_random_bits(kernel_of, arch, dtype, fmt):
 
 @every_arch
 @every_format
-def test_third_grid_dimension(kernel_of, arch, fmt):
-    """More tiles of rows than the second dimension holds; run the blocks at its edges."""
-    mn = 65535 * 4 + 5
+def test_more_rows_than_the_grid_counts_in_one_dimension(kernel_of, arch, fmt):
+    """Run the blocks at the edges of the third dimension."""
+    kernel = kernel_of(torch.bfloat16, fmt, arch, tall=True)
+    rows_per_cta = 4 * kernel.rows_per_thread
+    mn = MAX_GRID_Y * rows_per_cta + 5
     x = random_bits((mn, 128), torch.bfloat16, seed=2)
     q, expected_q = (poisoned_rows(mn, 128, 128) for _ in range(2))
     sf, expected_sf = (poisoned_scales(fmt, mn, 128, "cpu", False) for _ in range(2))
     edges = [(0, 0, 0), (0, 65534, 0), (0, 0, 1), (0, 1, 1), (0, 2, 1), (0, 65534, 1)]
-    kernel_of(torch.bfloat16, fmt, arch)(x, q, sf, scale_floor(fmt, 1e-10), only=edges)
+    kernel(x, q, sf, scale_floor(fmt, 1e-10), only=edges)
     reference.quantize_into(x, expected_q, expected_sf, fmt, scale_floor(fmt, 1e-10))
     ran = torch.zeros(mn, dtype=torch.bool)
     for _, y, z in edges:
-        first = 4 * (y + 65535 * z)
-        ran[first : first + 4] = True
+        first = rows_per_cta * (y + MAX_GRID_Y * z)
+        ran[first : first + rows_per_cta] = True
     for actual, expected in ((q, expected_q), (sf, expected_sf)):
         actual, expected = (storage_bits(t).view(mn, -1) for t in (actual, expected))
         assert torch.equal(actual[ran], expected[ran])
@@ -119,13 +127,3 @@ def test_offsets_past_32_bits(kernel_of, arch):
     reference.quantize_into(x.clone(), expected_q, expected_sf, UE8M0, 94)
     assert torch.equal(q.view(torch.uint8), expected_q.view(torch.uint8))
     assert torch.equal(sf, expected_sf)
-
-
-@every_arch
-@every_format
-def test_direct_launch(kernel_of, arch, fmt):
-    """What takes the place of the host code where there is no C compiler."""
-    for mn, extra in ((1, 0), (5, 3), (33, 0)):
-        x = special_groups(mn, 640, torch.bfloat16, seed=mn)
-        kernel = kernel_of(torch.bfloat16, fmt, arch)
-        check(kernel, x, extra_rows=extra, last_padding=False, direct=True)

@@ -1,0 +1,364 @@
+"""Calls on real tensors: plans that are kept, kernels on a GPU, the reference on the CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from cute_quant import checks, reference
+from cute_quant.checks import MAX_SIZE
+from cute_quant.formats import (
+    LOAD_BYTES,
+    STORE_BYTES,
+    Format,
+    align,
+    flat_batch,
+    last_column_rows,
+    scale_floor,
+)
+from cute_quant.rows import DENSE, Masked, Rows
+
+View = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shape and strides that a kernel takes a tensor with."""
+
+
+class _Plan(NamedTuple):
+    """What calls on tensors of the same shapes, strides and alignment have in common.
+
+    Attributes:
+        launch: the compiled kernel; None where there is nothing to write.
+        q_shape, sf_shape, sf_strides: of results to be allocated; the scales with all padding.
+        mn: rows of the results.
+        scale_rows: rows of a column of scales, padding included; 0 where they are not MN-major.
+        views: of x, q, sf and the index, where the kernel does not take them as they are.
+        x_bytes, q_bytes, sf_bytes: from the first element to the last; of sf with all padding.
+        numbers: what the kernel takes after the rows of the last column of scales.
+    """
+
+    fmt: Format
+    launch: Callable[..., None] | None
+    q_shape: tuple[int, ...]
+    sf_shape: tuple[int, ...]
+    sf_strides: tuple[int, ...]
+    mn: int
+    scale_rows: int
+    views: tuple[View | None, ...] | None
+    x_bytes: int
+    q_bytes: int
+    sf_bytes: int
+    numbers: tuple[int | float, ...]
+
+
+# Checking all this anew took half the time of a call.
+_plans: dict[tuple, _Plan] = {}
+_MAX_PLANS = 4096
+
+
+def quantize(
+    x: torch.Tensor,
+    q: torch.Tensor | None,
+    sf: torch.Tensor | None,
+    choices: tuple,
+    rows: Rows | None = None,
+    index: torch.Tensor | None = None,
+    check: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`cute_quant.quantize` of real tensors.
+
+    Args:
+        choices: group_size, scale_format, dtype, round_scale, min_scale.
+    """
+    if not x.is_cuda:
+        return _quantize_on_cpu(x, q, sf, choices, rows, index, check)
+    plan = _look_up_plan(x, q, sf, choices, rows, index)
+    if check:
+        checks.check_counts(rows, index, x.shape[-2], plan.mn)
+    out = q, sf
+    given = q is not None or sf is not None
+    if q is None:
+        q = torch.empty(plan.q_shape, dtype=plan.fmt.dtype, device=x.device)
+    if sf is None:
+        dtype = plan.fmt.scale_dtype
+        sf = torch.empty_strided(plan.sf_shape, plan.sf_strides, dtype=dtype, device=x.device)
+        if plan.scale_rows > plan.mn:
+            sf = sf.narrow(-2, 0, plan.mn)
+    last_rows = plan.scale_rows
+    if last_rows > plan.mn:
+        last_rows = last_column_rows(sf)
+    if given:
+        sf_bytes = plan.sf_bytes - (plan.scale_rows - last_rows) * sf.element_size()
+        _check_disjoint(x, plan.x_bytes, q, plan.q_bytes, sf, sf_bytes, rows, index)
+    if plan.launch is None:
+        return q, sf
+    operands = x, q, sf, None if rows is None else rows.data, index
+    if plan.views is not None:
+        operands = _as_viewed(operands, plan.views)
+    try:
+        plan.launch(*operands, last_rows, *plan.numbers)
+    except (TypeError, ValueError):
+        # The kernel refuses dtypes and devices that do not fit. Say so by name.
+        checks.check_call(x, *out, choices, rows, index)
+        raise
+    return q, sf
+
+
+def _quantize_on_cpu(
+    x: torch.Tensor,
+    q: torch.Tensor | None,
+    sf: torch.Tensor | None,
+    choices: tuple,
+    rows: Rows | None,
+    index: torch.Tensor | None,
+    check: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    call = checks.check_call(x, q, sf, choices, rows, index)
+    checks.check_real(x, q, sf, rows, index)
+    if check:
+        checks.check_counts(rows, index, x.shape[-2], call.mn)
+    fmt, k = call.fmt, x.shape[-1]
+    given = q is not None or sf is not None
+    if q is None:
+        q = x.new_empty((*call.batch_shape, call.mn, k), dtype=fmt.dtype)
+    if sf is None:
+        sf = fmt.empty_scales(call.batch_shape, call.mn, k, x.device)
+    if given:
+        sf_bytes = checks.span(sf)
+        if sf_bytes and fmt.mn_major:
+            sf_bytes += (last_column_rows(sf) - call.mn) * sf.element_size()
+        _check_disjoint(x, checks.span(x), q, checks.span(q), sf, sf_bytes, rows, index)
+    reference.quantize_into(x, q, sf, fmt, scale_floor(fmt, choices[-1]), rows, index)
+    return q, sf
+
+
+def _check_disjoint(
+    x: torch.Tensor,
+    x_bytes: int,
+    q: torch.Tensor,
+    q_bytes: int,
+    sf: torch.Tensor,
+    sf_bytes: int,
+    rows: Rows | None,
+    index: torch.Tensor | None,
+) -> None:
+    reads = [("x", x.data_ptr(), x_bytes)]
+    if index is not None:
+        reads.append(("index", index.data_ptr(), checks.span(index)))
+    if rows is not None:
+        reads.append((f"rows.{rows.data_name}", rows.data.data_ptr(), checks.span(rows.data)))
+    writes = [("out q", q.data_ptr(), q_bytes), ("out sf", sf.data_ptr(), sf_bytes)]
+    checks.check_disjoint(reads, writes)
+
+
+def _look_up_plan(
+    x: torch.Tensor,
+    q: torch.Tensor | None,
+    sf: torch.Tensor | None,
+    choices: tuple,
+    rows: Rows | None,
+    index: torch.Tensor | None,
+) -> _Plan:
+    """The plan of an earlier call on tensors that look alike, or a new one.
+
+    dtypes and devices of all but x do not count among looks: the kernel refuses those that do not
+    fit by itself.
+    """
+    key: tuple = (x.shape, x.stride(), x.dtype, x.device, x.is_neg(), x.data_ptr() % LOAD_BYTES)
+    try:
+        key += choices
+        if q is not None:
+            aligned = q.data_ptr() % STORE_BYTES
+            key += (q.shape, q.stride(), q.is_neg(), q.requires_grad, aligned)
+        if sf is not None:
+            key += (sf.is_neg(), sf.requires_grad, sf.shape, sf.stride())
+        if rows is not None:
+            data = rows.data
+            key += (rows.kind, rows.alignment, data.shape, data.stride(), data.is_neg())
+        if index is not None:
+            key += (index.stride(), index.shape, index.is_neg())
+        plan = _plans.get(key)
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, no strides, no hash
+        plan = None
+        key = ()
+    if plan is None:
+        plan = _plan(x, q, sf, choices, rows, index)
+        if plan.launch is not None and key:
+            if len(_plans) >= _MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+    return plan
+
+
+def _plan(
+    x: torch.Tensor,
+    q: torch.Tensor | None,
+    sf: torch.Tensor | None,
+    choices: tuple,
+    rows: Rows | None,
+    index: torch.Tensor | None,
+) -> _Plan:
+    """Check a call on a GPU, and find the kernel."""
+    fmt, batch_shape, mn = checks.check_call(x, q, sf, choices, rows, index)
+    checks.check_real(x, q, sf, rows, index)
+    k = x.shape[-1]
+    q_shape = (*batch_shape, mn, k)
+    sf_shape = fmt.scale_shape(batch_shape, mn, k)
+    sf_strides = fmt.scale_strides(batch_shape, mn, k)
+    scale_rows = fmt.scale_rows(mn) if fmt.mn_major else 0
+    launch, views, numbers = None, None, ()
+    q_view = (q_shape, contiguous_strides(q_shape)) if q is None else (q.shape, q.stride())
+    if math.prod(q_view[0]):
+        q_address = 0 if q is None else q.data_ptr()
+        floor = scale_floor(fmt, choices[-1])
+        launch, views, numbers = _kernel(
+            x, q_view, q_address, (sf_shape, sf_strides), fmt, fmt.dtype, floor, rows, index
+        )
+    if fmt.mn_major:
+        sf_shape = (*sf_shape[:-2], scale_rows, sf_shape[-1])
+    return _Plan(
+        fmt,
+        launch,
+        q_shape,
+        sf_shape,
+        sf_strides,
+        mn,
+        scale_rows,
+        views,
+        checks.span(x),
+        0 if q is None else checks.span(q),
+        0 if sf is None else math.prod(sf_shape) * fmt.scale_dtype.itemsize,
+        numbers,
+    )
+
+
+def _kernel(
+    x: torch.Tensor,
+    result: View,
+    result_address: int,
+    scales: View | None,
+    fmt: Format,
+    dtype: torch.dtype,
+    floor: int | float,
+    rows: Rows | None = None,
+    index: torch.Tensor | None = None,
+) -> tuple[Callable[..., None], tuple[View | None, ...] | None, tuple[int | float, ...]]:
+    """The kernel for operands that look like these, how it takes them, and its numbers.
+
+    Args:
+        result, dtype: q, or what `fake_quantize` returns where there are no scales.
+    """
+    # CuTe DSL takes a second to import and CPU users need not have it.
+    from cute_quant import compile
+    from cute_quant.kernels import launch
+    from cute_quant.kernels.copy import Access
+    from cute_quant.kernels.quantize import Quantize
+    from cute_quant.kernels.rows import Domain
+    from cute_quant.kernels.types import ELEMENT_TYPES
+
+    device = x.get_device()
+    arch = compile.architecture(device)
+    sms = compile.multiprocessors(device)
+    *batch_shape, q_rows, k = result[0]
+    kind = DENSE if rows is None else rows.kind
+    matrices = math.prod(batch_shape)
+    shape = launch.shape(matrices, q_rows, k, fmt, kind == Masked.kind, sms)
+    domain = Domain(kind, index is not None, bool(batch_shape) or shape.tall)
+    batched = domain.batched
+    x_view = _matrix_view(tuple(x.shape), x.stride(), x.element_size(), batched and index is None)
+    q_view = _matrix_view(*result, dtype.itemsize, batched)
+    access = Access(
+        _alignment(x.data_ptr(), x_view[1], x.element_size(), LOAD_BYTES),
+        _alignment(result_address, q_view[1], dtype.itemsize, launch.store_bytes(dtype)),
+        k % launch.VALUES_PER_THREAD != 0,
+    )
+    choices = ELEMENT_TYPES[x.dtype], fmt, shape.rows_per_thread, domain, access, scales is None
+    function = compile.function(Quantize, arch, *choices)
+    views = [
+        None if x_view == (x.shape, x.stride()) else x_view,
+        None if q_view == result else q_view,
+        None,
+        None,
+        None,
+    ]
+    if scales is not None and batched and len(batch_shape) != 1:
+        inner = 1 if fmt.blocked else 2
+        stride = scales[1][-inner - 1] if batch_shape else 0
+        views[2] = (matrices, *scales[0][-inner:]), (stride, *scales[1][-inner:])
+    if index is not None and batched and index.ndim == 1:
+        views[4] = (1, *index.shape), (0, 1)
+    numbers = 1 if rows is None else rows.alignment, shape.row_ctas, floor
+    return function, tuple(views) if any(views) else None, numbers
+
+
+def _matrix_view(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, batched: bool
+) -> View:
+    """(rows, k) or (batch, rows, k) of a tensor (..., rows, k).
+
+    What a stride of a dimension of size 1 or less says does not matter, but kernels check it.
+    """
+    *batch_shape, rows, k = shape
+    unused = align(k, LOAD_BYTES)
+    row_stride = strides[-2]
+    if rows <= 1 and (row_stride * itemsize % LOAD_BYTES or row_stride * itemsize > MAX_SIZE):
+        row_stride = unused
+    if not batched:
+        return (rows, k), (row_stride, 1)
+    count, batch_stride = flat_batch("", tuple(shape), tuple(strides))
+    if len(batch_shape) == 1 and count <= 1 and strides[0] * itemsize % LOAD_BYTES == 0:
+        batch_stride = strides[0]
+    return (count, rows, k), (batch_stride, row_stride, 1)
+
+
+def _alignment(address: int, strides: tuple[int, ...], itemsize: int, limit: int) -> int:
+    """The largest power of two up to `limit` that divides the address of each row."""
+    return math.gcd(limit, address, *(stride * itemsize for stride in strides[:-1]))
+
+
+def _as_viewed(
+    operands: tuple[torch.Tensor | None, ...], views: tuple[View | None, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    return tuple(
+        t if view is None else t.as_strided(*view) for t, view in zip(operands, views, strict=True)
+    )
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides))
+
+
+def fake_quantize(x: torch.Tensor, out: torch.Tensor | None, choices: tuple) -> torch.Tensor:
+    """`cute_quant.fake_quantize` of real tensors."""
+    fmt = checks.check_fake_call(x, out, choices)
+    checks.check_real(x, out, None, None, None)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    else:
+        checks.check_disjoint(
+            [("x", x.data_ptr(), checks.span(x))], [("out", out.data_ptr(), checks.span(out))]
+        )
+    floor = scale_floor(fmt, choices[-1])
+    if not x.is_cuda:
+        return out.copy_(reference.fake_quantize(x, fmt, floor))
+    if x.numel():
+        result = out.shape, out.stride()
+        function, views, numbers = _kernel(x, result, out.data_ptr(), None, fmt, x.dtype, floor)
+        operands = x, out, None, None, None
+        function(*(operands if views is None else _as_viewed(operands, views)), 0, *numbers)
+    return out
+
+
+def dequantize(
+    q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """`cute_quant.dequantize` of real tensors."""
+    fmt = checks.check_dequantize_call(q, sf, group_size, dtype)
+    checks.check_real(q, None, sf, None, None)
+    if not q.is_cuda:
+        return reference.dequantize(q, sf, fmt, dtype)
+    return reference.dequantize(q, sf, fmt, dtype)  # CUDA
