@@ -23,7 +23,10 @@ from cute_quant.formats import (
     scale_floor,
 )
 from cute_quant.kernels import launch as launches
+from cute_quant.kernels.copy import WIDEST
 from cute_quant.kernels.quantize import Quantize
+from cute_quant.kernels.rows import DENSE_ROWS
+from cute_quant.kernels.types import ELEMENT_TYPES
 
 NAMES = (CUTE_QUANT, STREAM, "copy", "vllm", "triton", "torch", "deep_gemm")
 
@@ -93,10 +96,14 @@ class CuteQuant(Provider):
 
     def bind(self, buffer: Buffer) -> Callable[[], None]:
         x, sf = buffer.input(self.dtype), buffer.scales[self.fmt]
-        shape = launches.shape(*x.shape, compile.multiprocessors(x.get_device()))
-        choices = compile.ELEMENT_TYPES[self.dtype], self.fmt, *shape, self.launch == PDL
+        sms = compile.multiprocessors(x.get_device())
+        rows_per_thread = launches.shape(1, *x.shape, self.fmt, False, sms).rows_per_thread
+        dtype = ELEMENT_TYPES[self.dtype]
+        dense = DENSE_ROWS, WIDEST, False
+        choices = dtype, self.fmt, rows_per_thread, *dense, self.launch == PDL
         function = compile.function(Quantize, architecture(), *choices)
-        return functools.partial(function, x, buffer.q, sf, last_column_rows(sf), self.floor)
+        operands = x, buffer.q, sf, None, None, last_column_rows(sf), 1, 0, self.floor
+        return functools.partial(function, *operands)
 
     def difference(self, problem: Problem) -> str:
         difference = super().difference(problem)

@@ -78,24 +78,26 @@ def check_dequantize_call(
         raise ValueError(f"sf: expected the device of q, {q.device}, got {sf.device}")
     if q.ndim < 2:
         raise ValueError(f"q: expected 2 or more dimensions (..., mn, k), got {tuple(q.shape)}")
-    return check_scales_of(sf, q, group_size)
+    fmt = check_scales_of(sf, q, group_size)
+    if q.shape[-1] > 1 and q.stride(-1) != 1:
+        raise ValueError(f"q: expected neighbours in a row to be contiguous, got {q.stride()=}")
+    flat_batch("q", q.shape, q.stride())
+    flat_batch("sf", sf.shape, sf.stride(), 1 if fmt.blocked else 2)
+    if fmt.blocked and sf.shape[-1] > 1 and sf.stride(-1) != 1:
+        raise ValueError(f"sf: expected the bytes of blocks to be contiguous, got {sf.stride()=}")
+    return fmt
 
 
-def check_real(
-    x: torch.Tensor,
-    q: torch.Tensor | None,
-    sf: torch.Tensor | None,
-    rows: Rows | None,
-    index: torch.Tensor | None,
-) -> None:
-    """Check that values are in memory where they seem to be."""
-    if not (x.is_cuda or x.is_cpu):
-        raise ValueError(f"x: expected a tensor on a CUDA device or the CPU, got {x.device}")
-    named = {"x": x, "out q": q, "out sf": sf, "index": index}
-    if rows is not None:
-        named[f"rows.{rows.data_name}"] = rows.data
-    for name, t in named.items():
-        if t is not None and t.is_neg():
+def check_real(tensors: dict[str, torch.Tensor | None]) -> None:
+    """Check that values are in memory where they seem to be, by the names of the arguments."""
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not (t.is_cuda or t.is_cpu):
+            raise ValueError(
+                f"{name}: expected a tensor on a CUDA device or the CPU, got {t.device}"
+            )
+        if t.is_neg():
             raise ValueError(f"{name}: expected values in memory, got a lazily negated view")
 
 

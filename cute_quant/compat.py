@@ -6,17 +6,16 @@ import numbers
 
 import torch
 
-from cute_quant.checks import check_tensor, has_aligned_rows
+from cute_quant.checks import check_tensor
 from cute_quant.formats import (
     DEFAULT_MIN_SCALE,
     E4M3_MAX,
-    LOAD_BYTES,
     MAX_MIN_SCALE,
     RECIPROCAL_FLOAT32,
     VALUE_DTYPE,
     to_float32,
 )
-from cute_quant.ops import is_traced, quantize
+from cute_quant.ops import quantize
 
 __all__ = ["per_token_cast_to_fp8", "per_token_group_quant_fp8_packed_for_deepgemm"]
 
@@ -35,8 +34,8 @@ def per_token_group_quant_fp8_packed_for_deepgemm(
 
     Args:
         x: (..., k), bfloat16, float16 or float32, k a multiple of `group_size`, neighbours
-            contiguous. Where one row stride cannot walk its leading dimensions, or starts rows off
-            multiples of 32 bytes, it is copied first; vLLM copies whatever is not contiguous.
+            contiguous. Where one row stride cannot walk its leading dimensions it is copied
+            first; vLLM copies whatever is not contiguous.
         group_size: neighbours that share a scale, 128.
         eps: lower bound of a group's amax, above 0; vLLM bounds the scale by 1e-10 besides.
         use_ue8m0: True, or None for the same; the packed format has no other scales.
@@ -62,9 +61,6 @@ def per_token_group_quant_fp8_packed_for_deepgemm(
         raise ValueError("x: expected at least 1 dimension, got 0")
     _check_groups("group_size", group_size, x)
     rows = _rows(x)
-    start = 0 if is_traced(rows) else rows.data_ptr()  # traced tensors have no address
-    if x.is_cuda and not has_aligned_rows(start, rows, LOAD_BYTES):
-        rows = rows.contiguous()
     if out_q is not None:
         check_tensor("out_q", out_q, (VALUE_DTYPE,))
         if out_q.shape[-1:] != x.shape[-1:] or not out_q.is_contiguous():

@@ -30,7 +30,8 @@ class _Plan(NamedTuple):
 
     Attributes:
         launch: the compiled kernel; None where there is nothing to write.
-        q_shape, sf_shape, sf_strides: of results to be allocated; the scales with all padding.
+        q_shape, q_strides, sf_shape, sf_strides: of results to be allocated; the scales with all
+            padding.
         mn: rows of the results.
         scale_rows: rows of a column of scales, padding included; 0 where they are not MN-major.
         views: of x, q, sf and the index, where the kernel does not take them as they are.
@@ -41,6 +42,7 @@ class _Plan(NamedTuple):
     fmt: Format
     launch: Callable[..., None] | None
     q_shape: tuple[int, ...]
+    q_strides: tuple[int, ...]
     sf_shape: tuple[int, ...]
     sf_strides: tuple[int, ...]
     mn: int
@@ -78,11 +80,13 @@ def quantize(
         checks.check_counts(rows, index, x.shape[-2], plan.mn)
     out = q, sf
     given = q is not None or sf is not None
+    device = x.device
     if q is None:
-        q = torch.empty(plan.q_shape, dtype=plan.fmt.dtype, device=x.device)
+        dtype = plan.fmt.dtype
+        q = torch.empty_strided(plan.q_shape, plan.q_strides, dtype=dtype, device=device)
     if sf is None:
         dtype = plan.fmt.scale_dtype
-        sf = torch.empty_strided(plan.sf_shape, plan.sf_strides, dtype=dtype, device=x.device)
+        sf = torch.empty_strided(plan.sf_shape, plan.sf_strides, dtype=dtype, device=device)
         if plan.scale_rows > plan.mn:
             sf = sf.narrow(-2, 0, plan.mn)
     last_rows = plan.scale_rows
@@ -100,7 +104,7 @@ def quantize(
         plan.launch(*operands, last_rows, *plan.numbers)
     except (TypeError, ValueError):
         # The kernel refuses dtypes and devices that do not fit. Say so by name.
-        checks.check_call(x, *out, choices, rows, index)
+        _check(x, *out, choices, rows, index)
         raise
     return q, sf
 
@@ -114,8 +118,7 @@ def _quantize_on_cpu(
     index: torch.Tensor | None,
     check: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    call = checks.check_call(x, q, sf, choices, rows, index)
-    checks.check_real(x, q, sf, rows, index)
+    call = _check(x, q, sf, choices, rows, index)
     if check:
         checks.check_counts(rows, index, x.shape[-2], call.mn)
     fmt, k = call.fmt, x.shape[-1]
@@ -133,6 +136,22 @@ def _quantize_on_cpu(
     return q, sf
 
 
+def _check(
+    x: torch.Tensor,
+    q: torch.Tensor | None,
+    sf: torch.Tensor | None,
+    choices: tuple,
+    rows: Rows | None,
+    index: torch.Tensor | None,
+) -> checks.Call:
+    call = checks.check_call(x, q, sf, choices, rows, index)
+    tensors = {"x": x, "out q": q, "out sf": sf, "index": index}
+    if rows is not None:
+        tensors[f"rows.{rows.data_name}"] = rows.data
+    checks.check_real(tensors)
+    return call
+
+
 def _check_disjoint(
     x: torch.Tensor,
     x_bytes: int,
@@ -143,13 +162,21 @@ def _check_disjoint(
     rows: Rows | None,
     index: torch.Tensor | None,
 ) -> None:
-    reads = [("x", x.data_ptr(), x_bytes)]
+    start, q_start, sf_start = x.data_ptr(), q.data_ptr(), sf.data_ptr()
+    end, q_end, sf_end = start + x_bytes, q_start + q_bytes, sf_start + sf_bytes
+    apart = (
+        (end <= q_start or q_end <= start)
+        and (end <= sf_start or sf_end <= start)
+        and (q_end <= sf_start or sf_end <= q_start)
+    )
+    if apart and rows is None and index is None:
+        return
+    reads = [("x", start, x_bytes)]
     if index is not None:
         reads.append(("index", index.data_ptr(), checks.span(index)))
     if rows is not None:
         reads.append((f"rows.{rows.data_name}", rows.data.data_ptr(), checks.span(rows.data)))
-    writes = [("out q", q.data_ptr(), q_bytes), ("out sf", sf.data_ptr(), sf_bytes)]
-    checks.check_disjoint(reads, writes)
+    checks.check_disjoint(reads, [("out q", q_start, q_bytes), ("out sf", sf_start, sf_bytes)])
 
 
 def _look_up_plan(
@@ -165,9 +192,10 @@ def _look_up_plan(
     dtypes and devices of all but x do not count among looks: the kernel refuses those that do not
     fit by itself.
     """
-    key: tuple = (x.shape, x.stride(), x.dtype, x.device, x.is_neg(), x.data_ptr() % LOAD_BYTES)
+    key: tuple = choices
     try:
-        key += choices
+        aligned = x.data_ptr() % LOAD_BYTES
+        key += (x.shape, x.stride(), x.dtype, x.device, x.is_neg(), aligned)
         if q is not None:
             aligned = q.data_ptr() % STORE_BYTES
             key += (q.shape, q.stride(), q.is_neg(), q.requires_grad, aligned)
@@ -200,15 +228,15 @@ def _plan(
     index: torch.Tensor | None,
 ) -> _Plan:
     """Check a call on a GPU, and find the kernel."""
-    fmt, batch_shape, mn = checks.check_call(x, q, sf, choices, rows, index)
-    checks.check_real(x, q, sf, rows, index)
+    fmt, batch_shape, mn = _check(x, q, sf, choices, rows, index)
     k = x.shape[-1]
     q_shape = (*batch_shape, mn, k)
+    q_strides = _contiguous_strides(q_shape)
     sf_shape = fmt.scale_shape(batch_shape, mn, k)
     sf_strides = fmt.scale_strides(batch_shape, mn, k)
     scale_rows = fmt.scale_rows(mn) if fmt.mn_major else 0
     launch, views, numbers = None, None, ()
-    q_view = (q_shape, contiguous_strides(q_shape)) if q is None else (q.shape, q.stride())
+    q_view = (q_shape, q_strides) if q is None else (q.shape, q.stride())
     if math.prod(q_view[0]):
         q_address = 0 if q is None else q.data_ptr()
         floor = scale_floor(fmt, choices[-1])
@@ -221,6 +249,7 @@ def _plan(
         fmt,
         launch,
         q_shape,
+        q_strides,
         sf_shape,
         sf_strides,
         mn,
@@ -325,7 +354,7 @@ def _as_viewed(
     )
 
 
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides = [1]
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * max(size, 1))
@@ -335,7 +364,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def fake_quantize(x: torch.Tensor, out: torch.Tensor | None, choices: tuple) -> torch.Tensor:
     """`cute_quant.fake_quantize` of real tensors."""
     fmt = checks.check_fake_call(x, out, choices)
-    checks.check_real(x, out, None, None, None)
+    checks.check_real({"x": x, "out": out})
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     else:
@@ -358,7 +387,29 @@ def dequantize(
 ) -> torch.Tensor:
     """`cute_quant.dequantize` of real tensors."""
     fmt = checks.check_dequantize_call(q, sf, group_size, dtype)
-    checks.check_real(q, None, sf, None, None)
+    checks.check_real({"q": q, "sf": sf})
     if not q.is_cuda:
         return reference.dequantize(q, sf, fmt, dtype)
-    return reference.dequantize(q, sf, fmt, dtype)  # CUDA
+    y = torch.empty(q.shape, dtype=dtype, device=q.device)
+    if q.numel():
+        # CuTe DSL takes a second to import and CPU users need not have it.
+        from cute_quant import compile
+        from cute_quant.kernels import launch
+        from cute_quant.kernels.copy import Access
+        from cute_quant.kernels.dequantize import Dequantize
+        from cute_quant.kernels.types import ELEMENT_TYPES
+
+        q_view = _matrix_view(tuple(q.shape), q.stride(), q.element_size(), True)
+        y_view = _matrix_view(tuple(y.shape), y.stride(), y.element_size(), True)
+        inner = 1 if fmt.blocked else 2
+        batch, stride = flat_batch("sf", sf.shape, sf.stride(), inner)
+        sf_view = (batch, *sf.shape[-inner:]), (stride, *sf.stride()[-inner:])
+        access = Access(
+            _alignment(q.data_ptr(), q_view[1], q.element_size(), launch.VALUES_PER_THREAD),
+            _alignment(y.data_ptr(), y_view[1], y.element_size(), launch.store_bytes(dtype)),
+            q.shape[-1] % launch.VALUES_PER_THREAD != 0,
+        )
+        arch = compile.architecture(q.get_device())
+        function = compile.function(Dequantize, arch, fmt, ELEMENT_TYPES[dtype], access)
+        function(*_as_viewed((q, sf, y), (q_view, sf_view, y_view)))
+    return y

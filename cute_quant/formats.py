@@ -275,14 +275,16 @@ def make_format(
     )
 
 
-def flat_batch(name: str, shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int]:
-    """Size and stride of the one dimension that the leading ones of (..., rows, k) make.
+def flat_batch(
+    name: str, shape: Sequence[int], strides: Sequence[int], inner: int = 2
+) -> tuple[int, int]:
+    """Size and stride of the one dimension that all but the `inner` last ones make.
 
     Raises:
         ValueError: no single stride walks them.
     """
     count, stride = 1, 0
-    for size, step in zip(reversed(shape[:-2]), reversed(strides[:-2]), strict=True):
+    for size, step in zip(reversed(shape[:-inner]), reversed(strides[:-inner]), strict=True):
         if size == 1:
             continue
         if count == 1:

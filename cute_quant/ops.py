@@ -131,11 +131,12 @@ def dequantize(
     """Multiply quantized values by their scales.
 
     Args:
-        q: (..., mn, k), float8_e4m3fn, float8_e5m2 or int8, strides free; without rows past those
-            of `sf`.
-        sf: the scales that `quantize` returned with it, strides free: int32 are packed UE8M0,
-            float8_e8m0fnu row-major or, where they have a dimension less than q, in blocks of
-            128x4 (groups of 32).
+        q: (..., mn, k), float8_e4m3fn, float8_e5m2 or int8, neighbours in a row contiguous, other
+            strides free as long as one of them walks the leading dimensions; without rows past
+            those of `sf`.
+        sf: the scales that `quantize` returned with it: int32 are packed UE8M0, float8_e8m0fnu
+            row-major or, where they have a dimension less than q, in blocks of 128x4 (groups of
+            32). Strides are free, but for those inside of blocks and as for q.
         group_size: neighbours that share a scale, as in `quantize`.
         dtype: of the result: bfloat16, float16 or float32. Products are computed in float32 and
             rounded once, to Inf where they are beyond its largest number.

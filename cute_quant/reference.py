@@ -93,7 +93,7 @@ def live_rows(
         source = x.view(flat_batch("x", x.shape, x.stride())[0], *x.shape[-2:])
         live = torch.ones(source.shape[:2], dtype=torch.bool, device=x.device)
     else:
-        index = index.view(-1, index.shape[-1]) if index.ndim == 2 else index.unsqueeze(0)
+        index = index if index.ndim == 2 else index.unsqueeze(0)
         tokens = x.shape[0]
         live = (index >= 0) & (index < tokens)
         # A row of zeros for those that have none, also where x has no rows at all.
@@ -245,7 +245,8 @@ def multiply_back(
 ) -> torch.Tensor:
     """`q` (..., k) times the float32 `scales` (..., groups) of its groups, rounded to `dtype`."""
     values = _in_groups(q.float(), fmt) * scales.unsqueeze(-1)
-    return values.to(dtype).flatten(-2)[..., : q.shape[-1]].contiguous()
+    result = torch.empty(q.shape, dtype=dtype, device=q.device)
+    return result.copy_(values.to(dtype).flatten(-2)[..., : q.shape[-1]])
 
 
 def fake_quantize(x: torch.Tensor, fmt: Format, floor: int | float) -> torch.Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
+from cutlass.cute.runtime import make_fake_tensor
 
 from cute_quant.formats import LOAD_BYTES, STORE_BYTES
 from cute_quant.kernels import layouts
@@ -27,6 +28,17 @@ class Access:
 
 
 WIDEST = Access()
+
+
+def fake_matrix(dtype: type[cutlass.Numeric], shape: tuple, nbytes: int) -> cute.Tensor:
+    """A stand-in for an argument (..., rows, k) whose rows start at multiples of `nbytes`."""
+    elements = nbytes // (dtype.width // 8)
+    strides = (
+        *(cute.sym_int64(divisibility=elements) for _ in shape[:-2]),
+        cute.sym_int32(divisibility=elements),
+        1,
+    )
+    return make_fake_tensor(dtype, shape, stride=strides, assumed_align=nbytes)
 
 
 @cute.jit

@@ -34,8 +34,8 @@ TWO_ROWS_FROM = 30_000
 MAX_GRID_Y = 65535
 MAX_GRID_Z = 65535
 
-RESIDENT_CTAS = 8
-"""Of an SM, while CTAs walk the experts of a batch."""
+RESIDENT_CTAS = 16
+"""Of an SM, which the CTAs that walk the experts of a batch should at least be."""
 
 
 class Shape(NamedTuple):
@@ -54,12 +54,14 @@ class Shape(NamedTuple):
 
 def shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int) -> Shape:
     """The launch for so many matrices of so many rows, on a GPU of so many multiprocessors."""
-    large = matrices * rows * k >= TWO_ROWS_FROM * sms and not masked
     whole_row = fmt.group_size == WHOLE_ROW
-    rows_per_thread = 1 if whole_row else min(2 if large else 1, lanes_per_group(fmt.group_size))
+    fits_two = lanes_per_group(fmt.group_size) > 1 and k % (2 * VALUES_PER_THREAD) == 0
+    large = matrices * rows * k >= TWO_ROWS_FROM * sms
+    rows_per_thread = 2 if large and fits_two and not whole_row and not masked else 1
     row_tiles = ceil_div(fmt.scale_rows(rows), WARPS_PER_CTA * rows_per_thread)
     tiles = 1 if whole_row else ceil_div(k, COLUMNS_PER_WARP)
-    row_ctas = min(matrices * row_tiles, ceil_div(RESIDENT_CTAS * sms, tiles), MAX_GRID_Y)
+    slots = min(ceil_div(RESIDENT_CTAS * sms, tiles * max(matrices, 1)), row_tiles)
+    row_ctas = min(matrices * slots, MAX_GRID_Y)
     return Shape(rows_per_thread, row_tiles > MAX_GRID_Y, row_ctas)
 
 

@@ -44,9 +44,15 @@ def tiled_copy(atom: cute.CopyAtom) -> cute.TiledCopy:
     )
 
 
+def unsigned(size: Int32 | int) -> Uint32:
+    """A size as a number of its own: sizes and strides of tensors count as signed in what is
+    computed from them, and 2^31 rows, or one past them, are not."""
+    return Uint32(Int64(size))
+
+
 def row_bytes(m: cute.Tensor) -> Uint32:
-    """Bytes from a row of `m` to the next."""
-    return Uint32(m.stride[0] * (m.element_type.width // 8))
+    """Bytes from a row of `m` (..., rows, k) to the next."""
+    return unsigned(m.stride[-2]) * (m.element_type.width // 8)
 
 
 def row(m: cute.Tensor, bytes_per_row: Uint32, number: Int32) -> cute.Tensor:
@@ -96,12 +102,12 @@ def scales_by_block(rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
     )
 
 
-def scale_element(m: cute.Tensor, row: Int32, column: Int32) -> Uint32:
-    """Index into MN-major scales, as `scales_by_column` has it.
+def scale_element(rows: Uint32, row: Uint32, column: Int32) -> Uint32:
+    """Index into MN-major scales of so many rows, as `scales_by_column` has it.
 
     With 32 bits, which hold all indices into one matrix: `checks` sees to it.
     """
-    return Uint32(column) * Uint32(m.stride[1]) + Uint32(row)
+    return Uint32(column) * rows + row
 
 
 def scale_bytes(m: cute.Tensor, element: Uint32) -> cute.Tensor:

@@ -15,7 +15,13 @@ from cutlass.base_dsl import BaseDSL
 from cutlass.base_dsl.enums import Arch
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-from cute_quant.formats import FLOAT32_MANTISSA_BITS, UE8M0_MAX, Format, ValueType
+from cute_quant.formats import (
+    FLOAT32_MANTISSA_BITS,
+    UE8M0_MAX,
+    UE8M0_NAN,
+    Format,
+    ValueType,
+)
 
 FLOAT32_INFINITY = 0x7F800000
 FLOAT32_NAN = 0x7FC00000
@@ -211,6 +217,15 @@ def scaled(rX: cute.Tensor, scale: Uint32 | Float32, fmt: cutlass.Constexpr[Form
 def float32_of(scale: Uint32 | Float32, fmt: cutlass.Constexpr[Format]) -> Float32:
     """A scale as float32."""
     return power_of_two(scale) if const_expr(fmt.power_of_two) else scale
+
+
+@cute.jit
+def float32_of_ue8m0(exponent: Uint32) -> Float32:
+    """The scale of a UE8M0 byte, the low one: 2^(byte - 127), NaN of 255."""
+    byte = exponent & Uint32(0xFF)
+    bits = cutlass.max(byte << FLOAT32_MANTISSA_BITS, Uint32(SMALLEST_UE8M0))
+    bits = bits if byte != Uint32(UE8M0_NAN) else Uint32(FLOAT32_NAN)
+    return bits.bitcast(Float32)
 
 
 @cute.jit

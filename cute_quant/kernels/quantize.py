@@ -36,8 +36,8 @@ class Quantize:
     Args:
         dtype: of the elements of x.
         fmt: of the results.
-        rows_per_thread: rows whose loads are in flight at once, up to the lanes of a group; the
-            scales of that many rows are written at once too.
+        rows_per_thread: rows whose loads are in flight at once, up to the lanes of a group; as
+            many of these write their scales at once. k has to be a multiple of what they hold.
         domain: which rows there are.
         access: what the addresses allow.
         fake: whether the result is not values and scales but their products, in x's dtype.
@@ -76,16 +76,8 @@ class Quantize:
         batch = (cute.sym_int32(),) if domain.batched else ()
         mn, q_rows, columns, count = (cute.sym_int32() for _ in range(4))
         tokens = cute.sym_int32() if domain.gathered else mn
-        k = cute.sym_int32(divisibility=1 if access.ragged else layouts.VALUES_PER_THREAD)
-
-        def matrix(dtype: type[cutlass.Numeric], shape: tuple, nbytes: int) -> cute.Tensor:
-            elements = nbytes // (dtype.width // 8)
-            strides = (
-                *(cute.sym_int64(divisibility=elements) for _ in shape[:-2]),
-                cute.sym_int32(divisibility=elements),
-                1,
-            )
-            return make_fake_tensor(dtype, shape, stride=strides, assumed_align=nbytes)
+        divisibility = 1 if access.ragged else layouts.VALUES_PER_THREAD * self.rows_per_thread
+        k = cute.sym_int32(divisibility=divisibility)
 
         def scales() -> cute.Tensor:
             shape = (*batch, columns) if fmt.blocked else (*batch, mn, columns)
@@ -97,8 +89,10 @@ class Quantize:
             return make_fake_tensor(Int32, shape, stride=(*(cute.sym_int64() for _ in batch), 1))
 
         return (
-            matrix(self.dtype, (*(() if domain.gathered else batch), tokens, k), access.load_bytes),
-            matrix(self.result_dtype, (*batch, q_rows, k), access.store_bytes),
+            copy.fake_matrix(
+                self.dtype, (*(() if domain.gathered else batch), tokens, k), access.load_bytes
+            ),
+            copy.fake_matrix(self.result_dtype, (*batch, q_rows, k), access.store_bytes),
             None if self.fake else scales(),
             make_fake_tensor(Int32, (count,), stride=(1,)) if domain.counted else None,
             index() if domain.gathered else None,
@@ -124,15 +118,19 @@ class Quantize:
         stream: cuda.CUstream,
     ):
         fmt, domain = self.fmt, self.domain
-        depth = mQ.shape[0] if const_expr(domain.batched) else 1
-        mn = mIndex.shape[-1] if const_expr(domain.gathered) else mX.shape[-2]
+        depth = 1
+        if const_expr(domain.batched and not domain.masked):
+            depth = mQ.shape[0]
+        mn = layouts.unsigned(mIndex.shape[-1] if const_expr(domain.gathered) else mX.shape[-2])
+        q_rows = layouts.unsigned(mQ.shape[-2])
         k = mX.shape[-1]
         groups = 1 if const_expr(self.whole_row) else cute.ceil_div(k, fmt.group_size)
         columns = cute.ceil_div(groups, fmt.groups_per_column)
-        scale_rows, scale_elements = Uint32(mn), Uint32(0)
+        scale_rows, scale_elements = mn, Uint32(0)
         if const_expr(fmt.mn_major):
             scale_rows = _round_up(mn, SCALE_ROW_ALIGNMENT)
-            scale_elements = Uint32(columns - 1) * scale_rows + Uint32(last_column_rows)
+            before = layouts.unsigned(columns - 1) * scale_rows
+            scale_elements = before + Uint32(last_column_rows)
         elif const_expr(fmt.blocked):
             scale_rows = _round_up(mn, BLOCK_ROWS)
             groups = cute.round_up(groups, BLOCK_GROUPS)
@@ -146,7 +144,7 @@ class Quantize:
             tiles = cute.ceil_div(padded, self.groups_per_tile)
         else:
             tiles = cute.ceil_div(k, layouts.COLUMNS_PER_WARP)
-        rows_to_write = Uint32(mQ.shape[-2])
+        rows_to_write = q_rows
         scale_stride = Int64(0)
         if const_expr(not self.fake):
             rows_to_write = cutlass.max(rows_to_write, scale_rows)
@@ -162,7 +160,10 @@ class Quantize:
                 start = cute.recast_ptr(start, dtype=Uint8)
             mS = cute.make_tensor(start, layout)
         row_tiles = Int32((rows_to_write + (self.rows_per_cta - 1)) // self.rows_per_cta)
-        ctas = row_ctas if const_expr(domain.masked) else row_tiles
+        ctas, slots = row_tiles, Int32(0)
+        if const_expr(domain.masked):
+            ctas = cutlass.min(row_ctas, MAX_GRID_Y)
+            slots = ctas // mQ.shape[0]
         self.kernel(
             floor,
             mX,
@@ -172,11 +173,14 @@ class Quantize:
             mIndex,
             layouts.row_bytes(mX),
             layouts.row_bytes(mQ),
+            mn,
+            q_rows,
             scale_rows,
             scale_elements,
             scale_stride,
             alignment,
             row_tiles,
+            slots,
         ).launch(
             grid=[tiles, cutlass.min(ctas, MAX_GRID_Y), cutlass.min(depth, MAX_GRID_Z)],
             block=[layouts.LANES, layouts.WARPS_PER_CTA, 1],
@@ -195,11 +199,14 @@ class Quantize:
         mIndex: cute.Tensor | None,
         x_row_bytes: Uint32,
         q_row_bytes: Uint32,
+        mn: Uint32,
+        q_rows: Uint32,
         scale_rows: Uint32,  # of a matrix, with padding
         scale_elements: Uint32,  # of the last MN-major matrix that have storage, the first ones
         scale_stride: Int64,  # elements from a matrix to the next
         alignment: Int32,
         row_tiles: Int32,
+        slots: Int32,  # tiles of the rows of each expert that have CTAs to themselves
     ):
         domain = self.domain
         if const_expr(self.pdl):
@@ -208,60 +215,67 @@ class Quantize:
         _, ctas, depth = cute.arch.grid_dim()
         if const_expr(self.pdl):
             cute.arch.griddepcontrol_wait()
-        common = mCounts, x_row_bytes, q_row_bytes, alignment, floor
+        common = scale_rows, mCounts, x_row_bytes, q_row_bytes, alignment, floor
         if const_expr(domain.masked):
-            limits = Uint32(mQ.shape[1]), self.rows_per_cta
+            # The first tiles of each expert have CTAs to themselves, all share the others.
+            experts = mQ.shape[0]
+            batch = mX, mQ, mS, mIndex, scale_stride, scale_elements, *common, tile
+            limits = mn, slots, self.rows_per_cta
+            row_tile = Int32(Uint32(y) // layouts.unsigned(experts))
+            expert = y - row_tile * experts
+            count = Int32(0)
+            if row_tile < slots:
+                count = rows.read_count(mCounts, expert, mn)
+            if row_tile * self.rows_per_cta < count:
+                self.quantize_expert(expert, row_tile, count, *batch)
             next_tile, end = y, Int32(0)
-            for chunk in range(0, mCounts.shape[0], rows.EXPERTS_PER_CHUNK):
+            for chunk in range(0, experts, rows.EXPERTS_PER_CHUNK):
                 lane_first, lane_end, end = rows.read_experts(mCounts, chunk, end, *limits)
                 while next_tile < end:
-                    batch, row_tile, count = rows.find_tile(
+                    expert, row_tile, count = rows.find_tile(
                         mCounts, chunk, lane_first, lane_end, next_tile, *limits
                     )
-                    written = cutlass.min(_round_up(count, SCALE_ROW_ALIGNMENT), scale_rows)
-                    elements = scale_elements if batch == mQ.shape[0] - 1 else Uint32(2**32 - 1)
-                    self.quantize_rows(
-                        *self.matrix(mX, mQ, mS, mIndex, batch, scale_stride),
-                        Uint32(count),
-                        Uint32(count),
-                        written,
-                        elements,
-                        *common,
-                        row_tile,
-                        tile,
-                    )
+                    self.quantize_expert(expert, row_tile, count, *batch)
                     next_tile += ctas
         elif const_expr(domain.batched):
             for batch in range(z, mQ.shape[0], depth):
                 elements = scale_elements if batch == mQ.shape[0] - 1 else Uint32(2**32 - 1)
+                limits = mn, q_rows, scale_rows, elements
                 for row_tile in range(y, row_tiles, ctas):
                     matrix = self.matrix(mX, mQ, mS, mIndex, batch, scale_stride)
-                    mn = matrix[3].shape[0] if const_expr(domain.gathered) else mX.shape[1]
-                    self.quantize_rows(
-                        *matrix,
-                        Uint32(mn),
-                        Uint32(mQ.shape[1]),
-                        scale_rows,
-                        elements,
-                        *common,
-                        row_tile,
-                        tile,
-                    )
+                    self.quantize_rows(*matrix, *limits, *common, tile, row_tile)
         else:
-            mn = mIndex.shape[0] if const_expr(domain.gathered) else mX.shape[0]
-            self.quantize_rows(
-                mX,
-                mQ,
-                mS,
-                mIndex,
-                Uint32(mn),
-                Uint32(mQ.shape[0]),
-                scale_rows,
-                scale_elements,
-                *common,
-                y,
-                tile,
-            )
+            matrix = mX, mQ, mS, mIndex
+            limits = mn, q_rows, scale_rows, scale_elements
+            self.quantize_rows(*matrix, *limits, *common, tile, y)
+
+    @cute.jit
+    def quantize_expert(
+        self,
+        expert: Int32,
+        row_tile: Int32,
+        count: Int32,
+        mX: cute.Tensor,
+        mQ: cute.Tensor,
+        mS: cute.Tensor,
+        mIndex: cute.Tensor | None,
+        scale_stride: Int64,
+        scale_elements: Uint32,
+        scale_rows: Uint32,
+        mCounts: cute.Tensor,
+        x_row_bytes: Uint32,
+        q_row_bytes: Uint32,
+        alignment: Int32,
+        floor: Uint32 | Float32,
+        tile: Int32,
+    ):
+        """A tile of the rows of an expert that has `count` of them."""
+        matrix = self.matrix(mX, mQ, mS, mIndex, expert, scale_stride)
+        written = cutlass.min(_round_up(count, SCALE_ROW_ALIGNMENT), scale_rows)
+        elements = scale_elements if expert == mQ.shape[0] - 1 else Uint32(2**32 - 1)
+        limits = Uint32(count), Uint32(count), written, elements
+        common = scale_rows, mCounts, x_row_bytes, q_row_bytes, alignment, floor
+        self.quantize_rows(*matrix, *limits, *common, tile, row_tile)
 
     def matrix(
         self,
@@ -290,15 +304,16 @@ class Quantize:
         mIndex: cute.Tensor | None,  # (mn,)
         live_rows: Uint32,  # the first ones
         q_rows: Uint32,  # to be written
-        scale_rows: Uint32,  # to be written
+        scales_written: Uint32,  # rows of them
         scale_elements: Uint32,
+        scale_rows: Uint32,
         mCounts: cute.Tensor | None,
         x_row_bytes: Uint32,
         q_row_bytes: Uint32,
         alignment: Int32,
         floor: Uint32 | Float32,
-        row_tile: Int32,
         tile: Int32,
+        row_tile: Int32,
     ):
         """A warp's rows of a tile of rows, and its tile of their columns."""
         fmt = self.fmt
@@ -313,7 +328,8 @@ class Quantize:
             live = [rows.has_index(mCounts, number, live_rows) for number in numbers]
         if const_expr(self.domain.gathered):
             source = [rows.gather(mIndex, number, live_rows) for number in numbers]
-            live = [here and of < mX.shape[0] for here, of in zip(live, source, strict=True)]
+            tokens = layouts.unsigned(mX.shape[0])
+            live = [here and of < tokens for here, of in zip(live, source, strict=True)]
         sources = [layouts.row(mX, x_row_bytes, number) for number in source]
         results = [layouts.row(mQ, q_row_bytes, number) for number in numbers]
 
@@ -340,9 +356,8 @@ class Quantize:
                 mine = const_expr(i == 0) or lane_in_group == i
                 scale = row_scale if mine else scale
         if const_expr(not self.fake):
-            self.store_scale(
-                mS, scale, numbers, live, tile, lane, mX.shape[1], scale_rows, scale_elements
-            )
+            in_matrix = numbers, live, live_rows, scales_written, scale_elements, scale_rows
+            self.store_scale(mS, scale, *in_matrix, tile, lane, mX.shape[1])
 
     @cute.jit
     def load(self, row: cute.Tensor, tile: Int32, lane: Int32, live: Boolean) -> cute.Tensor:
@@ -378,11 +393,13 @@ class Quantize:
         scale: Uint32 | Float32,
         numbers: list,
         live: list,
+        live_rows: Uint32,
+        scales_written: Uint32,
+        scale_elements: Uint32,
+        scale_rows: Uint32,
         tile: Int32,
         lane: Int32,
         k: Int32,
-        scale_rows: Uint32,
-        scale_elements: Uint32,
     ):
         """Write the scales of a warp's groups: of each row another lane of the group."""
         fmt = self.fmt
@@ -396,30 +413,35 @@ class Quantize:
             group = lane // self.lanes_per_group
             column = copy.first_column(tile, lane)
             if const_expr(self.rows_per_thread > 1):
+                # The lane's own column tells too: k is a multiple of all that these lanes hold.
                 row = row + in_group
-                column = copy.first_column(tile, group * self.lanes_per_group)
-                for i in cutlass.range_constexpr(1, self.rows_per_thread):
-                    row_live = live[i] if in_group == i else row_live
+                row_live = row < live_rows
+                if const_expr(self.domain.selects):
+                    row_live = live[0]
+                    for i in cutlass.range_constexpr(1, self.rows_per_thread):
+                        row_live = live[i] if in_group == i else row_live
             group_live = column < k
             exists = in_group < self.rows_per_thread
             if const_expr(self.groups_per_tile > self.groups_per_unit):
                 unit = group // self.groups_per_unit * self.groups_per_unit
                 exists = exists and copy.first_column(tile, unit * self.lanes_per_group) < k
-        exists = exists and row < scale_rows
+        exists = exists and row < scales_written
         if const_expr(fmt.mn_major):
             # In units, of which a tile has some or takes its share.
             if const_expr(self.groups_per_tile % fmt.groups_per_column == 0):
                 columns_per_tile = self.groups_per_tile // fmt.groups_per_column
                 column = tile * columns_per_tile + group // fmt.groups_per_column
+                byte = group % fmt.groups_per_column
             else:
-                column = tile // (fmt.groups_per_column // self.groups_per_tile)
-            element = layouts.scale_element(mS, row, column)
+                tiles_per_column = fmt.groups_per_column // self.groups_per_tile
+                column = tile // tiles_per_column
+                byte = tile % tiles_per_column * self.groups_per_tile + group
+            element = layouts.scale_element(scale_rows, row, column)
             exists = exists and element < scale_elements
         if exists:
             stored = numerics.stored_scale(scale, fmt)
             stored = stored if row_live and group_live else type(stored)(0)
             if const_expr(fmt.packed):
-                byte = (tile * self.groups_per_tile + group) % fmt.groups_per_column
                 layouts.scale_bytes(mS, element)[byte] = stored.to(Uint8)
             elif const_expr(fmt.mn_major):
                 cute.recast_tensor(layouts.scale_bytes(mS, element), Float32)[0] = stored

@@ -47,6 +47,11 @@ class Domain:
         return self.kind != DENSE
 
     @property
+    def selects(self) -> bool:
+        """Whether the rows that exist are not just the first ones."""
+        return self.gathered or self.prefix_sum or self.indexed
+
+    @property
     def indexed(self) -> bool:
         return self.kind == Indexed.kind
 
@@ -102,9 +107,11 @@ def read_experts(
     chunk: Int32,
     first_tile: Int32,
     max_m: Uint32,
+    slots: Int32,
     rows_per_tile: cutlass.Constexpr[int],
 ) -> tuple:
-    """How many tiles of rows the experts from `chunk` on have, as a warp reads them.
+    """How many tiles of rows past the first `slots` the experts from `chunk` on have, as a warp
+    reads them.
 
     Returns:
         The first tile of the lane's ``EXPERTS_PER_LANE`` experts, counted over all experts; that
@@ -114,7 +121,7 @@ def read_experts(
     total = Int32(0)
     for i in cutlass.range_constexpr(EXPERTS_PER_LANE):
         expert = chunk + lane * EXPERTS_PER_LANE + i
-        total += tiles_of(read_count(mCounts, expert, max_m), rows_per_tile)
+        total += tiles_past(slots, read_count(mCounts, expert, max_m), rows_per_tile)
     end = first_tile + running_sum(total, LANES)
     return end - total, end, cute.arch.shuffle_sync(end, LANES - 1)
 
@@ -127,6 +134,7 @@ def find_tile(
     end: Int32,
     tile: Int32,
     max_m: Uint32,
+    slots: Int32,
     rows_per_tile: cutlass.Constexpr[int],
 ) -> tuple:
     """Of a tile of the chunk: its expert, its number among the expert's tiles, the expert's count.
@@ -138,10 +146,11 @@ def find_tile(
     owner = lane_of(first <= tile and tile < end)
     expert = chunk + owner * EXPERTS_PER_LANE + lane % EXPERTS_PER_LANE
     count = read_count(mCounts, expert, max_m)
-    tiles = tiles_of(count, rows_per_tile)
+    tiles = tiles_past(slots, count, rows_per_tile)
     begin = cute.arch.shuffle_sync(first, owner) + running_sum(tiles, EXPERTS_PER_LANE) - tiles
     here = lane_of(lane < EXPERTS_PER_LANE and begin <= tile and tile < begin + tiles)
-    return tuple(cute.arch.shuffle_sync(value, here) for value in (expert, tile - begin, count))
+    number = tile - begin + slots
+    return tuple(cute.arch.shuffle_sync(value, here) for value in (expert, number, count))
 
 
 @cute.jit
@@ -152,8 +161,9 @@ def read_count(mCounts: cute.Tensor, expert: Int32, max_m: Uint32) -> Int32:
     return count
 
 
-def tiles_of(rows: Int32, rows_per_tile: int) -> Int32:
-    return Int32((Uint32(rows) + (rows_per_tile - 1)) // rows_per_tile)
+def tiles_past(slots: Int32, rows: Int32, rows_per_tile: int) -> Int32:
+    tiles = Int32((Uint32(rows) + (rows_per_tile - 1)) // rows_per_tile)
+    return cutlass.max(tiles - slots, Int32(0))
 
 
 @cute.jit

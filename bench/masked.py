@@ -1,0 +1,470 @@
+"""Measure what is not one dense matrix of 16-bit rows: masked experts above all.
+
+    python -m bench.masked [--columns K] [--experts E:MAX_M,...] [--output FILE]
+
+Each row of the table is one kind of call. Beside its time: that of the dense kernel on as many
+rows, where there is one to compare with, and that of a kernel that only streams as many bytes as
+the call has to move, each live row and scale once. Two thirds of the streamed bytes are reads, as
+for 16-bit inputs; those of other calls are mixed otherwise.
+
+Calls are those of `quantize`, so programmatic dependents of each other, in CUDA graphs over
+rotating buffers; a row's columns are measured in turn, with as many buffers each. Outputs are
+compared with the reference before they are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bench import environment, stream, timing
+from bench.problem import FLOAT32, POISON, UE8M0
+from bench.shapes import MAIN_COLUMN
+from cute_quant import (
+    Indexed,
+    Masked,
+    PrefixSum,
+    compile,
+    dequantize,
+    fake_quantize,
+    quantize,
+    reference,
+)
+from cute_quant.formats import Format, make_format
+
+EXPERTS = ((32, 1024), (256, 4096))
+"""Experts of a GPU and rows that each has memory for: when decoding, and when prefilling."""
+
+LIVE_ROWS = (8, 64, 512)
+"""Of each expert."""
+
+ROWS = (64, 1024, 16384)
+"""Of calls that are not masked."""
+
+ZIPF_EXPONENT = 1.2
+MATRICES = 8
+"""Of a batch."""
+GROUPS = 32
+"""Of rows that follow each other, and where each starts, as DeepGEMM wants it."""
+ALIGNMENT = 128
+
+MXFP8 = make_format(32, "ue8m0_128x4", False)
+WHOLE_ROW = make_format(-1, "float32_row_major", False)
+
+MEMORY_SHARE = 0.8
+SAMPLED_ROWS = 16
+DEVICE = "cuda"
+
+
+class Call(NamedTuple):
+    """A call on memory of its own.
+
+    Attributes:
+        run: what is measured.
+        difference: how results differ from the reference in some rows; empty where no bit does.
+    """
+
+    run: Callable[[], object]
+    difference: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table.
+
+    Attributes:
+        rows: live ones.
+        bytes: to be read and written.
+        allocation: bytes of one buffer.
+        make: a call on a new buffer.
+        dense: whether the dense kernel on as many rows is measured too.
+    """
+
+    name: str
+    rows: int
+    k: int
+    bytes: int
+    allocation: int
+    make: Callable[[], Call]
+    dense: bool = True
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians, in seconds a call."""
+
+    name: str
+    rows: int
+    k: int
+    bytes: int
+    buffers: int
+    seconds: float
+    quartiles: tuple[float, float]
+    dense_seconds: float | None
+    stream_seconds: float
+
+
+def choices(fmt: Format) -> dict[str, object]:
+    """The keywords of `quantize` that give this format."""
+    return asdict(fmt)
+
+
+def bytes_moved(rows: int, k: int, fmt: Format, itemsize: int = 2) -> int:
+    scale_bytes = 1 if fmt.ue8m0 else 4
+    return rows * k * (itemsize + 1) + rows * fmt.groups(k) * scale_bytes
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=DEVICE).normal_()
+
+
+def poison(*tensors: torch.Tensor) -> None:
+    for t in tensors:
+        storage = torch.empty(0, dtype=torch.uint8, device=t.device)
+        storage.set_(t.untyped_storage()).fill_(POISON)
+
+
+def sample(live: torch.Tensor) -> torch.Tensor:
+    """Numbers of some rows, of those that are live: (rows,), the first and the last among them."""
+    numbers = live.flatten().nonzero().flatten()
+    picked = torch.linspace(0, len(numbers) - 1, min(SAMPLED_ROWS, len(numbers)))
+    return numbers[picked.round().long().to(numbers.device)].unique()
+
+
+def scales_by_row(sf: torch.Tensor, fmt: Format, mn: int, k: int) -> torch.Tensor:
+    """Scales as (rows, columns) of integers, matrices of a batch below each other."""
+    if fmt.blocked:
+        rows, columns = fmt.scale_rows(mn), fmt.columns(k)
+        return reference.from_blocks(sf.view(torch.uint8)[None], rows, columns)[0]
+    scales = sf.view(torch.uint8 if fmt.ue8m0 and not fmt.packed else torch.int32)
+    return scales.flatten(0, -2)
+
+
+def difference(
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    numbers: torch.Tensor,
+    source: torch.Tensor,
+) -> str:
+    """How results differ from those of the reference for `source`, which belong to the rows
+    `numbers`, counted over all matrices."""
+    mn, k = q.shape[-2:]
+    expected_q, expected_sf = quantize(source.cpu(), **choices(fmt))
+    actual_q = q.view(torch.uint8).flatten(0, -2)[numbers].cpu()
+    wrong_q = int((actual_q != expected_q.view(torch.uint8)).sum())
+    actual_sf = scales_by_row(sf, fmt, mn, k)[numbers].cpu()
+    expected_sf = scales_by_row(expected_sf, fmt, len(numbers), k)[: len(numbers)]
+    wrong_sf = int((actual_sf != expected_sf).sum())
+    if wrong_q or wrong_sf:
+        return f"{wrong_q} values and {wrong_sf} scales in {len(numbers)} rows"
+    return ""
+
+
+def quantizing(
+    x: torch.Tensor,
+    fmt: Format,
+    live: torch.Tensor | None = None,
+    rows: Masked | PrefixSum | Indexed | None = None,
+    index: torch.Tensor | None = None,
+) -> Call:
+    """A call of `quantize` on these, into memory of its own.
+
+    Args:
+        live: (..., mn), which rows exist; all by default.
+    """
+    *batch, mn, k = x.shape if index is None else (*index.shape, x.shape[-1])
+    q = torch.empty((*batch, mn, k), dtype=fmt.dtype, device=DEVICE)
+    sf = fmt.empty_scales(batch, mn, k, torch.device(DEVICE))
+    run = functools.partial(quantize, x, **choices(fmt), rows=rows, index=index, out=(q, sf))
+    live = torch.ones((*batch, mn), dtype=torch.bool, device=DEVICE) if live is None else live
+
+    def check() -> str:
+        poison(q, sf)
+        run()
+        numbers = sample(live)
+        if index is not None:
+            source = x[index.flatten()[numbers].long()]
+        elif batch:
+            source = x[numbers // mn, numbers % mn]
+        else:
+            source = x[numbers]
+        found = difference(q, sf, fmt, numbers, source)
+        dead = sample(~live) if rows is not None and not live.all() else ()
+        if not found and len(dead):
+            held = POISON if isinstance(rows, Masked) else 0
+            wrong = int((q.view(torch.uint8).flatten(0, -2)[dead] != held).sum())
+            found = f"{wrong} values of rows that do not exist" if wrong else ""
+        return found
+
+    return Call(run, check)
+
+
+def dense(mn: int, k: int) -> Call:
+    return quantizing(random(mn, k), UE8M0)
+
+
+def streaming(nbytes: int) -> Call:
+    """As many bytes in all, a third of them written."""
+    threads = -(-nbytes // (4 * (stream.WORDS_IN + stream.WORDS_OUT)))
+    x = torch.randint(2**31 - 1, (threads * stream.WORDS_IN,), dtype=torch.int32, device=DEVICE)
+    y = torch.empty(threads * stream.WORDS_OUT, dtype=torch.int32, device=DEVICE)
+    arch = compile.architecture(torch.cuda.current_device())
+    function = compile.function(stream.Stream, arch, True)
+
+    def check() -> str:
+        poison(y)
+        function(x, y)
+        halves = x.view(-1, 2, stream.WORDS_OUT)
+        return "" if torch.equal(y.view(-1, 4), halves[:, 0] ^ halves[:, 1]) else "other words"
+
+    return Call(functools.partial(function, x, y), check)
+
+
+# What is measured.
+
+
+def masked_cases(experts: int, max_m: int, k: int) -> Iterator[Case]:
+    """As many rows of each expert, and uneven ones."""
+    generator = torch.Generator().manual_seed(0)
+    alone = torch.zeros(experts, dtype=torch.int64)
+    alone[experts // 2] = max_m
+    shares = 1 / torch.arange(1, experts + 1).double() ** ZIPF_EXPONENT
+    shares = shares[torch.randperm(experts, generator=generator)]
+    draws = torch.multinomial(shares, 64 * experts, replacement=True, generator=generator)
+    counts = {f"{n} rows each": torch.full((experts,), n) for n in LIVE_ROWS if n <= max_m}
+    counts["all rows of one"] = alone
+    counts["Zipf, 64 on average"] = draws.bincount(minlength=experts).clamp(max=max_m)
+    for name, count in counts.items():
+        rows = int(count.sum())
+        yield Case(
+            f"masked {experts} x {max_m}, {name}",
+            rows,
+            k,
+            bytes_moved(rows, k, UE8M0),
+            bytes_moved(experts * max_m, k, UE8M0),
+            functools.partial(masked, max_m, k, count.to(torch.int32)),
+        )
+
+
+def masked(max_m: int, k: int, counts: torch.Tensor) -> Call:
+    counts = counts.to(DEVICE)
+    live = torch.arange(max_m, device=DEVICE) < counts[:, None]
+    return quantizing(random(len(counts), max_m, k), UE8M0, live, Masked(counts))
+
+
+def other_cases(mn: int, k: int) -> Iterator[Case]:
+    def case(
+        name: str, make: Callable[[], Call], nbytes: int | None = None, dense: bool = True
+    ) -> Case:
+        nbytes = nbytes or bytes_moved(mn, k, UE8M0)
+        return Case(name, mn, k, nbytes, 2 * nbytes, make, dense)
+
+    yield case("dense", functools.partial(dense_call, mn, k), dense=False)
+    yield case("batch, transposed", functools.partial(transposed, mn, k))
+    yield case("index, in random order", functools.partial(gathered, mn, k, mn))
+    tokens = max(mn // MATRICES, 1)
+    once = bytes_moved(mn, k, UE8M0) - 2 * (mn - tokens) * k
+    yield case(
+        f"index, each row {MATRICES} times", functools.partial(gathered, mn, k, tokens), once
+    )
+    if mn >= GROUPS * ALIGNMENT:
+        yield case("prefix sum, padding too", functools.partial(prefix_sum, mn, k))
+    yield case("m_indices, padding too", functools.partial(indexed, mn, k))
+    for name, fmt, dtype in (
+        ("float32 scales", FLOAT32, torch.bfloat16),
+        ("float32 input", UE8M0, torch.float32),
+        ("MXFP8, groups of 32", MXFP8, torch.bfloat16),
+        ("whole row", WHOLE_ROW, torch.bfloat16),
+    ):
+        make = functools.partial(dense_call, mn, k, fmt, dtype)
+        yield case(name, make, bytes_moved(mn, k, fmt, dtype.itemsize), dense=False)
+    yield case("fake_quantize", functools.partial(faked, mn, k), 4 * mn * k, dense=False)
+    yield case("dequantize", functools.partial(multiplied_back, mn, k), dense=False)
+
+
+def dense_call(mn: int, k: int, fmt: Format = UE8M0, dtype: torch.dtype = torch.bfloat16) -> Call:
+    return quantizing(random(mn, k, dtype=dtype), fmt)
+
+
+def transposed(mn: int, k: int) -> Call:
+    """Tokens, each with a row for every matrix, as a batch of matrices."""
+    return quantizing(random(mn // MATRICES, MATRICES, k).transpose(0, 1), UE8M0)
+
+
+def gathered(mn: int, k: int, tokens: int) -> Call:
+    order = torch.randperm(mn, device=DEVICE).to(torch.int32) % tokens
+    return quantizing(random(tokens, k), UE8M0, index=order)
+
+
+def groups_of(mn: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ends of groups that start at multiples of the alignment, and which rows are in one."""
+    generator = torch.Generator().manual_seed(0)
+    step = mn // GROUPS // ALIGNMENT * ALIGNMENT
+    starts = torch.arange(GROUPS) * step
+    ends = starts + step - torch.randint(ALIGNMENT, (GROUPS,), generator=generator)
+    row = torch.arange(mn)
+    live = ((starts[:, None] <= row) & (row < ends[:, None])).any(0)
+    return ends.to(DEVICE, torch.int32), live.to(DEVICE)
+
+
+def prefix_sum(mn: int, k: int) -> Call:
+    ends, live = groups_of(mn)
+    return quantizing(random(mn, k), UE8M0, live, PrefixSum(ends, ALIGNMENT))
+
+
+def indexed(mn: int, k: int) -> Call:
+    generator = torch.Generator().manual_seed(0)
+    m_indices = torch.randint(-1, GROUPS, (mn,), generator=generator, dtype=torch.int32)
+    m_indices = m_indices.to(DEVICE)
+    return quantizing(random(mn, k), UE8M0, m_indices >= 0, Indexed(m_indices))
+
+
+def faked(mn: int, k: int) -> Call:
+    x = random(mn, k)
+    y = torch.empty_like(x)
+    run = functools.partial(fake_quantize, x, out=y)
+
+    def check() -> str:
+        poison(y)
+        run()
+        return different_rows(y, fake_quantize, x)
+
+    return Call(run, check)
+
+
+def multiplied_back(mn: int, k: int) -> Call:
+    """Each result is kept until the next of the same buffer, so that all have other memory."""
+    q, sf = quantize(random(mn, k))
+    kept: list[torch.Tensor] = []
+
+    def run() -> None:
+        kept[:] = [dequantize(q, sf)]
+
+    def check() -> str:
+        run()
+        return different_rows(kept[0], dequantize, q, sf)
+
+    return Call(run, check)
+
+
+def different_rows(y: torch.Tensor, function: Callable, *inputs: torch.Tensor) -> str:
+    """How some rows of `y` differ from what the reference makes of the same rows of `inputs`."""
+    numbers = sample(torch.ones(len(y), dtype=torch.bool, device=y.device))
+    rows = []
+    for t in inputs:
+        # Elements of 8 bits are picked as bytes.
+        picked = t.view(torch.uint8) if t.dtype.itemsize == 1 else t
+        rows.append(picked[numbers].cpu().view(t.dtype))
+    wrong = int((y[numbers].cpu() != function(*rows)).sum())
+    return f"{wrong} products in {len(numbers)} rows" if wrong else ""
+
+
+# Measuring.
+
+
+def measure(case: Case) -> Result | str:
+    """Time a case, or say why not."""
+    torch.cuda.empty_cache()
+    memory = int(torch.cuda.mem_get_info()[0] * MEMORY_SHARE)
+    fitting = memory // (case.allocation + (2 if case.dense else 1) * case.bytes)
+    if fitting < 2:
+        return f"needs {2 * case.allocation / 1e9:.0f} GB"
+    buffers = min(timing.buffer_count(case.bytes), fitting)
+    makers = {"own": case.make, "stream": functools.partial(streaming, case.bytes)}
+    if case.dense:
+        makers["dense"] = functools.partial(dense, case.rows, case.k)
+    launches = timing.launch_count(case.bytes)
+    graphs = {}
+    for name, make in makers.items():
+        calls = [make() for _ in range(buffers)]
+        for call in (calls[0], calls[-1]):
+            found = call.difference()
+            if found:
+                raise RuntimeError(f"{case.name}, {name}: differs from the reference: {found}")
+        graphs[name] = timing.capture([call.run for call in calls], launches)
+    measured = timing.measure(graphs)
+    return Result(
+        case.name,
+        case.rows,
+        case.k,
+        case.bytes,
+        buffers,
+        measured["own"].median,
+        measured["own"].quartiles,
+        measured["dense"].median if case.dense else None,
+        measured["stream"].median,
+    )
+
+
+HEADER = f"{'':40} {'rows':>7} {'us':>8} {'dense':>8} {'/dense':>7} {'stream':>8} {'/stream':>7}"
+
+
+def line(result: Result) -> str:
+    own, baseline = result.seconds, result.dense_seconds
+    ratio = "" if baseline is None else f"{own / baseline:.2f}"
+    microseconds = "" if baseline is None else f"{baseline * 1e6:.2f}"
+    return (
+        f"{result.name:40} {result.rows:7} {own * 1e6:8.2f} {microseconds:>8} {ratio:>7} "
+        f"{result.stream_seconds * 1e6:8.2f} {own / result.stream_seconds:7.2f}"
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.masked",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--columns", type=int, default=MAIN_COLUMN, metavar="K", help="default: %(default)s")
+    add("--rows", type=_numbers, default=ROWS, metavar="M,...", help="of calls without experts")
+    add("--experts", type=_pairs, default=EXPERTS, metavar="E:MAX_M,...", help="default: all")
+    add("--output", type=Path, metavar="FILE", help="JSON lines: the machine, then the results")
+    return parser.parse_args()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(","))) if text else ()
+
+
+def _pairs(text: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(map(int, pair.split(":"))) for pair in text.split(",")) if text else ()
+
+
+def main() -> None:
+    options = parse()
+    if not torch.cuda.is_available():
+        sys.exit("bench.masked: needs a CUDA GPU of compute capability 9.0, 10.0 or 10.3")
+    torch.manual_seed(0)
+    machine = environment.describe()
+    print(f"{machine['gpu']}, {machine['commit']}, k = {options.columns}, microseconds a call")
+    cases = [
+        *(case for pair in options.experts for case in masked_cases(*pair, options.columns)),
+        *(case for mn in options.rows for case in other_cases(mn, options.columns)),
+    ]
+    timing.warm_up()
+    print(HEADER, flush=True)
+    lines = [json.dumps({"machine": machine})]
+    for case in cases:
+        result = measure(case)
+        if isinstance(result, str):
+            print(f"{case.name:40} {case.rows:7} {result}", flush=True)
+            continue
+        print(line(result), flush=True)
+        lines.append(json.dumps({"result": asdict(result)}))
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
