@@ -19,7 +19,6 @@ from cute_quant.formats import (
     DEFAULT_MIN_SCALE,
     UE8M0_NAN,
     Format,
-    last_column_rows,
     scale_floor,
 )
 from cute_quant.kernels import launch as launches
@@ -102,7 +101,7 @@ class CuteQuant(Provider):
         dense = DENSE_ROWS, WIDEST, False
         choices = dtype, self.fmt, rows_per_thread, *dense, self.launch == PDL
         function = compile.function(Quantize, architecture(), *choices)
-        operands = x, buffer.q, sf, None, None, last_column_rows(sf), 1, 0, self.floor
+        operands = x, buffer.q, sf, None, None, 0, 1, 0, self.floor
         return functools.partial(function, *operands)
 
     def difference(self, problem: Problem) -> str:

@@ -24,12 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cutlass
+import torch
 
 from bench import binary_utilities
 from bench.stream import Stream
 from cute_quant.compile import ARCHITECTURES, build
 from cute_quant.formats import make_format
 from cute_quant.kernels.quantize import Quantize
+from cute_quant.kernels.rows import Domain
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)(.*?);", re.M)
 RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
@@ -119,13 +121,24 @@ def machine_code(kernel_class: type, arch: str, *choices: object) -> MachineCode
 
 def reported() -> Iterator[tuple[str, type, int, tuple]]:
     """Name, class, rows of a warp, and compile-time choices of each kernel."""
-    for scale_format, round_scale in (("ue8m0", False), ("float32", False), ("float32", True)):
-        for dtype, short in ((cutlass.BFloat16, "bf16"), (cutlass.Float16, "fp16")):
-            rounded = ", powers of 2" if round_scale else ""
-            fmt = make_format(128, scale_format, round_scale)
-            for rows in (1, 2):
-                name = f"{short} -> e4m3, {scale_format}{rounded}, rows a thread: {rows}"
-                yield name, Quantize, rows, (dtype, fmt, rows)
+    bf16 = cutlass.BFloat16
+    packed = make_format(128, "ue8m0", False)
+    for dtype, name, fmt in (
+        (bf16, "bf16 -> e4m3, ue8m0", packed),
+        (bf16, "bf16 -> e4m3, float32", make_format(128, "float32", False)),
+        (bf16, "bf16 -> e4m3, float32, powers of 2", make_format(128, "float32", True)),
+        (cutlass.Float16, "fp16 -> e4m3, ue8m0", packed),
+        (bf16, "bf16 -> e4m3, ue8m0_128x4 of 32", make_format(32, "ue8m0_128x4", False)),
+    ):
+        for rows in (1, 2):
+            yield f"{name}, rows a thread: {rows}", Quantize, rows, (dtype, fmt, rows)
+    for name, domain in (
+        ("masked", Domain("masked", False, True)),
+        ("gathered", Domain("dense", True)),
+    ):
+        yield f"bf16 -> e4m3, ue8m0, {name}", Quantize, 1, (bf16, packed, 1, domain)
+    whole_row = make_format(-1, "float32", False, torch.int8)
+    yield "bf16 -> int8, float32 of whole rows", Quantize, 1, (bf16, whole_row)
     yield "stream, the ceiling", Stream, 1, (True,)
 
 

@@ -22,6 +22,8 @@ from cute_quant.rows import KINDS, Masked, PrefixSum, Rows
 
 MAX_SIZE = 2**31 - 1
 MAX_COLUMNS = 2**20
+MAX_SCALES = 2**32 - 1
+"""Of a matrix in columns, which kernels index with 32 bits."""
 SCALE_DTYPES = (torch.int32, torch.float32, torch.float8_e8m0fnu)
 
 
@@ -51,6 +53,11 @@ def check_call(
     check_input(x)
     resolve_min_scale(fmt, min_scale)
     batch_shape, mn = check_rows(rows, index, x)
+    if fmt.mn_major and fmt.scale_rows(mn) * fmt.columns(x.shape[-1]) > MAX_SCALES:
+        raise ValueError(
+            f"x: expected up to {MAX_SCALES} elements of scales in a matrix, "
+            f"got {mn} rows of {fmt.columns(x.shape[-1])}"
+        )
     if q is not None:
         check_values_out(q, x, dtype, batch_shape, mn, exact=isinstance(rows, Masked))
     if sf is not None:

@@ -30,28 +30,28 @@ class _Plan(NamedTuple):
 
     Attributes:
         launch: the compiled kernel; None where there is nothing to write.
-        q_shape, q_strides, sf_shape, sf_strides: of results to be allocated; the scales with all
-            padding.
         mn: rows of the results.
         scale_rows: rows of a column of scales, padding included; 0 where they are not MN-major.
         views: of x, q, sf and the index, where the kernel does not take them as they are.
+        numbers: what the kernel takes after the missing rows of the last column of scales.
+        q_shape, q_strides, sf_shape, sf_strides: of results to be allocated; the scales with all
+            padding.
         x_bytes, q_bytes, sf_bytes: from the first element to the last; of sf with all padding.
-        numbers: what the kernel takes after the rows of the last column of scales.
     """
 
     fmt: Format
     launch: Callable[..., None] | None
+    mn: int
+    scale_rows: int
+    views: tuple[View | None, ...] | None
+    numbers: tuple[int | float, ...]
     q_shape: tuple[int, ...]
     q_strides: tuple[int, ...]
     sf_shape: tuple[int, ...]
     sf_strides: tuple[int, ...]
-    mn: int
-    scale_rows: int
-    views: tuple[View | None, ...] | None
     x_bytes: int
     q_bytes: int
     sf_bytes: int
-    numbers: tuple[int | float, ...]
 
 
 # Checking all this anew took half the time of a call.
@@ -78,30 +78,27 @@ def quantize(
     plan = _look_up_plan(x, q, sf, choices, rows, index)
     if check:
         checks.check_counts(rows, index, x.shape[-2], plan.mn)
+    fmt, launch, mn, scale_rows, views, numbers = plan[:6]
     out = q, sf
-    given = q is not None or sf is not None
-    device = x.device
     if q is None:
-        dtype = plan.fmt.dtype
-        q = torch.empty_strided(plan.q_shape, plan.q_strides, dtype=dtype, device=device)
+        device = x.device
+        q = torch.empty_strided(plan.q_shape, plan.q_strides, dtype=fmt.dtype, device=device)
     if sf is None:
-        dtype = plan.fmt.scale_dtype
+        device, dtype = x.device, fmt.scale_dtype
         sf = torch.empty_strided(plan.sf_shape, plan.sf_strides, dtype=dtype, device=device)
-        if plan.scale_rows > plan.mn:
-            sf = sf.narrow(-2, 0, plan.mn)
-    last_rows = plan.scale_rows
-    if last_rows > plan.mn:
-        last_rows = last_column_rows(sf)
-    if given:
-        sf_bytes = plan.sf_bytes - (plan.scale_rows - last_rows) * sf.element_size()
+        if scale_rows > mn:
+            sf = sf.narrow(-2, 0, mn)
+    missing_rows = 0 if scale_rows <= mn else scale_rows - last_column_rows(sf)
+    if out[0] is not None or out[1] is not None:
+        sf_bytes = plan.sf_bytes - missing_rows * sf.element_size()
         _check_disjoint(x, plan.x_bytes, q, plan.q_bytes, sf, sf_bytes, rows, index)
-    if plan.launch is None:
+    if launch is None:
         return q, sf
     operands = x, q, sf, None if rows is None else rows.data, index
-    if plan.views is not None:
-        operands = _as_viewed(operands, plan.views)
+    if views is not None:
+        operands = _as_viewed(operands, views)
     try:
-        plan.launch(*operands, last_rows, *plan.numbers)
+        launch(*operands, missing_rows, *numbers)
     except (TypeError, ValueError):
         # The kernel refuses dtypes and devices that do not fit. Say so by name.
         _check(x, *out, choices, rows, index)
@@ -248,17 +245,17 @@ def _plan(
     return _Plan(
         fmt,
         launch,
+        mn,
+        scale_rows,
+        views,
+        numbers,
         q_shape,
         q_strides,
         sf_shape,
         sf_strides,
-        mn,
-        scale_rows,
-        views,
         checks.span(x),
         0 if q is None else checks.span(q),
         0 if sf is None else math.prod(sf_shape) * fmt.scale_dtype.itemsize,
-        numbers,
     )
 
 

@@ -94,9 +94,9 @@ def quantize(
             supported.
     """
     _check_differentiable("quantize", x)
-    if not isinstance(check, bool):
+    if check is not False and check is not True:
         raise TypeError(f"check: expected a bool, got {check!r}")
-    q, sf = _out_pair(out)
+    q, sf = (None, None) if out is None else _out_pair(out)
     choices = (group_size, scale_format, dtype, round_scale, min_scale)
     if not is_traced(x):
         return execution.quantize(x, q, sf, choices, rows, index, check)
@@ -203,8 +203,6 @@ def _not_differentiable(name: str) -> str:
 
 
 def _out_pair(out: object) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    if out is None:
-        return None, None
     if not isinstance(out, (tuple, list)) or len(out) != 2:
         raise TypeError(f"out: expected a pair (q, sf), got {type(out).__name__}")
     return out[0], out[1]

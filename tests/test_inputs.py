@@ -546,6 +546,10 @@ def test_dequantize_any_strides(fmt, device):
     strided_q.view(torch.uint8).copy_(q.view(torch.uint8))
     strided_sf = torch.empty((*sf.shape, 3), dtype=sf.dtype, device=device)[..., 1]
     strided_sf.copy_(sf)
+    if fmt.blocked:
+        with pytest.raises(ValueError, match="sf: expected the bytes of blocks to be contiguous"):
+            dequantize(q, strided_sf, 32)
+        strided_sf = sf
     assert_same_bits(dequantize(strided_q, strided_sf, 32, torch.float32), expected)
 
 

@@ -1,4 +1,4 @@
-"""The layouts that the kernel uses, evaluated on the host."""
+"""The layouts that the kernels use, evaluated on the host."""
 
 import itertools
 from collections.abc import Iterator
@@ -9,8 +9,15 @@ import pytest
 import torch
 from cutlass._mlir import ir
 
+from cute_quant import reference
+from cute_quant.formats import make_format
 from cute_quant.kernels import layouts
-from tests.helpers import FLOAT32, UE8M0
+from tests.helpers import FLOAT32, UE8M0, format_id
+
+BLOCKED = make_format(32, "ue8m0_128x4", False)
+ROW_MAJOR = make_format(128, "float32_row_major", False)
+
+every_size = pytest.mark.parametrize(("mn", "groups"), [(1, 1), (3, 4), (5, 7), (8, 56)])
 
 
 @pytest.fixture
@@ -21,24 +28,34 @@ def mlir() -> Iterator[None]:
             yield
 
 
-@pytest.mark.parametrize(("mn", "groups"), [(1, 1), (3, 4), (5, 7), (8, 56)])
-def test_packed_scales_are_the_bytes_of_the_tensor(mlir, mn, groups):
-    sf = UE8M0.empty_scales((), mn, 128 * groups, torch.device("cpu"))
-    rows, words = sf.stride(1), sf.shape[1]
-    layout = layouts.packed_scales(rows, words)
-    for row, group in itertools.product(range(mn), range(4 * words)):
-        word = row * sf.stride(0) + group // 4 * sf.stride(1)
-        assert layout((row, group)) == 4 * word + group % 4
-    assert cute.cosize(layout) == sf.untyped_storage().nbytes()
+@every_size
+@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32], ids=format_id)
+def test_scales_by_column(mlir, mn, groups, fmt):
+    sf = fmt.empty_scales((), mn, 128 * groups, torch.device("cpu"))
+    layout = layouts.scales_by_column(fmt.scale_rows(mn), sf.shape[1])
+    for row, column in itertools.product(range(mn), range(sf.shape[1])):
+        assert layout((row, column)) == row * sf.stride(0) + column * sf.stride(1)
+    assert 4 * cute.cosize(layout) == sf.untyped_storage().nbytes()
 
 
-@pytest.mark.parametrize(("mn", "groups"), [(1, 1), (3, 4), (5, 7), (8, 56)])
-def test_float32_scales_are_the_elements_of_the_tensor(mlir, mn, groups):
-    sf = FLOAT32.empty_scales((), mn, 128 * groups, torch.device("cpu"))
-    layout = layouts.float32_scales(sf.stride(1), groups)
+@every_size
+def test_scales_by_row(mlir, mn, groups):
+    sf = ROW_MAJOR.empty_scales((), mn, 128 * groups, torch.device("cpu"))
+    layout = layouts.scales_by_row(mn, groups)
     for row, group in itertools.product(range(mn), range(groups)):
         assert layout((row, group)) == row * sf.stride(0) + group * sf.stride(1)
-    assert 4 * cute.cosize(layout) == sf.untyped_storage().nbytes()
+    assert cute.cosize(layout) == sf.numel()
+
+
+@pytest.mark.parametrize(("mn", "groups"), [(1, 1), (130, 7), (300, 8)])
+def test_scales_by_block(mlir, mn, groups):
+    rows, columns = BLOCKED.scale_rows(mn), BLOCKED.columns(32 * groups)
+    layout = layouts.scales_by_block(rows, columns)
+    places = torch.arange(rows * columns).view(1, rows, columns)
+    blocks = reference.to_blocks(places)[0]
+    for row, group in itertools.product(range(0, rows, 7), range(columns)):
+        assert blocks[layout((row, group))] == places[0, row, group]
+    assert cute.cosize(layout) == rows * columns
 
 
 def test_lanes_and_values_cover_a_tile_of_a_row_once(mlir):
@@ -52,4 +69,4 @@ def test_lanes_and_values_cover_a_tile_of_a_row_once(mlir):
         assert column == 16 * lane + value, "a thread's values are neighbours"
         assert column // 128 == lane // 8, "an octet of lanes holds a group"
         columns.append(column)
-    assert columns == list(range(layouts.COLUMNS_PER_CTA))
+    assert columns == list(range(layouts.COLUMNS_PER_WARP))

@@ -2,24 +2,44 @@
 
 import cutlass
 import pytest
+import torch
 
 from bench.sass import machine_code
 from cute_quant.compile import ARCHITECTURES
+from cute_quant.formats import make_format
+from cute_quant.kernels.copy import Access
 from cute_quant.kernels.quantize import Quantize
+from cute_quant.kernels.rows import Domain
 from tests.helpers import FLOAT32, FLOAT32_ROUNDED, FORMATS, UE8M0, format_id
 
 MAX_INSTRUCTIONS = {
     (UE8M0, 1): 96,
     (UE8M0, 2): 165,
-    (FLOAT32, 1): 298,
-    (FLOAT32, 2): 421,
+    (FLOAT32, 1): 121,
+    (FLOAT32, 2): 211,
     (FLOAT32_ROUNDED, 1): 99,
-    (FLOAT32_ROUNDED, 2): 165,
+    (FLOAT32_ROUNDED, 2): 163,
 }
 """Budgets of the bf16 kernels on sm_100a, by format and rows a thread. They only ever go down."""
 
+BF16, FP16, FP32 = cutlass.BFloat16, cutlass.Float16, cutlass.Float32
+BLOCKED = make_format(32, "ue8m0_128x4", False, torch.float8_e5m2)
+INT8_ROW = make_format(-1, "float32_row_major", False, torch.int8)
+SMALL_GROUPS = make_format(16, "float32", True, torch.int8)
+
+VARIANTS = {
+    "fp32": (FP32, UE8M0, 2),
+    "blocks": (FP32, BLOCKED, 1, Domain(batched=True)),
+    "whole row": (BF16, INT8_ROW, 1),
+    "masked": (BF16, UE8M0, 1, Domain("masked", False, True)),
+    "prefix sum": (BF16, UE8M0, 2, Domain("prefix_sum")),
+    "gathered": (BF16, UE8M0, 2, Domain("indexed", True)),
+    "ragged": (FP16, SMALL_GROUPS, 1, Domain(), Access(2, 1, True)),
+    "fake": (BF16, UE8M0, 2, Domain(), Access(32, 32), True),
+}
+
 every_arch = pytest.mark.parametrize("arch", ARCHITECTURES.values())
-every_dtype = pytest.mark.parametrize("dtype", [cutlass.BFloat16, cutlass.Float16])
+every_dtype = pytest.mark.parametrize("dtype", [BF16, FP16])
 every_number_of_rows = pytest.mark.parametrize("rows", [1, 2])
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
 
@@ -37,12 +57,35 @@ def test_memory_instructions(arch, dtype, fmt, rows):
 
 
 @every_arch
+@pytest.mark.parametrize(
+    ("nbytes", "load"), [(2, "U16"), (4, ""), (8, "64"), (16, "128"), (32, "128")]
+)
+def test_loads_are_as_wide_as_the_access(arch, nbytes, load):
+    code = machine_code(Quantize, arch, BF16, UE8M0, 1, Domain(), Access(nbytes, 16))
+    loads = [op for op in code.opcodes if op.startswith("LDG")]
+    if arch != "sm_90a" and nbytes == 32:
+        assert loads == ["LDG.E.ENL2.256"]
+    else:
+        assert loads == [".".join(("LDG.E", load)).rstrip(".")] * (32 // min(nbytes, 16))
+
+
+@every_arch
 @every_dtype
 @every_format
 @every_number_of_rows
 def test_registers_and_shuffles_only(arch, dtype, fmt, rows):
     code = machine_code(Quantize, arch, dtype, fmt, rows)
     assert code.count("SHFL") == 3 * rows
+    assert_in_registers(code)
+
+
+@every_arch
+@pytest.mark.parametrize("choices", VARIANTS.values(), ids=VARIANTS)
+def test_registers_only(arch, choices):
+    assert_in_registers(machine_code(Quantize, arch, *choices))
+
+
+def assert_in_registers(code):
     assert code.count("LDS", "STS", "BAR", "ATOM", "ATOMS", "RED", "LDL", "STL") == 0
     assert code.stack == 0 and code.shared == 0
 
@@ -61,5 +104,5 @@ def test_no_division(arch, dtype, fmt):
 @every_format
 @every_number_of_rows
 def test_instruction_budget(fmt, rows):
-    code = machine_code(Quantize, "sm_100a", cutlass.BFloat16, fmt, rows)
+    code = machine_code(Quantize, "sm_100a", BF16, fmt, rows)
     assert len(code.opcodes) <= MAX_INSTRUCTIONS[fmt, rows]

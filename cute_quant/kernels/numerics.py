@@ -82,6 +82,22 @@ def _pack_int8(a: Float32, b: Float32, c: Uint32, *, loc=None, ip=None) -> Uint3
     return Uint32(llvm.inline_asm(T.i32(), operands, ptx, "=r,r,r,r", loc=loc, ip=ip))
 
 
+def quotient(a: Float32, b: float) -> Float32:
+    """a / b with IEEE rounding, by Markstein's theorem: `b` is normal and its mantissa not all
+    ones. Subnormal results are not exact."""
+    reciprocal = Float32(1.0 / b)
+    estimate = a * reciprocal
+    remainder = cute.math.fma(Float32(-b), estimate, a)
+    return cute.math.fma(remainder, reciprocal, estimate)
+
+
+def reciprocal(a: Float32) -> Float32:
+    """1 / a with IEEE rounding, for normal results: one step of Newton's method."""
+    estimate = cute.arch.rcp_approx(a)
+    error = cute.math.fma(Float32(0.0) - a, estimate, Float32(1.0))
+    return cute.math.fma(error, estimate, estimate)
+
+
 @cute.jit
 def amax(rX: cute.Tensor) -> Uint32:
     """Largest magnitude of a thread's values: the bits of a float32, or a pair of halves to be
@@ -160,10 +176,11 @@ def ue8m0(multiplier: Uint32) -> Uint32:
 
 
 @cute.jit
-def power_of_two(multiplier: Uint32) -> Float32:
-    """1 / `multiplier`; NaN of a NaN."""
+def power_of_two(multiplier: Uint32, subnormal: cutlass.Constexpr[bool]) -> Float32:
+    """1 / `multiplier`, which may be 2^-127 if `subnormal`; NaN of a NaN."""
     bits = Uint32(UE8M0_MAX << FLOAT32_MANTISSA_BITS) - multiplier
-    bits = cutlass.max(bits, Uint32(SMALLEST_UE8M0))
+    if const_expr(subnormal):
+        bits = cutlass.max(bits, Uint32(SMALLEST_UE8M0))
     bits = bits if multiplier < Uint32(FLOAT32_INFINITY) else Uint32(FLOAT32_NAN)
     return bits.bitcast(Float32)
 
@@ -174,14 +191,18 @@ def float32_scale(
     dtype: cutlass.Constexpr[type],
     values: cutlass.Constexpr[ValueType],
     min_scale: Float32,
-    reciprocal: cutlass.Constexpr[bool],
+    reciprocal_of_max: cutlass.Constexpr[bool],
 ) -> Float32:
     """max(amax / values.max, min_scale), NaN where amax is not finite.
 
-    The quotient has IEEE rounding; with `reciprocal` it is amax times the rounded reciprocal.
+    The quotient has IEEE rounding; with `reciprocal_of_max` it is amax times the
+    rounded reciprocal.
     """
     scale = (amax & Uint32(0xFFFFFFFF ^ BELOW_PRECISION[dtype])).bitcast(Float32)
-    scale = scale * (1.0 / values.max) if const_expr(reciprocal) else scale / values.max
+    if const_expr(reciprocal_of_max):
+        scale = scale * (1.0 / values.max)
+    else:
+        scale = quotient(scale, values.max)
     scale = cutlass.max(scale, min_scale)
     return scale if is_finite(amax) else Uint32(FLOAT32_NAN).bitcast(Float32)
 
@@ -210,13 +231,13 @@ def scaled(rX: cute.Tensor, scale: Uint32 | Float32, fmt: cutlass.Constexpr[Form
     """`rX` over the scale of its group, as float32."""
     if const_expr(fmt.power_of_two):
         return multiply_exact(rX, scale)
-    return multiply(rX, 1.0 / scale)
+    return multiply(rX, reciprocal(scale))
 
 
 @cute.jit
 def float32_of(scale: Uint32 | Float32, fmt: cutlass.Constexpr[Format]) -> Float32:
     """A scale as float32."""
-    return power_of_two(scale) if const_expr(fmt.power_of_two) else scale
+    return power_of_two(scale, fmt.ue8m0) if const_expr(fmt.power_of_two) else scale
 
 
 @cute.jit

@@ -111,7 +111,7 @@ class Quantize:
         mS: cute.Tensor | None,  # as the format has it
         mCounts: cute.Tensor | None,  # what the domain reads: (experts,), (groups,) or (mn,)
         mIndex: cute.Tensor | None,  # (mn,) or (batch, mn)
-        last_column_rows: Int32,  # rows of the last MN-major scale column that have storage
+        missing_rows: Int32,  # padding rows of the last MN-major scale column without storage
         alignment: Int32,  # of the first row of a group in a prefix sum
         row_ctas: Int32,  # how many CTAs share the rows of experts
         floor: Int32 | Float32,  # smallest scale, an exponent where scales are powers of two
@@ -129,8 +129,7 @@ class Quantize:
         scale_rows, scale_elements = mn, Uint32(0)
         if const_expr(fmt.mn_major):
             scale_rows = _round_up(mn, SCALE_ROW_ALIGNMENT)
-            before = layouts.unsigned(columns - 1) * scale_rows
-            scale_elements = before + Uint32(last_column_rows)
+            scale_elements = layouts.unsigned(columns) * scale_rows - Uint32(missing_rows)
         elif const_expr(fmt.blocked):
             scale_rows = _round_up(mn, BLOCK_ROWS)
             groups = cute.round_up(groups, BLOCK_GROUPS)
@@ -422,7 +421,9 @@ class Quantize:
                         row_live = live[i] if in_group == i else row_live
             group_live = column < k
             exists = in_group < self.rows_per_thread
-            if const_expr(self.groups_per_tile > self.groups_per_unit):
+            if const_expr(self.groups_per_unit == 1):
+                exists = exists and group_live
+            elif const_expr(self.groups_per_tile > self.groups_per_unit):
                 unit = group // self.groups_per_unit * self.groups_per_unit
                 exists = exists and copy.first_column(tile, unit * self.lanes_per_group) < k
         exists = exists and row < scales_written

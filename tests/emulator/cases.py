@@ -2,117 +2,174 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from cute_quant import reference
 from cute_quant.formats import (
     DEFAULT_MIN_SCALE,
     RECIPROCAL_FLOAT32,
-    VALUE_DTYPE,
+    WHOLE_ROW,
+    Format,
     make_format,
     scale_floor,
 )
-from tests.emulator.quantizer import Kernel
-from tests.helpers import FORMATS, POISON, poisoned_scales, random_bits, storage_bits
+from cute_quant.rows import Rows
+from tests.emulator.quantizer import Gpu
+from tests.helpers import (
+    FORMATS,
+    poisoned,
+    poisoned_scales,
+    random_bits,
+    storage_bits,
+)
 
 ARCHITECTURES = ("sm_100a", "sm_90a")
 DTYPES = (torch.bfloat16, torch.float16)
 EVERY_FORMAT = (*FORMATS, make_format(128, RECIPROCAL_FLOAT32, False))
-GROUP = 128
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-def special_groups(mn: int, k: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+def special_groups(
+    mn: int, k: int, dtype: torch.dtype, seed: int, fmt: Format = FORMATS[0]
+) -> torch.Tensor:
     """An input whose groups take turns at everything that needs care, from random bits."""
-    x = random_bits((mn, k), dtype, seed)
-    bits = x.view(torch.int16)
-    infinity = torch.tensor(torch.inf, dtype=dtype).view(torch.int16).item()
-    one = torch.tensor(1.0, dtype=dtype).view(torch.int16).item()
+    size = max(k, 1) if fmt.group_size == WHOLE_ROW else fmt.group_size
+    groups = math.ceil(k / size)
     generator = torch.Generator().manual_seed(seed)
-    groups = bits.view(mn, k // GROUP, GROUP)
-    for row in range(mn):
-        for column in range(k // GROUP):
-            group = groups[row, column]
-            at = torch.randint(GROUP, (1,), generator=generator).item()
-            finite = torch.where((group & infinity) == infinity, group ^ infinity, group)
-            match (row + column + seed) % 12:
-                case 0:  # random bits, NaN and Inf among them
-                    pass
-                case 1:  # random finite values
-                    group.copy_(finite)
-                case 2:
-                    group.zero_()
-                case 3:
-                    group.fill_(-(2**15))  # -0.0
-                case 4:  # one NaN, any payload, either sign
-                    payload = 1 + (group[at] & (32767 - infinity - 1))
-                    group.copy_(finite)
-                    group[at] = (infinity | payload) | (-(2**15) if at % 2 else 0)
-                case 5:
-                    group.copy_(finite)
-                    group[at] = infinity
-                case 6:
-                    group.copy_(finite)
-                    group[at] = infinity | -(2**15)
-                case 7:  # subnormals: the exponent is cleared
-                    group.bitwise_and_(~infinity)
-                case 8:  # the largest finite value
-                    group.copy_(finite)
-                    group[at] = infinity - 1
-                case 9:  # one binade, where every rounding counts: exponent of 1.0
-                    group.bitwise_and_(~infinity).bitwise_or_(one & infinity)
-                case 10:  # amax at or beside 448 · 2^n, where the scale steps
-                    group.copy_(torch.full((GROUP,), one // 2, dtype=torch.int16))
-                    top = torch.tensor(448.0, dtype=dtype).view(torch.int16).item()
-                    group[at] = top + at % 3 - 1
-                case 11:  # small against the floor
-                    small = torch.randn(GROUP, generator=generator) * 1e-7
-                    group.copy_(small.to(dtype).view(torch.int16))
-    return x
+    bits = random_bits((mn, groups, size), dtype, seed).view(INTEGERS[dtype.itemsize])
+
+    def pattern(value: float) -> int:
+        return torch.tensor(value, dtype=dtype).view(bits.dtype).item()
+
+    infinity, one, largest = (pattern(v) for v in (torch.inf, 1.0, fmt.value_type.max))
+    sign = torch.iinfo(bits.dtype).min
+    here = torch.randint(min(size, k), (mn, groups, 1), generator=generator)
+    here = here.where(here < k - torch.arange(groups).view(-1, 1) * size, 0)
+    at = torch.arange(size) == here  # one value of each group
+    finite = torch.where((bits & infinity) == infinity, bits ^ infinity, bits)
+    small = (torch.randn(bits.shape, generator=generator) * 1e-7).to(dtype).view(bits.dtype)
+    choices = (
+        bits,  # NaN and Inf among them
+        finite,
+        torch.zeros_like(bits),
+        torch.full_like(bits, sign),  # -0.0
+        # One NaN, of any payload and either sign.
+        torch.where(at, bits | infinity | 1, finite),
+        torch.where(at, infinity, finite),
+        torch.where(at, infinity | sign, finite),
+        bits & ~infinity,  # subnormals: the exponent is cleared
+        torch.where(at, infinity - 1, finite),  # the largest finite value
+        bits & ~infinity | one & infinity,  # one binade, where every rounding counts
+        # amax at or beside the largest value times a power of two, where the scale steps
+        torch.where(at, largest + here % 3 - 1, one // 2).to(bits.dtype),
+        small,  # against the floor
+    )
+    turn = torch.arange(mn).view(-1, 1, 1) + torch.arange(groups).view(-1, 1) + seed
+    assert all(c.dtype == bits.dtype for c in choices)
+    chosen = torch.stack(choices).gather(0, (turn % len(choices)).expand_as(bits)[None])[0]
+    return chosen.view(dtype).flatten(1)[:, :k].contiguous()
 
 
-def strided(rows: torch.Tensor, stride: int) -> torch.Tensor:
-    """The same rows with a stride; what lies between them is poison."""
-    mn, k = rows.shape
-    storage = torch.full((mn * stride * rows.itemsize,), POISON, dtype=torch.uint8)
-    result = storage.view(rows.dtype).as_strided((mn, k), (stride, 1))
-    result.view(torch.int16).copy_(rows.view(torch.int16))
+def strided(t: torch.Tensor, row_stride: int, offset: int = 0) -> torch.Tensor:
+    """The same rows with a stride, `offset` elements past an aligned address, amid poison."""
+    strides = [row_stride, 1]
+    for size in reversed(t.shape[1:-1]):
+        strides.insert(0, strides[0] * size)
+    result = poisoned_matrix(tuple(t.shape), tuple(strides), t.dtype, offset)
+    integer = INTEGERS[t.itemsize]
+    result.view(integer).copy_(t.view(integer))
     return result
 
 
-def poisoned_rows(rows: int, k: int, stride: int) -> torch.Tensor:
-    storage = torch.full((rows * stride,), POISON, dtype=torch.uint8)
-    return storage.view(VALUE_DTYPE).as_strided((rows, k), (stride, 1))
+def poisoned_matrix(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, offset: int = 0
+) -> torch.Tensor:
+    """Poison all over, at its place in a storage of its own that ends a bit later."""
+    extent = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    storage = poisoned((offset + max(extent, 0) + 3) * dtype.itemsize, "cpu")
+    return storage.view(dtype).as_strided(shape, strides, offset)
 
 
 def check(
-    kernel: Kernel,
+    gpu: Gpu,
     x: torch.Tensor,
+    fmt: Format,
     *,
+    rows: Rows | None = None,
+    index: torch.Tensor | None = None,
     min_scale: float = DEFAULT_MIN_SCALE,
     extra_rows: int = 0,
     last_padding: bool = True,
-    q_stride: int | None = None,
+    q_strides: tuple[int, ...] | None = None,
+    q_offset: int = 0,
     **options,
 ) -> None:
-    """Run the kernel into poisoned memory; every byte of it must be the reference's."""
-    mn, k = x.shape
-    fmt = kernel.fmt
-    rows, stride = mn + extra_rows, q_stride or k
+    """Run a call into poisoned memory; every byte of it must be the reference's.
+
+    Args:
+        q_strides: of all dimensions but the last, in elements.
+    """
+    *batch_shape, mn, k = x.shape if index is None else (*index.shape, x.shape[-1])
+    q_shape = (*batch_shape, mn + extra_rows, k)
+    if q_strides is None:
+        q_strides = torch.empty(q_shape, device="meta").stride()[:-1]
     results = [
-        (poisoned_rows(rows, k, stride), poisoned_scales(fmt, mn, k, "cpu", last_padding))
+        (
+            poisoned_matrix(q_shape, (*q_strides, 1), fmt.dtype, q_offset),
+            poisoned_scales(fmt, mn, k, "cpu", last_padding, tuple(batch_shape)),
+        )
         for _ in range(2)
     ]
-    before = storage_bits(x).clone()
-    floor = scale_floor(fmt, min_scale)
-    kernel(x, *results[0], floor, **options)
-    reference.quantize_into(x, *results[1], fmt, floor)
+    inputs = [t for t in (x, None if rows is None else rows.data, index) if t is not None]
+    before = [storage_bits(t).clone() for t in inputs]
+    gpu.quantize(x, *results[0], fmt, rows, index, min_scale, **options)
+    reference.quantize_into(x, *results[1], fmt, scale_floor(fmt, min_scale), rows, index)
     for name, actual, expected in zip(("q", "sf"), *results, strict=True):
-        differ = storage_bits(actual) != storage_bits(expected)
-        if differ.any():
-            at = int(differ.nonzero()[0])
-            got, want = storage_bits(actual)[at], storage_bits(expected)[at]
-            raise AssertionError(
-                f"{name}: {int(differ.sum())} bytes differ from the reference, the first at byte "
-                f"{at} of its storage: {got:#04x}, expected {want:#04x}"
-            )
-    assert torch.equal(storage_bits(x), before), "x was written"
+        assert_same_storage(name, actual, expected)
+    for t, bits in zip(inputs, before, strict=True):
+        assert torch.equal(storage_bits(t), bits), "an input was written"
+
+
+def check_fake(
+    gpu: Gpu,
+    x: torch.Tensor,
+    fmt: Format,
+    *,
+    min_scale: float = DEFAULT_MIN_SCALE,
+    strides: tuple[int, ...] | None = None,
+    offset: int = 0,
+) -> None:
+    """The same for a call of `fake_quantize`."""
+    strides = (strides or x.contiguous().stride()[:-1]) + (1,)
+    actual, expected = (poisoned_matrix(tuple(x.shape), strides, x.dtype, offset) for _ in range(2))
+    gpu.fake_quantize(x, actual, fmt, min_scale)
+    expected.copy_(reference.fake_quantize(x, fmt, scale_floor(fmt, min_scale)))
+    assert_same_products("out", actual, expected)
+
+
+def check_dequantize(
+    gpu: Gpu, q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype
+) -> None:
+    """The same for a call of `dequantize`."""
+    actual = gpu.dequantize(q, sf, fmt, dtype)
+    assert_same_products("y", actual, reference.dequantize(q, sf, fmt, dtype))
+
+
+def assert_same_products(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Of a NaN no more is promised than that it is one."""
+    for t in (actual, expected):
+        t.masked_fill_(t.isnan(), torch.nan)
+    assert_same_storage(name, actual, expected)
+
+
+def assert_same_storage(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    differ = storage_bits(actual) != storage_bits(expected)
+    if differ.any():
+        at = int(differ.nonzero()[0])
+        got, want = storage_bits(actual)[at], storage_bits(expected)[at]
+        raise AssertionError(
+            f"{name}: {int(differ.sum())} bytes differ from the reference, the first at byte "
+            f"{at} of its storage: {got:#04x}, expected {want:#04x}"
+        )

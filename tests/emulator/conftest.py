@@ -1,14 +1,10 @@
 """Each kernel is compiled once in a session."""
 
-import functools
-from collections.abc import Callable
-
 import pytest
-import torch
 
-from cute_quant.formats import Format
+from tests.emulator.cases import ARCHITECTURES
 from tests.emulator.host import C_COMPILER
-from tests.emulator.quantizer import Kernel
+from tests.emulator.quantizer import Gpu, Kernels
 
 
 def pytest_report_header() -> str:
@@ -17,11 +13,17 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session")
-def kernel_of(tmp_path_factory) -> Callable[..., Kernel]:
-    @functools.cache
-    def get(dtype: torch.dtype, fmt: Format, arch: str, *shape: int) -> Kernel:
-        if C_COMPILER is None:
-            pytest.skip("needs a C compiler")
-        return Kernel(dtype, fmt, arch, tmp_path_factory.mktemp("kernel"), *shape)
+def kernels(tmp_path_factory) -> Kernels:
+    if C_COMPILER is None:
+        pytest.skip("needs a C compiler")
+    return Kernels(lambda: tmp_path_factory.mktemp("kernel"))
 
-    return get
+
+@pytest.fixture(params=ARCHITECTURES)
+def arch(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def gpu(kernels, arch) -> Gpu:
+    return Gpu(kernels, arch)

@@ -18,26 +18,39 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cute_quant import compile
-from cute_quant.formats import Format, last_column_rows, scale_floor
-from cute_quant.kernels.quantize import Quantize
+from cute_quant import quantize
+from cute_quant.formats import Format, make_format
 from tests.emulator import machine, probes, ptx
 from tests.emulator.cases import DTYPES, EVERY_FORMAT
 from tests.emulator.memory import Memory
-from tests.helpers import format_id, poisoned_scales, poisoned_values, storage_bits
+from tests.helpers import (
+    format_arguments,
+    format_id,
+    full_id,
+    poisoned_scales,
+    poisoned_values,
+    storage_bits,
+)
 
 ARCH = "sm_90a"
 RECORDING = Path(__file__).parent / "vectors" / f"{ARCH}.npz"
 WHOLE = 64  # results of a probe that are kept, beside the checksums
 WHOLE_ROWS = 2  # rows of q
 MN, K, EXTRA_ROWS = 131, 640, 3
-MIN_SCALE = 1e-10
 
 CONFIGURATIONS = [(dtype, fmt) for dtype in DTYPES for fmt in EVERY_FORMAT]
+CONFIGURATIONS += [
+    (torch.float32, make_format(32, "ue8m0_128x4", False, torch.float8_e5m2)),
+    (torch.float32, make_format(128, "float32", False)),
+    (torch.bfloat16, make_format(16, "float32", True, torch.int8)),
+    (torch.float16, make_format(-1, "float32_row_major", False, torch.int8)),
+    (torch.bfloat16, make_format(256, "ue8m0_row_major", False, torch.float8_e5m2)),
+]
 
 
 def configuration_id(dtype: torch.dtype, fmt: Format) -> str:
-    return f"{str(dtype).removeprefix('torch.')}-{format_id(fmt)}"
+    name = format_id(fmt) if fmt in EVERY_FORMAT else full_id(fmt)
+    return f"{str(dtype).removeprefix('torch.')}-{name}"
 
 
 @dataclass(frozen=True)
@@ -61,21 +74,28 @@ def probe_result(outputs: np.ndarray) -> Result:
 def kernel_input(dtype: torch.dtype) -> torch.Tensor:
     """Rows of random bits: as they are, only finite ones, and magnitudes near each other."""
     name = configuration_id(dtype, EVERY_FORMAT[0])
-    bits = (probes.words(name, MN * K) & 0xFFFF).astype(np.uint16).reshape(MN, K)
-    exponent = 0x7F80 if dtype == torch.bfloat16 else 0x7C00
-    nearby = 0x0F80 if dtype == torch.bfloat16 else 0x0C00
-    finite = np.where(bits & exponent == exponent, bits ^ np.uint16(exponent), bits)
+    words = probes.words(name, MN * K).reshape(MN, K)
+    if dtype == torch.float32:
+        exponent, nearby, one = 0x7F800000, 0x07800000, 0x30000000
+        bits = words
+    else:
+        exponent = 0x7F80 if dtype == torch.bfloat16 else 0x7C00
+        nearby, one = 0x0F80 & exponent, 0x3000
+        bits = (words & 0xFFFF).astype(np.uint16)
+    exponent, nearby, one = (bits.dtype.type(v) for v in (exponent, nearby, one))
+    finite = np.where(bits & exponent == exponent, bits ^ exponent, bits)
     bits[1::4] = finite[1::4]
-    bits[2::4] = bits[2::4] & ~np.uint16(exponent) | np.uint16(0x3000) | bits[2::4] & nearby
-    bits[3::4] = bits[3::4] & ~np.uint16(exponent) | np.uint16(exponent >> 1 & exponent)
-    return torch.from_numpy(bits.view(np.int16)).view(dtype)
+    bits[2::4] = bits[2::4] & ~exponent | one | bits[2::4] & nearby
+    bits[3::4] = bits[3::4] & ~exponent | exponent >> bits.dtype.type(1) & exponent
+    signed = {2: np.int16, 4: np.int32}[bits.itemsize]
+    return torch.from_numpy(bits.view(signed)).clone().view(dtype)  # aligned as torch does it
 
 
 def run_kernel(function, dtype: torch.dtype, fmt: Format, device: str) -> dict[str, Result]:
-    """Call ``function(x, q, sf, floor)`` on poisoned results."""
-    q = poisoned_values(MN + EXTRA_ROWS, K, device)
+    """Call ``function(x, q, sf, fmt)`` on poisoned results."""
+    q = poisoned_values(MN + EXTRA_ROWS, K, device, fmt.dtype)
     sf = poisoned_scales(fmt, MN, K, device)
-    function(kernel_input(dtype).to(device), q, sf, scale_floor(fmt, MIN_SCALE))
+    function(kernel_input(dtype).to(device), q, sf, fmt)
     values = storage_bits(q).numpy().reshape(MN + EXTRA_ROWS, K)
     scales = storage_bits(sf).numpy().reshape(1, -1)
     return {"q": Result.of(values, 1, WHOLE_ROWS), "sf": Result.of(scales, 1, 1)}
@@ -130,10 +150,8 @@ class Gpu:
         return outputs.cpu().numpy().view(np.uint32)
 
     def kernel(self, dtype: torch.dtype, fmt: Format) -> dict[str, Result]:
-        function = compile.function(Quantize, ARCH, compile.ELEMENT_TYPES[dtype], fmt)
-
-        def call(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, floor: int | float) -> None:
-            function(x, q, sf, last_column_rows(sf), floor)
+        def call(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, fmt: Format) -> None:
+            quantize(x, **format_arguments(fmt), out=(q, sf))
             torch.cuda.synchronize()
 
         return run_kernel(call, dtype, fmt, "cuda")

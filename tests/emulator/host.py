@@ -32,10 +32,12 @@ DLPACK_TYPES = {
     torch.bfloat16: (4, 16),
     torch.float16: (2, 16),
     torch.float32: (2, 32),
+    torch.int8: (0, 8),
     torch.int32: (0, 32),
     torch.uint8: (1, 8),
     torch.float8_e4m3fn: (10, 8),
     torch.float8_e5m2: (12, 8),
+    torch.float8_e8m0fnu: (14, 8),
 }
 
 

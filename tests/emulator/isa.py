@@ -145,6 +145,18 @@ def mad_wide_signed(a, b, c):
     return mul_wide_signed(a, b) + c
 
 
+@operation("div.u32", "u32", "u32 u32")
+def div_unsigned(a, b):
+    """By zero the result is anything (9.7.1.8)."""
+    return a // np.maximum(b, 1)
+
+
+@operation("rem.u32", "u32", "u32 u32")
+def rem_unsigned(a, b):
+    """By zero the result is anything (9.7.1.9)."""
+    return a % np.maximum(b, 1)
+
+
 @operation("neg.{t}", "{t}", "{t}", t="s16 s32 s64")
 def neg(a):
     return -a
@@ -176,6 +188,15 @@ def bfe(a, position, length):
     position, length = position & np.uint32(0xFF), length & np.uint32(0xFF)
     field = (np.uint64(1) << np.minimum(length, 32).astype(np.uint64)) - np.uint64(1)
     return shift_right(a, position) & field.astype(np.uint32)
+
+
+@operation("bfi.b32", "b32", "b32 b32 u32 u32")
+def bfi(a, b, position, length):
+    """The low bits of `a` into `b`; bits past the word are dropped."""
+    position, length = position & np.uint32(0xFF), length & np.uint32(0xFF)
+    ones = (np.uint64(1) << np.minimum(length, 32).astype(np.uint64)) - np.uint64(1)
+    mask = shift_left(ones.astype(np.uint32), position)
+    return b & ~mask | shift_left(a, position) & mask
 
 
 # 9.7.3 Floating Point Instructions: f32 and f32x2, IEEE 754 with subnormals, round to nearest
@@ -219,6 +240,15 @@ def div_f32(a, b):
     return canonical(a / b)
 
 
+@operation("rcp.approx.ftz.f32", "f32", "f32")
+def rcp_approx_f32(a):
+    """Hardware may be an ulp off; a kernel's last bits have to come from what it does next."""
+    tiny = np.float32(2.0**-126)
+    flushed = np.where(np.abs(a) < tiny, np.copysign(np.float32(0), a), a)
+    result = canonical(np.float32(1.0) / flushed)
+    return np.where(np.abs(result) < tiny, np.copysign(np.float32(0), result), result)
+
+
 @operation("rcp.rn.f32", "f32", "f32")
 def rcp_f32(a):
     return canonical(np.float32(1.0) / a)
@@ -254,6 +284,17 @@ def max_nan_f32(a, b):
 @operation("min.NaN.f32", "f32", "f32 f32")
 def min_nan_f32(a, b):
     return canonical(np.where(choose(a, b, False) & ~np.isnan(b) | np.isnan(a), a, b))
+
+
+@operation("max.NaN.xorsign.abs.f32", "f32", "f32 f32")
+def max_magnitude_f32(a, b):
+    """The larger magnitude, under the product of the signs."""
+    x, y = np.abs(a), np.abs(b)
+    sign = (a.view(np.uint32) ^ b.view(np.uint32)) & np.uint32(0x80000000)
+    magnitude = np.where(choose(x, y, True), x, y).view(np.uint32) | sign
+    return np.where(np.isnan(a) | np.isnan(b), np.uint32(floats.F32.nan), magnitude).view(
+        np.float32
+    )
 
 
 # 9.7.4 Half Precision Floating Point Instructions: f16 and bf16, with subnormals; every NaN result
@@ -425,13 +466,10 @@ def mov(a):
 @operation("prmt.b32", "b32", "b32 b32 b32")
 def prmt(a, b, selector):
     both = (b.astype(np.uint64) << np.uint64(32) | a).view(np.uint8).reshape(-1, 8)
-    result = np.zeros((len(a), 4), np.uint8)
-    for i in range(4):
-        control = (selector >> np.uint32(4 * i) & 0xF).astype(np.intp)
-        byte = np.take_along_axis(both, (control & 7)[:, None], 1)[:, 0]
-        sign = np.where(byte & 0x80, 0xFF, 0).astype(np.uint8)
-        result[:, i] = np.where(control & 8, sign, byte)
-    return result.view(np.uint32)[:, 0]
+    control = (selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32)) & np.uint32(15)
+    byte = np.take_along_axis(both, (control & 7).astype(np.intp), 1)
+    sign = np.where(byte & 0x80, 0xFF, 0).astype(np.uint8)
+    return np.where(control & 8, sign, byte).view(np.uint32)[:, 0]
 
 
 @operation("cvt.{d}.{s}", "{d}", "{s}", resizes=True, d="u8 s8 " + INTEGERS, s="u8 s8 " + INTEGERS)
@@ -440,9 +478,25 @@ def cvt_integer(a, d):
     return a.astype(TYPES[d].dtype)
 
 
-@operation("cvt.rn.f32.{s}", "f32", "{s}", s=WORDS)
+@operation("cvt.rn.f32.{s}", "f32", "{s}", s="u8 s8 u16 s16 u32 s32", resizes=True)
 def cvt_integer_to_f32(a):
     return a.astype(np.float32)
+
+
+@operation("cvt.rni.s32.f32", "s32", "f32")
+def cvt_f32_to_s32(a):
+    """To nearest even, saturated (9.7.9.22); NaN becomes 0."""
+    limits = np.iinfo(np.int32)
+    rounded = np.rint(np.where(np.isnan(a), 0.0, a.astype(np.float64)))
+    return np.clip(rounded, limits.min, limits.max).astype(np.int32)
+
+
+@operation("cvt.pack.sat.s8.s32.b32", "b32", "s32 s32 b32")
+def cvt_pack_s8(a, b, c):
+    """The first operand goes above the second, both below the lower half of the third."""
+    upper, lower = (np.clip(v, -128, 127).astype(np.int8).view(np.uint8) for v in (a, b))
+    pair = upper.astype(np.uint32) << np.uint32(8) | lower
+    return c << np.uint32(16) | pair
 
 
 @operation("cvt.f32.f16", "f32", "f16")

@@ -6,7 +6,7 @@ an error, so their order does not matter.
 
 Every thread has its own program counter. Of those that can go on, the threads at the lowest one
 run, the others wait; they reconverge where the counters meet. A shuffle holds a thread back until
-the lanes it names have come (9.7.9 "shfl.sync"), or reports that they never will.
+the lanes it names have come (9.7.9 "shfl.sync"), or reports that they never will; so does a vote.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from tests.emulator import isa, ptx
-from tests.emulator.errors import Deadlock, EmulatorError, UndefinedValue, UnknownInstruction
+from tests.emulator.errors import (
+    Deadlock,
+    EmulatorError,
+    MemoryFault,
+    UndefinedValue,
+    UnknownInstruction,
+)
 from tests.emulator.memory import Memory
 
 WARP = 32
@@ -34,9 +40,16 @@ _HINTS = (
     r"(?:\.L2::evict_(?:normal|first|last))?(?P<policy>\.L2::cache_hint)?(?:\.L2::(?:64|128|256)B)?"
 )
 _SHAPE = r"(?:\.v(?P<count>[248]))?\.(?P<type>[bus](?:8|16|32|64)|f32|f64)"
-_LOAD = re.compile(rf"ld(?:\.weak)?(?P<space>\.param|\.global)?{_CACHE}(?:\.nc)?{_HINTS}{_SHAPE}")
-_STORE = re.compile(rf"st(?:\.weak)?(?:\.global)?{_CACHE}{_HINTS}{_SHAPE}")
+_LOAD = re.compile(
+    rf"ld(?:\.weak)?(?P<space>\.param|\.global|\.local)?{_CACHE}(?:\.nc)?{_HINTS}{_SHAPE}"
+)
+_STORE = re.compile(rf"st(?:\.weak)?(?P<space>\.global|\.local)?{_CACHE}{_HINTS}{_SHAPE}")
 _SHUFFLE = re.compile(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
+# Instructions that move bits of their first operands, which may be undefined: compilers fill
+# halves that nobody uses with anything.
+_MOVES = {f"mov.b{width}": 1 for width in (16, 32, 64)} | {"prmt.b32": 2, "bfi.b32": 2}
+_MOVES |= {f"cvt.u{to}.u{of}": 1 for to in (8, 16, 32) for of in (16, 32, 64)}
+_VOTE = re.compile(r"vote\.sync\.(?:(all|any|uni)\.pred|(ballot)\.b32)")
 
 
 class Program:
@@ -56,11 +69,17 @@ class Program:
             if match := _LOAD.fullmatch(opcode):
                 if match["space"] == ".param":
                     return _LoadParameter(instruction, match, self)
+                if match["space"] == ".local":
+                    return _LoadLocal(instruction, match)
                 return _Load(instruction, match)
-            if match := _STORE.fullmatch(opcode):
+            if (match := _STORE.fullmatch(opcode)) and match["space"] != ".param":
+                if match["space"] == ".local":
+                    return _StoreLocal(instruction, match)
                 return _Store(instruction, match)
             if match := _SHUFFLE.fullmatch(opcode):
                 return _Shuffle(instruction, match[1])
+            if match := _VOTE.fullmatch(opcode):
+                return _Vote(instruction, match[1] or match[2])
             if opcode in ("bra", "bra.uni"):
                 return _Branch(instruction, self.kernel)
             if opcode in ("ret", "exit"):
@@ -119,17 +138,23 @@ class _Compute(_Step):
             _check_width(source, type_, self.operation.resizes, vectors)
 
     def execute(self, batch: Batch, chosen: np.ndarray) -> None:
-        sources = [
-            batch.read(source, type_, chosen)
-            for source, type_ in zip(self.sources, self.operation.operands, strict=True)
-        ]
+        typed = list(zip(self.sources, self.operation.operands, strict=True))
+        undefined = None
+        if moves := _MOVES.get(self.instruction.opcode):
+            moved, rest = typed[:moves], [batch.read(s, t, chosen) for s, t in typed[moves:]]
+            if any(batch.is_undefined(source) for source, _ in moved):
+                bits = [batch.undefined_bits(s, t) for s, t in moved]
+                undefined = self.operation.compute(*bits, *rest)
+            sources = [*(batch.read(s, t, batch.nobody) for s, t in moved), *rest]
+        else:
+            sources = [batch.read(s, t, chosen) for s, t in typed]
         result = self.operation.compute(*sources)
         if isinstance(self.target, ptx.Pair):
             # 9.7.6 "setp": the second result is the complement.
             batch.write(self.target.first, result, chosen)
             batch.write(self.target.second, ~result, chosen)
         else:
-            batch.write(self.target, result, chosen)
+            batch.write(self.target, result, chosen, undefined)
 
 
 def _check_width(operand: object, type_: str, resizes: bool, vectors: bool) -> None:
@@ -144,6 +169,8 @@ def _check_width(operand: object, type_: str, resizes: bool, vectors: bool) -> N
         fits = operand.width == width or (resizes and operand.width > width)
     elif isinstance(operand, ptx.Special):
         fits = width == 32
+    elif isinstance(operand, ptx.Symbol):
+        fits = vectors and width == 64
     elif isinstance(operand, ptx.Vector):
         part = f"b{width // len(operand.elements)}"
         fits = vectors and part in isa.TYPES
@@ -194,6 +221,11 @@ class _Access(_Step):
             result[at] = element
             batch.write(value, result, chosen)
 
+    def pack(self, batch: Batch, at: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Rows of bytes from the registers of the threads `at`."""
+        elements = [batch.read(v, self.type, chosen)[at] for v in self.values]
+        return np.stack(elements, 1).view(np.uint8)
+
 
 class _Load(_Access):
     def __init__(self, instruction: ptx.Instruction, match: re.Match):
@@ -234,21 +266,55 @@ class _Store(_Access):
 
     def execute(self, batch: Batch, chosen: np.ndarray) -> None:
         at, addresses = self.addresses(batch, chosen)
-        elements = [batch.read(v, self.type, chosen)[at] for v in self.values]
-        data = np.stack(elements, 1).view(np.uint8)  # (threads, bytes)
+        data = self.pack(batch, at, chosen)
         batch.memory.store(addresses, data, batch.numbers[at], lambda i: batch.describe(at[i]))
 
 
-class _Shuffle(_Step):
-    """9.7.9 "shfl.sync"."""
+class _Local(_Access):
+    """6.4.1 "Addresses" of a thread's own memory, which count from its first variable."""
 
-    def __init__(self, instruction: ptx.Instruction, mode: str):
-        super().__init__(instruction)
-        self.mode = mode
-        self.target, self.value, *self.controls = self.operands(5)
-        result = self.target.first if isinstance(self.target, ptx.Pair) else self.target
-        for operand in (result, self.value, *self.controls):
-            _check_width(operand, "b32", False, False)
+    def places(self, batch: Batch, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The threads, and the bytes that each accesses."""
+        at = np.flatnonzero(chosen)
+        width = self.count * self.size
+        first = batch.read(self.address.base, "u64", chosen)[at].astype(np.int64)
+        first += self.address.offset
+        wrong = (first < 0) | (first + width > batch.local.shape[1]) | (first % width != 0)
+        if wrong.any():
+            bad = int(np.argmax(wrong))
+            raise MemoryFault(f"{batch.describe(at[bad])}: access of {width} bytes to local memory")
+        return at, first[:, None] + np.arange(width)
+
+
+class _LoadLocal(_Local):
+    def __init__(self, instruction: ptx.Instruction, match: re.Match):
+        super().__init__(instruction, match, address=1, value=0)
+        self.check_base()
+
+    def execute(self, batch: Batch, chosen: np.ndarray) -> None:
+        at, places = self.places(batch, chosen)
+        undefined = ~batch.local_written[at[:, None], places].all(1)
+        if undefined.any():
+            bad = at[np.argmax(undefined)]
+            raise MemoryFault(f"{batch.describe(bad)}: load of local bytes that nobody wrote")
+        self.unpack(batch, batch.local[at[:, None], places], at, chosen)
+
+
+class _StoreLocal(_Local):
+    def __init__(self, instruction: ptx.Instruction, match: re.Match):
+        super().__init__(instruction, match, address=0, value=1)
+        self.check_base()
+
+    def execute(self, batch: Batch, chosen: np.ndarray) -> None:
+        at, places = self.places(batch, chosen)
+        batch.local[at[:, None], places] = self.pack(batch, at, chosen)
+        batch.local_written[at[:, None], places] = True
+
+
+class _Collective(_Step):
+    """What lanes of a warp do together: whoever comes waits for all that its membermask names."""
+
+    members: object
 
     def follow(self, batch: Batch, pc: int, active: np.ndarray, chosen: np.ndarray) -> None:
         batch.arrive(pc + 1, active & ~batch.held)
@@ -257,9 +323,7 @@ class _Shuffle(_Step):
             batch.held = batch.nobody
 
     def execute(self, batch: Batch, chosen: np.ndarray) -> None:
-        index, clamp, members = (
-            batch.read(operand, "b32", chosen).reshape(-1, WARP) for operand in self.controls
-        )
+        members = batch.read(self.members, "b32", chosen).reshape(-1, WARP)
         lane = np.arange(WARP, dtype=np.uint32)
         executing = chosen.reshape(-1, WARP)
         is_member = (members[:, :, None] >> lane & 1).astype(bool)  # (warp, thread, lane)
@@ -272,9 +336,34 @@ class _Shuffle(_Step):
         missing = is_member & ~batch.exited.reshape(-1, WARP)[:, None, :] & ~come
         batch.held = chosen & missing.any(2).ravel()
         chosen = chosen & ~batch.held
-        if not chosen.any():
-            return
+        if chosen.any():
+            self.exchange(batch, chosen, come & is_member)
 
+    def exchange(self, batch: Batch, chosen: np.ndarray, takes_part: np.ndarray) -> None:
+        """Give the `chosen` threads their results.
+
+        Args:
+            takes_part: (warp, thread, lane), with which lanes each thread is together.
+        """
+        raise NotImplementedError
+
+
+class _Shuffle(_Collective):
+    """9.7.9 "shfl.sync"."""
+
+    def __init__(self, instruction: ptx.Instruction, mode: str):
+        super().__init__(instruction)
+        self.mode = mode
+        self.target, self.value, *self.controls, self.members = self.operands(5)
+        result = self.target.first if isinstance(self.target, ptx.Pair) else self.target
+        for operand in (result, self.value, *self.controls, self.members):
+            _check_width(operand, "b32", False, False)
+
+    def exchange(self, batch: Batch, chosen: np.ndarray, takes_part: np.ndarray) -> None:
+        index, clamp = (
+            batch.read(operand, "b32", chosen).reshape(-1, WARP) for operand in self.controls
+        )
+        lane = np.arange(WARP, dtype=np.uint32)
         value = batch.read(self.value, "b32", chosen).reshape(-1, WARP)
         segment = clamp >> np.uint32(8) & 31
         last = (lane & segment) | (clamp & 31 & ~segment)
@@ -293,12 +382,38 @@ class _Shuffle(_Step):
         source = np.where(inside, source, lane).astype(np.intp)
         result = np.take_along_axis(value, source, 1).ravel()
         # What an inactive lane holds is undefined, and an error once something uses it.
-        defined = np.take_along_axis(come & is_member, source[:, :, None], 2).ravel()
+        defined = np.take_along_axis(takes_part, source[:, :, None], 2).ravel()
+        undefined = np.where(defined, np.uint32(0), ~np.uint32(0))
         target = self.target
         if isinstance(target, ptx.Pair):
             batch.write(target.second, inside.ravel(), chosen)
             target = target.first
-        batch.write(target, result, chosen, defined)
+        batch.write(target, result, chosen, undefined)
+
+
+class _Vote(_Collective):
+    """9.7.13 "vote.sync"."""
+
+    def __init__(self, instruction: ptx.Instruction, mode: str):
+        super().__init__(instruction)
+        self.mode = mode
+        self.target, self.value, self.members = self.operands(3)
+        _check_width(self.target, "b32" if mode == "ballot" else "pred", False, False)
+        _check_width(self.value, "pred", False, False)
+        _check_width(self.members, "b32", False, False)
+
+    def exchange(self, batch: Batch, chosen: np.ndarray, takes_part: np.ndarray) -> None:
+        value = batch.read(self.value, "pred", chosen).reshape(-1, 1, WARP)
+        agrees, differs = value & takes_part, ~value & takes_part
+        if self.mode == "ballot":
+            result = np.packbits(agrees, axis=2, bitorder="little").view(np.uint32)
+        elif self.mode == "any":
+            result = agrees.any(2)
+        elif self.mode == "all":
+            result = ~differs.any(2)
+        else:
+            result = ~(agrees.any(2) & differs.any(2))
+        batch.write(self.target, result.ravel(), chosen)
 
 
 class _Branch(_Step):
@@ -322,7 +437,7 @@ class _Exit(_Step):
     def follow(self, batch: Batch, pc: int, active: np.ndarray, chosen: np.ndarray) -> None:
         batch.exited = batch.exited | chosen
         batch.arrive(pc + 1, active & ~chosen)
-        # Shuffles no longer wait for those that left.
+        # Nobody waits any longer for those that left.
         for place, mask in batch.parked.items():
             batch.ready[place] = mask
         batch.parked = {}
@@ -365,10 +480,12 @@ class Batch:
         }
         self.special["%laneid"] = (in_block % WARP).astype(np.uint32)
         self.special["%warpid"] = (in_block // WARP).astype(np.uint32)
+        size = (self.size, program.kernel.local_size)
+        self.local, self.local_written = np.zeros(size, np.uint8), np.zeros(size, bool)
         self.registers: dict[str, np.ndarray] = {}
-        self.undefined: dict[str, np.ndarray] = {}  # masks, of registers not defined everywhere
+        self.undefined: dict[str, np.ndarray] = {}  # bits, of registers not wholly defined
         self.ready: dict[int, np.ndarray] = {0: self.everyone}  # program counter -> threads
-        self.parked: dict[int, np.ndarray] = {}  # threads that a shuffle holds back
+        self.parked: dict[int, np.ndarray] = {}  # threads that wait for lanes
         self.held = self.nobody
         self.exited = ~self.everyone
         self.waited = self.nobody if program.waits else self.everyone
@@ -413,12 +530,14 @@ class Batch:
         dtype, width = isa.TYPES[type_]
         unsigned = UNSIGNED[width]
         if isinstance(operand, ptx.Register):
+            if self.is_undefined(operand):
+                bad = self.undefined_bits(operand, type_).astype(bool) & chosen
+                if bad.any():
+                    at = int(np.flatnonzero(bad)[0])
+                    raise UndefinedValue(f"{self.describe(at)}: {operand.name} is undefined")
             bits = self.registers.get(operand.name)
-            undefined = self.undefined.get(operand.name)
-            if bits is None or (undefined is not None and (undefined & chosen).any()):
-                bad = chosen if bits is None else undefined & chosen
-                at = int(np.flatnonzero(bad)[0])
-                raise UndefinedValue(f"{self.describe(at)}: {operand.name} is undefined")
+            if bits is None:
+                bits = np.zeros(self.size, unsigned)
             bits = bits if operand.width == width else bits.astype(unsigned)
             return ~bits if operand.negated else bits.view(dtype)
         if isinstance(operand, ptx.Immediate):
@@ -426,27 +545,60 @@ class Batch:
             return np.full(self.size, operand.value & mask, unsigned).view(dtype)
         if isinstance(operand, ptx.Special):
             return self.special[operand.name].view(dtype)
+        if isinstance(operand, ptx.Symbol) and operand.name in self.program.kernel.local:
+            return np.full(self.size, self.program.kernel.local[operand.name], unsigned).view(dtype)
         if isinstance(operand, ptx.Vector):  # 9.7.9 "mov": packs, low elements first
             part = width // len(operand.elements)
             elements = [self.read(e, f"b{part}", chosen) for e in operand.elements]
             return np.stack(elements, 1).view(unsigned)[:, 0].view(dtype)
         raise UnknownInstruction(f"{self.describe(0)}: operand {operand}")
 
+    def is_undefined(self, operand: object) -> bool:
+        """Whether some thread has some bit of it undefined."""
+        if isinstance(operand, ptx.Vector):
+            return any(self.is_undefined(element) for element in operand.elements)
+        return isinstance(operand, ptx.Register) and (
+            operand.name not in self.registers or operand.name in self.undefined
+        )
+
+    def undefined_bits(self, operand: object, type_: str) -> np.ndarray:
+        """Ones for those bits of what `read` returns that nothing defined."""
+        width = isa.TYPES[type_].width
+        unsigned = UNSIGNED[width]
+        if isinstance(operand, ptx.Register):
+            if operand.name not in self.registers:
+                return np.full(self.size, ~unsigned(0))
+            undefined = self.undefined.get(operand.name)
+            if undefined is not None:
+                return undefined.astype(unsigned)
+        elif isinstance(operand, ptx.Vector):
+            part = f"b{width // len(operand.elements)}"
+            elements = [self.undefined_bits(e, part) for e in operand.elements]
+            return np.stack(elements, 1).view(unsigned)[:, 0]
+        return np.zeros(self.size, unsigned)
+
     def write(
         self,
         operand: object,
         values: np.ndarray,
         chosen: np.ndarray,
-        defined: np.ndarray | None = None,
+        undefined: np.ndarray | None = None,
     ) -> None:
-        """Give the `chosen` threads their elements of `values`, where these are `defined`."""
+        """Give the `chosen` threads their elements of `values`.
+
+        Args:
+            undefined: ones for those bits of `values` that are not defined; none by default.
+        """
         if isinstance(operand, ptx.Sink):
             return
         if isinstance(operand, ptx.Vector):  # 9.7.9 "mov": unpacks
             width = 8 * values.itemsize // len(operand.elements)
-            parts = values.view(UNSIGNED[width]).reshape(self.size, -1)
-            for element, part in zip(operand.elements, parts.T, strict=True):
-                self.write(element, np.ascontiguousarray(part), chosen)
+            for i, element in enumerate(operand.elements):
+                parts = [
+                    None if v is None else v.view(UNSIGNED[width]).reshape(self.size, -1)[:, i]
+                    for v in (values, undefined)
+                ]
+                self.write(element, np.ascontiguousarray(parts[0]), chosen, parts[1])
             return
         if not isinstance(operand, ptx.Register):
             raise UnknownInstruction(f"{self.describe(0)}: result to {operand}")
@@ -457,18 +609,17 @@ class Batch:
             values = values.astype(SIGNED[operand.width] if is_signed else unsigned)
         bits = values.view(unsigned)
         name = operand.name
-        if chosen is self.everyone and defined is None:
+        if chosen is self.everyone and undefined is None:
             self.registers[name] = bits
             self.undefined.pop(name, None)
             return
-        undefined = ~chosen if defined is None else ~(chosen & defined)
+        type_ = "pred" if operand.width == ptx.PREDICATE else f"b{operand.width}"
+        undefined = unsigned(0) if undefined is None else undefined.astype(unsigned)
+        undefined = np.where(chosen, undefined, self.undefined_bits(operand, type_))
         before = self.registers.get(name)
-        if before is not None:
-            bits = np.where(chosen, bits, before)
-            undefined = np.where(chosen, undefined, self.undefined.get(name, self.nobody))
-        self.registers[name] = bits
+        self.registers[name] = bits if before is None else np.where(chosen, bits, before)
         self.undefined.pop(name, None)
-        if (undefined & self.everyone).any():
+        if undefined[self.everyone].any():
             self.undefined[name] = undefined
 
     def index(self, block: tuple[int, int, int], thread: tuple[int, int, int]) -> int | None:

@@ -20,11 +20,16 @@ CHUNK = 512  # inputs of one checksum
 COUNT = 16 * CHUNK
 PATTERNS = 1 << 16
 
+APPROXIMATE = re.compile(r".*\.approx\..*")
+"""Instructions whose last bits are the hardware's own."""
+
 # Needs sm_100: PTX ISA 9.7.3 (f32x2) and 9.7.5. These are two scalar operations, or a widening and
 # a scalar one, which are probed.
 SM100_ONLY = re.compile(r".*\.f32x2|(?:fma\.rn|add|add\.rn)\.f32\.b?f16")
 # Operands that must be constants.
 _CONSTANTS = {"lop3.b32": {3: "0x1D"}}
+# Operands for which results are defined where they are not 0.
+_NOT_ZERO = {"div.u32": 1, "rem.u32": 1}
 _SHUFFLE_CONTROLS = (0x1F, 0x00, 0x181F, 0x1800, 0x101F, 0x1C07)
 
 
@@ -125,6 +130,9 @@ def _instruction(opcode: str, name: str, inputs: np.ndarray) -> Probe:
     """A probe of an instruction of the table: operands from the words in turn, 64 bits from two."""
     operation = isa.OPERATIONS[opcode]
     lines, names = [], []
+    if opcode in _NOT_ZERO:
+        divisor = f"%a{_NOT_ZERO[opcode]}"
+        lines.append(f"max.u32 {divisor}, {divisor}, 1;")
     for i, type_ in enumerate(operation.operands):
         width = isa.TYPES[type_].width
         constant = _CONSTANTS.get(opcode, {}).get(i)
@@ -176,6 +184,23 @@ JOINED:
     return [*result, _probe("shfl_divergent", body, operands("shuffle divergent"))]
 
 
+def _votes() -> Probe:
+    """Of warps whose lanes agree on either answer, and of those that do not."""
+    inputs = operands("vote")
+    thresholds = np.array([0, 32, 1, 16, 31], np.uint32)
+    inputs[:, 1] = thresholds[np.arange(COUNT) // 32 % len(thresholds)]
+    body = """and.b32 %n, %a0, 31;
+    setp.lt.u32 %p0, %n, %a1;
+    vote.sync.ballot.b32 %d0, %p0, -1;
+    vote.sync.any.pred %p1, %p0, -1;
+    vote.sync.all.pred %p2, %p0, -1;
+    vote.sync.uni.pred %p3, %p0, -1;
+    selp.b32 %d1, 1, 0, %p1;
+    @%p2 or.b32 %d1, %d1, 2;
+    @%p3 or.b32 %d1, %d1, 4;"""
+    return _probe("vote", body, inputs)
+
+
 def _loop() -> Probe:
     """Threads that leave a loop at different times and meet behind it."""
     body = """and.b32 %n, %a1, 15;
@@ -193,9 +218,9 @@ DONE:
 
 def probes() -> list[Probe]:
     """All of them; every pattern of 16 bits for conversions of floats, max and min."""
-    result = [*_shuffles(), _loop()]
+    result = [*_shuffles(), _votes(), _loop()]
     for opcode, operation in isa.OPERATIONS.items():
-        if SM100_ONLY.fullmatch(opcode):
+        if SM100_ONLY.fullmatch(opcode) or APPROXIMATE.fullmatch(opcode):
             continue
         name = re.sub(r"\W", "_", opcode)
         result.append(_instruction(opcode, name, operands(opcode)))

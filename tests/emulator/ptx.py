@@ -97,6 +97,8 @@ class Kernel:
     block: tuple[int, int, int] | None  # .reqntid
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    local: dict[str, int] = field(default_factory=dict)  # variable of a thread -> its offset
+    local_size: int = 0
 
 
 def parse(text: str) -> dict[str, Kernel]:
@@ -171,6 +173,8 @@ class _Body:
     def _statement(self, text: str, line: int) -> None:
         if text.startswith(".reg "):
             self._declare(text)
+        elif text.startswith(".local "):
+            self._declare_local(text)
         elif text.startswith(".pragma "):
             pass  # PTX ISA 11.4: pragmas are hints and leave semantics alone
         else:
@@ -183,6 +187,15 @@ class _Body:
             shown = text.replace(f"{self.kernel.name}_param", "param")
             instruction = Instruction(match[3], operands, guard, line, shown)
             self.kernel.instructions.append(instruction)
+
+    def _declare_local(self, text: str) -> None:
+        match = re.fullmatch(r"\.local \.align (\d+) \.b8 ([\w$]+)\[(\d+)\]", text)
+        if match is None:
+            raise EmulatorError(f"{self.kernel.name}: declaration not understood: {text!r}")
+        alignment, size = int(match[1]), int(match[3])
+        offset = -(-self.kernel.local_size // alignment) * alignment
+        self.kernel.local[match[2]] = offset
+        self.kernel.local_size = offset + size
 
     def _declare(self, text: str) -> None:
         match = re.fullmatch(r"\.reg \.(\w+) (.*)", text)

@@ -1,67 +1,190 @@
-"""The quantizer's kernels under the emulator: compiled once, launched on CPU tensors."""
+"""The package on an emulated GPU: its own calls choose, compile and launch kernels on CPU tensors.
+
+`cute_quant.execution` runs as it is. It is told of an architecture, and that a tensor is on a GPU;
+what it gets for a compiled function launches the kernel in the emulator.
+"""
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import inspect
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from cute_quant import compile
-from cute_quant.formats import Format, last_column_rows
-from cute_quant.kernels.quantize import Quantize
+from cute_quant import compile, execution
+from cute_quant.formats import DEFAULT_MIN_SCALE, LOAD_BYTES, Format
+from cute_quant.kernels import dequantize, launch, quantize
+from cute_quant.rows import Rows
 from tests.emulator import machine, ptx
+from tests.emulator.errors import EmulatorError
 from tests.emulator.host import DeviceTensor, HostFunction
 from tests.emulator.memory import Memory
+
+H100_SMS = 132
 
 
 class Kernel:
     """One kernel, compiled for one architecture.
 
     Attributes:
+        choices: of the kernel's class.
         text: its PTX.
         program: what runs; put another one here to plant an error.
+        names: of its tensors, as the kernel has them.
     """
 
-    def __init__(self, dtype: torch.dtype, fmt: Format, arch: str, directory: Path, *shape: int):
-        """`directory` takes what the DSL dumps and must be this kernel's own; `shape` is as
-        ``launch.shape`` gives it."""
+    def __init__(self, kernel_class: type, arch: str, choices: tuple, directory: Path):
+        """`directory` takes what the DSL dumps and must be this kernel's own."""
         options = ("--keep-ptx", "--keep-cubin", f"--dump-dir {directory}")
-        self.fmt = fmt
-        self.rows_per_thread = shape[0] if shape else 1
-        self.directory = directory
-        self.compiled = compile.build(
-            Quantize(compile.ELEMENT_TYPES[dtype], fmt, *shape), arch, *options
-        )
-        self.text = self.compiled.__ptx__
+        compiled = compile.build(kernel_class(*choices), arch, *options)
+        self.choices = choices
+        self.text = compiled.__ptx__
         self.program = load(self.text)
-
-    @functools.cached_property
-    def host(self) -> HostFunction:
-        return HostFunction(self.compiled, self.directory)
+        self.names = list(inspect.signature(kernel_class.__call__).parameters)[1:]
+        self.host = HostFunction(compiled, directory)
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        q: torch.Tensor,
-        sf: torch.Tensor,
-        floor: int | float,
-        **options: Any,
+        self, *operands: Any, inputs: tuple[torch.Tensor | None, ...], **options: Any
     ) -> None:
-        """Quantize `x` into `q` and `sf`, through the host code.
+        """Launch through the host code.
 
         Args:
-            floor: ``formats.scale_floor``.
+            operands: of the compiled function.
+            inputs: what holds values, under any view; other memory does not.
             options: of ``machine.run``.
         """
         memory = Memory()
-        tensors = {"x": x, "q": q, "sf": sf}
-        addresses = {name: memory.add(name, t, name == "x") for name, t in tensors.items()}
-        on_device = [DeviceTensor(t, addresses[name]) for name, t in tensors.items()]
-        self.host(self.program, memory, *on_device, last_column_rows(sf), floor, **options)
+        written = {t.untyped_storage().data_ptr() for t in inputs if t is not None}
+        on_device = []
+        for name, operand in zip(self.names, operands, strict=False):  # the stream comes by itself
+            if isinstance(operand, torch.Tensor):
+                storage = operand.untyped_storage().data_ptr()
+                address = memory.add(name, operand, storage in written)
+                if (address - operand.data_ptr()) % LOAD_BYTES:
+                    raise EmulatorError(f"{name}: aligned otherwise than on the host")
+                operand = DeviceTensor(operand, address)
+            on_device.append(operand)
+        self.host(self.program, memory, *on_device, **options)
 
 
 def load(text: str) -> machine.Program:
     (kernel,) = ptx.parse(text).values()
     return machine.Program(kernel)
+
+
+class Kernels:
+    """All that were compiled, each once."""
+
+    def __init__(self, new_directory: Callable[[], Path]):
+        self._new_directory = new_directory
+        self._kernels: dict[Hashable, Kernel] = {}
+
+    def get(self, kernel_class: type, arch: str, *choices: Hashable) -> Kernel:
+        # The limit is a constant of the code.
+        key = (kernel_class, arch, choices, launch.MAX_GRID_Y)
+        if key not in self._kernels:
+            self._kernels[key] = Kernel(kernel_class, arch, choices, self._new_directory())
+        return self._kernels[key]
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = True
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+class Gpu:
+    """What calls are told of the GPU, and what they did.
+
+    Attributes:
+        sms: its multiprocessors.
+        rows_per_thread: of launches where there is a choice.
+        max_grid: blocks that a dimension of a grid counts, but for the first.
+        launched: the kernels, in order.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        arch: str,
+        rows_per_thread: int = 1,
+        sms: int = H100_SMS,
+        max_grid: int = launch.MAX_GRID_Y,
+    ):
+        self.kernels = kernels
+        self.arch = arch
+        self.rows_per_thread = rows_per_thread
+        self.sms = sms
+        self.max_grid = max_grid
+        self.launched: list[Kernel] = []
+
+    def quantize(
+        self,
+        x: torch.Tensor,
+        q: torch.Tensor | None,
+        sf: torch.Tensor | None,
+        fmt: Format,
+        rows: Rows | None = None,
+        index: torch.Tensor | None = None,
+        min_scale: float = DEFAULT_MIN_SCALE,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``cute_quant.quantize`` into `q` and `sf`; `options` are those of ``machine.run``."""
+        counts = None if rows is None else rows.data
+        with self._present((x, counts, index), options):
+            choices = _choices(fmt, min_scale)
+            return execution.quantize(x.as_subclass(OnGpu), q, sf, choices, rows, index)
+
+    def fake_quantize(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        fmt: Format,
+        min_scale: float = DEFAULT_MIN_SCALE,
+        **options: Any,
+    ) -> torch.Tensor:
+        """``cute_quant.fake_quantize`` into `out`."""
+        with self._present((x,), options):
+            return execution.fake_quantize(x.as_subclass(OnGpu), out, _choices(fmt, min_scale))
+
+    def dequantize(
+        self, q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype, **options: Any
+    ) -> torch.Tensor:
+        """``cute_quant.dequantize``."""
+        with self._present((q, sf), options):
+            return execution.dequantize(q.as_subclass(OnGpu), sf, fmt.group_size, dtype)
+
+    @contextlib.contextmanager
+    def _present(self, inputs: tuple, options: dict[str, Any]) -> Iterator[None]:
+        def function(kernel_class: type, arch: str, *choices: Hashable) -> Callable[..., None]:
+            def run(*operands: Any) -> None:
+                self.launched.append(kernel)
+                kernel(*operands, inputs=inputs, **options)
+
+            kernel = self.kernels.get(kernel_class, arch, *choices)
+            return run
+
+        limits = {"MAX_GRID_Y": self.max_grid, "MAX_GRID_Z": self.max_grid}
+        two_rows_from = 0 if self.rows_per_thread == 2 else torch.inf
+        with (
+            mock.patch.multiple(
+                compile,
+                architecture=lambda device: self.arch,
+                multiprocessors=lambda device: self.sms,
+                function=function,
+            ),
+            mock.patch.multiple(launch, TWO_ROWS_FROM=two_rows_from, **limits),
+            mock.patch.multiple(quantize, **limits),
+            mock.patch.multiple(dequantize, **limits),
+            mock.patch.object(execution, "_plans", {}),
+        ):
+            yield
+
+
+def _choices(fmt: Format, min_scale: float) -> tuple:
+    return fmt.group_size, fmt.scale_format, fmt.dtype, fmt.round_scale, min_scale

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from cute_quant.formats import VALUE_DTYPE, last_column_rows
-from tests.emulator.cases import poisoned_rows, special_groups
+from cute_quant.kernels.quantize import Quantize
+from cute_quant.kernels.types import ELEMENT_TYPES
+from tests.emulator.cases import special_groups
 from tests.emulator.errors import MemoryFault
-from tests.emulator.host import C_COMPILER, DeviceTensor
+from tests.emulator.host import DeviceTensor
 from tests.emulator.memory import Memory
-from tests.helpers import UE8M0, poisoned_scales
+from tests.emulator.quantizer import Gpu
+from tests.helpers import UE8M0, poisoned_scales, poisoned_values
 
-pytestmark = pytest.mark.skipif(
-    C_COMPILER is None, reason="no C compiler to link the host code with; launched directly instead"
-)
 BF16 = torch.bfloat16
 
 
@@ -24,25 +24,27 @@ class Call:
         self.memory = Memory()
         self.tensors = {
             "x": special_groups(mn, k, BF16, seed=1),
-            "q": poisoned_rows(mn + extra_rows, k, k),
-            "sf": poisoned_scales(kernel.fmt, mn, k, "cpu"),
+            "q": poisoned_values(mn + extra_rows, k, "cpu"),
+            "sf": poisoned_scales(UE8M0, mn, k, "cpu"),
         }
         self.devices = dict.fromkeys(self.tensors, 0)
 
-    def __call__(self, last_rows=None, floor=94, **options):
+    def __call__(self, missing_rows=None, **options):
         self.addresses = {n: self.memory.add(n, t, n == "x") for n, t in self.tensors.items()}
-        self.run_at(self.addresses, last_rows, floor, **options)
+        self.run_at(self.addresses, missing_rows, **options)
 
-    def run_at(self, addresses, last_rows=None, floor=94, **options):
+    def run_at(self, addresses, missing_rows=None, **options):
         tensors = [DeviceTensor(t, addresses[n], self.devices[n]) for n, t in self.tensors.items()]
-        last_rows = last_column_rows(self.tensors["sf"]) if last_rows is None else last_rows
+        if missing_rows is None:
+            sf = self.tensors["sf"]
+            missing_rows = UE8M0.scale_rows(sf.shape[0]) - last_column_rows(sf)
         program, host = self.kernel.program, self.kernel.host
-        host(program, self.memory, *tensors, last_rows, floor, **options)
+        host(program, self.memory, *tensors, None, None, missing_rows, 1, 1, 94, **options)
 
 
 @pytest.fixture
-def call(kernel_of):
-    return Call(kernel_of(BF16, UE8M0, "sm_100a"))
+def call(kernels):
+    return Call(kernels.get(Quantize, "sm_100a", ELEMENT_TYPES[BF16], UE8M0))
 
 
 def test_stream_and_device(call):
@@ -60,13 +62,13 @@ def test_stream_and_device(call):
     ("mn", "groups", "extra", "warps"),
     [(1, 1, 0, 1), (4, 4, 0, 4), (5, 5, 3, 8), (33, 9, 31, 64), (33, 9, 0, 36), (17, 8, 1, 20)],
 )
-def test_grid(kernel_of, rows_per_thread, mn, groups, extra, warps):
+def test_grid(kernels, rows_per_thread, mn, groups, extra, warps):
     """`warps`: rows to write, those that pad the scales or q included."""
-    kernel = kernel_of(BF16, UE8M0, "sm_100a", rows_per_thread)
-    x = special_groups(mn, 128 * groups, BF16, seed=0)
-    q = poisoned_rows(mn + extra, 128 * groups, 128 * groups)
-    kernel(x, q, poisoned_scales(UE8M0, mn, 128 * groups, "cpu", last_padding=False), 94)
-    launch = kernel.host.launches[-1]
+    gpu = Gpu(kernels, "sm_100a", rows_per_thread)
+    k = 128 * groups
+    x, q = special_groups(mn, k, BF16, seed=0), poisoned_values(mn + extra, k, "cpu")
+    gpu.quantize(x, q, poisoned_scales(UE8M0, mn, k, "cpu", last_padding=False), UE8M0)
+    launch = gpu.launched[-1].host.launches[-1]
     assert launch.block == (32, 4, 1)
     assert launch.grid == (-(-groups // 4), -(-warps // (4 * rows_per_thread)), 1)
 
@@ -75,7 +77,7 @@ def test_grid(kernel_of, rows_per_thread, mn, groups, extra, warps):
     ("name", "spoil", "message"),
     [
         ("x", lambda t: t.half(), "dtype=bfloat16"),
-        ("x", lambda t: t[:, :64], "divisible by 128|shape"),
+        ("x", lambda t: t[:, :72], "divisible by 16|shape"),
         ("x", lambda t: t.t(), "stride|shape|divisible"),
         ("x", lambda t: t[0], "ndim=2"),
         ("q", lambda t: t[:, :512], "shape"),
@@ -91,7 +93,7 @@ def test_arguments_are_checked(call, name, spoil, message):
 
 
 def test_number_of_arguments(call):
-    with pytest.raises(TypeError, match="Expects 5 parameters"):
+    with pytest.raises(TypeError, match="Expects 9 parameters"):
         call.kernel.host(call.kernel.program, call.memory, 1, 2)
 
 
@@ -113,7 +115,7 @@ def test_errors_of_the_kernel_come_through_the_host_code(call):
     """A count of rows that the storage does not have."""
     call.tensors["sf"] = poisoned_scales(UE8M0, 5, 640, "cpu", last_padding=False)
     with pytest.raises(MemoryFault, match="past the end of 'sf'"):
-        call(last_rows=8)
+        call(missing_rows=0)
     call.memory = Memory()
     call()
 

@@ -239,6 +239,38 @@ def test_integers(a, b, c):
     assert bits(compute("prmt.b32", x, y, word(c & 0x7777))) == int.from_bytes(selected, "little")
 
 
+@given(words, words, words)
+@settings(max_examples=200, deadline=None)
+def test_integer_division_and_fields(a, b, c):
+    x, y = word(a), word(b)
+    assert bits(compute("div.u32", x, word(b or 1))) == a // (b or 1)
+    assert bits(compute("rem.u32", x, word(b or 1))) == a % (b or 1)
+    position, length = c & 31, b & 31
+    mask = ((1 << length) - 1 << position) & 0xFFFFFFFF
+    result = bits(compute("bfi.b32", x, y, word(position), word(length)))
+    assert result == b & ~mask | a << position & mask
+
+
+@given(words, words)
+@settings(max_examples=300, deadline=None)
+def test_max_of_magnitudes(a, b):
+    result = bits(compute("max.NaN.xorsign.abs.f32", word(a), word(b)))
+    magnitudes = a & 0x7FFFFFFF, b & 0x7FFFFFFF
+    if max(magnitudes) > 0x7F800000:
+        assert result == 0x7FFFFFFF
+    else:
+        assert result == max(magnitudes) | (a ^ b) & 0x80000000
+
+
+def test_rounding_to_integers():
+    values = np.array([0.5, 1.5, -2.5, 126.5, np.nan, np.inf, -np.inf, 3e9, -0.0], np.float32)
+    result = compute("cvt.rni.s32.f32", values)
+    assert result.tolist() == [0, 2, -2, 126, 0, 2**31 - 1, -(2**31), 2**31 - 1, 0]
+    upper, lower = np.array([300, -1, 5], np.int32), np.array([-300, 127, -128], np.int32)
+    packed = compute("cvt.pack.sat.s8.s32.b32", upper, lower, np.full(3, 0xABCD1234, np.uint32))
+    assert packed.tolist() == [0x12347F80, 0x1234FF7F, 0x12340580]
+
+
 def test_comparisons_with_nan():
     nan, one = word(0x7FC00000), word(0x3F800000)
     for name, ordered, unordered in (

@@ -132,6 +132,36 @@ def test_shuffle_modes_and_segments():
         assert run(body) == expected, mode
 
 
+def test_votes():
+    agree = f"""{LANE} and.b32 %r2, %r0, 8; setp.ne.b32 %p0, %r2, 0;"""
+    assert (
+        run(f"{agree} vote.sync.ballot.b32 %r1, %p0, -1; {STORE} ret;") == [0xFF00FF00 - 2**32] * 32
+    )
+    for mode, expected in (("any", 1), ("all", 0), ("uni", 0)):
+        body = f"{agree} vote.sync.{mode}.pred %p1, %p0, -1; selp.b32 %r1, 1, 0, %p1; {STORE} ret;"
+        assert run(body) == [expected] * 32, mode
+    body = f"""{LANE} setp.eq.b32 %p0, %r0, 5; @%p0 bra OUT;
+        vote.sync.ballot.b32 %r1, %p0, -1;
+    OUT: vote.sync.ballot.b32 %r1, %p0, 32; ret;"""
+    with pytest.raises(EmulatorError, match="not in its own membermask"):
+        run(body)
+
+
+def test_undefined_bits_may_be_moved_but_not_used():
+    pack = f"{LANE} cvt.u16.u32 %h0, %r0; mov.b32 %r2, {{%h0, %h1}};"
+    assert run(f"{pack} prmt.b32 %r1, %r2, 0, 0x7710; {STORE} ret;") == list(range(32))
+    with pytest.raises(UndefinedValue, match=r"%r2 is undefined"):
+        run(f"{pack} add.u32 %r1, %r2, 0; {STORE} ret;")
+
+
+def test_local_memory():
+    local = f".local .align 16 .b8 depot[32]; {LANE} mov.b64 %w2, depot; st.local.b32 [%w2+4], %r0;"
+    assert run(f"{local} ld.local.b32 %r1, [%w2+4]; {STORE} ret;") == list(range(32))
+    for place, problem in ((32, "access of 4 bytes to local"), (8, "that nobody wrote")):
+        with pytest.raises(MemoryFault, match=problem):
+            run(f"{local} ld.local.b32 %r1, [%w2+{place}]; {STORE} ret;")
+
+
 def test_threads_blocks_and_grids():
     body = (
         """mov.u32 %r2, %tid.y; mov.u32 %r3, %ntid.x; mov.u32 %r4, %tid.x;

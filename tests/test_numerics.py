@@ -1,0 +1,76 @@
+"""Device functions alone, on every operand that makes a difference."""
+
+import cuda.bindings.driver as cuda
+import cutlass.cute as cute
+import pytest
+import torch
+from cutlass import Float32
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from cute_quant import compile
+from cute_quant.formats import VALUE_TYPES
+from cute_quant.kernels import numerics
+
+THREADS = 256
+
+
+class Apply:
+    """y = function(x), one element a thread."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def signature(self):
+        n = cute.sym_int32(divisibility=THREADS)
+        vector = make_fake_tensor(Float32, (n,), stride=(1,))
+        return vector, vector, make_fake_stream(use_tvm_ffi_env_stream=True)
+
+    @cute.jit
+    def __call__(self, mX: cute.Tensor, mY: cute.Tensor, stream: cuda.CUstream):
+        self.kernel(mX, mY).launch(
+            grid=[mX.shape[0] // THREADS, 1, 1], block=[THREADS, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, mX: cute.Tensor, mY: cute.Tensor):
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        i = block * THREADS + thread
+        mY[i] = self.function(mX[i])
+
+
+def apply(function, x):
+    y = torch.full_like(x, torch.nan)
+    arch = compile.architecture(x.get_device())
+    compile.function(Apply, arch, function)(x, y)
+    return y
+
+
+def every_mantissa(exponent):
+    """All 2^23 float32 from 2^exponent to the next power of two."""
+    bits = torch.arange(2**23, dtype=torch.int32, device="cuda") | (exponent + 127) << 23
+    return bits.view(torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exponent", [-126, -125, -33, -1, 0, 1, 60, 119, 124])
+def test_reciprocal_has_ieee_rounding(exponent):
+    """Of scales, which are from 2^-126 to 2^121. In float64 no quotient comes close enough to
+    the middle of two float32 to be rounded there first."""
+    x = every_mantissa(exponent)
+    expected = (1.0 / x.double()).float()
+    assert torch.equal(apply(numerics.reciprocal, x), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("largest", [t.max for t in VALUE_TYPES.values()])
+@pytest.mark.parametrize("exponent", [-110, -30, -1, 0, 1, 15, 100, 127])
+def test_quotient_has_ieee_rounding(largest, exponent):
+    """Where it is a normal number: others are below the least scale there is."""
+    x = every_mantissa(exponent)
+    expected = (x.double() / largest).float()
+
+    def quotient(a):
+        return numerics.quotient(a, largest)
+
+    assert torch.equal(apply(quotient, x), expected)

@@ -1,0 +1,122 @@
+"""The consumers of MXFP8 and of row-wise scales: ``torch._scaled_mm``, which is cuBLAS and CUTLASS.
+
+The tensor cores that multiply MXFP8 are those of SM100. Without one, what can be shown is that
+torch takes the scales, and that they lie where the readers of blocks of 128x4 compute that they do.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cute_quant import dequantize, quantize
+from tests.helpers import bits, random_bits
+
+SHAPES = [(1, 32), (5, 33), (128, 128), (130, 129), (300, 704), (129, 7168)]
+MAX_RELATIVE_ERROR = 0.1
+"""Of a row or column of a product of e4m3 operands, few of whose columns or rows dominate it."""
+
+
+def to_blocked(scales):
+    """Scales (rows, groups) as bytes in blocks, by the steps of torchao's ``to_blocked``
+    (torchao/prototype/mx_formats/utils.py): padded to whole blocks, each block of 128x4 cut into
+    four of 32x4, which come to lie side by side."""
+    rows, groups = scales.shape
+    row_blocks, column_blocks = -(-rows // 128), -(-groups // 4)
+    padded = scales.new_zeros(128 * row_blocks, 4 * column_blocks)
+    padded[:rows, :groups] = scales
+    blocks = padded.view(row_blocks, 128, column_blocks, 4).permute(0, 2, 1, 3)
+    return blocks.reshape(-1, 4, 32, 4).transpose(1, 2).reshape(-1, 32, 16).flatten()
+
+
+def offsets_128x4(rows, groups):
+    """(rows, groups) -> byte, by strides as FlashInfer and TensorRT-LLM compute it in
+    ``get_sf_out_offset_128x4``: a layout [row tiles, group tiles, 32, 4, 4] of which a row has the
+    coordinates (row / 128, row % 32, row % 128 / 32), and a group (group / 4, group % 4)."""
+    row, group = torch.arange(rows)[:, None], torch.arange(groups)
+    group_tiles = -(-groups // 4)
+    inside = (row % 32) * 16 + (row % 128) // 32 * 4 + group % 4
+    return (row // 128) * (512 * group_tiles) + (group // 4) * 512 + inside
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize(("mn", "k"), SHAPES)
+def test_blocks_lie_where_their_readers_look(mn, k, dtype, device):
+    x = random_bits((mn, k), torch.bfloat16, seed=3)
+    x = x.where(x.isfinite(), 1.0).to(device)
+    q, row_major = quantize(x, 32, "ue8m0_row_major", dtype=dtype)
+    blocked_q, blocked = quantize(x, 32, "ue8m0_128x4", dtype=dtype)
+    assert torch.equal(bits(blocked_q), bits(q))
+    groups = -(-k // 32)
+    expected = bits(row_major).view(mn, groups)
+    assert torch.equal(bits(blocked), to_blocked(expected))
+    offsets = offsets_128x4(mn, groups)
+    assert torch.equal(bits(blocked)[offsets], expected)
+    padding = torch.ones(blocked.numel(), dtype=torch.bool)
+    padding[offsets.flatten()] = False
+    assert bits(blocked)[padding].eq(0).all()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 32), (300, 64, 640), (4096, 512, 7168)])
+def test_torch_takes_the_scales(m, n, k):
+    """Its checks of shapes, strides and dtypes, which need no GPU."""
+    with FakeTensorMode():
+        x = torch.empty(m, k, dtype=torch.bfloat16, device="cuda")
+        w = torch.empty(n, k, dtype=torch.bfloat16, device="cuda")
+        for group_size, scale_format in ((32, "ue8m0_128x4"), (-1, "float32_row_major")):
+            q, sf = quantize(x, group_size, scale_format)
+            w8, sfw = quantize(w, group_size, scale_format)
+            sfw = sfw.t() if group_size == -1 else sfw
+            y = torch._scaled_mm(q, w8.t(), sf, sfw, out_dtype=torch.bfloat16)
+            assert y.shape == (m, n) and y.dtype is torch.bfloat16
+
+
+def operands(m, n, k, device):
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, k, generator=generator) for rows in (m, n))
+    # Rows and outliers of different magnitudes, so that a scale in a wrong place shows.
+    x *= 2.0 ** torch.randint(-8, 8, (m, 1), generator=generator)
+    w *= 2.0 ** torch.randint(-8, 8, (n, 1), generator=generator)
+    return x.to(device, torch.bfloat16), w.to(device, torch.bfloat16)
+
+
+def row_errors(actual, expected):
+    """Relative to each row and column, whose magnitudes differ."""
+    difference = actual.double() - expected
+    return torch.cat(
+        [difference.norm(dim=d) / expected.norm(dim=d).clamp(min=1e-30) for d in (0, 1)]
+    )
+
+
+def check_product(name, y, x, w, casts, group_size):
+    """Of the quantized operands, up to the rounding of the result, and nearly of those given."""
+    exact = x.double() @ w.double().t()
+    a, b = (dequantize(*cast, group_size, torch.float32).double() for cast in casts)
+    worst = row_errors(y, exact).max().item()
+    rounding = row_errors(y, a @ b.t()).max().item()
+    print(f"{name}: relative error {worst:.4f}, beside the product of the casts {rounding:.5f}")
+    assert worst < MAX_RELATIVE_ERROR and rounding < 0.01
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(256, 512, 1024), (1024, 256, 7168)])
+def test_row_wise(m, n, k, device):
+    """A scale (m, 1) a row, float32: what `quantize` makes of whole rows."""
+    if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("row-wise scales need SM90")
+    x, w = operands(m, n, k, device)
+    cast = quantize(x, -1, "float32_row_major")
+    weights = quantize(w, -1, "float32_row_major")
+    assert cast[1].shape == (m, 1) and cast[1].is_contiguous()
+    y = torch._scaled_mm(cast[0], weights[0].t(), cast[1], weights[1].t(), out_dtype=torch.bfloat16)
+    check_product(f"row-wise {m} x {n} x {k}", y, x, w, (cast, weights), -1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "k"), [(128, 128, 128), (300, 256, 1024), (1000, 512, 7168)])
+def test_mxfp8(m, n, k):
+    if torch.cuda.get_device_capability() < (10, 0):
+        pytest.skip("MXFP8 needs the tensor cores of SM100")
+    x, w = operands(m, n, k, "cuda")
+    cast = quantize(x, 32, "ue8m0_128x4")
+    weights = quantize(w, 32, "ue8m0_128x4")
+    y = torch._scaled_mm(cast[0], weights[0].t(), cast[1], weights[1], out_dtype=torch.bfloat16)
+    check_product(f"MXFP8 {m} x {n} x {k}", y, x, w, (cast, weights), 32)
