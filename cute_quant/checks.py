@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from cute_quant.formats import (
     INPUT_DTYPES,
@@ -14,6 +16,7 @@ from cute_quant.formats import (
     VALUE_TYPES,
     Format,
     align,
+    ceil_div,
     flat_batch,
     make_format,
     resolve_min_scale,
@@ -22,6 +25,8 @@ from cute_quant.rows import KINDS, Masked, PrefixSum, Rows
 
 MAX_SIZE = 2**31 - 1
 MAX_COLUMNS = 2**20
+MAX_MATRICES = 2**31 - 2**16
+ROWS_PER_TILE = 4
 MAX_SCALES = 2**32 - 1
 """Of a matrix in columns, which kernels index with 32 bits."""
 SCALE_DTYPES = (torch.int32, torch.float32, torch.float8_e8m0fnu)
@@ -53,6 +58,9 @@ def check_call(
     check_input(x)
     resolve_min_scale(fmt, min_scale)
     batch_shape, mn = check_rows(rows, index, x)
+    # The tiles of all experts are counted together.
+    tiles = ceil_div(mn, ROWS_PER_TILE) if isinstance(rows, Masked) else 1
+    _check_count("x" if index is None else "index", batch_shape, max(tiles, 1))
     if fmt.mn_major and fmt.scale_rows(mn) * fmt.columns(x.shape[-1]) > MAX_SCALES:
         raise ValueError(
             f"x: expected up to {MAX_SCALES} elements of scales in a matrix, "
@@ -83,12 +91,8 @@ def check_dequantize_call(
         raise TypeError(f"dtype: expected one of {INPUT_DTYPES}, got {dtype!r}")
     if q.device != sf.device:
         raise ValueError(f"sf: expected the device of q, {q.device}, got {sf.device}")
-    if q.ndim < 2:
-        raise ValueError(f"q: expected 2 or more dimensions (..., mn, k), got {tuple(q.shape)}")
+    _check_matrices("q", q)
     fmt = check_scales_of(sf, q, group_size)
-    if q.shape[-1] > 1 and q.stride(-1) != 1:
-        raise ValueError(f"q: expected neighbours in a row to be contiguous, got {q.stride()=}")
-    flat_batch("q", q.shape, q.stride())
     flat_batch("sf", sf.shape, sf.stride(), 1 if fmt.blocked else 2)
     if fmt.blocked and sf.shape[-1] > 1 and sf.stride(-1) != 1:
         raise ValueError(f"sf: expected the bytes of blocks to be contiguous, got {sf.stride()=}")
@@ -100,6 +104,8 @@ def check_real(tensors: dict[str, torch.Tensor | None]) -> None:
     for name, t in tensors.items():
         if t is None:
             continue
+        if isinstance(t, FakeTensor):
+            raise TypeError(f"{name}: expected a tensor with memory, got {type(t).__name__}")
         if not (t.is_cuda or t.is_cpu):
             raise ValueError(
                 f"{name}: expected a tensor on a CUDA device or the CPU, got {t.device}"
@@ -120,20 +126,39 @@ def check_tensor(name: str, t: object, dtypes: Iterable[torch.dtype]) -> None:
 def check_input(x: torch.Tensor) -> None:
     """Check what a tensor says of itself, be it real or fake."""
     check_tensor("x", x, INPUT_DTYPES)
-    if x.ndim < 2:
-        raise ValueError(f"x: expected 2 or more dimensions (..., mn, k), got {tuple(x.shape)}")
-    mn, k = x.shape[-2:]
+    _check_matrices("x", x)
+
+
+def _check_matrices(name: str, t: torch.Tensor) -> None:
+    """Check shape and strides of a tensor (..., mn, k) to be read."""
+    if t.ndim < 2:
+        raise ValueError(
+            f"{name}: expected 2 or more dimensions (..., mn, k), got {tuple(t.shape)}"
+        )
+    mn, k = t.shape[-2:]
     if mn > MAX_SIZE or k > MAX_COLUMNS:
         raise ValueError(
-            f"x: expected up to {MAX_SIZE} rows of up to {MAX_COLUMNS}, got shape {tuple(x.shape)}"
+            f"{name}: expected up to {MAX_SIZE} rows of up to {MAX_COLUMNS}, "
+            f"got shape {tuple(t.shape)}"
         )
-    if k > 1 and x.stride(-1) != 1:
-        raise ValueError(f"x: expected neighbours in a row to be contiguous, got {x.stride()=}")
-    if mn > 1 and x.stride(-2) * x.element_size() > MAX_SIZE:
+    if k > 1 and t.stride(-1) != 1:
         raise ValueError(
-            f"x: expected a row stride up to {MAX_SIZE} bytes, got {x.stride(-2)} elements"
+            f"{name}: expected neighbours in a row to be contiguous, got strides {t.stride()}"
         )
-    flat_batch("x", x.shape, x.stride())
+    if mn > 1 and t.stride(-2) * t.element_size() > MAX_SIZE:
+        raise ValueError(
+            f"{name}: expected a row stride up to {MAX_SIZE} bytes, got {t.stride(-2)} elements"
+        )
+    flat_batch(name, t.shape, t.stride())
+    _check_count(name, t.shape[:-2], 1)
+
+
+def _check_count(name: str, batch_shape: Iterable[int], tiles: int) -> None:
+    """Check that kernels can count the matrices, and the tiles of rows that each has, and go on by
+    as many as there are CTAs."""
+    matrices = math.prod(batch_shape)
+    if matrices * tiles > MAX_MATRICES:
+        raise ValueError(f"{name}: expected up to {MAX_MATRICES // tiles} matrices, got {matrices}")
 
 
 def check_rows(

@@ -10,6 +10,7 @@ from cute_quant.checks import check_tensor
 from cute_quant.formats import (
     DEFAULT_MIN_SCALE,
     E4M3_MAX,
+    INPUT_DTYPES,
     MAX_MIN_SCALE,
     RECIPROCAL_FLOAT32,
     VALUE_DTYPE,
@@ -20,7 +21,6 @@ from cute_quant.ops import quantize
 __all__ = ["per_token_cast_to_fp8", "per_token_group_quant_fp8_packed_for_deepgemm"]
 
 GROUP_SIZES = (128,)
-VLLM_MIN_SCALE = DEFAULT_MIN_SCALE
 
 
 def per_token_group_quant_fp8_packed_for_deepgemm(
@@ -55,8 +55,7 @@ def per_token_group_quant_fp8_packed_for_deepgemm(
         raise TypeError(f"eps: expected a number, got {eps!r}")
     if not 0 < eps <= E4M3_MAX * MAX_MIN_SCALE:
         raise ValueError(f"eps: expected 0 < eps <= {E4M3_MAX * MAX_MIN_SCALE}, got {eps!r}")
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    check_tensor("x", x, INPUT_DTYPES)
     if x.ndim == 0:
         raise ValueError("x: expected at least 1 dimension, got 0")
     _check_groups("group_size", group_size, x)
@@ -69,7 +68,7 @@ def per_token_group_quant_fp8_packed_for_deepgemm(
                 f"got shape {tuple(out_q.shape)}, strides {out_q.stride()}"
             )
         out_q = _rows(out_q)
-    min_scale = max(to_float32(eps) / E4M3_MAX, VLLM_MIN_SCALE)
+    min_scale = max(to_float32(eps) / E4M3_MAX, DEFAULT_MIN_SCALE)
     q, sf = quantize(rows, group_size, "ue8m0", min_scale=min_scale, out=(out_q, None))
     return q[: rows.shape[0]].view(x.shape), sf
 
@@ -98,8 +97,7 @@ def per_token_cast_to_fp8(
     for name, flag in (("use_ue8m0", use_ue8m0), ("use_packed_ue8m0", use_packed_ue8m0)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {flag!r}")
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    check_tensor("x", x, INPUT_DTYPES)
     if x.ndim != 2:
         raise ValueError(f"x: expected 2 dimensions (m, n), got shape {tuple(x.shape)}")
     _check_groups("gran_k", gran_k, x)

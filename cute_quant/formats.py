@@ -251,7 +251,9 @@ def make_format(
         ValueError: another choice is not supported, or two of them contradict each other.
     """
     try:
-        return _FORMATS[group_size, scale_format, round_scale, dtype]
+        # 1 is equal to True, and 128.0 to 128.
+        if isinstance(group_size, int) and isinstance(round_scale, bool):
+            return _FORMATS[group_size, scale_format, round_scale, dtype]
     except (KeyError, TypeError):
         pass
     if not isinstance(group_size, int) or group_size not in (*GROUP_SIZES, WHOLE_ROW):

@@ -15,9 +15,6 @@ from cute_quant.formats import (
 )
 from cute_quant.rows import Rows, from_operands, to_operands
 
-OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SCALE_DTYPES = (torch.int32, torch.float32, torch.float8_e8m0fnu)
-
 
 def quantize(
     x: torch.Tensor,
@@ -36,8 +33,8 @@ def quantize(
 
     Each group of `group_size` neighbours in a row gets the scale ``s = max(amax / M, min_scale)``,
     M the largest value of `dtype`, rounded up to a power of two in the UE8M0 formats and with
-    `round_scale`; its values are x / s, rounded to nearest even. A group that holds NaN or Inf
-    becomes NaN, values and scale; int8 has no NaN, so there its values are 0.
+    `round_scale`; its values are x times 1 / s, both float32, rounded to nearest even. A group that
+    holds NaN or Inf becomes NaN, values and scale; int8 has no NaN, so there its values are 0.
 
     On a GPU this is one kernel on the current stream. It is compiled at the first call for a
     dtype, format and architecture; call it once before capturing it in a CUDA graph. It runs as a
@@ -68,7 +65,8 @@ def quantize(
             dimensions of the result, any strides that do not overlap, and, unless rows are
             ``Masked``, may have more rows, which become 0. `sf` has the shape and strides below.
             Padding rows of the last column become 0 as far as its storage goes, so nothing else
-            may live there: leave room for them, or end the storage with the last row.
+            may live there: leave room for them, or end the storage with the last row. Memory that
+            overlaps is refused, but not under ``torch.compile``, which cannot see it.
 
     Returns:
         q: that of `out`, or (..., mn, k), `dtype`, contiguous; with an index, (*index.shape, k).
@@ -93,7 +91,7 @@ def quantize(
         RuntimeError: x requires a gradient while gradients are recorded, or its GPU is not
             supported.
     """
-    _check_differentiable("quantize", x)
+    _check_no_gradient("quantize", "x", x)
     if check is not False and check is not True:
         raise TypeError(f"check: expected a bool, got {check!r}")
     q, sf = (None, None) if out is None else _out_pair(out)
@@ -102,7 +100,7 @@ def quantize(
         return execution.quantize(x, q, sf, choices, rows, index, check)
     if check:
         raise ValueError("check: expected False under a tracer, which has no counts to read")
-    fmt, batch_shape, mn = checks.check_call(x, None, None, choices, rows, index)
+    fmt, batch_shape, mn = checks.check_call(x, q, sf, choices, rows, index)
     operands = (*choices[:4], resolve_min_scale(fmt, min_scale), *to_operands(rows), index)
     if out is None:
         return torch.ops.cute_quant.quantize(x, *operands)
@@ -147,8 +145,12 @@ def dequantize(
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: `group_size`, the shapes or devices do not belong together.
+        RuntimeError: q or sf requires a gradient while gradients are recorded.
     """
-    if isinstance(q, torch.Tensor) and is_traced(q):
+    _check_no_gradient("dequantize", "q", q)
+    _check_no_gradient("dequantize", "sf", sf)
+    if is_traced(q) or is_traced(sf):
+        checks.check_dequantize_call(q, sf, group_size, dtype)
         return torch.ops.cute_quant.dequantize(q, sf, group_size, dtype)
     return execution.dequantize(q, sf, group_size, dtype)
 
@@ -178,7 +180,7 @@ def fake_quantize(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`quantize`.
     """
-    _check_differentiable("fake_quantize", x)
+    _check_no_gradient("fake_quantize", "x", x)
     choices = (group_size, scale_format, dtype, round_scale, min_scale)
     if not is_traced(x):
         return execution.fake_quantize(x, out, choices)
@@ -188,17 +190,17 @@ def fake_quantize(
     return result if out is None else out.copy_(result)
 
 
-def _check_differentiable(name: str, x: object) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(_not_differentiable(name))
+def _check_no_gradient(function: str, name: str, t: object) -> None:
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+    if t.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(_not_differentiable(function, name))
 
 
-def _not_differentiable(name: str) -> str:
+def _not_differentiable(function: str, name: str) -> str:
     return (
-        f"x: expected a tensor that requires no gradient, since {name} is not differentiable; "
-        "got one that does: detach it or call under torch.no_grad()"
+        f"{name}: expected a tensor that requires no gradient, since {function} is not "
+        "differentiable; got one that does: detach it or call under torch.no_grad()"
     )
 
 
@@ -313,12 +315,13 @@ def _(x: torch.Tensor, *choices: object) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-def _refuse_gradients(operator: torch.library.CustomOpDef, name: str) -> None:
+def _refuse_gradients(operator: torch.library.CustomOpDef, function: str, name: str) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError(_not_differentiable(name))
+        raise RuntimeError(_not_differentiable(function, name))
 
     operator.register_autograd(refuse, setup_context=refuse)
 
 
-_refuse_gradients(_quantize_op, "quantize")
-_refuse_gradients(_fake_quantize_op, "fake_quantize")
+_refuse_gradients(_quantize_op, "quantize", "x")
+_refuse_gradients(_dequantize_op, "dequantize", "q and sf")
+_refuse_gradients(_fake_quantize_op, "fake_quantize", "x")

@@ -101,8 +101,12 @@ def from_operands(kind: str, data: torch.Tensor | None, alignment: int) -> Rows 
     """The inverse of :func:`to_operands`.
 
     Raises:
-        ValueError: there is no such kind.
+        ValueError: there is no such kind, or it has no use for an argument.
     """
+    if kind == DENSE and data is not None:
+        raise ValueError(f"row_data: expected None for rows={DENSE!r}, got {type(data).__name__}")
+    if kind != PrefixSum.kind and alignment != 1:
+        raise ValueError(f"alignment: expected 1 for rows={kind!r}, got {alignment}")
     if kind == DENSE:
         return None
     if kind not in KINDS:

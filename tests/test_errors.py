@@ -4,6 +4,7 @@ import ctypes
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_quant.compile
 from cute_quant import (
@@ -654,6 +655,63 @@ def test_too_many_scales():
         quantize(x, 16, "float32")
 
 
+def test_too_many_matrices():
+    x = torch.empty(0, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(ValueError, match=r"x: expected up to 2147418112 matrices, got 2147483647"):
+        quantize(x.as_strided((2**31 - 1, 1, 1), (0, 0, 0)))
+    # The tiles of all experts are counted together.
+    masked_m = torch.empty(6, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match=r"x: expected up to 3 matrices, got 6"):
+        quantize(x.as_strided((6, 2**31 - 1, 1), (0, 0, 0)), rows=Masked(masked_m))
+
+
+def test_too_large_to_dequantize():
+    q = torch.empty(0, dtype=torch.int8, device="meta")
+    sf = torch.empty(0, device="meta")
+    with pytest.raises(ValueError, match=r"q: expected up to 2147483647 rows of up to 1048576"):
+        dequantize(q.as_strided((2, 2**30), (2**30, 1)), sf.as_strided((2, 1), (1, 1)), -1)
+    with pytest.raises(ValueError, match=r"q: expected up to 2147418112 matrices"):
+        many = q.as_strided((2**31 - 1, 1, 1), (0, 0, 0))
+        dequantize(many, sf.as_strided((2**31 - 1, 1, 1), (0, 0, 0)), -1)
+
+
+def test_dequantize_is_not_differentiable(device):
+    q, sf = quantize(activations(device), scale_format="float32")
+    with pytest.raises(RuntimeError, match=r"sf: .*dequantize is not differentiable"):
+        dequantize(q, sf.clone().requires_grad_())
+    with torch.no_grad():
+        dequantize(q, sf.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("round_scale", [0, 1, 0.0])
+def test_numbers_are_no_bools(round_scale, device):
+    with pytest.raises(ValueError, match=r"round_scale: expected a bool"):
+        quantize(activations(device), scale_format="float32", round_scale=round_scale)
+
+
+def test_operands_of_the_operator_belong_to_the_rows():
+    x, counts = activations("cpu"), torch.zeros(2, dtype=torch.int32)
+    choices = 128, "ue8m0", torch.float8_e4m3fn, False, 1e-10
+    with pytest.raises(ValueError, match=r"row_data: expected None for rows='dense', got Tensor"):
+        torch.ops.cute_quant.quantize(x, *choices, "dense", counts)
+    with pytest.raises(ValueError, match=r"alignment: expected 1 for rows='indexed', got 7"):
+        torch.ops.cute_quant.quantize(x, *choices, "indexed", counts, 7)
+
+
+def test_fake_operands_of_a_real_input(device):
+    with FakeTensorMode():
+        q, sf = values(device), scales(device)
+        index = torch.zeros(3, dtype=torch.int32, device=device)
+    x = activations(device)
+    for name, arguments in (
+        ("out q", {"out": (q, None)}),
+        ("out sf", {"out": (None, sf)}),
+        ("index", {"index": index}),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: expected a tensor with memory, got Fake"):
+            quantize(x, **arguments)
+
+
 def test_too_many_rows():
     x = torch.empty(0, dtype=torch.bfloat16, device="meta").as_strided((2**31, 128), (128, 1))
     with pytest.raises(ValueError, match=r"x: expected up to 2147483647 rows"):
@@ -680,7 +738,9 @@ def test_compat(device):
         per_token_group_quant_fp8_packed_for_deepgemm(x, 64)
     with pytest.raises(ValueError, match=r"out_q: expected"):
         per_token_group_quant_fp8_packed_for_deepgemm(x, 128, out_q=values(device)[:, :128])
-    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got int"):
+    with pytest.raises(
+        TypeError, match=r"x: expected a tensor of bfloat16 or float16 or float32, got int"
+    ):
         per_token_group_quant_fp8_packed_for_deepgemm(3, 128)
     with pytest.raises(TypeError, match=r"out_q: expected a tensor of float8_e4m3fn, got int"):
         per_token_group_quant_fp8_packed_for_deepgemm(x, 128, out_q=3)
@@ -690,7 +750,9 @@ def test_compat(device):
         per_token_cast_to_fp8(x[:, :200], True)
     with pytest.raises(ValueError, match=r"x: expected 2 dimensions \(m, n\), got"):
         per_token_cast_to_fp8(x[None], True)
-    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got int"):
+    with pytest.raises(
+        TypeError, match=r"x: expected a tensor of bfloat16 or float16 or float32, got int"
+    ):
         per_token_cast_to_fp8(3, True)
     with pytest.raises(ValueError, match=r"gran_k: expected one of \(128,\), got 64"):
         per_token_cast_to_fp8(x, True, gran_k=64)
