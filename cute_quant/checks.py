@@ -26,7 +26,9 @@ from cute_quant.rows import KINDS, Masked, PrefixSum, Rows
 MAX_SIZE = 2**31 - 1
 MAX_COLUMNS = 2**20
 MAX_MATRICES = 2**31 - 2**16
+"""What a kernel counts with 32 bits and a sign, in steps of as many CTAs as a grid's y or z has."""
 ROWS_PER_TILE = 4
+"""Of a CTA at least, so that no more tiles are counted."""
 MAX_SCALES = 2**32 - 1
 """Of a matrix in columns, which kernels index with 32 bits."""
 SCALE_DTYPES = (torch.int32, torch.float32, torch.float8_e8m0fnu)

@@ -11,6 +11,7 @@ the lanes it names have come (9.7.9 "shfl.sync"), or reports that they never wil
 
 from __future__ import annotations
 
+import abc
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -311,7 +312,7 @@ class _StoreLocal(_Local):
         batch.local_written[at[:, None], places] = True
 
 
-class _Collective(_Step):
+class _Collective(_Step, abc.ABC):
     """What lanes of a warp do together: whoever comes waits for all that its membermask names."""
 
     members: object
@@ -339,13 +340,13 @@ class _Collective(_Step):
         if chosen.any():
             self.exchange(batch, chosen, come & is_member)
 
+    @abc.abstractmethod
     def exchange(self, batch: Batch, chosen: np.ndarray, takes_part: np.ndarray) -> None:
         """Give the `chosen` threads their results.
 
         Args:
             takes_part: (warp, thread, lane), with which lanes each thread is together.
         """
-        raise NotImplementedError
 
 
 class _Shuffle(_Collective):
