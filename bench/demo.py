@@ -76,15 +76,13 @@ def throughput(x: torch.Tensor) -> None:
 
 
 def show_machine_code() -> None:
-    import cutlass
-
     from bench.sass import machine_code
     from cute_quant.formats import make_format
-    from cute_quant.kernels.quantize import Quantize
+    from cute_quant.specs import QuantizeSpec
 
     print("\nno GPU here: the kernel for SM100 (Blackwell), compiled on this machine")
     start = time.perf_counter()
-    code = machine_code(Quantize, "sm_100a", cutlass.BFloat16, make_format(128, "ue8m0", False))
+    code = machine_code(QuantizeSpec(torch.bfloat16, make_format(128, "ue8m0", False)), "sm_100a")
     show("compiled and disassembled in", f"{time.perf_counter() - start:.1f} s")
     show("instructions, registers", f"{len(code.opcodes)}, {code.registers}")
     show("loads", ", ".join(op for op in code.opcodes if op.startswith("LDG")))

@@ -218,7 +218,7 @@ def streaming(nbytes: int) -> Call:
     x = torch.randint(2**31 - 1, (threads * stream.WORDS_IN,), dtype=torch.int32, device=DEVICE)
     y = torch.empty(threads * stream.WORDS_OUT, dtype=torch.int32, device=DEVICE)
     arch = compile.architecture(torch.cuda.current_device())
-    function = compile.function(stream.Stream, arch, True)
+    function = stream.function(True, arch)
 
     def check() -> str:
         poison(y)

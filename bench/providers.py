@@ -13,7 +13,7 @@ from bench import stream
 from bench.names import COPY, CUTE_QUANT, FLOAT16_INPUT, FLOAT32_SCALES, PDL, PLAIN, STREAM
 from bench.problem import FLOAT32, UE8M0, Buffer, Problem
 from bench.vllm_kernels import Module
-from cute_quant import compile, quantize
+from cute_quant import compile, launch, quantize
 from cute_quant.formats import (
     BYTES_PER_WORD,
     DEFAULT_MIN_SCALE,
@@ -21,11 +21,7 @@ from cute_quant.formats import (
     Format,
     scale_floor,
 )
-from cute_quant.kernels import launch as launches
-from cute_quant.kernels.copy import WIDEST
-from cute_quant.kernels.quantize import Quantize
-from cute_quant.kernels.rows import DENSE_ROWS
-from cute_quant.kernels.types import ELEMENT_TYPES
+from cute_quant.specs import QuantizeSpec
 
 NAMES = (CUTE_QUANT, STREAM, "copy", "vllm", "triton", "torch", "deep_gemm")
 
@@ -96,11 +92,9 @@ class CuteQuant(Provider):
     def bind(self, buffer: Buffer) -> Callable[[], None]:
         x, sf = buffer.input(self.dtype), buffer.scales[self.fmt]
         sms = compile.multiprocessors(x.get_device())
-        rows_per_thread = launches.shape(1, *x.shape, self.fmt, False, sms).rows_per_thread
-        dtype = ELEMENT_TYPES[self.dtype]
-        dense = DENSE_ROWS, WIDEST, False
-        choices = dtype, self.fmt, rows_per_thread, *dense, self.launch == PDL
-        function = compile.function(Quantize, architecture(), *choices)
+        tile = launch.shape(1, *x.shape, self.fmt, False, sms).tile
+        spec = QuantizeSpec(self.dtype, self.fmt, tile, pdl=self.launch == PDL)
+        function = compile.function(spec, architecture())
         operands = x, buffer.q, sf, None, None, 0, 1, 0, self.floor
         return functools.partial(function, *operands)
 
@@ -122,7 +116,7 @@ class Stream(Provider):
 
     def __init__(self, launch: str = PLAIN):
         super().__init__(STREAM, launch)
-        self.function = compile.function(stream.Stream, architecture(), launch == PDL)
+        self.function = stream.function(launch == PDL, architecture())
 
     def bind(self, buffer: Buffer) -> Callable[[], None]:
         words = (t.view(torch.int32).flatten() for t in (buffer.x, buffer.q))

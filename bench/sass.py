@@ -23,15 +23,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import cutlass
 import torch
 
 from bench import binary_utilities
 from bench.stream import Stream
-from cute_quant.compile import ARCHITECTURES, build
+from cute_quant.compile import ARCHITECTURES, build, kernel
 from cute_quant.formats import make_format
-from cute_quant.kernels.quantize import Quantize
-from cute_quant.kernels.rows import Domain
+from cute_quant.launch import TWO_ROWS
+from cute_quant.specs import DEFAULT_TILE, Domain, QuantizeSpec, Spec
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)(.*?);", re.M)
 RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
@@ -98,10 +97,11 @@ class MachineCode:
 
 
 @functools.cache
-def machine_code(kernel_class: type, arch: str, *choices: object) -> MachineCode:
-    """Compile ``kernel_class(*choices)`` for `arch` and disassemble it."""
+def machine_code(spec: Spec | Stream, arch: str) -> MachineCode:
+    """Compile the kernel of `spec` for `arch` and disassemble it."""
+    made = spec if isinstance(spec, Stream) else kernel(spec)
     with tempfile.TemporaryDirectory() as directory:
-        compiled = build(kernel_class(*choices), arch, "--keep-cubin", f"--dump-dir {directory}")
+        compiled = build(made, arch, "--keep-cubin", f"--dump-dir {directory}")
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(compiled.__cubin__)
         text = binary_utilities.run("nvdisasm", "-c", cubin)
@@ -119,27 +119,28 @@ def machine_code(kernel_class: type, arch: str, *choices: object) -> MachineCode
     )
 
 
-def reported() -> Iterator[tuple[str, type, int, tuple]]:
-    """Name, class, rows of a warp, and compile-time choices of each kernel."""
-    bf16 = cutlass.BFloat16
+def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
+    """Name, rows of a warp, and compile-time choices of each kernel."""
+    bf16 = torch.bfloat16
     packed = make_format(128, "ue8m0", False)
     for dtype, name, fmt in (
         (bf16, "bf16 -> e4m3, ue8m0", packed),
         (bf16, "bf16 -> e4m3, float32", make_format(128, "float32", False)),
         (bf16, "bf16 -> e4m3, float32, powers of 2", make_format(128, "float32", True)),
-        (cutlass.Float16, "fp16 -> e4m3, ue8m0", packed),
+        (torch.float16, "fp16 -> e4m3, ue8m0", packed),
         (bf16, "bf16 -> e4m3, ue8m0_128x4 of 32", make_format(32, "ue8m0_128x4", False)),
     ):
-        for rows in (1, 2):
-            yield f"{name}, rows a thread: {rows}", Quantize, rows, (dtype, fmt, rows)
+        for tile in (DEFAULT_TILE, TWO_ROWS):
+            rows = tile.rows_per_thread
+            yield f"{name}, rows a thread: {rows}", rows, QuantizeSpec(dtype, fmt, tile)
     for name, domain in (
         ("masked", Domain("masked", False, True)),
         ("gathered", Domain("dense", True)),
     ):
-        yield f"bf16 -> e4m3, ue8m0, {name}", Quantize, 1, (bf16, packed, 1, domain)
+        yield f"bf16 -> e4m3, ue8m0, {name}", 1, QuantizeSpec(bf16, packed, domain=domain)
     whole_row = make_format(-1, "float32", False, torch.int8)
-    yield "bf16 -> int8, float32 of whole rows", Quantize, 1, (bf16, whole_row)
-    yield "stream, the ceiling", Stream, 1, (True,)
+    yield "bf16 -> int8, float32 of whole rows", 1, QuantizeSpec(bf16, whole_row)
+    yield "stream, the ceiling", 1, Stream(True)
 
 
 def report(architectures: str, code: MachineCode, rows: int, gpu: Gpu | None) -> list[str]:
@@ -176,11 +177,11 @@ def main() -> None:
         f"  {'target':16} {'instructions':>12}  {'of the issue budget':19} {'registers':>9} "
         f"{'spills':>6} {'shared':>6}  accesses to memory; below, instructions by kind"
     )
-    for name, kernel_class, rows, choices in reported():
+    for name, rows, spec in reported():
         print(f"\n{name}")
         same: dict[MachineCode, list[str]] = {}
         for arch in ARCHITECTURES.values():
-            code = machine_code(kernel_class, arch, *choices)
+            code = machine_code(spec, arch)
             same.setdefault(dataclasses.replace(code, text=""), []).append(arch)
         for code, architectures in same.items():
             gpu = GPUS.get(architectures[0])

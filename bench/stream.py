@@ -4,21 +4,27 @@ Each thread loads 32 bytes and stores 16, as the quantizer does for 16 elements.
 what it loaded are joined by an exclusive or, only so that neither load can be dropped.
 """
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from cute_quant import compile
 
 THREADS_PER_CTA = 128
 WORDS_IN = 8
 WORDS_OUT = 4
 
 
+@dataclass(frozen=True)
 class Stream:
     """Compile-time choice: whether the launch is a programmatic dependent one."""
 
-    def __init__(self, pdl: bool):
-        self.pdl = pdl
+    pdl: bool
 
     def signature(self) -> tuple:
         n_in = cute.sym_int64(divisibility=WORDS_IN)
@@ -72,3 +78,9 @@ class Stream:
             for i in range(WORDS_OUT, unroll_full=True):
                 tXrY[i] = tXrX[i] ^ tXrX[i + WORDS_OUT]
             cute.copy(store, tXrY, tXgY)
+
+
+@functools.cache
+def function(pdl: bool, arch: str) -> Callable[..., None]:
+    """The compiled kernel, to be called on torch tensors."""
+    return compile.build(Stream(pdl), arch)._tvm_ffi_function

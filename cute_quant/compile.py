@@ -1,14 +1,16 @@
-"""Compile kernels, once per process, kernel, choices and architecture."""
+"""Functions of specs: compiled once per process, spec and architecture."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
-import cutlass.cute as cute
 import torch
+
+from cute_quant.specs import Spec
 
 ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
 """Compute capability -> target of the kernels."""
@@ -16,7 +18,7 @@ ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
 # Two compilations at a time abort the process, or one silently builds for the other's target.
 # Kernels that others compile with the DSL, in another thread meanwhile, are not under this lock.
 _lock = threading.RLock()
-_functions: dict[Hashable, Callable[..., None]] = {}
+_functions: dict[tuple[Spec, str], Callable[..., None]] = {}
 
 
 @functools.cache
@@ -43,28 +45,37 @@ def multiprocessors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
+def kernel(spec: Spec) -> Any:
+    """The kernel that a spec names: `signature()`, stand-ins for its arguments, and a jitted
+    `__call__`. Imports CuTe DSL."""
+    module, name = spec.kernel.split(".")
+    return getattr(importlib.import_module(f"cute_quant.kernels.{module}"), name)(spec)
+
+
 def build(kernel: Any, arch: str, *options: str) -> Any:
-    """Compile `kernel` for `arch`, a value of ``ARCHITECTURES``; works without a GPU.
+    """Compile a kernel for `arch`, a value of ``ARCHITECTURES``; works without a GPU.
 
     Args:
-        kernel: has `signature()`, stand-ins for its arguments, and a jitted `__call__`.
         options: further options of ``cute.compile``.
     """
+    # It takes a second to import, and who has no GPU need not have it.
+    import cutlass.cute as cute
+
     flags = " ".join(("--enable-tvm-ffi", f"--gpu-arch {arch}", *options))
     with _lock:
         return cute.compile(kernel, *kernel.signature(), options=flags)
 
 
-def function(kernel_class: type, arch: str, *choices: Hashable) -> Callable[..., None]:
-    """The compiled ``kernel_class(*choices)``, to be called on torch tensors.
+def function(spec: Spec, arch: str) -> Callable[..., None]:
+    """The compiled kernel of a spec, to be called on torch tensors.
 
     It runs on the current stream of the tensors' device. Any thread may ask at any time.
     """
-    key = (kernel_class, arch, choices)
+    key = (spec, arch)
     if key not in _functions:
         with _lock:
             if key not in _functions:
-                compiled = build(kernel_class(*choices), arch)
+                compiled = build(kernel(spec), arch)
                 # What is wrapped around it sorts keyword arguments, and none are passed.
                 _functions[key] = compiled._tvm_ffi_function
     return _functions[key]

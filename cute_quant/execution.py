@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from cute_quant import checks, reference
+from cute_quant import checks, compile, launch, reference
 from cute_quant.checks import MAX_SIZE
 from cute_quant.formats import (
     LOAD_BYTES,
@@ -20,6 +20,7 @@ from cute_quant.formats import (
     scale_floor,
 )
 from cute_quant.rows import DENSE, Masked, Rows
+from cute_quant.specs import DEFAULT_TILE, Access, DequantizeSpec, Domain, QuantizeSpec
 
 View = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides that a kernel takes a tensor with."""
@@ -275,14 +276,6 @@ def _kernel(
     Args:
         result, dtype: q, or what `fake_quantize` returns where there are no scales.
     """
-    # CuTe DSL takes a second to import and CPU users need not have it.
-    from cute_quant import compile
-    from cute_quant.kernels import launch
-    from cute_quant.kernels.copy import Access
-    from cute_quant.kernels.quantize import Quantize
-    from cute_quant.kernels.rows import Domain
-    from cute_quant.kernels.types import ELEMENT_TYPES
-
     device = x.get_device()
     arch = compile.architecture(device)
     sms = compile.multiprocessors(device)
@@ -297,10 +290,9 @@ def _kernel(
     access = Access(
         _alignment(x.data_ptr(), x_view[1], x.element_size(), LOAD_BYTES),
         _alignment(result_address, q_view[1], dtype.itemsize, launch.store_bytes(dtype)),
-        k % launch.VALUES_PER_THREAD != 0,
+        k % DEFAULT_TILE.values_per_thread != 0,
     )
-    choices = ELEMENT_TYPES[x.dtype], fmt, shape.rows_per_thread, domain, access, scales is None
-    function = compile.function(Quantize, arch, *choices)
+    spec = QuantizeSpec(x.dtype, fmt, shape.tile, domain, access, fake=scales is None)
     views = [
         None if x_view == (x.shape, x.stride()) else x_view,
         None if q_view == result else q_view,
@@ -315,7 +307,7 @@ def _kernel(
     if index is not None and batched and index.ndim == 1:
         views[4] = (1, *index.shape), (0, 1)
     numbers = 1 if rows is None else rows.alignment, shape.row_ctas, floor
-    return function, tuple(views) if any(views) else None, numbers
+    return compile.function(spec, arch), tuple(views) if any(views) else None, numbers
 
 
 def _matrix_view(
@@ -389,24 +381,18 @@ def dequantize(
         return reference.dequantize(q, sf, fmt, dtype)
     y = torch.empty(q.shape, dtype=dtype, device=q.device)
     if q.numel():
-        # CuTe DSL takes a second to import and CPU users need not have it.
-        from cute_quant import compile
-        from cute_quant.kernels import launch
-        from cute_quant.kernels.copy import Access
-        from cute_quant.kernels.dequantize import Dequantize
-        from cute_quant.kernels.types import ELEMENT_TYPES
-
+        values = DEFAULT_TILE.values_per_thread
         q_view = _matrix_view(tuple(q.shape), q.stride(), q.element_size(), True)
         y_view = _matrix_view(tuple(y.shape), y.stride(), y.element_size(), True)
         inner = 1 if fmt.blocked else 2
         batch, stride = flat_batch("sf", sf.shape, sf.stride(), inner)
         sf_view = (batch, *sf.shape[-inner:]), (stride, *sf.stride()[-inner:])
         access = Access(
-            _alignment(q.data_ptr(), q_view[1], q.element_size(), launch.VALUES_PER_THREAD),
+            _alignment(q.data_ptr(), q_view[1], q.element_size(), values),
             _alignment(y.data_ptr(), y_view[1], y.element_size(), launch.store_bytes(dtype)),
-            q.shape[-1] % launch.VALUES_PER_THREAD != 0,
+            q.shape[-1] % values != 0,
         )
         arch = compile.architecture(q.get_device())
-        function = compile.function(Dequantize, arch, fmt, ELEMENT_TYPES[dtype], access)
+        function = compile.function(DequantizeSpec(fmt, dtype, access), arch)
         function(*_as_viewed((q, sf, y), (q_view, sf_view, y_view)))
     return y

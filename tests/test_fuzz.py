@@ -22,10 +22,10 @@ import torch
 
 from cute_quant import dequantize, fake_quantize, quantize
 from cute_quant.formats import Format, align, scale_floor
-from cute_quant.kernels.launch import MAX_GRID_Y, MAX_GRID_Z, TWO_ROWS_FROM
-from cute_quant.kernels.layouts import COLUMNS_PER_WARP, WARPS_PER_CTA
 from cute_quant.kernels.rows import EXPERTS_PER_CHUNK
+from cute_quant.launch import MAX_GRID_Y, MAX_GRID_Z, TWO_ROWS_FROM
 from cute_quant.rows import DENSE, Indexed, Masked, PrefixSum, from_operands
+from cute_quant.specs import DEFAULT_TILE
 from tests.helpers import (
     EVERY_DTYPE,
     INPUT_DTYPES,
@@ -288,10 +288,10 @@ class Draw:
 
     def columns(self, limit: int) -> int:
         if self.kernel.ragged:
-            tile = self.any_of([16, 16, 64, COLUMNS_PER_WARP])
+            tile = self.any_of([16, 16, 64, DEFAULT_TILE.columns])
             k = tile * self.between(0, limit // tile) + self.any_of([1, 2, 8, 15, tile - 1])
             return k if k % 16 else k + self.between(1, 15)
-        tile = self.any_of([16, 16, 64, 128, COLUMNS_PER_WARP])
+        tile = self.any_of([16, 16, 64, 128, DEFAULT_TILE.columns])
         return max(tile * self.between(0, limit // tile) + 16 * self.between(-1, 1), 16)
 
     def finish(self, batch_shape: tuple[int, ...], mn: int, k: int) -> Case:
@@ -530,7 +530,7 @@ def large_shapes() -> dict[str, tuple[tuple[int, ...], int, int]]:
         else 1
     )
     elements = TWO_ROWS_FROM * sms
-    tall = WARPS_PER_CTA * MAX_GRID_Y
+    tall = DEFAULT_TILE.rows * MAX_GRID_Y
     return {
         "two-rows": ((), elements // 992 + 2, 992),
         "two-rows-wide": ((), elements // 16_000 + 3, 16_000),

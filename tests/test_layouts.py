@@ -12,6 +12,7 @@ from cutlass._mlir import ir
 from cute_quant import reference
 from cute_quant.formats import make_format
 from cute_quant.kernels import layouts
+from cute_quant.specs import DEFAULT_TILE, LANES
 from tests.helpers import FLOAT32, UE8M0, format_id
 
 BLOCKED = make_format(32, "ue8m0_128x4", False)
@@ -62,11 +63,12 @@ def test_lanes_and_values_cover_a_tile_of_a_row_once(mlir):
     atom = cute.make_copy_atom(
         cute.nvgpu.CopyUniversalOp(), cutlass.BFloat16, num_bits_per_copy=256
     )
-    thread_value = layouts.tiled_copy(atom).layout_tv_tiled
+    tile = DEFAULT_TILE
+    thread_value = layouts.tiled_copy(atom, tile.values_per_thread).layout_tv_tiled
     columns = []
-    for lane, value in itertools.product(range(layouts.LANES), range(layouts.VALUES_PER_THREAD)):
+    for lane, value in itertools.product(range(LANES), range(tile.values_per_thread)):
         column = thread_value((lane, value))
         assert column == 16 * lane + value, "a thread's values are neighbours"
         assert column // 128 == lane // 8, "an octet of lanes holds a group"
         columns.append(column)
-    assert columns == list(range(layouts.COLUMNS_PER_WARP))
+    assert columns == list(range(tile.columns))

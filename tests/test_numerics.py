@@ -42,7 +42,7 @@ class Apply:
 def apply(function, x):
     y = torch.full_like(x, torch.nan)
     arch = compile.architecture(x.get_device())
-    compile.function(Apply, arch, function)(x, y)
+    compile.build(Apply(function), arch)(x, y)
     return y
 
 

@@ -507,16 +507,16 @@ print("ok")
 def test_compilation_from_many_threads():
     """Without a GPU: each of the threads gets the function of its own architecture."""
     program = """
-import threading, cutlass
+import threading, torch
 from cute_quant import compile
 from cute_quant.formats import make_format
-from cute_quant.kernels.quantize import Quantize
+from cute_quant.specs import QuantizeSpec
 host = "sm_100a"  # what the DSL takes for its host without a GPU, and so can be loaded
 barrier, functions = threading.Barrier(8), {}
 def work(i):
     fmt = make_format(128, ("ue8m0", "float32")[i % 2], False)
     barrier.wait()
-    functions[i] = compile.function(Quantize, host, cutlass.BFloat16, fmt)
+    functions[i] = compile.function(QuantizeSpec(torch.bfloat16, fmt), host)
 threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
 [t.start() for t in threads]; [t.join() for t in threads]
 assert len(functions) == 8

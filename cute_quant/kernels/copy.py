@@ -1,33 +1,12 @@
 """Copies between memory and the registers of a thread, as wide as alignment allows."""
 
-from dataclasses import dataclass
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 from cutlass.cute.runtime import make_fake_tensor
 
-from cute_quant.formats import LOAD_BYTES, STORE_BYTES
 from cute_quant.kernels import layouts
-
-
-@dataclass(frozen=True)
-class Access:
-    """Compile-time choices: what addresses allow.
-
-    Attributes:
-        load_bytes: at once, a power of two from the size of an element to 32: what every row of
-            the input starts at a multiple of.
-        store_bytes: the same for the output, up to 16, or 32 if its elements are x's.
-        ragged: whether a row may end within a thread's values.
-    """
-
-    load_bytes: int = LOAD_BYTES
-    store_bytes: int = STORE_BYTES
-    ragged: bool = False
-
-
-WIDEST = Access()
+from cute_quant.specs import LANES, Access
 
 
 def fake_matrix(dtype: type[cutlass.Numeric], shape: tuple, nbytes: int) -> cute.Tensor:
@@ -47,26 +26,27 @@ def load(
     tile: Int32,
     lane: Int32,
     live: Boolean,
-    tXrX: cute.Tensor,  # (16,), kept where there is nothing to load
+    tXrX: cute.Tensor,  # (values,), kept where there is nothing to load
     access: cutlass.Constexpr[Access],
 ):
-    """A lane's values of a tile of a row."""
-    column = first_column(tile, lane)
-    tXgX = partition(gRow, tile, lane, access.load_bytes)
+    """A lane's values of a tile of a row, as many as there are registers for."""
+    values = cute.size(tXrX)
+    column = first_column(tile, lane, values)
+    tXgX = partition(gRow, tile, lane, values, access.load_bytes)
     if const_expr(not access.ragged):
         if live and column < cute.size(gRow):
             cute.copy(atom(gRow, access.load_bytes), tXgX, like(tXrX, tXgX))
-    elif live and column + layouts.VALUES_PER_THREAD <= cute.size(gRow):
+    elif live and column + values <= cute.size(gRow):
         cute.copy(atom(gRow, access.load_bytes), tXgX, like(tXrX, tXgX))
     elif live:
-        for i in cutlass.range_constexpr(layouts.VALUES_PER_THREAD):
+        for i in cutlass.range_constexpr(values):
             if column + i < cute.size(gRow):
                 tXrX[i] = gRow[column + i]
 
 
 @cute.jit
 def store(
-    tXrX: cute.Tensor,  # (16,)
+    tXrX: cute.Tensor,  # (values,)
     gRow: cute.Tensor,  # (k,)
     tile: Int32,
     lane: Int32,
@@ -74,22 +54,30 @@ def store(
     access: cutlass.Constexpr[Access],
 ):
     """A lane's values to a tile of a row."""
-    column = first_column(tile, lane)
-    tXgX = partition(gRow, tile, lane, access.store_bytes)
+    values = cute.size(tXrX)
+    column = first_column(tile, lane, values)
+    tXgX = partition(gRow, tile, lane, values, access.store_bytes)
     if const_expr(not access.ragged):
         if live and column < cute.size(gRow):
             cute.copy(atom(gRow, access.store_bytes), like(tXrX, tXgX), tXgX)
-    elif live and column + layouts.VALUES_PER_THREAD <= cute.size(gRow):
+    elif live and column + values <= cute.size(gRow):
         cute.copy(atom(gRow, access.store_bytes), like(tXrX, tXgX), tXgX)
     elif live:
-        for i in cutlass.range_constexpr(layouts.VALUES_PER_THREAD):
+        for i in cutlass.range_constexpr(values):
             if column + i < cute.size(gRow):
                 gRow[column + i] = tXrX[i]
 
 
-def first_column(tile: Int32, lane: Int32) -> Int32:
+def zeros(values: int, dtype: type[cutlass.Numeric]) -> cute.Tensor:
+    """Registers of a thread."""
+    tXrX = cute.make_rmem_tensor(values, dtype)
+    cute.recast_tensor(tXrX, cutlass.Uint32).fill(0)
+    return tXrX
+
+
+def first_column(tile: Int32, lane: Int32, values: int) -> Int32:
     """Of a lane's values."""
-    return tile * layouts.COLUMNS_PER_WARP + lane * layouts.VALUES_PER_THREAD
+    return tile * (LANES * values) + lane * values
 
 
 def atom(m: cute.Tensor, nbytes: int) -> cute.CopyAtom:
@@ -97,10 +85,10 @@ def atom(m: cute.Tensor, nbytes: int) -> cute.CopyAtom:
     return cute.make_copy_atom(op, m.element_type, num_bits_per_copy=8 * nbytes)
 
 
-def partition(gRow: cute.Tensor, tile: Int32, lane: Int32, nbytes: int) -> cute.Tensor:
+def partition(gRow: cute.Tensor, tile: Int32, lane: Int32, values: int, nbytes: int) -> cute.Tensor:
     """A lane's part of a tile of a row, to be copied by `nbytes` at once."""
-    gX = cute.local_tile(gRow, (layouts.COLUMNS_PER_WARP,), (tile,))
-    return layouts.tiled_copy(atom(gRow, nbytes)).get_slice(lane).partition_S(gX)
+    gX = cute.local_tile(gRow, (LANES * values,), (tile,))
+    return layouts.tiled_copy(atom(gRow, nbytes), values).get_slice(lane).partition_S(gX)
 
 
 def like(tXrX: cute.Tensor, tXgX: cute.Tensor) -> cute.Tensor:

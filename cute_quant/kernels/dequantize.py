@@ -10,28 +10,30 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from cute_quant.formats import BLOCK_GROUPS, BLOCK_ROWS, WHOLE_ROW, Format
+from cute_quant.formats import BLOCK_GROUPS, BLOCK_ROWS, WHOLE_ROW
 from cute_quant.kernels import copy, layouts, numerics
-from cute_quant.kernels.copy import Access
-from cute_quant.kernels.launch import MAX_GRID_Y, MAX_GRID_Z
+from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.types import ELEMENT_TYPES
+from cute_quant.launch import MAX_GRID_Y, MAX_GRID_Z
+from cute_quant.specs import DEFAULT_TILE, LANES, DequantizeSpec
+
+VALUES = DEFAULT_TILE.values_per_thread
 
 
 class Dequantize:
-    """Compile-time choices: the format of values and scales, the element type of the result, and
-    what the addresses allow. Launched as a programmatic dependent, as `Quantize` is."""
+    """Launched as a programmatic dependent, as `Quantize` is."""
 
-    def __init__(self, fmt: Format, dtype: type[cutlass.Numeric], access: Access):
-        self.fmt = fmt
-        self.dtype = dtype
-        self.access = access
-        self.lanes_per_group = layouts.lanes_per_group(fmt.group_size)
+    def __init__(self, spec: DequantizeSpec):
+        self.fmt = spec.fmt
+        self.dtype = ELEMENT_TYPES[spec.dtype]
+        self.access = spec.access
+        self.lanes_per_group = DEFAULT_TILE.lanes_per_group(spec.fmt.group_size)
 
     def signature(self) -> tuple:
         """Stand-ins for the arguments: which sizes vary, and what alignment may be relied on."""
         fmt, access = self.fmt, self.access
         batch, mn = cute.sym_int32(), cute.sym_int32()
-        k = cute.sym_int32(divisibility=1 if access.ragged else layouts.VALUES_PER_THREAD)
+        k = cute.sym_int32(divisibility=1 if access.ragged else VALUES)
         scales = (batch, cute.sym_int32()) if fmt.blocked else (batch, mn, cute.sym_int32())
         return (
             copy.fake_matrix(ELEMENT_TYPES[fmt.dtype], (batch, mn, k), access.load_bytes),
@@ -65,16 +67,14 @@ class Dequantize:
             )
             mS = cute.make_tensor(mS.iterator, layout)
         rows = layouts.unsigned(mn)
-        row_tiles = Int32((rows + (layouts.WARPS_PER_CTA - 1)) // layouts.WARPS_PER_CTA)
-        self.kernel(
-            mQ, mS, mY, layouts.row_bytes(mQ), layouts.row_bytes(mY), rows, row_tiles
-        ).launch(
+        row_tiles = Int32((rows + (DEFAULT_TILE.rows - 1)) // DEFAULT_TILE.rows)
+        self.kernel(Matrix(mQ), mS, Matrix(mY), rows, row_tiles).launch(
             grid=[
-                cute.ceil_div(k, layouts.COLUMNS_PER_WARP),
+                cute.ceil_div(k, DEFAULT_TILE.columns),
                 cutlass.min(row_tiles, MAX_GRID_Y),
                 cutlass.min(batches, MAX_GRID_Z),
             ],
-            block=[layouts.LANES, layouts.WARPS_PER_CTA, 1],
+            block=[LANES, DEFAULT_TILE.rows, 1],
             stream=stream,
             use_pdl=True,
         )
@@ -82,33 +82,28 @@ class Dequantize:
     @cute.kernel
     def kernel(
         self,
-        mQ: cute.Tensor,
+        q: Matrix,
         mS: cute.Tensor,  # (batch, mn, columns), also in blocks
-        mY: cute.Tensor,
-        q_row_bytes: Uint32,
-        y_row_bytes: Uint32,
+        y: Matrix,
         mn: Uint32,
         row_tiles: Int32,
     ):
         cute.arch.griddepcontrol_launch_dependents()
         lane, warp, _ = cute.arch.thread_idx()
-        tile, y, z = cute.arch.block_idx()
+        tile, first, z = cute.arch.block_idx()
         _, ctas, depth = cute.arch.grid_dim()
         cute.arch.griddepcontrol_wait()
-        for batch in range(z, mQ.shape[0], depth):
-            for row_tile in range(y, row_tiles, ctas):
-                row = Uint32(row_tile) * layouts.WARPS_PER_CTA + warp
+        for batch in range(z, q.tensor.shape[0], depth):
+            for row_tile in range(first, row_tiles, ctas):
+                row = Uint32(row_tile) * DEFAULT_TILE.rows + warp
                 live = row < mn
-                gQ = layouts.row(mQ[batch, None, None], q_row_bytes, row)
-                gY = layouts.row(mY[batch, None, None], y_row_bytes, row)
-                tXrQ = cute.make_rmem_tensor(layouts.VALUES_PER_THREAD, mQ.element_type)
-                cute.recast_tensor(tXrQ, Uint32).fill(0)
+                gQ, gY = q[batch].row(row), y[batch].row(row)
+                tXrQ = copy.zeros(VALUES, q.tensor.element_type)
                 copy.load(gQ, tile, lane, live, tXrQ, self.access)
                 scale = Float32(0.0)
-                if live and copy.first_column(tile, lane) < mQ.shape[2]:
+                if live and copy.first_column(tile, lane, VALUES) < cute.size(gQ):
                     scale = self.read_scale(mS[batch, None, None], Int32(row), tile, lane)
-                values = numerics.multiply(tXrQ, scale)
-                tXrY = numerics.round_to(values, self.dtype)
+                tXrY = numerics.round_to(numerics.multiply(tXrQ, scale), self.dtype)
                 copy.store(tXrY, gY, tile, lane, live, self.access)
 
     @cute.jit
@@ -117,7 +112,7 @@ class Dequantize:
         fmt = self.fmt
         group = Int32(0)
         if const_expr(fmt.group_size != WHOLE_ROW):
-            group = (tile * layouts.LANES + lane) // self.lanes_per_group
+            group = (tile * LANES + lane) // self.lanes_per_group
         if const_expr(fmt.packed):
             word = Uint32(mS[row, group // fmt.groups_per_column])
             return numerics.float32_of_ue8m0(word >> Uint32(group % fmt.groups_per_column * 8))

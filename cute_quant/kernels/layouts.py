@@ -1,9 +1,9 @@
 """Every layout of the package, as CuTe layout algebra.
 
-A thread holds ``VALUES_PER_THREAD`` neighbours of a row (32 bytes of bf16 or fp16), so a group of
-128 is an octet of lanes and a warp holds 512 columns of a row: four groups, whose four scale
-bytes make one packed word. A CTA stacks ``WARPS_PER_CTA`` warps, each with a row, or with some
-neighbouring rows, of its own.
+By default a thread holds 16 neighbours of a row (32 bytes of bf16 or fp16), so a group of 128 is an
+octet of lanes and a warp holds 512 columns of a row: four groups, whose four scale bytes make one
+packed word. A CTA stacks four warps, each with a row, or with some neighbouring rows, of its own.
+`specs.Tile` has these numbers.
 
     columns        0 .. 127      128 .. 255     256 .. 383     384 .. 511
     row 0    lane  0 ..   7      8 ..  15      16 ..  23      24 ..  31      warp 0
@@ -18,56 +18,74 @@ holds what.
 These functions build layouts where a kernel is traced, or in any other MLIR context.
 """
 
+from __future__ import annotations
+
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint8, Uint32, Uint64
 
-from cute_quant.formats import BLOCK_GROUPS, BLOCK_ROWS, BYTES_PER_WORD, WHOLE_ROW
-
-VALUES_PER_THREAD = 16
-LANES = 32
-WARPS_PER_CTA = 4
-COLUMNS_PER_WARP = LANES * VALUES_PER_THREAD
+from cute_quant.formats import BLOCK_GROUPS, BLOCK_ROWS, BYTES_PER_WORD
+from cute_quant.kernels.params import Params
+from cute_quant.specs import LANES
 
 BLOCK_LANES = 32
 """Rows of a block of scales that are 16 bytes apart; the block's other rows lie in between."""
 
 
-def lanes_per_group(group_size: int) -> int:
-    """Neighbouring lanes that hold a group."""
-    return LANES if group_size == WHOLE_ROW else group_size // VALUES_PER_THREAD
-
-
-def tiled_copy(atom: cute.CopyAtom) -> cute.TiledCopy:
-    """A warp's copy of its part of a row: lane -> ``32 : 16``, value -> ``16 : 1``."""
+def tiled_copy(atom: cute.CopyAtom, values_per_thread: int) -> cute.TiledCopy:
+    """A warp's copy of its part of a row: lane -> ``32 : values``, value -> ``values : 1``."""
     return cute.make_tiled_copy_tv(
-        atom, cute.make_layout(LANES), cute.make_layout(VALUES_PER_THREAD)
+        atom, cute.make_layout(LANES), cute.make_layout(values_per_thread)
     )
+
+
+class Matrix(Params):
+    """A tensor (..., rows, columns), rows contiguous, as an argument of a kernel.
+
+    Attributes:
+        tensor: the tensor.
+        row_bytes: from a row to the next. An argument of its own, so that it is computed once,
+            before a launch.
+    """
+
+    def __init__(self, tensor: cute.Tensor, row_bytes: Uint32 | None = None):
+        self.tensor = tensor
+        self.row_bytes = row_bytes
+        if row_bytes is None:
+            self.row_bytes = unsigned(tensor.stride[-2]) * (tensor.element_type.width // 8)
+
+    @property
+    def rows(self) -> Uint32:
+        return unsigned(self.tensor.shape[-2])
+
+    def __getitem__(self, batch: Int32) -> Matrix:
+        """One of a batch."""
+        return Matrix(self.tensor[batch, None, None], self.row_bytes)
+
+    def row(
+        self, number: Int32 | Uint32, columns: Int32 | None = None, first: Int32 | int = 0
+    ) -> cute.Tensor:
+        """A row, (columns,), all of it by default; rows start and `first` lies at a multiple of the
+        alignment of the tensor.
+
+        Its offset is one product of 32-bit numbers to 64 bits, where a layout would multiply
+        64-bit numbers or overflow 32.
+        """
+        m = self.tensor
+        offset = Int64(Uint64(Uint32(number)) * Uint64(self.row_bytes))
+        if not isinstance(first, int) or first:
+            offset = offset + Int64(first) * (m.element_type.width // 8)
+        offset = cute.assume(offset, divby=m.iterator.alignment)
+        start = cute.recast_ptr(m.iterator, dtype=Uint8) + offset
+        return cute.make_tensor(
+            cute.recast_ptr(start, dtype=m.element_type),
+            cute.make_layout(m.shape[1] if columns is None else columns),
+        )
 
 
 def unsigned(size: Int32 | int) -> Uint32:
     """A size as a number of its own: sizes and strides of tensors count as signed in what is
     computed from them, and 2^31 rows, or one past them, are not."""
     return Uint32(Int64(size))
-
-
-def row_bytes(m: cute.Tensor) -> Uint32:
-    """Bytes from a row of `m` (..., rows, k) to the next."""
-    return unsigned(m.stride[-2]) * (m.element_type.width // 8)
-
-
-def row(m: cute.Tensor, bytes_per_row: Uint32, number: Int32) -> cute.Tensor:
-    """A row of `m`, (k,).
-
-    Its offset is one product of 32-bit numbers to 64 bits, where a layout would multiply 64-bit
-    numbers or overflow 32. `bytes_per_row` is an argument of its own, so that it can be computed
-    once, before a launch.
-    """
-    offset = Int64(Uint64(Uint32(number)) * Uint64(bytes_per_row))
-    offset = cute.assume(offset, divby=m.iterator.alignment)
-    start = cute.recast_ptr(m.iterator, dtype=Uint8) + offset
-    return cute.make_tensor(
-        cute.recast_ptr(start, dtype=m.element_type), cute.make_layout(m.shape[1])
-    )
 
 
 def scales_by_column(rows: Int32 | int, columns: Int32 | int) -> cute.Layout:

@@ -5,6 +5,7 @@ Magnitudes, scales and multipliers travel as the bits of a float32, in which a c
 integers orders magnitudes: NaN above Inf above every finite value.
 """
 
+import math
 from collections.abc import Callable
 
 import cutlass
@@ -21,7 +22,9 @@ from cute_quant.formats import (
     UE8M0_NAN,
     Format,
     ValueType,
+    to_float32,
 )
+from cute_quant.specs import LANES
 
 FLOAT32_INFINITY = 0x7F800000
 FLOAT32_NAN = 0x7FC00000
@@ -96,6 +99,95 @@ def reciprocal(a: Float32) -> Float32:
     estimate = cute.arch.rcp_approx(a)
     error = cute.math.fma(Float32(0.0) - a, estimate, Float32(1.0))
     return cute.math.fma(error, estimate, estimate)
+
+
+LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
+LARGEST_EXPONENT = 127.99
+"""Of what `sigmoid` takes 2 to the power of; its reciprocal is a normal number."""
+
+
+def times_log2_e(factor: Float32) -> tuple[Float32, Float32]:
+    """factor * log2(e), as the sum of two float32."""
+    high = factor * Float32(LOG2_E)
+    error = cute.math.fma(factor, Float32(LOG2_E), Float32(0.0) - high)
+    return high, cute.math.fma(factor, Float32(LOG2_E - to_float32(LOG2_E)), error)
+
+
+def sigmoid(
+    x: cute.TensorSSA, exponent: tuple[Float32, Float32] = (-LOG2_E, to_float32(LOG2_E) - LOG2_E)
+) -> cute.TensorSSA:
+    """1 / (1 + 2^(exponent * x)), for an exponent of -log2(e) unless another is given.
+
+    The exponent has more bits than a float32: what its rounding leaves is made up for by
+    ``2^rest = 1 + rest * ln(2)``. So the relative error is that of two approximations and three
+    roundings, 2^-22 + 2^-23 + 3 * 2^-24 at most, however large x.
+    """
+    high, low = (cute.full_like(x, Float32(part)) for part in exponent)
+    # NaN does not get lost: it is in the rest too.
+    power = each(lambda p: cute.arch.fmin(p, Float32(LARGEST_EXPONENT)), x * high)
+    rest = cute.math.fma(x, low, cute.math.fma(x, high, -power))
+    exponential = cute.math.exp2(power, fastmath=True)
+    exponential = cute.math.fma(exponential, rest * LN_2, exponential)
+    return each(cute.arch.rcp_approx, exponential + 1.0)
+
+
+def sum_of(x: cute.TensorSSA) -> Float32:
+    """Of a thread's float32, pairs first: 4 roundings deep for 16."""
+    rX = registers(x)
+    values = [rX[i] for i in range(cute.size(rX))]
+    while len(values) > 1:
+        half = len(values) // 2
+        values = [a + b for a, b in zip(values[:half], values[half:], strict=True)]
+    return values[0]
+
+
+def sum_of_lanes(value: Float32) -> Float32:
+    """Of a warp, in each of its lanes; 5 roundings deep."""
+    for i in range(LANES.bit_length() - 1):
+        value = value + cute.arch.shuffle_sync_bfly(value, offset=1 << i)
+    return value
+
+
+def max_of_lanes(value: Uint32) -> Uint32:
+    """Of a warp, in each of its lanes."""
+    for i in range(LANES.bit_length() - 1):
+        value = cutlass.max(value, cute.arch.shuffle_sync_bfly(value, offset=1 << i))
+    return value
+
+
+def reciprocal_root(x: Float32) -> Float32:
+    """1 / sqrt(x), with a relative error of 2^-22.4 at most."""
+    return cute.math.rsqrt(x, approx=True, ftz=True)
+
+
+def minimum(x: cute.TensorSSA, bound: Float32) -> cute.TensorSSA:
+    """The smaller one; NaN if one is."""
+    return each(lambda value: cute.arch.fmin(value, bound, nan=True), x)
+
+
+def maximum(x: cute.TensorSSA, bound: Float32) -> cute.TensorSSA:
+    """The larger one; NaN if one is."""
+    return each(lambda value: cute.arch.fmax(value, bound, nan=True), x)
+
+
+def each(function: Callable[[Float32], Float32], x: cute.TensorSSA) -> cute.TensorSSA:
+    """A function of every element. What vectors have operations for SM100 computes two at once."""
+    rX = registers(x)
+    for i in range(cute.size(rX)):
+        rX[i] = function(rX[i])
+    return rX.load()
+
+
+def registers(x: cute.TensorSSA) -> cute.Tensor:
+    """A vector in a thread's registers."""
+    rX = cute.make_rmem_tensor(x.shape, x.dtype)
+    rX.store(x)
+    return rX
+
+
+def rounded(x: cute.TensorSSA, dtype: type[cutlass.Numeric]) -> cute.TensorSSA:
+    """float32 rounded to the precision of a dtype."""
+    return x if dtype is Float32 else widen(registers(x.to(dtype))).load()
 
 
 @cute.jit

@@ -4,59 +4,15 @@ What `cute_quant.rows` describes, read where a kernel runs. Nothing here trusts 
 counts are clamped, and an index that names no row of x makes a row that does not exist.
 """
 
-from dataclasses import dataclass
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Uint32
 
-from cute_quant.kernels.layouts import LANES
-from cute_quant.rows import DENSE, Indexed, Masked, PrefixSum
+from cute_quant.specs import LANES
 
 EXPERTS_PER_LANE = 8
 EXPERTS_PER_CHUNK = LANES * EXPERTS_PER_LANE
 """Experts whose counts a warp reads at once."""
-
-
-@dataclass(frozen=True)
-class Domain:
-    """Compile-time choices.
-
-    Attributes:
-        kind: of the rows, as `cute_quant.rows` names it.
-        gathered: whether an index names the rows of x.
-        batched: whether there are matrices, or more rows than one dimension of a grid counts;
-            the results of masked experts always are.
-    """
-
-    kind: str = DENSE
-    gathered: bool = False
-    batched: bool = False
-
-    @property
-    def masked(self) -> bool:
-        return self.kind == Masked.kind
-
-    @property
-    def prefix_sum(self) -> bool:
-        return self.kind == PrefixSum.kind
-
-    @property
-    def counted(self) -> bool:
-        """Whether there is something to read."""
-        return self.kind != DENSE
-
-    @property
-    def selects(self) -> bool:
-        """Whether the rows that exist are not just the first ones."""
-        return self.gathered or self.prefix_sum or self.indexed
-
-    @property
-    def indexed(self) -> bool:
-        return self.kind == Indexed.kind
-
-
-DENSE_ROWS = Domain()
 
 
 @cute.jit

@@ -15,10 +15,11 @@ from unittest import mock
 
 import torch
 
-from cute_quant import compile, execution
+from cute_quant import compile, execution, launch
 from cute_quant.formats import DEFAULT_MIN_SCALE, LOAD_BYTES, Format
-from cute_quant.kernels import dequantize, launch, quantize
+from cute_quant.kernels import dequantize, row_kernel
 from cute_quant.rows import Rows
+from cute_quant.specs import Spec
 from tests.emulator import machine, ptx
 from tests.emulator.errors import EmulatorError
 from tests.emulator.host import DeviceTensor, HostFunction
@@ -31,20 +32,21 @@ class Kernel:
     """One kernel, compiled for one architecture.
 
     Attributes:
-        choices: of the kernel's class.
+        spec: what it is compiled for.
         text: its PTX.
         program: what runs; put another one here to plant an error.
         names: of its tensors, as the kernel has them.
     """
 
-    def __init__(self, kernel_class: type, arch: str, choices: tuple, directory: Path):
+    def __init__(self, spec: Spec, arch: str, directory: Path):
         """`directory` takes what the DSL dumps and must be this kernel's own."""
         options = ("--keep-ptx", "--keep-cubin", f"--dump-dir {directory}")
-        compiled = compile.build(kernel_class(*choices), arch, *options)
-        self.choices = choices
+        kernel = compile.kernel(spec)
+        compiled = compile.build(kernel, arch, *options)
+        self.spec = spec
         self.text = compiled.__ptx__
         self.program = load(self.text)
-        self.names = list(inspect.signature(kernel_class.__call__).parameters)[1:]
+        self.names = list(inspect.signature(type(kernel).__call__).parameters)[1:]
         self.host = HostFunction(compiled, directory)
 
     def __call__(
@@ -83,11 +85,11 @@ class Kernels:
         self._new_directory = new_directory
         self._kernels: dict[Hashable, Kernel] = {}
 
-    def get(self, kernel_class: type, arch: str, *choices: Hashable) -> Kernel:
+    def get(self, spec: Spec, arch: str) -> Kernel:
         # The limit is a constant of the code.
-        key = (kernel_class, arch, choices, launch.MAX_GRID_Y)
+        key = (spec, arch, launch.MAX_GRID_Y)
         if key not in self._kernels:
-            self._kernels[key] = Kernel(kernel_class, arch, choices, self._new_directory())
+            self._kernels[key] = Kernel(spec, arch, self._new_directory())
         return self._kernels[key]
 
 
@@ -161,12 +163,12 @@ class Gpu:
 
     @contextlib.contextmanager
     def _present(self, inputs: tuple, options: dict[str, Any]) -> Iterator[None]:
-        def function(kernel_class: type, arch: str, *choices: Hashable) -> Callable[..., None]:
+        def function(spec: Spec, arch: str) -> Callable[..., None]:
             def run(*operands: Any) -> None:
                 self.launched.append(kernel)
                 kernel(*operands, inputs=inputs, **options)
 
-            kernel = self.kernels.get(kernel_class, arch, *choices)
+            kernel = self.kernels.get(spec, arch)
             return run
 
         limits = {"MAX_GRID_Y": self.max_grid, "MAX_GRID_Z": self.max_grid}
@@ -179,7 +181,7 @@ class Gpu:
                 function=function,
             ),
             mock.patch.multiple(launch, TWO_ROWS_FROM=two_rows_from, **limits),
-            mock.patch.multiple(quantize, **limits),
+            mock.patch.multiple(row_kernel, **limits),
             mock.patch.multiple(dequantize, **limits),
             mock.patch.object(execution, "_plans", {}),
         ):

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from cute_quant.formats import VALUE_DTYPE, last_column_rows
-from cute_quant.kernels.quantize import Quantize
-from cute_quant.kernels.types import ELEMENT_TYPES
+from cute_quant.specs import QuantizeSpec
 from tests.emulator.cases import special_groups
 from tests.emulator.errors import MemoryFault
 from tests.emulator.host import DeviceTensor
@@ -44,7 +43,7 @@ class Call:
 
 @pytest.fixture
 def call(kernels):
-    return Call(kernels.get(Quantize, "sm_100a", ELEMENT_TYPES[BF16], UE8M0))
+    return Call(kernels.get(QuantizeSpec(BF16, UE8M0), "sm_100a"))
 
 
 def test_stream_and_device(call):

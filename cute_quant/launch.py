@@ -21,13 +21,9 @@ from typing import NamedTuple
 import torch
 
 from cute_quant.formats import LOAD_BYTES, WHOLE_ROW, Format, ceil_div
-from cute_quant.kernels.layouts import (
-    COLUMNS_PER_WARP,
-    VALUES_PER_THREAD,
-    WARPS_PER_CTA,
-    lanes_per_group,
-)
+from cute_quant.specs import DEFAULT_TILE, Tile
 
+TWO_ROWS = Tile(rows_per_thread=2)
 TWO_ROWS_FROM = 30_000
 """Elements an SM."""
 
@@ -42,29 +38,31 @@ class Shape(NamedTuple):
     """What a launch looks like.
 
     Attributes:
-        rows_per_thread: whose loads are in flight at once.
+        tile: of a CTA.
         tall: whether rows are too many for one dimension of a grid.
         row_ctas: CTAs that share the rows of all experts, where these are masked.
     """
 
-    rows_per_thread: int
+    tile: Tile
     tall: bool
     row_ctas: int
 
 
 def shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int) -> Shape:
     """The launch for so many matrices of so many rows, on a GPU of so many multiprocessors."""
+    tile = DEFAULT_TILE
     whole_row = fmt.group_size == WHOLE_ROW
-    fits_two = lanes_per_group(fmt.group_size) > 1 and k % (2 * VALUES_PER_THREAD) == 0
+    fits_two = tile.lanes_per_group(fmt.group_size) > 1 and k % (2 * tile.values_per_thread) == 0
     large = matrices * rows * k >= TWO_ROWS_FROM * sms
-    rows_per_thread = 2 if large and fits_two and not whole_row and not masked else 1
-    row_tiles = ceil_div(fmt.scale_rows(rows), WARPS_PER_CTA * rows_per_thread)
-    tiles = 1 if whole_row else ceil_div(k, COLUMNS_PER_WARP)
+    if large and fits_two and not whole_row and not masked:
+        tile = TWO_ROWS
+    row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)
+    tiles = 1 if whole_row else ceil_div(k, tile.columns)
     slots = min(ceil_div(RESIDENT_CTAS * sms, tiles * max(matrices, 1)), row_tiles)
     row_ctas = min(matrices * slots, MAX_GRID_Y)
-    return Shape(rows_per_thread, row_tiles > MAX_GRID_Y, row_ctas)
+    return Shape(tile, row_tiles > MAX_GRID_Y, row_ctas)
 
 
 def store_bytes(dtype: torch.dtype) -> int:
     """What a thread stores at once of results of a dtype."""
-    return min(VALUES_PER_THREAD * dtype.itemsize, LOAD_BYTES)
+    return min(DEFAULT_TILE.values_per_thread * dtype.itemsize, LOAD_BYTES)

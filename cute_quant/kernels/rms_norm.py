@@ -1,0 +1,230 @@
+"""RMSNorm of rows, quantized in the same registers: load, add, reduce, normalize, quantize, store.
+
+A row lies in the registers of the warps of a CTA, so memory is passed over once: a warp has a tile
+of its columns, or several, ``warps`` tiles apart. Each warp sums the squares of its values and
+leaves the sum in shared memory; behind the one barrier all of them add up the sums. What is left
+is the story of `quantize`. With a residual, x + residual is what gets normalized, and is written.
+"""
+
+from __future__ import annotations
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Uint32, const_expr
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from cute_quant.kernels import copy, numerics
+from cute_quant.kernels.layouts import Matrix
+from cute_quant.kernels.row_kernel import Results, RowKernel
+from cute_quant.kernels.stage import Stage
+from cute_quant.kernels.types import ELEMENT_TYPES
+from cute_quant.specs import LANES, Access, RmsNormSpec
+
+
+class RmsNorm(RowKernel):
+    """What is quantized is ``r * rsqrt(mean(r^2) + eps) * (weight + offset)``."""
+
+    def __init__(self, spec: RmsNormSpec):
+        dtype = ELEMENT_TYPES[spec.dtype]
+        super().__init__(spec, Stage(dtype if spec.unfused else Float32, spec.fmt, spec.tile))
+        self.weight_dtype = ELEMENT_TYPES[spec.weight_dtype]
+
+    def signature(self) -> tuple:
+        """Stand-ins for the arguments: which sizes vary, and what alignment may be relied on."""
+        spec = self.spec
+        nbytes = spec.access.load_bytes
+        batch, mn, q_rows = self.batch(), cute.sym_int32(), cute.sym_int32()
+        tokens = cute.sym_int32() if spec.domain.gathered else mn
+        leading = () if spec.domain.gathered else batch
+        k = cute.sym_int32(divisibility=self.divisibility)
+
+        def matrix(there: bool = True) -> cute.Tensor | None:
+            return copy.fake_matrix(self.dtype, (*leading, tokens, k), nbytes) if there else None
+
+        dtype = ELEMENT_TYPES[spec.fmt.dtype]
+        mQ = copy.fake_matrix(dtype, (*batch, q_rows, k), spec.access.store_bytes)
+        mWeight = make_fake_tensor(self.weight_dtype, (k,), stride=(1,), assumed_align=nbytes)
+        others = matrix(spec.residual), matrix(spec.residual), matrix(spec.normalized)
+        numbers = Float32(0), Float32(0)
+        stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+        return matrix(), mQ, *self.stand_ins(batch, mn), mWeight, *others, *numbers, stream
+
+    @cute.jit
+    def __call__(
+        self,
+        mX: cute.Tensor,  # (mn, k), (batch, mn, k), or (tokens, k) with an index
+        mQ: cute.Tensor,
+        mS: cute.Tensor,
+        mCounts: cute.Tensor | None,
+        mIndex: cute.Tensor | None,
+        missing_rows: Int32,
+        alignment: Int32,
+        row_ctas: Int32,
+        floor: Int32 | Float32,
+        mWeight: cute.Tensor,  # (k,)
+        mResidual: cute.Tensor | None,  # as x, to be added
+        mSum: cute.Tensor | None,  # as x, for x + residual; may be the residual itself
+        mNormalized: cute.Tensor | None,  # as x, for what gets quantized
+        eps: Float32,
+        offset: Float32,
+        stream: cuda.CUstream,
+    ):
+        """See `RowKernel.launch` for what comes between x and the weight."""
+        matrices = [
+            Matrix(m) if const_expr(m is not None) else None
+            for m in (mX, mResidual, mSum, mNormalized)
+        ]
+        reciprocal = Float32(1.0) / Float32(mQ.shape[-1])
+        inputs = *matrices, mWeight, eps, offset, reciprocal
+        numbers = missing_rows, alignment, row_ctas, floor
+        self.launch(inputs, mQ, mS, mCounts, mIndex, *numbers, stream)
+
+    def columns(self, k: Int32) -> tuple:
+        """CTAs beside each other, threads of a CTA, and further limits of the launch."""
+        warps = cute.ceil_div(self.stage.tiles(k), self.spec.tiles_per_thread)
+        rows = self.stage.tile.rows
+        bounds = {"max_number_threads": [LANES, self.spec.max_warps, rows]}
+        return 1, [LANES, warps, rows], bounds
+
+    @cute.jit
+    def quantize_rows(
+        self,
+        row_tile: Int32,
+        inputs: tuple,
+        results: Results,
+        mCounts: cute.Tensor | None,
+        mIndex: cute.Tensor | None,
+        alignment: Int32,
+        limit: Uint32 | Float32,
+    ):
+        """A row of a tile of rows, by the warps that share it."""
+        x, residual, total, normalized, mWeight, eps, offset, reciprocal = inputs
+        spec, stage = self.spec, self.stage
+        lane, warp, slot = cute.arch.thread_idx()
+        _, warps, _ = cute.arch.block_dim()
+        number = Uint32(row_tile) * stage.tile.rows + slot
+        domain = results.live_rows, mCounts, mIndex, alignment
+        live, sources = self.select([number], x.rows, *domain)
+        live, source = live[0], sources[0]
+        written = number < results.q_rows
+        k = results.q.tensor.shape[1]
+        row = results.q.row(number)
+        tiles = [warp + i * warps for i in range(spec.tiles_per_thread)]
+
+        raw = [self.load(x.row(source, k), tile, lane, live) for tile in tiles]
+        weights = [self.load(mWeight, tile, lane, Boolean(True)) for tile in tiles]
+        if const_expr(spec.residual):
+            others = [self.load(residual.row(number, k), tile, lane, live) for tile in tiles]
+        values = [numerics.widen(t).load() for t in raw]
+        if const_expr(spec.residual):
+            others = [numerics.widen(t).load() for t in others]
+            values = [a + b for a, b in zip(values, others, strict=True)]
+            for tile, value in zip(tiles, values, strict=True):
+                self.store(value, total.row(number, k), tile, lane, live)
+            values = [self.rounded(value) for value in values]
+
+        squares = values[0] * values[0]
+        for value in values[1:]:
+            squares = cute.math.fma(value, value, squares)
+        shared = self.shared(Float32, slot)
+        square = numerics.sum_of_lanes(numerics.sum_of(squares))
+        square = self.over_warps(square, shared, warp, warps, lane, numerics.sum_of_lanes)
+        factor = numerics.reciprocal_root(square * reciprocal + eps)
+
+        segments = []
+        for tile, value, weight in zip(tiles, values, weights, strict=True):
+            value = value * factor * (numerics.widen(weight).load() + offset)
+            value = self.rounded(value)
+            if const_expr(spec.normalized):
+                self.store(value, normalized.row(number, k), tile, lane, live)
+            segments.append(numerics.registers(value.to(stage.dtype)))
+        if const_expr(stage.whole_row):
+            amax = numerics.amax(segments[0])
+            for segment in segments[1:]:
+                amax = numerics.max_of(stage.dtype)(amax, numerics.amax(segment))
+            amax = stage.group_amax(amax)
+            amax = self.over_warps(
+                amax, self.shared(Uint32, slot), warp, warps, lane, numerics.max_of_lanes
+            )
+            scales = [stage.scale(amax, limit)] * len(tiles)
+        else:
+            amaxes = [stage.group_amax(numerics.amax(segment)) for segment in segments]
+            scales = [stage.scale(amax, limit) for amax in amaxes]
+        last = stage.tiles(k)
+        for i in cutlass.range_constexpr(1 if stage.whole_row else len(tiles)):
+            takes_part = warp == 0 if const_expr(stage.whole_row) else tiles[i] < last
+            self.store_scale(results, scales[i], number, live, tiles[i], lane, takes_part)
+        for tile, segment, scale in zip(tiles, segments, scales, strict=True):
+            copy.store(stage.values(segment, scale), row, tile, lane, written, spec.access)
+
+    @cute.jit
+    def store_scale(
+        self,
+        results: Results,
+        scale: Uint32 | Float32,
+        number: Uint32,
+        live: Boolean,
+        tile: Int32,
+        lane: Int32,
+        takes_part: Boolean,  # the warp
+    ):
+        if takes_part:
+            self.stage.store_scales(
+                results.scales,
+                [scale],
+                [number],
+                results.live_rows,
+                tile,
+                lane,
+                results.q.tensor.shape[1],
+                [live] if const_expr(self.spec.domain.selects) else None,
+                results.scale_rows,
+            )
+
+    def rounded(self, values: cute.TensorSSA) -> cute.TensorSSA:
+        """float32 rounded to x's dtype, if that is what is asked for."""
+        return numerics.rounded(values, self.dtype) if self.spec.unfused else values
+
+    @cute.jit
+    def load(self, row: cute.Tensor, tile: Int32, lane: Int32, live: Boolean) -> cute.Tensor:
+        """A lane's values of a tile, zeros where there are none."""
+        tXrX = copy.zeros(self.stage.tile.values_per_thread, row.element_type)
+        copy.load(row, tile, lane, live, tXrX, self.spec.access)
+        return tXrX
+
+    @cute.jit
+    def store(
+        self, values: cute.TensorSSA, row: cute.Tensor, tile: Int32, lane: Int32, live: Boolean
+    ):
+        """float32 values in x's dtype to a row beside x."""
+        nbytes = self.spec.access.load_bytes
+        access = Access(nbytes, nbytes, self.spec.access.ragged)
+        copy.store(numerics.registers(values.to(self.dtype)), row, tile, lane, live, access)
+
+    def shared(self, dtype: type[cutlass.Numeric], slot: Int32) -> cute.Tensor:
+        """Shared memory with a place for each warp of a row."""
+        warps = self.spec.max_warps
+        memory = cute.arch.alloc_smem(dtype, warps * self.stage.tile.rows)
+        return cute.make_tensor(memory + slot * warps, cute.make_layout(warps))
+
+    @cute.jit
+    def over_warps(
+        self,
+        value: Float32 | Uint32,
+        shared: cute.Tensor,
+        warp: Int32,
+        warps: Int32,
+        lane: Int32,
+        reduce: cutlass.Constexpr,
+    ):
+        """What all warps of a row have together, of what each has; 0 is neutral."""
+        if const_expr(self.spec.domain.batched):
+            cute.arch.sync_threads()  # the row before has been read
+        if lane == 0:
+            shared[warp] = value
+        cute.arch.sync_threads()
+        mine = type(value)(0)
+        if lane < warps:
+            mine = shared[lane]
+        return reduce(mine)
