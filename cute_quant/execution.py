@@ -19,6 +19,7 @@ from cute_quant.formats import (
     last_column_rows,
     scale_floor,
 )
+from cute_quant.prologues import Prologue
 from cute_quant.rows import DENSE, Masked, Rows
 
 View = tuple[tuple[int, ...], tuple[int, ...]]
@@ -67,15 +68,17 @@ def quantize(
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
     check: bool = False,
+    prologue: Prologue | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`cute_quant.quantize` of real tensors.
+    """`cute_quant.quantize` of real tensors, or of what `prologue` makes of them.
 
     Args:
         choices: group_size, scale_format, dtype, round_scale, min_scale.
+        prologue: what comes before; what else it writes is in its tensors.
     """
     if not x.is_cuda:
-        return _quantize_on_cpu(x, q, sf, choices, rows, index, check)
-    plan = _look_up_plan(x, q, sf, choices, rows, index)
+        return _quantize_on_cpu(x, q, sf, choices, rows, index, check, prologue)
+    plan = _look_up_plan(x, q, sf, choices, rows, index, prologue)
     if check:
         checks.check_counts(rows, index, x.shape[-2], plan.mn)
     fmt, launch, mn, scale_rows, views, numbers = plan[:6]
@@ -89,9 +92,9 @@ def quantize(
         if scale_rows > mn:
             sf = sf.narrow(-2, 0, mn)
     missing_rows = 0 if scale_rows <= mn else scale_rows - last_column_rows(sf)
-    if out[0] is not None or out[1] is not None:
+    if out[0] is not None or out[1] is not None or prologue is not None:
         sf_bytes = plan.sf_bytes - missing_rows * sf.element_size()
-        _check_disjoint(x, plan.x_bytes, q, plan.q_bytes, sf, sf_bytes, rows, index)
+        _check_disjoint(x, plan.x_bytes, q, plan.q_bytes, sf, sf_bytes, rows, index, prologue)
     if launch is None:
         return q, sf
     operands = x, q, sf, None if rows is None else rows.data, index
@@ -101,7 +104,7 @@ def quantize(
         launch(*operands, missing_rows, *numbers)
     except (TypeError, ValueError):
         # The kernel refuses dtypes and devices that do not fit. Say so by name.
-        _check(x, *out, choices, rows, index)
+        _check(x, *out, choices, rows, index, prologue)
         raise
     return q, sf
 
@@ -114,22 +117,22 @@ def _quantize_on_cpu(
     rows: Rows | None,
     index: torch.Tensor | None,
     check: bool,
+    prologue: Prologue | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    call = _check(x, q, sf, choices, rows, index)
+    fmt, batch_shape, mn, k = _check(x, q, sf, choices, rows, index, prologue)
     if check:
-        checks.check_counts(rows, index, x.shape[-2], call.mn)
-    fmt, k = call.fmt, x.shape[-1]
-    given = q is not None or sf is not None
+        checks.check_counts(rows, index, x.shape[-2], mn)
+    given = q is not None or sf is not None or prologue is not None
     if q is None:
-        q = x.new_empty((*call.batch_shape, call.mn, k), dtype=fmt.dtype)
+        q = x.new_empty((*batch_shape, mn, k), dtype=fmt.dtype)
     if sf is None:
-        sf = fmt.empty_scales(call.batch_shape, call.mn, k, x.device)
+        sf = fmt.empty_scales(batch_shape, mn, k, x.device)
     if given:
         sf_bytes = checks.span(sf)
         if sf_bytes and fmt.mn_major:
-            sf_bytes += (last_column_rows(sf) - call.mn) * sf.element_size()
-        _check_disjoint(x, checks.span(x), q, checks.span(q), sf, sf_bytes, rows, index)
-    reference.quantize_into(x, q, sf, fmt, scale_floor(fmt, choices[-1]), rows, index)
+            sf_bytes += (last_column_rows(sf) - mn) * sf.element_size()
+        _check_disjoint(x, checks.span(x), q, checks.span(q), sf, sf_bytes, rows, index, prologue)
+    reference.quantize_into(x, q, sf, fmt, scale_floor(fmt, choices[-1]), rows, index, prologue)
     return q, sf
 
 
@@ -140,11 +143,15 @@ def _check(
     choices: tuple,
     rows: Rows | None,
     index: torch.Tensor | None,
+    prologue: Prologue | None,
 ) -> checks.Call:
-    call = checks.check_call(x, q, sf, choices, rows, index)
-    tensors = {"x": x, "out q": q, "out sf": sf, "index": index}
+    call = checks.check_call(x, q, sf, choices, rows, index, prologue)
+    name = "x" if prologue is None else prologue.input_name
+    tensors = {name: x, "out q": q, "out sf": sf, "index": index}
     if rows is not None:
         tensors[f"rows.{rows.data_name}"] = rows.data
+    if prologue is not None:
+        tensors |= prologue.tensors
     checks.check_real(tensors)
     return call
 
@@ -158,6 +165,7 @@ def _check_disjoint(
     sf_bytes: int,
     rows: Rows | None,
     index: torch.Tensor | None,
+    prologue: Prologue | None,
 ) -> None:
     start, q_start, sf_start = x.data_ptr(), q.data_ptr(), sf.data_ptr()
     end, q_end, sf_end = start + x_bytes, q_start + q_bytes, sf_start + sf_bytes
@@ -166,14 +174,19 @@ def _check_disjoint(
         and (end <= sf_start or sf_end <= start)
         and (q_end <= sf_start or sf_end <= q_start)
     )
-    if apart and rows is None and index is None:
+    if apart and rows is None and index is None and prologue is None:
         return
-    reads = [("x", start, x_bytes)]
+    name = "x" if prologue is None else prologue.input_name
+    reads = [(name, start, x_bytes)]
+    writes = [("out q", q_start, q_bytes), ("out sf", sf_start, sf_bytes)]
     if index is not None:
-        reads.append(("index", index.data_ptr(), checks.span(index)))
+        reads.append(checks.region("index", index))
     if rows is not None:
-        reads.append((f"rows.{rows.data_name}", rows.data.data_ptr(), checks.span(rows.data)))
-    checks.check_disjoint(reads, [("out q", q_start, q_bytes), ("out sf", sf_start, sf_bytes)])
+        reads.append(checks.region(f"rows.{rows.data_name}", rows.data))
+    if prologue is not None:
+        reads += (checks.region(name, t) for name, t in prologue.reads.items())
+        writes += (checks.region(name, t) for name, t in prologue.writes.items())
+    checks.check_disjoint(reads, writes)
 
 
 def _look_up_plan(
@@ -183,6 +196,7 @@ def _look_up_plan(
     choices: tuple,
     rows: Rows | None,
     index: torch.Tensor | None,
+    prologue: Prologue | None,
 ) -> _Plan:
     """The plan of an earlier call on tensors that look alike, or a new one.
 
@@ -203,17 +217,27 @@ def _look_up_plan(
             key += (rows.kind, rows.alignment, data.shape, data.stride(), data.is_neg())
         if index is not None:
             key += (index.stride(), index.shape, index.is_neg())
+        if prologue is not None:
+            key += (type(prologue), *prologue.options, *map(_looks, prologue.tensors.values()))
         plan = _plans.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, no strides, no hash
         plan = None
         key = ()
     if plan is None:
-        plan = _plan(x, q, sf, choices, rows, index)
+        plan = _plan(x, q, sf, choices, rows, index, prologue)
         if plan.launch is not None and key:
             if len(_plans) >= _MAX_PLANS:
                 _plans.clear()
             _plans[key] = plan
     return plan
+
+
+def _looks(t: torch.Tensor | None) -> tuple | None:
+    """All that a plan is checked for of a tensor of a prologue."""
+    if t is None:
+        return None
+    aligned = t.data_ptr() % LOAD_BYTES
+    return t.shape, t.stride(), t.dtype, t.device, t.is_neg(), t.requires_grad, aligned
 
 
 def _plan(
@@ -223,10 +247,10 @@ def _plan(
     choices: tuple,
     rows: Rows | None,
     index: torch.Tensor | None,
+    prologue: Prologue | None,
 ) -> _Plan:
     """Check a call on a GPU, and find the kernel."""
-    fmt, batch_shape, mn = _check(x, q, sf, choices, rows, index)
-    k = x.shape[-1]
+    fmt, batch_shape, mn, k = _check(x, q, sf, choices, rows, index, prologue)
     q_shape = (*batch_shape, mn, k)
     q_strides = _contiguous_strides(q_shape)
     sf_shape = fmt.scale_shape(batch_shape, mn, k)
@@ -237,8 +261,9 @@ def _plan(
     if math.prod(q_view[0]):
         q_address = 0 if q is None else q.data_ptr()
         floor = scale_floor(fmt, choices[-1])
+        sf_view = sf_shape, sf_strides
         launch, views, numbers = _kernel(
-            x, q_view, q_address, (sf_shape, sf_strides), fmt, fmt.dtype, floor, rows, index
+            x, q_view, q_address, sf_view, fmt, fmt.dtype, floor, rows, index, prologue
         )
     if fmt.mn_major:
         sf_shape = (*sf_shape[:-2], scale_rows, sf_shape[-1])
@@ -269,12 +294,19 @@ def _kernel(
     floor: int | float,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    prologue: Prologue | None = None,
 ) -> tuple[Callable[..., None], tuple[View | None, ...] | None, tuple[int | float, ...]]:
     """The kernel for operands that look like these, how it takes them, and its numbers.
 
     Args:
         result, dtype: q, or what `fake_quantize` returns where there are no scales.
     """
+    if prologue is not None:
+        # TODO: the kernels with a prologue. Its tensors become operands of the launch.
+        raise NotImplementedError(
+            f"{prologue.input_name}: expected a tensor on the CPU, got one on {x.device}, "
+            f"for which there is no kernel of {type(prologue).__name__} yet"
+        )
     # CuTe DSL takes a second to import and CPU users need not have it.
     from cute_quant import compile
     from cute_quant.kernels import launch
@@ -365,9 +397,7 @@ def fake_quantize(x: torch.Tensor, out: torch.Tensor | None, choices: tuple) -> 
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     else:
-        checks.check_disjoint(
-            [("x", x.data_ptr(), checks.span(x))], [("out", out.data_ptr(), checks.span(out))]
-        )
+        checks.check_disjoint([checks.region("x", x)], [checks.region("out", out)])
     floor = scale_floor(fmt, choices[-1])
     if not x.is_cuda:
         return out.copy_(reference.fake_quantize(x, fmt, floor))
