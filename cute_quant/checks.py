@@ -21,6 +21,7 @@ from cute_quant.formats import (
     make_format,
     resolve_min_scale,
 )
+from cute_quant.prologues import Prologue, RmsNorm, SiluMul
 from cute_quant.rows import KINDS, Masked, PrefixSum, Rows
 
 MAX_SIZE = 2**31 - 1
@@ -35,11 +36,12 @@ SCALE_DTYPES = (torch.int32, torch.float32, torch.float8_e8m0fnu)
 
 
 class Call(NamedTuple):
-    """What a call of `quantize` asks for: a format, and the batch shape and rows of the results."""
+    """What a call asks for: a format, and the batch shape, rows and columns of the results."""
 
     fmt: Format
     batch_shape: tuple[int, ...]
     mn: int
+    k: int
 
 
 def check_call(
@@ -49,30 +51,94 @@ def check_call(
     choices: tuple,
     rows: Rows | None,
     index: torch.Tensor | None,
+    prologue: Prologue | None = None,
 ) -> Call:
     """Check everything that tensors say of themselves, be they real or fake.
 
     Args:
         choices: group_size, scale_format, dtype, round_scale, min_scale.
+        prologue: what comes before the quantizer.
     """
     group_size, scale_format, dtype, round_scale, min_scale = choices
     fmt = make_format(group_size, scale_format, round_scale, dtype)
-    check_input(x)
+    name = "x" if prologue is None else prologue.input_name
+    check_tensor(name, x, INPUT_DTYPES)
+    _check_matrices(name, x, MAX_COLUMNS if prologue is None else prologue.max_columns)
     resolve_min_scale(fmt, min_scale)
-    batch_shape, mn = check_rows(rows, index, x)
+    batch_shape, mn = check_rows(rows, index, x, name)
     # The tiles of all experts are counted together.
     tiles = ceil_div(mn, ROWS_PER_TILE) if isinstance(rows, Masked) else 1
-    _check_count("x" if index is None else "index", batch_shape, max(tiles, 1))
-    if fmt.mn_major and fmt.scale_rows(mn) * fmt.columns(x.shape[-1]) > MAX_SCALES:
+    _check_count(name if index is None else "index", batch_shape, max(tiles, 1))
+    k = x.shape[-1]
+    if prologue is not None:
+        k = prologue.columns(k)
+        if isinstance(prologue, SiluMul):
+            _check_silu_mul(prologue, x, (*batch_shape, mn))
+        else:
+            _check_rms_norm(prologue, x, rows is None and index is None)
+    if fmt.mn_major and fmt.scale_rows(mn) * fmt.columns(k) > MAX_SCALES:
         raise ValueError(
-            f"x: expected up to {MAX_SCALES} elements of scales in a matrix, "
-            f"got {mn} rows of {fmt.columns(x.shape[-1])}"
+            f"{name}: expected up to {MAX_SCALES} elements of scales in a matrix, "
+            f"got {mn} rows of {fmt.columns(k)}"
         )
     if q is not None:
-        check_values_out(q, x, dtype, batch_shape, mn, exact=isinstance(rows, Masked))
+        _check_written("out q", q, dtype, x, name)
+        _check_values_out(q, batch_shape, mn, k, exact=isinstance(rows, Masked))
     if sf is not None:
-        check_scales_out(sf, x, fmt, batch_shape, mn)
-    return Call(fmt, batch_shape, mn)
+        _check_written("out sf", sf, fmt.scale_dtype, x, name)
+        _check_scales_out(sf, fmt, batch_shape, mn, k)
+    return Call(fmt, batch_shape, mn, k)
+
+
+def _check_silu_mul(prologue: SiluMul, gate_up: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Check the input and the weight for results of `shape`, but for their columns."""
+    if gate_up.shape[-1] % 2:
+        raise ValueError(
+            "gate_up: expected an even number of columns, a gate and an up for each of the "
+            f"result's, got shape {tuple(gate_up.shape)}"
+        )
+    weight = prologue.weight
+    if weight is not None:
+        check_tensor("weight", weight, (torch.float32,))
+        if tuple(weight.shape) != shape:
+            raise ValueError(
+                f"weight: expected shape {shape}, one for each row of the result, "
+                f"got {tuple(weight.shape)}"
+            )
+        _check_operand("weight", weight, gate_up, "gate_up")
+
+
+def _check_rms_norm(prologue: RmsNorm, x: torch.Tensor, every_row: bool) -> None:
+    """Check the tensors of `prologue` against the input.
+
+    Args:
+        every_row: whether the rows of the result are all those of x in their order.
+    """
+    weight = prologue.weight
+    check_tensor("weight", weight, dict.fromkeys((x.dtype, torch.float32)))
+    if tuple(weight.shape) != (x.shape[-1],):
+        raise ValueError(
+            f"weight: expected shape ({x.shape[-1]},), one for each column of x, "
+            f"got {tuple(weight.shape)}"
+        )
+    _check_operand("weight", weight, x, "x")
+    for name, t in prologue.tensors.items():
+        if t is None or name == "weight":
+            continue
+        if not every_row:
+            raise ValueError(
+                f"{name}: expected None with rows or an index, which leave rows of it undefined, "
+                f"got {type(t).__name__}"
+            )
+        # What is only read may be a parameter.
+        if t is prologue.residual:
+            check_tensor(name, t, (x.dtype,))
+            _check_device(name, t, x, "x")
+        else:
+            _check_written(name, t, x.dtype, x, "x")
+        if t.shape != x.shape:
+            raise ValueError(f"{name}: expected shape {tuple(x.shape)}, got {tuple(t.shape)}")
+        _check_strides_out(name, t)
 
 
 def check_fake_call(x: torch.Tensor, out: torch.Tensor | None, choices: tuple) -> Format:
@@ -93,7 +159,7 @@ def check_dequantize_call(
         raise TypeError(f"dtype: expected one of {INPUT_DTYPES}, got {dtype!r}")
     if q.device != sf.device:
         raise ValueError(f"sf: expected the device of q, {q.device}, got {sf.device}")
-    _check_matrices("q", q)
+    _check_matrices("q", q, MAX_COLUMNS)
     fmt = check_scales_of(sf, q, group_size)
     flat_batch("sf", sf.shape, sf.stride(), 1 if fmt.blocked else 2)
     if fmt.blocked and sf.shape[-1] > 1 and sf.stride(-1) != 1:
@@ -125,22 +191,16 @@ def check_tensor(name: str, t: object, dtypes: Iterable[torch.dtype]) -> None:
         raise TypeError(f"{name}: expected a strided tensor, got {kind}")
 
 
-def check_input(x: torch.Tensor) -> None:
-    """Check what a tensor says of itself, be it real or fake."""
-    check_tensor("x", x, INPUT_DTYPES)
-    _check_matrices("x", x)
-
-
-def _check_matrices(name: str, t: torch.Tensor) -> None:
-    """Check shape and strides of a tensor (..., mn, k) to be read."""
+def _check_matrices(name: str, t: torch.Tensor, max_columns: int) -> None:
+    """Check shape and strides of a tensor (..., mn, columns) to be read."""
     if t.ndim < 2:
         raise ValueError(
             f"{name}: expected 2 or more dimensions (..., mn, k), got {tuple(t.shape)}"
         )
     mn, k = t.shape[-2:]
-    if mn > MAX_SIZE or k > MAX_COLUMNS:
+    if mn > MAX_SIZE or k > max_columns:
         raise ValueError(
-            f"{name}: expected up to {MAX_SIZE} rows of up to {MAX_COLUMNS}, "
+            f"{name}: expected up to {MAX_SIZE} rows of up to {max_columns}, "
             f"got shape {tuple(t.shape)}"
         )
     if k > 1 and t.stride(-1) != 1:
@@ -164,7 +224,7 @@ def _check_count(name: str, batch_shape: Iterable[int], tiles: int) -> None:
 
 
 def check_rows(
-    rows: Rows | None, index: torch.Tensor | None, x: torch.Tensor
+    rows: Rows | None, index: torch.Tensor | None, x: torch.Tensor, input_name: str
 ) -> tuple[tuple[int, ...], int]:
     """Check which rows are asked for against the input, without a look at their counts.
 
@@ -175,10 +235,12 @@ def check_rows(
     if index is not None:
         check_tensor("index", index, (torch.int32,))
         if x.ndim != 2:
-            raise ValueError(f"x: expected 2 dimensions (T, k) with an index, got {tuple(x.shape)}")
+            raise ValueError(
+                f"{input_name}: expected 2 dimensions (T, k) with an index, got {tuple(x.shape)}"
+            )
         if index.ndim not in (1, 2):
             raise ValueError(f"index: expected 1 or 2 dimensions, got shape {tuple(index.shape)}")
-        _check_operand("index", index, x)
+        _check_operand("index", index, x, input_name)
         *batch_shape, mn = index.shape
         if mn > MAX_SIZE:
             raise ValueError(f"index: expected up to {MAX_SIZE} rows, got {mn}")
@@ -191,7 +253,7 @@ def check_rows(
     check_tensor(name, rows.data, (torch.int32,))
     shape = (*batch_shape, mn)
     if len(shape) != len(rows.dimensions):
-        argument, t, last = ("x", x, ("k",)) if index is None else ("index", index, ())
+        argument, t, last = (input_name, x, ("k",)) if index is None else ("index", index, ())
         expected = ", ".join((*rows.dimensions, *last))
         raise ValueError(
             f"{argument}: expected shape ({expected}) for rows={type(rows).__name__}, "
@@ -201,7 +263,7 @@ def check_rows(
     if rows.data.ndim != 1 or (length is not None and rows.data.shape[0] != length):
         expected = "(G,), one for each group" if length is None else f"({length},)"
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(rows.data.shape)}")
-    _check_operand(name, rows.data, x)
+    _check_operand(name, rows.data, x, input_name)
     if isinstance(rows, PrefixSum):
         alignment = rows.alignment
         if not isinstance(alignment, int) or isinstance(alignment, bool):
@@ -211,9 +273,13 @@ def check_rows(
     return tuple(batch_shape), mn
 
 
-def _check_operand(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
+def _check_device(name: str, t: torch.Tensor, x: torch.Tensor, input_name: str) -> None:
     if t.device != x.device:
-        raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
+        raise ValueError(f"{name}: expected the device of {input_name}, {x.device}, got {t.device}")
+
+
+def _check_operand(name: str, t: torch.Tensor, x: torch.Tensor, input_name: str) -> None:
+    _check_device(name, t, x, input_name)
     if not t.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {t.stride()}")
 
@@ -248,21 +314,14 @@ def _check_range(name: str, t: torch.Tensor, lowest: int, highest: int) -> None:
         raise ValueError(f"{name}: expected {lowest} to {highest}, got {t[at].item()} at {at}")
 
 
-def check_values_out(
-    q: torch.Tensor,
-    x: torch.Tensor,
-    dtype: torch.dtype,
-    batch_shape: tuple[int, ...],
-    mn: int,
-    exact: bool,
+def _check_values_out(
+    q: torch.Tensor, batch_shape: tuple[int, ...], mn: int, k: int, exact: bool
 ) -> None:
-    """Check a caller's `q` against the input.
+    """Check shape and strides of a caller's `q`.
 
     Args:
         exact: whether it may have no more rows than `mn`.
     """
-    k = x.shape[-1]
-    _check_written("out q", q, dtype, x)
     shape = tuple(q.shape)
     if (
         q.ndim != len(batch_shape) + 2
@@ -278,12 +337,10 @@ def check_values_out(
     _check_strides_out("out q", q)
 
 
-def check_scales_out(
-    sf: torch.Tensor, x: torch.Tensor, fmt: Format, batch_shape: tuple[int, ...], mn: int
+def _check_scales_out(
+    sf: torch.Tensor, fmt: Format, batch_shape: tuple[int, ...], mn: int, k: int
 ) -> None:
-    """Check a caller's `sf` against the input and the format."""
-    k = x.shape[-1]
-    _check_written("out sf", sf, fmt.scale_dtype, x)
+    """Check shape and strides of a caller's `sf`."""
     shape = fmt.scale_shape(batch_shape, mn, k)
     strides = fmt.scale_strides(batch_shape, mn, k)
     if tuple(sf.shape) != shape:
@@ -297,18 +354,19 @@ def check_scales_out(
 
 def check_fake_out(out: torch.Tensor, x: torch.Tensor) -> None:
     """Check a caller's result of `fake_quantize` against the input."""
-    _check_written("out", out, x.dtype, x)
+    _check_written("out", out, x.dtype, x, "x")
     if out.shape != x.shape:
         raise ValueError(f"out: expected shape {tuple(x.shape)}, got {tuple(out.shape)}")
     _check_strides_out("out", out)
 
 
-def _check_written(name: str, t: torch.Tensor, dtype: torch.dtype, x: torch.Tensor) -> None:
+def _check_written(
+    name: str, t: torch.Tensor, dtype: torch.dtype, x: torch.Tensor, input_name: str
+) -> None:
     check_tensor(name, t, (dtype,))
     if t.requires_grad:
         raise ValueError(f"{name}: expected a tensor that requires no gradient, got one that does")
-    if t.device != x.device:
-        raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
+    _check_device(name, t, x, input_name)
 
 
 def _check_strides_out(name: str, t: torch.Tensor) -> None:
@@ -353,6 +411,10 @@ def check_scales_of(sf: torch.Tensor, q: torch.Tensor, group_size: int) -> Forma
 
 Region = tuple[str, int, int]
 """Memory of an argument: its name, address and bytes."""
+
+
+def region(name: str, t: torch.Tensor) -> Region:
+    return name, t.data_ptr(), span(t)
 
 
 def check_disjoint(reads: list[Region], writes: list[Region]) -> None:

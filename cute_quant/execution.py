@@ -19,8 +19,17 @@ from cute_quant.formats import (
     last_column_rows,
     scale_floor,
 )
+from cute_quant.prologues import UNFUSED, Prologue, RmsNorm, SiluMul
 from cute_quant.rows import DENSE, Masked, Rows
-from cute_quant.specs import DEFAULT_TILE, Access, DequantizeSpec, Domain, QuantizeSpec
+from cute_quant.specs import (
+    DEFAULT_TILE,
+    Access,
+    DequantizeSpec,
+    Domain,
+    QuantizeSpec,
+    RmsNormSpec,
+    SiluMulSpec,
+)
 
 View = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides that a kernel takes a tensor with."""
@@ -33,7 +42,8 @@ class _Plan(NamedTuple):
         launch: the compiled kernel; None where there is nothing to write.
         mn: rows of the results.
         scale_rows: rows of a column of scales, padding included; 0 where they are not MN-major.
-        views: of x, q, sf and the index, where the kernel does not take them as they are.
+        views: of operands, those of the prologue last, where the kernel does not take them as they
+            are.
         numbers: what the kernel takes after the missing rows of the last column of scales.
         q_shape, q_strides, sf_shape, sf_strides: of results to be allocated; the scales with all
             padding.
@@ -68,15 +78,17 @@ def quantize(
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
     check: bool = False,
+    prologue: Prologue | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`cute_quant.quantize` of real tensors.
+    """`cute_quant.quantize` of real tensors, or of what `prologue` makes of them.
 
     Args:
         choices: group_size, scale_format, dtype, round_scale, min_scale.
+        prologue: what comes before; what else it writes is in its tensors.
     """
     if not x.is_cuda:
-        return _quantize_on_cpu(x, q, sf, choices, rows, index, check)
-    plan = _look_up_plan(x, q, sf, choices, rows, index)
+        return _quantize_on_cpu(x, q, sf, choices, rows, index, check, prologue)
+    plan = _look_up_plan(x, q, sf, choices, rows, index, prologue)
     if check:
         checks.check_counts(rows, index, x.shape[-2], plan.mn)
     fmt, launch, mn, scale_rows, views, numbers = plan[:6]
@@ -90,19 +102,20 @@ def quantize(
         if scale_rows > mn:
             sf = sf.narrow(-2, 0, mn)
     missing_rows = 0 if scale_rows <= mn else scale_rows - last_column_rows(sf)
-    if out[0] is not None or out[1] is not None:
+    if out[0] is not None or out[1] is not None or prologue is not None:
         sf_bytes = plan.sf_bytes - missing_rows * sf.element_size()
-        _check_disjoint(x, plan.x_bytes, q, plan.q_bytes, sf, sf_bytes, rows, index)
+        _check_disjoint(x, plan.x_bytes, q, plan.q_bytes, sf, sf_bytes, rows, index, prologue)
     if launch is None:
         return q, sf
     operands = x, q, sf, None if rows is None else rows.data, index
+    further = () if prologue is None else prologue.operands
     if views is not None:
-        operands = _as_viewed(operands, views)
+        operands, further = _as_viewed(operands, views), _as_viewed(further, views[5:])
     try:
-        launch(*operands, missing_rows, *numbers)
+        launch(*operands, missing_rows, *numbers, *further)
     except (TypeError, ValueError):
         # The kernel refuses dtypes and devices that do not fit. Say so by name.
-        _check(x, *out, choices, rows, index)
+        _check(x, *out, choices, rows, index, prologue)
         raise
     return q, sf
 
@@ -115,22 +128,22 @@ def _quantize_on_cpu(
     rows: Rows | None,
     index: torch.Tensor | None,
     check: bool,
+    prologue: Prologue | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    call = _check(x, q, sf, choices, rows, index)
+    fmt, batch_shape, mn, k = _check(x, q, sf, choices, rows, index, prologue)
     if check:
-        checks.check_counts(rows, index, x.shape[-2], call.mn)
-    fmt, k = call.fmt, x.shape[-1]
-    given = q is not None or sf is not None
+        checks.check_counts(rows, index, x.shape[-2], mn)
+    given = q is not None or sf is not None or prologue is not None
     if q is None:
-        q = x.new_empty((*call.batch_shape, call.mn, k), dtype=fmt.dtype)
+        q = x.new_empty((*batch_shape, mn, k), dtype=fmt.dtype)
     if sf is None:
-        sf = fmt.empty_scales(call.batch_shape, call.mn, k, x.device)
+        sf = fmt.empty_scales(batch_shape, mn, k, x.device)
     if given:
         sf_bytes = checks.span(sf)
         if sf_bytes and fmt.mn_major:
-            sf_bytes += (last_column_rows(sf) - call.mn) * sf.element_size()
-        _check_disjoint(x, checks.span(x), q, checks.span(q), sf, sf_bytes, rows, index)
-    reference.quantize_into(x, q, sf, fmt, scale_floor(fmt, choices[-1]), rows, index)
+            sf_bytes += (last_column_rows(sf) - mn) * sf.element_size()
+        _check_disjoint(x, checks.span(x), q, checks.span(q), sf, sf_bytes, rows, index, prologue)
+    reference.quantize_into(x, q, sf, fmt, scale_floor(fmt, choices[-1]), rows, index, prologue)
     return q, sf
 
 
@@ -141,11 +154,15 @@ def _check(
     choices: tuple,
     rows: Rows | None,
     index: torch.Tensor | None,
+    prologue: Prologue | None,
 ) -> checks.Call:
-    call = checks.check_call(x, q, sf, choices, rows, index)
-    tensors = {"x": x, "out q": q, "out sf": sf, "index": index}
+    call = checks.check_call(x, q, sf, choices, rows, index, prologue)
+    name = "x" if prologue is None else prologue.input_name
+    tensors = {name: x, "out q": q, "out sf": sf, "index": index}
     if rows is not None:
         tensors[f"rows.{rows.data_name}"] = rows.data
+    if prologue is not None:
+        tensors |= prologue.tensors
     checks.check_real(tensors)
     return call
 
@@ -159,6 +176,7 @@ def _check_disjoint(
     sf_bytes: int,
     rows: Rows | None,
     index: torch.Tensor | None,
+    prologue: Prologue | None,
 ) -> None:
     start, q_start, sf_start = x.data_ptr(), q.data_ptr(), sf.data_ptr()
     end, q_end, sf_end = start + x_bytes, q_start + q_bytes, sf_start + sf_bytes
@@ -167,14 +185,19 @@ def _check_disjoint(
         and (end <= sf_start or sf_end <= start)
         and (q_end <= sf_start or sf_end <= q_start)
     )
-    if apart and rows is None and index is None:
+    if apart and rows is None and index is None and prologue is None:
         return
-    reads = [("x", start, x_bytes)]
+    name = "x" if prologue is None else prologue.input_name
+    reads = [(name, start, x_bytes)]
+    writes = [("out q", q_start, q_bytes), ("out sf", sf_start, sf_bytes)]
     if index is not None:
-        reads.append(("index", index.data_ptr(), checks.span(index)))
+        reads.append(checks.region("index", index))
     if rows is not None:
-        reads.append((f"rows.{rows.data_name}", rows.data.data_ptr(), checks.span(rows.data)))
-    checks.check_disjoint(reads, [("out q", q_start, q_bytes), ("out sf", sf_start, sf_bytes)])
+        reads.append(checks.region(f"rows.{rows.data_name}", rows.data))
+    if prologue is not None:
+        reads += (checks.region(name, t) for name, t in prologue.reads.items())
+        writes += (checks.region(name, t) for name, t in prologue.writes.items())
+    checks.check_disjoint(reads, writes)
 
 
 def _look_up_plan(
@@ -184,6 +207,7 @@ def _look_up_plan(
     choices: tuple,
     rows: Rows | None,
     index: torch.Tensor | None,
+    prologue: Prologue | None,
 ) -> _Plan:
     """The plan of an earlier call on tensors that look alike, or a new one.
 
@@ -204,17 +228,27 @@ def _look_up_plan(
             key += (rows.kind, rows.alignment, data.shape, data.stride(), data.is_neg())
         if index is not None:
             key += (index.stride(), index.shape, index.is_neg())
+        if prologue is not None:
+            key += (type(prologue), *prologue.options, *map(_looks, prologue.tensors.values()))
         plan = _plans.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, no strides, no hash
         plan = None
         key = ()
     if plan is None:
-        plan = _plan(x, q, sf, choices, rows, index)
+        plan = _plan(x, q, sf, choices, rows, index, prologue)
         if plan.launch is not None and key:
             if len(_plans) >= _MAX_PLANS:
                 _plans.clear()
             _plans[key] = plan
     return plan
+
+
+def _looks(t: torch.Tensor | None) -> tuple | None:
+    """All that a plan is checked for of a tensor of a prologue."""
+    if t is None:
+        return None
+    aligned = t.data_ptr() % LOAD_BYTES
+    return t.shape, t.stride(), t.dtype, t.device, t.is_neg(), t.requires_grad, aligned
 
 
 def _plan(
@@ -224,10 +258,10 @@ def _plan(
     choices: tuple,
     rows: Rows | None,
     index: torch.Tensor | None,
+    prologue: Prologue | None,
 ) -> _Plan:
     """Check a call on a GPU, and find the kernel."""
-    fmt, batch_shape, mn = _check(x, q, sf, choices, rows, index)
-    k = x.shape[-1]
+    fmt, batch_shape, mn, k = _check(x, q, sf, choices, rows, index, prologue)
     q_shape = (*batch_shape, mn, k)
     q_strides = _contiguous_strides(q_shape)
     sf_shape = fmt.scale_shape(batch_shape, mn, k)
@@ -238,8 +272,9 @@ def _plan(
     if math.prod(q_view[0]):
         q_address = 0 if q is None else q.data_ptr()
         floor = scale_floor(fmt, choices[-1])
+        sf_view = sf_shape, sf_strides
         launch, views, numbers = _kernel(
-            x, q_view, q_address, (sf_shape, sf_strides), fmt, fmt.dtype, floor, rows, index
+            x, q_view, q_address, sf_view, fmt, fmt.dtype, floor, rows, index, prologue
         )
     if fmt.mn_major:
         sf_shape = (*sf_shape[:-2], scale_rows, sf_shape[-1])
@@ -270,6 +305,7 @@ def _kernel(
     floor: int | float,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    prologue: Prologue | None = None,
 ) -> tuple[Callable[..., None], tuple[View | None, ...] | None, tuple[int | float, ...]]:
     """The kernel for operands that look like these, how it takes them, and its numbers.
 
@@ -282,17 +318,12 @@ def _kernel(
     *batch_shape, q_rows, k = result[0]
     kind = DENSE if rows is None else rows.kind
     matrices = math.prod(batch_shape)
-    shape = launch.shape(matrices, q_rows, k, fmt, kind == Masked.kind, sms)
+    size = matrices, q_rows, k, fmt, kind == Masked.kind, sms
+    shape = launch.norm_shape(*size) if isinstance(prologue, RmsNorm) else launch.shape(*size)
     domain = Domain(kind, index is not None, bool(batch_shape) or shape.tall)
     batched = domain.batched
     x_view = _matrix_view(tuple(x.shape), x.stride(), x.element_size(), batched and index is None)
     q_view = _matrix_view(*result, dtype.itemsize, batched)
-    access = Access(
-        _alignment(x.data_ptr(), x_view[1], x.element_size(), LOAD_BYTES),
-        _alignment(result_address, q_view[1], dtype.itemsize, launch.store_bytes(dtype)),
-        k % DEFAULT_TILE.values_per_thread != 0,
-    )
-    spec = QuantizeSpec(x.dtype, fmt, shape.tile, domain, access, fake=scales is None)
     views = [
         None if x_view == (x.shape, x.stride()) else x_view,
         None if q_view == result else q_view,
@@ -306,8 +337,73 @@ def _kernel(
         views[2] = (matrices, *scales[0][-inner:]), (stride, *scales[1][-inner:])
     if index is not None and batched and index.ndim == 1:
         views[4] = (1, *index.shape), (0, 1)
+    load_bytes = _alignment(x.data_ptr(), x_view[1], x.element_size(), LOAD_BYTES)
     numbers = 1 if rows is None else rows.alignment, shape.row_ctas, floor
+    match prologue:
+        case None:
+            spec_class, choices = QuantizeSpec, (scales is None,)
+        case SiluMul():
+            spec_class, choices = SiluMulSpec, _silu_mul_choices(prologue)
+            numbers += _silu_mul_numbers(prologue, x.dtype)
+            views += [_factors_view(prologue.weight, batched)]
+            if not prologue.interleaved:
+                load_bytes = math.gcd(load_bytes, k * x.element_size())
+        case RmsNorm():
+            spec_class, choices = RmsNormSpec, (*shape.warps, *_rms_norm_choices(prologue))
+            numbers += prologue.eps, prologue.weight_offset
+            load_bytes = math.gcd(load_bytes, prologue.weight.data_ptr())
+            views += [None]
+            for t in prologue.operands[1:]:
+                view = None
+                if t is not None:
+                    view = _matrix_view(tuple(t.shape), t.stride(), t.element_size(), batched)
+                    load_bytes = _alignment(t.data_ptr(), view[1], t.element_size(), load_bytes)
+                views += [view]
+    access = Access(
+        load_bytes,
+        _alignment(result_address, q_view[1], dtype.itemsize, launch.store_bytes(dtype)),
+        k % DEFAULT_TILE.values_per_thread != 0,
+    )
+    spec = spec_class(x.dtype, fmt, shape.tile, domain, access, *choices)
     return compile.function(spec, arch), tuple(views) if any(views) else None, numbers
+
+
+def _silu_mul_choices(prologue: SiluMul) -> tuple:
+    """Those of a `SiluMulSpec` that are the prologue's."""
+    return (
+        prologue.interleaved,
+        prologue.rounding == UNFUSED,
+        prologue.clamp is not None,
+        prologue.alpha != 1.0,
+        prologue.beta != 0.0,
+        prologue.weight is not None,
+    )
+
+
+def _silu_mul_numbers(prologue: SiluMul, dtype: torch.dtype) -> tuple[float, ...]:
+    """What the kernel takes of them; the bound as the reference rounds it."""
+    bound = 0.0
+    if prologue.clamp is not None:
+        bound = reference.clamp_limit(prologue, dtype)
+    return bound, prologue.alpha, prologue.beta
+
+
+def _rms_norm_choices(prologue: RmsNorm) -> tuple:
+    """Those of a `RmsNormSpec` that are the prologue's."""
+    return (
+        prologue.weight.dtype,
+        prologue.rounding == UNFUSED,
+        prologue.residual is not None,
+        prologue.normalized is not None,
+    )
+
+
+def _factors_view(weight: torch.Tensor | None, batched: bool) -> View | None:
+    """(batch, mn), or (mn,), of contiguous factors of rows (..., mn)."""
+    if weight is None or weight.ndim == 1 + batched:
+        return None
+    mn = weight.shape[-1]
+    return (weight.numel() // max(mn, 1), mn), (mn, 1)
 
 
 def _matrix_view(
@@ -339,7 +435,7 @@ def _as_viewed(
     operands: tuple[torch.Tensor | None, ...], views: tuple[View | None, ...]
 ) -> tuple[torch.Tensor | None, ...]:
     return tuple(
-        t if view is None else t.as_strided(*view) for t, view in zip(operands, views, strict=True)
+        t if view is None else t.as_strided(*view) for t, view in zip(operands, views, strict=False)
     )
 
 
@@ -357,9 +453,7 @@ def fake_quantize(x: torch.Tensor, out: torch.Tensor | None, choices: tuple) -> 
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     else:
-        checks.check_disjoint(
-            [("x", x.data_ptr(), checks.span(x))], [("out", out.data_ptr(), checks.span(out))]
-        )
+        checks.check_disjoint([checks.region("x", x)], [checks.region("out", out)])
     floor = scale_floor(fmt, choices[-1])
     if not x.is_cuda:
         return out.copy_(reference.fake_quantize(x, fmt, floor))

@@ -175,6 +175,12 @@ class Format:
         """Groups whose scales share a column of `sf`."""
         return BYTES_PER_WORD if self.packed else 1
 
+    @property
+    def groups_per_unit(self) -> int:
+        """Groups whose scales are stored together, padding included: a word of them, or a block's
+        row."""
+        return BLOCK_GROUPS if self.blocked else self.groups_per_column
+
     def groups(self, k: int) -> int:
         """Groups in a row of `k`, of which the last may be short."""
         return min(k, 1) if self.group_size == WHOLE_ROW else ceil_div(k, self.group_size)

@@ -20,12 +20,17 @@ from typing import NamedTuple
 
 import torch
 
-from cute_quant.formats import LOAD_BYTES, WHOLE_ROW, Format, ceil_div
+from cute_quant.formats import LOAD_BYTES, WHOLE_ROW, Format, align, ceil_div
 from cute_quant.specs import DEFAULT_TILE, Tile
 
 TWO_ROWS = Tile(rows_per_thread=2)
 TWO_ROWS_FROM = 30_000
 """Elements an SM."""
+
+MAX_WARPS = 32
+"""Of a CTA."""
+WARPS_PER_NORM = 4
+"""Of a CTA at least, where rows are so short that it can have several."""
 
 MAX_GRID_Y = 65535
 MAX_GRID_Z = 65535
@@ -61,6 +66,34 @@ def shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int)
     slots = min(ceil_div(RESIDENT_CTAS * sms, tiles * max(matrices, 1)), row_tiles)
     row_ctas = min(matrices * slots, MAX_GRID_Y)
     return Shape(tile, row_tiles > MAX_GRID_Y, row_ctas)
+
+
+class NormShape(NamedTuple):
+    """The same of a launch whose CTAs hold whole rows.
+
+    Attributes:
+        warps: tiles of a row in a thread, and the most warps that share a row.
+    """
+
+    tile: Tile
+    tall: bool
+    row_ctas: int
+    warps: tuple[int, int]
+
+
+def norm_shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int) -> NormShape:
+    """The same for rows that are normalized."""
+    unit = 1 if fmt.group_size == WHOLE_ROW else fmt.group_size * fmt.groups_per_unit
+    columns = ceil_div(align(k, unit), DEFAULT_TILE.columns)
+    tiles_per_thread = 1 if columns <= MAX_WARPS else 2
+    max_warps = MAX_WARPS
+    while max_warps > 1 and max_warps * tiles_per_thread >= 2 * columns:
+        max_warps //= 2
+    tile = Tile(row_warps=max(1, WARPS_PER_NORM // max_warps))
+    row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)
+    slots = min(ceil_div(RESIDENT_CTAS * sms, max(matrices, 1)), row_tiles)
+    row_ctas = min(matrices * slots, MAX_GRID_Y)
+    return NormShape(tile, row_tiles > MAX_GRID_Y, row_ctas, (tiles_per_thread, max_warps))
 
 
 def store_bytes(dtype: torch.dtype) -> int:

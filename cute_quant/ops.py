@@ -1,4 +1,4 @@
-"""The public operations: dispatch, and their registration with torch."""
+"""The public operations: calls on real tensors go to `execution`, traced ones to operators."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from cute_quant import checks, execution
-from cute_quant.formats import (
-    DEFAULT_MIN_SCALE,
-    VALUE_DTYPE,
-    Format,
-    make_format,
-    resolve_min_scale,
-)
-from cute_quant.rows import Rows, from_operands, to_operands
+from cute_quant.checks import Call
+from cute_quant.formats import DEFAULT_MIN_SCALE, INPUT_DTYPES, VALUE_DTYPE, resolve_min_scale
+from cute_quant.operators import empty_values, not_differentiable
+from cute_quant.prologues import FUSED, make_rms_norm, make_silu_mul
+from cute_quant.rows import Rows, to_operands
 
 
 def quantize(
@@ -92,32 +89,194 @@ def quantize(
             supported.
     """
     _check_no_gradient("quantize", "x", x)
-    if check is not False and check is not True:
-        raise TypeError(f"check: expected a bool, got {check!r}")
     q, sf = (None, None) if out is None else _out_pair(out)
     choices = (group_size, scale_format, dtype, round_scale, min_scale)
-    if not is_traced(x):
+    if not _goes_to_operator(x, check):
         return execution.quantize(x, q, sf, choices, rows, index, check)
-    if check:
-        raise ValueError("check: expected False under a tracer, which has no counts to read")
-    fmt, batch_shape, mn = checks.check_call(x, q, sf, choices, rows, index)
-    operands = (*choices[:4], resolve_min_scale(fmt, min_scale), *to_operands(rows), index)
+    call = checks.check_call(x, q, sf, choices, rows, index)
+    operands = *_as_operands(choices, call), *to_operands(rows), index
     if out is None:
         return torch.ops.cute_quant.quantize(x, *operands)
-    q = _empty_values(x, fmt, batch_shape, mn) if q is None else q
-    if fmt.scale_dtype is not torch.float8_e8m0fnu:
-        sf = fmt.empty_scales(batch_shape, mn, x.shape[-1], x.device) if sf is None else sf
-        torch.ops.cute_quant.quantize_out(x, q, sf, *operands)
-        return q, sf
-    # As bytes, because Inductor cannot hand float8_e8m0fnu to an operator that writes them.
-    if sf is None:
-        stored = x.new_empty(fmt.scale_shape(batch_shape, mn, x.shape[-1]), dtype=torch.uint8)
-        sf = stored.view(fmt.scale_dtype)
-    else:
-        checks.check_tensor("out sf", sf, (fmt.scale_dtype,))
-        stored = sf.view(torch.uint8)
+    q, sf, stored = _outputs(x, q, sf, call)
     torch.ops.cute_quant.quantize_out(x, q, stored, *operands)
     return q, sf
+
+
+def silu_mul_quantize(
+    gate_up: torch.Tensor,
+    group_size: int = 128,
+    scale_format: str = "ue8m0",
+    *,
+    interleaved: bool = False,
+    clamp: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    weight: torch.Tensor | None = None,
+    rounding: str = FUSED,
+    dtype: torch.dtype = VALUE_DTYPE,
+    round_scale: bool = False,
+    min_scale: float | str = DEFAULT_MIN_SCALE,
+    rows: Rows | None = None,
+    index: torch.Tensor | None = None,
+    check: bool = False,
+    out: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply a gated activation, and quantize what comes of it, in one pass.
+
+    A row of `gate_up` holds gates g and ups u. Its result, which is quantized as by
+    :func:`quantize`, is ``(u + beta) * g * sigmoid(alpha * g)``: SwiGLU by default, and with
+    ``clamp=7, alpha=1.702, beta=1, interleaved=True`` that of gpt-oss.
+
+    Args:
+        gate_up: (..., mn, 2 k), bfloat16, float16 or float32, with strides as x of
+            :func:`quantize`. k is at most 2^20.
+        group_size, scale_format, dtype, round_scale, min_scale, check: as for :func:`quantize`.
+        interleaved: whether columns 0, 2, 4 are gates and 1, 3, 5 ups. By default the first half of
+            a row is gates, the second ups.
+        clamp: None, or c above 0: g becomes at most c, u at least -c and at most c. NaN stays NaN.
+        alpha, beta: finite; like `clamp` they are rounded to float32.
+        weight: a factor for each row of the result, such as the routing weight of a token: float32,
+            contiguous, of q's shape without k; with an index, of its shape.
+        rounding: "fused" computes in float64 on the CPU, in float32 on a GPU, and quantizes float32
+            values: rounded once, and once more when multiplied by a weight. "unfused" rounds to
+            the dtype of `gate_up` after each operation, `clamp` too, as torch does: equal to
+            ``quantize(F.silu(g) * u)``, or with an alpha that is not 1 to
+            ``quantize(g * torch.sigmoid(alpha * g) * (u + beta))``; the product with a weight is
+            computed in float32, and rounded.
+        rows, index: as for :func:`quantize`; an index names rows of `gate_up`.
+        out: as for :func:`quantize`.
+
+    Returns:
+        q: (..., mn, k) and sf, as :func:`quantize` of the (..., mn, k) values returns them. A group
+        in which a result is NaN or beyond the largest float32, or in "unfused" beyond the largest
+        of its dtype, becomes NaN.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    _check_no_gradient("silu_mul_quantize", "gate_up", gate_up)
+    if weight is not None:
+        _check_no_gradient("silu_mul_quantize", "weight", weight)
+    q, sf = (None, None) if out is None else _out_pair(out)
+    choices = (group_size, scale_format, dtype, round_scale, min_scale)
+    prologue = make_silu_mul(interleaved, clamp, alpha, beta, rounding, weight)
+    if not _goes_to_operator(gate_up, check):
+        return execution.quantize(gate_up, q, sf, choices, rows, index, check, prologue)
+    call = checks.check_call(gate_up, q, sf, choices, rows, index, prologue)
+    operands = (
+        *_as_operands(choices, call),
+        *prologue.options,
+        weight,
+        *to_operands(rows),
+        index,
+    )
+    if out is None:
+        return torch.ops.cute_quant.silu_mul_quantize(gate_up, *operands)
+    q, sf, stored = _outputs(gate_up, q, sf, call)
+    torch.ops.cute_quant.silu_mul_quantize_out(gate_up, q, stored, *operands)
+    return q, sf
+
+
+def rms_norm_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+    group_size: int = 128,
+    scale_format: str = "ue8m0",
+    *,
+    weight_offset: float = 0.0,
+    rounding: str = FUSED,
+    normalized: bool | torch.Tensor = False,
+    dtype: torch.dtype = VALUE_DTYPE,
+    round_scale: bool = False,
+    min_scale: float | str = DEFAULT_MIN_SCALE,
+    rows: Rows | None = None,
+    index: torch.Tensor | None = None,
+    check: bool = False,
+    out: tuple[torch.Tensor | None, ...] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Add a residual, divide rows by their root mean square, and quantize them, in one pass.
+
+    With ``r = x + residual``, or x without one, rows of ``r / sqrt(mean(r^2) + eps) * weight`` are
+    quantized as by :func:`quantize`. A NaN or Inf in a row of r makes the whole row NaN, values and
+    scales, since its mean square is not finite; so does a row of zeros if `eps` is 0.
+
+    Args:
+        x: (..., mn, k), bfloat16, float16 or float32, with strides as for :func:`quantize`. k is at
+            most 32768.
+        weight: (k,), contiguous, float32 or the dtype of x.
+        eps: finite, 0 or more, rounded to float32.
+        residual: of x's shape and dtype, neighbours in a row contiguous, any other strides that do
+            not overlap as long as one of them walks the leading dimensions. It is updated in place
+            to x + residual, a float32 sum rounded to that dtype, unless `out` has another place.
+        group_size, scale_format, dtype, round_scale, min_scale, check: as for :func:`quantize`.
+        weight_offset: finite, rounded to float32; what is added to `weight` in float32, such as the
+            1 of Gemma.
+        rounding: "fused" normalizes the float32 sum, in float64 on the CPU, in float32 on a GPU,
+            and quantizes float32 values. "unfused" rounds the sum to x's dtype before it is
+            normalized, and the result before it is quantized, as torch does: equal to
+            ``quantize(F.rms_norm(x + residual, (k,), weight, eps))``.
+        normalized: whether to return the normalized rows too, or where to write them: a tensor as
+            `residual` has to be. They are of x's dtype: what is quantized in "unfused", that
+            rounded in "fused".
+        rows, index: as for :func:`quantize`, but with neither `residual` nor `normalized`.
+        out: q and sf as for :func:`quantize`, and maybe a third for the updated residual, each of
+            them None to have it as by default. The third is a tensor as `residual` has to be, or
+            `residual` itself; with another, `residual` is only read.
+
+    Returns:
+        q, sf: as :func:`quantize` of the normalized rows returns them.
+        residual: if there is one, the updated: that of `out`, or `residual`.
+        normalized: if asked for; contiguous, unless it is the caller's.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    for name, t in (("x", x), ("weight", weight), ("residual", residual)):
+        if t is not None or name != "residual":
+            _check_no_gradient("rms_norm_quantize", name, t)
+    q, sf, residual_out = (None, None, None) if out is None else _out_triple(out)
+    choices = (group_size, scale_format, dtype, round_scale, min_scale)
+    functional = out is None and residual is None and isinstance(normalized, bool)
+    if not isinstance(normalized, (bool, torch.Tensor)):
+        raise TypeError(f"normalized: expected a bool or a tensor, got {type(normalized).__name__}")
+    if normalized is True:
+        checks.check_tensor("x", x, INPUT_DTYPES)
+        normalized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    elif normalized is False:
+        normalized = None
+    prologue = make_rms_norm(
+        weight, eps, weight_offset, rounding, residual, residual_out, normalized
+    )
+    residual_out = prologue.residual_out
+    if not _goes_to_operator(x, check):
+        q, sf = execution.quantize(x, q, sf, choices, rows, index, check, prologue)
+        return _without_none(q, sf, residual_out, normalized)
+    call = checks.check_call(x, q, sf, choices, rows, index, prologue)
+    choices = _as_operands(choices, call)
+    row_operands = *to_operands(rows), index
+    if functional:
+        wanted = normalized is not None
+        q, sf, _, normalized = torch.ops.cute_quant.rms_norm_quantize(
+            x, weight, None, *choices, *prologue.options, wanted, *row_operands
+        )
+        return (q, sf, normalized) if wanted else (q, sf)
+    q, sf, stored = _outputs(x, q, sf, call)
+    read_only = None if residual_out is residual else residual
+    torch.ops.cute_quant.rms_norm_quantize_out(
+        x,
+        weight,
+        read_only,
+        q,
+        stored,
+        residual_out,
+        normalized,
+        *choices,
+        *prologue.options,
+        *row_operands,
+    )
+    return _without_none(q, sf, residual_out, normalized)
 
 
 def dequantize(
@@ -194,20 +353,31 @@ def _check_no_gradient(function: str, name: str, t: object) -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
     if t.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(_not_differentiable(function, name))
-
-
-def _not_differentiable(function: str, name: str) -> str:
-    return (
-        f"{name}: expected a tensor that requires no gradient, since {function} is not "
-        "differentiable; got one that does: detach it or call under torch.no_grad()"
-    )
+        raise RuntimeError(not_differentiable(function, name))
 
 
 def _out_pair(out: object) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if not isinstance(out, (tuple, list)) or len(out) != 2:
         raise TypeError(f"out: expected a pair (q, sf), got {type(out).__name__}")
     return out[0], out[1]
+
+
+def _out_triple(
+    out: object,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    if not isinstance(out, (tuple, list)) or len(out) not in (2, 3):
+        raise TypeError(f"out: expected (q, sf) or (q, sf, residual), got {type(out).__name__}")
+    return out[0], out[1], out[2] if len(out) == 3 else None
+
+
+def _goes_to_operator(x: torch.Tensor, check: object) -> bool:
+    """Whether an operator takes this call. It then has no counts to check."""
+    if check is not False and check is not True:
+        raise TypeError(f"check: expected a bool, got {check!r}")
+    traced = is_traced(x)
+    if traced and check:
+        raise ValueError("check: expected False under a tracer, which has no counts to read")
+    return traced
 
 
 def is_traced(x: torch.Tensor) -> bool:
@@ -220,108 +390,26 @@ def is_traced(x: torch.Tensor) -> bool:
     )
 
 
-def _empty_values(
-    x: torch.Tensor, fmt: Format, batch_shape: tuple[int, ...], mn: int
-) -> torch.Tensor:
-    return x.new_empty((*batch_shape, mn, x.shape[-1]), dtype=fmt.dtype)
+def _as_operands(choices: tuple, call: Call) -> tuple:
+    """The choices as operators take them: with a number for `min_scale`."""
+    return *choices[:4], resolve_min_scale(call.fmt, choices[4])
 
 
-_CHOICES = "int group_size, str scale_format, ScalarType dtype, bool round_scale, float min_scale"
-_ROWS = 'str rows="dense", Tensor? row_data=None, int alignment=1, Tensor? index=None'
+def _outputs(
+    x: torch.Tensor, q: torch.Tensor | None, sf: torch.Tensor | None, call: Call
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q and sf for an operator to write, those that are None allocated, and sf as it takes them."""
+    fmt, batch_shape, mn, k = call
+    q = empty_values(x, call) if q is None else q
+    if fmt.scale_dtype is not torch.float8_e8m0fnu:
+        sf = fmt.empty_scales(batch_shape, mn, k, x.device) if sf is None else sf
+        return q, sf, sf
+    # As bytes, because Inductor cannot hand float8_e8m0fnu to an operator that writes them.
+    if sf is None:
+        stored = x.new_empty(fmt.scale_shape(batch_shape, mn, k), dtype=torch.uint8)
+        return q, stored.view(fmt.scale_dtype), stored
+    return q, sf, sf.view(torch.uint8)
 
 
-def _rows_of(
-    rows: str = "dense",
-    row_data: torch.Tensor | None = None,
-    alignment: int = 1,
-    index: torch.Tensor | None = None,
-) -> tuple[Rows | None, torch.Tensor | None]:
-    return from_operands(rows, row_data, alignment), index
-
-
-@torch.library.custom_op(
-    "cute_quant::quantize",
-    mutates_args=(),
-    schema=f"(Tensor x, {_CHOICES}, {_ROWS}) -> (Tensor, Tensor)",
-)
-def _quantize_op(x: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return execution.quantize(x, None, None, operands[:5], *_rows_of(*operands[5:]))
-
-
-@_quantize_op.register_fake
-def _(x: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
-    fmt, batch_shape, mn = checks.check_call(x, None, None, operands[:5], *_rows_of(*operands[5:]))
-    # Not `empty_scales`: its storage, which a fake has none of, depends on mn % 4.
-    shape = fmt.scale_shape(batch_shape, mn, x.shape[-1])
-    if fmt.mn_major:
-        strides = fmt.scale_strides(batch_shape, mn, x.shape[-1])
-        sf = x.new_empty_strided(shape, strides, dtype=fmt.scale_dtype)
-    else:
-        sf = x.new_empty(shape, dtype=fmt.scale_dtype)
-    return _empty_values(x, fmt, batch_shape, mn), sf
-
-
-@torch.library.custom_op(
-    "cute_quant::quantize_out",
-    mutates_args=("q", "sf"),
-    schema=f"(Tensor x, Tensor(a!) q, Tensor(b!) sf, {_CHOICES}, {_ROWS}) -> ()",
-)
-def _quantize_out_op(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object) -> None:
-    execution.quantize(x, q, _typed(sf, operands), operands[:5], *_rows_of(*operands[5:]))
-
-
-def _typed(sf: torch.Tensor, operands: tuple) -> torch.Tensor:
-    """Scales that came as bytes, in the dtype of their format."""
-    group_size, scale_format, dtype, round_scale = operands[:4]
-    fmt = make_format(group_size, scale_format, round_scale, dtype)
-    as_bytes = sf.dtype is torch.uint8 and fmt.scale_dtype is torch.float8_e8m0fnu
-    return sf.view(fmt.scale_dtype) if as_bytes else sf
-
-
-@_quantize_out_op.register_fake
-def _(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object) -> None:
-    checks.check_call(x, q, _typed(sf, operands), operands[:5], *_rows_of(*operands[5:]))
-
-
-@torch.library.custom_op(
-    "cute_quant::dequantize",
-    mutates_args=(),
-    schema="(Tensor q, Tensor sf, int group_size, ScalarType dtype) -> Tensor",
-)
-def _dequantize_op(
-    q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype
-) -> torch.Tensor:
-    return execution.dequantize(q, sf, group_size, dtype)
-
-
-@_dequantize_op.register_fake
-def _(q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype) -> torch.Tensor:
-    checks.check_dequantize_call(q, sf, group_size, dtype)
-    return q.new_empty(q.shape, dtype=dtype)
-
-
-@torch.library.custom_op(
-    "cute_quant::fake_quantize",
-    mutates_args=(),
-    schema=f"(Tensor x, {_CHOICES}) -> Tensor",
-)
-def _fake_quantize_op(x: torch.Tensor, *choices: object) -> torch.Tensor:
-    return execution.fake_quantize(x, None, choices)
-
-
-@_fake_quantize_op.register_fake
-def _(x: torch.Tensor, *choices: object) -> torch.Tensor:
-    checks.check_fake_call(x, None, choices)
-    return x.new_empty(x.shape)
-
-
-def _refuse_gradients(operator: torch.library.CustomOpDef, function: str, name: str) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError(_not_differentiable(function, name))
-
-    operator.register_autograd(refuse, setup_context=refuse)
-
-
-_refuse_gradients(_quantize_op, "quantize", "x")
-_refuse_gradients(_dequantize_op, "dequantize", "q and sf")
-_refuse_gradients(_fake_quantize_op, "fake_quantize", "x")
+def _without_none(*results: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    return tuple(t for t in results if t is not None)

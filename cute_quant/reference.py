@@ -9,6 +9,7 @@ Here a batch is always there: tensors with other leading dimensions are flattene
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 from torch.nn.functional import pad
 
 from cute_quant.formats import (
@@ -26,6 +27,7 @@ from cute_quant.formats import (
     flat_batch,
     last_column_rows,
 )
+from cute_quant.prologues import FUSED, Prologue, RmsNorm, SiluMul
 from cute_quant.rows import Indexed, Masked, PrefixSum, Rows
 
 BLOCK_LANES = 32
@@ -117,6 +119,68 @@ def below_count(masked: Masked, mn: int, rows: int, alignment: int = 1) -> torch
     return torch.arange(rows, device=counts.device) < counts[:, None]
 
 
+def silu_mul(gate_up: torch.Tensor, prologue: SiluMul) -> torch.Tensor:
+    """The gated activation of `gate_up` (batch, mn, 2k): (batch, mn, k), float32 if it is fused,
+    else the dtype of `gate_up`."""
+    if prologue.interleaved:
+        gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
+    else:
+        gate, up = gate_up.chunk(2, -1)
+    alpha, beta, weight = prologue.alpha, prologue.beta, prologue.weight
+    if weight is not None:
+        weight = weight.view(*gate.shape[:-1], 1)
+    # Adding 0 would make 0 of -0.
+    limit = None if prologue.clamp is None else clamp_limit(prologue, gate.dtype)
+    if prologue.rounding == FUSED:
+        gate, up = _clamp(gate.double(), up.double(), limit)
+        up = up if beta == 0 else up + beta
+        values = (up * gate * torch.sigmoid(alpha * gate)).float()
+        return values if weight is None else values * weight
+    gate, up = _clamp(gate, up, limit)
+    activation = functional.silu(gate) if alpha == 1 else gate * torch.sigmoid(alpha * gate)
+    # On the CPU, and there alone, torch rounds a number that it adds to the tensor's dtype first.
+    values = activation * (up if beta == 0 else (up.float() + beta).to(up.dtype))
+    return values if weight is None else (values.float() * weight).to(values.dtype)
+
+
+def clamp_limit(prologue: SiluMul, dtype: torch.dtype) -> float:
+    """The bound of gates and ups of a dtype, to which it is rounded unless values are fused."""
+    if prologue.rounding == FUSED:
+        return prologue.clamp
+    return torch.tensor(prologue.clamp, dtype=torch.float64).to(dtype).item()
+
+
+def _clamp(
+    gate: torch.Tensor, up: torch.Tensor, limit: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gates up to `limit`, and ups from minus that to that."""
+    if limit is None:
+        return gate, up
+    return gate.clamp(max=limit), up.clamp(-limit, limit)
+
+
+def rms_norm(x: torch.Tensor, prologue: RmsNorm) -> torch.Tensor:
+    """`x` (batch, mn, k) plus the residual, normalized: of that shape, float32 if it is fused, else
+    x's dtype. Writes the updated residual and the normalized row to where they go."""
+    total = x.float()
+    if prologue.residual is not None:
+        total = total + prologue.residual.view(x.shape).float()
+        prologue.residual_out.view(x.shape).copy_(total)
+    weight = prologue.weight.float()
+    if prologue.weight_offset != 0:
+        weight = weight + prologue.weight_offset
+    if prologue.rounding == FUSED:
+        total = total.double()
+        mean = total.square().mean(-1, keepdim=True)
+        values = (total / (mean + prologue.eps).sqrt() * weight).float()
+    else:
+        total = total.to(x.dtype).float()
+        values = functional.rms_norm(total, x.shape[-1:], weight, prologue.eps).to(x.dtype)
+    if prologue.normalized is not None:
+        prologue.normalized.view(x.shape).copy_(values)
+    return values
+
+
 def quantize_into(
     x: torch.Tensor,
     q: torch.Tensor,
@@ -125,20 +189,27 @@ def quantize_into(
     floor: int | float,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    prologue: Prologue | None = None,
 ) -> None:
-    """Quantize `x` into `q` and `sf` and define their padding.
+    """Quantize `x`, or what `prologue` makes of it, into `q` and `sf` and define their padding.
 
     Args:
-        x: (..., mn, k), or (T, k) with an index.
+        x: (..., mn, k), or (T, k) with an index; (..., 2k) for ``SiluMul``.
         q: (..., q_rows, k), ``fmt.dtype``, q_rows >= mn. Rows past mn become 0.
         sf: scales as `fmt` lays them out. Padding rows become 0 where the storage has them.
         floor: ``formats.scale_floor``.
         rows: which rows exist; all of them by default.
         index: rows of x by their place in the result, (mn,) or (batch, mn).
+        prologue: what comes before; what else it writes is written too.
     """
     if x.shape[-1] == 0:
         return
     live, source = live_rows(x, rows, index)
+    match prologue:
+        case SiluMul():
+            source = silu_mul(source, prologue)
+        case RmsNorm():
+            source = rms_norm(source, prologue)
     batch, mn = live.shape
     scales = group_scales(source, fmt, floor)
     codes = group_values(source, scales, fmt).view(torch.uint8).where(live.unsqueeze(2), 0)

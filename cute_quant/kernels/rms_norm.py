@@ -48,7 +48,7 @@ class RmsNorm(RowKernel):
         others = matrix(spec.residual), matrix(spec.residual), matrix(spec.normalized)
         numbers = Float32(0), Float32(0)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return matrix(), mQ, *self.stand_ins(batch, mn), mWeight, *others, *numbers, stream
+        return matrix(), mQ, *self.stand_ins(batch, mn), *numbers, mWeight, *others, stream
 
     @cute.jit
     def __call__(
@@ -62,12 +62,12 @@ class RmsNorm(RowKernel):
         alignment: Int32,
         row_ctas: Int32,
         floor: Int32 | Float32,
+        eps: Float32,
+        offset: Float32,
         mWeight: cute.Tensor,  # (k,)
         mResidual: cute.Tensor | None,  # as x, to be added
         mSum: cute.Tensor | None,  # as x, for x + residual; may be the residual itself
         mNormalized: cute.Tensor | None,  # as x, for what gets quantized
-        eps: Float32,
-        offset: Float32,
         stream: cuda.CUstream,
     ):
         """See `RowKernel.launch` for what comes between x and the weight."""

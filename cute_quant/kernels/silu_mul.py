@@ -64,7 +64,7 @@ class SiluMul(ColumnTiles):
             mWeight = make_fake_tensor(Float32, (*batch, mn), stride=strides)
         numbers = Float32(0), Float32(0), Float32(0)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return mX, mQ, *self.stand_ins(batch, mn), mWeight, *numbers, stream
+        return mX, mQ, *self.stand_ins(batch, mn), *numbers, mWeight, stream
 
     @cute.jit
     def __call__(
@@ -78,10 +78,10 @@ class SiluMul(ColumnTiles):
         alignment: Int32,
         row_ctas: Int32,
         floor: Int32 | Float32,
-        mWeight: cute.Tensor | None,  # (mn,) or (batch, mn), the factors of rows
         bound: Float32,
         alpha: Float32,
         beta: Float32,
+        mWeight: cute.Tensor | None,  # (mn,) or (batch, mn), the factors of rows
         stream: cuda.CUstream,
     ):
         """See `RowKernel.launch` for what comes after x, and `Activation` for the numbers."""
@@ -101,14 +101,20 @@ class SiluMul(ColumnTiles):
         x, weight, activation = inputs
         factor, beta = Float32(0.0), activation.beta
         if const_expr(self.spec.weighted):
-            if live:
-                factor = weight[Int32(number)]
+            factor = self.factor(weight, number, live)
         if const_expr(self.spec.shifted):
             # Else a negative beta would make -0.0 of what does not exist.
             beta = beta if live else Float32(0.0)
         if const_expr(self.spec.interleaved):
             return (x.row(row, 2 * k),), factor, beta
         return (x.row(row, k), x.row(row, k, k)), factor, beta
+
+    @cute.jit
+    def factor(self, weight: cute.Tensor, number: Uint32, live: Boolean) -> Float32:
+        factor = Float32(0.0)
+        if live:
+            factor = weight[Int32(number)]
+        return factor
 
     @cute.jit
     def load(self, source: tuple, tile: Int32, lane: Int32, live: Boolean) -> list:

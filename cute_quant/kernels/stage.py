@@ -79,7 +79,7 @@ class Stage:
         self.whole_row = fmt.group_size == WHOLE_ROW
         self.lanes_per_group = tile.lanes_per_group(fmt.group_size)
         self.groups_per_tile = tile.groups(fmt.group_size)
-        self.groups_per_unit = BLOCK_GROUPS if fmt.blocked else fmt.groups_per_column
+        self.groups_per_unit = fmt.groups_per_unit
 
     def scales(
         self, mS: cute.Tensor, mn: Int32 | Uint32, k: Int32, missing_rows: Int32 | int = 0
