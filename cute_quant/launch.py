@@ -53,13 +53,20 @@ class Shape(NamedTuple):
     row_ctas: int
 
 
-def shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int) -> Shape:
-    """The launch for so many matrices of so many rows, on a GPU of so many multiprocessors."""
+def shape(
+    matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int, two_rows: bool = True
+) -> Shape:
+    """The launch for so many matrices of so many rows, on a GPU of so many multiprocessors.
+
+    Args:
+        two_rows: whether a thread may have two. One that computes more than it loads has nothing
+            to wait for: SiLU was slower with two at every size.
+    """
     tile = DEFAULT_TILE
     whole_row = fmt.group_size == WHOLE_ROW
     fits_two = tile.lanes_per_group(fmt.group_size) > 1 and k % (2 * tile.values_per_thread) == 0
     large = matrices * rows * k >= TWO_ROWS_FROM * sms
-    if large and fits_two and not whole_row and not masked:
+    if two_rows and large and fits_two and not whole_row and not masked:
         tile = TWO_ROWS
     row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)
     tiles = 1 if whole_row else ceil_div(k, tile.columns)
@@ -82,7 +89,8 @@ class NormShape(NamedTuple):
 
 
 def norm_shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int) -> NormShape:
-    """The same for rows that are normalized."""
+    """The same for rows that are normalized, by as many warps as their tiles: fewer warps with two
+    tiles each, or several rows in a CTA, were slower at every size (k = 2048 and 7168)."""
     unit = 1 if fmt.group_size == WHOLE_ROW else fmt.group_size * fmt.groups_per_unit
     columns = ceil_div(align(k, unit), DEFAULT_TILE.columns)
     tiles_per_thread = 1 if columns <= MAX_WARPS else 2

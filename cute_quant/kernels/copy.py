@@ -35,9 +35,9 @@ def load(
     tXgX = partition(gRow, tile, lane, values, access.load_bytes)
     if const_expr(not access.ragged):
         if live and column < cute.size(gRow):
-            cute.copy(atom(gRow, access.load_bytes), tXgX, like(tXrX, tXgX))
+            cute.copy(atom(gRow, values, access.load_bytes), tXgX, like(tXrX, tXgX))
     elif live and column + values <= cute.size(gRow):
-        cute.copy(atom(gRow, access.load_bytes), tXgX, like(tXrX, tXgX))
+        cute.copy(atom(gRow, values, access.load_bytes), tXgX, like(tXrX, tXgX))
     elif live:
         for i in cutlass.range_constexpr(values):
             if column + i < cute.size(gRow):
@@ -59,9 +59,9 @@ def store(
     tXgX = partition(gRow, tile, lane, values, access.store_bytes)
     if const_expr(not access.ragged):
         if live and column < cute.size(gRow):
-            cute.copy(atom(gRow, access.store_bytes), like(tXrX, tXgX), tXgX)
+            cute.copy(atom(gRow, values, access.store_bytes), like(tXrX, tXgX), tXgX)
     elif live and column + values <= cute.size(gRow):
-        cute.copy(atom(gRow, access.store_bytes), like(tXrX, tXgX), tXgX)
+        cute.copy(atom(gRow, values, access.store_bytes), like(tXrX, tXgX), tXgX)
     elif live:
         for i in cutlass.range_constexpr(values):
             if column + i < cute.size(gRow):
@@ -80,15 +80,17 @@ def first_column(tile: Int32, lane: Int32, values: int) -> Int32:
     return tile * (LANES * values) + lane * values
 
 
-def atom(m: cute.Tensor, nbytes: int) -> cute.CopyAtom:
+def atom(m: cute.Tensor, values: int, nbytes: int) -> cute.CopyAtom:
+    """A copy of so many bytes at once, or of all values if they are fewer."""
     op = cute.nvgpu.CopyUniversalOp()
-    return cute.make_copy_atom(op, m.element_type, num_bits_per_copy=8 * nbytes)
+    bits = min(8 * nbytes, values * m.element_type.width)
+    return cute.make_copy_atom(op, m.element_type, num_bits_per_copy=bits)
 
 
 def partition(gRow: cute.Tensor, tile: Int32, lane: Int32, values: int, nbytes: int) -> cute.Tensor:
     """A lane's part of a tile of a row, to be copied by `nbytes` at once."""
     gX = cute.local_tile(gRow, (LANES * values,), (tile,))
-    return layouts.tiled_copy(atom(gRow, nbytes), values).get_slice(lane).partition_S(gX)
+    return layouts.tiled_copy(atom(gRow, values, nbytes), values).get_slice(lane).partition_S(gX)
 
 
 def like(tXrX: cute.Tensor, tXgX: cute.Tensor) -> cute.Tensor:

@@ -226,5 +226,5 @@ class RmsNorm(RowKernel):
         cute.arch.sync_threads()
         mine = type(value)(0)
         if lane < warps:
-            mine = shared[lane]
+            mine = type(value)(shared[lane])
         return reduce(mine)
