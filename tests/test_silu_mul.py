@@ -362,6 +362,27 @@ def test_clamp_beyond_the_dtype():
         assert_same_bits(result, wanted)
 
 
+@pytest.mark.parametrize("options", OPTIONS[1:])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bounds_hold_for_float32(dtype, options):
+    """What a GPU is held to leaves room for arithmetic in float32."""
+    for x in (
+        random_bits((33, 512), dtype, 1),
+        torch.linspace(-120, 120, 2**12).to(dtype).view(-1, 64).repeat(1, 2),
+    ):
+        x = x.where((x.abs() < 1e4) & (x.abs() > 1e-18), 1.0)
+        gate, up = split(x.float(), options.get("interleaved", False))
+        clamp, alpha, beta = (options.get(o) for o in ("clamp", "alpha", "beta"))
+        if clamp is not None:
+            gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
+        alpha = 1.0 if alpha is None else alpha
+        y = gate / (1 + torch.exp(-alpha * gate)) * (up + (beta or 0.0))
+        bounds = fused(x, None, **options)
+        assert ((bounds.low <= y) & (y <= bounds.high)).all()
+        bounds = unfused(x, None, **options)
+        assert ((bounds.low <= bounds.values) & (bounds.values <= bounds.high)).all()
+
+
 def test_input_is_left_alone(device):
     x = inputs((5, 140), torch.float32, 8).to(device)
     weight = weights(5).to(device)
