@@ -199,8 +199,9 @@ def rms_norm_quantize(
     """Add a residual, divide rows by their root mean square, and quantize them, in one pass.
 
     With ``r = x + residual``, or x without one, rows of ``r / sqrt(mean(r^2) + eps) * weight`` are
-    quantized as by :func:`quantize`. A NaN or Inf in a row of r makes the whole row NaN, values and
-    scales, since its mean square is not finite; so does a row of zeros if `eps` is 0.
+    quantized as by :func:`quantize`. A NaN in a row of r makes all of the row NaN, and so does
+    a row of zeros if `eps` is 0. Over the root mean square of a row that holds Inf all its numbers
+    become 0, and Inf itself NaN, and so its group.
 
     Args:
         x: (..., mn, k), bfloat16, float16 or float32, with strides as for :func:`quantize`. k is at
@@ -216,7 +217,7 @@ def rms_norm_quantize(
         rounding: "fused" normalizes the float32 sum, in float64 on the CPU, in float32 on a GPU,
             and quantizes float32 values. "unfused" rounds the sum to x's dtype before it is
             normalized, and the result before it is quantized, as torch does: equal to
-            ``quantize(F.rms_norm(x + residual, (k,), weight, eps))``.
+            ``quantize(F.rms_norm(x + residual, (k,), weight, eps))``, whose squares are float32.
         normalized: whether to return the normalized rows too, or where to write them: a tensor as
             `residual` has to be. They are of x's dtype: what is quantized in "unfused", that
             rounded in "fused".

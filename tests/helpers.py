@@ -4,12 +4,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
 from cute_quant import quantize, reference
 from cute_quant.formats import VALUE_DTYPE, Format, make_format, scale_floor
 from cute_quant.rows import Rows, from_operands, to_operands
+from tests.oracle import scale_offset
 
 POISON = 0xA5
 
@@ -17,6 +19,11 @@ UE8M0 = make_format(128, "ue8m0", False)
 FLOAT32 = make_format(128, "float32", False)
 FLOAT32_ROUNDED = make_format(128, "float32", True)
 FORMATS = (UE8M0, FLOAT32, FLOAT32_ROUNDED)
+
+RELATIVE = 2.0**-21
+"""Of a value that a GPU computes in float32, the error of each of a handful of operations."""
+DIFFERING_SHARE = 0.01
+"""Of the bytes that a GPU quantizes of such values."""
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EVERY_DTYPE = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -142,6 +149,142 @@ def check_against_reference(
     assert_same_bits(q, expected_q)
     torch.testing.assert_close(storage_bits(sf), storage_bits(expected_sf), rtol=0, atol=0)
     return q, sf
+
+
+class Bounds(NamedTuple):
+    """Values that are quantized, on the CPU, and what a GPU may take them for."""
+
+    values: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+def in_order(values: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> Bounds:
+    return Bounds(values, torch.minimum(one, other), torch.maximum(one, other))
+
+
+def assert_quantized_as(
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    bounds: Bounds,
+    floor: int | float,
+    rows: Rows | None = None,
+    index: torch.Tensor | None = None,
+) -> None:
+    """Check every byte: on the CPU exactly, on a GPU as :func:`assert_quantized_within`."""
+    if q.is_cpu:
+        bounds = Bounds(*[bounds.values] * 3)
+    count = assert_quantized_within(q, sf, fmt, *bounds, floor, rows, index)
+    assert count <= (0 if q.is_cpu else 2 + DIFFERING_SHARE * q.numel())
+
+
+def assert_quantized_within(
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    values: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    floor: int | float,
+    rows: Rows | None = None,
+    index: torch.Tensor | None = None,
+) -> int:
+    """Check what a kernel quantized of values that it knows no better than from `low` to `high`.
+
+    Each scale lies between those of the least and the largest amax that its group may have. Each
+    value lies between what the two ends become under the scale that is stored. All other bytes,
+    padding and those of rows that do not exist, are the reference's.
+
+    Args:
+        q, sf: of `poisoned_values` and `poisoned_scales`, on any device, with or without more rows
+            and the last column's padding.
+        values, low, high: (..., mn, k) or with an index (T, k), on the CPU; rounded to float32,
+            and so Inf beyond it. Where one is NaN all are.
+        floor: ``formats.scale_floor``.
+        rows, index: on the CPU.
+
+    Returns:
+        How many bytes of q and sf differ from those of `values`.
+    """
+    values, low, high = values.float(), low.float(), high.float()
+    magnitudes = low.abs(), high.abs()
+    least = torch.minimum(*magnitudes).where((low < 0) == (high < 0), 0.0)
+    least = least.where(~low.isnan(), torch.nan)
+    (expected_q, expected_sf), (_, least_sf), (_, most_sf) = (
+        _reference_in_poison(x, q, sf, fmt, floor, rows, index)
+        for x in (values, least, torch.maximum(*magnitudes))
+    )
+    kind = torch.uint8 if fmt.ue8m0 else torch.float32
+    stored, least_sf, most_sf = (storage_bits(t).view(kind) for t in (sf, least_sf, most_sf))
+    if not fmt.ue8m0:
+        assert not stored.isinf().any()
+        stored, least_sf, most_sf = (t.nan_to_num(math.inf) for t in (stored, least_sf, most_sf))
+    outside = ((stored < least_sf) | (stored > most_sf)).nonzero().flatten()
+    assert not len(outside), f"scales: {stored[outside[0]]} at {outside[0]} of the storage"
+
+    live, low = reference.live_rows(low, rows, index)
+    _, high = reference.live_rows(high, rows, index)
+    batch, mn, k = low.shape
+    scales = _stored_scales(storage_bits(sf), fmt, batch, mn, k)
+    if fmt.power_of_two:
+        mantissas = torch.frexp(scales[live])[0].nan_to_num(0.5)
+        assert (mantissas == 0.5).all(), "scales: not powers of two"
+    actual, expected_q = (t.cpu().reshape(batch, -1, k) for t in (q, expected_q))
+    inside = actual[:, :mn].view(torch.uint8) == fmt.value_type.nan_byte
+    ends = _rounded(low, scales, fmt), actual[:, :mn].float(), _rounded(high, scales, fmt)
+    inside = inside.where(scales.isnan(), (ends[0] <= ends[1]) & (ends[1] <= ends[2]))
+    wrong = (~inside & live.unsqueeze(2)).nonzero().tolist()
+    assert not wrong, f"q: {tuple(end[tuple(wrong[0])].item() for end in ends)} at {wrong[0]}"
+    differs = actual.view(torch.uint8) != expected_q.view(torch.uint8)
+    dead = torch.ones(differs.shape[:2], dtype=torch.bool)
+    dead[:, :mn] = ~live
+    assert not differs[dead].any(), "q: a row that does not exist"
+    return int(differs.sum()) + int((storage_bits(sf) != storage_bits(expected_sf)).sum())
+
+
+def _reference_in_poison(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    floor: int | float,
+    rows: Rows | None,
+    index: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the reference makes of `x` in poisoned memory that looks like `q` and `sf`."""
+    expected_q = poisoned(q.numel(), "cpu").view(fmt.dtype).view(q.shape)
+    storage = poisoned(sf.untyped_storage().nbytes(), "cpu").view(fmt.scale_dtype)
+    expected_sf = storage.as_strided(sf.shape, sf.stride())
+    reference.quantize_into(x, expected_q, expected_sf, fmt, floor, rows, index)
+    return expected_q, expected_sf
+
+
+def _stored_scales(storage: torch.Tensor, fmt: Format, batch: int, mn: int, k: int) -> torch.Tensor:
+    """The scale of each value, (batch, mn, k), float32, from the bytes of all scales."""
+    groups = fmt.groups(k)
+    places = torch.meshgrid(*map(torch.arange, (batch, mn, groups)), indexing="ij")
+    offsets = scale_offset(fmt.scale_format, *places, mn, groups)
+    if fmt.ue8m0:
+        exponents = storage[offsets].double()
+        scales = torch.exp2(exponents - 127).where(exponents != 255, torch.nan).float()
+    else:
+        scales = storage.view(torch.float32)[offsets // 4]
+    size = k if fmt.group_size == -1 else fmt.group_size
+    return scales.repeat_interleave(max(size, 1), 2)[..., :k]
+
+
+def _rounded(values: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """What float32 `values` become under `scales`: float32, saturated."""
+    limit = fmt.value_type.max
+    scaled = (values * (1.0 / scales)).clamp(-limit, limit)
+    return scaled.round() if fmt.dtype is torch.int8 else scaled.to(fmt.dtype).float()
+
+
+def moved(t: torch.Tensor, device: str) -> torch.Tensor:
+    """`t` on `device`, strides and all."""
+    storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+    return storage.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def on_device(rows: Rows | None, device: str) -> Rows | None:

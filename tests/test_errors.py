@@ -15,6 +15,8 @@ from cute_quant import (
     execution,
     fake_quantize,
     quantize,
+    rms_norm_quantize,
+    silu_mul_quantize,
 )
 from cute_quant.compat import per_token_cast_to_fp8, per_token_group_quant_fp8_packed_for_deepgemm
 from cute_quant.formats import make_format
@@ -760,3 +762,392 @@ def test_compat(device):
         per_token_cast_to_fp8(x, "no")
     with pytest.raises(ValueError, match=r"use_packed_ue8m0: expected False"):
         per_token_cast_to_fp8(x, False, use_packed_ue8m0=True)
+
+
+def norm(x, **options):
+    return rms_norm_quantize(x, x.new_ones(x.shape[-1:]), **options)
+
+
+SILU_MUL = pytest.param(silu_mul_quantize, "gate_up", id="silu_mul")
+RMS_NORM = pytest.param(norm, "x", id="rms_norm")
+prologues = pytest.mark.parametrize(("function", "name"), [SILU_MUL, RMS_NORM])
+
+
+def test_no_tensors_for_prologues(device):
+    x = activations(device)
+    with pytest.raises(TypeError, match=r"gate_up: expected a torch.Tensor, got list"):
+        silu_mul_quantize([[1.0]])
+    with pytest.raises(TypeError, match=r"weight: expected a torch.Tensor, got list"):
+        silu_mul_quantize(x, weight=[1.0])
+    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got NoneType"):
+        rms_norm_quantize(None, x[0])
+    with pytest.raises(TypeError, match=r"weight: expected a torch.Tensor, got NoneType"):
+        rms_norm_quantize(x, None)
+    with pytest.raises(TypeError, match=r"residual: expected a torch.Tensor, got bool"):
+        rms_norm_quantize(x, x[0], 1e-6, True)
+
+
+@prologues
+def test_inputs_of_prologues(function, name, device):
+    x = activations(device)
+    cases = [
+        (TypeError, r"expected a tensor of bfloat16 or float16 or float32, got f", x.double()),
+        (TypeError, r"expected a strided tensor, got layout", x.to_sparse()),
+        (ValueError, r"expected 2 or more dimensions", x[0]),
+        (ValueError, r"expected neighbours in a row to be contiguous", x.T),
+        (ValueError, r"expected leading dim.*one stride", x.expand(4, 6, 256)[None, :, :2].expand(
+            3, 4, 2, 256).transpose(0, 2)),
+        (ValueError, r"expected values in memory, got a lazily negated", torch._neg_view(x)),
+    ]  # fmt: skip
+    for error, message, bad in cases:
+        with pytest.raises(error, match=rf"^{name}: " + message):
+            if function is norm:
+                rms_norm_quantize(bad, x.new_ones(bad.shape[-1:]).to(bad.dtype))
+            else:
+                function(bad)
+    with pytest.raises(ValueError, match=rf"^{name}: expected 2 dimensions .* with an index"):
+        function(x[None], index=int32(0, device=device))
+    with pytest.raises(ValueError, match=rf"^{name}: expected shape \(E, max_m, k\) for rows=Mask"):
+        function(x, rows=Masked(int32(0, device=device)))
+    with pytest.raises(ValueError, match=r"^rows.masked_m: expected shape \(3,\)"):
+        function(x.expand(3, 6, 256), rows=Masked(int32(0, device=device)))
+
+
+@prologues
+def test_choices_of_prologues(function, name, device):
+    x = activations(device)
+    cases = [
+        (ValueError, "group_size", {"group_size": 127}),
+        (ValueError, "scale_format", {"scale_format": "e8m0"}),
+        (TypeError, "dtype", {"dtype": torch.uint8}),
+        (ValueError, "round_scale", {"round_scale": True}),
+        (ValueError, "min_scale", {"min_scale": -1}),
+        (TypeError, "check", {"check": 1}),
+        (TypeError, "rows", {"rows": "masked"}),
+        (TypeError, "index", {"index": [1]}),
+        (ValueError, r"rounding: expected one of \('fused', 'unfused'\), got 'exact'",
+         {"rounding": "exact"}),
+        (ValueError, "rounding: .* got None", {"rounding": None}),
+        (ValueError, "rounding: .* got True", {"rounding": True}),
+    ]  # fmt: skip
+    for error, message, choices in cases:
+        with pytest.raises(error, match=rf"^{message}"):
+            function(x, **choices)
+
+
+@prologues
+def test_out_of_prologues(function, name, device):
+    x = activations(device)
+    k = 128 if function is silu_mul_quantize else 256
+    triple = function is norm
+    message = (
+        r"out: expected \(q, sf\) or \(q, sf, residual\)" if triple else r"out: expected a pair"
+    )
+    for out in (torch.empty(1), (None,), (None, None, None, None), "qs"):
+        with pytest.raises(TypeError, match=message):
+            function(x, out=out)
+    cases = [
+        (TypeError, r"out q: expected a tensor of float8_e4m3fn", (x, None)),
+        (ValueError, rf"out q: expected shape \(6 or more, {k}\)", (values(device, 6, 384), None)),
+        (ValueError, r"out q: expected strides", (values(device, 1, k).expand(6, k), None)),
+        (TypeError, r"out sf: expected a tensor of int32", (None, x)),
+        (ValueError, r"out sf: expected shape \(6, 1\)", (None, scales(device, 7))),
+        (ValueError, r"out q: expected memory of its own.* overlaps " + name,
+         (x.view(torch.float8_e4m3fn)[:, :k], None)),
+    ]  # fmt: skip
+    for error, message, out in cases:
+        with pytest.raises(error, match=message):
+            function(x, out=out)
+
+
+@pytest.mark.parametrize("k", [1, 3, 257])
+def test_gates_need_ups(k, device):
+    with pytest.raises(ValueError, match=rf"gate_up: expected an even number .*got .*6, {k}\)"):
+        silu_mul_quantize(activations(device, k=k))
+
+
+def test_too_many_columns_for_prologues():
+    x = torch.empty(0, dtype=torch.bfloat16, device="meta")
+    silu_mul_quantize(x.as_strided((4, 2**21), (2**21, 1)))
+    with pytest.raises(
+        ValueError, match=r"gate_up: expected up to 2147483647 rows of up to 2097152"
+    ):
+        silu_mul_quantize(x.as_strided((4, 2**21 + 2), (2**21 + 2, 1)))
+    norm(x.as_strided((4, 2**15), (2**15, 1)))
+    with pytest.raises(ValueError, match=r"x: expected up to 2147483647 rows of up to 32768, got"):
+        norm(x.as_strided((4, 2**15 + 1), (2**15 + 1, 1)))
+
+
+def test_too_many_results():
+    x = torch.empty(0, dtype=torch.bfloat16, device="meta")
+    silu_mul_quantize(x.as_strided((2**25, 4094), (4094, 1)), 32)
+    with pytest.raises(ValueError, match=r"gate_up: expected up to 4294967295 elements of scales"):
+        silu_mul_quantize(x.as_strided((2**25, 4096), (4096, 1)), 16, "float32")
+    with pytest.raises(ValueError, match=r"gate_up: expected up to 2147418112 matrices, got 2147"):
+        silu_mul_quantize(x.as_strided((2**31 - 1, 1, 2), (0, 0, 1)))
+
+
+BEYOND_FLOAT32 = [float("nan"), float("inf"), -float("inf"), 1e39, 10**400]
+NO_NUMBERS = ["1", 1j, [1.0], torch.tensor(1.0), True]
+
+
+@pytest.mark.parametrize("option", ["clamp", "alpha", "beta", "eps", "weight_offset"])
+def test_numbers(option, device):
+    function = norm if option in ("eps", "weight_offset") else silu_mul_quantize
+    for value in BEYOND_FLOAT32:
+        with pytest.raises(ValueError, match=rf"^{option}: expected a number .* in float32, got"):
+            function(activations(device), **{option: value})
+    for value in NO_NUMBERS:
+        with pytest.raises(TypeError, match=rf"^{option}: expected a number, got"):
+            function(activations(device), **{option: value})
+    if option != "clamp":
+        with pytest.raises(TypeError, match=rf"^{option}: expected a number, got None"):
+            function(activations(device), **{option: None})
+
+
+def test_signs_of_numbers(device):
+    for clamp in (0, -1.0, 1e-50):
+        with pytest.raises(ValueError, match=r"clamp: expected None or a float32 above 0, got"):
+            silu_mul_quantize(activations(device), clamp=clamp)
+    with pytest.raises(ValueError, match=r"eps: expected 0 or more, got -1e-06"):
+        norm(activations(device), eps=-1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [0, 1, None, "yes"])
+def test_interleaved(interleaved, device):
+    with pytest.raises(TypeError, match=r"interleaved: expected a bool, got"):
+        silu_mul_quantize(activations(device), interleaved=interleaved)
+
+
+def test_weights_of_rows(device):
+    x, weight = activations(device), torch.ones(6, device=device)
+    cases = [
+        (TypeError, r"expected a tensor of float32, got bfloat16", x, weight.bfloat16(), {}),
+        (ValueError, r"expected shape \(6,\), one for each row .*got \(5,\)", x, weight[:5], {}),
+        (ValueError, r"expected shape \(6,\).*got \(6, 1\)", x, weight[:, None], {}),
+        (ValueError, r"expected shape \(3, 6\).*got \(6,\)", x.expand(3, 6, 256), weight, {}),
+        (ValueError, r"expected shape \(2,\).*got \(6,\)", x, weight,
+         {"index": int32(0, 1, device=device)}),
+        (ValueError, r"expected a contiguous tensor, got strides \(0,\)", x,
+         weight[:1].expand(6), {}),
+        (ValueError, r"expected values in memory, got a lazily", x, torch._neg_view(weight), {}),
+        (ValueError, r"expected the device of gate_up, .*got meta", x, weight.to("meta"), {}),
+    ]  # fmt: skip
+    silu_mul_quantize(x, weight=weight)
+    for error, message, x_, weight_, choices in cases:
+        with pytest.raises(error, match=r"^weight: " + message):
+            silu_mul_quantize(x_, weight=weight_, **choices)
+
+
+def test_weights_of_columns(device):
+    x, weight = activations(device), activations(device)[0]
+    cases = [
+        (TypeError, r"expected a tensor of bfloat16 or float32, got float16", weight.half()),
+        (ValueError, r"expected shape \(256,\), one for each column .*got \(255,\)", weight[:255]),
+        (ValueError, r"expected shape \(256,\).*got \(1, 256\)", weight[None]),
+        (ValueError, r"expected shape \(256,\).*got \(\)", weight[0]),
+        (ValueError, r"expected a contiguous tensor, got strides \(0,\)", weight[:1].expand(256)),
+        (ValueError, r"expected values in memory, got a lazily negated", torch._neg_view(weight)),
+        (ValueError, r"expected the device of x, .*got meta", weight.to("meta")),
+    ]  # fmt: skip
+    for error, message, bad in cases:
+        with pytest.raises(error, match=r"^weight: " + message):
+            rms_norm_quantize(x, bad)
+
+
+@pytest.mark.parametrize("argument", ["residual", "out residual", "normalized"])
+def test_rows_beside_the_quantized(argument, device):
+    """What a residual, a place for the updated one and normalized rows have to look like."""
+    x = activations(device).expand(3, 6, 256)
+    own = torch.empty(3, 6, 512, dtype=x.dtype, device=device)
+    residual = torch.empty_like(own[..., :256])
+
+    def call(t, x=x, **choices):
+        options = {
+            "residual": {"residual": t},
+            "out residual": {"residual": residual, "out": (None, None, t)},
+            "normalized": {"normalized": t},
+        }[argument]
+        return norm(x, **options, **choices)
+
+    call(own[..., :256])
+    call(own[..., 256:])
+    wide = torch.empty(6, 3, 256, dtype=x.dtype, device=device)
+    call(wide.transpose(0, 1))
+    cases = [
+        (TypeError, r"expected a tensor of bfloat16, got float16", own[..., :256].half()),
+        (TypeError, r"expected a strided tensor, got layout", wide.transpose(0, 1).to_sparse()),
+        (ValueError, r"expected shape \(3, 6, 256\), got \(3, 6, 255\)", own[..., :255]),
+        (ValueError, r"expected shape \(3, 6, 256\), got \(6, 256\)", own[0, :, :256]),
+        (ValueError, r"expected strides .*got \(3072, 512, 2\)", own[..., ::2]),
+        (ValueError, r"expected strides .*got \(0, 512, 1\)", own[:1, :, :256].expand(3, 6, 256)),
+        (ValueError, r"expected strides .*got \(3072, 0, 1\)", own[:, :1, :256].expand(3, 6, 256)),
+        (ValueError, r"expected values in memory, got a lazily", torch._neg_view(own[..., :256])),
+        (ValueError, r"expected the device of x, .*got meta", own[..., :256].to("meta")),
+    ]  # fmt: skip
+    for error, message, bad in cases:
+        with pytest.raises(error, match=rf"^{argument}: " + message):
+            call(bad)
+    x, flat = activations(device), activations(device)
+    residual = torch.empty_like(flat)
+    for choices in (
+        {"index": torch.arange(6, dtype=torch.int32, device=device)},
+        {"rows": Indexed(int32(0, 1, 2, 3, 4, 5, device=device))},
+    ):
+        with pytest.raises(
+            ValueError, match=r": expected None with rows or an index, .*got Tensor"
+        ):
+            call(flat, x, **choices)
+    if argument == "normalized":
+        with pytest.raises(ValueError, match=r"normalized: expected None with rows or an index"):
+            norm(x, normalized=True, index=int32(0, device=device))
+
+
+@pytest.mark.parametrize("normalized", [None, 1, "yes", (1, 2)])
+def test_normalized(normalized, device):
+    with pytest.raises(TypeError, match=r"normalized: expected a bool or a tensor, got"):
+        norm(activations(device), normalized=normalized)
+
+
+def test_out_residual_needs_a_residual(device):
+    x = activations(device)
+    with pytest.raises(ValueError, match=r"out residual: expected None without a residual, got Te"):
+        norm(x, out=(None, None, torch.empty_like(x)))
+    with pytest.raises(TypeError, match=r"out residual: expected a tensor of bfloat16, got str"):
+        norm(x, residual=torch.empty_like(x), out=(None, None, "x"))
+
+
+def test_memory_of_prologues(device):
+    """What is written overlaps nothing else; an updated residual may replace its residual."""
+    x, weight = activations(device), activations(device)[0]
+    memory = torch.zeros(24, 256, dtype=torch.bfloat16, device=device)
+    first, second, between = memory[:6], memory[6:12], memory[3:9]
+    cases = [
+        ("residual", "x", {"residual": x}),
+        ("residual", "x", {"residual": x.view_as(x)}),
+        ("out residual", "x", {"residual": first, "out": (None, None, x)}),
+        ("out residual", "residual", {"residual": first, "out": (None, None, between)}),
+        ("out residual", "residual", {"residual": memory[:12:2], "out": (None, None, memory[:6])}),
+        ("normalized", "x", {"normalized": x}),
+        ("normalized", "residual", {"residual": first, "normalized": first}),
+        ("normalized", "residual", {"residual": first, "normalized": between,
+                                    "out": (None, None, memory[12:18])}),
+        ("normalized", "out residual", {"residual": first, "normalized": memory[9:15],
+                                        "out": (None, None, second)}),
+        ("residual", "out q", {"residual": first,
+                               "out": (first.view(torch.float8_e4m3fn)[:, 256:], None)}),
+        ("normalized", "out sf", {"normalized": first,
+                                  "out": (None, first.view(torch.int32)[0].view(-1, 8).T[:6, :1])}),
+    ]  # fmt: skip
+    for name, other, options in cases:
+        message = rf"^{name}: expected memory of its own, got memory that overlaps {other}$"
+        with pytest.raises(ValueError, match=message):
+            rms_norm_quantize(x, weight, **options)
+    assert memory.eq(0).all()
+    weight = memory[0]
+    with pytest.raises(ValueError, match=r"residual: expected memory of its own.* weight"):
+        rms_norm_quantize(x, weight, residual=first)
+    with pytest.raises(ValueError, match=r"out q: expected memory of its own.* weight"):
+        rms_norm_quantize(x, weight, out=(memory.view(torch.float8_e4m3fn)[:6, :256], None))
+    rows = memory.view(torch.float32)[0, :6]
+    with pytest.raises(ValueError, match=r"out q: expected memory of its own.* weight"):
+        q = memory.view(torch.float8_e4m3fn)[:6, :128]
+        silu_mul_quantize(x, weight=rows, out=(q, None))
+    rms_norm_quantize(x, x[0], residual=first, normalized=second)
+    rms_norm_quantize(x, x[0], residual=first, out=(None, None, first.view_as(first)))
+
+
+def test_gradients_of_prologues(device):
+    x, weight = activations(device), torch.ones(6, device=device)
+    operators = torch.ops.cute_quant
+    choices = (128, "ue8m0", torch.float8_e4m3fn, False, 1e-10)
+    silu_mul = (False, None, 1.0, 0.0, "fused")
+
+    def parameter(t):
+        return torch.nn.Parameter(t.clone())
+
+    cases = [
+        ("gate_up", lambda: silu_mul_quantize(parameter(x))),
+        ("weight", lambda: silu_mul_quantize(x, weight=parameter(weight))),
+        ("x", lambda: norm(parameter(x))),
+        ("weight", lambda: rms_norm_quantize(x, parameter(x[0]))),
+        ("residual", lambda: norm(x, residual=parameter(x))),
+        ("gate_up and weight",
+         lambda: operators.silu_mul_quantize(x, *choices, *silu_mul, parameter(weight))),
+        ("x, weight and residual", lambda: operators.rms_norm_quantize(
+            x, x[0], parameter(x), *choices, 1e-6, 0.0, "fused", False)),
+    ]  # fmt: skip
+    for name, call in cases:
+        message = rf"^{name}: .*(silu_mul|rms_norm)_quantize is not differentiable"
+        with pytest.raises(RuntimeError, match=message):
+            call()
+        with torch.no_grad():
+            call()
+    for name, options in (
+        ("normalized", {"normalized": parameter(x)}),
+        ("out residual", {"residual": x.clone(), "out": (None, None, parameter(x))}),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: expected a tensor that requires no grad"):
+            norm(x, **options)
+
+
+def test_fakes_beside_a_real_input(device):
+    x = activations(device)
+    with FakeTensorMode():
+        fake, row = activations(device), torch.ones(6, device=device)
+    cases = [
+        ("weight", lambda: silu_mul_quantize(x, weight=row)),
+        ("weight", lambda: rms_norm_quantize(x, fake[0])),
+        ("residual", lambda: norm(x, residual=fake)),
+        ("out residual", lambda: norm(x, residual=x.clone(), out=(None, None, fake))),
+        ("normalized", lambda: norm(x, normalized=fake)),
+    ]
+    for name, call in cases:
+        with pytest.raises(TypeError, match=f"^{name}: expected a tensor with memory, got Fake"):
+            call()
+
+
+def test_operators_write_no_residual_that_they_read():
+    x, q, sf = activations("cpu"), values("cpu"), scales("cpu")
+    choices = (128, "ue8m0", torch.float8_e4m3fn, False, 1e-10)
+    residual = torch.zeros_like(x)
+    with pytest.raises(ValueError, match=r"residual_out: expected a tensor with a residual.*None"):
+        torch.ops.cute_quant.rms_norm_quantize_out(
+            x, x[0], residual, q, sf, None, None, *choices, 1e-6, 0.0, "fused"
+        )
+    assert residual.eq(0).all()
+
+
+def test_plans_tell_prologues_apart(planned):
+    """Options and what tensors look like; a plan skips none of their checks."""
+    x, row = activations("cpu"), torch.ones(6)
+    wide = torch.empty(6, 512, dtype=torch.bfloat16)
+    calls = [
+        lambda: quantize(x),
+        lambda: silu_mul_quantize(x),
+        lambda: silu_mul_quantize(x, interleaved=True),
+        lambda: silu_mul_quantize(x, clamp=7),
+        lambda: silu_mul_quantize(x, alpha=1.702),
+        lambda: silu_mul_quantize(x, beta=1),
+        lambda: silu_mul_quantize(x, rounding="unfused"),
+        lambda: silu_mul_quantize(x, weight=row),
+        lambda: norm(x),
+        lambda: norm(x, eps=1e-5),
+        lambda: norm(x, weight_offset=1),
+        lambda: norm(x, rounding="unfused"),
+        lambda: rms_norm_quantize(x, torch.ones(256)),
+        lambda: norm(x, residual=wide[:, :256]),
+        lambda: norm(x, residual=wide[:, 128:384].contiguous()),
+        lambda: norm(x, residual=x.clone(), out=(None, None, x.clone())),
+        lambda: norm(x, normalized=x.clone()),
+    ]
+    for count, call in enumerate(calls, 1):
+        call()
+        call()
+        assert len(execution._plans) == count and len(planned) == 2 * count
+    with pytest.raises(ValueError, match="residual: expected memory of its own"):
+        norm(x, residual=x)
+    with pytest.raises(ValueError, match="normalized: expected a tensor that requires no grad"):
+        norm(x, normalized=x.clone().requires_grad_())
+    with pytest.raises(ValueError, match="weight: expected values in memory, got a lazily negated"):
+        silu_mul_quantize(x, weight=torch._neg_view(row))

@@ -1,0 +1,119 @@
+"""The comparison within bounds: it takes what is within, and sees every planted error."""
+
+import pytest
+import torch
+
+from cute_quant import Masked, quantize
+from cute_quant.formats import make_format, scale_floor
+from tests.helpers import (
+    all_formats,
+    assert_quantized_within,
+    format_arguments,
+    full_id,
+    poisoned_scales,
+    poisoned_values,
+)
+
+every_format = pytest.mark.parametrize(
+    "fmt", [*all_formats(group_sizes=(32,)), *all_formats(group_sizes=(-1,))], ids=full_id
+)
+RELATIVE = 2.0**-10
+
+
+def values(*shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[..., 0, 0] = torch.nan
+    x[..., 1, 1] = 2e38 * 2.0  # beyond float32
+    return x
+
+
+def quantized(x, fmt, rows=None, extra_rows=3, last_padding=True):
+    *batch_shape, mn, k = x.shape
+    batch_shape = tuple(batch_shape)
+    q = poisoned_values(mn + extra_rows, k, "cpu", fmt.dtype, batch_shape)
+    sf = poisoned_scales(fmt, mn, k, "cpu", last_padding, batch_shape)
+    return quantize(x.float(), **format_arguments(fmt), rows=rows, out=(q, sf))
+
+
+def within(results, fmt, x, relative=RELATIVE, rows=None):
+    bounds = x - x.abs() * relative, x + x.abs() * relative
+    floor = scale_floor(fmt, 1e-10)
+    return assert_quantized_within(*results, fmt, x, *bounds, floor, rows)
+
+
+@every_format
+@pytest.mark.parametrize("last_padding", [True, False])
+def test_what_is_within(fmt, last_padding):
+    x = values(2, 5, 70)
+    assert within(quantized(x, fmt, last_padding=last_padding), fmt, x, 0.0) == 0
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype) * 2 - 1
+    count = within(quantized(x * (1 + noise * RELATIVE), fmt), fmt, x)
+    assert 0 < count < 100
+    rows = Masked(torch.tensor([5, 2], dtype=torch.int32))
+    results = quantized(x * (1 + noise * RELATIVE), fmt, rows, extra_rows=0)
+    assert 0 < within(results, fmt, x, rows=rows) < 100
+
+
+@every_format
+def test_what_is_not(fmt):
+    x = values(2, 5, 70)
+    noisy = x * (1 + 8 * RELATIVE)
+    with pytest.raises(AssertionError, match=r"scales: .* of the storage|q: "):
+        within(quantized(noisy, fmt), fmt, x)
+
+
+@every_format
+def test_every_wrong_value_is_seen(fmt):
+    """Of a live row, of one that does not exist, of one with NaN, and in rows past the last."""
+    x = values(2, 5, 70)
+    for place in ((0, 2, 5), (1, 4, 69), (0, 0, 0), (1, 5, 0), (1, 7, 69)):
+        q, sf = quantized(x, fmt)
+        q.view(torch.uint8)[place] ^= 0x11
+        with pytest.raises(AssertionError, match="q: "):
+            within((q, sf), fmt, x)
+    rows = Masked(torch.tensor([5, 2], dtype=torch.int32))
+    q, sf = quantized(x, fmt, rows, extra_rows=0)
+    q.view(torch.uint8)[1, 2, 0] ^= 1
+    with pytest.raises(AssertionError, match="q: a row that does not exist"):
+        within((q, sf), fmt, x, rows=rows)
+
+
+@every_format
+def test_every_wrong_scale_is_seen(fmt):
+    """Any byte of the storage with its lowest or highest bit flipped, padding too."""
+    x = values(5, 70)
+    q, sf = quantized(x, fmt)
+    stored = sf.view(torch.uint8) if fmt.ue8m0 and not fmt.packed else sf
+    stored = torch.empty(0, dtype=torch.uint8).set_(stored.untyped_storage())
+    step = 1 if fmt.ue8m0 else 4
+    for place in range(step - 1, len(stored), step if len(stored) < 400 else 37):
+        stored[place] ^= 1
+        with pytest.raises(AssertionError, match="scales: "):
+            within((q, sf), fmt, x)
+        stored[place] ^= 1
+    assert within((q, sf), fmt, x) == 0
+
+
+def test_swapped_groups_are_seen():
+    fmt = make_format(32, "ue8m0_row_major", False)
+    x = values(4, 64) * torch.tensor([1.0, 1024.0], dtype=torch.float64).repeat_interleave(32)
+    q, sf = quantized(x, fmt)
+    swapped = sf.view(torch.uint8).flip(1).contiguous().view(sf.dtype)
+    with pytest.raises(AssertionError, match="scales: "):
+        within((q, swapped), fmt, x)
+
+
+def test_signs_are_seen():
+    fmt = make_format(32, "float32", False)
+    x = values(4, 64)
+    with pytest.raises(AssertionError, match="q: "):
+        within(quantized(-x, fmt), fmt, x)
+
+
+def test_scales_that_are_no_powers_of_two_are_seen():
+    x = values(4, 64)
+    rounded = make_format(32, "float32", True)
+    _, sf = quantized(x, rounded)
+    sf[3, 0] *= 1 + 2.0**-20
+    with pytest.raises(AssertionError, match="powers of two"):
+        within((quantized(x, rounded)[0], sf), rounded, x, 2.0)
