@@ -1,0 +1,79 @@
+"""Rotary embedding and quantization in one kernel, written with the stage of `cute_quant.kernels`.
+
+The queries of FP8 attention and of DeepSeek's indexer are rotated, then quantized head by head.
+A head of 128 is a group: eight lanes hold it, 16 columns each, and a column's partner, 64 further
+or before, is with the fourth lane after or before.
+"""
+
+import functools
+
+import cuda.bindings.driver as cuda
+import cutlass.cute as cute
+import torch
+from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Uint32
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from cute_quant import compile
+from cute_quant import kernels as cq
+from cute_quant.formats import last_column_rows, make_format, scale_floor
+
+HEAD, HALF = 128, 64
+FORMAT = make_format(HEAD, "ue8m0", False)
+
+
+class RopeQuantize:
+    stage = cq.Stage(Float32, FORMAT)
+
+    def signature(self) -> tuple:
+        mn, k = cute.sym_int32(), cute.sym_int32(divisibility=HEAD)
+        angles = make_fake_tensor(Float32, (mn, HALF), stride=(HALF, 1), assumed_align=32)
+        strides = cute.sym_int64(), cute.sym_int64()
+        scales = make_fake_tensor(Int32, (mn, cute.sym_int32()), stride=strides)
+        x, q = cq.fake_matrix(BFloat16, (mn, k), 32), cq.fake_matrix(Float8E4M3FN, (mn, k), 16)
+        return x, angles, angles, q, scales, Int32(0), make_fake_stream(use_tvm_ffi_env_stream=True)
+
+    @cute.jit
+    def __call__(self, mX, mCos, mSin, mQ, mS, missing_rows: Int32, stream: cuda.CUstream):
+        mn, k = mX.shape
+        scales = self.stage.scales(mS, mn, k, missing_rows)
+        limit = self.stage.limit(Int32(int(scale_floor(FORMAT, "vllm"))))
+        self.kernel(cq.Matrix(mX), mCos, mSin, cq.Matrix(mQ), scales, limit, Uint32(mn)).launch(
+            grid=[self.stage.tiles(k), cute.ceil_div(Int32(scales.rows), 4), 1],
+            block=[cq.LANES, 4, 1],
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(
+        self, x: cq.Matrix, mCos, mSin, q: cq.Matrix, scales: cq.Scales, limit: Uint32, mn: Uint32
+    ):
+        lane, warp, _ = cute.arch.thread_idx()
+        tile, row_tile, _ = cute.arch.block_idx()
+        row = Uint32(row_tile * 4 + warp)
+        live, k = row < mn, x.tensor.shape[1]
+        tXrX, tXrC, tXrS = cq.zeros(16, BFloat16), cq.zeros(16, Float32), cq.zeros(16, Float32)
+        cq.load(x.row(row), tile, lane, live, tXrX, cq.Access())
+        cq.load(cq.Matrix(mCos).row(row), Int32(0), lane % 4, live, tXrC, cq.Access())
+        cq.load(cq.Matrix(mSin).row(row), Int32(0), lane % 4, live, tXrS, cq.Access())
+        values, partners = cq.widen(tXrX), cq.zeros(16, Float32)
+        sign = Float32(-1.0) if lane % 8 < 4 else Float32(1.0)
+        for i in range(16, unroll_full=True):
+            partners[i] = sign * cute.arch.shuffle_sync_bfly(values[i], offset=4)
+        rotated = values.load() * tXrC.load() + partners.load() * tXrS.load()
+        tXrQ, scale = self.stage.quantize(cq.registers(rotated), limit)
+        cq.store(tXrQ, q.row(row), tile, lane, live, cq.Access())
+        self.stage.store_scales(scales, [scale], [row], mn, tile, lane, k)
+
+
+@functools.cache
+def compiled(device: int):
+    return compile.build(RopeQuantize(), compile.architecture(device))
+
+
+def rope_quantize(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
+    """x (tokens, heads * 128), bfloat16; cos, sin (tokens, 64), float32. Returns q, sf."""
+    q = torch.empty(x.shape, dtype=FORMAT.dtype, device=x.device)
+    sf = FORMAT.empty_scales((), *x.shape, x.device)
+    missing_rows = FORMAT.scale_rows(x.shape[0]) - last_column_rows(sf)
+    compiled(x.get_device())(x, cos, sin, q, sf, missing_rows)
+    return q, sf
