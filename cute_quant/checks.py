@@ -67,7 +67,8 @@ def check_call(
     resolve_min_scale(fmt, min_scale)
     batch_shape, mn = check_rows(rows, index, x, name)
     # The tiles of all experts are counted together.
-    tiles = ceil_div(mn, ROWS_PER_TILE) if isinstance(rows, Masked) else 1
+    rows_per_tile = 1 if isinstance(prologue, RmsNorm) else ROWS_PER_TILE
+    tiles = ceil_div(mn, rows_per_tile) if isinstance(rows, Masked) else 1
     _check_count(name if index is None else "index", batch_shape, max(tiles, 1))
     k = x.shape[-1]
     if prologue is not None:

@@ -319,11 +319,13 @@ def _kernel(
     kind = DENSE if rows is None else rows.kind
     matrices = math.prod(batch_shape)
     size = matrices, q_rows, k, fmt, kind == Masked.kind, sms
+    tall = False
     if isinstance(prologue, RmsNorm):
         shape = launch.norm_shape(*size)
     else:
         shape = launch.shape(*size, two_rows=prologue is None)
-    domain = Domain(kind, index is not None, bool(batch_shape) or shape.tall)
+        tall = shape.tall
+    domain = Domain(kind, index is not None, bool(batch_shape) or tall)
     batched = domain.batched
     x_view = _matrix_view(tuple(x.shape), x.stride(), x.element_size(), batched and index is None)
     q_view = _matrix_view(*result, dtype.itemsize, batched)

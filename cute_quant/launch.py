@@ -83,7 +83,6 @@ class NormShape(NamedTuple):
     """
 
     tile: Tile
-    tall: bool
     row_ctas: int
     warps: tuple[int, int]
 
@@ -101,7 +100,7 @@ def norm_shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms:
     row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)
     slots = min(ceil_div(RESIDENT_CTAS * sms, max(matrices, 1)), row_tiles)
     row_ctas = min(matrices * slots, MAX_GRID_Y)
-    return NormShape(tile, row_tiles > MAX_GRID_Y, row_ctas, (tiles_per_thread, max_warps))
+    return NormShape(tile, row_ctas, (tiles_per_thread, max_warps))
 
 
 def store_bytes(dtype: torch.dtype) -> int:

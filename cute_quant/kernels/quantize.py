@@ -28,10 +28,9 @@ class ColumnTiles(RowKernel):
     A subclass says in `load` what of a row a lane holds, and in `values` what it makes of that.
     """
 
-    def columns(self, k: Int32) -> tuple:
-        """CTAs beside each other, threads of a CTA, and further limits of the launch."""
-        block = [LANES, self.stage.tile.row_warps, 1]
-        return 1 if self.stage.whole_row else self.stage.tiles(k), block, {}
+    def block(self, k: Int32) -> tuple:
+        """Threads of a CTA, and no bounds of them but these."""
+        return [LANES, self.stage.tile.row_warps, 1], {}
 
     @cute.jit
     def quantize_rows(

@@ -25,6 +25,8 @@ from cute_quant.specs import LANES, Access, RmsNormSpec
 class RmsNorm(RowKernel):
     """What is quantized is ``r * rsqrt(mean(r^2) + eps) * (weight + offset)``."""
 
+    whole_rows = True
+
     def __init__(self, spec: RmsNormSpec):
         dtype = ELEMENT_TYPES[spec.dtype]
         super().__init__(spec, Stage(dtype if spec.unfused else Float32, spec.fmt, spec.tile))
@@ -80,12 +82,12 @@ class RmsNorm(RowKernel):
         numbers = missing_rows, alignment, row_ctas, floor
         self.launch(inputs, mQ, mS, mCounts, mIndex, *numbers, stream)
 
-    def columns(self, k: Int32) -> tuple:
-        """CTAs beside each other, threads of a CTA, and further limits of the launch."""
+    def block(self, k: Int32) -> tuple:
+        """Threads of a CTA, and the bounds of them that the compiler may rely on."""
         warps = cute.ceil_div(self.stage.tiles(k), self.spec.tiles_per_thread)
         rows = self.stage.tile.rows
         bounds = {"max_number_threads": [LANES, self.spec.max_warps, rows]}
-        return 1, [LANES, warps, rows], bounds
+        return [LANES, warps, rows], bounds
 
     @cute.jit
     def quantize_rows(

@@ -59,7 +59,13 @@ class Results(Params):
 
 
 class RowKernel:
-    """Compile-time choices: those of the spec, and the stage that quantizes."""
+    """Compile-time choices: those of the spec, and the stage that quantizes.
+
+    Attributes:
+        whole_rows: whether a CTA has all columns of its rows, so that a grid counts rows alone.
+    """
+
+    whole_rows = False
 
     def __init__(self, spec: Spec, stage: Stage):
         self.spec = spec
@@ -126,7 +132,11 @@ class RowKernel:
             slots = ctas // mQ.shape[0]
         elif const_expr(domain.batched):
             depth = mQ.shape[0]
-        columns, block, bounds = self.columns(k)
+        block, bounds = self.block(k)
+        grid = [ctas, 1]
+        if const_expr(not self.whole_rows):
+            tiles = 1 if const_expr(stage.whole_row) else stage.tiles(k)
+            grid = [tiles, cutlass.min(ctas, MAX_GRID_Y)]
         self.kernel(
             stage.limit(floor),
             inputs,
@@ -137,7 +147,7 @@ class RowKernel:
             row_tiles,
             slots,
         ).launch(
-            grid=[columns, cutlass.min(ctas, MAX_GRID_Y), cutlass.min(depth, MAX_GRID_Z)],
+            grid=[*grid, cutlass.min(depth, MAX_GRID_Z)],
             block=block,
             **bounds,
             stream=stream,
@@ -159,8 +169,10 @@ class RowKernel:
         domain = self.spec.domain
         if const_expr(self.spec.pdl):
             cute.arch.griddepcontrol_launch_dependents()
-        _, y, z = cute.arch.block_idx()
-        _, ctas, depth = cute.arch.grid_dim()
+        x, y, z = cute.arch.block_idx()
+        width, ctas, depth = cute.arch.grid_dim()
+        if const_expr(self.whole_rows):
+            y, ctas = x, width
         if const_expr(self.spec.pdl):
             cute.arch.griddepcontrol_wait()
         common = mCounts, mIndex, alignment, limit
