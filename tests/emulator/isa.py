@@ -240,13 +240,34 @@ def div_f32(a, b):
     return canonical(a / b)
 
 
+@operation("neg.f32", "f32", "f32")
+def neg_f32(a):
+    return canonical(-a)
+
+
+# Approximations are computed as if they were exact, and rounded. Hardware may be as much as 2 units
+# in the last place off, so a kernel must not depend on their last bits.
+
+
+def flushed(a: np.ndarray) -> np.ndarray:
+    """.ftz (9.7.3): subnormal numbers, operands and results, are zeros of their sign."""
+    return np.where(np.abs(a) < np.float32(2.0**-126), np.copysign(np.float32(0), a), a)
+
+
 @operation("rcp.approx.ftz.f32", "f32", "f32")
 def rcp_approx_f32(a):
-    """Hardware may be an ulp off; a kernel's last bits have to come from what it does next."""
-    tiny = np.float32(2.0**-126)
-    flushed = np.where(np.abs(a) < tiny, np.copysign(np.float32(0), a), a)
-    result = canonical(np.float32(1.0) / flushed)
-    return np.where(np.abs(result) < tiny, np.copysign(np.float32(0), result), result)
+    return flushed(canonical(np.float32(1.0) / flushed(a)))
+
+
+@operation("rsqrt.approx.ftz.f32", "f32", "f32")
+def rsqrt_approx_f32(a):
+    """Infinite for zeros, of their sign; NaN below."""
+    return canonical((1.0 / np.sqrt(flushed(a).astype(np.float64))).astype(np.float32))
+
+
+@operation("ex2.approx.ftz.f32", "f32", "f32")
+def ex2_approx_f32(a):
+    return flushed(canonical(np.exp2(flushed(a).astype(np.float64)).astype(np.float32)))
 
 
 @operation("rcp.rn.f32", "f32", "f32")

@@ -1,20 +1,22 @@
 """Runs a grid: registers, flow of control, lanes, access to memory.
 
 All threads of as many blocks as fit into a batch step together; an instruction is one numpy
-expression over them. Blocks share nothing but global memory, where any exchange between them is
-an error, so their order does not matter.
+expression over them. Shared memory is a block's own, and in global memory any exchange between
+threads is an error, so the order of blocks does not matter.
 
 Every thread has its own program counter. Of those that can go on, the threads at the lowest one
 run, the others wait; they reconverge where the counters meet. A shuffle holds a thread back until
-the lanes it names have come (9.7.9 "shfl.sync"), or reports that they never will; so does a vote.
+the lanes it names have come (9.7.9 "shfl.sync"), or reports that they never will; so does a vote,
+and a barrier until all threads of the block have come.
 """
 
 from __future__ import annotations
 
 import abc
 import itertools
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -26,10 +28,14 @@ from tests.emulator.errors import (
     UndefinedValue,
     UnknownInstruction,
 )
-from tests.emulator.memory import Memory
+from tests.emulator.memory import Memory, SharedMemory, shared_address
 
 WARP = 32
+MAX_THREADS = 1024
+"""Of a block, whatever it is compiled for (CUDA programming guide, "Compute Capabilities")."""
 THREADS_PER_BATCH = 1 << 15
+GENERIC_SHARED = 1 << 62
+"""Where the window of shared memory begins among generic addresses (6.4.1.1): past all tensors."""
 UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 
@@ -45,6 +51,12 @@ _LOAD = re.compile(
     rf"ld(?:\.weak)?(?P<space>\.param|\.global|\.local)?{_CACHE}(?:\.nc)?{_HINTS}{_SHAPE}"
 )
 _STORE = re.compile(rf"st(?:\.weak)?(?P<space>\.global|\.local)?{_CACHE}{_HINTS}{_SHAPE}")
+_LOAD_SHARED, _STORE_SHARED = (
+    re.compile(rf"{access}(?:\.weak)?(?P<space>\.shared)(?:::cta)?{_SHAPE}")
+    for access in ("ld", "st")
+)
+_CONVERT_ADDRESS = re.compile(r"cvta(\.to)?\.shared\.u64")
+_BARRIER = re.compile(r"bar(?:\.cta)?\.sync|barrier(?:\.cta)?\.sync(?:\.aligned)?")
 _SHUFFLE = re.compile(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
 # Instructions that move bits of their first operands, which may be undefined: compilers fill
 # halves that nobody uses with anything.
@@ -59,6 +71,7 @@ class Program:
     def __init__(self, kernel: ptx.Kernel):
         self.kernel = kernel
         self.parameters = {p.name: i for i, p in enumerate(kernel.parameters)}
+        self.shared = {v.name: shared_address(i, v.alignment) for i, v in enumerate(kernel.shared)}
         self.steps = [self._decode(i) for i in kernel.instructions]
         self.waits = any(isinstance(step, _Wait) for step in self.steps)
 
@@ -73,10 +86,18 @@ class Program:
                 if match["space"] == ".local":
                     return _LoadLocal(instruction, match)
                 return _Load(instruction, match)
+            if match := _LOAD_SHARED.fullmatch(opcode):
+                return _Load(instruction, match)
             if (match := _STORE.fullmatch(opcode)) and match["space"] != ".param":
                 if match["space"] == ".local":
                     return _StoreLocal(instruction, match)
                 return _Store(instruction, match)
+            if match := _STORE_SHARED.fullmatch(opcode):
+                return _Store(instruction, match)
+            if match := _CONVERT_ADDRESS.fullmatch(opcode):
+                return _ConvertAddress(instruction, bool(match[1]))
+            if _BARRIER.fullmatch(opcode):
+                return _Barrier(instruction)
             if match := _SHUFFLE.fullmatch(opcode):
                 return _Shuffle(instruction, match[1])
             if match := _VOTE.fullmatch(opcode):
@@ -171,7 +192,7 @@ def _check_width(operand: object, type_: str, resizes: bool, vectors: bool) -> N
     elif isinstance(operand, ptx.Special):
         fits = width == 32
     elif isinstance(operand, ptx.Symbol):
-        fits = vectors and width == 64
+        fits = vectors and width in (32, 64)
     elif isinstance(operand, ptx.Vector):
         part = f"b{width // len(operand.elements)}"
         fits = vectors and part in isa.TYPES
@@ -194,25 +215,49 @@ class _Access(_Step):
         if not isinstance(self.address, ptx.Address):
             raise UnknownInstruction(f"operand {self.address} for an address")
         self.count = int(match["count"] or 1)
+        self.space = match["space"]
         self.type = match["type"]
         self.size = isa.TYPES[self.type].width // 8
         values = operands[value]
         self.values = values.elements if isinstance(values, ptx.Vector) else (values,)
-        if len(self.values) != self.count or self.count * self.size > 32:
+        limit = 16 if self.space == ".shared" else 32
+        if len(self.values) != self.count or self.count * self.size > limit:
             raise UnknownInstruction(f"{len(self.values)} values of {self.size} bytes")
         for v in self.values:
             _check_width(v, self.type, True, False)
 
     def check_base(self) -> None:
-        _check_width(self.address.base, "u64", False, False)
+        base = self.address.base
+        # 6.4.1: names of variables are addresses, and those of shared memory may have 32 bits.
+        short = isinstance(base, ptx.Symbol) or getattr(base, "width", 0) == 32
+        if self.space != ".shared" or not short:
+            _check_width(base, "u64", False, False)
 
     def addresses(self, batch: Batch, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        early = np.flatnonzero(chosen & ~batch.waited)
-        if len(early):
-            raise EmulatorError(f"{batch.describe(early[0])}: before griddepcontrol.wait")
         at = np.flatnonzero(chosen)
         base = batch.read(self.address.base, "u64", chosen)[at]
         return at, base + np.uint64(self.address.offset & (1 << 64) - 1)
+
+    def parts(
+        self, batch: Batch, at: np.ndarray, addresses: np.ndarray
+    ) -> Iterator[tuple[Memory | SharedMemory, np.ndarray, np.ndarray, np.ndarray]]:
+        """By state space: the memory; which of the threads `at` access it, where, and their
+        numbers there."""
+        if self.space is None:  # 6.4.1.1 "Generic Addressing"
+            shared = addresses >= np.uint64(GENERIC_SHARED)
+            addresses = np.where(shared, addresses - np.uint64(GENERIC_SHARED), addresses)
+        else:
+            shared = np.full(len(at), self.space == ".shared")
+        if shared.any():
+            some = np.flatnonzero(shared)
+            yield batch.shared, some, addresses[some], at[some]
+        if not shared.all():
+            some = np.flatnonzero(~shared)
+            early = np.flatnonzero(~batch.waited[at[some]])
+            if len(early):
+                thread = batch.describe(at[some[early[0]]])
+                raise EmulatorError(f"{thread}: before griddepcontrol.wait")
+            yield batch.memory, some, addresses[some], batch.numbers[at[some]]
 
     def unpack(self, batch: Batch, data: np.ndarray, at: np.ndarray, chosen: np.ndarray) -> None:
         """Write rows of bytes to the registers of the threads `at`."""
@@ -236,9 +281,9 @@ class _Load(_Access):
     def execute(self, batch: Batch, chosen: np.ndarray) -> None:
         at, addresses = self.addresses(batch, chosen)
         width = self.count * self.size
-        data = batch.memory.load(
-            addresses, width, batch.numbers[at], lambda i: batch.describe(at[i])
-        )
+        data = np.empty((len(at), width), np.uint8)
+        for memory, some, places, threads in self.parts(batch, at, addresses):
+            data[some] = memory.load(places, width, threads, batch.describer(at[some]))
         self.unpack(batch, data, at, chosen)
 
 
@@ -268,7 +313,8 @@ class _Store(_Access):
     def execute(self, batch: Batch, chosen: np.ndarray) -> None:
         at, addresses = self.addresses(batch, chosen)
         data = self.pack(batch, at, chosen)
-        batch.memory.store(addresses, data, batch.numbers[at], lambda i: batch.describe(at[i]))
+        for memory, some, places, threads in self.parts(batch, at, addresses):
+            memory.store(places, data[some], threads, batch.describer(at[some]))
 
 
 class _Local(_Access):
@@ -312,16 +358,79 @@ class _StoreLocal(_Local):
         batch.local_written[at[:, None], places] = True
 
 
-class _Collective(_Step, abc.ABC):
-    """What lanes of a warp do together: whoever comes waits for all that its membermask names."""
+class _ConvertAddress(_Step):
+    """9.7.9 "cvta", of shared memory."""
 
-    members: object
+    def __init__(self, instruction: ptx.Instruction, to_shared: bool):
+        super().__init__(instruction)
+        self.to_shared = to_shared
+        self.target, self.source = self.operands(2)
+        _check_width(self.target, "u64", False, False)
+        _check_width(self.source, "u64", False, not to_shared)
+
+    def execute(self, batch: Batch, chosen: np.ndarray) -> None:
+        address, window = batch.read(self.source, "u64", chosen), np.uint64(GENERIC_SHARED)
+        if not self.to_shared:
+            batch.write(self.target, address + window, chosen)
+            return
+        outside = np.flatnonzero(chosen & (address < window))
+        if len(outside):
+            at = outside[0]
+            problem = f"{int(address[at]):#x} is no address of shared memory"
+            raise MemoryFault(f"{batch.describe(at)}: {problem}")
+        batch.write(self.target, address - window, chosen)
+
+
+class _Meeting(_Step, abc.ABC):
+    """Where threads wait for others.
+
+    Attributes:
+        missing: says of a thread that waits for ever, for whom.
+    """
+
+    missing: str
 
     def follow(self, batch: Batch, pc: int, active: np.ndarray, chosen: np.ndarray) -> None:
         batch.arrive(pc + 1, active & ~batch.held)
         if batch.held.any():
             batch.parked[pc] = batch.held
             batch.held = batch.nobody
+
+
+class _Barrier(_Meeting):
+    """9.7.13 "barrier.sync" of all threads of a block, all of them at one instruction.
+
+    Hardware takes warps that come to another instruction of the same number for present, and does
+    not wait for threads that have exited. Whoever writes a barrier means neither.
+    """
+
+    missing = "threads of its block never come here"
+
+    def __init__(self, instruction: ptx.Instruction):
+        super().__init__(instruction)
+        (number,) = self.operands(1)
+        if not isinstance(number, ptx.Immediate) or not 0 <= number.value < 16:
+            raise UnknownInstruction(f"operand {number} for a barrier")
+
+    def execute(self, batch: Batch, chosen: np.ndarray) -> None:
+        come, all_, left = (
+            mask.reshape(batch.blocks, -1)
+            for mask in (chosen, batch.everyone, batch.exited & batch.everyone)
+        )
+        alone = come.any(1) & left.any(1)
+        if alone.any():
+            at = int(np.flatnonzero(come & alone[:, None])[0])
+            raise Deadlock(f"{batch.describe(at)}: threads of its block have exited")
+        complete = (come == all_).all(1)
+        batch.shared.end_epoch(complete)
+        batch.held = (come & ~complete[:, None]).ravel()
+
+
+class _Collective(_Meeting):
+    """What lanes of a warp do together: whoever comes waits for all that its membermask names."""
+
+    members: object
+    missing = "lanes of its membermask never come here"
 
     def execute(self, batch: Batch, chosen: np.ndarray) -> None:
         members = batch.read(self.members, "b32", chosen).reshape(-1, WARP)
@@ -461,6 +570,7 @@ class Batch:
         self.memory = memory
         threads = block[0] * block[1] * block[2]
         padded = -(-threads // WARP) * WARP
+        self.blocks = len(blocks)
         self.size = len(blocks) * padded
         in_block = np.tile(np.arange(padded), len(blocks))
         in_grid = np.repeat(blocks, padded)
@@ -482,11 +592,13 @@ class Batch:
         self.special["%laneid"] = (in_block % WARP).astype(np.uint32)
         self.special["%warpid"] = (in_block // WARP).astype(np.uint32)
         size = (self.size, program.kernel.local_size)
+        variables = ((v.name, program.shared[v.name], v.size) for v in program.kernel.shared)
+        self.shared = SharedMemory(variables, len(blocks), padded)
         self.local, self.local_written = np.zeros(size, np.uint8), np.zeros(size, bool)
         self.registers: dict[str, np.ndarray] = {}
         self.undefined: dict[str, np.ndarray] = {}  # bits, of registers not wholly defined
         self.ready: dict[int, np.ndarray] = {0: self.everyone}  # program counter -> threads
-        self.parked: dict[int, np.ndarray] = {}  # threads that wait for lanes
+        self.parked: dict[int, np.ndarray] = {}  # threads that wait for others
         self.held = self.nobody
         self.exited = ~self.everyone
         self.waited = self.nobody if program.waits else self.everyone
@@ -510,10 +622,10 @@ class Batch:
                     self._print(watched)
             step.follow(self, pc, active, chosen)
         if self.parked:
-            pc, mask = self.parked.popitem()
+            pc = min(self.parked)
             self.current = steps[pc].instruction
-            at = int(np.flatnonzero(mask)[0])
-            raise Deadlock(f"{self.describe(at)}: lanes of its membermask never come here")
+            at = int(np.flatnonzero(self.parked[pc])[0])
+            raise Deadlock(f"{self.describe(at)}: {steps[pc].missing}")
 
     def arrive(self, pc: int, threads: np.ndarray) -> None:
         if threads is not self.everyone:
@@ -546,8 +658,10 @@ class Batch:
             return np.full(self.size, operand.value & mask, unsigned).view(dtype)
         if isinstance(operand, ptx.Special):
             return self.special[operand.name].view(dtype)
-        if isinstance(operand, ptx.Symbol) and operand.name in self.program.kernel.local:
-            return np.full(self.size, self.program.kernel.local[operand.name], unsigned).view(dtype)
+        if isinstance(operand, ptx.Symbol):
+            for addresses in (self.program.kernel.local, self.program.shared):
+                if operand.name in addresses:
+                    return np.full(self.size, addresses[operand.name], unsigned).view(dtype)
         if isinstance(operand, ptx.Vector):  # 9.7.9 "mov": packs, low elements first
             part = width // len(operand.elements)
             elements = [self.read(e, f"b{part}", chosen) for e in operand.elements]
@@ -638,6 +752,10 @@ class Batch:
         where = f"{self.program.kernel.name}: block {block} thread {thread}"
         return f"{where}: line {self.current.line}: `{self.current.text}`"
 
+    def describer(self, threads: np.ndarray) -> Callable[[int], str]:
+        """Describes a thread by its place among some."""
+        return lambda i: self.describe(threads[i])
+
     def values(self, at: int) -> dict[str, int]:
         """The registers of one thread, those that it has defined."""
         return {
@@ -686,6 +804,10 @@ def run(
     kernel = program.kernel
     if kernel.block is not None and tuple(block) != kernel.block:
         raise EmulatorError(f"{kernel.name}: block {block}, compiled for {kernel.block}")
+    threads = math.prod(block)
+    allowed = min(kernel.max_threads or MAX_THREADS, MAX_THREADS)
+    if threads > allowed:
+        raise EmulatorError(f"{kernel.name}: block {block}, at most {allowed} threads are allowed")
     sizes, expected = [len(a) for a in arguments], [p.size for p in kernel.parameters]
     if sizes != expected:
         raise EmulatorError(f"{kernel.name}: arguments of {sizes} bytes, expected {expected}")
@@ -696,7 +818,6 @@ def run(
         blocks = np.arange(grid[0] * grid[1] * grid[2])
     else:
         blocks = np.array([x + grid[0] * (y + grid[1] * z) for x, y, z in only])
-    threads = block[0] * block[1] * block[2]
     per_batch = max(1, THREADS_PER_BATCH // threads)
     with np.errstate(all="ignore"):
         for start in itertools.count(0, per_batch):

@@ -6,6 +6,7 @@ sized, operands are typed by their syntax, labels are resolved to indices of ins
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -44,7 +45,7 @@ class Immediate:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A label or the name of a parameter."""
+    """The name of a label, of a parameter or of a variable."""
 
     name: str
 
@@ -89,16 +90,27 @@ class Parameter:
     alignment: int
 
 
+@dataclass(frozen=True)
+class Variable:
+    """Of shared memory, whose size is known."""
+
+    name: str
+    size: int
+    alignment: int
+
+
 @dataclass
 class Kernel:
     name: str
     target: str
     parameters: list[Parameter]
     block: tuple[int, int, int] | None  # .reqntid
+    max_threads: int | None  # .maxntid
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     local: dict[str, int] = field(default_factory=dict)  # variable of a thread -> its offset
     local_size: int = 0
+    shared: list[Variable] = field(default_factory=list)
 
 
 def parse(text: str) -> dict[str, Kernel]:
@@ -113,13 +125,23 @@ def parse(text: str) -> dict[str, Kernel]:
     position = 0
     while match := header.search(text, position):
         parameters = [_parameter(p) for p in match[2].split(",") if p.strip()]
-        block = re.search(r"\.reqntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", match[3])
+        limit = _extents("maxntid", match[3])
         kernel = Kernel(
-            match[1], target[1], parameters, block and tuple(int(n or 1) for n in block.groups())
+            match[1],
+            target[1],
+            parameters,
+            _extents("reqntid", match[3]),
+            limit and math.prod(limit),  # 11.4.2: of the extents, the product alone counts
         )
         position = _Body(text, match.end(), kernel).parse()
         kernels[kernel.name] = kernel
     return kernels
+
+
+def _extents(directive: str, text: str) -> tuple[int, int, int] | None:
+    """PTX ISA 11.4 "Performance-Tuning Directives" of blocks."""
+    match = re.search(rf"\.{directive}\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", text)
+    return match and tuple(int(n or 1) for n in match.groups())
 
 
 def _parameter(text: str) -> Parameter:
@@ -174,7 +196,9 @@ class _Body:
         if text.startswith(".reg "):
             self._declare(text)
         elif text.startswith(".local "):
-            self._declare_local(text)
+            self._declare_local(self._variable(text))
+        elif text.startswith(".shared "):
+            self.kernel.shared.append(self._variable(text))
         elif text.startswith(".pragma "):
             pass  # PTX ISA 11.4: pragmas are hints and leave semantics alone
         else:
@@ -188,14 +212,18 @@ class _Body:
             instruction = Instruction(match[3], operands, guard, line, shown)
             self.kernel.instructions.append(instruction)
 
-    def _declare_local(self, text: str) -> None:
-        match = re.fullmatch(r"\.local \.align (\d+) \.b8 ([\w$]+)\[(\d+)\]", text)
-        if match is None:
+    def _variable(self, text: str) -> Variable:
+        """PTX ISA 5.4 "Variables": scalars and arrays of one dimension, without initial values."""
+        match = re.fullmatch(r"\.\w+ (?:\.align (\d+) )?\.(\w+) ([\w$]+)(?:\[(\d+)\])?", text)
+        if match is None or match[2] not in _WIDTHS:
             raise EmulatorError(f"{self.kernel.name}: declaration not understood: {text!r}")
-        alignment, size = int(match[1]), int(match[3])
-        offset = -(-self.kernel.local_size // alignment) * alignment
-        self.kernel.local[match[2]] = offset
-        self.kernel.local_size = offset + size
+        size = _WIDTHS[match[2]] // 8
+        return Variable(match[3], size * int(match[4] or 1), int(match[1] or size))
+
+    def _declare_local(self, variable: Variable) -> None:
+        offset = -(-self.kernel.local_size // variable.alignment) * variable.alignment
+        self.kernel.local[variable.name] = offset
+        self.kernel.local_size = offset + variable.size
 
     def _declare(self, text: str) -> None:
         match = re.fullmatch(r"\.reg \.(\w+) (.*)", text)

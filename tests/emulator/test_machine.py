@@ -220,7 +220,7 @@ def test_a_grid_alone_depends_on_no_other():
         "cvt.rz.f16.f32 %h1, %r1",
         "ld.volatile.global.b32 %r1, [%w0]",
         "st.global.v3.b32 [%w0], {%r1, %r1, %r1}",
-        "bar.sync 0",
+        "bar.arrive 0, 64",
         "shfl.bfly.b32 %r1, %r1, 1, 31",
         "frobnicate.b32 %r1",
     ],
