@@ -66,7 +66,9 @@ def _multiply_bf16x2(a: Uint32, b: Uint32) -> Uint32:
 @dsl_user_op
 def _multiply_bf16(a: Uint16, b: Uint16, *, loc=None, ip=None) -> Float32:
     """A product of bfloat16 as float32: with -0 to add, SM100 widens and multiplies at once."""
-    operands = [v.ir_value(loc=loc, ip=ip) for v in (a, b, Float32(-0.0))]
+    # As bits: the DSL takes -0.0 for the 0.0 that a kernel may have had before.
+    negative_zero = Uint32(0x80000000).bitcast(Float32)
+    operands = [v.ir_value(loc=loc, ip=ip) for v in (a, b, negative_zero)]
     ptx = "fma.rn.f32.bf16 $0, $1, $2, $3;"
     return Float32(llvm.inline_asm(T.f32(), operands, ptx, "=f,h,h,f", loc=loc, ip=ip))
 
