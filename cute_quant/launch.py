@@ -27,8 +27,8 @@ TWO_ROWS = Tile(rows_per_thread=2)
 TWO_ROWS_FROM = 30_000
 """Elements an SM."""
 
-MAX_WARPS = 32
-"""Of a CTA."""
+MAX_WARPS = 16
+"""Of a CTA: with twice as many, threads would have too few registers for a tile and its sum."""
 WARPS_PER_NORM = 4
 """Of a CTA at least, where rows are so short that it can have several."""
 
@@ -92,8 +92,9 @@ def norm_shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms:
     tiles each, or several rows in a CTA, were slower at every size (k = 2048 and 7168)."""
     unit = 1 if fmt.group_size == WHOLE_ROW else fmt.group_size * fmt.groups_per_unit
     columns = ceil_div(align(k, unit), DEFAULT_TILE.columns)
-    tiles_per_thread = 1 if columns <= MAX_WARPS else 2
-    max_warps = MAX_WARPS
+    tiles_per_thread, max_warps = 1, MAX_WARPS
+    while max_warps * tiles_per_thread < columns:
+        tiles_per_thread *= 2
     while max_warps > 1 and max_warps * tiles_per_thread >= 2 * columns:
         max_warps //= 2
     tile = Tile(row_warps=max(1, WARPS_PER_NORM // max_warps))

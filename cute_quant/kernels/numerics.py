@@ -134,12 +134,21 @@ def sigmoid(
 
 
 def sum_of(x: cute.TensorSSA) -> Float32:
-    """Of a thread's float32, pairs first: 4 roundings deep for 16."""
+    """Of a thread's float32, a power of two of them, in pairs: as deep as its logarithm."""
+    return _in_pairs(lambda a, b: a + b, x)
+
+
+def max_of_all(x: cute.TensorSSA) -> Uint32:
+    """Of a thread's numbers, a power of two of them."""
+    return Uint32(_in_pairs(cutlass.max, x))
+
+
+def _in_pairs(function: Callable, x: cute.TensorSSA) -> cutlass.Numeric:
     rX = registers(x)
     values = [rX[i] for i in range(cute.size(rX))]
     while len(values) > 1:
         half = len(values) // 2
-        values = [a + b for a, b in zip(values[:half], values[half:], strict=True)]
+        values = [function(a, b) for a, b in zip(values[:half], values[half:], strict=True)]
     return values[0]
 
 
@@ -147,13 +156,6 @@ def sum_of_lanes(value: Float32) -> Float32:
     """Of a warp, in each of its lanes; 5 roundings deep."""
     for i in range(LANES.bit_length() - 1):
         value = value + cute.arch.shuffle_sync_bfly(value, offset=1 << i)
-    return value
-
-
-def max_of_lanes(value: Uint32) -> Uint32:
-    """Of a warp, in each of its lanes."""
-    for i in range(LANES.bit_length() - 1):
-        value = cutlass.max(value, cute.arch.shuffle_sync_bfly(value, offset=1 << i))
     return value
 
 

@@ -2,11 +2,13 @@
 
 A row lies in the registers of the warps of a CTA, so memory is passed over once: a warp has a tile
 of its columns, or several, ``warps`` tiles apart. Each warp sums the squares of its values and
-leaves the sum in shared memory; behind the one barrier all of them add up the sums. What is left
-is the story of `quantize`. With a residual, x + residual is what gets normalized, and is written.
+leaves the sum in shared memory; behind the one barrier all of them add up the sums. With a
+residual, x + residual is what gets normalized, and is written.
 """
 
 from __future__ import annotations
+
+import functools
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -115,7 +117,10 @@ class RmsNorm(RowKernel):
         tiles = [warp + i * warps for i in range(spec.tiles_per_thread)]
 
         raw = [self.load(x.row(source, k), tile, lane, live) for tile in tiles]
-        weights = [self.load(mWeight, tile, lane, Boolean(True)) for tile in tiles]
+        # With all rows of x, unless they alone fill the registers.
+        early = spec.tiles_per_thread <= 2
+        if const_expr(early):
+            weights = [self.load(mWeight, tile, lane, live) for tile in tiles]
         if const_expr(spec.residual):
             others = [self.load(residual.row(number, k), tile, lane, live) for tile in tiles]
         values = [numerics.widen(t).load() for t in raw]
@@ -126,39 +131,45 @@ class RmsNorm(RowKernel):
                 self.store(value, total.row(number, k), tile, lane, live)
             values = [self.rounded(value) for value in values]
 
+        # What the factor of the row does not change is done before it is known. Rounding keeps
+        # order: the largest product is that of the largest, whatever they are multiplied by.
         squares = values[0] * values[0]
         for value in values[1:]:
             squares = cute.math.fma(value, value, squares)
-        shared = self.shared(Float32, slot)
         square = numerics.sum_of_lanes(numerics.sum_of(squares))
-        square = self.over_warps(square, shared, warp, warps, lane, numerics.sum_of_lanes)
-        factor = numerics.reciprocal_root(square * reciprocal + eps)
+        if const_expr(not early):
+            weights = [self.load(mWeight, tile, lane, live) for tile in tiles]
+        offset = zero_unless(live, offset)
+        weights = [numerics.widen(weight).load() + offset for weight in weights]
+        products = [value * weight for value, weight in zip(values, weights, strict=True)]
+        amaxes = [numerics.amax(numerics.registers(product)) for product in products]
+        if const_expr(stage.whole_row):
+            amaxes = [functools.reduce(cutlass.max, amaxes)]
+        amaxes = [numerics.group_amax(amax, Float32, stage.lanes_per_group) for amax in amaxes]
 
-        segments = []
-        for tile, value, weight in zip(tiles, values, weights, strict=True):
-            value = value * factor * (numerics.widen(weight).load() + offset)
-            value = self.rounded(value)
+        if const_expr(spec.domain.batched):
+            cute.arch.sync_threads()  # all have read what the row before left
+        sums = self.leave(square, warp, warps, lane, slot)
+        if const_expr(stage.whole_row):
+            maxima = self.leave(amaxes[0], warp, warps, lane, slot)
+        cute.arch.sync_threads()
+        square = numerics.sum_of(sums.load())
+        if const_expr(stage.whole_row):
+            amaxes = [numerics.max_of_all(maxima.load())] * len(tiles)
+
+        factor = zero_unless(live, numerics.reciprocal_root(square * reciprocal + eps))
+        amaxes = [self.rounded(amax.bitcast(Float32) * factor) for amax in amaxes]
+        scales = [stage.scale(amax.bitcast(Uint32), limit) for amax in amaxes]
+        for tile, product, scale in zip(tiles, products, scales, strict=True):
+            value = self.rounded(product * factor)
             if const_expr(spec.normalized):
                 self.store(value, normalized.row(number, k), tile, lane, live)
-            segments.append(numerics.registers(value.to(stage.dtype)))
-        if const_expr(stage.whole_row):
-            amax = numerics.amax(segments[0])
-            for segment in segments[1:]:
-                amax = numerics.max_of(stage.dtype)(amax, numerics.amax(segment))
-            amax = stage.group_amax(amax)
-            amax = self.over_warps(
-                amax, self.shared(Uint32, slot), warp, warps, lane, numerics.max_of_lanes
-            )
-            scales = [stage.scale(amax, limit)] * len(tiles)
-        else:
-            amaxes = [stage.group_amax(numerics.amax(segment)) for segment in segments]
-            scales = [stage.scale(amax, limit) for amax in amaxes]
+            tXrQ = stage.values(numerics.registers(value.to(stage.dtype)), scale)
+            copy.store(tXrQ, row, tile, lane, written, spec.access)
         last = stage.tiles(k)
         for i in cutlass.range_constexpr(1 if stage.whole_row else len(tiles)):
             takes_part = warp == 0 if const_expr(stage.whole_row) else tiles[i] < last
             self.store_scale(results, scales[i], number, live, tiles[i], lane, takes_part)
-        for tile, segment, scale in zip(tiles, segments, scales, strict=True):
-            copy.store(stage.values(segment, scale), row, tile, lane, written, spec.access)
 
     @cute.jit
     def store_scale(
@@ -184,9 +195,13 @@ class RmsNorm(RowKernel):
                 results.scale_rows,
             )
 
-    def rounded(self, values: cute.TensorSSA) -> cute.TensorSSA:
+    def rounded(self, value: cute.TensorSSA | Float32) -> cute.TensorSSA | Float32:
         """float32 rounded to x's dtype, if that is what is asked for."""
-        return numerics.rounded(values, self.dtype) if self.spec.unfused else values
+        if not self.spec.unfused:
+            return value
+        if isinstance(value, Float32):
+            return value.to(self.dtype).to(Float32)
+        return numerics.rounded(value, self.dtype)
 
     @cute.jit
     def load(self, row: cute.Tensor, tile: Int32, lane: Int32, live: Boolean) -> cute.Tensor:
@@ -204,29 +219,22 @@ class RmsNorm(RowKernel):
         access = Access(nbytes, nbytes, self.spec.access.ragged)
         copy.store(numerics.registers(values.to(self.dtype)), row, tile, lane, live, access)
 
-    def shared(self, dtype: type[cutlass.Numeric], slot: Int32) -> cute.Tensor:
-        """Shared memory with a place for each warp of a row."""
-        warps = self.spec.max_warps
-        memory = cute.arch.alloc_smem(dtype, warps * self.stage.tile.rows)
-        return cute.make_tensor(memory + slot * warps, cute.make_layout(warps))
-
     @cute.jit
-    def over_warps(
-        self,
-        value: Float32 | Uint32,
-        shared: cute.Tensor,
-        warp: Int32,
-        warps: Int32,
-        lane: Int32,
-        reduce: cutlass.Constexpr,
-    ):
-        """What all warps of a row have together, of what each has; 0 is neutral."""
-        if const_expr(self.spec.domain.batched):
-            cute.arch.sync_threads()  # the row before has been read
+    def leave(
+        self, value: Float32 | Uint32, warp: Int32, warps: Int32, lane: Int32, slot: Int32
+    ) -> cute.Tensor:
+        """Shared memory for what each warp of a row has, (max_warps,), 0 where there is none; the
+        warp's own is in it, that of all others behind a barrier."""
+        size = self.spec.max_warps
+        memory = cute.arch.alloc_smem(type(value), size * self.stage.tile.rows, alignment=16)
+        shared = cute.make_tensor(memory + slot * size, cute.make_layout(size))
         if lane == 0:
             shared[warp] = value
-        cute.arch.sync_threads()
-        mine = type(value)(0)
-        if lane < warps:
-            mine = type(value)(shared[lane])
-        return reduce(mine)
+        if warp == 0 and warps <= lane and lane < size:
+            shared[lane] = type(value)(0)
+        return shared
+
+
+def zero_unless(live: Boolean, value: Float32) -> Float32:
+    """What does not exist becomes 0, not the -0.0 or NaN that 0 times a number may be."""
+    return cutlass.select_(live, value, Float32(0.0))
