@@ -24,6 +24,7 @@ from cute_quant.formats import (
     ValueType,
     to_float32,
 )
+from cute_quant.kernels.params import Params
 from cute_quant.specs import LANES
 
 FLOAT32_INFINITY = 0x7F800000
@@ -105,28 +106,39 @@ def reciprocal(a: Float32) -> Float32:
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
 LARGEST_EXPONENT = 127.99
-"""Of what `sigmoid` takes 2 to the power of; its reciprocal is a normal number."""
+"""Of what `sigmoid` takes 2 to the power of, which then is finite."""
 
 
-def times_log2_e(factor: Float32) -> tuple[Float32, Float32]:
-    """factor * log2(e), as the sum of two float32."""
-    high = factor * Float32(LOG2_E)
-    error = cute.math.fma(factor, Float32(LOG2_E), Float32(0.0) - high)
-    return high, cute.math.fma(factor, Float32(LOG2_E - to_float32(LOG2_E)), error)
+class Exponent(Params):
+    """A factor of the argument of `sigmoid`, as an argument of a kernel.
 
-
-def sigmoid(
-    x: cute.TensorSSA, exponent: tuple[Float32, Float32] = (-LOG2_E, to_float32(LOG2_E) - LOG2_E)
-) -> cute.TensorSSA:
-    """1 / (1 + 2^(exponent * x)), for an exponent of -log2(e) unless another is given.
-
-    The exponent has more bits than a float32: what its rounding leaves is made up for by
-    ``2^rest = 1 + rest * ln(2)``. So the relative error is that of two approximations and three
-    roundings, 2^-22 + 2^-23 + 3 * 2^-24 at most, however large x.
+    Attributes:
+        high, low: float32 whose sum is ``-factor * log2(e)``.
+        bound: of the magnitude of what is multiplied with it.
     """
-    high, low = (cute.full_like(x, Float32(part)) for part in exponent)
-    # NaN does not get lost: it is in the rest too.
-    power = each(lambda p: cute.arch.fmin(p, Float32(LARGEST_EXPONENT)), x * high)
+
+    def __init__(self, factor: Float32):
+        self.high = Float32(-LOG2_E) * factor
+        error = cute.math.fma(Float32(-LOG2_E), factor, Float32(0.0) - self.high)
+        self.low = cute.math.fma(Float32(to_float32(LOG2_E) - LOG2_E), factor, error)
+        magnitude = cutlass.max(self.high, Float32(0.0) - self.high)
+        self.bound = Float32(LARGEST_EXPONENT) / magnitude
+
+
+def sigmoid(x: cute.TensorSSA, factor: Exponent | None = None) -> cute.TensorSSA:
+    """1 / (1 + e^-(factor * x)), or of x itself, of float32; at most 1, also of a NaN.
+
+    The exponent of 2 has more bits than a float32: what its rounding leaves is made up for by
+    ``2^rest = 1 + rest * ln(2)``. So the relative error is that of two approximations and three
+    roundings, 2^-22 + 2^-23 + 3 * 2^-24 at most, however large x; below 2^-126 it may be 0.
+    """
+    high, low = Float32(-LOG2_E), Float32(to_float32(LOG2_E) - LOG2_E)
+    bound = Float32(LARGEST_EXPONENT / LOG2_E)
+    if factor is not None:
+        high, low, bound = factor.high, factor.low, factor.bound
+    x = each(lambda value: cute.arch.fmin(value, bound, abs=True), x)
+    high, low = (cute.full_like(x, part) for part in (high, low))
+    power = x * high
     rest = cute.math.fma(x, low, cute.math.fma(x, high, -power))
     exponential = cute.math.exp2(power, fastmath=True)
     exponential = cute.math.fma(exponential, rest * LN_2, exponential)

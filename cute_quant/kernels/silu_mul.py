@@ -29,14 +29,14 @@ class Activation(Params):
     Attributes:
         bound: of the gate from above, of the up from both sides.
         alpha: the gate's factor.
-        exponent: ``-alpha * log2(e)``, as `numerics.sigmoid` takes it.
+        factor: the same, as `numerics.sigmoid` takes it.
         beta: what is added to the up.
     """
 
     def __init__(self, bound: Float32, alpha: Float32, beta: Float32):
         self.bound = bound
         self.alpha = alpha
-        self.exponent = numerics.times_log2_e(-alpha)
+        self.factor = numerics.Exponent(alpha)
         self.beta = beta
 
 
@@ -146,7 +146,7 @@ class SiluMul(ColumnTiles):
         if const_expr(spec.unfused and spec.scaled):
             sigmoid = self.rounded(numerics.sigmoid(self.rounded(gate * activation.alpha)))
         elif const_expr(spec.scaled):
-            sigmoid = numerics.sigmoid(gate, activation.exponent)
+            sigmoid = numerics.sigmoid(gate, activation.factor)
         else:
             sigmoid = numerics.sigmoid(gate)
         product = self.rounded(self.rounded(gate * sigmoid) * up)
