@@ -27,6 +27,12 @@ def empty_values(x: torch.Tensor, call: Call) -> torch.Tensor:
     return x.new_empty((*call.batch_shape, call.mn, call.k), dtype=call.fmt.dtype)
 
 
+def as_stored(sf: torch.Tensor) -> torch.Tensor:
+    """Scales as an operator that writes takes or returns them: float8_e8m0fnu, which Inductor
+    cannot hand to it or have of it, as bytes."""
+    return sf.view(torch.uint8) if sf.dtype is torch.float8_e8m0fnu else sf
+
+
 def _rows_of(
     rows: str = "dense",
     row_data: torch.Tensor | None = None,
@@ -166,10 +172,12 @@ def _rms_norm_quantize_op(
     normalized: torch.Tensor | None,
     *operands: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns q and sf, float8_e8m0fnu as bytes."""
     choices, rows, index, prologue = _rms_norm_call(
         weight, residual, residual_out, normalized, operands
     )
-    return execution.quantize(x, None, None, choices, rows, index, prologue=prologue)
+    q, sf = execution.quantize(x, None, None, choices, rows, index, prologue=prologue)
+    return q, as_stored(sf)
 
 
 @_rms_norm_quantize_op.register_fake
@@ -182,7 +190,8 @@ def _(
     *operands: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     call = _rms_norm_call(weight, residual, residual_out, normalized, operands)
-    return _fake_results(x, checks.check_call(x, None, None, *call))
+    q, sf = _fake_results(x, checks.check_call(x, None, None, *call))
+    return q, as_stored(sf)
 
 
 @torch.library.custom_op(

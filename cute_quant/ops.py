@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from cute_quant import checks, execution
 from cute_quant.checks import Call
 from cute_quant.formats import DEFAULT_MIN_SCALE, INPUT_DTYPES, VALUE_DTYPE, resolve_min_scale
-from cute_quant.operators import empty_values, not_differentiable
+from cute_quant.operators import as_stored, empty_values, not_differentiable
 from cute_quant.prologues import FUSED, make_rms_norm, make_silu_mul
 from cute_quant.rows import Rows, to_operands
 
@@ -258,7 +258,8 @@ def rms_norm_quantize(
         tensors = x, weight, None if in_place else residual, residual_out, normalized
         operands = *_as_operands(choices, call), *prologue.options, *to_operands(rows), index
         if q is None and sf is None:
-            q, sf = torch.ops.cute_quant.rms_norm_quantize(*tensors, *operands)
+            q, stored = torch.ops.cute_quant.rms_norm_quantize(*tensors, *operands)
+            sf = stored.view(call.fmt.scale_dtype)
         else:
             q, sf, stored = _outputs(x, q, sf, call)
             torch.ops.cute_quant.rms_norm_quantize_out(*tensors, q, stored, *operands)
@@ -387,11 +388,10 @@ def _outputs(
     """q and sf for an operator to write, those that are None allocated, and sf as it takes them."""
     fmt, batch_shape, mn, k = call
     q = empty_values(x, call) if q is None else q
+    if sf is not None:
+        return q, sf, as_stored(sf)
     if fmt.scale_dtype is not torch.float8_e8m0fnu:
-        sf = fmt.empty_scales(batch_shape, mn, k, x.device) if sf is None else sf
+        sf = fmt.empty_scales(batch_shape, mn, k, x.device)
         return q, sf, sf
-    # As bytes, because Inductor cannot hand float8_e8m0fnu to an operator that writes them.
-    if sf is None:
-        stored = x.new_empty(fmt.scale_shape(batch_shape, mn, k), dtype=torch.uint8)
-        return q, stored.view(fmt.scale_dtype), stored
-    return q, sf, sf.view(torch.uint8)
+    stored = x.new_empty(fmt.scale_shape(batch_shape, mn, k), dtype=torch.uint8)
+    return q, stored.view(fmt.scale_dtype), stored

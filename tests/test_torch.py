@@ -21,6 +21,7 @@ from cute_quant import (
     silu_mul_quantize,
 )
 from cute_quant.compat import per_token_cast_to_fp8, per_token_group_quant_fp8_packed_for_deepgemm
+from cute_quant.formats import make_format
 from cute_quant.rows import to_operands
 from tests.helpers import (
     EVERY_DTYPE,
@@ -411,11 +412,20 @@ def test_compiled_presets(min_scale, dtype, device):
         assert_same_bits(result, expected)
 
 
+# What scales are to torch: int32 with strides, contiguous floats, bytes.
+some_layouts = pytest.mark.parametrize(
+    "fmt",
+    [
+        make_format(32, layout, False)
+        for layout in ("ue8m0", "float32_row_major", "ue8m0_row_major", "ue8m0_128x4")
+    ],
+    ids=full_id,
+)
 GPT_OSS = (True, 7.0, 1.702, 1.0, "fused")
 PLAIN = (False, None, 1.0, 0.0, "unfused")
 
 
-@every_layout
+@some_layouts
 @pytest.mark.parametrize("case", range(6))
 @pytest.mark.parametrize("options", [PLAIN, GPT_OSS], ids=["plain", "gpt-oss"])
 def test_opcheck_silu_mul(options, case, fmt, device):
@@ -440,7 +450,7 @@ def test_opcheck_silu_mul_out(fmt, device):
     torch.library.opcheck(operator, args, test_utils=OUT_UTILS)
 
 
-@every_layout
+@some_layouts
 @pytest.mark.parametrize("case", range(6))
 def test_opcheck_rms_norm(case, fmt, device):
     x, rows, index = kinds_of_rows(device)[case]
@@ -513,7 +523,7 @@ def prologue_inputs(*shape, device):
 
 
 @every_call
-@every_layout
+@some_layouts
 def test_fakes_of_prologues(fmt, call, device):
     call = prologue_calls(fmt)[call]
     for shape in ((5, 70), (2, 3, 70), (0, 70), (3, 0)):
@@ -546,7 +556,7 @@ def test_fakes_of_prologues_are_checked():
 
 
 @every_call
-@every_layout
+@some_layouts
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_prologues(dynamic, fmt, call, device):
     torch._dynamo.reset()
@@ -564,7 +574,7 @@ def test_compiled_prologues(dynamic, fmt, call, device):
             assert_same_bits(result, wanted)
 
 
-@every_layout
+@some_layouts
 @pytest.mark.parametrize("given", ["both", "q", "sf"])
 def test_compiled_prologues_with_out(given, fmt, device):
     torch._dynamo.reset()
