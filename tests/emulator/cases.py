@@ -197,8 +197,8 @@ def assert_quantized_within(
         raise AssertionError(f"sf: element {at} of its storage is {got:#x}, expected {ends}")
 
     ones = torch.ones(low.shape).to(fmt.dtype)
-    scale = reference.dequantize(ones, sf, fmt, torch.float32).double()
-    expected = [_rounded(end / scale, fmt) for end in (low, high)]
+    scale = reference.dequantize(ones, sf, fmt, torch.float32)
+    expected = [_rounded(end.float() * (1.0 / scale), fmt) for end in (low, high)]
     actual = q.narrow(-2, 0, mn)
     inside = (actual.float() >= expected[0].float()) & (actual.float() <= expected[1].float())
     codes, *ends = (t.view(torch.uint8) for t in (actual, *expected))
@@ -214,7 +214,7 @@ def assert_quantized_within(
 
 
 def _rounded(values: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """float64 to nearest even, saturated."""
+    """To nearest even, saturated."""
     if fmt.dtype is torch.int8:
         return values.round().clamp(-INT8_MAX, INT8_MAX).nan_to_num(0.0).to(torch.int8)
     largest = fmt.value_type.max
