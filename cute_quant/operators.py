@@ -27,6 +27,12 @@ def empty_values(x: torch.Tensor, call: Call) -> torch.Tensor:
     return x.new_empty((*call.batch_shape, call.mn, call.k), dtype=call.fmt.dtype)
 
 
+def as_stored(sf: torch.Tensor) -> torch.Tensor:
+    """Scales as an operator that writes takes or returns them: float8_e8m0fnu, which Inductor
+    cannot hand to it or have of it, as bytes."""
+    return sf.view(torch.uint8) if sf.dtype is torch.float8_e8m0fnu else sf
+
+
 def _rows_of(
     rows: str = "dense",
     row_data: torch.Tensor | None = None,
@@ -128,72 +134,85 @@ def _(gate_up: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: objec
     checks.check_call(gate_up, q, _typed(sf, operands), *_silu_mul_call(operands))
 
 
-_RMS_NORM = "float eps, float weight_offset, str rounding"
+_RMS_NORM = (
+    "Tensor x, Tensor weight, Tensor? residual, Tensor(a!)? residual_out, Tensor(b!)? normalized"
+)
+_RMS_NORM_OPTIONS = "float eps, float weight_offset, str rounding"
 
 
-def _rms_norm_outputs(
-    x: torch.Tensor,
+def _rms_norm_call(
     weight: torch.Tensor,
     residual: torch.Tensor | None,
-    eps: float,
-    weight_offset: float,
-    rounding: str,
-    normalized: bool,
-) -> tuple[torch.Tensor, torch.Tensor, RmsNorm]:
-    """The updated residual and the normalized row, empty if there is none, and who writes them."""
-    residual_out = x.new_empty(0 if residual is None else x.shape)
-    row = x.new_empty(x.shape if normalized else 0)
-    outputs = None if residual is None else residual_out, row if normalized else None
-    options = eps, weight_offset, rounding
-    return residual_out, row, make_rms_norm(weight, *options, residual, *outputs)
+    residual_out: torch.Tensor | None,
+    normalized: torch.Tensor | None,
+    operands: tuple,
+) -> tuple[tuple, Rows | None, torch.Tensor | None, RmsNorm]:
+    """Choices, rows, index and prologue. Without a `residual`, `residual_out` is the residual, to
+    be updated in place: what is written must not be an argument twice."""
+    if residual is None:
+        residual = residual_out
+    elif residual_out is None:
+        raise ValueError(
+            "residual_out: expected a tensor with a residual, which is only read, got None"
+        )
+    options = *operands[5:8], residual, residual_out, normalized
+    return operands[:5], *_rows_of(*operands[8:]), make_rms_norm(weight, *options)
 
 
 @torch.library.custom_op(
     "cute_quant::rms_norm_quantize",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor weight, Tensor? residual, {_CHOICES}, {_RMS_NORM}, "
-    f"bool normalized, {_ROWS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    mutates_args=("residual_out", "normalized"),
+    schema=f"({_RMS_NORM}, {_CHOICES}, {_RMS_NORM_OPTIONS}, {_ROWS}) -> (Tensor, Tensor)",
 )
 def _rms_norm_quantize_op(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, *operands: object
-) -> tuple[torch.Tensor, ...]:
-    """q, scales, the updated residual and the normalized row; of the last two, those that are not
-    asked for are empty."""
-    residual_out, row, prologue = _rms_norm_outputs(x, weight, residual, *operands[5:9])
-    rows, index = _rows_of(*operands[9:])
-    q, sf = execution.quantize(x, None, None, operands[:5], rows, index, prologue=prologue)
-    return q, sf, residual_out, row
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    residual_out: torch.Tensor | None,
+    normalized: torch.Tensor | None,
+    *operands: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns q and sf, float8_e8m0fnu as bytes."""
+    choices, rows, index, prologue = _rms_norm_call(
+        weight, residual, residual_out, normalized, operands
+    )
+    q, sf = execution.quantize(x, None, None, choices, rows, index, prologue=prologue)
+    return q, as_stored(sf)
 
 
 @_rms_norm_quantize_op.register_fake
 def _(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, *operands: object
-) -> tuple[torch.Tensor, ...]:
-    residual_out, row, prologue = _rms_norm_outputs(x, weight, residual, *operands[5:9])
-    rows, index = _rows_of(*operands[9:])
-    call = checks.check_call(x, None, None, operands[:5], rows, index, prologue)
-    return *_fake_results(x, call), residual_out, row
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    residual_out: torch.Tensor | None,
+    normalized: torch.Tensor | None,
+    *operands: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    call = _rms_norm_call(weight, residual, residual_out, normalized, operands)
+    q, sf = _fake_results(x, checks.check_call(x, None, None, *call))
+    return q, as_stored(sf)
 
 
 @torch.library.custom_op(
     "cute_quant::rms_norm_quantize_out",
-    mutates_args=("q", "sf", "residual_out", "normalized"),
-    schema="(Tensor x, Tensor weight, Tensor? residual, Tensor(a!) q, Tensor(b!) sf, "
-    f"Tensor(c!)? residual_out, Tensor(d!)? normalized, {_CHOICES}, {_RMS_NORM}, {_ROWS}) -> ()",
+    mutates_args=("residual_out", "normalized", "q", "sf"),
+    schema=f"({_RMS_NORM}, Tensor(c!) q, Tensor(d!) sf, {_CHOICES}, {_RMS_NORM_OPTIONS}, {_ROWS})"
+    " -> ()",
 )
 def _rms_norm_quantize_out_op(
     x: torch.Tensor,
     weight: torch.Tensor,
     residual: torch.Tensor | None,
-    q: torch.Tensor,
-    sf: torch.Tensor,
     residual_out: torch.Tensor | None,
     normalized: torch.Tensor | None,
+    q: torch.Tensor,
+    sf: torch.Tensor,
     *operands: object,
 ) -> None:
-    """Without a `residual`, `residual_out` is the residual and is updated in place."""
-    prologue = _rms_norm_into(weight, residual, residual_out, normalized, operands[5:8])
-    choices, (rows, index) = operands[:5], _rows_of(*operands[8:])
+    choices, rows, index, prologue = _rms_norm_call(
+        weight, residual, residual_out, normalized, operands
+    )
     execution.quantize(x, q, _typed(sf, choices), choices, rows, index, prologue=prologue)
 
 
@@ -202,31 +221,14 @@ def _(
     x: torch.Tensor,
     weight: torch.Tensor,
     residual: torch.Tensor | None,
+    residual_out: torch.Tensor | None,
+    normalized: torch.Tensor | None,
     q: torch.Tensor,
     sf: torch.Tensor,
-    residual_out: torch.Tensor | None,
-    normalized: torch.Tensor | None,
     *operands: object,
 ) -> None:
-    prologue = _rms_norm_into(weight, residual, residual_out, normalized, operands[5:8])
-    choices, (rows, index) = operands[:5], _rows_of(*operands[8:])
-    checks.check_call(x, q, _typed(sf, choices), choices, rows, index, prologue)
-
-
-def _rms_norm_into(
-    weight: torch.Tensor,
-    residual: torch.Tensor | None,
-    residual_out: torch.Tensor | None,
-    normalized: torch.Tensor | None,
-    options: tuple,
-) -> RmsNorm:
-    if residual is None:
-        residual = residual_out
-    elif residual_out is None:
-        raise ValueError(
-            "residual_out: expected a tensor with a residual, which is only read, got None"
-        )
-    return make_rms_norm(weight, *options, residual, residual_out, normalized)
+    call = _rms_norm_call(weight, residual, residual_out, normalized, operands)
+    checks.check_call(x, q, _typed(sf, operands), *call)
 
 
 @torch.library.custom_op(
@@ -270,6 +272,5 @@ def _refuse_gradients(operator: torch.library.CustomOpDef, function: str, name: 
 
 _refuse_gradients(_quantize_op, "quantize", "x")
 _refuse_gradients(_silu_mul_quantize_op, "silu_mul_quantize", "gate_up and weight")
-_refuse_gradients(_rms_norm_quantize_op, "rms_norm_quantize", "x, weight and residual")
 _refuse_gradients(_dequantize_op, "dequantize", "q and sf")
 _refuse_gradients(_fake_quantize_op, "fake_quantize", "x")

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from cute_quant import checks, execution
 from cute_quant.checks import Call
 from cute_quant.formats import DEFAULT_MIN_SCALE, INPUT_DTYPES, VALUE_DTYPE, resolve_min_scale
-from cute_quant.operators import empty_values, not_differentiable
+from cute_quant.operators import as_stored, empty_values, not_differentiable
 from cute_quant.prologues import FUSED, make_rms_norm, make_silu_mul
 from cute_quant.rows import Rows, to_operands
 
@@ -95,7 +95,7 @@ def quantize(
         return execution.quantize(x, q, sf, choices, rows, index, check)
     call = checks.check_call(x, q, sf, choices, rows, index)
     operands = *_as_operands(choices, call), *to_operands(rows), index
-    if out is None:
+    if q is None and sf is None:
         return torch.ops.cute_quant.quantize(x, *operands)
     q, sf, stored = _outputs(x, q, sf, call)
     torch.ops.cute_quant.quantize_out(x, q, stored, *operands)
@@ -170,7 +170,7 @@ def silu_mul_quantize(
         *to_operands(rows),
         index,
     )
-    if out is None:
+    if q is None and sf is None:
         return torch.ops.cute_quant.silu_mul_quantize(gate_up, *operands)
     q, sf, stored = _outputs(gate_up, q, sf, call)
     torch.ops.cute_quant.silu_mul_quantize_out(gate_up, q, stored, *operands)
@@ -239,12 +239,11 @@ def rms_norm_quantize(
             _check_no_gradient("rms_norm_quantize", name, t)
     q, sf, residual_out = (None, None, None) if out is None else _out_triple(out)
     choices = (group_size, scale_format, dtype, round_scale, min_scale)
-    functional = out is None and residual is None and isinstance(normalized, bool)
     if not isinstance(normalized, (bool, torch.Tensor)):
         raise TypeError(f"normalized: expected a bool or a tensor, got {type(normalized).__name__}")
     if normalized is True:
         checks.check_tensor("x", x, INPUT_DTYPES)
-        normalized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        normalized = x.new_empty(x.shape)
     elif normalized is False:
         normalized = None
     prologue = make_rms_norm(
@@ -253,31 +252,18 @@ def rms_norm_quantize(
     residual_out = prologue.residual_out
     if not _goes_to_operator(x, check):
         q, sf = execution.quantize(x, q, sf, choices, rows, index, check, prologue)
-        return _without_none(q, sf, residual_out, normalized)
-    call = checks.check_call(x, q, sf, choices, rows, index, prologue)
-    choices = _as_operands(choices, call)
-    row_operands = *to_operands(rows), index
-    if functional:
-        wanted = normalized is not None
-        q, sf, _, normalized = torch.ops.cute_quant.rms_norm_quantize(
-            x, weight, None, *choices, *prologue.options, wanted, *row_operands
-        )
-        return (q, sf, normalized) if wanted else (q, sf)
-    q, sf, stored = _outputs(x, q, sf, call)
-    read_only = None if residual_out is residual else residual
-    torch.ops.cute_quant.rms_norm_quantize_out(
-        x,
-        weight,
-        read_only,
-        q,
-        stored,
-        residual_out,
-        normalized,
-        *choices,
-        *prologue.options,
-        *row_operands,
-    )
-    return _without_none(q, sf, residual_out, normalized)
+    else:
+        call = checks.check_call(x, q, sf, choices, rows, index, prologue)
+        in_place = residual_out is residual
+        tensors = x, weight, None if in_place else residual, residual_out, normalized
+        operands = *_as_operands(choices, call), *prologue.options, *to_operands(rows), index
+        if q is None and sf is None:
+            q, stored = torch.ops.cute_quant.rms_norm_quantize(*tensors, *operands)
+            sf = stored.view(call.fmt.scale_dtype)
+        else:
+            q, sf, stored = _outputs(x, q, sf, call)
+            torch.ops.cute_quant.rms_norm_quantize_out(*tensors, q, stored, *operands)
+    return q, sf, *(t for t in (residual_out, normalized) if t is not None)
 
 
 def dequantize(
@@ -402,15 +388,10 @@ def _outputs(
     """q and sf for an operator to write, those that are None allocated, and sf as it takes them."""
     fmt, batch_shape, mn, k = call
     q = empty_values(x, call) if q is None else q
+    if sf is not None:
+        return q, sf, as_stored(sf)
     if fmt.scale_dtype is not torch.float8_e8m0fnu:
-        sf = fmt.empty_scales(batch_shape, mn, k, x.device) if sf is None else sf
+        sf = fmt.empty_scales(batch_shape, mn, k, x.device)
         return q, sf, sf
-    # As bytes, because Inductor cannot hand float8_e8m0fnu to an operator that writes them.
-    if sf is None:
-        stored = x.new_empty(fmt.scale_shape(batch_shape, mn, k), dtype=torch.uint8)
-        return q, stored.view(fmt.scale_dtype), stored
-    return q, sf, sf.view(torch.uint8)
-
-
-def _without_none(*results: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    return tuple(t for t in results if t is not None)
+    stored = x.new_empty(fmt.scale_shape(batch_shape, mn, k), dtype=torch.uint8)
+    return q, stored.view(fmt.scale_dtype), stored

@@ -1074,8 +1074,6 @@ def test_gradients_of_prologues(device):
         ("residual", lambda: norm(x, residual=parameter(x))),
         ("gate_up and weight",
          lambda: operators.silu_mul_quantize(x, *choices, *silu_mul, parameter(weight))),
-        ("x, weight and residual", lambda: operators.rms_norm_quantize(
-            x, x[0], parameter(x), *choices, 1e-6, 0.0, "fused", False)),
     ]  # fmt: skip
     for name, call in cases:
         message = rf"^{name}: .*(silu_mul|rms_norm)_quantize is not differentiable"
@@ -1113,7 +1111,7 @@ def test_operators_write_no_residual_that_they_read():
     residual = torch.zeros_like(x)
     with pytest.raises(ValueError, match=r"residual_out: expected a tensor with a residual.*None"):
         torch.ops.cute_quant.rms_norm_quantize_out(
-            x, x[0], residual, q, sf, None, None, *choices, 1e-6, 0.0, "fused"
+            x, x[0], residual, None, None, q, sf, *choices, 1e-6, 0.0, "fused"
         )
     assert residual.eq(0).all()
 

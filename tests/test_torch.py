@@ -1,15 +1,27 @@
 """Under torch: the registered operators, compilation, graphs, streams, threads."""
 
+import math
 import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
 
-from cute_quant import Indexed, Masked, PrefixSum, dequantize, fake_quantize, quantize
+from cute_quant import (
+    Indexed,
+    Masked,
+    PrefixSum,
+    dequantize,
+    fake_quantize,
+    quantize,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
 from cute_quant.compat import per_token_cast_to_fp8, per_token_group_quant_fp8_packed_for_deepgemm
+from cute_quant.formats import make_format
 from cute_quant.rows import to_operands
 from tests.helpers import (
     EVERY_DTYPE,
@@ -398,6 +410,316 @@ def test_compiled_presets(min_scale, dtype, device):
     compiled = torch.compile(lambda x: quantize(x, **choices), fullgraph=True)
     for result, expected in zip(compiled(x), quantize(x, **choices), strict=True):
         assert_same_bits(result, expected)
+
+
+# What scales are to torch: int32 with strides, contiguous floats, bytes.
+some_layouts = pytest.mark.parametrize(
+    "fmt",
+    [
+        make_format(32, layout, False)
+        for layout in ("ue8m0", "float32_row_major", "ue8m0_row_major", "ue8m0_128x4")
+    ],
+    ids=full_id,
+)
+GPT_OSS = (True, 7.0, 1.702, 1.0, "fused")
+PLAIN = (False, None, 1.0, 0.0, "unfused")
+
+
+@some_layouts
+@pytest.mark.parametrize("case", range(6))
+@pytest.mark.parametrize("options", [PLAIN, GPT_OSS], ids=["plain", "gpt-oss"])
+def test_opcheck_silu_mul(options, case, fmt, device):
+    x, rows, index = kinds_of_rows(device)[case]
+    if isinstance(rows, Masked) and fmt.blocked:
+        pytest.skip("the rest of the last block keeps what it held")
+    weight = torch.ones(x.shape[:-1] if index is None else index.shape, device=device)
+    for w in (None, weight):
+        args = (x, *operands(fmt), *options, w, *to_operands(rows), index)
+        torch.library.opcheck(torch.ops.cute_quant.silu_mul_quantize.default, args)
+
+
+# opcheck compares what is written with allclose, which float8 lacks, and clones its arguments.
+OUT_UTILS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@every_format
+def test_opcheck_silu_mul_out(fmt, device):
+    out = poisoned_values(11, 320, device), poisoned_scales(fmt, 8, 320, device)
+    args = (activations(8, device), *out, *operands(fmt), *GPT_OSS, torch.ones(8, device=device))
+    operator = torch.ops.cute_quant.silu_mul_quantize_out.default
+    torch.library.opcheck(operator, args, test_utils=OUT_UTILS)
+
+
+@some_layouts
+@pytest.mark.parametrize("case", range(6))
+def test_opcheck_rms_norm(case, fmt, device):
+    x, rows, index = kinds_of_rows(device)[case]
+    if isinstance(rows, Masked) and fmt.blocked:
+        pytest.skip("the rest of the last block keeps what it held")
+    weight = normal(70, device=device)
+    operator = torch.ops.cute_quant.rms_norm_quantize.default
+    choices = (*operands(fmt), 1e-6, 1.0, "fused")
+    nothing = (None, None, None)
+    torch.library.opcheck(operator, (x, weight, *nothing, *choices, *to_operands(rows), index))
+    if rows is None and index is None:
+        residual, other, row = (normal(*x.shape, device=device) for _ in range(3))
+        for more in ((None, residual, None), (residual, other, None), (residual, other, row)):
+            torch.library.opcheck(operator, (x, weight, *more, *choices))
+
+
+@every_format
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_opcheck_rms_norm_out(normalized, in_place, fmt, device):
+    x = activations(8, device)
+    residual, row = torch.ones_like(x), torch.empty_like(x) if normalized else None
+    args = (
+        x,
+        normal(640, device=device),
+        None if in_place else residual,
+        residual if in_place else torch.empty_like(x),
+        row,
+        poisoned_values(11, 640, device),
+        poisoned_scales(fmt, 8, 640, device),
+        *operands(fmt),
+        *(1e-6, 0.0, "unfused"),
+    )
+    operator = torch.ops.cute_quant.rms_norm_quantize_out.default
+    torch.library.opcheck(operator, args, test_utils=OUT_UTILS)
+
+
+def prologue_calls(fmt):
+    """Calls on x, a factor of each row, one of each column, and a residual."""
+    arguments = format_arguments(fmt)
+    return [
+        lambda x, row, column, residual: silu_mul_quantize(x, **arguments),
+        lambda x, row, column, residual: silu_mul_quantize(
+            x, **arguments, weight=row, interleaved=True, clamp=7, alpha=1.702, beta=1
+        ),
+        lambda x, row, column, residual: rms_norm_quantize(x, column, **arguments),
+        lambda x, row, column, residual: rms_norm_quantize(
+            x, column, 1e-5, **arguments, weight_offset=1, normalized=True
+        ),
+        lambda x, row, column, residual: rms_norm_quantize(x, column, 1e-6, residual, **arguments),
+        lambda x, row, column, residual: rms_norm_quantize(
+            x, column, 1e-6, residual, **arguments, rounding="unfused", normalized=True
+        ),
+        lambda x, row, column, residual: rms_norm_quantize(
+            x, column, 1e-6, residual, **arguments, out=(None, None, residual)
+        ),
+        lambda x, row, column, residual: rms_norm_quantize(
+            x, column, 1e-6, residual, **arguments, out=(None, None, torch.empty_like(x))
+        ),
+    ]
+
+
+every_call = pytest.mark.parametrize("call", range(8))
+
+
+def prologue_inputs(*shape, device):
+    x, residual = normal(*shape, device=device), normal(*shape, device=device) * 2
+    row = torch.linspace(-1, 1, math.prod(shape[:-1])).to(device)
+    return x, row.view(shape[:-1]), normal(shape[-1], device=device), residual
+
+
+@every_call
+@some_layouts
+def test_fakes_of_prologues(fmt, call, device):
+    call = prologue_calls(fmt)[call]
+    for shape in ((5, 70), (2, 3, 70), (0, 70), (3, 0)):
+        inputs = prologue_inputs(*shape, device=device)
+        real = call(*inputs)
+        mode = FakeTensorMode()
+        fake = call(*map(mode.from_tensor, inputs))
+        meta = call(*(t.to("meta") for t in inputs))
+        assert len(fake) == len(meta) == len(real)
+        for results in (fake, meta):
+            for result, expected in zip(results, real, strict=True):
+                assert result.shape == expected.shape and result.dtype == expected.dtype
+                assert result.stride() == expected.stride()
+        assert fake[0].device == inputs[0].device and meta[0].is_meta
+
+
+def test_fakes_of_prologues_are_checked():
+    with FakeTensorMode():
+        x, weight = torch.empty(4, 70), torch.empty(70)
+        with pytest.raises(ValueError, match="gate_up: expected an even number"):
+            silu_mul_quantize(x[:, :69])
+        with pytest.raises(ValueError, match="weight: expected shape"):
+            rms_norm_quantize(x, weight[:69])
+        with pytest.raises(ValueError, match="residual: expected shape"):
+            rms_norm_quantize(x, weight, residual=x[:3])
+        with pytest.raises(ValueError, match="check: expected False under a tracer"):
+            rms_norm_quantize(x, weight, check=True)
+        with pytest.raises(ValueError, match="check: expected False under a tracer"):
+            silu_mul_quantize(x, check=True)
+
+
+@every_call
+@some_layouts
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_prologues(dynamic, fmt, call, device):
+    torch._dynamo.reset()
+    call = prologue_calls(fmt)[call]
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic)
+    for shape in ((2, 3, 70), (2, 5, 70)):
+        inputs = prologue_inputs(*shape, device=device)
+        others = [t.clone() for t in inputs]
+        results, expected = compiled(*inputs), call(*others)
+        assert len(results) == len(expected)
+        for result, wanted in zip(results, expected, strict=True):
+            assert_same_bits(result, wanted)
+            assert result.stride() == wanted.stride()
+        for result, wanted in zip(inputs, others, strict=True):
+            assert_same_bits(result, wanted)
+
+
+@some_layouts
+@pytest.mark.parametrize("given", ["both", "q", "sf"])
+def test_compiled_prologues_with_out(given, fmt, device):
+    torch._dynamo.reset()
+    arguments = format_arguments(fmt)
+    # On the CPU Inductor cannot write float8_e8m0fnu that come from outside.
+    limited = given != "q" and fmt.scale_dtype == torch.float8_e8m0fnu
+
+    def silu_mul(x, out):
+        return silu_mul_quantize(torch.cat([x, x + 1], -1), **arguments, out=out)
+
+    def rms_norm(x, column, residual, out, row):
+        return rms_norm_quantize(x, column, 1e-6, residual, **arguments, normalized=row, out=out)
+
+    backend = "aot_eager" if limited else "inductor"
+    for mn in (3, 4):
+        x, _, column, residual = prologue_inputs(2, mn, 70, device=device)
+        for call, inputs, more in (
+            (silu_mul, (x,), ()),
+            (rms_norm, (x, column, residual), (torch.empty_like(x),)),
+        ):
+            q = poisoned_values(mn + 2, 70, device, fmt.dtype, (2,)) if given != "sf" else None
+            sf = poisoned_scales(fmt, mn, 70, device, batch_shape=(2,)) if given != "q" else None
+            expected = call(*(t.clone() for t in inputs), None, *map(torch.clone, more))
+            compiled = torch.compile(call, fullgraph=True, backend=backend)
+            results = compiled(*inputs, (q, sf), *more)
+            assert bits(results[0][:, mn:]).eq(0).all()
+            for result, wanted in zip((results[0][:, :mn], *results[1:]), expected, strict=True):
+                assert_same_bits(result, wanted)
+            for out, result in ((q, results[0]), (sf, results[1])):
+                assert out is None or bits(out).equal(bits(result))
+            if more:
+                assert_same_bits(residual, expected[2])
+                assert_same_bits(more[0], expected[3])
+
+
+def test_compiled_residual_is_updated_in_place(device):
+    """The operator gets the residual itself: the generated code allocates and copies nothing."""
+    torch._dynamo.reset()
+
+    def call(x, weight, residual):
+        return rms_norm_quantize(x, weight, 1e-6, residual)
+
+    x, _, weight, residual = prologue_inputs(8, 256, device=device)
+    expected = call(x, weight, residual.clone())
+    compiled = torch.compile(call, fullgraph=True)
+    results, (code,) = run_and_get_code(compiled, x, weight, residual)
+    for result, wanted in zip(results, expected, strict=True):
+        assert_same_bits(result, wanted)
+    assert results[2].data_ptr() == residual.data_ptr()
+    assert_same_bits(residual, expected[2])
+    code = code[code.index("def call(") : code.index("def get_args(")]
+    assert code.count("torch.ops.cute_quant.rms_norm_quantize.default(") == 1
+    assert "empty_strided" not in code and "copy_(" not in code
+
+
+@pytest.mark.parametrize("first", [8, 5])
+def test_prologues_compiled_once_for_any_number_of_rows(first, device):
+    torch._dynamo.reset()
+    drop = {"guard_filter_fn": lambda guards: [False for _ in guards]}
+    for call in prologue_calls(FORMATS[0]):
+        compiled = torch.compile(call, fullgraph=True, options=drop)
+        for mn in (first, 5, 33, 4, 6):
+            inputs = prologue_inputs(mn, 640, device=device)
+            expected = call(*(t.clone() for t in inputs))
+            for t in (inputs[0], inputs[1], inputs[3]):
+                torch._dynamo.mark_dynamic(t, 0)
+            for result, wanted in zip(compiled(*inputs), expected, strict=True):
+                assert_same_bits(result, wanted)
+                assert result.stride() == wanted.stride()
+
+
+@every_format
+@every_call
+def test_export_prologues_with_any_number_of_rows(call, fmt):
+    class Module(torch.nn.Module):
+        def forward(self, x, row, column, residual):
+            return prologue_calls(fmt)[call](x, row, column, residual)
+
+    rows = torch.export.Dim("rows", min=2, max=99)
+    shapes = ({0: rows}, {0: rows}, {}, {0: rows})
+    example = prologue_inputs(8, 640, device="cpu")
+    program = torch.export.export(Module(), example, dynamic_shapes=shapes).module()
+    for mn in (4, 5, 33):
+        inputs = prologue_inputs(mn, 640, device="cpu")
+        expected = Module()(*(t.clone() for t in inputs))
+        for result, wanted in zip(program(*inputs), expected, strict=True):
+            assert_same_bits(result, wanted)
+            assert result.stride() == wanted.stride()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_rows_of_prologues(dynamic, device):
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=dynamic)
+    def routed(x, rows, index, weight, column):
+        return (
+            *silu_mul_quantize(x, 32, rows=rows, index=index, weight=weight),
+            *rms_norm_quantize(x, column, group_size=32, rows=rows, index=index),
+        )
+
+    for mn in (2, 5, 8):
+        x, column = normal(3 * mn, 70, device=device), normal(70, device=device)
+        index = torch.arange(2 * mn, device=device, dtype=torch.int32) - 1
+        weight = torch.linspace(-1, 1, 2 * mn, device=device)
+        rows = PrefixSum(int32([1, mn], device), 3)
+        expected = (
+            *silu_mul_quantize(x, 32, rows=rows, index=index, weight=weight),
+            *rms_norm_quantize(x, column, group_size=32, rows=rows, index=index),
+        )
+        for result, wanted in zip(routed(x, rows, index, weight, column), expected, strict=True):
+            assert_same_bits(result, wanted)
+            assert result.stride() == wanted.stride()
+
+
+@pytest.mark.parametrize("dynamic", [False, True, None])
+def test_compiled_numbers_are_rounded(dynamic, device):
+    """Numbers that come into the graph, ints too, are what they are outside of it."""
+    torch._dynamo.reset()
+    x, _, column, _ = prologue_inputs(5, 70, device=device)
+
+    def call(x, number):
+        return (
+            *silu_mul_quantize(x, clamp=number, alpha=number, beta=number),
+            *rms_norm_quantize(x, column, number, weight_offset=number),
+        )
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic)
+    for number in (7, 8, 0.1, 1.702):
+        for result, wanted in zip(compiled(x, number), call(x, number), strict=True):
+            assert_same_bits(result, wanted)
+
+
+def test_compiled_prologues_have_no_gradient(device):
+    x, row, column, residual = prologue_inputs(4, 70, device=device)
+    for call, t in (
+        (lambda t: silu_mul_quantize(t), x),
+        (lambda t: silu_mul_quantize(x, weight=t), row),
+        (lambda t: rms_norm_quantize(t, column), x),
+        (lambda t: rms_norm_quantize(x, t), column),
+        (lambda t: rms_norm_quantize(x, column, residual=t), residual),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="not differentiable"):
+            torch.compile(call)(t.clone().requires_grad_())
 
 
 def test_checks_need_real_tensors(device):

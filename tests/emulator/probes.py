@@ -21,7 +21,7 @@ COUNT = 16 * CHUNK
 PATTERNS = 1 << 16
 
 APPROXIMATE = re.compile(r".*\.approx\..*")
-"""Instructions whose last bits are the hardware's own."""
+"""Instructions whose last bits are the hardware's own: the emulator computes what they are near."""
 
 # Needs sm_100: PTX ISA 9.7.3 (f32x2) and 9.7.5. These are two scalar operations, or a widening and
 # a scalar one, which are probed.
@@ -38,6 +38,7 @@ class Probe:
     name: str
     text: str  # of the kernel
     inputs: np.ndarray  # (count, 4) words
+    approximate: bool = False
 
 
 def words(seed: str, count: int) -> np.ndarray:
@@ -94,7 +95,9 @@ def patterns(of_f32: bool) -> np.ndarray:
     return np.stack([*rows, *rows[::-1]], 1)
 
 
-def _probe(name: str, body: str, inputs: np.ndarray, declare: str = "") -> Probe:
+def _probe(
+    name: str, body: str, inputs: np.ndarray, declare: str = "", approximate: bool = False
+) -> Probe:
     return Probe(
         name,
         f"""
@@ -123,6 +126,7 @@ def _probe(name: str, body: str, inputs: np.ndarray, declare: str = "") -> Probe
 }}
 """,
         inputs,
+        approximate,
     )
 
 
@@ -158,7 +162,8 @@ def _instruction(opcode: str, name: str, inputs: np.ndarray) -> Probe:
         64: ("%w7", "mov.b64 {%d0, %d1}, %w7;"),
     }[width]
     lines += [f"{opcode} {', '.join([result, *names])};", after]
-    return _probe(name, "\n    ".join(lines), inputs)
+    approximate = bool(APPROXIMATE.fullmatch(opcode))
+    return _probe(name, "\n    ".join(lines), inputs, approximate=approximate)
 
 
 def _shuffles() -> list[Probe]:
@@ -216,11 +221,66 @@ DONE:
     return _probe("loop", body, operands("loop"))
 
 
+def _shared() -> list[Probe]:
+    """Words that go from thread to thread, by each width of access, and again and again."""
+    exchange = """mov.b32 %n, place;
+    mad.lo.u32 %n, %t, 16, %n;
+    {store}
+    bar.sync 0;
+    xor.b32 %t, %t, 37;
+    mov.b32 %n, place;
+    mad.lo.u32 %n, %t, 16, %n;
+    mov.b32 %d0, 0;
+    {load}
+    xor.b32 %t, %t, 37;"""
+    accesses = {
+        "b8": ("st.shared.b8 [%n+3], %a0;", "ld.shared.b8 %d0, [%n+3];"),
+        "b16": ("cvt.u16.u32 %h0, %a0;\n    st.shared.b16 [%n+2], %h0;",
+                "ld.shared.b16 %h1, [%n+2];\n    cvt.u32.u16 %d0, %h1;"),
+        "b32": ("st.shared.b32 [%n+12], %a0;", "ld.shared.b32 %d0, [%n+12];"),
+        "b64": ("mov.b64 %w0, {%a0, %a1};\n    st.shared.b64 [%n+8], %w0;",
+                "ld.shared.b64 %w1, [%n+8];\n    mov.b64 {%d0, %d1}, %w1;"),
+        "v2": ("st.shared.v2.b32 [%n], {%a0, %a1};", "ld.shared.v2.b32 {%d0, %d1}, [%n];"),
+        "v4": ("st.shared.v4.b32 [%n], {%a0, %a1, %a2, %a3};",
+               "ld.shared.v4.b32 {%a0, %a1, %d0, %d1}, [%n];"),
+        "generic": ("cvt.u64.u32 %w0, %n;\n    cvta.shared.u64 %w0, %w0;\n    st.b32 [%w0], %a0;",
+                    "cvt.u64.u32 %w0, %n;\n    cvta.shared.u64 %w0, %w0;\n    ld.b32 %d0, [%w0];\n"
+                    "    cvta.to.shared.u64 %w1, %w0;\n    ld.shared.b32 %d1, [%w1];"),
+    }  # fmt: skip
+    declare = f".shared .align 16 .b8 place[{16 * THREADS}];"
+    result = []
+    for name, (store, load) in accesses.items():
+        body = exchange.format(store=store, load=load)
+        result.append(_probe(f"shared_{name}", body, operands(f"shared {name}"), declare))
+    # A sum over neighbours that goes round a loop, as often as the block says.
+    body = """mov.b32 %n, place;
+    mad.lo.u32 %n, %t, 4, %n;
+    and.b32 %a1, %i, 0xFFFFFF00;
+    shr.u32 %a1, %a1, 8;
+    and.b32 %a1, %a1, 7;
+    mov.b32 %d0, %a0;
+AGAIN:
+    st.shared.b32 [%n], %d0;
+    barrier.sync.aligned 0;
+    xor.b32 %a2, %t, 64;
+    mov.b32 %a3, place;
+    mad.lo.u32 %a3, %a2, 4, %a3;
+    ld.shared.b32 %d1, [%a3];
+    mad.lo.u32 %d0, %d0, 5, %d1;
+    barrier.sync 1;
+    setp.eq.u32 %p0, %a1, 0;
+    @%p0 bra DONE;
+    sub.u32 %a1, %a1, 1;
+    bra AGAIN;
+DONE:"""
+    return [*result, _probe("shared_loop", body, operands("shared loop"), declare)]
+
+
 def probes() -> list[Probe]:
     """All of them; every pattern of 16 bits for conversions of floats, max and min."""
-    result = [*_shuffles(), _votes(), _loop()]
+    result = [*_shuffles(), _votes(), _loop(), *_shared()]
     for opcode, operation in isa.OPERATIONS.items():
-        if SM100_ONLY.fullmatch(opcode) or APPROXIMATE.fullmatch(opcode):
+        if SM100_ONLY.fullmatch(opcode):
             continue
         name = re.sub(r"\W", "_", opcode)
         result.append(_instruction(opcode, name, operands(opcode)))

@@ -16,16 +16,23 @@ from unittest import mock
 import torch
 
 from cute_quant import compile, execution, launch
-from cute_quant.formats import DEFAULT_MIN_SCALE, LOAD_BYTES, Format
+from cute_quant.formats import (
+    DEFAULT_MIN_SCALE,
+    LOAD_BYTES,
+    Format,
+    last_column_rows,
+    scale_floor,
+)
 from cute_quant.kernels import dequantize, row_kernel
 from cute_quant.rows import Rows
-from cute_quant.specs import Spec
+from cute_quant.specs import WIDEST, Access, Domain, RmsNormSpec, SiluMulSpec, Spec, Tile
 from tests.emulator import machine, ptx
 from tests.emulator.errors import EmulatorError
 from tests.emulator.host import DeviceTensor, HostFunction
 from tests.emulator.memory import Memory
 
 H100_SMS = 132
+ONE_ROW = Tile(row_warps=1)
 
 
 class Kernel:
@@ -161,6 +168,97 @@ class Gpu:
         with self._present((q, sf), options):
             return execution.dequantize(q.as_subclass(OnGpu), sf, fmt.group_size, dtype)
 
+    def silu_mul_quantize(
+        self,
+        x: torch.Tensor,
+        q: torch.Tensor,
+        sf: torch.Tensor,
+        fmt: Format,
+        *,
+        clamp: float | None = None,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        weight: torch.Tensor | None = None,
+        interleaved: bool = False,
+        unfused: bool = False,
+        min_scale: float = DEFAULT_MIN_SCALE,
+        **options: Any,
+    ) -> None:
+        """``(up + beta) * gate * sigmoid(alpha * gate)`` of x (..., mn, 2 k), quantized."""
+        spec = SiluMulSpec(
+            x.dtype,
+            fmt,
+            domain=Domain(batched=x.ndim > 2),
+            access=_access(q.shape[-1], x.dtype),
+            interleaved=interleaved,
+            unfused=unfused,
+            clamped=clamp is not None,
+            scaled=alpha != 1.0,
+            shifted=beta != 0.0,
+            weighted=weight is not None,
+        )
+        numbers = {"bound": clamp or 0.0, "alpha": alpha, "beta": beta}
+        operands = _operands(x, q, sf, fmt, min_scale) | numbers | {"mWeight": weight}
+        self._run(spec, operands, (x, weight), options)
+
+    def rms_norm_quantize(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        q: torch.Tensor,
+        sf: torch.Tensor,
+        fmt: Format,
+        *,
+        eps: float = 1e-6,
+        offset: float = 0.0,
+        residual: torch.Tensor | None = None,
+        total: torch.Tensor | None = None,
+        normalized: torch.Tensor | None = None,
+        unfused: bool = False,
+        tile: Tile = ONE_ROW,
+        tiles_per_thread: int = 1,
+        max_warps: int = 16,
+        min_scale: float = DEFAULT_MIN_SCALE,
+        **options: Any,
+    ) -> None:
+        """RMSNorm of x (..., mn, k), quantized.
+
+        Args:
+            total: takes x + residual; may be the residual.
+            normalized: takes what is quantized.
+            tile, tiles_per_thread, max_warps: as of an `RmsNormSpec`.
+        """
+        spec = RmsNormSpec(
+            x.dtype,
+            fmt,
+            tile,
+            Domain(batched=x.ndim > 2),
+            _access(q.shape[-1], x.dtype),
+            tiles_per_thread,
+            max_warps,
+            weight.dtype,
+            unfused,
+            residual is not None,
+            normalized is not None,
+        )
+        operands = _operands(x, q, sf, fmt, min_scale) | {
+            "mWeight": weight,
+            "mResidual": residual,
+            "mSum": total,
+            "mNormalized": normalized,
+            "eps": eps,
+            "offset": offset,
+        }
+        self._run(spec, operands, (x, weight, residual), options)
+
+    def _run(
+        self, spec: Spec, operands: dict[str, Any], inputs: tuple, options: dict[str, Any]
+    ) -> None:
+        """Launch the kernel of a spec with operands by name."""
+        with self._present(inputs, options):
+            *names, _ = self.kernels.get(spec, self.arch).names  # the stream comes by itself
+            compile.function(spec, self.arch)(*(operands[name] for name in names))
+
     @contextlib.contextmanager
     def _present(self, inputs: tuple, options: dict[str, Any]) -> Iterator[None]:
         def function(spec: Spec, arch: str) -> Callable[..., None]:
@@ -190,3 +288,27 @@ class Gpu:
 
 def _choices(fmt: Format, min_scale: float) -> tuple:
     return fmt.group_size, fmt.scale_format, fmt.dtype, fmt.round_scale, min_scale
+
+
+def _access(k: int, dtype: torch.dtype) -> Access:
+    """Of contiguous rows of k."""
+    whole = k % ONE_ROW.values_per_thread == 0
+    return WIDEST if whole else Access(dtype.itemsize, 1, True)
+
+
+def _operands(
+    x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, fmt: Format, min_scale: float
+) -> dict[str, Any]:
+    """Those that all kernels have which quantize dense rows."""
+    mn = x.shape[-2]
+    return {
+        "mX": x,
+        "mQ": q,
+        "mS": sf,
+        "mCounts": None,
+        "mIndex": None,
+        "missing_rows": fmt.scale_rows(mn) - last_column_rows(sf) if fmt.mn_major else 0,
+        "alignment": 1,
+        "row_ctas": 1,
+        "floor": scale_floor(fmt, min_scale),
+    }

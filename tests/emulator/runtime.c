@@ -79,7 +79,7 @@ int _cudaSetDevice(int wanted) {
     return SUCCESS;
 }
 
-// Asked for the shared memory that a kernel may have; emulated kernels use none.
+// Asked for the dynamic shared memory that a kernel may have; emulated kernels use none.
 int _cudaDeviceGetAttribute(int *value, int attribute, int of_device) {
     (void)attribute, (void)of_device;
     *value = 0;

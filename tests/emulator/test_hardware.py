@@ -15,6 +15,15 @@ PROBES = {
     )
 }
 
+UNRECORDED = {
+    "ex2_approx_ftz_f32",
+    "neg_f32",
+    "rcp_approx_ftz_f32",
+    "rsqrt_approx_ftz_f32",
+    *(f"shared_{name}" for name in ("b8", "b16", "b32", "b64", "v2", "v4", "generic", "loop")),
+}
+"""Probes that are younger than the recording. Who records anew empties this."""
+
 
 @pytest.fixture(scope="session")
 def recording() -> dict[str, hardware.Result]:
@@ -35,15 +44,31 @@ def assert_same(name: str, actual: hardware.Result, recording: dict[str, hardwar
     assert not len(differ), f"{name}: results differ from the hardware's in parts {differ}"
 
 
+def assert_near(probe: probes.Probe, outputs: np.ndarray, expected: np.ndarray) -> None:
+    """Of approximations, whose last bits the emulator does not know."""
+    assert len(outputs) == len(expected), f"{probe.name}: {len(expected)} results were kept"
+    places = np.flatnonzero(hardware.differ(probe, outputs, expected))
+    if len(places):
+        got, want = (int(a[places[0], 0]) for a in (outputs, expected))
+        raise AssertionError(
+            f"{probe.name}: {len(places)} results are too far off, the first of input {places[0]}: "
+            f"{got:#x}, the hardware says {want:#x}"
+        )
+
+
 @pytest.mark.parametrize("family", PROBES)
 def test_instructions(recording, family):
     problems = []
-    for probe in PROBES[family]:
-        if probe.name not in recording:
-            continue  # test_everything_is_recorded names it
+    recorded = [probe for probe in PROBES[family] if probe.name in recording]
+    if not recorded:
+        pytest.skip("not recorded yet")  # test_everything_is_recorded says whether it may be
+    for probe in recorded:
+        outputs = hardware.emulate_probe(probe)
         try:
-            result = hardware.probe_result(hardware.emulate_probe(probe))
-            assert_same(probe.name, result, recording)
+            if probe.approximate:
+                assert_near(probe, outputs, recording[probe.name].whole)
+            else:
+                assert_same(probe.name, hardware.probe_result(probe, outputs), recording)
         except AssertionError as error:
             problems.append(str(error))
     assert not problems, "\n".join(problems)
@@ -68,16 +93,42 @@ def test_everything_is_recorded(recording):
         for c in hardware.CONFIGURATIONS
         for key in ("q", "sf")
     }
-    missing = sorted(names - recording.keys())
+    late = sorted(UNRECORDED & recording.keys() | UNRECORDED - names)
+    assert not late, f"recorded by now, or no probes: take them off UNRECORDED: {', '.join(late)}"
+    missing = sorted(names - recording.keys() - UNRECORDED)
     assert not missing, f"record anew, {len(missing)} results are missing: {', '.join(missing)}"
 
 
 def test_every_instruction_is_probed():
-    """All of the table, but for what sm_100 alone has and what is not exact."""
+    """All of the table, but for what sm_100 alone has."""
     names = {probe.name for probe in probes.probes()}
     missing = {op for op in isa.OPERATIONS if op.replace(".", "_") not in names}
-    apart = probes.SM100_ONLY, probes.APPROXIMATE
-    assert all(any(pattern.fullmatch(op) for pattern in apart) for op in missing)
+    assert all(probes.SM100_ONLY.fullmatch(op) for op in missing)
+
+
+def test_probes_of_what_is_not_recorded_yet_run():
+    for family in PROBES.values():
+        for probe in family:
+            if probe.name in UNRECORDED:
+                outputs = hardware.emulate_probe(probe)
+                assert len(np.unique(outputs[:, 0])) > 1, probe.name
+
+
+@pytest.mark.parametrize("off", [0, 1, 2, 3])
+def test_approximations_are_compared_by_distance(off):
+    """Also across zero, next to which flushing puts the smallest normal numbers."""
+    words = np.array([0x3F800000, 0xC0000001, 0x00800000, 0x80800000, 0x7F7FFFFE], np.uint32)
+    expected = np.stack([words, np.zeros_like(words)], 1)
+    outputs = expected.copy()
+    outputs[:, 0] += np.uint32(off)
+    probe = probes.Probe("any", "", np.zeros((5, 4), np.uint32), approximate=True)
+    assert hardware.differ(probe, outputs, expected).tolist() == [off > 2] * 5
+    outputs = np.array([[0, 0], [0x80000001, 0], [0x7FC00000, 0], [0x7FFFFFFF, 0]], np.uint32)
+    expected = np.array(
+        [[0x800001, 0], [0x80800000, 0], [0x7F800000, 0], [0x7FC00000, 0]], np.uint32
+    )
+    expected[0, 0] += np.uint32(off)
+    assert hardware.differ(probe, outputs, expected).tolist() == [off > 0, False, True, False]
 
 
 def test_recordings_are_read_as_they_were_written(tmp_path):

@@ -287,3 +287,98 @@ def test_comparisons_with_nan():
     ):
         assert compute(f"setp.{name}.f32", one, one)[0] == ordered, name
         assert compute(f"setp.{name}.f32", nan, one)[0] == unordered, name
+
+
+NAN, INFINITY, MINUS = 0x7FFFFFFF, 0x7F800000, 0x80000000
+ONE, SMALLEST_NORMAL, LARGEST_SUBNORMAL = 0x3F800000, 0x800000, 0x7FFFFF
+
+
+def test_exponential():
+    """PTX ISA 9.7.3 "ex2": of special operands, and flushing of operands and results."""
+    for a, expected in (
+        (0, ONE),
+        (MINUS, ONE),
+        (LARGEST_SUBNORMAL, ONE),
+        (MINUS | LARGEST_SUBNORMAL, ONE),
+        (INFINITY, INFINITY),
+        (MINUS | INFINITY, 0),
+        (0x7FC00001, NAN),
+        (0x43000000, INFINITY),  # 128
+        (0x42FE0000, 0x7F000000),  # 127
+        (0xC2FC0000, SMALLEST_NORMAL),  # -126
+        (0xC2FC0001, 0),
+        (0xC3150000, 0),  # -149, of which the result is subnormal
+        (0x3F000000, 0x3FB504F3),  # 0.5
+    ):
+        assert bits(compute("ex2.approx.ftz.f32", word(a))) == expected, hex(a)
+
+
+def test_reciprocal_root():
+    """PTX ISA 9.7.3 "rsqrt": of special operands, and flushing of operands."""
+    for a, expected in (
+        (0, INFINITY),
+        (MINUS, MINUS | INFINITY),
+        (LARGEST_SUBNORMAL, INFINITY),
+        (MINUS | LARGEST_SUBNORMAL, MINUS | INFINITY),
+        (INFINITY, 0),
+        (MINUS | INFINITY, NAN),
+        (MINUS | ONE, NAN),
+        (0xFFC00001, NAN),
+        (SMALLEST_NORMAL, 0x5F000000),  # 2^63
+        (0x7F7FFFFF, 0x1F800000),  # 2^-64
+        (0x40000000, 0x3F3504F3),
+    ):
+        assert bits(compute("rsqrt.approx.ftz.f32", word(a))) == expected, hex(a)
+
+
+def test_reciprocal():
+    """PTX ISA 9.7.3 "rcp": of special operands, and flushing of operands and results."""
+    for a, expected in (
+        (0, INFINITY),
+        (MINUS, MINUS | INFINITY),
+        (MINUS | LARGEST_SUBNORMAL, MINUS | INFINITY),
+        (INFINITY, 0),
+        (MINUS | INFINITY, MINUS),
+        (0x7F800001, NAN),
+        (0x7E800000, SMALLEST_NORMAL),  # 2^126
+        (0xFE800001, MINUS),
+    ):
+        assert bits(compute("rcp.approx.ftz.f32", word(a))) == expected, hex(a)
+
+
+@given(words)
+@settings(max_examples=300, deadline=None)
+def test_approximations_are_exact_and_rounded(w):
+    """By rational arithmetic: of the neighbours of a result, one lies on the other side."""
+    a = w & 0x7FFFFF | 0x3F000000 + (w >> 23 & 3) * 0x800000
+    for sign in (0, MINUS):
+        result = value(bits(compute("ex2.approx.ftz.f32", word(a | sign))))
+        exponent = Fraction(value(a | sign))
+        assert abs(Fraction(result) / Fraction(2.0 ** float(exponent)) - 1) < Fraction(1, 2**24)
+    root = bits(compute("rsqrt.approx.ftz.f32", word(a)))
+    for low, high in ((root - 1, root), (root, root + 1)):
+        middle = (Fraction(value(low)) + Fraction(value(high))) / 2
+        above = middle * middle * Fraction(value(a)) > 1
+        assert above == (low == root)
+
+
+def test_neg():
+    for a, expected in (
+        (0, MINUS),
+        (MINUS, 0),
+        (1, MINUS | 1),  # subnormal numbers stay
+        (INFINITY, MINUS | INFINITY),
+        (MINUS | ONE, ONE),
+        (0xFFC12345, NAN),
+    ):
+        assert bits(compute("neg.f32", word(a))) == expected, hex(a)
+
+
+@given(words, words, words, words, words, words)
+@settings(max_examples=200, deadline=None)
+def test_pairs_are_two_scalars(a, b, c, d, e, f):
+    pairs = [np.array(pair, np.uint32) for pair in ((a, b), (c, d), (e, f))]
+    opcodes = [(f"{o}{r}.f32", 2) for o in ("add", "sub", "mul") for r in ("", ".rn")]
+    for opcode, count in (*opcodes, ("fma.rn.f32", 3)):
+        expected = [bits(compute(opcode, *(p[i] for p in pairs[:count]))) for i in (0, 1)]
+        assert compute(f"{opcode}x2", *pairs[:count]).view(np.uint32).tolist() == expected, opcode

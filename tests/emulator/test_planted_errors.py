@@ -12,6 +12,7 @@ from cute_quant.formats import make_format
 from cute_quant.rows import Indexed, Masked, PrefixSum
 from tests.emulator.cases import check, special_groups
 from tests.emulator.errors import EmulatorError
+from tests.emulator.prologues import check_rms_norm, check_silu_mul
 from tests.emulator.quantizer import H100_SMS, Gpu, Kernel, load
 from tests.helpers import FLOAT32, FLOAT32_ROUNDED, UE8M0, format_id
 
@@ -69,6 +70,22 @@ def indexed(gpu: Gpu) -> None:
     rows = Indexed(numbers(0, -1, 1, 2**31 - 1, -(2**31), 0, -1))
     check(gpu, special_groups(7, 640, BF16, 1), UE8M0, rows=rows, extra_rows=3)
     check(gpu, special_groups(7, 640, BF16, 1), UE8M0, rows=rows, last_padding=False)
+
+
+def silu_mul(gpu: Gpu) -> None:
+    check_silu_mul(gpu, 5, 640, UE8M0)
+
+
+def rms_norm(gpu: Gpu) -> None:
+    """Of rows that three warps share, amid some that one has to itself."""
+    for mn, k in ((1, 128), (5, 1040)):
+        check_rms_norm(gpu, mn, k, UE8M0, residual=True, in_place=True)
+
+
+def rms_norm_in_a_loop(gpu: Gpu) -> None:
+    few = Gpu(gpu.kernels, gpu.arch, max_grid=2)
+    check_rms_norm(few, 9, 1040, UE8M0, batch=(1,))
+    gpu.launched += few.launched
 
 
 CASES = {
@@ -231,3 +248,60 @@ def test_rounding_that_is_not_there(gpu):
     text = kernel_of(gpu, dense).text
     with pytest.raises(EmulatorError, match=r"unknown instruction cvt\.rn\.e4m3x2\.f32"):
         load(text.replace("cvt.rn.satfinite.e4m3x2.f32", "cvt.rn.e4m3x2.f32"))
+
+
+def test_exponential_that_is_not_one(plant):
+    assert "expected" in plant(silu_mul, r"neg\.f32", "mov.b32")
+    assert "expected" in plant(silu_mul, r"ex2\.approx", "rsqrt.approx")
+
+
+def test_gates_from_the_place_of_ups(plant):
+    """The row's second half is `k` elements, here 1280 bytes, away."""
+    assert plant(silu_mul, r"(ld\.global\.v[48]\.b\d+\s+\{[^}]*\}, \[%rd\d+)\]", r"\1+1280]")
+
+
+def test_no_barrier(plant):
+    """Nor that before a loop's next row, which has the first one's sums overwritten early."""
+    said = plant(rms_norm, r"bar\.sync\s+0;", "")
+    assert re.search("load of 4 bytes .* that another thread wrote since the last barrier", said)
+    said = plant(rms_norm_in_a_loop, r"bar\.sync\s+0;", "")
+    assert re.search("store of 4 bytes .* that another thread read since the last barrier", said)
+
+
+@pytest.mark.parametrize("condition", ["%laneid, 3", "%tid.y, 0"], ids=["lane", "warp"])
+def test_barrier_in_divergent_code(plant, condition):
+    """One in each branch, and one in one of them alone."""
+    register, number = condition.split(", ")
+    some = f"mov.u32 %own, {register}; setp.eq.b32 %some, %own, {number}; @%some"
+    declare = ".reg .pred %some; .reg .b32 %own;"
+    branches = f"{some} bra OWN; bar.sync 0; bra JOIN; OWN: bar.sync 0; JOIN:"
+    said = plant(rms_norm, r"bar\.sync\s+0;", branches, declare)
+    assert "threads of its block never come here" in said
+    said = plant(rms_norm, r"bar\.sync\s+0;", f"{some} bar.sync 0;", declare)
+    assert re.search("have exited|never come here|that another thread wrote", said)
+
+
+def test_barrier_behind_the_exit_of_some_threads(plant):
+    exits = "mov.u32 %own, %tid.y; setp.eq.b32 %some, %own, 1; @%some exit; bar.sync 0;"
+    said = plant(rms_norm, r"bar\.sync\s+0;", exits, ".reg .pred %some; .reg .b32 %own;")
+    assert "threads of its block have exited" in said
+
+
+def test_wrong_offset_in_shared_memory(plant):
+    for access in (r"(st\.shared\.b32\s+\[%r\d+)\]", r"(ld\.shared\.b32\s+%r\d+, \[%r\d+)\]"):
+        assert "that nobody wrote" in plant(rms_norm, access, r"\1+4]")
+        assert "out of bounds" in plant(rms_norm, access, r"\1+64]")
+        assert "out of bounds; " in plant(rms_norm, access, r"\1+-4]")
+        assert "misaligned for 4 bytes" in plant(rms_norm, access, r"\1+2]")
+
+
+def test_all_lanes_store_to_shared_memory(plant):
+    """The branch of all but one lane of a warp around it, dropped."""
+    said = plant(rms_norm, r"@!?%p\d+ bra[^;]*;((?:[^;]*;){0,3}?)(\s+st\.shared)", r"\1\2")
+    assert re.search("store of 4 bytes .* another thread wrote since the last barrier", said)
+
+
+def test_residual_that_another_thread_overwrites(plant):
+    """In place: a thread stores the sums of its neighbour."""
+    said = plant(rms_norm, r"(st\.global\.v[48]\.b\d+\s+\[%rd\d+)\]", r"\1+32]")
+    assert re.search("that another thread (read|wrote) in this launch|of 'mResidual'", said)

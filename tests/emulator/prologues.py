@@ -1,0 +1,176 @@
+"""What comes before the quantizer: inputs, results in float64, and the comparison of every byte."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from cute_quant.formats import Format
+from tests.emulator.cases import (
+    assert_quantized_within,
+    assert_same_storage,
+    poisoned_matrix,
+    strided,
+)
+from tests.emulator.intervals import Interval
+from tests.emulator.quantizer import Gpu
+from tests.helpers import poisoned_scales, poisoned_values, storage_bits
+
+RELATIVE_ERROR = 1e-6
+"""What a few roundings of float32, and the errors of exponential, reciprocal and root, stay below.
+"""
+
+
+def halves(mn: int, k: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gates and ups, (mn, k) each, with all that needs care in groups of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    gate, up = (torch.randn(mn, k, generator=generator) * 3 for _ in range(2))
+    gate[:, 128:160] = 0.0
+    up[:, 160:192] = -0.0
+    gate[:, 256:384] *= 25  # to where the sigmoid is 0, or 1
+    up[4::5, 384:512] *= 1e-9  # against the floor
+    for rows, t, value in ((1, up, "nan"), (2, gate, "inf"), (3, gate, "-inf"), (3, up, "inf")):
+        t[rows::5, 400:401] = float(value)
+    return gate.to(dtype), up.to(dtype)
+
+
+def sigmoid_product(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    clamp: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    factors: torch.Tensor | None = None,
+    unfused: bool = False,
+) -> Interval:
+    """``(up + beta) * gate * sigmoid(alpha * gate)`` in float64; unfused rounded at each step."""
+    dtype = gate.dtype
+
+    def step(values: Interval) -> Interval:
+        return values.spread(RELATIVE_ERROR).rounded(dtype) if unfused else values
+
+    alpha, beta = (torch.tensor(number, dtype=torch.float32).double() for number in (alpha, beta))
+    gate, up = gate.double(), up.double()
+    if clamp is not None:
+        gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
+    gates = Interval.of(gate)
+    arguments = Interval.of(gate * alpha)
+    ups = Interval.of(up)
+    if alpha != 1:
+        arguments = step(arguments)
+    if beta != 0:
+        ups = step(Interval.of(up + beta))
+    sigmoids = Interval(*(end.sigmoid() for end in arguments))
+    if alpha != 1:
+        sigmoids = step(sigmoids)
+    product = step(step(gates.times(sigmoids)).times(ups))
+    if factors is not None:
+        product = step(product.times(Interval.of(factors.unsqueeze(-1))))
+    return product if unfused else product.spread(RELATIVE_ERROR)
+
+
+def check_silu_mul(
+    gpu: Gpu,
+    mn: int,
+    k: int,
+    fmt: Format,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    weighted: bool = False,
+    interleaved: bool = False,
+    extra_rows: int = 0,
+    last_padding: bool = True,
+    batch: tuple[int, ...] = (),
+    **variant,
+) -> None:
+    """Run a call of `Gpu.silu_mul_quantize` into poisoned memory."""
+    rows = mn * batch[0] if batch else mn
+    gate, up = halves(rows, k, dtype, seed=mn + k)
+    factors = torch.linspace(-2, 3, rows) if weighted else None
+    x = torch.stack((gate, up), 2).flatten(1) if interleaved else torch.cat((gate, up), 1)
+    x = strided(x.view(*batch, mn, 2 * k), 2 * k)
+    q = poisoned_values(mn + extra_rows, k, "cpu", fmt.dtype, batch)
+    sf = poisoned_scales(fmt, mn, k, "cpu", last_padding, batch)
+    weight = None if factors is None else factors.view(*batch, mn)
+    gpu.silu_mul_quantize(x, q, sf, fmt, weight=weight, interleaved=interleaved, **variant)
+    product = sigmoid_product(gate, up, factors=factors, **variant)
+    assert_quantized_within(q, sf, fmt, Interval(*(end.view(*batch, mn, k) for end in product)))
+
+
+def rows_of(mn: int, k: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Rows of different magnitudes; of five, one with NaN and one with Inf in it."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(mn, k, generator=generator) * 3.0 ** (torch.arange(mn) % 7).unsqueeze(1)
+    x[:, 3:5] = torch.tensor([0.0, -0.0])
+    x[:, 128:256] *= 1e-3
+    x[1::5, 5] = torch.nan
+    x[2::5, min(300, k - 1)] = -torch.inf
+    return x.to(dtype)
+
+
+def normalized_rows(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, unfused: bool
+) -> Interval:
+    """``x * rsqrt(mean(x^2) + eps) * (weight + offset)`` in float64; unfused rounded at the end."""
+    factors = (weight.float() + offset).double()
+    eps = torch.tensor(eps, dtype=torch.float32).double()
+    mean = x.double().square().mean(-1, keepdim=True)
+    result = Interval.of(x.double() / (mean + eps).sqrt() * factors).spread(RELATIVE_ERROR)
+    return result.rounded(x.dtype) if unfused else result
+
+
+def check_rms_norm(
+    gpu: Gpu,
+    mn: int,
+    k: int,
+    fmt: Format,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    weight_dtype: torch.dtype | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    residual: bool = False,
+    in_place: bool = False,
+    normalized: bool = False,
+    unfused: bool = False,
+    extra_rows: int = 0,
+    last_padding: bool = True,
+    batch: tuple[int, ...] = (),
+    **launch,
+) -> None:
+    """Run a call of `Gpu.rms_norm_quantize` into poisoned memory."""
+    shape = (*batch, mn, k)
+    strides = torch.empty(shape, device="meta").stride()
+    x = rows_of(math.prod(shape[:-1]), k, dtype, seed=mn + k).view(shape)
+    weight = torch.linspace(-1.5, 2, k).to(weight_dtype or dtype)
+    added = torch.randn(shape, generator=torch.Generator().manual_seed(k)).to(dtype)
+    outputs, rows = {}, x
+    if residual:
+        before = strided(added, k)
+        sums = before if in_place else poisoned_matrix(shape, strides, dtype)
+        outputs |= {"residual": before, "total": sums}
+        rows = x.float() + added.float()
+        expected_sums = strided(rows.to(dtype), k)
+        rows = rows.to(dtype) if unfused else rows
+    if normalized:
+        outputs["normalized"] = poisoned_matrix(shape, strides, dtype)
+    q = poisoned_values(mn + extra_rows, k, "cpu", fmt.dtype, batch)
+    sf = poisoned_scales(fmt, mn, k, "cpu", last_padding, batch)
+    numbers = {"eps": eps, "offset": offset, "unfused": unfused}
+    gpu.rms_norm_quantize(strided(x, k), weight, q, sf, fmt, **outputs, **numbers, **launch)
+
+    values = normalized_rows(rows, weight, **numbers)
+    assert_quantized_within(q, sf, fmt, values)
+    if residual:
+        for t in (sums, expected_sums):
+            t.masked_fill_(t.isnan(), torch.nan)
+        assert_same_storage("total", sums, expected_sums)
+    if normalized:
+        result = outputs["normalized"]
+        low, high = values.rounded(dtype)
+        inside = (low <= result) & (result <= high) | low.isnan() & result.isnan()
+        assert inside.all(), f"normalized: {(~inside).nonzero()[0].tolist()}"
+        assert len(storage_bits(result)) > result.nbytes
+        padding = storage_bits(result)[result.nbytes :]
+        assert (padding == padding[0]).all(), "normalized: written past its end"

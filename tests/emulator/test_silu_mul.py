@@ -1,0 +1,66 @@
+"""SiLU times up into the quantizer: its kernels against float64, every byte."""
+
+import pytest
+import torch
+
+from cute_quant.formats import Format, make_format
+from tests.emulator.prologues import check_silu_mul
+from tests.emulator.quantizer import Gpu
+from tests.helpers import FLOAT32, UE8M0, full_id
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+VARIANTS = {
+    "fused": {},
+    "unfused": {"unfused": True},
+    "clamped": {"clamp": 2.5},
+    "scaled": {"alpha": 1.702},
+    "shifted": {"beta": -1.0},
+    "weighted": {"weighted": True},
+    "interleaved": {"interleaved": True},
+    "gpt-oss": {"clamp": 7.0, "alpha": 1.702, "beta": 1.0, "interleaved": True},
+    "scaled unfused": {"alpha": -0.7, "beta": 0.3, "unfused": True},
+    "all": {"clamp": 7.0, "alpha": 1.702, "beta": 1.0, "weighted": True, "unfused": True},
+}
+SHAPES = [(mn, k) for k in (16, 128, 640) for mn in (1, 3, 5, 33)]
+FORMATS = (
+    (BF16, FLOAT32, 640),
+    (FP16, UE8M0, 640),
+    (FP32, UE8M0, 640),
+    (FP32, make_format(16, "float32", True, torch.int8), 130),
+    (BF16, make_format(32, "ue8m0_128x4", False, torch.float8_e5m2), 416),
+    (BF16, make_format(-1, "float32_row_major", False), 1040),
+    (FP16, make_format(-1, "ue8m0", False), 520),
+    (BF16, make_format(256, "ue8m0_row_major", False), 640),
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_variants(gpu, variant):
+    for mn, k in SHAPES:
+        check_silu_mul(gpu, mn, k, UE8M0, extra_rows=mn % 3, last_padding=k != 128, **variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_ragged_rows(gpu, variant):
+    for mn in (1, 5):
+        check_silu_mul(gpu, mn, 520, UE8M0, extra_rows=2, **variant)
+
+
+def test_long_rows(gpu):
+    check_silu_mul(gpu, 5, 7168, UE8M0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fmt", "k"), FORMATS, ids=lambda v: full_id(v) if isinstance(v, Format) else str(v)
+)
+def test_formats(gpu, dtype, fmt, k):
+    for variant in ("weighted", "all"):
+        check_silu_mul(gpu, 5, k, fmt, dtype, extra_rows=1, last_padding=False, **VARIANTS[variant])
+
+
+def test_batches(kernels, arch):
+    """Also of more rows and matrices than the grid counts."""
+    for max_grid in (65535, 2):
+        gpu = Gpu(kernels, arch, max_grid=max_grid)
+        check_silu_mul(gpu, 33, 640, UE8M0, batch=(5,), extra_rows=1, **VARIANTS["weighted"])
