@@ -22,7 +22,7 @@ from bench import environment, host, report, shapes, timing
 from bench.names import CUTE_QUANT, LAUNCHES
 from bench.problem import Problem
 from bench.providers import NAMES, Provider, create, first_line
-from bench.report import Result, Results
+from bench.results import Result, Results, machine_lines
 
 DEFAULT_OUTPUT = Path("build/bench")
 
@@ -175,7 +175,7 @@ def main() -> None:
     except RuntimeError as error:
         sys.exit(f"bench: {first_line(error)}")
     say(
-        *report.machine_lines(benchmark.results.machine),
+        *machine_lines(benchmark.results.machine),
         "microseconds a call, and how many times those of the kernel that only moves the bytes "
         "(stream)",
     )

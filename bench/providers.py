@@ -116,7 +116,7 @@ class Stream(Provider):
 
     def __init__(self, launch: str = PLAIN):
         super().__init__(STREAM, launch)
-        self.function = stream.function(launch == PDL, architecture())
+        self.function = stream.function(stream.Stream(launch == PDL), architecture())
 
     def bind(self, buffer: Buffer) -> Callable[[], None]:
         words = (t.view(torch.int32).flatten() for t in (buffer.x, buffer.q))
@@ -126,9 +126,11 @@ class Stream(Provider):
         for buffer in (problem.buffers[0], problem.buffers[-1]):
             buffer.poison()
             self.bind(buffer)()
-            halves = buffer.x[problem.rows].view(torch.int32).unflatten(1, (-1, 2, 4))
-            expected = (halves[:, :, 0] ^ halves[:, :, 1]).flatten(1)
-            wrong = int((buffer.q.view(torch.int32)[problem.rows] != expected).sum())
+            words = buffer.x[problem.rows].view(torch.int32).flatten()
+            expected = stream.expected(words, 1, 1)
+            wrong = int(
+                (buffer.q.view(torch.int32)[problem.rows].view_as(expected) != expected).sum()
+            )
             if wrong:
                 return f"{wrong} of {expected.numel()} words"
         return ""
