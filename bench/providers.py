@@ -10,7 +10,17 @@ from pathlib import Path
 import torch
 
 from bench import stream
-from bench.names import COPY, CUTE_QUANT, FLOAT16_INPUT, FLOAT32_SCALES, PDL, PLAIN, STREAM
+from bench.names import (
+    COMPILED,
+    COPY,
+    CUTE_QUANT,
+    FLOAT16_INPUT,
+    FLOAT32_SCALES,
+    PDL,
+    PLAIN,
+    STREAM,
+    TRITON,
+)
 from bench.problem import FLOAT32, UE8M0, Buffer, Problem
 from bench.vllm_kernels import Module
 from cute_quant import compile, launch, quantize
@@ -170,7 +180,7 @@ class Triton(Provider):
     def __init__(self) -> None:
         from bench import triton_quantize
 
-        super().__init__("Triton")
+        super().__init__(TRITON)
         self.function = triton_quantize.quantize
 
     def bind(self, buffer: Buffer) -> Callable[[], None]:
@@ -199,7 +209,7 @@ class TorchCompile(Provider):
     everywhere = False
 
     def __init__(self) -> None:
-        super().__init__("torch.compile")
+        super().__init__(COMPILED)
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         self.function = torch.compile(formula, fullgraph=True)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.names import (
+    COMPILED,
     COPY,
     CUTE_QUANT,
     FLOAT16_INPUT,
@@ -24,6 +25,8 @@ from bench.names import (
     QUANTIZE,
     QUANTIZE_OUT,
     STREAM,
+    TRITON,
+    TWO_KERNELS,
 )
 from bench.results import Result, Results, machine_lines
 from bench.shapes import MAIN_COLUMN
@@ -129,10 +132,11 @@ COLORS = {
     STREAM: "#8a8a8a",
     CUTE_QUANT: "#c4314b",
     "vLLM": ("#1f5fa8", "#6ba3d6", "#9cc3e6"),
-    "Triton": "#2e8b57",
+    TRITON: "#2e8b57",
     COPY: "#5c5c5c",
-    "torch.compile": "#e08a1e",
+    COMPILED: "#e08a1e",
     "DeepGEMM": "#7a4fa3",
+    TWO_KERNELS: "#1f5fa8",
 }
 
 

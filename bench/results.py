@@ -22,7 +22,9 @@ class Result:
         seconds, quartiles: a call, over the replays.
         bytes: that a quantizer moves at this shape.
         buffers, launches, replays: of the measurement.
-        difference: how the output is not the reference's; empty where every bit is.
+        difference: how the output is not the reference's; empty where it is as it should be.
+        differing: share of the values and scales looked at that are not the reference's to the
+            bit, though as close as they have to be.
     """
 
     provider: str
@@ -36,6 +38,7 @@ class Result:
     launches: int
     replays: int
     difference: str = ""
+    differing: float = 0.0
 
     @property
     def spread(self) -> float:
