@@ -14,9 +14,10 @@ import triton.language as tl
 
 from bench.shapes import GROUP_SIZE
 from cute_quant.formats import BYTES_PER_WORD
+from cute_quant.specs import LANES
 
-MAX_NORM_TILE = 16384
-"""Elements in the registers of a program."""
+MAX_VALUES_PER_THREAD = 64
+"""Beyond which registers spill."""
 
 
 class Config(NamedTuple):
@@ -48,7 +49,7 @@ def rms_norm_configs(k: int) -> tuple[Config, ...]:
     return tuple(
         Config(rows, groups, warps)
         for rows, warps in ((1, 2), (1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (4, 8))
-        if rows == 1 or rows * groups * GROUP_SIZE <= MAX_NORM_TILE
+        if rows * groups * GROUP_SIZE <= MAX_VALUES_PER_THREAD * LANES * warps
     )
 
 
