@@ -99,10 +99,20 @@ def _microseconds(result: Result) -> str:
 
 
 def markdown(results: Results) -> str:
-    """Tables for a document, one for each k: microseconds and ratios, in brackets those with
-    programmatic dependent launch."""
+    """The machine, the command and the tables, for a document."""
+    return "\n".join((*origin_lines(results.machine), *table_lines(results)))
+
+
+def origin_lines(machine: dict) -> list[str]:
+    """Where and how results were measured, for a document."""
+    return [*machine_lines(machine), f"`{machine.get('command')}`", ""]
+
+
+def table_lines(results: Results) -> list[str]:
+    """Tables, one for each k: microseconds and ratios, in brackets those with programmatic
+    dependent launch."""
     names = _quantizers(results)
-    lines = [*machine_lines(results.machine), f"`{results.machine.get('command')}`", ""]
+    lines = []
     for k in results.columns():
         present = [n for n in names if any(r.provider == n and r.k == k for r in results)]
         titles = [f"M, k = {k}", *(f"{n} µs" for n in present), f"{CUTE_QUANT} / {STREAM}"]
@@ -116,7 +126,7 @@ def markdown(results: Results) -> str:
             cells.append(_with_pdl(*(f"{r:.2f}" if r else "" for r in ratios)))
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    return "\n".join(lines)
+    return lines
 
 
 def _quantizers(results: Results) -> list[str]:

@@ -108,10 +108,11 @@ def judge(results: Results) -> list[str]:
 
 
 def markdown(results: Results) -> str:
-    """Tables for a document, for each operation one for each k."""
-    return "\n".join(
-        f"{operation}\n\n{report.markdown(of(results, operation))}" for operation in OPERATIONS
-    )
+    """The machine, the command, and tables for each operation, for a document."""
+    lines = report.origin_lines(results.machine)
+    for operation in OPERATIONS:
+        lines += [operation, "", *report.table_lines(of(results, operation))]
+    return "\n".join(lines)
 
 
 def draw(results: Results, path: Path, k: int) -> None:

@@ -38,7 +38,8 @@ class Target:
             rows = f", M >= {low}"
         else:
             rows = f", M <= {high}" if low == 1 else f", M {low} to {high}"
-        return f"{self.over} / {self.under}{rows}"
+        operation, separator, _ = self.over.rpartition(": ")
+        return f"{self.over} / {self.under.removeprefix(operation + separator)}{rows}"
 
     def concerns(self, result: Result) -> bool:
         """Whether a result is one of `over`; versions are named without their last part."""
@@ -70,4 +71,4 @@ def verdict(label: str, ratio: float, bound: float, at_most: bool, where: str = 
     met = ratio <= bound if at_most else ratio >= bound
     sign = "<=" if at_most else ">="
     word = "met   " if met else "MISSED"
-    return f"{word} {ratio:6.3f} {sign} {bound:<5} {label:58} {where}".rstrip()
+    return f"{word} {ratio:6.3f} {sign} {bound:<5} {label:68} {where}".rstrip()

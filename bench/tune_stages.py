@@ -93,12 +93,13 @@ def describe(spec: Spec) -> str:
 
 
 def ratios(operation: Operation, mn: int, k: int, pdl: bool, ceiling: Ceiling) -> dict[str, float]:
-    """Times of all candidates over that of the ceiling; of wrong ones NaN."""
+    """Times of the default and of all candidates over that of the ceiling; of wrong ones NaN."""
     problem = StageProblem(mn, k)
     launches = timing.launch_count(operation.bytes_moved(mn, k))
     graphs = {STREAM: timing.capture(ceiling.calls(problem), launches)}
     wrong = {}
-    for spec in candidates(operation, mn, k, pdl):
+    default = default_spec(operation, mn, k, pdl)
+    for spec in dict.fromkeys((default, *candidates(operation, mn, k, pdl))):
         name = describe(spec)
         problem.buffers[-1].poison()
         bind_spec(spec, problem.buffers[-1])()
@@ -118,14 +119,16 @@ def table(
     found: dict[int, dict[str, float]],  # M -> candidate -> ratio
     defaults: dict[int, str],
 ) -> Iterator[str]:
-    """A line for each candidate, the best average first; those with a wrong result last."""
+    """A line for each candidate, the best average first, and last those that are wrong, or were
+    not tried, for some M."""
     names = dict.fromkeys(name for column in found.values() for name in column)
-    means = {n: statistics.fmean(column[n] for column in found.values()) for n in names}
+    nan = float("nan")
+    means = {n: statistics.fmean(column.get(n, nan) for column in found.values()) for n in names}
     width = max(map(len, names))
     yield f"{'':{width}}" + "".join(f"{f'M={mn}':>9} " for mn in found) + f"{'mean':>8}"
     for name in sorted(names, key=lambda n: (means[n] != means[n], means[n])):
         cells = (
-            f"{column[name]:9.3f}{'*' if defaults[mn] == name else ' '}"
+            f"{column.get(name, nan):9.3f}{'*' if defaults[mn] == name else ' '}"
             for mn, column in found.items()
         )
         yield f"{name:{width}}" + "".join(cells) + f"{means[name]:8.3f}"
