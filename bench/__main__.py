@@ -22,7 +22,8 @@ from bench import environment, host, report, shapes, timing
 from bench.names import CUTE_QUANT, LAUNCHES
 from bench.problem import Problem
 from bench.providers import NAMES, Provider, create, first_line
-from bench.report import Result, Results
+from bench.results import Result, Results, machine_lines
+from bench.shapes import positive_numbers
 
 DEFAULT_OUTPUT = Path("build/bench")
 
@@ -34,8 +35,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--rows", type=_numbers, metavar="M,...", help=f"default: {_text(shapes.ROWS)}")
-    add("--columns", type=_numbers, metavar="K,...", help=f"default: {_text(shapes.COLUMNS)}")
+    add(
+        "--rows",
+        type=positive_numbers,
+        metavar="M,...",
+        help=f"default: {_text(shapes.ROWS)}",
+    )
+    add(
+        "--columns",
+        type=positive_numbers,
+        metavar="K,...",
+        help=f"default: {_text(shapes.COLUMNS)}",
+    )
     add("--quick", action="store_true", help="fewer shapes, unless they are given")
     add(
         "--providers",
@@ -64,13 +75,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if bad:
         parser.error(f"--columns: expected multiples of {shapes.GROUP_SIZE}, got {_text(bad)}")
     return options
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    numbers = tuple(int(part) for part in text.split(","))
-    if min(numbers) < 1:
-        raise ValueError
-    return numbers
 
 
 def _text(values: Sequence[object]) -> str:
@@ -175,7 +179,7 @@ def main() -> None:
     except RuntimeError as error:
         sys.exit(f"bench: {first_line(error)}")
     say(
-        *report.machine_lines(benchmark.results.machine),
+        *machine_lines(benchmark.results.machine),
         "microseconds a call, and how many times those of the kernel that only moves the bytes "
         "(stream)",
     )

@@ -12,3 +12,15 @@ QUANTIZE_OUT = "quantize(x, out=(q, sf))"
 QUANTIZE = "quantize(x)"
 NEG = "torch.neg(x)"
 EMPTY_LIKE = "torch.empty_like(x)"
+
+SILU_MUL, RMS_NORM, ALONE = "silu_mul_quantize", "rms_norm_quantize", "quantize"
+"""Operations, of which the last is what the first two end with."""
+
+TRITON, COMPILED, TWO_KERNELS = "Triton", "torch.compile", "two kernels"
+"""Beside an operation of ours: a Triton kernel, `torch.compile` of all of it, and of what comes
+before the quantizer, which follows as a kernel of its own."""
+
+
+def of_operation(operation: str, provider: str) -> str:
+    """The name of a provider where there are several operations."""
+    return f"{operation}: {provider}"

@@ -45,6 +45,13 @@ class Buffer:
             storage.set_(t.untyped_storage()).fill_(POISON)
 
 
+def sampled_rows(mn: int) -> torch.Tensor:
+    """Numbers of the first rows of so many, of the last ones, and of some between them."""
+    middle = torch.linspace(0, mn - 1, MIDDLE_ROWS + 2).round().long()
+    edges = torch.arange(EDGE_ROWS)
+    return torch.cat([edges, middle, mn - 1 - edges]).clamp(0, mn - 1).unique()
+
+
 class Problem:
     """Rotating buffers of one shape on the current GPU."""
 
@@ -66,11 +73,8 @@ class Problem:
 
     @functools.cached_property
     def rows(self) -> torch.Tensor:
-        """The rows that checks look at: the first, the last, and some between them."""
-        middle = torch.linspace(0, self.mn - 1, MIDDLE_ROWS + 2).round().long()
-        edges = torch.arange(EDGE_ROWS)
-        rows = torch.cat([edges, middle, self.mn - 1 - edges]).clamp(0, self.mn - 1)
-        return rows.unique().cuda()
+        """The rows that checks look at."""
+        return sampled_rows(self.mn).cuda()
 
     def expected(
         self, index: int, dtype: torch.dtype, fmt: Format

@@ -10,7 +10,17 @@ from pathlib import Path
 import torch
 
 from bench import stream
-from bench.names import COPY, CUTE_QUANT, FLOAT16_INPUT, FLOAT32_SCALES, PDL, PLAIN, STREAM
+from bench.names import (
+    COMPILED,
+    COPY,
+    CUTE_QUANT,
+    FLOAT16_INPUT,
+    FLOAT32_SCALES,
+    PDL,
+    PLAIN,
+    STREAM,
+    TRITON,
+)
 from bench.problem import FLOAT32, UE8M0, Buffer, Problem
 from bench.vllm_kernels import Module
 from cute_quant import compile, launch, quantize
@@ -116,7 +126,7 @@ class Stream(Provider):
 
     def __init__(self, launch: str = PLAIN):
         super().__init__(STREAM, launch)
-        self.function = stream.function(launch == PDL, architecture())
+        self.function = stream.function(stream.Stream(launch == PDL), architecture())
 
     def bind(self, buffer: Buffer) -> Callable[[], None]:
         words = (t.view(torch.int32).flatten() for t in (buffer.x, buffer.q))
@@ -126,9 +136,11 @@ class Stream(Provider):
         for buffer in (problem.buffers[0], problem.buffers[-1]):
             buffer.poison()
             self.bind(buffer)()
-            halves = buffer.x[problem.rows].view(torch.int32).unflatten(1, (-1, 2, 4))
-            expected = (halves[:, :, 0] ^ halves[:, :, 1]).flatten(1)
-            wrong = int((buffer.q.view(torch.int32)[problem.rows] != expected).sum())
+            words = buffer.x[problem.rows].view(torch.int32).flatten()
+            expected = stream.expected(words, 1, 1)
+            wrong = int(
+                (buffer.q.view(torch.int32)[problem.rows].view_as(expected) != expected).sum()
+            )
             if wrong:
                 return f"{wrong} of {expected.numel()} words"
         return ""
@@ -168,7 +180,7 @@ class Triton(Provider):
     def __init__(self) -> None:
         from bench import triton_quantize
 
-        super().__init__("Triton")
+        super().__init__(TRITON)
         self.function = triton_quantize.quantize
 
     def bind(self, buffer: Buffer) -> Callable[[], None]:
@@ -197,7 +209,7 @@ class TorchCompile(Provider):
     everywhere = False
 
     def __init__(self) -> None:
-        super().__init__("torch.compile")
+        super().__init__(COMPILED)
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         self.function = torch.compile(formula, fullgraph=True)
 

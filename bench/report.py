@@ -1,22 +1,19 @@
-"""Results of the benchmark: JSON lines, a table, the verdict on each target, a plot.
+"""What the benchmark says of its results: a table, the verdict on each target, a plot.
 
-    python -m bench.report results.jsonl                # draws results.png, here or anywhere
-    python -m bench.report results.jsonl --markdown     # prints the tables instead
-
-The first line of a file describes the machine; each line after it is one provider at one shape,
-or the host times.
+python -m bench.report results.jsonl                # draws results.png, here or anywhere
+python -m bench.report results.jsonl --markdown     # prints the tables instead
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.names import (
+    COMPILED,
     COPY,
     CUTE_QUANT,
     FLOAT16_INPUT,
@@ -28,141 +25,19 @@ from bench.names import (
     QUANTIZE,
     QUANTIZE_OUT,
     STREAM,
+    TRITON,
+    TWO_KERNELS,
 )
+from bench.results import Result, Results, machine_lines
 from bench.shapes import MAIN_COLUMN
+from bench.targets import ANY, Target, verdict
+from bench.targets import verdicts as target_verdicts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CELL = 12
 
-
-@dataclass(frozen=True)
-class Result:
-    """One provider at one shape.
-
-    Attributes:
-        provider, launch: as in `bench.providers`.
-        mn, k: rows and columns of the input.
-        seconds, quartiles: a call, over the replays.
-        bytes: that a quantizer moves at this shape.
-        buffers, launches, replays: of the measurement.
-        difference: how the output is not the reference's; empty where every bit is.
-    """
-
-    provider: str
-    launch: str
-    mn: int
-    k: int
-    seconds: float
-    quartiles: tuple[float, float]
-    bytes: int
-    buffers: int
-    launches: int
-    replays: int
-    difference: str = ""
-
-    @property
-    def spread(self) -> float:
-        """Interquartile range over the median."""
-        return (self.quartiles[1] - self.quartiles[0]) / self.seconds
-
-
-class Results:
-    """All of a run, to be looked up by provider, launch and shape."""
-
-    def __init__(self, machine: dict, results: Sequence[Result] = (), host: dict | None = None):
-        self.machine = machine
-        self.host = host or {}
-        self._by_key: dict[tuple[str, str, int, int], Result] = {}
-        for result in results:
-            self.add(result)
-
-    def add(self, result: Result) -> None:
-        self._by_key[result.provider, result.launch, result.mn, result.k] = result
-
-    def get(self, provider: str, launch: str, mn: int, k: int) -> Result | None:
-        return self._by_key.get((provider, launch, mn, k))
-
-    def ratio(self, a: str, b: str, launch: str, mn: int, k: int) -> float | None:
-        """Time of provider `a` over that of `b`."""
-        over, under = self.get(a, launch, mn, k), self.get(b, launch, mn, k)
-        return over.seconds / under.seconds if over and under else None
-
-    def providers(self, launch: str | None = None) -> list[str]:
-        """Names in the order in which they came."""
-        return list(dict.fromkeys(r.provider for r in self if launch in (None, r.launch)))
-
-    def launches(self) -> list[str]:
-        return list(dict.fromkeys(r.launch for r in self))
-
-    def columns(self) -> list[int]:
-        return sorted({r.k for r in self})
-
-    def rows(self, k: int) -> list[int]:
-        return sorted({r.mn for r in self if r.k == k})
-
-    def __iter__(self):
-        return iter(self._by_key.values())
-
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            for line in self.to_json():
-                file.write(json.dumps(line) + "\n")
-
-    def to_json(self) -> list[dict]:
-        host = [{"host_seconds": self.host}] if self.host else []
-        return [{"machine": self.machine}, *map(asdict, self), *host]
-
-    @classmethod
-    def read(cls, path: Path) -> Results:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        results, machine, host = [], {}, {}
-        for line in lines:
-            if "machine" in line:
-                machine = line["machine"]
-            elif "host_seconds" in line:
-                host = line["host_seconds"]
-            else:
-                results.append(Result(**{**line, "quartiles": tuple(line["quartiles"])}))
-        return cls(machine, results, host)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A bound on the ratio of two providers' times over a range of rows.
-
-    Attributes:
-        over, under: the providers, or how their names start.
-        launches: ways to launch it is judged in.
-        rows: smallest and largest mn.
-        bound: of the ratio.
-        at_most: whether the bound is an upper one.
-    """
-
-    over: str
-    under: str
-    launches: tuple[str, ...]
-    rows: tuple[int, int]
-    bound: float
-    at_most: bool = True
-
-    def __str__(self) -> str:
-        low, high = self.rows
-        if self.rows == ANY:
-            rows = ""
-        elif high == ANY[1]:
-            rows = f", M >= {low}"
-        else:
-            rows = f", M <= {high}" if low == 1 else f", M {low} to {high}"
-        return f"{self.over} / {self.under}{rows}"
-
-    def concerns(self, result: Result) -> bool:
-        """Whether a result is one of `over`; versions are named without their last part."""
-        over = result.provider
-        named = over == self.over or (over.startswith(f"{self.over}.") and "vLLM" in over)
-        return named and self.rows[0] <= result.mn <= self.rows[1]
-
-
-ANY = (1, 2**31)
 TARGETS = (
     Target(CUTE_QUANT, STREAM, LAUNCHES, (4096, ANY[1]), 1.02),
     Target(CUTE_QUANT, STREAM, LAUNCHES, (512, 4095), 1.04),
@@ -182,42 +57,13 @@ HOST_TARGETS = (
 
 
 def verdicts(results: Results) -> list[str]:
-    """A line for each target that the results can judge, with its worst shape."""
-    lines = []
-    for target in TARGETS:
-        for launch in target.launches:
-            ratios = []
-            for r in results:
-                if target.concerns(r) and r.launch == launch:
-                    ratio = results.ratio(r.provider, target.under, launch, r.mn, r.k)
-                    ratios += [(ratio, r.mn, r.k)] if ratio else []
-            if ratios:
-                worst, mn, k = (max if target.at_most else min)(ratios)
-                where = f"worst of {len(ratios)} at {mn} x {k}"
-                label = f"{target}, {launch}"
-                lines.append(_verdict(label, worst, target.bound, target.at_most, where))
+    """A line for each target that the results can judge, those of the host too."""
+    lines = target_verdicts(results, TARGETS)
     for name, base, bound in HOST_TARGETS:
         if name in results.host and base in results.host:
             ratio = results.host[name] / results.host[base]
-            lines.append(_verdict(f"host time, {name} / {base}", ratio, bound, True, ""))
+            lines.append(verdict(f"host time, {name} / {base}", ratio, bound, True))
     return lines
-
-
-def _verdict(label: str, ratio: float, bound: float, at_most: bool, where: str) -> str:
-    met = ratio <= bound if at_most else ratio >= bound
-    sign = "<=" if at_most else ">="
-    word = "met   " if met else "MISSED"
-    return f"{word} {ratio:6.3f} {sign} {bound:<5} {label:58} {where}".rstrip()
-
-
-def machine_lines(machine: dict) -> list[str]:
-    """The GPU, its driver, and versions, in words."""
-    versions = {n: v for n, v in machine.get("versions", {}).items() if v}
-    return [
-        f"{machine.get('gpu')}, driver {machine.get('driver')}, CUDA {machine.get('cuda')}, "
-        f"{machine.get('date')}, commit {machine.get('commit') or 'unknown'}",
-        ", ".join(f"{n} {v}" for n, v in versions.items()) + f", Python {machine.get('python')}",
-    ]
 
 
 def header_line(providers: Sequence[str]) -> str:
@@ -253,10 +99,20 @@ def _microseconds(result: Result) -> str:
 
 
 def markdown(results: Results) -> str:
-    """Tables for a document, one for each k: microseconds and ratios, in brackets those with
-    programmatic dependent launch."""
+    """The machine, the command and the tables, for a document."""
+    return "\n".join((*origin_lines(results.machine), *table_lines(results)))
+
+
+def origin_lines(machine: dict) -> list[str]:
+    """Where and how results were measured, for a document."""
+    return [*machine_lines(machine), f"`{machine.get('command')}`", ""]
+
+
+def table_lines(results: Results) -> list[str]:
+    """Tables, one for each k: microseconds and ratios, in brackets those with programmatic
+    dependent launch."""
     names = _quantizers(results)
-    lines = [*machine_lines(results.machine), f"`{results.machine.get('command')}`", ""]
+    lines = []
     for k in results.columns():
         present = [n for n in names if any(r.provider == n and r.k == k for r in results)]
         titles = [f"M, k = {k}", *(f"{n} µs" for n in present), f"{CUTE_QUANT} / {STREAM}"]
@@ -270,7 +126,7 @@ def markdown(results: Results) -> str:
             cells.append(_with_pdl(*(f"{r:.2f}" if r else "" for r in ratios)))
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    return "\n".join(lines)
+    return lines
 
 
 def _quantizers(results: Results) -> list[str]:
@@ -286,10 +142,11 @@ COLORS = {
     STREAM: "#8a8a8a",
     CUTE_QUANT: "#c4314b",
     "vLLM": ("#1f5fa8", "#6ba3d6", "#9cc3e6"),
-    "Triton": "#2e8b57",
+    TRITON: "#2e8b57",
     COPY: "#5c5c5c",
-    "torch.compile": "#e08a1e",
+    COMPILED: "#e08a1e",
     "DeepGEMM": "#7a4fa3",
+    TWO_KERNELS: "#1f5fa8",
 }
 
 
@@ -304,10 +161,28 @@ def draw(results: Results, path: Path, k: int) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    panels(results, k, *axes)
+    figure.legend(loc="outside right center", frameon=False)
+    figure.suptitle(
+        f"bf16 to e4m3 with packed UE8M0 scales, k = {k}: {origin(results.machine)}", fontsize=12
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def origin(machine: dict) -> str:
+    """Where and when a plot's results were measured."""
+    date = str(machine.get("date")).split(" ")[0]
+    return f"{machine.get('gpu')}, {date}, commit {machine.get('commit') or 'unknown'}"
+
+
+def panels(results: Results, k: int, time: Axes, share: Axes) -> None:
+    """Draw microseconds, and percent of the ceiling's speed, over M, one line per provider."""
     names = [n for n in _quantizers(results) if any(r.provider == n and r.k == k for r in results)]
     colors = _colors(names)
     rows = results.rows(k)
-    figure, (time, share) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for name in names:
         for launch in LAUNCHES:
             found = [r for mn in rows if (r := results.get(name, launch, mn, k))]
@@ -344,16 +219,6 @@ def draw(results: Results, path: Path, k: int) -> None:
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False)
-    machine = results.machine
-    figure.suptitle(
-        f"bf16 to e4m3 with packed UE8M0 scales, k = {k}: {machine.get('gpu')}, "
-        f"{str(machine.get('date')).split(' ')[0]}, commit {machine.get('commit') or 'unknown'}",
-        fontsize=12,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _sparse(rows: Sequence[int]) -> list[int]:

@@ -5,10 +5,11 @@
 Prints, for each kernel and architecture, its instructions beside the issue budget, its registers
 and spills, the accesses to global memory, and the instructions by kind.
 
-A warp moves what its 32 threads of 16 elements read and write, and the warps of a GPU together
-move no more than its memory does. The issue budget is how many instructions a warp may issue until
-its schedulers, not memory, are the limit. All instructions of a function count against it, also
-those that a warp skips. Kernels are as launched by default, as programmatic dependents.
+A warp moves what its 32 threads read and write for 16 elements of the result each, and the warps
+of a GPU together move no more than its memory does. The issue budget is how many instructions a
+warp may issue until its schedulers, not memory, are the limit. All instructions of a function count
+against it, also those that a warp skips. Kernels are as launched by default, as programmatic
+dependents.
 """
 
 from __future__ import annotations
@@ -30,13 +31,22 @@ from bench.stream import Stream
 from cute_quant.compile import ARCHITECTURES, build, kernel
 from cute_quant.formats import make_format
 from cute_quant.launch import TWO_ROWS
-from cute_quant.specs import DEFAULT_TILE, Domain, QuantizeSpec, Spec
+from cute_quant.specs import (
+    DEFAULT_TILE,
+    Domain,
+    QuantizeSpec,
+    RmsNormSpec,
+    SiluMulSpec,
+    Spec,
+    Tile,
+)
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)(.*?);", re.M)
 RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 
 ELEMENTS_PER_WARP = 32 * 16
 BYTES_PER_WARP = ELEMENTS_PER_WARP * 3 + ELEMENTS_PER_WARP // 128
+"""Of the quantizer, for a row."""
 SCHEDULERS_PER_SM = 4
 
 WIDTH = 100
@@ -60,7 +70,11 @@ class Gpu:
     @property
     def issue_budget(self) -> int:
         """Instructions that a warp may issue for 512 elements in the time their bytes take."""
-        warps = self.bandwidth / BYTES_PER_WARP
+        return self.issue_slots(BYTES_PER_WARP)
+
+    def issue_slots(self, nbytes: int) -> int:
+        """Instructions that a warp may issue in the time that so many bytes take."""
+        warps = self.bandwidth / nbytes
         return round(self.sms * SCHEDULERS_PER_SM * self.clock / warps)
 
 
@@ -120,7 +134,7 @@ def machine_code(spec: Spec | Stream, arch: str) -> MachineCode:
 
 
 def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
-    """Name, rows of a warp, and compile-time choices of each kernel."""
+    """Name, rows or tiles of a warp, and compile-time choices of each kernel."""
     bf16 = torch.bfloat16
     packed = make_format(128, "ue8m0", False)
     for dtype, name, fmt in (
@@ -140,15 +154,57 @@ def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
         yield f"bf16 -> e4m3, ue8m0, {name}", 1, QuantizeSpec(bf16, packed, domain=domain)
     whole_row = make_format(-1, "float32", False, torch.int8)
     yield "bf16 -> int8, float32 of whole rows", 1, QuantizeSpec(bf16, whole_row)
+    for rows in (1, 2):
+        spec = SiluMulSpec(bf16, packed, Tile(rows_per_thread=rows))
+        yield f"SiLU * up, bf16 -> e4m3, ue8m0, rows a thread: {rows}", rows, spec
+    for tiles, max_warps in ((1, 16), (1, 4), (2, 8)):
+        for residual in (False, True):
+            spec = RmsNormSpec(
+                bf16,
+                packed,
+                Tile(row_warps=1),
+                tiles_per_thread=tiles,
+                max_warps=max_warps,
+                residual=residual,
+            )
+            name = "RMSNorm with residual" if residual else "RMSNorm"
+            shape = f"{max_warps} warps a row at most, tiles a thread: {tiles}"
+            yield f"{name}, bf16 -> e4m3, ue8m0, {shape}", tiles, spec
     yield "stream, the ceiling", 1, Stream(True)
+    yield "stream, the ceiling of SiLU * up", 1, Stream(True, 2, 1)
+    yield "stream, the ceiling of RMSNorm with residual", 1, Stream(True, 2, 3)
 
 
-def report(architectures: str, code: MachineCode, rows: int, gpu: Gpu | None) -> list[str]:
-    """Lines about a kernel: one of numbers, then the instructions by kind."""
+def bytes_per_warp(spec: Spec | Stream) -> int:
+    """Bytes that a warp moves for each of its rows or tiles, but for weights, which stay in the
+    caches."""
+    if isinstance(spec, Stream):
+        return ELEMENTS_PER_WARP * (2 * spec.loads + spec.stores)
+    halves = 1
+    if isinstance(spec, SiluMulSpec):
+        halves = 2
+    elif isinstance(spec, RmsNormSpec) and spec.residual:
+        halves = 3
+    return BYTES_PER_WARP + ELEMENTS_PER_WARP * 2 * (halves - 1)
+
+
+def report(
+    architectures: str,
+    code: MachineCode,
+    rows: int,
+    gpu: Gpu | None,
+    nbytes: int = BYTES_PER_WARP,
+) -> list[str]:
+    """Lines about a kernel: one of numbers, then the instructions by kind.
+
+    Args:
+        rows: of a warp, or its tiles of one row.
+        nbytes: that a warp moves for each of them.
+    """
     count = len(code.opcodes)
     share = ""
     if gpu:
-        budget = rows * gpu.issue_budget
+        budget = gpu.issue_slots(rows * nbytes)
         share = f"{count / budget:4.0%} of {gpu.name}'s {budget}"
     spills = code.count("LDL", "STL")
     memory = _counted(op for op in code.opcodes if op.startswith(("LDG", "STG", "LDS", "STS")))
@@ -185,7 +241,8 @@ def main() -> None:
             same.setdefault(dataclasses.replace(code, text=""), []).append(arch)
         for code, architectures in same.items():
             gpu = GPUS.get(architectures[0])
-            print(*report(" ".join(architectures), code, rows, gpu), sep="\n", flush=True)
+            lines = report(" ".join(architectures), code, rows, gpu, bytes_per_warp(spec))
+            print(*lines, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from bench.names import ALONE, RMS_NORM, SILU_MUL
 
 if TYPE_CHECKING:
     from cute_quant.formats import Format
@@ -26,3 +29,46 @@ def bytes_moved(mn: int, k: int, fmt: Format) -> int:
     """Bytes that a quantizer must read and write for an (mn, k) input of 16-bit elements."""
     scale_bytes = 1 if fmt.packed else fmt.scale_dtype.itemsize
     return mn * k * 3 + mn * (k // fmt.group_size) * scale_bytes
+
+
+STAGE_ROWS = (1, 16, 64, 256, 1024, 4096, 16384, 65536)
+STAGE_COLUMNS = (2048, 7168)
+QUICK_STAGE_ROWS = (1, 64, 4096)
+"""What operations that end with the quantizer are measured at."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What an operation moves for 16 elements of its result, one byte each.
+
+    Attributes:
+        loads: of 32 bytes, 16 elements of 16 bits.
+        stores: of 16 bytes.
+    """
+
+    name: str
+    loads: int
+    stores: int
+
+    def bytes_moved(self, mn: int, k: int) -> int:
+        """Bytes that it must read and write for an (mn, k) result with a byte for each scale."""
+        return mn * k * (2 * self.loads + self.stores) + mn * (k // GROUP_SIZE)
+
+
+SILU_MUL_QUANTIZE = Operation(SILU_MUL, loads=2, stores=1)
+RMS_NORM_QUANTIZE = Operation(RMS_NORM, loads=2, stores=3)
+QUANTIZE_ALONE = Operation(ALONE, loads=1, stores=1)
+OPERATIONS = (SILU_MUL_QUANTIZE, RMS_NORM_QUANTIZE, QUANTIZE_ALONE)
+"""Gates and ups; rows and a residual, which is written too; rows."""
+
+
+def positive_numbers(text: str) -> tuple[int, ...]:
+    """An argument such as ``1,16,64``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    numbers = tuple(int(part) for part in text.split(","))
+    if min(numbers) < 1:
+        raise ValueError
+    return numbers

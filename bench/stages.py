@@ -1,0 +1,178 @@
+"""Measure the operations that end with the quantizer beside their peers and ceilings.
+
+    python -m bench.stages [--quick] [--rows M,...] [--columns K,...] [--output DIR]
+
+Each operation has a ceiling, stream, a kernel that only moves its bytes. "two kernels" is what
+torch.compile makes of all that comes before the quantizer, followed by the quantizer's kernel,
+which the column launch concerns; "compile" is torch.compile of everything; Triton is a fused
+kernel, in the best shape of a tile for each problem. In this order: microseconds a call, and how
+many times those of the ceiling.
+
+Every provider's output is compared with the reference before it is timed, ours within what float32
+allows. Times are taken as by python -m bench.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench import environment, stage_providers, stage_report, timing
+from bench.providers import first_line
+from bench.results import Result, Results, machine_lines
+from bench.shapes import (
+    GROUP_SIZE,
+    QUICK_STAGE_ROWS,
+    STAGE_COLUMNS,
+    STAGE_ROWS,
+    positive_numbers,
+)
+from bench.stage_problem import StageProblem
+
+DEFAULT_OUTPUT = Path("build/bench-stages")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.stages",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    rows, columns = (",".join(map(str, numbers)) for numbers in (STAGE_ROWS, STAGE_COLUMNS))
+    add("--rows", type=positive_numbers, metavar="M,...", help=f"default: {rows}")
+    add(
+        "--columns",
+        type=positive_numbers,
+        default=STAGE_COLUMNS,
+        metavar="K,...",
+        help=f"of the results; default: {columns}",
+    )
+    add("--quick", action="store_true", help="fewer rows, unless they are given")
+    add("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default: %(default)s")
+    add("--commit", help="name of the measured version, where there is no git to ask")
+    options = parser.parse_args(arguments)
+    options.rows = options.rows or (QUICK_STAGE_ROWS if options.quick else STAGE_ROWS)
+    bad = [k for k in options.columns if k % GROUP_SIZE]
+    if bad:
+        parser.error(f"--columns: expected multiples of {GROUP_SIZE}, got {bad}")
+    return options
+
+
+class Benchmark:
+    """A run: its providers, and what is known so far."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.providers, absent = stage_providers.create()
+        for line in absent:
+            say(f"absent: {line}")
+        machine = environment.describe()
+        machine["command"] = " ".join(["python -m bench.stages", *sys.argv[1:]])
+        machine["commit"] = options.commit or machine["commit"]
+        self.results = Results(machine)
+        self.wrong = False
+
+    def run(self, path: Path) -> None:
+        """Measure every shape; results go to `path` as they come."""
+        timing.warm_up()
+        for k in self.options.columns:
+            say("", stage_report.header_line())
+            for mn in self.options.rows:
+                self.shape(mn, k)
+                # The next shape fits none of the blocks of this one.
+                torch.cuda.empty_cache()
+                say(*stage_report.shape_lines(self.results, mn, k))
+                self.results.write(path)
+
+    def shape(self, mn: int, k: int) -> None:
+        problem = StageProblem(mn, k)
+        graphs: dict[tuple[str, str], timing.Graph] = {}
+        checks: dict[tuple[str, str], stage_providers.Check] = {}
+        for provider in list(self.providers):
+            try:
+                calls = provider.calls(problem)
+                check = provider.check(problem)
+                if check.difference:
+                    self.report_difference(provider, mn, k, check.difference)
+                    if provider.ours:
+                        continue
+                launches = timing.launch_count(provider.operation.bytes_moved(mn, k))
+                graphs[provider.key] = timing.capture(calls, launches)
+                checks[provider.key] = check
+            except Exception as error:
+                if provider.ours:
+                    raise
+                say(f"dropped: {provider.name}, {provider.launch}: {first_line(error)}")
+                self.providers.remove(provider)
+        operations = {provider.key: provider.operation for provider in self.providers}
+        for key, measured in timing.measure(graphs).items():
+            name, launch = key
+            self.results.add(
+                Result(
+                    provider=name,
+                    launch=launch,
+                    mn=mn,
+                    k=k,
+                    seconds=measured.median,
+                    quartiles=measured.quartiles,
+                    bytes=operations[key].bytes_moved(mn, k),
+                    buffers=len(problem.buffers),
+                    launches=graphs[key].launches,
+                    replays=len(measured.seconds),
+                    difference=checks[key].difference,
+                    differing=checks[key].differing,
+                )
+            )
+
+    def report_difference(
+        self, provider: stage_providers.StageProvider, mn: int, k: int, difference: str
+    ) -> None:
+        self.wrong |= provider.ours
+        marked = "not timed" if provider.ours else "marked !"
+        say(
+            f"{provider.name}, {provider.launch}, at {mn} x {k} is not what the reference "
+            f"allows, {marked}: {difference}"
+        )
+
+
+def say(*lines: str) -> None:
+    print(*lines, sep="\n", flush=True)
+
+
+def main() -> None:
+    options = parse()
+    if not torch.cuda.is_available():
+        sys.exit("bench.stages: needs a CUDA GPU of compute capability 9.0, 10.0 or 10.3")
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    say("compiling ...")
+    try:
+        benchmark = Benchmark(options)
+    except RuntimeError as error:
+        sys.exit(f"bench.stages: {first_line(error)}")
+    results = benchmark.results
+    say(*machine_lines(results.machine))
+    path = options.output / "results.jsonl"
+    benchmark.run(path)
+    say("", "values and scales that differ from the reference's, at most")
+    say(*stage_report.differing_lines(results))
+    say("", *stage_report.judge(results))
+    say("", f"{time.perf_counter() - start:.0f} s", str(path))
+    try:
+        drawing = path.with_suffix(".png")
+        stage_report.draw(results, drawing, stage_report.main_column(results))
+        say(str(drawing))
+    except ImportError:
+        say(f"no matplotlib here; draw the plot anywhere with python -m bench.stage_report {path}")
+    if benchmark.wrong:
+        sys.exit("bench.stages: cute_quant differs from the reference")
+
+
+if __name__ == "__main__":
+    main()
