@@ -96,22 +96,21 @@ def default_spec(operation: Operation, mn: int, k: int, pdl: bool) -> Spec:
     size = 1, mn, k, UE8M0, False, sms
     if operation is RMS_NORM_QUANTIZE:
         norm = launch.norm_shape(*size)
-        return norm_spec(norm.tile, *norm.warps, Domain(batched=norm.tall), pdl)
-    shape = launch.shape(*size)
-    spec_class = SiluMulSpec if operation is SILU_MUL_QUANTIZE else QuantizeSpec
+        return norm_spec(norm.tile, *norm.warps, pdl)
+    if operation is SILU_MUL_QUANTIZE:
+        spec_class, shape = SiluMulSpec, launch.silu_shape(*size, architecture())
+    else:
+        spec_class, shape = QuantizeSpec, launch.shape(*size)
     domain = Domain(batched=shape.tall)
     return spec_class(torch.bfloat16, UE8M0, shape.tile, domain, pdl=pdl)
 
 
-def norm_spec(
-    tile: Tile, tiles_per_thread: int, max_warps: int, domain: Domain, pdl: bool
-) -> RmsNormSpec:
+def norm_spec(tile: Tile, tiles_per_thread: int, max_warps: int, pdl: bool) -> RmsNormSpec:
     """Of bfloat16 rows and weights with a residual."""
     return RmsNormSpec(
         torch.bfloat16,
         UE8M0,
         tile,
-        domain,
         tiles_per_thread=tiles_per_thread,
         max_warps=max_warps,
         residual=True,

@@ -9,6 +9,7 @@ average, the best average first. What the public call launches at an M is marked
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -36,6 +37,7 @@ from cute_quant.specs import DEFAULT_TILE, Domain, RmsNormSpec, SiluMulSpec, Spe
 ROWS = (16, 256, 4096, 16384)
 ROW_WARPS = (1, 2, 4, 8)
 ROWS_PER_THREAD = (1, 2)
+VALUES_PER_THREAD = (8, 16)
 TILES_PER_THREAD = (1, 2, 4)
 REPLAYS = 8
 
@@ -62,9 +64,10 @@ def candidates(operation: Operation, mn: int, k: int, pdl: bool) -> Iterator[Spe
     """Launches that there are for a shape."""
     for row_warps in ROW_WARPS:
         if operation is SILU_MUL_QUANTIZE:
-            for rows in ROWS_PER_THREAD:
-                tile = Tile(row_warps=row_warps, rows_per_thread=rows)
-                yield SiluMulSpec(torch.bfloat16, UE8M0, tile, domain(mn, tile), pdl=pdl)
+            for values, rows in itertools.product(VALUES_PER_THREAD, ROWS_PER_THREAD):
+                tile = Tile(values, row_warps, rows)
+                batched = ceil_div(UE8M0.scale_rows(mn), tile.rows) > MAX_GRID_Y
+                yield SiluMulSpec(torch.bfloat16, UE8M0, tile, Domain(batched=batched), pdl=pdl)
             continue
         columns = ceil_div(k, DEFAULT_TILE.columns)
         tile = Tile(row_warps=row_warps)
@@ -78,18 +81,15 @@ def candidates(operation: Operation, mn: int, k: int, pdl: bool) -> Iterator[Spe
                 bounds.add(MAX_WARPS)
             for max_warps in sorted(bounds):
                 if max_warps * row_warps <= MAX_WARPS:
-                    yield norm_spec(tile, tiles, max_warps, domain(mn, tile), pdl)
-
-
-def domain(mn: int, tile: Tile) -> Domain:
-    return Domain(batched=ceil_div(UE8M0.scale_rows(mn), tile.rows) > MAX_GRID_Y)
+                    yield norm_spec(tile, tiles, max_warps, pdl)
 
 
 def describe(spec: Spec) -> str:
     text = f"row_warps={spec.tile.row_warps}"
     if isinstance(spec, RmsNormSpec):
         return f"{text}, tiles_per_thread={spec.tiles_per_thread}, max_warps={spec.max_warps}"
-    return f"{text}, rows_per_thread={spec.tile.rows_per_thread}"
+    values, rows = spec.tile.values_per_thread, spec.tile.rows_per_thread
+    return f"values_per_thread={values}, {text}, rows_per_thread={rows}"
 
 
 def ratios(operation: Operation, mn: int, k: int, pdl: bool, ceiling: Ceiling) -> dict[str, float]:

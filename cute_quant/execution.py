@@ -319,13 +319,14 @@ def _kernel(
     kind = DENSE if rows is None else rows.kind
     matrices = math.prod(batch_shape)
     size = matrices, q_rows, k, fmt, kind == Masked.kind, sms
-    tall = False
-    if isinstance(prologue, RmsNorm):
-        shape = launch.norm_shape(*size)
-    else:
-        shape = launch.shape(*size, two_rows=prologue is None)
-        tall = shape.tall
-    domain = Domain(kind, index is not None, bool(batch_shape) or tall)
+    match prologue:
+        case None:
+            shape = launch.shape(*size)
+        case SiluMul():
+            shape = launch.silu_shape(*size, arch)
+        case RmsNorm():
+            shape = launch.norm_shape(*size)
+    domain = Domain(kind, index is not None, bool(batch_shape) or shape.tall)
     batched = domain.batched
     x_view = _matrix_view(tuple(x.shape), x.stride(), x.element_size(), batched and index is None)
     q_view = _matrix_view(*result, dtype.itemsize, batched)
@@ -366,8 +367,10 @@ def _kernel(
                 views += [view]
     access = Access(
         load_bytes,
-        _alignment(result_address, q_view[1], dtype.itemsize, launch.store_bytes(dtype)),
-        k % DEFAULT_TILE.values_per_thread != 0,
+        _alignment(
+            result_address, q_view[1], dtype.itemsize, launch.store_bytes(shape.tile, dtype)
+        ),
+        k % shape.tile.values_per_thread != 0,
     )
     spec = spec_class(x.dtype, fmt, shape.tile, domain, access, *choices)
     return compile.function(spec, arch), tuple(views) if any(views) else None, numbers
@@ -488,7 +491,9 @@ def dequantize(
         sf_view = (batch, *sf.shape[-inner:]), (stride, *sf.stride()[-inner:])
         access = Access(
             _alignment(q.data_ptr(), q_view[1], q.element_size(), values),
-            _alignment(y.data_ptr(), y_view[1], y.element_size(), launch.store_bytes(dtype)),
+            _alignment(
+                y.data_ptr(), y_view[1], y.element_size(), launch.store_bytes(DEFAULT_TILE, dtype)
+            ),
             q.shape[-1] % values != 0,
         )
         arch = compile.architecture(q.get_device())

@@ -18,6 +18,7 @@ from cute_quant.formats import (
     BYTES_PER_WORD,
     INT8_MAX,
     SCALE_ROW_ALIGNMENT,
+    SMALLEST_NORMAL,
     UE8M0_BIAS,
     UE8M0_MAX,
     UE8M0_NAN,
@@ -27,7 +28,7 @@ from cute_quant.formats import (
     flat_batch,
     last_column_rows,
 )
-from cute_quant.prologues import FUSED, Prologue, RmsNorm, SiluMul
+from cute_quant.prologues import FLOAT32_MAX, FUSED, Prologue, RmsNorm, SiluMul
 from cute_quant.rows import Indexed, Masked, PrefixSum, Rows
 
 BLOCK_LANES = 32
@@ -171,14 +172,24 @@ def rms_norm(x: torch.Tensor, prologue: RmsNorm) -> torch.Tensor:
         weight = weight + prologue.weight_offset
     if prologue.rounding == FUSED:
         total = total.double()
-        mean = total.square().mean(-1, keepdim=True)
-        values = (total / (mean + prologue.eps).sqrt() * weight).float()
+        values = (total / _root(total, prologue.eps) * weight).float()
     else:
         total = total.to(x.dtype).float()
-        values = functional.rms_norm(total, x.shape[-1:], weight, prologue.eps).to(x.dtype)
+        values = functional.rms_norm(total, x.shape[-1:], weight, prologue.eps)
+        vanishes = _root(total.double(), prologue.eps) == 0
+        values = values.where(~vanishes, total / 0.0).to(x.dtype)
     if prologue.normalized is not None:
         prologue.normalized.view(x.shape).copy_(values)
     return values
+
+
+def _root(r: torch.Tensor, eps: float) -> torch.Tensor:
+    """The root of the mean square of float64 rows plus `eps`, in the range of a float32 sum of
+    squares: beyond the largest it is Inf, below the smallest normal number 0."""
+    squares = r.square().sum(-1, keepdim=True)
+    squares = squares.where(squares <= FLOAT32_MAX, torch.inf)
+    square = squares / r.shape[-1] + eps
+    return square.where(square >= SMALLEST_NORMAL, 0.0).sqrt()
 
 
 def quantize_into(

@@ -53,6 +53,7 @@ class Tile:
 
 
 DEFAULT_TILE = Tile()
+ONE_ROW = Tile(row_warps=1)
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class RmsNormSpec:
 
     dtype: torch.dtype
     fmt: Format
-    tile: Tile = DEFAULT_TILE
+    tile: Tile = ONE_ROW
     domain: Domain = DENSE_ROWS
     access: Access = WIDEST
     tiles_per_thread: int = 1

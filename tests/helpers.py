@@ -20,10 +20,9 @@ FLOAT32 = make_format(128, "float32", False)
 FLOAT32_ROUNDED = make_format(128, "float32", True)
 FORMATS = (UE8M0, FLOAT32, FLOAT32_ROUNDED)
 
-RELATIVE = 2.0**-21
-"""Of a value that a GPU computes in float32, the error of each of a handful of operations."""
-DIFFERING_SHARE = 0.01
-"""Of the bytes that a GPU quantizes of such values."""
+DIFFERING_SHARE = 1e-3
+"""Of the bytes that a GPU makes of values that it computes in float32. On an H100 it was up to
+2e-4 in rows of a norm, which share a factor, and next to none elsewhere."""
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EVERY_DTYPE = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -205,7 +204,8 @@ def assert_quantized_within(
         rows, index: on the CPU.
 
     Returns:
-        How many bytes of q and sf differ from those of `values`.
+        How many bytes of q, and of sf if its scales are powers of two, differ from those of
+        `values`. Other scales do where the last bit of an amax does.
     """
     values, low, high = values.float(), low.float(), high.float()
     magnitudes = low.abs(), high.abs()
@@ -240,7 +240,10 @@ def assert_quantized_within(
     dead = torch.ones(differs.shape[:2], dtype=torch.bool)
     dead[:, :mn] = ~live
     assert not differs[dead].any(), "q: a row that does not exist"
-    return int(differs.sum()) + int((storage_bits(sf) != storage_bits(expected_sf)).sum())
+    count = int(differs.sum())
+    if fmt.power_of_two:
+        count += int((storage_bits(sf) != storage_bits(expected_sf)).sum())
+    return count
 
 
 def _reference_in_poison(

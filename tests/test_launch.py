@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.stream import Stream
+from bench.stream import Stream, function
 from cute_quant import compile, quantize
 from tests.helpers import UE8M0, random_bits
 
@@ -25,7 +25,7 @@ def test_chain_of_dependents(mn, captured):
     """
     k, rounds = 2048, 24
     architecture = compile.architecture(torch.cuda.current_device())
-    stream = compile.function(Stream, architecture, True)
+    stream = function(Stream(True), architecture)
     # The stream kernel halves what it reads: two inputs joined by an exclusive or of zeros.
     inputs = [random_bits((mn, k), torch.bfloat16, seed=i).cuda() for i in range(rounds)]
     sources = []

@@ -8,6 +8,7 @@ residual, x + residual is what gets normalized, and is written.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import cuda.bindings.driver as cuda
@@ -21,7 +22,7 @@ from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.row_kernel import Results, RowKernel
 from cute_quant.kernels.stage import Stage
 from cute_quant.kernels.types import ELEMENT_TYPES
-from cute_quant.specs import LANES, Access, RmsNormSpec
+from cute_quant.specs import LANES, RmsNormSpec
 
 
 class RmsNorm(RowKernel):
@@ -48,7 +49,8 @@ class RmsNorm(RowKernel):
 
         dtype = ELEMENT_TYPES[spec.fmt.dtype]
         mQ = copy.fake_matrix(dtype, (*batch, q_rows, k), spec.access.store_bytes)
-        mWeight = make_fake_tensor(self.weight_dtype, (k,), stride=(1,), assumed_align=nbytes)
+        aligned = max(nbytes, self.weight_dtype.width // 8)
+        mWeight = make_fake_tensor(self.weight_dtype, (k,), stride=(1,), assumed_align=aligned)
         others = matrix(spec.residual), matrix(spec.residual), matrix(spec.normalized)
         numbers = Float32(0), Float32(0)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
@@ -207,7 +209,10 @@ class RmsNorm(RowKernel):
     def load(self, row: cute.Tensor, tile: Int32, lane: Int32, live: Boolean) -> cute.Tensor:
         """A lane's values of a tile, zeros where there are none."""
         tXrX = copy.zeros(self.stage.tile.values_per_thread, row.element_type)
-        copy.load(row, tile, lane, live, tXrX, self.spec.access)
+        # A weight may have wider elements than x.
+        nbytes = max(self.spec.access.load_bytes, row.element_type.width // 8)
+        access = dataclasses.replace(self.spec.access, load_bytes=nbytes)
+        copy.load(row, tile, lane, live, tXrX, access)
         return tXrX
 
     @cute.jit
@@ -215,8 +220,7 @@ class RmsNorm(RowKernel):
         self, values: cute.TensorSSA, row: cute.Tensor, tile: Int32, lane: Int32, live: Boolean
     ):
         """float32 values in x's dtype to a row beside x."""
-        nbytes = self.spec.access.load_bytes
-        access = Access(nbytes, nbytes, self.spec.access.ragged)
+        access = dataclasses.replace(self.spec.access, store_bytes=self.spec.access.load_bytes)
         copy.store(numerics.registers(values.to(self.dtype)), row, tile, lane, live, access)
 
     @cute.jit

@@ -318,6 +318,18 @@ def max_magnitude_f32(a, b):
     )
 
 
+@operation("min.xorsign.abs.f32", "f32", "f32 f32")
+def min_magnitude_f32(a, b):
+    """The smaller magnitude, that of a number if the other is NaN, under the product of the
+    signs."""
+    x, y = np.abs(a), np.abs(b)
+    sign = (a.view(np.uint32) ^ b.view(np.uint32)) & np.uint32(0x80000000)
+    magnitude = np.where(np.isnan(y) | (x < y), x, y).view(np.uint32) | sign
+    return np.where(np.isnan(a) & np.isnan(b), np.uint32(floats.F32.nan), magnitude).view(
+        np.float32
+    )
+
+
 # 9.7.4 Half Precision Floating Point Instructions: f16 and bf16, with subnormals; every NaN result
 # is 0x7FFF.
 
