@@ -177,7 +177,7 @@ def rms_norm(x: torch.Tensor, prologue: RmsNorm) -> torch.Tensor:
         total = total.to(x.dtype).float()
         values = functional.rms_norm(total, x.shape[-1:], weight, prologue.eps)
         vanishes = _root(total.double(), prologue.eps) == 0
-        values = values.where(~vanishes, total / 0.0).to(x.dtype)
+        values = values.where(~vanishes, total / 0.0 * weight).to(x.dtype)
     if prologue.normalized is not None:
         prologue.normalized.view(x.shape).copy_(values)
     return values
@@ -187,9 +187,9 @@ def _root(r: torch.Tensor, eps: float) -> torch.Tensor:
     """The root of the mean square of float64 rows plus `eps`, in the range of a float32 sum of
     squares: beyond the largest it is Inf, below the smallest normal number 0."""
     squares = r.square().sum(-1, keepdim=True)
-    squares = squares.where(squares <= FLOAT32_MAX, torch.inf)
+    squares = squares.masked_fill(squares > FLOAT32_MAX, torch.inf)
     square = squares / r.shape[-1] + eps
-    return square.where(square >= SMALLEST_NORMAL, 0.0).sqrt()
+    return square.masked_fill(square < SMALLEST_NORMAL, 0.0).sqrt()
 
 
 def quantize_into(

@@ -71,6 +71,7 @@ def unfused(total, weight, eps, offset, dtype) -> Bounds:
     factor = weight.float() + offset if offset else weight.float()
     eps = torch.tensor(eps).float().item()
     values = functional.rms_norm(total, total.shape[-1:], factor, eps)
+    values = values.where(bounds.values.isfinite(), bounds.values)
     return in_order(*(t.to(dtype) for t in (values, bounds.low, bounds.high)))
 
 
