@@ -218,6 +218,7 @@ class DeepGemmCasts:
         return self.cast(layer, torch_silu_mul(gate_up), placement)
 
     def cast(self, layer: MoeLayer, x: Tensor, placement: Placement) -> Fp8:
+        # On Blackwell DeepGEMM packs these scales, those of padding too, which have to be sound.
         x = x.where(placement.index[..., None] >= 0, 0)
         use_ue8m0 = layer.scale_format == "ue8m0"
         q, sf = deep_gemm.utils.math.per_token_cast_to_fp8(x.flatten(0, -2), use_ue8m0)
