@@ -39,18 +39,18 @@ class Kernel:
     """One kernel, compiled for one architecture.
 
     Attributes:
-        spec: what it is compiled for.
+        kernel: what is compiled.
         text: its PTX.
         program: what runs; put another one here to plant an error.
         names: of its tensors, as the kernel has them.
     """
 
-    def __init__(self, spec: Spec, arch: str, directory: Path):
-        """`directory` takes what the DSL dumps and must be this kernel's own."""
+    def __init__(self, kernel: Any, arch: str, directory: Path):
+        """`kernel` is as ``compile.build`` takes it; `directory` takes what the DSL dumps and must
+        be this kernel's own."""
         options = ("--keep-ptx", "--keep-cubin", f"--dump-dir {directory}")
-        kernel = compile.kernel(spec)
         compiled = compile.build(kernel, arch, *options)
-        self.spec = spec
+        self.kernel = kernel
         self.text = compiled.__ptx__
         self.program = load(self.text)
         self.names = list(inspect.signature(type(kernel).__call__).parameters)[1:]
@@ -96,7 +96,7 @@ class Kernels:
         # The limit is a constant of the code.
         key = (spec, arch, launch.MAX_GRID_Y)
         if key not in self._kernels:
-            self._kernels[key] = Kernel(spec, arch, self._new_directory())
+            self._kernels[key] = Kernel(compile.kernel(spec), arch, self._new_directory())
         return self._kernels[key]
 
 

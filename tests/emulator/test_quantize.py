@@ -186,7 +186,7 @@ def test_two_rows_a_thread(kernels, arch, mixed):
     gpu = Gpu(kernels, arch, rows_per_thread=2)
     for mn, k in ((1, 32), (5, 544), (12, 1280), (7, 96)):
         check(gpu, special_groups(mn, k, dtype, mn, fmt), fmt, last_padding=False)
-        assert gpu.launched[-1].spec.tile.rows_per_thread == 2
+        assert gpu.launched[-1].kernel.spec.tile.rows_per_thread == 2
 
 
 # Addresses
@@ -216,7 +216,7 @@ def test_every_width_of_access(gpu, mixed):
             x = strided(rows, k // 32 * 32 + 32 + x_stride % 32, x_offset % (2 * widest))
             q_row = k // 32 * 32 + 32 + q_stride % 16
             check(gpu, x, fmt, q_strides=(q_row,), q_offset=q_offset % 32)
-            access = gpu.launched[-1].spec.access
+            access = gpu.launched[-1].kernel.spec.access
             seen |= {("load", access.load_bytes), ("store", access.store_bytes)}
     loads = {("load", dtype.itemsize << i) for i in range(6) if dtype.itemsize << i <= 32}
     assert seen == loads | {("store", 1 << i) for i in range(5)}

@@ -1,0 +1,350 @@
+"""A DeepSeek-style mixture of experts: two grouped GEMMs of DeepGEMM, and what stands before each.
+
+    tokens -> norm + quantize -> GEMM gate_up -> silu * mul + quantize -> GEMM down -> combine
+
+What comes before a GEMM is one kernel of `cute_quant`. `contiguous` lays the tokens of all experts
+into one matrix, as for prefill; `masked` gives each expert room for every token, as for decode.
+Nothing in them waits for the GPU, so a CUDA graph holds all of it, the permutation of tokens too.
+
+    python examples/moe_layer.py
+
+prints errors against a layer in bf16, and times beside unfused quantization. It takes a GPU and
+DeepGEMM, which compiles each of its kernels for some seconds when it is first called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch.nn import functional as F
+
+import cute_quant as cq
+from cute_quant.compile import ARCHITECTURES
+
+try:
+    import deep_gemm
+except ImportError:
+    deep_gemm = None
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 7168, 2048, 32, 8
+TOKENS = (64, 512, 4096)
+EPS = 1e-6
+BLOCK_M = 128
+"""Rows that a masked GEMM may write at once; an expert's room has to be a multiple."""
+
+Fp8 = tuple[Tensor, Tensor]
+"""Values and scales, as DeepGEMM takes an operand."""
+
+
+class MoeLayer(NamedTuple):
+    """Weights: bfloat16, and for the GEMMs FP8 with a scale for each block of 128x128."""
+
+    norm: Tensor  # (hidden,)
+    gate_up: Tensor  # (experts, 2 intermediate, hidden), gates first
+    down: Tensor  # (experts, hidden, intermediate)
+    gate_up_fp8: Fp8
+    down_fp8: Fp8
+    scale_format: str  # of activations
+
+
+class Routing(NamedTuple):
+    """What a router says of each token: (tokens, top_k)."""
+
+    ids: Tensor  # int64, of experts, all different
+    weights: Tensor  # float32
+
+
+class Placement(NamedTuple):
+    """Where routed tokens go: to rows of the GEMMs."""
+
+    index: Tensor  # (M,) or (experts, max_m), int32: the token of each row, -1 if none
+    layout: Tensor  # int32, for DeepGEMM: the expert of each row, (M,), or rows of each, (experts,)
+    rows: cq.Indexed | cq.Masked  # the same for the quantizer
+    places: Tensor  # (tokens, top_k), int64: the row of each routed token
+
+
+# The layer: (tokens, hidden), bfloat16, to the same.
+
+
+def contiguous(layer: MoeLayer, tokens: Tensor, routing: Routing, quantizers: Quantizers) -> Tensor:
+    placement = place_contiguous(routing.ids, len(layer.down))
+    m, gemm = len(placement.index), deep_gemm.m_grouped_fp8_gemm_nt_contiguous
+    a = quantizers.norm(layer, tokens, placement)
+    gate_up = tokens.new_empty(m, layer.gate_up.shape[1])
+    gemm(a, layer.gate_up_fp8, gate_up, placement.layout)
+    a = quantizers.activation(layer, gate_up, placement)
+    down = tokens.new_empty(m, layer.down.shape[1])
+    gemm(a, layer.down_fp8, down, placement.layout)
+    return combine(down, placement, routing)
+
+
+def masked(layer: MoeLayer, tokens: Tensor, routing: Routing, quantizers: Quantizers) -> Tensor:
+    placement = place_masked(routing.ids, len(layer.down))
+    shape, gemm = placement.index.shape, deep_gemm.m_grouped_fp8_gemm_nt_masked
+    expected_m = -(-routing.ids.numel() // len(layer.down))  # on average; it selects a tile
+    a = quantizers.norm(layer, tokens, placement)
+    gate_up = tokens.new_empty(*shape, layer.gate_up.shape[1])
+    gemm(a, layer.gate_up_fp8, gate_up, placement.layout, expected_m)
+    a = quantizers.activation(layer, gate_up, placement)
+    down = tokens.new_empty(*shape, layer.down.shape[1])
+    gemm(a, layer.down_fp8, down, placement.layout, expected_m)
+    return combine(down, placement, routing)
+
+
+def combine(down: Tensor, placement: Placement, routing: Routing) -> Tensor:
+    """The weighted sum of each token's rows. An embedding bag gathers them and adds in float32,
+    all in one kernel, and reads no row without a token."""
+    rows, weights = down.flatten(0, -2), routing.weights.to(down.dtype)
+    return F.embedding_bag(placement.places, rows, per_sample_weights=weights, mode="sum")
+
+
+def bf16(layer: MoeLayer, tokens: Tensor, routing: Routing) -> Tensor:
+    """The layer without quantization, expert by expert."""
+    y = torch_rms_norm(tokens, layer.norm)
+    result = torch.zeros_like(tokens, dtype=torch.float32)
+    for expert, (gate_up, down) in enumerate(zip(layer.gate_up, layer.down, strict=True)):
+        token, choice = (routing.ids == expert).nonzero(as_tuple=True)
+        rows = torch_silu_mul(y[token] @ gate_up.t()) @ down.t()
+        result[token] += rows * routing.weights[token, choice, None]
+    return result.to(tokens.dtype)
+
+
+# Where tokens go. There is room for any routing, since nobody waits to learn of this one.
+
+
+def place_contiguous(ids: Tensor, experts: int) -> Placement:
+    """Rows sorted by expert, those of each padded to DeepGEMM's alignment."""
+    alignment = deep_gemm.utils.layout.get_mk_alignment_for_contiguous_layout()
+    counts, ranks = count(ids, experts)
+    padded = (counts + alignment - 1) // alignment * alignment
+    places = (padded.cumsum(0) - padded)[ids] + ranks
+    most = ids.numel() + min(experts, ids.numel()) * (alignment - 1)
+    m = most // alignment * alignment
+    m_indices = scatter(ids, places, m)
+    return Placement(scatter(tokens_of(ids), places, m), m_indices, cq.Indexed(m_indices), places)
+
+
+def place_masked(ids: Tensor, experts: int) -> Placement:
+    """As many rows for each expert as there are tokens, each of which comes to it at most once."""
+    max_m = -(-len(ids) // BLOCK_M) * BLOCK_M
+    counts, ranks = count(ids, experts)
+    places, masked_m = ids * max_m + ranks, counts.int()
+    index = scatter(tokens_of(ids), places, experts * max_m).view(experts, max_m)
+    return Placement(index, masked_m, cq.Masked(masked_m), places)
+
+
+def count(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """How many come to each expert, (experts,), and of them before each, in the shape of `ids`."""
+    routed = torch.arange(experts, device=ids.device)[:, None] == ids.flatten()
+    ranks = routed.cumsum(1).gather(0, ids.view(1, -1)) - 1
+    return routed.sum(1), ranks.view_as(ids)
+
+
+def tokens_of(ids: Tensor) -> Tensor:
+    return torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+
+
+def scatter(values: Tensor, places: Tensor, size: int) -> Tensor:
+    """(size,), int32: `values` at their places, -1 elsewhere."""
+    result = torch.full((size,), -1, dtype=torch.int32, device=places.device)
+    return result.scatter_(0, places.flatten(), values.flatten().int())
+
+
+# What comes before the GEMMs
+
+
+class Fused:
+    """One kernel each, which skips rows without a token."""
+
+    def __init__(self, rounding: str = "fused"):
+        self.rounding = rounding
+
+    # The routing is given here, so the norm itself can gather, and no row is written twice. Where
+    # an engine computes the routing, it needs normalized rows before it knows an index. It calls
+    # rms_norm_quantize(x, weight, eps, residual, normalized=True) once a token, adding the
+    # residual, and then gathers q and sf: half the bytes of bf16, and what it sends to other GPUs.
+    def norm(self, layer: MoeLayer, tokens: Tensor, placement: Placement) -> Fp8:
+        return cq.rms_norm_quantize(
+            tokens,
+            layer.norm,
+            EPS,
+            scale_format=layer.scale_format,
+            rounding=self.rounding,
+            rows=placement.rows,
+            index=placement.index,
+        )
+
+    def activation(self, layer: MoeLayer, gate_up: Tensor, placement: Placement) -> Fp8:
+        choices = {"scale_format": layer.scale_format, "rounding": self.rounding}
+        return cq.silu_mul_quantize(gate_up, rows=placement.rows, **choices)
+
+
+class Unfused:
+    """torch in bf16, then a kernel that only quantizes. torch knows of no rows to skip: it
+    normalizes each token once, and multiplies all rows there are.
+
+    Args:
+        compile: what to make of torch's functions.
+    """
+
+    def __init__(self, compile: Callable[[Callable], Callable] = lambda function: function):
+        self.rms_norm, self.silu_mul = compile(torch_rms_norm), compile(torch_silu_mul)
+
+    def norm(self, layer: MoeLayer, tokens: Tensor, placement: Placement) -> Fp8:
+        y = self.rms_norm(tokens, layer.norm)
+        choices = {"rows": placement.rows, "index": placement.index}
+        return cq.quantize(y, scale_format=layer.scale_format, **choices)
+
+    def activation(self, layer: MoeLayer, gate_up: Tensor, placement: Placement) -> Fp8:
+        y = self.silu_mul(gate_up)
+        return cq.quantize(y, scale_format=layer.scale_format, rows=placement.rows)
+
+
+class DeepGemmCasts:
+    """torch in bf16, then the cast that DeepGEMM has, in torch too."""
+
+    def norm(self, layer: MoeLayer, tokens: Tensor, placement: Placement) -> Fp8:
+        y = torch_rms_norm(tokens, layer.norm)[placement.index.clamp(min=0)]
+        return self.cast(layer, y, placement)
+
+    def activation(self, layer: MoeLayer, gate_up: Tensor, placement: Placement) -> Fp8:
+        return self.cast(layer, torch_silu_mul(gate_up), placement)
+
+    def cast(self, layer: MoeLayer, x: Tensor, placement: Placement) -> Fp8:
+        # On Blackwell DeepGEMM packs these scales, those of padding too, which have to be sound.
+        x = x.where(placement.index[..., None] >= 0, 0)
+        use_ue8m0 = layer.scale_format == "ue8m0"
+        q, sf = deep_gemm.utils.math.per_token_cast_to_fp8(x.flatten(0, -2), use_ue8m0)
+        return q.view(x.shape), sf.view(*x.shape[:-1], -1)
+
+
+Quantizers = Fused | Unfused | DeepGemmCasts
+
+
+def torch_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, EPS)
+
+
+def torch_silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+# Inputs, errors, times
+
+
+def random_layer(
+    hidden: int, intermediate: int, experts: int, scale_format: str, device: str
+) -> MoeLayer:
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16, device=device)
+
+    def cast(weights: Tensor) -> Fp8:
+        use_ue8m0, per_block = scale_format == "ue8m0", deep_gemm.utils.math.per_block_cast_to_fp8
+        q, sf = zip(*(per_block(w, use_ue8m0) for w in weights), strict=True)
+        return torch.stack(q), torch.stack(sf)
+
+    gate_up = randn(experts, 2 * intermediate, hidden).mul_(hidden**-0.5)
+    down = randn(experts, hidden, intermediate).mul_(intermediate**-0.5)
+    norm = 1 + randn(hidden) / 8
+    return MoeLayer(norm, gate_up, down, cast(gate_up), cast(down), scale_format)
+
+
+def route(scores: Tensor, top_k: int) -> Routing:
+    """The largest of scores (tokens, experts), weighted as DeepSeek does."""
+    weights, ids = scores.sigmoid().topk(top_k)
+    return Routing(ids, weights / weights.sum(-1, keepdim=True))
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """What torch allocates holds NaN, or the largest integer, until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def capture(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of a call, and where it leaves its result; replayed once."""
+    call()  # compiles, which no capture allows
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    graph.replay()
+    return graph, result
+
+
+def milliseconds(graphs: list[torch.cuda.CUDAGraph]) -> list[float]:
+    """Of a replay of each graph: medians of rounds in which they take turns."""
+    replays, times = 10, [[] for _ in graphs]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(7):
+        for graph, rounds in zip(graphs, times, strict=True):
+            start.record()
+            for _ in range(replays):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            rounds.append(start.elapsed_time(end) / replays)
+    return [statistics.median(rounds) for rounds in times]
+
+
+def table_row(forward: Callable, *inputs: object) -> str:
+    """Errors and times of `forward`, one of the two layers, of a layer, tokens and a routing."""
+    expected = bf16(*inputs)
+    with poisoned_memory():
+        ours = forward(*inputs, Fused())
+        others = [forward(*inputs, other) for other in (Fused("unfused"), DeepGemmCasts())]
+    errors = [f"{100 * relative_error(result, expected):.3f} %" for result in (ours, *others)]
+    graph, replayed = capture(lambda: forward(*inputs, Fused()))
+    if not torch.equal(replayed, ours):
+        raise RuntimeError("a replay in clean memory differs from a call in poisoned memory")
+    graphs, note = [graph, capture(lambda: forward(*inputs, Unfused()))[0]], []
+    try:
+        torch.compiler.reset()  # each shape is compiled for itself
+        compiled = Unfused(lambda function: torch.compile(function, dynamic=False))
+        graphs.append(capture(lambda: forward(*inputs, compiled))[0])
+    except torch._dynamo.exc.TorchDynamoException as error:
+        note = [type(error).__name__]
+    times = [f"{time:.3f} ms" for time in milliseconds(graphs)]
+    cells = (str(len(inputs[1])), forward.__name__, *errors, *times, *note)
+    return "".join(f"{cell:>14}" for cell in cells)
+
+
+def main() -> None:
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if capability not in ARCHITECTURES:
+        supported = ", ".join(f"{major}.{minor}" for major, minor in ARCHITECTURES)
+        sys.exit(f"moe_layer: expected a GPU of compute capability {supported}, found {capability}")
+    if deep_gemm is None:
+        sys.exit("moe_layer: expected DeepGEMM (github.com/deepseek-ai/DeepGEMM), not installed")
+    torch.manual_seed(0)
+    scale_format = "float32" if capability[0] == 9 else "ue8m0"
+    layer = random_layer(HIDDEN, INTERMEDIATE, EXPERTS, scale_format, "cuda")
+    print(f"{torch.cuda.get_device_name()}; hidden {HIDDEN}, intermediate {INTERMEDIATE},")
+    print(f"{EXPERTS} experts, {TOP_K} a token; errors against bf16, times of a CUDA graph\n")
+    errors, times = ("fused", "rounded", "DeepGEMM cast"), ("fused", "unfused", "compiled")
+    print("".join(f"{title:>14}" for title in ("tokens", "layout", *errors, *times)))
+    for tokens in TOKENS:
+        x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
+        scores = torch.randn(tokens, EXPERTS, device="cuda") + torch.randn(EXPERTS, device="cuda")
+        for forward in (contiguous, masked):
+            print(table_row(forward, layer, x, route(scores, TOP_K)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
