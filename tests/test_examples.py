@@ -19,7 +19,6 @@ from tests.emulator.host import C_COMPILER
 from tests.emulator.quantizer import Kernel
 from tests.helpers import (
     DIFFERING_SHARE,
-    RELATIVE,
     UE8M0,
     assert_quantized_within,
     assert_same_bits,
@@ -342,7 +341,7 @@ def check_rope(q: torch.Tensor, sf: torch.Tensor, x, cos, sin) -> None:
     products = first * cos, -second * sin, second * cos, first * sin
     exact = torch.cat((products[0] + products[1], products[2] + products[3]), -1).flatten(1)
     sizes = [product.abs() for product in products]
-    error = RELATIVE * torch.cat((sizes[0] + sizes[1], sizes[2] + sizes[3]), -1).flatten(1)
+    error = 2.0**-22 * torch.cat((sizes[0] + sizes[1], sizes[2] + sizes[3]), -1).flatten(1)
     floor = scale_floor(UE8M0, "vllm")
     bounds = exact, exact - error, exact + error
     differing = assert_quantized_within(q, sf, UE8M0, *bounds, floor)
