@@ -201,7 +201,9 @@ def rms_norm_quantize(
     With ``r = x + residual``, or x without one, rows of ``r / sqrt(mean(r^2) + eps) * weight`` are
     quantized as by :func:`quantize`. A NaN in a row of r makes all of the row NaN, and so does
     a row of zeros if `eps` is 0. Over the root mean square of a row that holds Inf all its numbers
-    become 0, and Inf itself NaN, and so its group.
+    become 0, and Inf itself NaN, and so its group. Squares are summed in the range of float32: a
+    sum beyond it is Inf too, and a mean square plus `eps` below 2^-126 is 0. A product with the
+    weight beyond float32 makes its group NaN.
 
     Args:
         x: (..., mn, k), bfloat16, float16 or float32, with strides as for :func:`quantize`. k is at

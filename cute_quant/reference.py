@@ -171,25 +171,26 @@ def rms_norm(x: torch.Tensor, prologue: RmsNorm) -> torch.Tensor:
     if prologue.weight_offset != 0:
         weight = weight + prologue.weight_offset
     if prologue.rounding == FUSED:
-        total = total.double()
-        values = (total / _root(total, prologue.eps) * weight).float()
+        values = _normalized(total, weight, prologue.eps).float()
     else:
         total = total.to(x.dtype).float()
+        exact = _normalized(total, weight, prologue.eps).float()
         values = functional.rms_norm(total, x.shape[-1:], weight, prologue.eps)
-        vanishes = _root(total.double(), prologue.eps) == 0
-        values = values.where(~vanishes, total / 0.0 * weight).to(x.dtype)
+        values = values.where(exact.isfinite(), exact).to(x.dtype)
     if prologue.normalized is not None:
         prologue.normalized.view(x.shape).copy_(values)
     return values
 
 
-def _root(r: torch.Tensor, eps: float) -> torch.Tensor:
-    """The root of the mean square of float64 rows plus `eps`, in the range of a float32 sum of
-    squares: beyond the largest it is Inf, below the smallest normal number 0."""
-    squares = r.square().sum(-1, keepdim=True)
-    squares = squares.masked_fill(squares > FLOAT32_MAX, torch.inf)
-    square = squares / r.shape[-1] + eps
-    return square.masked_fill(square < SMALLEST_NORMAL, 0.0).sqrt()
+def _normalized(r: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Rows over the root of their mean square plus `eps`, times `weight`, in float64 but in the
+    range of float32: products with the weight and sums of squares beyond it are Inf, and what is
+    below its normal numbers has no root but 0."""
+    products = (r * weight).double()
+    products = products.where(products.isinf(), r.double() * weight)
+    squares = r.double().square().sum(-1, keepdim=True)
+    square = squares.masked_fill(squares > FLOAT32_MAX, torch.inf) / r.shape[-1] + eps
+    return products / square.masked_fill(square < SMALLEST_NORMAL, 0.0).sqrt()
 
 
 def quantize_into(

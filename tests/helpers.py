@@ -170,12 +170,14 @@ def assert_quantized_as(
     floor: int | float,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    share: float = DIFFERING_SHARE,
 ) -> None:
-    """Check every byte: on the CPU exactly, on a GPU as :func:`assert_quantized_within`."""
+    """Check every byte: on the CPU exactly, on a GPU as :func:`assert_quantized_within`, with no
+    more than a `share` that differs."""
     if q.is_cpu:
         bounds = Bounds(*[bounds.values] * 3)
     count = assert_quantized_within(q, sf, fmt, *bounds, floor, rows, index)
-    assert count <= (0 if q.is_cpu else 2 + DIFFERING_SHARE * q.numel())
+    assert count <= (0 if q.is_cpu else 2 + share * q.numel())
 
 
 def assert_quantized_within(

@@ -41,6 +41,8 @@ both_roundings = pytest.mark.parametrize("rounding", ["fused", "unfused"])
 RELATIVE = 15 * 2.0**-24
 """Of the square root of a sum that is 16 additions deep, an approximation and 5 roundings."""
 
+LARGEST = np.finfo(np.float32).max
+
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -52,13 +54,17 @@ def fused(total, weight, eps, offset) -> Bounds:
     with np.errstate(all="ignore"):
         r = total.numpy().astype(np.longdouble)
         squares = (r * r).sum(-1, keepdims=True)
-        squares = np.where(squares > np.finfo(np.float32).max, np.inf, squares)
+        squares = np.where(squares > LARGEST, np.inf, squares)
         mean = squares / r.shape[-1] + np.longdouble(np.float32(eps))
         mean = np.where(mean < np.finfo(np.float32).tiny, 0, mean)
         factor = weight.float().numpy()
         factor = factor + np.float32(offset) if offset else factor
-        exact = r / np.sqrt(mean) * factor.astype(np.longdouble)
-        error = np.abs(exact) * RELATIVE + 2.0**-126
+        products = r * factor.astype(np.longdouble)
+        products = np.where(np.abs(products) > LARGEST, np.sign(products) * np.inf, products)
+        exact = products / np.sqrt(mean)
+        # A product below the normal numbers is rounded to a multiple of the smallest.
+        error = np.abs(exact) * RELATIVE + 2.0**-149 / np.sqrt(mean) + 2.0**-126
+        error = np.where(np.isfinite(exact), error, 0)
         values = torch.from_numpy(exact.astype(np.float32))
         low, high = (torch.from_numpy((exact + e).astype(np.float64)) for e in (-error, error))
     return in_order(values, low, high)
