@@ -18,7 +18,7 @@ from cute_quant.kernels.params import Params
 from cute_quant.kernels.stage import Scales, Stage, round_up
 from cute_quant.kernels.types import ELEMENT_TYPES
 from cute_quant.launch import MAX_GRID_Y, MAX_GRID_Z
-from cute_quant.specs import Spec
+from cute_quant.specs import DOWN, Spec
 
 
 class Results(Params):
@@ -71,6 +71,11 @@ class RowKernel:
         """Of k."""
         tile = self.stage.tile
         return 1 if self.spec.access.ragged else tile.values_per_thread * tile.rows_per_thread
+
+    def place(self) -> tuple:
+        """Which of the CTAs beside each other, and which of those below each other."""
+        x, y, _ = cute.arch.block_idx()
+        return (y, x) if const_expr(self.stage.tile.cta_order == DOWN) else (x, y)
 
     def batch(self) -> tuple:
         """Leading dimensions of the results, symbolic."""
@@ -127,6 +132,9 @@ class RowKernel:
         elif const_expr(domain.batched):
             depth = mQ.shape[0]
         columns, block, bounds = self.columns(k)
+        grid = [columns, cutlass.min(ctas, MAX_GRID_Y)]
+        if const_expr(stage.tile.cta_order == DOWN):
+            grid.reverse()
         self.kernel(
             stage.limit(floor),
             inputs,
@@ -137,7 +145,7 @@ class RowKernel:
             row_tiles,
             slots,
         ).launch(
-            grid=[columns, cutlass.min(ctas, MAX_GRID_Y), cutlass.min(depth, MAX_GRID_Z)],
+            grid=[*grid, cutlass.min(depth, MAX_GRID_Z)],
             block=block,
             **bounds,
             stream=stream,
@@ -159,8 +167,10 @@ class RowKernel:
         domain = self.spec.domain
         if const_expr(self.spec.pdl):
             cute.arch.griddepcontrol_launch_dependents()
-        _, y, z = cute.arch.block_idx()
-        _, ctas, depth = cute.arch.grid_dim()
+        _, y = self.place()
+        _, _, z = cute.arch.block_idx()
+        *across, depth = cute.arch.grid_dim()
+        ctas = across[0 if self.stage.tile.cta_order == DOWN else 1]
         if const_expr(self.spec.pdl):
             cute.arch.griddepcontrol_wait()
         common = mCounts, mIndex, alignment, limit
