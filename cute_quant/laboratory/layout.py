@@ -93,8 +93,8 @@ def _words(layout: Layout) -> list[tuple[str, str]]:
     values = tile.values_per_thread
     widest = make_layout(layout.fmt, layout.dtype, values_per_thread=values).access.load_bytes
     return [
-        ("values", f"{lanes} threads × {values} values"),
-        ("warps", f"{tile.row_warps} × {tile.column_warps} warps"),
+        ("values", f"{lanes} threads x {values} values"),
+        ("warps", f"{tile.row_warps} x {tile.column_warps} warps"),
         ("rows", f"rows a thread: {tile.rows_per_thread}"),
         ("warp order", f"warps {tile.warp_order} first"),
         ("CTA order", f"CTAs {tile.cta_order} first"),

@@ -195,7 +195,7 @@ def scale_picture(layout: Layout, scales: list[ScaleByte], mn: int, k: int) -> D
             MARGIN,
             62,
             f"The first CTA writes rows 0 … {layout.tile.rows - 1}, groups 0 … "
-            f"{layout.cta_columns // fmt.group_size - 1}: framed. Left of each: its byte in memory.",
+            f"{layout.cta_columns // fmt.group_size - 1}: framed. Left of each: its byte of sf.",
             12,
             colour="muted",
         ),
