@@ -40,11 +40,14 @@ def summary(layout: Layout) -> str:
     values, rows = tile.values_per_thread, tile.rows_per_thread
     nbytes = values * layout.dtype.itemsize
     offsets = [1 << i for i in range(lanes.bit_length() - 1)]
-    shuffles = f"shuffles over {', '.join(map(str, offsets))} lanes" if offsets else "no shuffle"
+    of_group = f"{lanes} threads share a group of {layout.fmt.group_size} and shuffle by "
+    of_group += ", ".join(map(str, offsets))
+    if not offsets:
+        of_group = f"it has a group of {layout.fmt.group_size} to itself and shuffles nothing"
     of_rows = "" if rows == 1 else f" of each of {rows} rows"
     return (
-        f"A thread holds {values} neighbours ({nbytes} bytes){of_rows}; {lanes} threads share a "
-        f"group of {layout.fmt.group_size}: {shuffles}. A warp has {tile.columns} columns."
+        f"A thread holds {values} neighbours ({nbytes} bytes){of_rows}; {of_group}. "
+        f"A warp has {tile.columns} columns."
     )
 
 
@@ -85,7 +88,7 @@ def tile_picture(layout: Layout, threads: list[Thread]) -> Drawing:
             drawing.add(Box(x, top, width, ROW - 2, _colour(group, t.lane), "line", data))
             step = layout.access.load_bytes // layout.dtype.itemsize
             for tick in range(step, s.values, step):
-                drawing.add(Box(x + tick * cell - 0.5, top + ROW - 8, 1, 6, "ink"))
+                drawing.add(Box(x + tick * cell - 0.5, top + ROW - 6, 1, 4, "ink"))
             label = f"{t.warp}:{t.lane}" if width > 26 else str(t.lane)
             size = 11 if width > 18 else 8
             drawing.add(Words(x + width / 2, top + 15, label, size, "middle"))
@@ -151,7 +154,8 @@ def _strips(drawing: Drawing, requests: list[Request], lanes_per_group: int, y: 
         for lane, (first, last) in enumerate(request.ranges):
             x, width = left + first * scale, (last - first) * scale
             fill = _colour(lane // lanes_per_group, lane)
-            drawing.add(Box(x, y, width, STRIP - 4, fill, "line", {"l": lane}))
+            stroke = "line" if width > 6 else None
+            drawing.add(Box(x, y, width, STRIP - 4, fill, stroke, {"l": lane}))
             if width > 12:
                 drawing.add(Words(x + width / 2, y + 13, str(lane), 9, "middle"))
         note = f"{len(request.sectors)} sectors, {request.efficiency:.0%} used"

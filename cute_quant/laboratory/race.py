@@ -17,6 +17,10 @@ DEVICE = "cuda"
 POISON = 0xA5
 
 
+class WrongResultError(RuntimeError):
+    """A layout does not give the default's results."""
+
+
 @dataclass(frozen=True)
 class Time:
     """Of a call, in seconds.
@@ -62,7 +66,7 @@ class Track:
     def time(self, layout: Layout) -> Time:
         """Raises:
         ValueError: the layout does not take the shape.
-        RuntimeError: its results are not the default's.
+        WrongResultError: its results are not the default's.
         """
         check_shape(layout, self.mn, self.k)
         calls = self._calls(layout)
@@ -70,7 +74,7 @@ class Track:
             for name, t, bits in zip(("values", "scales"), got, expected, strict=True):
                 wrong = int((_bits(t) != bits).sum())
                 if wrong:
-                    raise RuntimeError(
+                    raise WrongResultError(
                         f"{layout.name}: {wrong} bytes of the {name} of an ({self.mn}, {self.k}) "
                         f"input differ from the default's"
                     )

@@ -79,7 +79,7 @@ def sweep(
         for track in tracks:
             try:
                 time = track.time(trial.layout)
-            except (RuntimeError, ValueError) as error:
+            except (race.WrongResultError, ValueError) as error:
                 trial.failure = str(error)
                 break
             trial.ratios[track.mn, track.k] = time.ratio
