@@ -31,9 +31,9 @@ ORDERS = (DOWN, ALONG)
 """Whether the next one has the next rows of the same columns, or the next columns of the same
 rows, until there are no more."""
 
-LOAD_HINTS = ("no_allocate", "evict_first", "streaming", "prefetch_256")
-"""What a load may say of its data: not to keep it in the L1 cache, to give it up there first, to
-give it up first in both caches, or to fetch 256 bytes to the L2 cache."""
+LOAD_HINTS = ("no_allocate", "streaming", "prefetch_256")
+"""What a load may say of its data: not to keep it in the L1 cache, to give it up first, or to fetch
+256 bytes to the L2 cache."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,11 @@ class Tile:
         Args:
             fmt: of the results.
             dtype: of x.
-            access: to the addresses of x and q.
+            access: to the addresses of x and q, if that is known.
 
         Raises:
             ValueError: it does not, with the rule that is broken.
         """
-        access = WIDEST if access is None else access
         values, rows, size = self.values_per_thread, self.rows_per_thread, fmt.group_size
         _require(
             _power_of_two(values) and values >= MIN_VALUES,
@@ -134,12 +133,13 @@ class Tile:
             f"values_per_thread, rows_per_thread: expected at most {MAX_THREAD_BYTES} bytes of x "
             f"in the registers of a thread, got {values} * {rows} values, {held} bytes",
         )
-        _check_width("load_bytes", access.load_bytes, dtype.itemsize, values, "x")
-        _check_width("store_bytes", access.store_bytes, fmt.dtype.itemsize, values, "q")
-        _require(
-            access.load_hint is None or access.load_hint in LOAD_HINTS,
-            f"load_hint: expected None or one of {LOAD_HINTS}, got {access.load_hint!r}",
-        )
+        if access is not None:
+            _check_width("load_bytes", access.load_bytes, dtype.itemsize, values, "x")
+            _check_width("store_bytes", access.store_bytes, fmt.dtype.itemsize, values, "q")
+            _require(
+                access.load_hint is None or access.load_hint in LOAD_HINTS,
+                f"load_hint: expected None or one of {LOAD_HINTS}, got {access.load_hint!r}",
+            )
 
 
 DEFAULT_TILE = Tile()

@@ -5,6 +5,7 @@ import torch
 
 from cute_quant import reference
 from cute_quant.formats import DEFAULT_MIN_SCALE, WHOLE_ROW, make_format, scale_floor
+from cute_quant.laboratory.machine_code import machine_code
 from cute_quant.specs import ALONG, DOWN, LOAD_HINTS, Access, Domain, QuantizeSpec, Tile
 from tests.emulator.cases import ARCHITECTURES, assert_same_storage, special_groups
 from tests.emulator.host import C_COMPILER
@@ -68,6 +69,18 @@ def test_every_byte(kernels, arch, choices):
     tile, fmt, dtype, access = choices
     for mn, groups in ((1, 8), (5, 40), (33, 24)):
         check(kernels, arch, tile, fmt, dtype, access, mn, fmt.group_size * groups)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_hints_are_in_the_machine_code(arch):
+    modifiers = {None: "", "no_allocate": "NA", "streaming": "EF", "prefetch_256": "LTC256B"}
+    assert set(modifiers) == {None, *LOAD_HINTS}
+    plain = machine_code(QuantizeSpec(BF16, UE8M0), arch)
+    for hint, modifier in modifiers.items():
+        code = machine_code(QuantizeSpec(BF16, UE8M0, access=Access(load_hint=hint)), arch)
+        for op, usual in zip(code.opcodes, plain.opcodes, strict=True):
+            added = set(op.split(".")) - set(usual.split("."))
+            assert added == ({modifier} if op.startswith("LDG") and modifier else set())
 
 
 @pytest.mark.parametrize("fmt", [UE8M0, FLOAT32, ROW_MAJOR])

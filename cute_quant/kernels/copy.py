@@ -10,7 +10,6 @@ from cute_quant.specs import LANES, Access
 
 HINTS = {
     "no_allocate": {"l1c_evict_priority": cute.nvgpu.CacheEvictionPriority.NO_ALLOCATE},
-    "evict_first": {"l1c_evict_priority": cute.nvgpu.CacheEvictionPriority.EVICT_FIRST},
     "streaming": {"load_cache_mode": cute.nvgpu.LoadCacheMode.STREAMING},
     "prefetch_256": {"l2_prefetch_size": cute.nvgpu.L2PrefetchSize.SIZE_256B},
 }
