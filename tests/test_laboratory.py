@@ -10,7 +10,16 @@ import torch
 
 from cute_quant import laboratory
 from cute_quant.formats import make_format
-from cute_quant.laboratory import assignment, cli, draw, examine, make_layout, pictures, report
+from cute_quant.laboratory import (
+    assignment,
+    binary_utilities,
+    cli,
+    draw,
+    examine,
+    make_layout,
+    pictures,
+    report,
+)
 from cute_quant.laboratory.examination import ELEMENTS
 from cute_quant.laboratory.layout import around_the_default
 from cute_quant.laboratory.machine_code import GPUS, MachineCode, machine_code
@@ -322,6 +331,18 @@ def test_sweep_and_report(capsys, tmp_path, monkeypatch):
         "| 4 threads x 32 values",
         "| rows a thread: 8",
     ]
+
+
+def test_without_a_disassembler(capsys, monkeypatch):
+    def missing(tool, *arguments):
+        raise FileNotFoundError(f"{tool}: not found; pip install nvidia-cuda-{tool}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(binary_utilities, "run", missing)
+    machine_code.cache_clear()
+    examine.cache_clear()
+    assert cli.main(["try"]) == 2
+    assert "nvdisasm: not found; pip install nvidia-cuda-nvdisasm" in capsys.readouterr().err
 
 
 def test_the_public_names():

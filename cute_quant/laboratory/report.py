@@ -144,8 +144,8 @@ def plot(trials: Sequence[Trial], source: str) -> Drawing:
         drawing.add(Words(PLOT_LABEL - 14, y + 12, t.layout.name, 12, "end"))
         for i, shape in enumerate(shapes):
             if shape in t.ratios:
-                at = place(t.ratios[shape])
-                drawing.add(Box(at - 5, y + 3, 10, 10, f"b{i % 4}", "ink"))
+                at, top = place(t.ratios[shape]), y + PLOT_ROW * (i + 0.5) / len(shapes) - 7
+                drawing.add(Box(at - 4, top, 8, 8, f"b{i % 4}", "ink"))
                 if t.ratios[shape] > highest:
-                    drawing.add(Words(at - 10, y + 12, f"{t.ratios[shape]:.1f}", 11, "end"))
+                    drawing.add(Words(at - 8, top + 8, f"{t.ratios[shape]:.1f}", 9, "end"))
     return drawing

@@ -59,11 +59,14 @@ def sweep(
     """Try layouts of one format and dtype.
 
     Times are taken where there is a GPU, and only of layouts whose results are the default's to
-    the bit. Without NVIDIA's disassembler `Trial.code` stays empty.
+    the bit. Where there is one, but not NVIDIA's disassembler, `Trial.code` stays empty.
 
     Args:
         shapes: (mn, k) of inputs to time.
         progress: called before each layout, and at the end.
+
+    Raises:
+        FileNotFoundError: there is neither a GPU nor the disassembler.
     """
     trials = [Trial(layout) for layout in layouts]
     tracks = []
@@ -75,6 +78,8 @@ def sweep(
         try:
             trial.examine()
         except FileNotFoundError:
+            if not tracks:
+                raise
             trial.code.clear()
         for track in tracks:
             try:
