@@ -12,7 +12,7 @@ BAR = 24
 WORST = 2.0
 """Ratios beyond this one end at the edge of the plot."""
 
-PLOT_WIDTH, PLOT_LABEL, PLOT_ROW, PLOT_HEADER = 1000, 330, 22, 84
+PLOT_WIDTH, PLOT_LABEL, PLOT_ROW, PLOT_HEADER = 1000, 330, 28, 84
 
 
 def columns(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
@@ -130,22 +130,23 @@ def plot(trials: Sequence[Trial], source: str) -> Drawing:
     for i, (mn, k) in enumerate(shapes):
         drawing.add(Box(x, 30, 10, 10, f"b{i % 4}", "ink"), Words(x + 16, 40, f"{mn} x {k}", 12))
         x += 110
+    for row in range(1, len(trials), 2):
+        drawing.add(Box(8, PLOT_HEADER + row * PLOT_ROW, PLOT_WIDTH - 16, PLOT_ROW, "faint"))
     tick = -(-lowest // 0.1) * 0.1
     while tick <= highest + 1e-9:
-        strong = abs(tick - 1) < 1e-9
-        height = drawing.height - PLOT_HEADER
+        colour = "ink" if abs(tick - 1) < 1e-9 else "b0"
         drawing.add(
-            Box(place(tick), PLOT_HEADER - 8, 1, height, "ink" if strong else "faint"),
-            Words(place(tick), PLOT_HEADER - 12, f"{tick:.1f}", 11, "middle", "muted"),
+            Box(place(tick), PLOT_HEADER, 1, PLOT_ROW * len(trials), colour),
+            Words(place(tick), PLOT_HEADER - 8, f"{tick:.1f}", 11, "middle", "muted"),
         )
         tick += 0.1
     for row, t in enumerate(trials):
-        y = PLOT_HEADER + row * PLOT_ROW
-        drawing.add(Words(PLOT_LABEL - 14, y + 12, t.layout.name, 12, "end"))
+        middle = PLOT_HEADER + (row + 0.5) * PLOT_ROW
+        drawing.add(Words(PLOT_LABEL - 14, middle + 4, t.layout.name, 12, "end"))
         for i, shape in enumerate(shapes):
             if shape in t.ratios:
-                at, top = place(t.ratios[shape]), y + PLOT_ROW * (i + 0.5) / len(shapes) - 7
-                drawing.add(Box(at - 4, top, 8, 8, f"b{i % 4}", "ink"))
+                at, y = place(t.ratios[shape]), middle + 7 * (i - (len(shapes) - 1) / 2)
+                drawing.add(Box(at - 3.5, y - 3.5, 7, 7, f"b{i % 4}", "ink"))
                 if t.ratios[shape] > highest:
-                    drawing.add(Words(at - 8, top + 8, f"{t.ratios[shape]:.1f}", 9, "end"))
+                    drawing.add(Words(at - 8, y + 3.5, f"{t.ratios[shape]:.1f}", 9, "end"))
     return drawing
