@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
-from bench import environment, host, report, shapes, timing
+from bench import environment, host, report, shapes
 from bench.names import CUTE_QUANT, LAUNCHES
 from bench.problem import Problem
 from bench.providers import NAMES, Provider, create, first_line
 from bench.results import Result, Results, machine_lines
 from bench.shapes import positive_numbers
+from cute_quant.laboratory import timing
 
 DEFAULT_OUTPUT = Path("build/bench")
 

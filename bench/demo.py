@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 import cute_quant as cq
-from bench import timing
+from cute_quant.laboratory import timing
 
 ACTIVATIONS = Path(__file__).parent / "data" / "activations.safetensors"
 THROUGHPUT_ROWS = 16384
@@ -76,8 +76,8 @@ def throughput(x: torch.Tensor) -> None:
 
 
 def show_machine_code() -> None:
-    from bench.sass import machine_code
     from cute_quant.formats import make_format
+    from cute_quant.laboratory.machine_code import machine_code
     from cute_quant.specs import QuantizeSpec
 
     print("\nno GPU here: the kernel for SM100 (Blackwell), compiled on this machine")

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import environment, stream, timing
+from bench import environment, stream
 from bench.problem import FLOAT32, POISON, UE8M0
 from bench.shapes import MAIN_COLUMN
 from cute_quant import (
@@ -39,6 +39,7 @@ from cute_quant import (
     reference,
 )
 from cute_quant.formats import Format, make_format
+from cute_quant.laboratory import timing
 
 EXPERTS = ((32, 1024), (256, 4096))
 """Experts of a GPU and rows that each has memory for: when decoding, and when prefilling."""

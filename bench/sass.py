@@ -16,20 +16,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
-import re
-import tempfile
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from bench import binary_utilities
 from bench.stream import Stream
-from cute_quant.compile import ARCHITECTURES, build, kernel
+from cute_quant.compile import ARCHITECTURES
 from cute_quant.formats import make_format
+from cute_quant.laboratory.machine_code import GPUS, Gpu, MachineCode, disassemble, machine_code
 from cute_quant.launch import TWO_ROWS
 from cute_quant.specs import (
     DEFAULT_TILE,
@@ -41,96 +36,12 @@ from cute_quant.specs import (
     Tile,
 )
 
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)(.*?);", re.M)
-RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
-
 ELEMENTS_PER_WARP = 32 * 16
 BYTES_PER_WARP = ELEMENTS_PER_WARP * 3 + ELEMENTS_PER_WARP // 128
 """Of the quantizer, for a row."""
-SCHEDULERS_PER_SM = 4
 
 WIDTH = 100
 INDENT = " " * 4
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What a GPU of an architecture can do, from its data sheet.
-
-    Attributes:
-        clock: cycles a second under load.
-        bandwidth: bytes a second from and to memory.
-    """
-
-    name: str
-    sms: int
-    clock: float
-    bandwidth: float
-
-    @property
-    def issue_budget(self) -> int:
-        """Instructions that a warp may issue for 512 elements in the time their bytes take."""
-        return self.issue_slots(BYTES_PER_WARP)
-
-    def issue_slots(self, nbytes: int) -> int:
-        """Instructions that a warp may issue in the time that so many bytes take."""
-        warps = self.bandwidth / nbytes
-        return round(self.sms * SCHEDULERS_PER_SM * self.clock / warps)
-
-
-GPUS = {
-    "sm_100a": Gpu("B200", sms=148, clock=1.9e9, bandwidth=7.67e12),
-}
-
-
-@dataclass(frozen=True)
-class MachineCode:
-    """Disassembly of one kernel.
-
-    Attributes:
-        opcodes: mnemonics with modifiers, in order, padding left out.
-        text: the listing.
-        registers: a thread.
-        stack: bytes a thread; spilled registers live there.
-        shared: bytes a CTA.
-    """
-
-    opcodes: tuple[str, ...]
-    text: str
-    registers: int
-    stack: int
-    shared: int
-
-    def count(self, *prefixes: str) -> int:
-        """Instructions whose mnemonic is a prefix or goes on after it with a dot."""
-        return sum(
-            op == prefix or op.startswith(prefix + ".")
-            for op in self.opcodes
-            for prefix in prefixes
-        )
-
-
-@functools.cache
-def machine_code(spec: Spec | Stream, arch: str) -> MachineCode:
-    """Compile the kernel of `spec` for `arch` and disassemble it."""
-    made = spec if isinstance(spec, Stream) else kernel(spec)
-    with tempfile.TemporaryDirectory() as directory:
-        compiled = build(made, arch, "--keep-cubin", f"--dump-dir {directory}")
-        cubin = Path(directory) / "kernel.cubin"
-        cubin.write_bytes(compiled.__cubin__)
-        text = binary_utilities.run("nvdisasm", "-c", cubin)
-        usage = binary_utilities.run("cuobjdump", "--dump-resource-usage", cubin)
-    resources = dict(RESOURCE.findall(usage))
-    opcodes = [op for op, _ in INSTRUCTION.findall(text)]
-    while opcodes[-1] == "NOP" or opcodes[-1] == "BRA":  # what pads the end to a cache line
-        opcodes.pop()
-    return MachineCode(
-        tuple(opcodes),
-        text,
-        int(resources["REG"]),
-        int(resources["STACK"]),
-        int(resources["SHARED"]),
-    )
 
 
 def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
@@ -204,7 +115,7 @@ def report(
     count = len(code.opcodes)
     share = ""
     if gpu:
-        budget = gpu.issue_slots(rows * nbytes)
+        budget = gpu.issue_budget(rows * nbytes)
         share = f"{count / budget:4.0%} of {gpu.name}'s {budget}"
     spills = code.count("LDL", "STL")
     memory = _counted(op for op in code.opcodes if op.startswith(("LDG", "STG", "LDS", "STS")))
@@ -237,7 +148,8 @@ def main() -> None:
         print(f"\n{name}")
         same: dict[MachineCode, list[str]] = {}
         for arch in ARCHITECTURES.values():
-            code = machine_code(spec, arch)
+            made = isinstance(spec, Stream)
+            code = disassemble(spec, arch) if made else machine_code(spec, arch)
             same.setdefault(dataclasses.replace(code, text=""), []).append(arch)
         for code, architectures in same.items():
             gpu = GPUS.get(architectures[0])

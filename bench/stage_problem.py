@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from bench import timing
 from bench.problem import POISON, UE8M0, sampled_rows
 from bench.shapes import QUANTIZE_ALONE, RMS_NORM_QUANTIZE, SILU_MUL_QUANTIZE, Operation
 from cute_quant import reference
 from cute_quant.formats import DEFAULT_MIN_SCALE, E4M3_MAX, VALUE_DTYPE, scale_floor
+from cute_quant.laboratory import timing
 from cute_quant.prologues import FUSED, make_rms_norm, make_silu_mul
 
 EPS = 1e-6

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
-from bench import stream, timing
+from bench import stream
 from bench.names import (
     COMPILED,
     CUTE_QUANT,
@@ -42,6 +42,7 @@ from bench.stage_problem import (
     StageProblem,
 )
 from cute_quant import compile, launch, quantize, rms_norm_quantize, silu_mul_quantize
+from cute_quant.laboratory import timing
 from cute_quant.specs import Domain, QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec, Tile
 
 COMPILED_ROWS = 4096

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from bench import environment, stage_providers, stage_report, timing
+from bench import environment, stage_providers, stage_report
 from bench.providers import first_line
 from bench.results import Result, Results, machine_lines
 from bench.shapes import (
@@ -33,6 +33,7 @@ from bench.shapes import (
     positive_numbers,
 )
 from bench.stage_problem import StageProblem
+from cute_quant.laboratory import timing
 
 DEFAULT_OUTPUT = Path("build/bench-stages")
 

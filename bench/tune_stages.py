@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bench import environment, timing
+from bench import environment
 from bench.names import LAUNCHES, PDL, STREAM
 from bench.problem import UE8M0
 from bench.providers import first_line
@@ -31,6 +31,7 @@ from bench.shapes import (
 from bench.stage_problem import FLOAT32_ERROR, StageProblem
 from bench.stage_providers import Ceiling, bind_spec, default_spec, norm_spec
 from cute_quant.formats import ceil_div
+from cute_quant.laboratory import timing
 from cute_quant.launch import MAX_GRID_Y, MAX_WARPS
 from cute_quant.specs import DEFAULT_TILE, Domain, RmsNormSpec, SiluMulSpec, Spec, Tile
 

@@ -17,6 +17,24 @@ from cute_quant.rows import DENSE, Indexed, Masked, PrefixSum
 LANES = 32
 """Threads of a warp."""
 
+MIN_VALUES = 4
+"""Of a thread, whose 8-bit results fill a register."""
+
+MAX_THREADS = 1024
+"""Of a CTA."""
+
+MAX_THREAD_BYTES = 512
+"""Of x that a thread holds: half of its 255 registers, so that there is room for the rest."""
+
+DOWN, ALONG = "down", "along"
+ORDERS = (DOWN, ALONG)
+"""Whether the next one has the next rows of the same columns, or the next columns of the same
+rows, until there are no more."""
+
+LOAD_HINTS = ("no_allocate", "streaming", "prefetch_256")
+"""What a load may say of its data: not to keep it in the L1 cache, to give it up first, or to fetch
+256 bytes to the L2 cache."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -27,11 +45,17 @@ class Tile:
         row_warps: warps below each other, each with rows of its own.
         rows_per_thread: rows whose loads are in flight at once, up to the lanes of a group; as
             many lanes write their scales at once. k has to be a multiple of what these hold.
+        column_warps: warps beside each other, each with columns of its own.
+        warp_order: one of ``ORDERS``, the way in which warps of a CTA follow each other.
+        cta_order: the way in which CTAs do.
     """
 
     values_per_thread: int = 16
     row_warps: int = 4
     rows_per_thread: int = 1
+    column_warps: int = 1
+    warp_order: str = DOWN
+    cta_order: str = ALONG
 
     @property
     def columns(self) -> int:
@@ -51,9 +75,76 @@ class Tile:
         """Groups of a warp."""
         return LANES // self.lanes_per_group(group_size)
 
+    def check(self, fmt: Format, dtype: torch.dtype, access: Access | None = None) -> None:
+        """Whether a kernel of this tile keeps the contract.
+
+        Args:
+            fmt: of the results.
+            dtype: of x.
+            access: to the addresses of x and q, if that is known.
+
+        Raises:
+            ValueError: it does not, with the rule that is broken.
+        """
+        values, rows, size = self.values_per_thread, self.rows_per_thread, fmt.group_size
+        _require(
+            _power_of_two(values) and values >= MIN_VALUES,
+            f"values_per_thread: expected a power of two from {MIN_VALUES} on, whose 8-bit results "
+            f"fill registers, got {values}",
+        )
+        for name in ("row_warps", "column_warps", "rows_per_thread"):
+            count = getattr(self, name)
+            _require(count >= 1, f"{name}: expected at least 1, got {count}")
+        for name in ("warp_order", "cta_order"):
+            order = getattr(self, name)
+            _require(order in ORDERS, f"{name}: expected one of {ORDERS}, got {order!r}")
+        threads = LANES * self.row_warps * self.column_warps
+        _require(
+            threads <= MAX_THREADS,
+            f"row_warps, column_warps: expected at most {MAX_THREADS} threads in a CTA, got "
+            f"{self.row_warps} * {self.column_warps} warps, {threads} threads",
+        )
+        if size == WHOLE_ROW:
+            _require(
+                rows == self.column_warps == 1,
+                f"rows_per_thread, column_warps: expected 1 and 1, a row being one group that a "
+                f"warp goes over alone, got {rows} and {self.column_warps}",
+            )
+        else:
+            _require(
+                size % values == 0,
+                f"values_per_thread: expected a divisor of group_size {size}, a thread having one "
+                f"scale, got {values}",
+            )
+            lanes = self.lanes_per_group(size)
+            _require(
+                lanes <= LANES,
+                f"values_per_thread: expected at least {size // LANES} for group_size {size}, a "
+                f"group lying in a warp of {LANES} lanes, got {values}, {lanes} lanes",
+            )
+            _require(
+                rows <= lanes,
+                f"rows_per_thread: expected at most {lanes}, the lanes of a group, each of which "
+                f"writes the scale of a row, got {rows}",
+            )
+        held = values * rows * dtype.itemsize
+        _require(
+            held <= MAX_THREAD_BYTES,
+            f"values_per_thread, rows_per_thread: expected at most {MAX_THREAD_BYTES} bytes of x "
+            f"in the registers of a thread, got {values} * {rows} values, {held} bytes",
+        )
+        if access is not None:
+            _check_width("load_bytes", access.load_bytes, dtype.itemsize, values, "x")
+            _check_width("store_bytes", access.store_bytes, fmt.dtype.itemsize, values, "q")
+            _require(
+                access.load_hint is None or access.load_hint in LOAD_HINTS,
+                f"load_hint: expected None or one of {LOAD_HINTS}, got {access.load_hint!r}",
+            )
+
 
 DEFAULT_TILE = Tile()
-ONE_ROW = Tile(row_warps=1)
+ONE_ROW = Tile(row_warps=1, cta_order=DOWN)
+"""Of a kernel whose CTAs have whole rows, of which the first dimension of a grid counts more."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +156,35 @@ class Access:
             the input starts at a multiple of.
         store_bytes: the same for the output, up to 16, or 32 if its elements are x's.
         ragged: whether a row may end within a thread's values.
+        load_hint: one of ``LOAD_HINTS``.
     """
 
     load_bytes: int = LOAD_BYTES
     store_bytes: int = STORE_BYTES
     ragged: bool = False
+    load_hint: str | None = None
 
 
 WIDEST = Access()
+
+
+def _check_width(name: str, nbytes: int, itemsize: int, values: int, operand: str) -> None:
+    most = min(values * itemsize, LOAD_BYTES)
+    _require(
+        _power_of_two(nbytes) and itemsize <= nbytes <= most,
+        f"{name}: expected a power of two from {itemsize} to {most}, of the {values * itemsize} "
+        f"bytes of {operand} that a thread has in a row and the {LOAD_BYTES} that an instruction "
+        f"moves, got {nbytes}",
+    )
+
+
+def _require(holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(rule)
+
+
+def _power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
 
 
 @dataclass(frozen=True)

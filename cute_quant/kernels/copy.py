@@ -8,6 +8,13 @@ from cutlass.cute.runtime import make_fake_tensor
 from cute_quant.kernels import layouts
 from cute_quant.specs import LANES, Access
 
+HINTS = {
+    "no_allocate": {"l1c_evict_priority": cute.nvgpu.CacheEvictionPriority.NO_ALLOCATE},
+    "streaming": {"load_cache_mode": cute.nvgpu.LoadCacheMode.STREAMING},
+    "prefetch_256": {"l2_prefetch_size": cute.nvgpu.L2PrefetchSize.SIZE_256B},
+}
+"""What the hints of `specs.LOAD_HINTS` are to a copy."""
+
 
 def fake_matrix(dtype: type[cutlass.Numeric], shape: tuple, nbytes: int) -> cute.Tensor:
     """A stand-in for an argument (..., rows, k) whose rows start at multiples of `nbytes`."""
@@ -35,9 +42,9 @@ def load(
     tXgX = partition(gRow, tile, lane, values, access.load_bytes)
     if const_expr(not access.ragged):
         if live and column < cute.size(gRow):
-            cute.copy(atom(gRow, values, access.load_bytes), tXgX, like(tXrX, tXgX))
+            cute.copy(load_atom(gRow, values, access), tXgX, like(tXrX, tXgX))
     elif live and column + values <= cute.size(gRow):
-        cute.copy(atom(gRow, values, access.load_bytes), tXgX, like(tXrX, tXgX))
+        cute.copy(load_atom(gRow, values, access), tXgX, like(tXrX, tXgX))
     elif live:
         for i in cutlass.range_constexpr(values):
             if column + i < cute.size(gRow):
@@ -80,10 +87,21 @@ def first_column(tile: Int32, lane: Int32, values: int) -> Int32:
     return tile * (LANES * values) + lane * values
 
 
+def load_atom(m: cute.Tensor, values: int, access: Access) -> cute.CopyAtom:
+    if access.load_hint is None:
+        return atom(m, values, access.load_bytes)
+    op, hint = cute.nvgpu.CopyG2ROp(), HINTS[access.load_hint]
+    bits = at_once(m, values, access.load_bytes)
+    return cute.make_copy_atom(op, m.element_type, num_bits_per_copy=bits, **hint)
+
+
+def at_once(m: cute.Tensor, values: int, nbytes: int) -> int:
+    """Bits of so many bytes, or of all values if they are fewer."""
+    return min(8 * nbytes, values * m.element_type.width)
+
+
 def atom(m: cute.Tensor, values: int, nbytes: int) -> cute.CopyAtom:
-    """A copy of so many bytes at once, or of all values if they are fewer."""
-    op = cute.nvgpu.CopyUniversalOp()
-    bits = min(8 * nbytes, values * m.element_type.width)
+    op, bits = cute.nvgpu.CopyUniversalOp(), at_once(m, values, nbytes)
     return cute.make_copy_atom(op, m.element_type, num_bits_per_copy=bits)
 
 

@@ -25,7 +25,7 @@ from cutlass import Int32, Int64, Uint8, Uint32, Uint64
 
 from cute_quant.formats import BLOCK_GROUPS, BLOCK_ROWS, BYTES_PER_WORD
 from cute_quant.kernels.params import Params
-from cute_quant.specs import LANES
+from cute_quant.specs import DOWN, LANES, Tile
 
 BLOCK_LANES = 32
 """Rows of a block of scales that are 16 bytes apart; the block's other rows lie in between."""
@@ -36,6 +36,37 @@ def tiled_copy(atom: cute.CopyAtom, values_per_thread: int) -> cute.TiledCopy:
     return cute.make_tiled_copy_tv(
         atom, cute.make_layout(LANES), cute.make_layout(values_per_thread)
     )
+
+
+def warps(tile: Tile) -> cute.Layout:
+    """Warp of a CTA -> (its first row, its tile of columns) among those of the CTA.
+
+    ``(row_warps, column_warps) : (rows_per_thread@0, 1@1)``, in the order of the tile. A mode of
+    one warp has stride 0: its index is not asked for.
+    """
+    modes = [(tile.row_warps, tile.rows_per_thread * cute.E(0)), (tile.column_warps, cute.E(1))]
+    if tile.warp_order != DOWN:
+        modes.reverse()
+    shape, stride = zip(*modes, strict=True)
+    stride = tuple(0 * step if size == 1 else step for size, step in modes)
+    return cute.make_layout(shape, stride=stride)
+
+
+def place_in_group(lane: Int32 | int, lanes_per_group: int) -> tuple:
+    """Which of its group's lanes a lane is, and which of the warp's groups that is."""
+    return lane % lanes_per_group, lane // lanes_per_group
+
+
+def scale_unit(
+    tile: Int32 | int, group: Int32 | int, groups_per_tile: int, groups_per_column: int
+) -> tuple:
+    """Column and byte of the MN-major scale of a warp's group: a tile has some columns to itself,
+    or its share of one."""
+    if groups_per_tile % groups_per_column == 0:
+        column = tile * (groups_per_tile // groups_per_column) + group // groups_per_column
+        return column, group % groups_per_column
+    tiles_per_column = groups_per_column // groups_per_tile
+    return tile // tiles_per_column, tile % tiles_per_column * groups_per_tile + group
 
 
 class Matrix(Params):
@@ -83,8 +114,8 @@ class Matrix(Params):
 
 
 def unsigned(size: Int32 | int) -> Uint32:
-    """A size as a number of its own: sizes and strides of tensors count as signed in what is
-    computed from them, and 2^31 rows, or one past them, are not."""
+    """A size as a number of its own: sizes and strides of tensors, and what a layout gives, count
+    as signed in what is computed from them, and 2^31 rows, or one past them, are not."""
     return Uint32(Int64(size))
 
 

@@ -14,7 +14,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
-from cute_quant.kernels import copy, numerics
+from cute_quant.kernels import copy, layouts, numerics
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.row_kernel import Results, RowKernel
 from cute_quant.kernels.stage import Stage
@@ -28,9 +28,13 @@ class ColumnTiles(RowKernel):
     A subclass says in `load` what of a row a lane holds, and in `values` what it makes of that.
     """
 
-    def block(self, k: Int32) -> tuple:
-        """Threads of a CTA, and no bounds of them but these."""
-        return [LANES, self.stage.tile.row_warps, 1], {}
+    def columns(self, k: Int32) -> tuple:
+        """CTAs beside each other, threads of a CTA, and further limits of the launch."""
+        tile = self.stage.tile
+        block = [LANES, *layouts.warps(tile).shape]
+        if const_expr(self.stage.whole_row):
+            return 1, block, {}
+        return cute.ceil_div(self.stage.tiles(k), tile.column_warps), block, {}
 
     @cute.jit
     def quantize_rows(
@@ -45,10 +49,12 @@ class ColumnTiles(RowKernel):
     ):
         """A warp's rows of a tile of rows, and its tile of their columns."""
         stage = self.stage
-        lane, warp, _ = cute.arch.thread_idx()
-        tile, _, _ = cute.arch.block_idx()
+        lane, *warp = cute.arch.thread_idx()
+        column_cta, _ = self.place()
+        row, tile = layouts.warps(stage.tile)(tuple(warp))
+        tile = column_cta * stage.tile.column_warps + Int32(layouts.unsigned(tile))
         count = stage.tile.rows_per_thread
-        first_row = Uint32(row_tile) * stage.tile.rows + warp * count
+        first_row = Uint32(row_tile) * stage.tile.rows + layouts.unsigned(row)
         numbers = [first_row + i for i in range(count)]
         tokens = inputs[0].rows
         domain = results.live_rows, mCounts, mIndex, alignment
@@ -73,6 +79,12 @@ class ColumnTiles(RowKernel):
                 self.store(tXrX, scale, rows[i], tile, lane, written[i])
                 scales.append(scale)
         if const_expr(results.scales is not None):
+            scale_rows = results.scale_rows
+            if const_expr(stage.tile.column_warps > 1):
+                # Some warps of the last CTA may be past all columns of scales.
+                if const_expr(scale_rows is None):
+                    scale_rows = results.scales.rows
+                scale_rows = scale_rows if tile < stage.tiles(k) else Uint32(0)
             stage.store_scales(
                 results.scales,
                 scales,
@@ -82,7 +94,7 @@ class ColumnTiles(RowKernel):
                 lane,
                 k,
                 live if const_expr(self.spec.domain.selects) else None,
-                results.scale_rows,
+                scale_rows,
             )
 
     @cute.jit

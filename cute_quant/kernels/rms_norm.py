@@ -28,8 +28,6 @@ from cute_quant.specs import LANES, RmsNormSpec
 class RmsNorm(RowKernel):
     """What is quantized is ``r * rsqrt(mean(r^2) + eps) * (weight + offset)``."""
 
-    whole_rows = True
-
     def __init__(self, spec: RmsNormSpec):
         dtype = ELEMENT_TYPES[spec.dtype]
         super().__init__(spec, Stage(dtype if spec.unfused else Float32, spec.fmt, spec.tile))
@@ -86,12 +84,13 @@ class RmsNorm(RowKernel):
         numbers = missing_rows, alignment, row_ctas, floor
         self.launch(inputs, mQ, mS, mCounts, mIndex, *numbers, stream)
 
-    def block(self, k: Int32) -> tuple:
-        """Threads of a CTA, and the bounds of them that the compiler may rely on."""
+    def columns(self, k: Int32) -> tuple:
+        """One CTA for all columns, its threads, and the bounds of these that the compiler may rely
+        on."""
         warps = cute.ceil_div(self.stage.tiles(k), self.spec.tiles_per_thread)
         rows = self.stage.tile.rows
         bounds = {"max_number_threads": [LANES, self.spec.max_warps, rows]}
-        return [LANES, warps, rows], bounds
+        return 1, [LANES, warps, rows], bounds
 
     @cute.jit
     def quantize_rows(

@@ -18,7 +18,7 @@ from cute_quant.kernels.params import Params
 from cute_quant.kernels.stage import Scales, Stage, round_up
 from cute_quant.kernels.types import ELEMENT_TYPES
 from cute_quant.launch import MAX_GRID_Y, MAX_GRID_Z
-from cute_quant.specs import Spec
+from cute_quant.specs import DOWN, Spec
 
 
 class Results(Params):
@@ -59,13 +59,7 @@ class Results(Params):
 
 
 class RowKernel:
-    """Compile-time choices: those of the spec, and the stage that quantizes.
-
-    Attributes:
-        whole_rows: whether a CTA has all columns of its rows, so that a grid counts rows alone.
-    """
-
-    whole_rows = False
+    """Compile-time choices: those of the spec, and the stage that quantizes."""
 
     def __init__(self, spec: Spec, stage: Stage):
         self.spec = spec
@@ -77,6 +71,11 @@ class RowKernel:
         """Of k."""
         tile = self.stage.tile
         return 1 if self.spec.access.ragged else tile.values_per_thread * tile.rows_per_thread
+
+    def place(self) -> tuple:
+        """Which of the CTAs beside each other, and which of those below each other."""
+        x, y, _ = cute.arch.block_idx()
+        return (y, x) if const_expr(self.stage.tile.cta_order == DOWN) else (x, y)
 
     def batch(self) -> tuple:
         """Leading dimensions of the results, symbolic."""
@@ -132,11 +131,10 @@ class RowKernel:
             slots = ctas // mQ.shape[0]
         elif const_expr(domain.batched):
             depth = mQ.shape[0]
-        block, bounds = self.block(k)
-        grid = [ctas, 1]
-        if const_expr(not self.whole_rows):
-            tiles = 1 if const_expr(stage.whole_row) else stage.tiles(k)
-            grid = [tiles, cutlass.min(ctas, MAX_GRID_Y)]
+        columns, block, bounds = self.columns(k)
+        grid = [columns, cutlass.min(ctas, MAX_GRID_Y)]
+        if const_expr(stage.tile.cta_order == DOWN):
+            grid = [ctas, columns]
         self.kernel(
             stage.limit(floor),
             inputs,
@@ -169,10 +167,10 @@ class RowKernel:
         domain = self.spec.domain
         if const_expr(self.spec.pdl):
             cute.arch.griddepcontrol_launch_dependents()
-        x, y, z = cute.arch.block_idx()
-        width, ctas, depth = cute.arch.grid_dim()
-        if const_expr(self.whole_rows):
-            y, ctas = x, width
+        _, y = self.place()
+        _, _, z = cute.arch.block_idx()
+        *across, depth = cute.arch.grid_dim()
+        ctas = across[0 if self.stage.tile.cta_order == DOWN else 1]
         if const_expr(self.spec.pdl):
             cute.arch.griddepcontrol_wait()
         common = mCounts, mIndex, alignment, limit

@@ -173,8 +173,7 @@ class Stage:
             group, in_group = lane, Int32(0)
             group_live, exists = lane == 0, lane < self.groups_per_unit
         else:
-            in_group = lane % self.lanes_per_group
-            group = lane // self.lanes_per_group
+            in_group, group = layouts.place_in_group(lane, self.lanes_per_group)
             column = copy.first_column(tile, lane, self.tile.values_per_thread)
             if const_expr(count > 1):
                 # The lane's own column tells too: k is a multiple of all that these lanes hold.
@@ -191,15 +190,8 @@ class Stage:
                 exists = exists and first < k
         exists = exists and row < written
         if const_expr(fmt.mn_major):
-            # In units, of which a tile has some or takes its share.
-            if const_expr(self.groups_per_tile % fmt.groups_per_column == 0):
-                columns_per_tile = self.groups_per_tile // fmt.groups_per_column
-                column = tile * columns_per_tile + group // fmt.groups_per_column
-                byte = group % fmt.groups_per_column
-            else:
-                tiles_per_column = fmt.groups_per_column // self.groups_per_tile
-                column = tile // tiles_per_column
-                byte = tile % tiles_per_column * self.groups_per_tile + group
+            per_tile, per_column = self.groups_per_tile, fmt.groups_per_column
+            column, byte = layouts.scale_unit(tile, group, per_tile, per_column)
             element = layouts.scale_element(scales.rows, row, column)
             exists = exists and element < scales.elements
         row_live = row < live_rows if const_expr(live is None) else pick(live, in_group)

@@ -15,6 +15,7 @@ PROBES = {
     )
 }
 
+
 @pytest.fixture(scope="session")
 def recording() -> dict[str, hardware.Result]:
     if not hardware.RECORDING.exists():

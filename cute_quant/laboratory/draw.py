@@ -1,0 +1,55 @@
+"""One picture of a layout, as a file or as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cute_quant.laboratory import pictures
+from cute_quant.laboratory.drawing import stacked
+from cute_quant.laboratory.layout import Layout
+from cute_quant.laboratory.page import page
+
+SUFFIXES = (".txt", ".svg", ".png", ".html")
+
+
+def draw(
+    layout: Layout,
+    path: str | Path | None = None,
+    mn: int | None = None,
+    k: int | None = None,
+    command: str = "",
+) -> str:
+    """Draw who holds what, a warp's walk of addresses, and the scales in memory.
+
+    Args:
+        path: a file to write, whose name ends in one of ``SUFFIXES``; none by default.
+        mn, k: shape of the input whose scales are drawn; by default a little more than a CTA's.
+        command: that a page names as its source.
+
+    Returns:
+        The drawing as text.
+
+    Raises:
+        ModuleNotFoundError: a PNG is asked for, and matplotlib is not installed.
+        ValueError: the path ends otherwise.
+    """
+    for name, size in (("mn", mn), ("k", k)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+    text = pictures.text(layout, mn, k)
+    if path is None:
+        return text
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"path: expected a name that ends in one of {SUFFIXES}, got {path}")
+    if path.suffix == ".txt":
+        path.write_text(text + "\n", encoding="utf-8")
+    elif path.suffix == ".html":
+        path.write_text(page(layout, mn, k, command), encoding="utf-8")
+    else:
+        drawing = stacked(pictures.summary(layout), pictures.pictures(layout, mn, k))
+        if path.suffix == ".svg":
+            path.write_text(drawing.svg(), encoding="utf-8")
+        else:
+            path.write_bytes(drawing.png())
+    return text

@@ -1,0 +1,349 @@
+"""Layouts as the laboratory evaluates, draws, examines and reports them."""
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+from cute_quant import laboratory
+from cute_quant.formats import make_format
+from cute_quant.laboratory import (
+    assignment,
+    binary_utilities,
+    cli,
+    draw,
+    examine,
+    make_layout,
+    pictures,
+    report,
+)
+from cute_quant.laboratory.examination import ELEMENTS
+from cute_quant.laboratory.layout import around_the_default
+from cute_quant.laboratory.machine_code import GPUS, MachineCode, machine_code
+from cute_quant.laboratory.sweep import Trial, from_json, to_json
+from cute_quant.launch import TWO_ROWS
+from cute_quant.specs import ALONG, DEFAULT_TILE, DOWN, LANES, QuantizeSpec
+from tests.helpers import FLOAT32, UE8M0, format_id
+
+MXFP8 = make_format(32, "ue8m0", False)
+BLOCKED = make_format(32, "ue8m0_128x4", False)
+ROW_MAJOR = make_format(64, "float32_row_major", False)
+SVG = "{http://www.w3.org/2000/svg}"
+
+LAYOUTS = {
+    "default": {},
+    "two rows": {"rows_per_thread": 2},
+    "16 threads, 3 along": {"threads_per_group": 16, "column_warps": 3, "warp_order": ALONG},
+    "4 threads": {"threads_per_group": 4, "load_bytes": 8, "rows_per_thread": 4},
+    "1 thread": {"threads_per_group": 1, "row_warps": 2},
+    "2 by 2 warps": {"row_warps": 2, "column_warps": 2, "warp_order": DOWN},
+}
+every_layout = pytest.mark.parametrize("choices", LAYOUTS.values(), ids=LAYOUTS)
+every_format = pytest.mark.parametrize(
+    "fmt", [UE8M0, FLOAT32, MXFP8, BLOCKED, ROW_MAJOR], ids=format_id
+)
+
+
+# Who holds what
+
+
+@every_layout
+def test_every_element_of_a_cta_has_one_thread(choices):
+    layout = make_layout(**choices)
+    held = [
+        (s.row, s.column + i)
+        for t in assignment.threads(layout)
+        for s in t.segments
+        for i in range(s.values)
+    ]
+    assert len(held) == len(set(held)) == layout.tile.rows * layout.cta_columns
+    assert max(held) == (layout.tile.rows - 1, layout.cta_columns - 1)
+
+
+@every_layout
+def test_every_scale_of_a_cta_is_written_by_one_thread_of_its_group(choices):
+    layout = make_layout(**choices)
+    threads = assignment.threads(layout)
+    writes = [place for t in threads for place in t.writes]
+    groups = layout.cta_columns // 128
+    assert sorted(writes) == [(r, g) for r in range(layout.tile.rows) for g in range(groups)]
+    for t in threads:
+        assert set(t.writes) <= set(t.groups)
+        for s, (row, group) in zip(t.segments, t.groups, strict=True):
+            assert (s.row, s.column // 128) == (row, group)
+
+
+@every_layout
+def test_partners_are_those_of_the_shuffles_in_the_machine_code(choices):
+    layout = make_layout(**choices)
+    text = machine_code(layout.spec, "sm_90a").text
+    offsets = [int(n, 16) for n in re.findall(r"SHFL\.BFLY \w+, \w+, \w+, (0x\w+),", text)]
+    for t in assignment.threads(layout)[:: LANES + 3]:
+        distances = [t.number ^ partner for partner in t.partners]
+        assert sorted(distances * layout.tile.rows_per_thread) == sorted(offsets)
+
+
+def test_the_order_of_warps():
+    down, along = (
+        assignment.places_of_warps(make_layout(row_warps=2, column_warps=3, warp_order=order))
+        for order in (DOWN, ALONG)
+    )
+    assert down == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
+    assert along == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+# Scales in memory
+
+
+@every_format
+def test_scales_lie_where_the_format_puts_them(fmt):
+    mn, k = 6, fmt.group_size * 5
+    sf = fmt.empty_scales((), mn, k, torch.device("cpu"))
+    scales = assignment.scales(make_layout(fmt), mn, k)
+    covered = [byte for s in scales for byte in range(s.offset, s.offset + s.nbytes)]
+    assert sorted(covered) == list(range(sf.untyped_storage().nbytes()))
+    size, per_column = fmt.scale_dtype.itemsize, fmt.groups_per_column
+    for s in scales:
+        assert s.padding == (s.row >= mn or s.group >= 5)
+        if not fmt.blocked:
+            column, byte = divmod(s.group, per_column)
+            assert s.offset == (s.row * sf.stride(0) + column * sf.stride(1)) * size + byte
+
+
+# Coalescing
+
+
+@pytest.mark.parametrize("arch", GPUS)
+@every_layout
+def test_as_many_requests_as_memory_instructions(choices, arch):
+    layout = make_layout(**choices)
+    code, rows = machine_code(layout.spec, arch), layout.tile.rows_per_thread
+    loads, stores = assignment.loads(layout, arch), assignment.stores(layout, arch)
+    assert code.count("LDG") == rows * len(loads)
+    assert code.count("STG") == rows * len(stores) + 1, "and one that stores scales"
+    for requests, bytes_per_value in ((loads, 2), (stores, 1)):
+        moved = {byte for r in requests for first, end in r.ranges for byte in range(first, end)}
+        assert moved == set(range(layout.tile.columns * bytes_per_value))
+
+
+def test_sectors():
+    default = make_layout()
+    on_hopper, on_blackwell = (assignment.loads(default, arch) for arch in GPUS)
+    assert [(len(r.sectors), r.efficiency) for r in on_hopper] == [(32, 0.5)] * 2
+    assert [(len(r.sectors), r.efficiency) for r in on_blackwell] == [(32, 1.0)]
+    (request,) = assignment.loads(make_layout(threads_per_group=16), "sm_90a")
+    assert (len(request.sectors), request.efficiency) == (16, 1.0)
+    narrow = assignment.loads(make_layout(load_bytes=4), "sm_100a")
+    assert [(len(r.sectors), r.efficiency) for r in narrow] == [(32, 0.125)] * 8
+
+
+# Choices
+
+
+def test_the_default_is_the_one_that_calls_use():
+    assert make_layout().spec == QuantizeSpec(torch.bfloat16, UE8M0)
+    assert make_layout(rows_per_thread=2).tile == TWO_ROWS
+    assert make_layout().name == "default"
+
+
+def test_names_tell_layouts_apart():
+    layouts = around_the_default(UE8M0, torch.bfloat16)
+    assert len(layouts) >= 24
+    assert len({layout.name for layout in layouts}) == len(layouts)
+    assert layouts[0].tile == DEFAULT_TILE
+
+
+@pytest.mark.parametrize(
+    ("choices", "rule"),
+    [
+        ({"threads_per_group": 5}, "threads_per_group: expected a divisor of group_size 128"),
+        ({"threads_per_group": 8, "values_per_thread": 8}, "expected a product of 128"),
+        ({"threads_per_group": 4, "rows_per_thread": 8}, "rows_per_thread: expected at most 4"),
+        ({"load_bytes": 64}, "load_bytes: expected a power of two from 2 to 32"),
+        ({"column_warps": 16}, "at most 1024 threads"),
+        ({"fmt": make_format(-1, "float32", False)}, "got whole rows"),
+    ],
+)
+def test_refused_with_the_rule(choices, rule):
+    with pytest.raises(ValueError, match=rule):
+        make_layout(**choices)
+
+
+# Drawings
+
+
+@every_layout
+def test_text_has_every_group(choices):
+    layout = make_layout(**choices)
+    text = draw(layout)
+    rows = [line.split() for line in text.splitlines() if re.match(r" +\d+ +\d+ … \d+", line)]
+    assert len(rows) == layout.tile.rows * layout.cta_columns // 128
+    assert all(len(row) == 6 + layout.lanes_per_group for row in rows)
+
+
+@every_format
+def test_svg(fmt, tmp_path):
+    layout = make_layout(fmt, rows_per_thread=2)
+    draw(layout, tmp_path / "layout.svg", 5, 4 * fmt.group_size)
+    root = ElementTree.parse(tmp_path / "layout.svg").getroot()
+    boxes = list(root.iter(f"{SVG}rect"))
+    threads = [b for b in boxes if b.get("data-t")]
+    assert len(threads) == layout.warps * LANES * 2
+    assert sum(int(b.get("data-n")) for b in threads) == layout.tile.rows * layout.cta_columns
+    width, height = float(root.get("width")), float(root.get("height"))
+    for b in boxes:
+        x, y, w, h = (float(b.get(name)) for name in ("x", "y", "width", "height"))
+        assert x >= 0 and y >= 0 and x + w <= width + 0.01 and y + h <= height + 0.01
+
+
+def test_svg_brings_its_colours():
+    svg = pictures.pictures(make_layout())[0].svg()
+    used = set(re.findall(r"[fs]-(\w+)", re.sub("<style>.*</style>", "", svg)))
+    assert used and all(f".f-{name}{{fill:var(--{name})}}" in svg for name in used)
+    assert "prefers-color-scheme:dark" in svg
+
+
+def test_png(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw(make_layout(), tmp_path / "layout.png")
+    assert (tmp_path / "layout.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_drawing_of_no_known_kind(tmp_path):
+    with pytest.raises(ValueError, match="path: expected a name that ends in one of"):
+        draw(make_layout(), tmp_path / "layout.gif")
+    with pytest.raises(ValueError, match="mn: expected at least 1"):
+        draw(make_layout(), mn=0)
+
+
+# Examinations
+
+
+def test_examination_of_the_default():
+    found = examine(make_layout(), "sm_100a")
+    code = machine_code(make_layout().spec, "sm_100a")
+    assert (found.instructions, found.registers) == (len(code.opcodes), code.registers)
+    assert found.issue_slots == found.instructions and found.spills == 0
+    moved = ELEMENTS * (2 + 1 + 1 / 128)
+    assert found.budget == GPUS["sm_100a"].issue_budget(moved)
+    assert found.resident_warps == 64
+    assert found.bytes_in_flight == 64 * 32 * 32
+
+
+def test_larger_tiles_take_fewer_issue_slots():
+    one, two, many = (
+        examine(make_layout(**c), "sm_90a")
+        for c in ({}, {"rows_per_thread": 2}, {"threads_per_group": 4})
+    )
+    assert many.issue_slots < two.issue_slots < one.issue_slots
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "resident"),
+    [(32, 4, 64), (33, 4, 48), (128, 4, 16), (40, 1, 32), (16, 32, 64), (64, 3, 30)],
+)
+def test_resident_warps(registers, warps, resident):
+    assert MachineCode((), "", registers, 0, 0).resident_warps(warps) == resident
+
+
+# Reports and the command line
+
+
+def trials(*ratios: float) -> list[Trial]:
+    layouts = around_the_default(UE8M0, torch.bfloat16)[: len(ratios)]
+    found = [Trial(layout) for layout in layouts]
+    for trial, ratio in zip(found, ratios, strict=True):
+        trial.ratios[256, 7168] = ratio
+        trial.microseconds[256, 7168] = 4.0 * ratio
+    return found
+
+
+def test_json_keeps_trials():
+    before = trials(1.0, 1.25, 0.98)
+    before[1].failure = "k: expected a multiple of 64"
+    before[0].examine()
+    assert from_json(json.loads(json.dumps(to_json(before)))) == before
+
+
+def test_tables_and_plots():
+    found = trials(1.0, 1.25, 5.0)
+    headings, table = report.columns(found)
+    assert headings[-1] == "256 x 7168" and [row[-1] for row in table] == [
+        "1.000",
+        "1.250",
+        "5.000",
+    ]
+    assert all(len(row) == len(headings) for row in table)
+    assert report.markdown_table(found).count("\n") == len(found) + 1
+    bars = [line.count("█") for line in report.text_plot(found).splitlines()[1:]]
+    assert bars == [math.floor(report.BAR / 5 + 0.5), 6, report.BAR]
+    svg = ElementTree.fromstring(report.plot(found, "a GPU").svg())
+    words = [t.text for t in svg.iter(f"{SVG}text")]
+    assert {"a GPU", "default", "5.0", "256 x 7168"} <= set(words)
+
+
+def test_no_plot_without_times():
+    with pytest.raises(ValueError, match="plot: expected trials with times"):
+        report.plot([Trial(make_layout())], "")
+
+
+def test_show(capsys, tmp_path):
+    assert cli.main(["show", "--threads-per-group", "4"]) == 0
+    assert "4 threads share a group of 128" in capsys.readouterr().out
+    path = tmp_path / "layout.html"
+    assert cli.main(["show", "--column-warps", "2", "-o", str(path)]) == 0
+    assert "layout show --column-warps 2 -o " in path.read_text()
+
+
+def test_try(capsys):
+    assert cli.main(["try", "--rows-per-thread", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(("default", "rows a thread: 2"))]
+
+
+def test_refusals_of_the_command_line(capsys, tmp_path):
+    assert cli.main(["show", "--rows-per-thread", "9"]) == 2
+    assert "rows_per_thread: expected at most 8" in capsys.readouterr().err
+    assert cli.main(["try", "--shapes", "4x"]) == 2
+    assert "shapes: expected MNxK" in capsys.readouterr().err
+    (tmp_path / "wrong.json").write_text("{}")
+    assert cli.main(["report", str(tmp_path / "wrong.json")]) == 2
+    assert "expected what a sweep writes" in capsys.readouterr().err
+
+
+def test_sweep_and_report(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "sweep.json"
+    choices = ["--threads-per-group", "4,8", "--rows-per-thread", "1,8"]
+    assert cli.main(["sweep", *choices, "--json", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert "refused: threads_per_group=4, rows_per_thread=8: rows_per_thread" in err
+    assert "3/3 done" in err
+    assert cli.main(["report", str(path)]) == 0
+    assert capsys.readouterr().out == out
+    assert cli.main(["report", str(path), "--markdown"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[0] for row in table[2:]] == [
+        "| default",
+        "| 4 threads x 32 values",
+        "| rows a thread: 8",
+    ]
+
+
+def test_without_a_disassembler(capsys, monkeypatch):
+    def missing(tool, *arguments):
+        raise FileNotFoundError(f"{tool}: not found; pip install nvidia-cuda-{tool}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(binary_utilities, "run", missing)
+    machine_code.cache_clear()
+    examine.cache_clear()
+    assert cli.main(["try"]) == 2
+    assert "nvdisasm: not found; pip install nvidia-cuda-nvdisasm" in capsys.readouterr().err
+
+
+def test_the_public_names():
+    assert set(laboratory.__all__) <= set(dir(laboratory))
