@@ -94,7 +94,7 @@ def build_object(spec: Spec, arch: str, symbol: str, host: toolchain.Host) -> by
     dsl = toolchain.installed_dsl()
     if dsl is None:
         raise RuntimeError(missing_dsl(spec, arch))
-    with progress.elapsed(f"cute_quant: compiling {naming.spec_name(spec)} for {arch}"), _lock:
+    with _lock:
         return objects.shared_object(build(kernel(spec), arch, engine=False), symbol, host, dsl)
 
 
@@ -160,7 +160,8 @@ def _cached(spec: Spec, arch: str) -> Callable[..., None] | None:
 
 
 def _add(store: cache.Cache, key: str, spec: Spec, arch: str) -> Path:
-    content = build_object(spec, arch, SYMBOL, toolchain.this_host())
+    with progress.elapsed(f"cute_quant: compiling {naming.spec_name(spec)} for {arch}"):
+        content = build_object(spec, arch, SYMBOL, toolchain.this_host())
     record = {"name": naming.spec_name(spec), "spec": naming.spec_text(spec), "arch": arch}
     return store.store(key, content, {**record, **toolchain.versions()})
 
