@@ -49,7 +49,8 @@ class Directory:
         record = objects.read_record(path.read_bytes())
         if record != kernel:
             raise objects.CorruptObject("it holds another kernel than the manifest says")
-        return library.load_function(path, kernel["symbol"], self.runtime)
+        library.load_runtime(self.runtime)
+        return library.load_function(path, kernel["symbol"])
 
     @property
     def runtime(self) -> Path:

@@ -184,7 +184,7 @@ class Cache:
         return self.directory / (key + SUFFIX)
 
     def find(self, key: str) -> Path | None:
-        """An entry that was checked. What is no good is removed, with a line in the log."""
+        """An entry that was checked, None if there is none that is good."""
         path = self.path(key)
         try:
             record = objects.read_record(_read(path))
@@ -193,15 +193,19 @@ class Cache:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            log.warning("%s is discarded and built anew: %s", path, error)
-            if self.writable:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            self.discard(path, error)
             return None
         if self.writable:
             with contextlib.suppress(OSError):
                 os.utime(path)
         return path
+
+    def discard(self, path: Path, reason: Exception) -> None:
+        """Remove an entry that is no good, with a line in the log."""
+        log.warning("%s is discarded and built anew: %s", path, " ".join(str(reason).split()))
+        if self.writable:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def store(self, key: str, content: bytes, record: dict[str, Any]) -> Path:
         """Add an entry; returns where it is.

@@ -146,16 +146,28 @@ def _cached(spec: Spec, arch: str) -> Callable[..., None] | None:
         store = _cache()
         if store is None:
             return None
+        library.load_runtime(toolchain.installed_dsl().runtime)
         key = cache.key(spec, arch, compile_options(arch))
-        path = store.find(key)
-        if path is None:
-            if not store.writable or toolchain.this_host().linker() is None:
-                return None
+        found = _load(store, key)
+        if found is None and store.writable and toolchain.this_host().linker() is not None:
             with store.lock(key):
-                path = store.find(key) or _add(store, key, spec, arch)
-        return library.load_function(path, SYMBOL, toolchain.installed_dsl().runtime)
+                found = _load(store, key)
+                if found is None:
+                    found = library.load_function(_add(store, key, spec, arch), SYMBOL)
+        return found
     except Exception as error:
         log.warning("disk cache not used for %s: %s", naming.spec_name(spec), error)
+        return None
+
+
+def _load(store: cache.Cache, key: str) -> Callable[..., None] | None:
+    path = store.find(key)
+    if path is None:
+        return None
+    try:
+        return library.load_function(path, SYMBOL)
+    except (AttributeError, RuntimeError) as error:
+        store.discard(path, error)
         return None
 
 
