@@ -1,8 +1,8 @@
 """What a terminal shows of long work, and that nothing else gets it."""
 
 import io
-import sys
 import time
+import types
 
 import pytest
 
@@ -17,7 +17,8 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     made = Terminal()
-    monkeypatch.setattr(sys, "stderr", made)
+    # pytest puts a stderr of its own in place between this and the test.
+    monkeypatch.setattr(progress, "sys", types.SimpleNamespace(stderr=made))
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.1)
     monkeypatch.setattr(progress, "REFRESH_SECONDS", 0.02)
     return made
@@ -55,7 +56,7 @@ def test_bar(terminal):
 
 def test_files_get_nothing(monkeypatch):
     file = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", file)
+    monkeypatch.setattr(progress, "sys", types.SimpleNamespace(stderr=file))
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
     with progress.elapsed("compiling a"):
         time.sleep(0.05)
