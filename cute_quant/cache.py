@@ -44,7 +44,7 @@ LOCK_SECONDS = 120.0
 POLL_SECONDS = 0.01
 
 STALE_SECONDS = 3600.0
-"""After which a temporary file has surely lost its process."""
+"""After which a temporary file or a lock has surely lost its process."""
 
 
 class CacheRefused(RuntimeError):
@@ -159,7 +159,7 @@ def check_directory(directory: Path) -> None:
         raise CacheRefused(f"{directory} has mode {permissions:04o}: chmod 700 it")
     # Both as it was named and as it is: either chain decides what the name will stand for. In a
     # directory with the sticky bit, such as /tmp, others cannot rename what is not theirs.
-    for parent in {*directory.parents, *directory.resolve().parents}:
+    for parent in (*directory.resolve().parents, *directory.parents):
         permissions = parent.stat().st_mode
         if permissions & stat.S_IWOTH and not permissions & stat.S_ISVTX:
             raise CacheRefused(

@@ -3,6 +3,7 @@ of time, the disk cache, the compiler. Only the last imports CuTe DSL."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -119,10 +120,14 @@ def function(spec: Spec, arch: str) -> Callable[..., None]:
 def _compiled(spec: Spec, arch: str) -> Callable[..., None]:
     if toolchain.installed_dsl() is None:
         raise RuntimeError(missing_dsl(spec, arch))
-    with progress.elapsed(f"cute_quant: compiling {naming.spec_name(spec)} for {arch}"):
+    with _shown(spec, arch):
         compiled = build(kernel(spec), arch)
     # What is wrapped around it sorts keyword arguments, and none are passed.
     return compiled._tvm_ffi_function
+
+
+def _shown(spec: Spec, arch: str) -> contextlib.AbstractContextManager[None]:
+    return progress.elapsed(f"cute_quant: compiling {naming.spec_name(spec)} for {arch}")
 
 
 def missing_dsl(spec: Spec, arch: str) -> str:
@@ -150,7 +155,7 @@ def _cached(spec: Spec, arch: str) -> Callable[..., None] | None:
         key = cache.key(spec, arch, compile_options(arch))
         found = _load(store, key)
         if found is None and store.writable and toolchain.this_host().linker() is not None:
-            with store.lock(key):
+            with _shown(spec, arch), store.lock(key):
                 found = _load(store, key)
                 if found is None:
                     found = library.load_function(_add(store, key, spec, arch), SYMBOL)
@@ -172,8 +177,7 @@ def _load(store: cache.Cache, key: str) -> Callable[..., None] | None:
 
 
 def _add(store: cache.Cache, key: str, spec: Spec, arch: str) -> Path:
-    with progress.elapsed(f"cute_quant: compiling {naming.spec_name(spec)} for {arch}"):
-        content = build_object(spec, arch, SYMBOL, toolchain.this_host())
+    content = build_object(spec, arch, SYMBOL, toolchain.this_host())
     record = {"name": naming.spec_name(spec), "spec": naming.spec_text(spec), "arch": arch}
     return store.store(key, content, {**record, **toolchain.versions()})
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -288,7 +289,7 @@ def test_presets_have_what_calls_ask_for(kind, large, gathered, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def example() -> Path:
+def example() -> Iterator[Path]:
     if not (CMAKE and CUDA):
         pytest.skip("needs cmake and the CUDA toolkit")
     with tempfile.TemporaryDirectory() as directory:
