@@ -38,6 +38,7 @@ MAX_BYTES = 256 * 2**20
 SUFFIX = ".so"
 LOCK_SUFFIX = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
+LEFT_BY_CRASHES = (LOCK_SUFFIX, TEMPORARY_SUFFIX)
 
 LOCK_SECONDS = 120.0
 """How long one process waits for another that compiles the same kernel."""
@@ -288,7 +289,7 @@ class Cache:
         """
         removed = 0
         for path in self.directory.iterdir():
-            if path.suffix in (SUFFIX, TEMPORARY_SUFFIX, LOCK_SUFFIX):
+            if path.suffix in (SUFFIX, *LEFT_BY_CRASHES):
                 path.unlink(missing_ok=True)
                 removed += path.suffix == SUFFIX
         return removed
@@ -296,16 +297,14 @@ class Cache:
     def _trim(self, keep: Path) -> None:
         """Remove what was not used for longest, as far as there is too much."""
         total, files = 0, []
-        now = time.time()
+        stale = time.time() - STALE_SECONDS
         for entry in os.scandir(self.directory):
             with contextlib.suppress(OSError):
                 status = entry.stat(follow_symlinks=False)
                 if entry.name.endswith(SUFFIX):
                     total += status.st_size
                     files.append((status.st_mtime, status.st_size, entry.path))
-                elif (
-                    entry.name.endswith(TEMPORARY_SUFFIX) and now - status.st_mtime > STALE_SECONDS
-                ):
+                elif entry.name.endswith(LEFT_BY_CRASHES) and status.st_mtime < stale:
                     os.unlink(entry.path)
         for _, size, path in sorted(files):
             if total <= MAX_BYTES:
