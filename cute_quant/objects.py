@@ -67,7 +67,7 @@ def _emit(compiled: Any, symbol: str, host: Host, path: Path) -> None:
     takes no other.
     """
     from cutlass.base_dsl.export import get_export_module
-    from cutlass.cutlass_dsl.tvm_ffi_provider import rename_tvm_ffi_function
+    from cutlass.base_dsl.tvm_ffi_builder import rename_tvm_ffi_function
 
     original = compiled.function_name
     module = get_export_module(
