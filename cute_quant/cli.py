@@ -1,7 +1,8 @@
 """The command line: ``python -m cute_quant COMMAND``, installed as ``cute-quant``.
 
 A command is a module with a docstring, its help, and two functions: ``add_arguments(parser)``, and
-``run(options) -> int``, the exit code. It is imported when it is asked for.
+``run(options) -> int``, the exit code. It is imported when it is asked for. One that sets a default
+for `passed_on` gets there the arguments that it does not know.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ COMMANDS = {
 }
 """Modules and what they do, by the name of the command."""
 
-SUCCESS, FAILURE, USAGE = 0, 1, 2
+FAILURE = 1
 
 EPILOG = """exit codes: 0 done, 1 something failed, 2 wrong usage
 
@@ -46,12 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
         PROGRAM,
         description="The quantizer in front of an FP8 GEMM.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     overview.add_argument("--version", action="version", version=f"cute_quant {__version__}")
     lines = "\n".join(f"{name:8} {text}" for name, (_, text) in COMMANDS.items())
     overview.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=lines)
-    overview.formatter_class = argparse.RawTextHelpFormatter
     name = overview.parse_args(arguments[:1]).command
     module, _ = COMMANDS[name]
     try:
@@ -64,7 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(parser)
-    options = parser.parse_args(arguments[1:])
+    options, others = parser.parse_known_args(arguments[1:])
+    if others and not hasattr(options, "passed_on"):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:
+        options.passed_on = others
     try:
         return command.run(options)
     except BrokenPipeError:
@@ -73,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         return FAILURE
     except KeyboardInterrupt:
         return _fail(name, "interrupted")
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         return _fail(name, str(error))
 
 

@@ -72,8 +72,10 @@ def site(tmp_path: Path) -> Path:
     """The packages of this environment without CuTe DSL and what only it needs."""
     made = tmp_path / "site"
     made.mkdir()
-    for path in Path(torch.__file__).parent.parent.iterdir():
-        if not re.match(r"nvidia_cutlass|cuda|.*\.pth$", path.name):
+    places = [Path(entry) for entry in sys.path if (Path(entry).is_dir() and Path(entry) != ROOT)]
+    for path in (path for place in places for path in place.iterdir()):
+        left_out = re.match(r"nvidia_cutlass|cutlass|cuda|cute_quant|.*\.pth$", path.name)
+        if not (left_out or (path.parent / "os.py").exists() or (made / path.name).exists()):
             (made / path.name).symlink_to(path)
     return made
 
@@ -160,7 +162,7 @@ def test_without_cute_dsl(built, site, tmp_path, how):
     variables = {} if how == "load" else {"CUTE_QUANT_AOT_DIR": str(built)}
     start = f"import sys; sys.path[:0] = [{str(site)!r}, {str(ROOT)!r}]; import cute_quant; {load}"
     done = subprocess.run(
-        [sys.executable, "-S", "-c", start + ASK],
+        [sys.executable, "-IS", "-c", start + ASK],
         env={**variables, "PATH": "", "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -342,7 +344,7 @@ assert torch.equal(sf.cpu(), expected_sf)
 assert "cutlass" not in sys.modules
 """
     done = subprocess.run(
-        [sys.executable, "-S", "-c", code],
+        [sys.executable, "-IS", "-c", code],
         env={**os.environ, "CUTE_QUANT_AOT_DIR": str(directory)},
         capture_output=True,
         text=True,

@@ -277,7 +277,8 @@ def test_parents_that_anybody_may_write_to(tmp_path, through_link):
 
 
 def test_default_directory(monkeypatch, tmp_path):
-    monkeypatch.delenv("CUTE_QUANT_CACHE_DIR", raising=False)
+    for name in ("CUTE_QUANT_CACHE", "CUTE_QUANT_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     store = cache.open_cache()
     assert store.directory == tmp_path / "xdg" / "cute_quant" and store.writable

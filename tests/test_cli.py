@@ -68,7 +68,8 @@ def test_overview_names_every_command(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["wash"], ["cache"], ["cache", "wash"], ["build", "--arch", "sm_80"]]
+    "arguments",
+    [[], ["wash"], ["cache"], ["cache", "wash"], ["info", "--wash"], ["build", "--arch", "sm_80"]],
 )
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -278,6 +279,13 @@ def test_check_on_the_gpu(capsys):
 
 
 # bench
+
+
+def test_bench_gets_its_options(monkeypatch):
+    calls = []
+    monkeypatch.setattr("subprocess.call", lambda command: calls.append(command) or 3)
+    assert cli.main(["bench", "--quick", "--rows", "1,2"]) == 3
+    assert calls == [[sys.executable, "-m", "bench", "--quick", "--rows", "1,2"]]
 
 
 def test_bench_outside_of_the_repository(monkeypatch, capsys):

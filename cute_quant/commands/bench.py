@@ -1,4 +1,5 @@
-"""Measure on a GPU, with the benchmark of the repository.
+"""Measure on a GPU, with the benchmark of the repository, which takes all options:
+python -m bench --help lists them.
 
 examples:
   cute-quant bench --quick
@@ -14,7 +15,7 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of python -m bench")
+    parser.set_defaults(passed_on=[])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -23,4 +24,4 @@ def run(options: argparse.Namespace) -> int:
         raise RuntimeError(
             "the benchmark is not installed: run this in a checkout of the repository"
         )
-    return subprocess.call([sys.executable, "-m", "bench", *options.arguments])
+    return subprocess.call([sys.executable, "-m", "bench", *options.passed_on])
