@@ -182,8 +182,11 @@ def write(
     others = sorted(file.name for file in path.iterdir() if file.suffix not in known)
     if others or (any(path.iterdir()) and not (path / MANIFEST).exists()):
         raise ValueError(f"{path}: expected a new directory or one built before, got {others}")
+    # Whatever happens from here on, the directory says what it has, and may be built again.
+    _write_manifest(path, host, [])
     for file in path.iterdir():
-        file.unlink()
+        if file.name != MANIFEST:
+            file.unlink()
     if runtime is not None:
         shutil.copyfile(runtime, path / toolchain.RUNTIME_NAME)
     kernels = []
@@ -197,6 +200,10 @@ def write(
         }
         (path / kernel["file"]).write_bytes(objects.seal(content, kernel))
         kernels.append(kernel)
+    _write_manifest(path, host, kernels)
+
+
+def _write_manifest(path: Path, host: toolchain.Host, kernels: list[dict[str, str]]) -> None:
     manifest = {
         **_identity(host.machine, naming.source_digest()),
         "cpu": host.cpu,

@@ -153,6 +153,22 @@ def test_building_again_replaces(copy):
     assert [path.name for path in copy.iterdir()] == ["manifest.json"]
 
 
+def test_building_that_is_interrupted_leaves_a_directory(copy):
+    def built():
+        yield SPEC, ARCH, b"content"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ahead_of_time.write(copy, toolchain.this_host(), None, built())
+    cute_quant.load(copy)
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    ahead_of_time.write(copy, toolchain.this_host(), None, [(SPEC, ARCH, b"content")])
+    assert sorted(path.name for path in copy.iterdir()) == [
+        "manifest.json",
+        object_file(copy).name,
+    ]
+
+
 # How it is used.
 
 
