@@ -141,6 +141,13 @@ def open_cache() -> Cache | None:
     return Cache(directory, writable and chosen == "on")
 
 
+def why_none() -> str:
+    """Why `open_cache` gave none."""
+    if mode() == "off":
+        return f"{MODE_VARIABLE} is off"
+    return f"{default_directory()} does not exist, and may not be made"
+
+
 def check_directory(directory: Path) -> None:
     """Refuse a directory whose content somebody else may have written.
 

@@ -525,5 +525,7 @@ assert torch.equal(sf.cpu(), scales)
 print("cutlass" in sys.modules)
 """
     for compiled in ("True", "False"):
-        out, err = start(directory, code).communicate(timeout=120)
-        assert out.strip() == compiled and not err
+        process = start(directory, code)
+        out, err = process.communicate(timeout=120)
+        # What the object does when its process ends must not fail either.
+        assert process.returncode == 0 and out.strip() == compiled and not err

@@ -170,6 +170,15 @@ def test_cache_that_is_off(store, monkeypatch, capsys):
     assert "CUTE_QUANT_CACHE is off" in fails(capsys, "cache", "list")
 
 
+def test_cache_that_may_not_be_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUTE_QUANT_CACHE", "readonly")
+    monkeypatch.setenv("CUTE_QUANT_CACHE_DIR", str(tmp_path / "none"))
+    expected = f"{tmp_path / 'none'} does not exist, and may not be made"
+    assert expected in fails(capsys, "cache", "list")
+    assert cli.main(["info"]) == 0
+    assert f"none: {expected}" in capsys.readouterr().out
+
+
 def test_cache_that_is_refused(store, capsys):
     store.directory.chmod(0o755)
     assert "has mode 0755: chmod 700 it" in fails(capsys, "cache", "size")

@@ -26,10 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     store = cache.open_cache()
     if store is None:
-        raise RuntimeError(
-            f"there is no cache: {cache.MODE_VARIABLE} is {cache.mode()}, and "
-            f"{cache.default_directory()} is not used"
-        )
+        raise RuntimeError(f"there is no cache: {cache.why_none()}")
     report = _REPORTS[options.action](store)
     if options.json:
         print(json.dumps(report, indent=1))

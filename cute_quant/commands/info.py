@@ -79,7 +79,7 @@ def _cache() -> str:
     except (OSError, RuntimeError, ValueError) as error:
         return f"not used: {error}"
     if store is None:
-        return f"none: {cache.MODE_VARIABLE} is {cache.mode()}"
+        return f"none: {cache.why_none()}"
     kernels = len(store.entries())
     return f"{store.directory}, {kernels} kernels{'' if store.writable else ', read-only'}"
 
