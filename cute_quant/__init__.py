@@ -1,5 +1,6 @@
 """The quantizer in front of an FP8 GEMM, in CuTe DSL."""
 
+from cute_quant.ahead_of_time import load
 from cute_quant.ops import (
     dequantize,
     fake_quantize,
@@ -15,6 +16,7 @@ __all__ = [
     "PrefixSum",
     "dequantize",
     "fake_quantize",
+    "load",
     "quantize",
     "rms_norm_quantize",
     "silu_mul_quantize",

@@ -1,19 +1,29 @@
-"""Functions of specs: compiled once per process, spec and architecture."""
+"""Functions of specs, from where they come soonest: this process, a directory that was built ahead
+of time, the disk cache, the compiler. Only the last imports CuTe DSL."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from cute_quant import ahead_of_time, cache, library, naming, objects, progress, toolchain
 from cute_quant.specs import Spec
+
+log = logging.getLogger("cute_quant")
 
 ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
 """Compute capability -> target of the kernels."""
+
+SYMBOL = "kernel"
+"""Of the function in objects of the disk cache."""
 
 # Two compilations at a time abort the process, or one silently builds for the other's target.
 # Kernels that others compile with the DSL, in another thread meanwhile, are not under this lock.
@@ -52,30 +62,131 @@ def kernel(spec: Spec) -> Any:
     return getattr(importlib.import_module(f"cute_quant.kernels.{module}"), name)(spec)
 
 
-def build(kernel: Any, arch: str, *options: str) -> Any:
+def compile_options(arch: str) -> str:
+    """Options of ``cute.compile`` for a value of ``ARCHITECTURES``."""
+    return f"--enable-tvm-ffi --gpu-arch {arch}"
+
+
+def build(kernel: Any, arch: str, *options: str, engine: bool = True) -> Any:
     """Compile a kernel for `arch`, a value of ``ARCHITECTURES``; works without a GPU.
 
     Args:
         options: further options of ``cute.compile``.
+        engine: whether the result is to be called in this process, or only to be written.
     """
     # It takes a second to import, and who has no GPU need not have it.
     import cutlass.cute as cute
 
-    flags = " ".join(("--enable-tvm-ffi", f"--gpu-arch {arch}", *options))
+    flags = " ".join((compile_options(arch), *options))
     with _lock:
-        return cute.compile(kernel, *kernel.signature(), options=flags)
+        return cute.compile(kernel, *kernel.signature(), options=flags, no_jit_engine=not engine)
+
+
+def build_object(spec: Spec, arch: str, symbol: str, host: toolchain.Host) -> bytes:
+    """Compile the kernel of a spec to a shared object.
+
+    Args:
+        symbol: of its function.
+        host: what runs its host code.
+
+    Raises:
+        RuntimeError: CuTe DSL is not installed, or there is no linker, or it failed.
+    """
+    dsl = toolchain.installed_dsl()
+    if dsl is None:
+        raise RuntimeError(missing_dsl(spec, arch))
+    with _lock:
+        return objects.shared_object(build(kernel(spec), arch, engine=False), symbol, host, dsl)
 
 
 def function(spec: Spec, arch: str) -> Callable[..., None]:
     """The compiled kernel of a spec, to be called on torch tensors.
 
     It runs on the current stream of the tensors' device. Any thread may ask at any time.
+
+    Raises:
+        RuntimeError: it is not built yet, and CuTe DSL is not installed.
     """
     key = (spec, arch)
     if key not in _functions:
         with _lock:
             if key not in _functions:
-                compiled = build(kernel(spec), arch)
-                # What is wrapped around it sorts keyword arguments, and none are passed.
-                _functions[key] = compiled._tvm_ffi_function
+                _functions[key] = (
+                    ahead_of_time.find(spec, arch) or _cached(spec, arch) or _compiled(spec, arch)
+                )
     return _functions[key]
+
+
+def _compiled(spec: Spec, arch: str) -> Callable[..., None]:
+    if toolchain.installed_dsl() is None:
+        raise RuntimeError(missing_dsl(spec, arch))
+    with _shown(spec, arch):
+        compiled = build(kernel(spec), arch)
+    # What is wrapped around it sorts keyword arguments, and none are passed.
+    return compiled._tvm_ffi_function
+
+
+def _shown(spec: Spec, arch: str) -> contextlib.AbstractContextManager[None]:
+    return progress.elapsed(f"cute_quant: compiling {naming.spec_name(spec)} for {arch}")
+
+
+def missing_dsl(spec: Spec, arch: str) -> str:
+    """What to say where a kernel is asked for that cannot be compiled."""
+    directories = [str(directory.path) for directory in ahead_of_time.loaded()]
+    where = f"not among those of {', '.join(directories)}" if directories else "not built yet"
+    return (
+        f"{naming.spec_name(spec)} for {arch} is {where}, and CuTe DSL is not installed to compile "
+        f"it: pip install nvidia-cutlass-dsl"
+    )
+
+
+def _cached(spec: Spec, arch: str) -> Callable[..., None] | None:
+    """The function from the disk cache, added to it if need be.
+
+    None if there is no cache or it fails: it must not be what breaks a call.
+    """
+    if toolchain.installed_dsl() is None:
+        return None
+    try:
+        store = _cache()
+        if store is None:
+            return None
+        library.load_runtime(toolchain.installed_dsl().runtime)
+        key = cache.key(spec, arch, compile_options(arch))
+        found = _load(store, key)
+        if found is None and store.writable and toolchain.this_host().linker() is not None:
+            with _shown(spec, arch), store.lock(key):
+                found = _load(store, key)
+                if found is None:
+                    found = library.load_function(_add(store, key, spec, arch), SYMBOL)
+        return found
+    except Exception as error:
+        log.warning("disk cache not used for %s: %s", naming.spec_name(spec), error)
+        return None
+
+
+def _load(store: cache.Cache, key: str) -> Callable[..., None] | None:
+    path = store.find(key)
+    if path is None:
+        return None
+    try:
+        return library.load_function(path, SYMBOL)
+    except (AttributeError, RuntimeError) as error:
+        store.discard(path, error)
+        return None
+
+
+def _add(store: cache.Cache, key: str, spec: Spec, arch: str) -> Path:
+    content = build_object(spec, arch, SYMBOL, toolchain.this_host())
+    record = {"name": naming.spec_name(spec), "spec": naming.spec_text(spec), "arch": arch}
+    return store.store(key, content, {**record, **toolchain.versions()})
+
+
+@functools.cache
+def _cache() -> cache.Cache | None:
+    """The cache of this process; None, said once, where it is refused."""
+    try:
+        return cache.open_cache()
+    except (OSError, RuntimeError, ValueError) as error:
+        log.warning("disk cache not used: %s", error)
+        return None

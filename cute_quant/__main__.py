@@ -1,0 +1,8 @@
+"""``python -m cute_quant``."""
+
+import sys
+
+from cute_quant.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""Directories of kernels built ahead of time, used without a compiler and without CuTe DSL.
+
+Beside the objects lies what they call CUDA through, and `manifest.json`: what the directory was
+built from and for, and which file holds which kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import platform
+import shutil
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cute_quant import library, naming, objects, toolchain
+from cute_quant.specs import Spec
+
+log = logging.getLogger("cute_quant")
+
+DIRECTORY_VARIABLE = "CUTE_QUANT_AOT_DIR"
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Of the manifest."""
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A directory whose manifest was checked.
+
+    Attributes:
+        kernels: their entries in the manifest, by the text of the spec and the architecture.
+    """
+
+    path: Path
+    kernels: dict[tuple[str, str], dict[str, str]]
+
+    def find(self, spec: Spec, arch: str) -> Callable[..., None] | None:
+        """The function of a kernel, None if the directory does not have it."""
+        kernel = self.kernels.get((naming.spec_text(spec), arch))
+        if kernel is None:
+            return None
+        path = self.path / kernel["file"]
+        record = objects.read_record(path.read_bytes())
+        if record != kernel:
+            raise objects.CorruptObject("it holds another kernel than the manifest says")
+        library.load_runtime(self.runtime)
+        return library.load_function(path, kernel["symbol"])
+
+    @property
+    def runtime(self) -> Path:
+        """The runtime library of the directory, or that of an installed CuTe DSL."""
+        own, dsl = self.path / toolchain.RUNTIME_NAME, toolchain.installed_dsl()
+        return own if own.exists() or dsl is None else dsl.runtime
+
+
+_loaded: list[Directory] = []
+
+
+def load(directory: str | os.PathLike) -> None:
+    """Use the kernels of a directory that ``python -m cute_quant build`` made.
+
+    Those that it has need no compiler from now on; their objects are read when they are first
+    called. A directory that is loaded later is asked first. One that ``CUTE_QUANT_AOT_DIR`` names
+    is loaded by itself, and asked last.
+
+    Args:
+        directory: with a manifest, objects, and the runtime library.
+
+    Raises:
+        FileNotFoundError: there is no manifest in it.
+        ValueError: it was built from other sources, for another processor, or with another
+            apache-tvm-ffi; its manifest is damaged; or anybody may write to it.
+    """
+    _loaded.insert(0, open_directory(Path(directory).absolute()))
+
+
+def loaded() -> list[Directory]:
+    """The directories that kernels are looked for in, the first one asked first."""
+    own = _of_environment()
+    return [*_loaded, *([own] if own is not None else [])]
+
+
+def find(spec: Spec, arch: str) -> Callable[..., None] | None:
+    """The function of a kernel that was built ahead of time, None if there is none."""
+    for directory in loaded():
+        try:
+            function = directory.find(spec, arch)
+        except Exception as error:
+            name = naming.spec_name(spec)
+            log.warning("%s for %s not taken from %s: %s", name, arch, directory.path, error)
+            continue
+        if function is not None:
+            return function
+    return None
+
+
+@functools.cache
+def _of_environment() -> Directory | None:
+    path = os.environ.get(DIRECTORY_VARIABLE)
+    if not path:
+        return None
+    try:
+        return open_directory(Path(path).absolute())
+    except (OSError, ValueError) as error:
+        log.warning("%s not used: %s", DIRECTORY_VARIABLE, error)
+        return None
+
+
+def open_directory(path: Path) -> Directory:
+    """Check the manifest of a directory.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`.
+    """
+    permissions = path.stat().st_mode
+    if permissions & stat.S_IWOTH and not permissions & stat.S_ISVTX:
+        raise ValueError(f"{path}: expected a directory that not anybody may write to: chmod o-w")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        found = {name: manifest[name] for name in _identity(platform.machine(), "")}
+        kernels = {(kernel["spec"], kernel["arch"]): kernel for kernel in manifest["kernels"]}
+        tvm_ffi = manifest["versions"]["apache-tvm-ffi"]
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: expected a directory made by python -m cute_quant build, got no {MANIFEST}"
+        ) from None
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path / MANIFEST}: not a manifest: {error!r}") from error
+    for name, expected in _identity(platform.machine(), naming.source_digest()).items():
+        if found[name] != expected:
+            raise ValueError(
+                f"{path}: expected kernels built for {name} {expected}, got {found[name]}: build "
+                f"them again with this version of cute_quant"
+            )
+    own = toolchain.tvm_ffi_version()
+    if own is not None and _minor(own) != _minor(tvm_ffi):
+        raise ValueError(
+            f"{path}: expected kernels built with apache-tvm-ffi {_minor(own)}, got {tvm_ffi}"
+        )
+    return Directory(path, kernels)
+
+
+def _identity(machine: str, sources: str) -> dict[str, Any]:
+    return {"format": FORMAT, "machine": machine, "sources": sources}
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def symbol(spec: Spec, arch: str) -> str:
+    """The name of a kernel's function, distinct among those of a directory."""
+    return f"{naming.spec_name(spec)}_{arch}".replace("-", "_")
+
+
+def write(
+    path: Path,
+    host: toolchain.Host,
+    runtime: Path | None,
+    built: Iterable[tuple[Spec, str, bytes]],
+) -> None:
+    """Make a directory, or replace what was built into it before.
+
+    Args:
+        host: what runs the host code.
+        runtime: the runtime library to put beside the objects, if any.
+        built: spec, architecture and shared object of each kernel, whose function has the name
+            that `symbol` gives.
+
+    Raises:
+        ValueError: there is something else in the directory.
+        OSError: it cannot be written.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    known = {".so", ".json", ".tmp"}
+    others = sorted(file.name for file in path.iterdir() if file.suffix not in known)
+    if others or (any(path.iterdir()) and not (path / MANIFEST).exists()):
+        raise ValueError(f"{path}: expected a new directory or one built before, got {others}")
+    # Whatever happens from here on, the directory says what it has, and may be built again.
+    _write_manifest(path, host, [])
+    for file in path.iterdir():
+        if file.name != MANIFEST:
+            file.unlink()
+    if runtime is not None:
+        shutil.copyfile(runtime, path / toolchain.RUNTIME_NAME)
+    kernels = []
+    for spec, arch, content in built:
+        kernel = {
+            "name": naming.spec_name(spec),
+            "spec": naming.spec_text(spec),
+            "arch": arch,
+            "file": f"{naming.spec_name(spec)}-{arch}.so",
+            "symbol": symbol(spec, arch),
+        }
+        (path / kernel["file"]).write_bytes(objects.seal(content, kernel))
+        kernels.append(kernel)
+    _write_manifest(path, host, kernels)
+
+
+def _write_manifest(path: Path, host: toolchain.Host, kernels: list[dict[str, str]]) -> None:
+    manifest = {
+        **_identity(host.machine, naming.source_digest()),
+        "cpu": host.cpu,
+        "versions": toolchain.versions(),
+        "kernels": kernels,
+    }
+    temporary = path / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps(manifest, indent=1))
+    temporary.replace(path / MANIFEST)

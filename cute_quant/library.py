@@ -1,0 +1,31 @@
+"""Functions of shared objects, loaded without CuTe DSL."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+
+def load_function(path: Path, symbol: str) -> Callable[..., None]:
+    """The function of a shared object, to be called on torch tensors.
+
+    Raises:
+        ImportError: apache-tvm-ffi is not installed.
+        RuntimeError, AttributeError: the object does not load here, or has no such function.
+    """
+    # It takes 25 ms to import, and who only has CPUs need not have it.
+    import tvm_ffi
+
+    return tvm_ffi.load_module(path)[symbol]
+
+
+@functools.cache
+def load_runtime(path: Path) -> ctypes.CDLL:
+    """Load what objects call CUDA through. They find it under its SONAME, wherever it came from.
+
+    Raises:
+        OSError: it is not there, or does not load here.
+    """
+    return ctypes.CDLL(str(path))

@@ -1,0 +1,62 @@
+"""What a terminal shows while something takes long. Elsewhere nothing is written."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+QUIET_SECONDS = 1.0
+"""What is done by then shows nothing."""
+REFRESH_SECONDS = 0.1
+
+ERASE_LINE = "\r\x1b[2K"
+BAR_WIDTH = 30
+
+
+@contextlib.contextmanager
+def elapsed(label: str) -> Iterator[None]:
+    """Show a label and the seconds since, from the first second on until the end."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    start = time.perf_counter()
+    done = threading.Event()
+
+    def show() -> None:
+        shown = done.wait(QUIET_SECONDS)
+        while not shown:
+            _write(f"{ERASE_LINE}{label} {time.perf_counter() - start:.1f} s")
+            shown = done.wait(REFRESH_SECONDS)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        if time.perf_counter() - start > QUIET_SECONDS:
+            _write(ERASE_LINE)
+
+
+def bar(done: int, total: int, label: str) -> None:
+    """Show how many of how many are done, and what comes next."""
+    if sys.stderr.isatty():
+        filled = BAR_WIDTH * done // max(total, 1)
+        drawn = "█" * filled + "░" * (BAR_WIDTH - filled)
+        _write(f"{ERASE_LINE}{drawn} {done}/{total} {label}"[: len(ERASE_LINE) + 99])
+
+
+def end_bar() -> None:
+    """Make place for other lines."""
+    if sys.stderr.isatty():
+        _write(ERASE_LINE)
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()

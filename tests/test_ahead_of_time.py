@@ -1,0 +1,368 @@
+"""Directories built ahead of time: used without CuTe DSL, on any processor of a kind, from C++."""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import cute_quant
+from cute_quant import ahead_of_time, cli, compile, execution, naming, objects, presets, toolchain
+from cute_quant.specs import QuantizeSpec
+from tests.helpers import UE8M0
+
+SPEC = QuantizeSpec(torch.bfloat16, UE8M0)
+NAME = naming.spec_name(SPEC)
+ARCH = "sm_90a"
+ROOT = Path(cute_quant.__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "cpp"
+AARCH64 = toolchain.HOSTS["aarch64"]
+
+DISASSEMBLER = shutil.which("objdump") or shutil.which("llvm-objdump")
+CUDA = shutil.which("nvcc")
+CMAKE = shutil.which("cmake")
+
+# VEX and EVEX: all of AVX, AVX2 and AVX-512 begins with a v, mask registers aside.
+BEYOND_BASELINE = re.compile(r"\t(v[a-z0-9]+|k[a-z]+[bwdq]|andn|bextr|mulx|[rs][oah][lrx]+x)\b.*")
+
+ASK = f"""
+import sys
+import torch
+import cute_quant
+from cute_quant import compile
+from cute_quant.formats import make_format
+from cute_quant.specs import QuantizeSpec
+fmt = make_format(128, "ue8m0", False)
+function = compile.function(QuantizeSpec(torch.bfloat16, fmt), "{ARCH}")
+try:
+    function()
+except TypeError as error:
+    assert str(error).startswith("Expects 9 parameters when calling")
+try:
+    compile.function(QuantizeSpec(torch.float16, fmt), "{ARCH}")
+except RuntimeError as error:
+    print(error)
+assert not {{"cutlass", "nvidia_cutlass_dsl", "cuda"}} & set(sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with one kernel for one architecture; not to be changed."""
+    made = tmp_path_factory.mktemp("built") / "kernels"
+    assert cli.main(["build", "--kernel", NAME, "--arch", ARCH, "-o", str(made)]) == 0
+    return made
+
+
+@pytest.fixture
+def copy(built: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(built, tmp_path / "copy")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """The packages of this environment without CuTe DSL and what only it needs."""
+    made = tmp_path / "site"
+    made.mkdir()
+    places = [Path(entry) for entry in sys.path if (Path(entry).is_dir() and Path(entry) != ROOT)]
+    for path in (path for place in places for path in place.iterdir()):
+        left_out = re.match(r"nvidia_cutlass|cutlass|cuda|cute_quant|.*\.pth$", path.name)
+        if not (left_out or (path.parent / "os.py").exists() or (made / path.name).exists()):
+            (made / path.name).symlink_to(path)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUTE_QUANT_AOT_DIR", raising=False)
+    monkeypatch.setattr(ahead_of_time, "_loaded", [])
+    ahead_of_time._of_environment.cache_clear()
+
+
+def change_manifest(directory: Path, **changes: object) -> None:
+    path = directory / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def object_file(directory: Path) -> Path:
+    return directory / f"{NAME}-{ARCH}.so"
+
+
+# What is built.
+
+
+def test_content(built):
+    manifest = json.loads((built / "manifest.json").read_text())
+    assert sorted(path.name for path in built.iterdir()) == sorted(
+        [object_file(built).name, "manifest.json", toolchain.RUNTIME_NAME]
+    )
+    (kernel,) = manifest["kernels"]
+    assert kernel == objects.read_record(object_file(built).read_bytes())
+    assert kernel["symbol"] == f"{NAME}_{ARCH}".replace("-", "_")
+    assert manifest["machine"] == platform.machine()
+
+
+@pytest.mark.skipif(DISASSEMBLER is None, reason="needs objdump")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="about x86-64")
+def test_host_code_runs_on_any_x86_64(built):
+    assert BEYOND_BASELINE.search("\tvmovups %zmm0,(%rax)")  # the check below can fail
+    listing = subprocess.run(
+        [DISASSEMBLER, "-d", object_file(built)], capture_output=True, text=True, check=True
+    ).stdout
+    assert len(listing.splitlines()) > 500
+    assert [line for line in listing.splitlines() if BEYOND_BASELINE.search(line)] == []
+
+
+@pytest.mark.skipif(AARCH64.linker() is None, reason="needs a linker for aarch64")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="about building for another machine")
+def test_aarch64(tmp_path, capsys):
+    directory = tmp_path / "kernels"
+    arguments = ["--kernel", NAME, "--arch", ARCH, "--host", "aarch64", "-o", str(directory)]
+    assert cli.main(["build", *arguments]) == 0
+    assert "it needs the libcute_dsl_runtime.so of aarch64 beside it" in capsys.readouterr().out
+    header = object_file(directory).read_bytes()[:20]
+    assert header[:5] == b"\x7fELF\x02" and int.from_bytes(header[18:20], "little") == 183
+    with pytest.raises(ValueError, match="built for machine x86_64, got aarch64"):
+        cute_quant.load(directory)
+
+
+def test_other_files_are_left_alone(tmp_path):
+    (tmp_path / "thesis.pdf").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"expected a new directory.*got \['thesis.pdf'\]"):
+        ahead_of_time.write(tmp_path, toolchain.this_host(), None, [])
+    assert (tmp_path / "thesis.pdf").exists()
+
+
+def test_objects_of_others_are_left_alone(tmp_path):
+    (tmp_path / "lib.so").write_bytes(b"")
+    with pytest.raises(ValueError, match="expected a new directory"):
+        ahead_of_time.write(tmp_path, toolchain.this_host(), None, [])
+    assert (tmp_path / "lib.so").exists()
+
+
+def test_building_again_replaces(copy):
+    ahead_of_time.write(copy, toolchain.this_host(), None, [])
+    assert [path.name for path in copy.iterdir()] == ["manifest.json"]
+
+
+def test_building_that_is_interrupted_leaves_a_directory(copy):
+    def built():
+        yield SPEC, ARCH, b"content"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ahead_of_time.write(copy, toolchain.this_host(), None, built())
+    cute_quant.load(copy)
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    ahead_of_time.write(copy, toolchain.this_host(), None, [(SPEC, ARCH, b"content")])
+    assert sorted(path.name for path in copy.iterdir()) == [
+        "manifest.json",
+        object_file(copy).name,
+    ]
+
+
+# How it is used.
+
+
+@pytest.mark.parametrize("how", ["variable", "load"])
+def test_without_cute_dsl(built, site, tmp_path, how):
+    load = f"cute_quant.load({str(built)!r})" if how == "load" else ""
+    variables = {} if how == "load" else {"CUTE_QUANT_AOT_DIR": str(built)}
+    start = f"import sys; sys.path[:0] = [{str(site)!r}, {str(ROOT)!r}]; import cute_quant; {load}"
+    done = subprocess.run(
+        [sys.executable, "-IS", "-c", start + ASK],
+        env={**variables, "PATH": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.strip() == (
+        f"quantize-float16-128-ue8m0-float8_e4m3fn for {ARCH} is not among those of {built}, and "
+        f"CuTe DSL is not installed to compile it: pip install nvidia-cutlass-dsl"
+    )
+
+
+def test_directories_loaded_later_are_asked_first(built, copy, monkeypatch):
+    monkeypatch.setenv("CUTE_QUANT_AOT_DIR", str(built))
+    cute_quant.load(built)
+    cute_quant.load(copy)
+    assert [directory.path for directory in ahead_of_time.loaded()] == [copy, built, built]
+
+
+def test_found_by_spec_and_architecture(built):
+    cute_quant.load(built)
+    assert ahead_of_time.find(SPEC, ARCH) is not None
+    assert ahead_of_time.find(SPEC, "sm_100a") is None
+    assert ahead_of_time.find(QuantizeSpec(torch.float16, UE8M0), ARCH) is None
+
+
+def test_no_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected a directory made by python -m cute"):
+        cute_quant.load(tmp_path)
+
+
+def test_variable_that_names_no_directory_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("CUTE_QUANT_AOT_DIR", str(tmp_path))
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"CUTE_QUANT_AOT_DIR not used: {tmp_path}: expected a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sources": "0"}, "expected kernels built for sources .*, got 0: build them again"),
+        ({"machine": "riscv64"}, f"built for machine {platform.machine()}, got riscv64"),
+        ({"format": 0}, "built for format 1, got 0"),
+        ({"versions": {"apache-tvm-ffi": "0.0.9"}}, "built with apache-tvm-ffi .*, got 0.0.9"),
+        ({"kernels": None}, "not a manifest"),
+        ({"kernels": [{}]}, "not a manifest"),
+    ],
+)
+def test_built_for_something_else(copy, changes, message):
+    change_manifest(copy, **changes)
+    with pytest.raises(ValueError, match=message):
+        cute_quant.load(copy)
+
+
+def test_damaged_manifest(copy):
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="not a manifest"):
+        cute_quant.load(copy)
+
+
+def test_directory_that_anybody_may_write_to(copy):
+    copy.chmod(0o777)
+    with pytest.raises(ValueError, match="not anybody may write to: chmod o-w"):
+        cute_quant.load(copy)
+
+
+def test_tampered_object_is_not_loaded(copy, caplog):
+    path = object_file(copy)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    cute_quant.load(copy)
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{NAME} for {ARCH} not taken from {copy}: its digest")
+
+
+def test_object_of_another_kernel_is_not_loaded(copy, caplog):
+    other = objects.seal(b"", {"name": "other"})
+    object_file(copy).write_bytes(other)
+    cute_quant.load(copy)
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert "it holds another kernel than the manifest says" in caplog.text
+
+
+# Presets.
+
+
+def test_names_in_presets_are_distinct():
+    for preset in presets.PRESETS.values():
+        specs = preset()
+        assert len({naming.spec_name(spec) for spec in specs}) == len(set(specs)) == len(specs)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "batch", "masked", "prefix_sum", "indexed"])
+def test_presets_have_what_calls_ask_for(kind, large, gathered, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compile, "architecture", lambda index: ARCH)
+    monkeypatch.setattr(compile, "multiprocessors", lambda index: 1 if large else 10**6)
+    monkeypatch.setattr(compile, "function", lambda spec, arch: asked.append(spec))
+    counts = torch.zeros(3, dtype=torch.int32)
+    rows = {
+        "masked": cute_quant.Masked(counts),
+        "prefix_sum": cute_quant.PrefixSum(counts),
+        "indexed": cute_quant.Indexed(torch.zeros(64, dtype=torch.int32)),
+    }.get(kind)
+    batch_shape = (3,) if kind in ("batch", "masked") else ()
+    if kind == "batch" and gathered:
+        pytest.skip("tokens are gathered for experts, not for batches")
+    shape = (*batch_shape, 64, 1024)
+    index = torch.zeros(shape[:-1], dtype=torch.int32) if gathered else None
+    x = torch.zeros((64, 1024) if gathered else shape, dtype=torch.bfloat16)
+    result = shape, torch.zeros(shape).stride()
+    scales = UE8M0.scale_shape(batch_shape, 64, 1024), UE8M0.scale_strides(batch_shape, 64, 1024)
+    execution._kernel(x, result, 0, scales, UE8M0, UE8M0.dtype, 94, rows, index)
+    (spec,) = asked
+    assert spec in presets.moe() or (kind == "batch" and spec in presets.deepgemm())
+    assert gathered or spec in presets.deepgemm()
+
+
+# From C++.
+
+
+@pytest.fixture(scope="module")
+def example() -> Iterator[Path]:
+    if not (CMAKE and CUDA):
+        pytest.skip("needs cmake and the CUDA toolkit")
+    with tempfile.TemporaryDirectory() as directory:
+        configure = [CMAKE, "-S", EXAMPLE, "-B", directory]
+        for command in (
+            [*configure, f"-DPython_EXECUTABLE={sys.executable}"],
+            [CMAKE, "--build", directory],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+        yield Path(directory) / "quantize"
+
+
+def test_cpp_example_loads(example, built):
+    done = subprocess.run([example, built, ARCH], capture_output=True, text=True, env={})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"loaded {object_file(built)}\n")
+
+
+def test_cpp_example_says_what_is_missing(example, built):
+    done = subprocess.run([example, built, "sm_100a"], capture_output=True, text=True, env={})
+    assert done.returncode == 1 and "sm_100a.so" in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+def test_cpp_example_quantizes(example, built):
+    done = subprocess.run([example, built, ARCH], capture_output=True, text=True, env={})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("right")
+
+
+@pytest.mark.gpu
+def test_runs_on_the_gpu_without_cute_dsl(site, tmp_path):
+    directory = tmp_path / "kernels"
+    arch = compile.architecture(0)
+    assert cli.main(["build", "--kernel", NAME, "--arch", arch, "-o", str(directory)]) == 0
+    code = f"""
+import sys
+sys.path[:0] = [{str(site)!r}, {str(ROOT)!r}]
+import torch
+from cute_quant import quantize
+x = torch.randn(64, 512, dtype=torch.bfloat16)
+(q, sf), (expected_q, expected_sf) = quantize(x.cuda()), quantize(x)
+assert torch.equal(q.cpu().view(torch.uint8), expected_q.view(torch.uint8))
+assert torch.equal(sf.cpu(), expected_sf)
+assert "cutlass" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-IS", "-c", code],
+        env={**os.environ, "CUTE_QUANT_AOT_DIR": str(directory)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,531 @@
+"""The disk cache: what is in the key, who may write to it, and what survives crashes and races."""
+
+import ast
+import dataclasses
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import cute_quant
+from cute_quant import cache, compile, naming, objects, toolchain
+from cute_quant.cache import Cache, CacheRefused
+from cute_quant.specs import Access, Domain, QuantizeSpec, SiluMulSpec, Tile
+from tests.helpers import FLOAT32, UE8M0
+
+SPEC = QuantizeSpec(torch.bfloat16, UE8M0)
+ARCH = compile.architecture(0) if torch.cuda.is_available() else "sm_100a"
+"""What the compiler takes this machine for: others cannot be called where they are compiled."""
+
+OPTIONS = compile.compile_options(ARCH)
+KEY = "0123456789abcdef"
+PACKAGE = Path(cute_quant.__file__).parent
+
+ASK = f"""
+import torch, sys, json
+from cute_quant import compile
+from cute_quant.formats import make_format
+from cute_quant.specs import QuantizeSpec
+spec = QuantizeSpec(torch.bfloat16, make_format(128, "ue8m0", False))
+function = compile.function(spec, "{ARCH}")
+try:
+    function()
+except TypeError as error:
+    print(json.dumps(dict(compiled="cutlass" in sys.modules, message=str(error)[:80])))
+"""
+"""Asks for a kernel in a process of its own, and calls it with too few arguments."""
+
+
+def environment(directory: Path, **variables: str) -> dict[str, str]:
+    return {
+        **{k: v for k, v in os.environ.items() if not k.startswith("CUTE_QUANT_")},
+        "PYTHONPATH": str(PACKAGE.parent),
+        "CUTE_QUANT_CACHE_DIR": str(directory),
+        **variables,
+    }
+
+
+def start(directory: Path, code: str = ASK, **variables: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment(directory, **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[bool, str]:
+    """Whether it compiled, and its log."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    answer = json.loads(out)
+    assert answer["message"].startswith("Expects 9 parameters when calling")
+    return answer["compiled"], err
+
+
+def ask(directory: Path, **variables: str) -> tuple[bool, str]:
+    return finish(start(directory, **variables))
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    made = tmp_path / "cache"
+    made.mkdir(mode=0o700)
+    return made
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with one entry; not to be changed."""
+    made = tmp_path_factory.mktemp("warm") / "cache"
+    compiled, log = ask(made)
+    assert compiled and not log
+    return made
+
+
+@pytest.fixture
+def copy(warm: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(warm, tmp_path / "copy")
+
+
+def only_entry(directory: Path) -> Path:
+    (entry,) = directory.iterdir()
+    return entry
+
+
+# A fresh process.
+
+
+def test_cold_then_warm(warm):
+    entry = only_entry(warm)
+    assert entry.suffix == ".so" and stat.S_IMODE(entry.stat().st_mode) == 0o600
+    assert stat.S_IMODE(warm.stat().st_mode) == 0o700
+    assert ask(warm) == (False, "")
+
+
+def test_record(warm):
+    record = objects.read_record(only_entry(warm).read_bytes())
+    assert record["key"] == only_entry(warm).stem == cache.key(SPEC, ARCH, OPTIONS)
+    assert record["spec"] == naming.spec_text(SPEC) and record["arch"] == ARCH
+
+
+def test_off(directory):
+    assert ask(directory, CUTE_QUANT_CACHE="off") == (True, "")
+    assert not list(directory.iterdir())
+
+
+def test_mode_that_makes_no_sense(directory):
+    compiled, log = ask(directory, CUTE_QUANT_CACHE="of")
+    expected = "CUTE_QUANT_CACHE: expected one of ('on', 'off', 'readonly'), got 'of'"
+    assert compiled and log.strip() == f"disk cache not used: {expected}"
+
+
+@pytest.mark.parametrize("how", ["mode", "variable"])
+def test_readonly(copy, how):
+    before = only_entry(copy).stat().st_mtime_ns
+    if how == "mode":
+        copy.chmod(0o500)
+    variables = {"CUTE_QUANT_CACHE": "readonly"} if how == "variable" else {}
+    assert ask(copy, **variables) == (False, "")
+    other = ASK.replace("bfloat16", "float16")
+    compiled, log = finish(start(copy, other, **variables))
+    assert compiled and not log
+    assert only_entry(copy).stat().st_mtime_ns == before
+
+
+def test_no_linker(directory):
+    compiled, log = ask(directory, PATH="")
+    assert compiled and not log and not list(directory.iterdir())
+
+
+def test_refused_directory_does_not_break_a_call(copy):
+    copy.chmod(0o755)
+    compiled, log = ask(copy)
+    assert compiled
+    assert log.splitlines() == [f"disk cache not used: {copy} has mode 0755: chmod 700 it"]
+
+
+# Somebody else's bytes.
+
+
+def corrupted(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+DAMAGES = {
+    "tampered": corrupted,
+    "truncated": lambda data: data[:-1],
+    "empty": lambda data: b"",
+    "foreign": lambda data: b"\x7fELF" + bytes(1000),
+    "another key": lambda data: objects.seal(b"\x7fELF", {"key": "other"}),
+    "record": lambda data: objects.seal(data, {}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_entries_are_discarded(directory, damage, caplog):
+    store = Cache(directory, True)
+    path = store.store(KEY, b"content", {})
+    assert store.find(KEY) == path and not caplog.records
+    path.write_bytes(damage(path.read_bytes()))
+    assert store.find(KEY) is None
+    (record,) = caplog.records
+    assert record.name == "cute_quant" and record.levelno == logging.WARNING
+    assert record.getMessage().startswith(f"{path} is discarded and built anew: ")
+    assert not path.exists()
+
+
+def test_damaged_entry_is_rebuilt(copy):
+    entry = only_entry(copy)
+    good = entry.read_bytes()
+    entry.write_bytes(corrupted(good))
+    compiled, log = ask(copy)
+    assert compiled and len(log.splitlines()) == 1
+    assert log.startswith(f"{entry} is discarded and built anew: its digest is not that of")
+    assert entry.read_bytes() == good  # the compiler gives the same bytes again
+    assert ask(copy) == (False, "")
+
+
+def test_sealed_but_not_loadable(copy):
+    entry = only_entry(copy)
+    entry.write_bytes(objects.seal(b"no ELF file", {"key": entry.stem}))
+    compiled, log = ask(copy)
+    assert compiled and len(log.splitlines()) == 1
+    assert log.startswith(f"{entry} is discarded and built anew: ")
+    assert ask(copy) == (False, "")
+
+
+def test_entries_that_others_may_write(directory, caplog):
+    store = Cache(directory, True)
+    store.store(KEY, b"content", {}).chmod(0o620)
+    assert store.find(KEY) is None
+    assert "others may write to it" in caplog.text
+
+
+def test_entries_that_are_links(directory, tmp_path, caplog):
+    store = Cache(directory, True)
+    path = store.store(KEY, b"content", {})
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert store.find(KEY) is None
+    assert "it is a symbolic link" in caplog.text
+    assert (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_entries_that_are_no_files(directory, make, caplog):
+    store = Cache(directory, False)
+    make(store.path(KEY))
+    assert store.find(KEY) is None
+    assert "discarded" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o1777])
+def test_directories_of_others_are_refused(directory, mode):
+    directory.chmod(mode)
+    with pytest.raises(CacheRefused, match=f"has mode {mode:04o}: chmod 700 it"):
+        cache.check_directory(directory)
+
+
+def test_directory_of_another_user(directory, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(CacheRefused, match=f"belongs to user {os.getuid()}: use one of your own"):
+        cache.check_directory(directory)
+
+
+def test_link_to_a_directory(directory, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(directory)
+    with pytest.raises(CacheRefused, match="is a symbolic link: name the directory itself"):
+        cache.check_directory(link)
+
+
+def test_file_instead_of_a_directory(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(CacheRefused, match="is not a directory"):
+        cache.check_directory(tmp_path / "file")
+
+
+@pytest.mark.parametrize("through_link", [False, True])
+def test_parents_that_anybody_may_write_to(tmp_path, through_link):
+    parent = tmp_path / "shared"
+    inner = parent / "mine"
+    inner.mkdir(parents=True, mode=0o700)
+    named = inner
+    if through_link:
+        (tmp_path / "link").symlink_to(parent)
+        named = tmp_path / "link" / "mine"
+    cache.check_directory(named)
+    parent.chmod(0o777)
+    with pytest.raises(CacheRefused, match=f"lies in {parent}, which anybody may write to"):
+        cache.check_directory(named)
+    parent.chmod(0o1777)
+    cache.check_directory(named)
+
+
+def test_default_directory(monkeypatch, tmp_path):
+    for name in ("CUTE_QUANT_CACHE", "CUTE_QUANT_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    store = cache.open_cache()
+    assert store.directory == tmp_path / "xdg" / "cute_quant" and store.writable
+    assert stat.S_IMODE(store.directory.stat().st_mode) == 0o700
+
+
+# Crashes and races.
+
+
+def test_two_processes_compile_once(directory):
+    processes = [start(directory) for _ in range(2)]
+    outcomes = [finish(process) for process in processes]
+    assert sorted(compiled for compiled, _ in outcomes) == [False, True]
+    assert not any(log for _, log in outcomes)
+    assert only_entry(directory).suffix == ".so"
+
+
+@pytest.mark.parametrize("point", ["seal", "replace", "after"])
+def test_killed_while_it_stores(directory, point):
+    kill = "import os, signal; die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
+    patch = {
+        "seal": "from cute_quant import objects; objects.seal = die\n",
+        "replace": "os.replace = die\n",
+        "after": "from cute_quant import cache; cache.Cache._trim = die\n",
+    }[point]
+    process = start(directory, kill + patch + ASK)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    names = {path.suffix for path in directory.iterdir()}
+    assert ".lock" in names
+    assert (".tmp" in names) == (point == "replace") and (".so" in names) == (point == "after")
+    assert ask(directory) == (point != "after", "")
+    # The lock of an entry that is there is not asked for any more.
+    left = {".so", ".lock"} if point == "after" else {".so"}
+    assert {path.suffix for path in directory.iterdir()} == left
+
+
+def store_forever(directory: Path, content: bytes) -> None:
+    store = Cache(directory, True)
+    while True:
+        with store.lock(KEY):
+            store.store(KEY, content, {})
+
+
+def test_killed_at_any_time(directory, caplog):
+    content = os.urandom(2**20)
+    store = Cache(directory, True)
+    context = multiprocessing.get_context("fork")
+    for turn in range(20):
+        process = context.Process(target=store_forever, args=(directory, content))
+        process.start()
+        time.sleep(0.01 + 0.003 * turn)
+        process.kill()
+        process.join()
+        if store.find(KEY) is not None:
+            assert store.path(KEY).read_bytes().startswith(content)
+        with store.lock(KEY):
+            store.store(KEY, content, {})
+        assert store.find(KEY) is not None
+    assert not caplog.records
+    assert only_entry(directory) == store.path(KEY)
+
+
+def count_under_lock(directory: Path, turns: int) -> None:
+    store = Cache(directory, True)
+    for _ in range(turns):
+        with store.lock(KEY):
+            counter = directory / "counter"
+            seen = int(counter.read_text())
+            time.sleep(0.0005)
+            counter.write_text(str(seen + 1))
+
+
+def test_lock_excludes(directory):
+    (directory / "counter").write_text("0")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=count_under_lock, args=(directory, 50)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert (directory / "counter").read_text() == "200"
+
+
+def test_lock_that_is_never_given_back(directory, monkeypatch):
+    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.05)
+    store = Cache(directory, True)
+    with store.lock(KEY), pytest.raises(TimeoutError, match=KEY), store.lock(KEY):
+        pass
+
+
+# Size.
+
+
+def test_size_is_bounded(directory, monkeypatch):
+    monkeypatch.setattr(cache, "MAX_BYTES", 5000)
+    store = Cache(directory, True)
+    now = time.time()
+    for i in range(4):
+        os.utime(store.store(f"{KEY}{i}", bytes(1000), {}), (now + i - 100, now + i - 100))
+    assert store.find(f"{KEY}0")  # used, so it is not the oldest any more
+    store.store(f"{KEY}4", bytes(1000), {})
+    assert [i for i in range(5) if store.path(f"{KEY}{i}").exists()] == [0, 2, 3, 4]
+    assert sum(entry.bytes for entry in store.entries()) <= 5000
+
+
+def test_entry_larger_than_the_bound_stays_until_the_next(directory, monkeypatch):
+    monkeypatch.setattr(cache, "MAX_BYTES", 100)
+    store = Cache(directory, True)
+    assert store.store(KEY, bytes(1000), {}).exists()
+
+
+def test_what_crashed_long_ago_is_removed(directory):
+    store = Cache(directory, True)
+    old = directory / "a.1.tmp", directory / "a.lock"
+    young = directory / "b.1.tmp", directory / "b.lock"
+    for path in (*old, *young):
+        path.write_bytes(b"")
+    for path in old:
+        os.utime(path, (time.time() - 7200,) * 2)
+    store.store(KEY, b"", {})
+    assert not any(path.exists() for path in old) and all(path.exists() for path in young)
+
+
+def test_entries_and_clear(directory):
+    store = Cache(directory, True)
+    store.store(KEY, b"content", {"name": "a"})
+    (directory / "broken.so").write_bytes(b"")
+    (directory / "left.tmp").write_bytes(b"")
+    (directory / "not ours").write_bytes(b"")
+    records = {entry.path.stem: entry.record for entry in store.entries()}
+    assert records == {KEY: {"name": "a", "key": KEY}, "broken": None}
+    assert store.clear() == 2
+    assert [path.name for path in directory.iterdir()] == ["not ours"]
+
+
+# The key.
+
+OTHER_SPECS = (
+    QuantizeSpec(torch.float16, UE8M0),
+    QuantizeSpec(torch.bfloat16, FLOAT32),
+    QuantizeSpec(torch.bfloat16, dataclasses.replace(UE8M0, dtype=torch.int8)),
+    QuantizeSpec(torch.bfloat16, UE8M0, Tile(rows_per_thread=2)),
+    QuantizeSpec(torch.bfloat16, UE8M0, domain=Domain(batched=True)),
+    QuantizeSpec(torch.bfloat16, UE8M0, access=Access(16)),
+    QuantizeSpec(torch.bfloat16, UE8M0, fake=True),
+    QuantizeSpec(torch.bfloat16, UE8M0, pdl=False),
+    SiluMulSpec(torch.bfloat16, UE8M0),
+)
+
+
+def test_specs_differ_in_text_key_and_name():
+    specs = (SPEC, *OTHER_SPECS)
+    assert len({naming.spec_text(spec) for spec in specs}) == len(specs)
+    assert len({naming.spec_name(spec) for spec in specs}) == len(specs)
+    assert len({cache.key(spec, ARCH, OPTIONS) for spec in specs}) == len(specs)
+    assert naming.spec_text(SPEC) == naming.spec_text(QuantizeSpec(torch.bfloat16, UE8M0))
+
+
+def test_names_are_plain():
+    for spec in (SPEC, *OTHER_SPECS):
+        assert re.fullmatch(r"[a-z0-9_-]+", naming.spec_name(spec))
+
+
+def test_text_of_what_has_no_stable_text():
+    @dataclasses.dataclass(frozen=True)
+    class Odd:
+        field: object
+        kernel = "odd.Odd"
+
+    with pytest.raises(TypeError, match=r"spec: expected fields that are numbers.*got object"):
+        naming.spec_text(Odd(object()))
+
+
+CHANGES = {
+    "sources": lambda patch: patch.setattr(naming, "source_digest", lambda: "other"),
+    "dsl version": lambda patch: change_dsl(patch, version="4.7.0"),
+    "dsl flavour": lambda patch: change_dsl(patch, flavour="cu12"),
+    "tvm-ffi": lambda patch: patch.setattr(toolchain, "tvm_ffi_version", lambda: "0.1.0"),
+    "cpu": lambda patch: patch.setattr(
+        toolchain, "this_host", lambda: dataclasses.replace(toolchain.HOSTS["x86_64"], cpu="zen")
+    ),
+    "variable": lambda patch: patch.setenv("CUTE_DSL_COMPILER_OPT", "x"),
+}
+
+
+def change_dsl(patch: pytest.MonkeyPatch, **changes: str) -> None:
+    changed = dataclasses.replace(toolchain.installed_dsl(), **changes)
+    patch.setattr(toolchain, "installed_dsl", lambda: changed)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_key_depends_on(change, monkeypatch):
+    before = cache.key(SPEC, ARCH, OPTIONS)
+    change(monkeypatch)
+    assert cache.key(SPEC, ARCH, OPTIONS) != before
+
+
+def test_key_depends_on_architecture_and_options_and_nothing_else(monkeypatch):
+    before = cache.key(SPEC, ARCH, OPTIONS)
+    assert cache.key(SPEC, "sm_103a", OPTIONS) != before
+    assert cache.key(SPEC, ARCH, OPTIONS + " --opt-level 2") != before
+    monkeypatch.setenv("CUTE_DSL_LOG_LEVEL", "10")
+    monkeypatch.setenv("CUTE_QUANT_CACHE_DIR", "/elsewhere")
+    monkeypatch.setenv("HOME", "/elsewhere")
+    assert cache.key(SPEC, ARCH, OPTIONS) == before
+
+
+def test_source_digest_follows_content(tmp_path, monkeypatch):
+    copied = shutil.copytree(PACKAGE, tmp_path / "cute_quant")
+    monkeypatch.setattr(naming, "__file__", str(copied / "naming.py"))
+    digest = naming.source_digest.__wrapped__
+    before = digest()
+    assert before == naming.source_digest()
+    (copied / "ops.py").write_text("# not part of a kernel")
+    assert digest() == before
+    with (copied / "kernels" / "copy.py").open("a") as file:
+        file.write("\n")
+    assert digest() != before
+
+
+def test_sources_are_all_that_kernels_import():
+    named = {path for pattern in naming.SOURCES for path in PACKAGE.glob(pattern)}
+    for path in sorted(named):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cute_quant"):
+                module = PACKAGE.parent / node.module.replace(".", "/")
+                names = [module / alias.name for alias in node.names] if module.is_dir() else []
+                for imported in names or [module]:
+                    if path.name != "objects.py":  # what it imports is in the key by itself
+                        assert imported.with_suffix(".py") in named, f"{path} imports {imported}"
+
+
+@pytest.mark.gpu
+def test_warm_start_gives_the_same_bytes(directory):
+    code = """
+import torch, sys, hashlib
+from cute_quant import quantize
+x = torch.randn(64, 512, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+q, sf = quantize(x.cuda())
+reference, scales = quantize(x)
+assert torch.equal(q.cpu().view(torch.uint8), reference.view(torch.uint8))
+assert torch.equal(sf.cpu(), scales)
+print("cutlass" in sys.modules)
+"""
+    for compiled in ("True", "False"):
+        process = start(directory, code)
+        out, err = process.communicate(timeout=120)
+        # What the object does when its process ends must not fail either.
+        assert process.returncode == 0 and out.strip() == compiled and not err

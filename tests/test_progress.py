@@ -1,0 +1,65 @@
+"""What a terminal shows of long work, and that nothing else gets it."""
+
+import io
+import time
+import types
+
+import pytest
+
+from cute_quant import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    made = Terminal()
+    # pytest puts a stderr of its own in place between this and the test.
+    monkeypatch.setattr(progress, "sys", types.SimpleNamespace(stderr=made))
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(progress, "REFRESH_SECONDS", 0.02)
+    return made
+
+
+def test_long_work_is_shown_until_its_end(terminal):
+    with progress.elapsed("compiling a"):
+        time.sleep(0.3)
+    shown = terminal.getvalue()
+    assert shown.count(f"{progress.ERASE_LINE}compiling a 0.") > 2
+    assert shown.endswith(progress.ERASE_LINE)
+
+
+def test_long_work_that_fails_leaves_no_line(terminal):
+    with pytest.raises(KeyError), progress.elapsed("compiling a"):
+        time.sleep(0.2)
+        raise KeyError
+    assert terminal.getvalue().endswith(progress.ERASE_LINE)
+
+
+def test_short_work_is_not_shown(terminal):
+    with progress.elapsed("compiling a"):
+        pass
+    assert terminal.getvalue() == ""
+
+
+def test_bar(terminal):
+    progress.bar(1, 2, "a" * 200)
+    half = progress.BAR_WIDTH // 2
+    assert terminal.getvalue().startswith(f"{progress.ERASE_LINE}{'█' * half}{'░' * half} 1/2 a")
+    assert len(terminal.getvalue()) < 100 + len(progress.ERASE_LINE)
+    progress.end_bar()
+    assert terminal.getvalue().endswith(progress.ERASE_LINE)
+
+
+def test_files_get_nothing(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "sys", types.SimpleNamespace(stderr=file))
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    with progress.elapsed("compiling a"):
+        time.sleep(0.05)
+    progress.bar(1, 2, "a")
+    progress.end_bar()
+    assert file.getvalue() == ""
