@@ -528,4 +528,5 @@ print("cutlass" in sys.modules)
         process = start(directory, code)
         out, err = process.communicate(timeout=120)
         # What the object does when its process ends must not fail either.
-        assert process.returncode == 0 and out.strip() == compiled and not err
+        assert process.returncode == 0, err
+        assert out.strip() == compiled and not err
