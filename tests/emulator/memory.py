@@ -11,6 +11,7 @@ an epoch nothing orders threads, so a byte that one of them writes is that threa
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ from tests.emulator.errors import MemoryFault
 
 DEVICE_SPACING_BITS = 40
 SHARED_SPACING_BITS = 20
+
+MAP_NORESERVE = 0x4000
+"""Of Linux; Python names it from 3.11 on, and not everywhere."""
 
 SEVERAL = -1
 """In place of a thread that read a byte: more than one did."""
@@ -49,7 +53,7 @@ class Allocation:
     def read(self, places: np.ndarray, threads: np.ndarray) -> np.ndarray:
         """Note that each thread reads its row of `places`; where another wrote in this epoch."""
         if self.reader is None:
-            self.reader = np.zeros(len(self.data), np.int32)
+            self.reader = _shadow(len(self.data))
         thread = threads[:, None] + 1
         before = self.reader[places]
         self.reader[places] = np.where((before == 0) | (before == thread), thread, SEVERAL)
@@ -65,7 +69,7 @@ class Allocation:
         """Note that each thread writes its row of `places`; where another wrote, where another
         read in this epoch."""
         if self.writer is None:
-            self.writer = np.zeros(len(self.data), np.int32)
+            self.writer = _shadow(len(self.data))
         thread = threads[:, None] + 1
         before = self.writer[places]
         self.writer[places] = thread
@@ -75,6 +79,15 @@ class Allocation:
             return wrote, np.zeros(places.shape, bool)
         reader = self.reader[places]
         return wrote, (reader != 0) & (reader != thread)
+
+
+def _shadow(nbytes: int) -> np.ndarray:
+    """A number for each byte, zeros. None is reserved: for tensors of gigabytes, of which a kernel
+    touches little, these numbers together would be more than there is memory."""
+    if not nbytes:
+        return np.zeros(0, np.int32)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    return np.frombuffer(mmap.mmap(-1, 4 * nbytes, flags=flags), np.int32)
 
 
 class _Space:
