@@ -214,7 +214,8 @@ def _look_up_plan(
     dtypes and devices of all but x do not count among looks: the kernel refuses those that do not
     fit by itself.
     """
-    key: tuple = choices
+    # 128.0 is equal to 128, and 0 to False, but they are refused.
+    key: tuple = (*choices, type(choices[0]), type(choices[3]))
     try:
         aligned = x.data_ptr() % LOAD_BYTES
         key += (x.shape, x.stride(), x.dtype, x.device, x.is_neg(), aligned)
@@ -356,7 +357,8 @@ def _kernel(
                 load_bytes = math.gcd(load_bytes, k * x.element_size())
         case RmsNorm():
             spec_class, choices = RmsNormSpec, (*shape.warps, *_rms_norm_choices(prologue))
-            numbers += prologue.eps, prologue.weight_offset
+            # Adding -0.0 keeps a weight of -0.0.
+            numbers += prologue.eps, prologue.weight_offset or -0.0
             load_bytes = math.gcd(load_bytes, prologue.weight.data_ptr())
             views += [None]
             for t in prologue.operands[1:]:
@@ -411,7 +413,7 @@ def _factors_view(weight: torch.Tensor | None, batched: bool) -> View | None:
     if weight is None or weight.ndim == 1 + batched:
         return None
     mn = weight.shape[-1]
-    return (weight.numel() // max(mn, 1), mn), (mn, 1)
+    return (math.prod(weight.shape[:-1]), mn), (mn, 1)
 
 
 def _matrix_view(

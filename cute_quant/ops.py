@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from cute_quant import checks, execution
@@ -134,15 +135,16 @@ def silu_mul_quantize(
         interleaved: whether columns 0, 2, 4 are gates and 1, 3, 5 ups. By default the first half of
             a row is gates, the second ups.
         clamp: None, or c above 0: g becomes at most c, u at least -c and at most c. NaN stays NaN.
-        alpha, beta: finite; like `clamp` they are rounded to float32.
+        alpha, beta: finite, alpha up to 2^100; like `clamp` they are rounded to float32.
         weight: a factor for each row of the result, such as the routing weight of a token: float32,
             contiguous, of q's shape without k; with an index, of its shape.
         rounding: "fused" computes in float64 on the CPU, in float32 on a GPU, and quantizes float32
             values: rounded once, and once more when multiplied by a weight. "unfused" rounds to
             the dtype of `gate_up` after each operation, `clamp` too, as torch does: equal to
             ``quantize(F.silu(g) * u)``, or with an alpha that is not 1 to
-            ``quantize(g * torch.sigmoid(alpha * g) * (u + beta))``; the product with a weight is
-            computed in float32, and rounded.
+            ``quantize(g * torch.sigmoid(alpha * g) * (u + beta))`` (but for a beta that the dtype
+            does not have: on the CPU torch rounds it first); the product with a weight is computed
+            in float32, and rounded. On a GPU a sigmoid below 2^-126, of gates below -87, may be 0.
         rows, index: as for :func:`quantize`; an index names rows of `gate_up`.
         out: as for :func:`quantize`.
 
@@ -160,7 +162,7 @@ def silu_mul_quantize(
     q, sf = (None, None) if out is None else _out_pair(out)
     choices = (group_size, scale_format, dtype, round_scale, min_scale)
     prologue = make_silu_mul(interleaved, clamp, alpha, beta, rounding, weight)
-    if not _goes_to_operator(gate_up, check):
+    if not _goes_to_operator(gate_up, check, weight):
         return execution.quantize(gate_up, q, sf, choices, rows, index, check, prologue)
     call = checks.check_call(gate_up, q, sf, choices, rows, index, prologue)
     operands = (
@@ -202,8 +204,9 @@ def rms_norm_quantize(
     quantized as by :func:`quantize`. A NaN in a row of r makes all of the row NaN, and so does
     a row of zeros if `eps` is 0. Over the root mean square of a row that holds Inf all its numbers
     become 0, and Inf itself NaN, and so its group. Squares are summed in the range of float32: a
-    sum beyond it is Inf too, and a mean square plus `eps` below 2^-126 is 0. A product with the
-    weight beyond float32 makes its group NaN.
+    sum beyond it is Inf too, and a mean square plus `eps` below 2^-126 is 0. Numbers are multiplied
+    by their weight first, in float32 on a GPU: a product beyond it makes its group NaN, one below
+    2^-126 has fewer bits.
 
     Args:
         x: (..., mn, k), bfloat16, float16 or float32, with strides as for :func:`quantize`. k is at
@@ -252,7 +255,7 @@ def rms_norm_quantize(
         weight, eps, weight_offset, rounding, residual, residual_out, normalized
     )
     residual_out = prologue.residual_out
-    if not _goes_to_operator(x, check):
+    if not _goes_to_operator(x, check, weight, residual, residual_out, normalized):
         q, sf = execution.quantize(x, q, sf, choices, rows, index, check, prologue)
     else:
         call = checks.check_call(x, q, sf, choices, rows, index, prologue)
@@ -359,11 +362,13 @@ def _out_triple(
     return out[0], out[1], out[2] if len(out) == 3 else None
 
 
-def _goes_to_operator(x: torch.Tensor, check: object) -> bool:
+def _goes_to_operator(x: torch.Tensor, check: object, *others: torch.Tensor | None) -> bool:
     """Whether an operator takes this call. It then has no counts to check."""
     if check is not False and check is not True:
         raise TypeError(f"check: expected a bool, got {check!r}")
-    traced = is_traced(x)
+    # A fake beside a real input is a mistake that `checks` names.
+    further = (t for t in others if t is not None and not isinstance(t, FakeTensor))
+    traced = is_traced(x) or any(map(is_traced, further))
     if traced and check:
         raise ValueError("check: expected False under a tracer, which has no counts to read")
     return traced

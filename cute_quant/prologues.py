@@ -21,6 +21,8 @@ ROUNDINGS = (FUSED, UNFUSED)
 dtype after each operation, as the same operations of torch do."""
 
 FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
+MAX_ALPHA = 2.0**100
+"""Which leaves room for its product with log2(e)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +177,9 @@ def make_silu_mul(
         given, clamp = clamp, _number("clamp", clamp)
         if clamp <= 0:
             raise ValueError(f"clamp: expected None or a float32 above 0, got {given!r}")
-    alpha, beta = _number("alpha", alpha), _number("beta", beta)
+    given, alpha, beta = alpha, _number("alpha", alpha), _number("beta", beta)
+    if abs(alpha) > MAX_ALPHA:
+        raise ValueError(f"alpha: expected a magnitude up to {MAX_ALPHA}, got {given!r}")
     _check_rounding(rounding)
     return SiluMul(interleaved, clamp, alpha, beta, rounding, weight)
 
@@ -200,7 +204,7 @@ def make_rms_norm(
             below 0, or there is nothing to write to `residual_out`.
     """
     given, eps = eps, _number("eps", eps)
-    if eps < 0:
+    if given < 0:
         raise ValueError(f"eps: expected 0 or more, got {given!r}")
     weight_offset = _number("weight_offset", weight_offset)
     _check_rounding(rounding)

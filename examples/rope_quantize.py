@@ -1,8 +1,7 @@
 """Rotary embedding and quantization in one kernel, written with the stage of `cute_quant.kernels`.
 
-The queries of FP8 attention and of DeepSeek's indexer are rotated, then quantized head by head.
-A head of 128 is a group: eight lanes hold it, 16 columns each, and a column's partner, 64 further
-or before, is with the fourth lane after or before.
+A head of 128 of the queries of FP8 attention is a group: eight lanes hold it, 16 columns each, and
+a column's partner, 64 further or before, is with the fourth lane after or before.
 """
 
 import functools
@@ -38,7 +37,7 @@ class RopeQuantize:
         scales = self.stage.scales(mS, mn, k, missing_rows)
         limit = self.stage.limit(Int32(int(scale_floor(FORMAT, "vllm"))))
         self.kernel(cq.Matrix(mX), mCos, mSin, cq.Matrix(mQ), scales, limit, Uint32(mn)).launch(
-            grid=[self.stage.tiles(k), cute.ceil_div(Int32(scales.rows), 4), 1],
+            grid=[cute.ceil_div(Int32(scales.rows), 4), self.stage.tiles(k), 1],
             block=[cq.LANES, 4, 1],
             stream=stream,
         )
@@ -48,7 +47,7 @@ class RopeQuantize:
         self, x: cq.Matrix, mCos, mSin, q: cq.Matrix, scales: cq.Scales, limit: Uint32, mn: Uint32
     ):
         lane, warp, _ = cute.arch.thread_idx()
-        tile, row_tile, _ = cute.arch.block_idx()
+        row_tile, tile, _ = cute.arch.block_idx()
         row = Uint32(row_tile * 4 + warp)
         live, k = row < mn, x.tensor.shape[1]
         tXrX, tXrC, tXrS = cq.zeros(16, BFloat16), cq.zeros(16, Float32), cq.zeros(16, Float32)
@@ -74,6 +73,7 @@ def rope_quantize(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tupl
     """x (tokens, heads * 128), bfloat16; cos, sin (tokens, 64), float32. Returns q, sf."""
     q = torch.empty(x.shape, dtype=FORMAT.dtype, device=x.device)
     sf = FORMAT.empty_scales((), *x.shape, x.device)
-    missing_rows = FORMAT.scale_rows(x.shape[0]) - last_column_rows(sf)
-    compiled(x.get_device())(x, cos, sin, q, sf, missing_rows)
+    if x.numel():
+        missing_rows = FORMAT.scale_rows(x.shape[0]) - last_column_rows(sf)
+        compiled(x.get_device())(x, cos, sin, q, sf, missing_rows)
     return q, sf

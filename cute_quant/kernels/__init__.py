@@ -1,5 +1,5 @@
-"""What a kernel of your own needs to end in the quantizer; `stage` shows how, and the kernels of
-this package are written with nothing else.
+"""What a kernel of your own needs to end in the quantizer; `stage` shows how. The kernels of this
+package end in the same stage.
 
 `Stage` takes registers and gives 8-bit registers and scales, `Tile` says who holds what, `Matrix`
 and `Params` are arguments of kernels, `load` and `store` move a lane's values, and `fake_matrix`

@@ -35,7 +35,7 @@ from cute_quant.formats import (
 )
 from cute_quant.kernels import copy, layouts, numerics
 from cute_quant.kernels.params import Params
-from cute_quant.kernels.types import ELEMENT_TYPES
+from cute_quant.kernels.types import ELEMENT_TYPES, INPUT_TYPES
 from cute_quant.specs import DEFAULT_TILE, Tile
 
 
@@ -70,9 +70,18 @@ class Stage:
         dtype: of the values that come in: BFloat16, Float16 or Float32.
         fmt: of the results.
         tile: of a CTA's threads.
+
+    Raises:
+        TypeError: `dtype` or `fmt` is something else.
+        ValueError: `tile` does not fit them, with the rule that it breaks.
     """
 
     def __init__(self, dtype: type[cutlass.Numeric], fmt: Format, tile: Tile = DEFAULT_TILE):
+        if dtype not in INPUT_TYPES:
+            raise TypeError(f"dtype: expected one of {tuple(INPUT_TYPES)}, got {dtype!r}")
+        if not isinstance(fmt, Format):
+            raise TypeError(f"fmt: expected a Format, got {fmt!r}")
+        tile.check(fmt, INPUT_TYPES[dtype])
         self.dtype = dtype
         self.fmt = fmt
         self.tile = tile
@@ -124,10 +133,18 @@ class Stage:
             return cute.ceil_div(padded, self.groups_per_tile)
         return cute.ceil_div(k, self.tile.columns)
 
-    @cute.jit
     def quantize(self, tXrX: cute.Tensor, limit: Uint32 | Float32) -> tuple:
         """The values of a lane's segment, (values,), and the scale of its group, as `store_scales`
-        takes it. A group lies in neighbouring lanes, all of which take part."""
+        takes it. A group lies in neighbouring lanes, all of which take part.
+
+        Where a row is one group it takes all of its segments: the largest `numerics.amax` of these
+        to `group_amax`, that to `scale`, and each segment to `values`.
+
+        Raises:
+            ValueError: a row is one group.
+        """
+        if self.whole_row:
+            raise ValueError("fmt: expected groups, which a warp has whole, got whole rows")
         scale = self.scale(self.group_amax(numerics.amax(tXrX)), limit)
         return self.values(tXrX, scale), scale
 

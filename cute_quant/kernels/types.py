@@ -3,6 +3,8 @@
 import cutlass
 import torch
 
+from cute_quant.formats import INPUT_DTYPES
+
 ELEMENT_TYPES = {
     torch.bfloat16: cutlass.BFloat16,
     torch.float16: cutlass.Float16,
@@ -13,3 +15,6 @@ ELEMENT_TYPES = {
     torch.float8_e8m0fnu: cutlass.Float8E8M0FNU,
     torch.int32: cutlass.Int32,
 }
+
+INPUT_TYPES = {ELEMENT_TYPES[dtype]: dtype for dtype in INPUT_DTYPES}
+"""What the quantizer takes, the other way around."""
