@@ -1,13 +1,15 @@
-"""Which kernels are built ahead of time: what calls ask for by use, on tensors as torch allocates
-them, whose rows start at multiples of 32 bytes where k is a multiple of 16."""
+"""Which kernels are built ahead of time: what calls ask for by use, on an architecture and tensors
+as torch allocates them, whose rows start at multiples of 32 bytes where k is a multiple of 16."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
+from cute_quant import launch
 from cute_quant.formats import (
     BLOCKED_GROUP_SIZE,
     FLOAT32,
@@ -21,7 +23,7 @@ from cute_quant.formats import (
     Format,
     make_format,
 )
-from cute_quant.launch import TWO_ROWS, store_bytes
+from cute_quant.prologues import RmsNorm
 from cute_quant.rows import DENSE, Indexed, Masked, PrefixSum
 from cute_quant.specs import (
     DEFAULT_TILE,
@@ -41,6 +43,9 @@ DEEPGEMM_FORMATS = (
     make_format(32, UE8M0_PACKED, False),
     make_format(128, FLOAT32, False),
 )
+ROW_UNIT = 16
+"""What k is a multiple of."""
+
 BATCH = Domain(batched=True)
 EXPERTS = (
     Domain(Masked.kind, batched=True),
@@ -54,74 +59,118 @@ EXPERTS = (
 )
 """Rows of a mixture of experts, gathered from the tokens or not."""
 
-TILES_OF_NORMS = (1, 2, 4)
-"""`RmsNormSpec.tiles_per_thread`, the more the wider rows are."""
+GPT_OSS = {"interleaved": True, "clamped": True, "scaled": True, "shifted": True}
+ACTIVATIONS = ({}, GPT_OSS)
+"""Choices of a `SiluMulSpec`, other than for weighted rows."""
 
 
-def _tiles(fmt: Format, domain: Domain) -> tuple[Tile, ...]:
+def _tiles(fmt: Format, domain: Domain) -> list[Tile]:
     """What `launch.shape` picks for small inputs and for large ones."""
-    shared = DEFAULT_TILE.lanes_per_group(fmt.group_size) > 1 and fmt.group_size != WHOLE_ROW
-    return (DEFAULT_TILE, TWO_ROWS) if shared and not domain.masked else (DEFAULT_TILE,)
+    shapes = (
+        launch.shape(1, rows, DEFAULT_TILE.columns, fmt, domain.masked, 1)
+        for rows in (1, launch.TWO_ROWS_FROM)
+    )
+    return list(dict.fromkeys(shape.tile for shape in shapes))
+
+
+@functools.cache
+def norm_columns(fmt: Format) -> dict[tuple[Tile, int, int], int]:
+    """What `launch.norm_shape` picks, by tile, tiles_per_thread and max_warps: the most columns
+    that it picks each of them for."""
+    columns = {}
+    for k in range(ROW_UNIT, RmsNorm.max_columns + 1, ROW_UNIT):
+        shape = launch.norm_shape(1, 1, k, fmt, False, 1)
+        columns[(shape.tile, *shape.warps)] = k
+    return columns
+
+
+def _written(tile: Tile, dtype: torch.dtype) -> Access:
+    return Access(store_bytes=launch.store_bytes(tile, dtype))
 
 
 def _quantize(
     dtypes: Iterable[torch.dtype], formats: Iterable[Format], domains: Iterable[Domain]
 ) -> list[Spec]:
     return [
-        QuantizeSpec(dtype, fmt, tile, domain)
+        QuantizeSpec(dtype, fmt, tile, domain, _written(tile, fmt.dtype))
         for dtype, fmt, domain in itertools.product(dtypes, formats, domains)
         for tile in _tiles(fmt, domain)
     ]
 
 
-def deepgemm() -> list[Spec]:
+def _silu_mul(arch: str, fmt: Format, domain: Domain) -> list[Spec]:
+    tile = launch.silu_shape(1, 1, DEFAULT_TILE.columns, fmt, domain.masked, 1, arch).tile
+    access = _written(tile, fmt.dtype)
+    return [
+        SiluMulSpec(torch.bfloat16, fmt, tile, domain, access, **choices, weighted=weighted)
+        for choices, weighted in itertools.product(ACTIVATIONS, (False, True))
+    ]
+
+
+def _rms_norm(fmt: Format) -> list[Spec]:
+    return [
+        RmsNormSpec(
+            torch.bfloat16,
+            fmt,
+            tile,
+            access=_written(tile, fmt.dtype),
+            tiles_per_thread=tiles_per_thread,
+            max_warps=max_warps,
+            weight_dtype=torch.bfloat16,
+            residual=residual,
+            normalized=normalized,
+        )
+        for tile, tiles_per_thread, max_warps in norm_columns(fmt)
+        for residual, normalized in itertools.product((False, True), repeat=2)
+    ]
+
+
+def deepgemm(arch: str) -> list[Spec]:
     """bf16 activations in front of the GEMMs of DeepGEMM: dense, batched and grouped."""
     grouped = (domain for domain in EXPERTS if not domain.gathered)
     return _quantize((torch.bfloat16,), DEEPGEMM_FORMATS, (DENSE_ROWS, BATCH, *grouped))
 
 
-def moe() -> list[Spec]:
+def moe(arch: str) -> list[Spec]:
     """A layer with a mixture of experts in bf16: the norm in front of it, tokens gathered for
-    experts, and SwiGLU between their GEMMs."""
-    bf16, formats = torch.bfloat16, DEEPGEMM_FORMATS
+    experts, and SwiGLU between their GEMMs, plain or as in gpt-oss."""
+    formats = DEEPGEMM_FORMATS
     experts = (DENSE_ROWS, *(domain for domain in EXPERTS if not domain.gathered))
-    activations = [
-        SiluMulSpec(bf16, fmt, tile, domain, weighted=weighted)
-        for fmt, domain, weighted in itertools.product(formats, experts, (False, True))
-        for tile in _tiles(fmt, domain)
+    return [
+        *_quantize((torch.bfloat16,), formats, (DENSE_ROWS, *EXPERTS)),
+        *(s for fmt in formats for domain in experts for s in _silu_mul(arch, fmt, domain)),
+        *(spec for fmt in formats for spec in _rms_norm(fmt)),
     ]
-    norms = [
-        RmsNormSpec(bf16, fmt, tiles_per_thread=tiles, residual=residual)
-        for fmt, tiles, residual in itertools.product(formats, TILES_OF_NORMS, (False, True))
-    ]
-    return [*_quantize((bf16,), formats, (DENSE_ROWS, *EXPERTS)), *activations, *norms]
 
 
 def _there_and_back(dtypes: Iterable[torch.dtype], formats: Iterable[Format]) -> list[Spec]:
     """`fake_quantize` and `dequantize`."""
     fakes = [
-        QuantizeSpec(
-            dtype, fmt, tile, access=Access(store_bytes=store_bytes(DEFAULT_TILE, dtype)), fake=True
-        )
+        QuantizeSpec(dtype, fmt, tile, access=_written(tile, dtype), fake=True)
         for dtype, fmt in itertools.product(dtypes, formats)
         for tile in _tiles(fmt, DENSE_ROWS)
     ]
     inverses = [
         DequantizeSpec(
-            fmt, dtype, Access(load_bytes=16, store_bytes=store_bytes(DEFAULT_TILE, dtype))
+            fmt,
+            dtype,
+            Access(
+                load_bytes=DEFAULT_TILE.values_per_thread,
+                store_bytes=launch.store_bytes(DEFAULT_TILE, dtype),
+            ),
         )
         for dtype, fmt in itertools.product(dtypes, formats)
     ]
     return [*fakes, *inverses]
 
 
-def of_each_kind() -> list[Spec]:
+def of_each_kind(arch: str) -> list[Spec]:
     """Every kernel in bf16 and the formats of DeepGEMM."""
     others = _there_and_back((torch.bfloat16,), DEEPGEMM_FORMATS)
-    return list(dict.fromkeys([*deepgemm(), *moe(), *others]))
+    return list(dict.fromkeys([*deepgemm(arch), *moe(arch), *others]))
 
 
-def all_kernels() -> list[Spec]:
+def all_kernels(arch: str) -> list[Spec]:
     """Every dtype and format of dense rows, there and back, and what the other presets have."""
     formats = [
         make_format(group_size, scale_format, round_scale, dtype)
@@ -132,8 +181,14 @@ def all_kernels() -> list[Spec]:
         and (scale_format.startswith(FLOAT32) or not round_scale)
     ]
     dense = _quantize(INPUT_DTYPES, formats, (DENSE_ROWS,))
-    return list(dict.fromkeys([*of_each_kind(), *dense, *_there_and_back(INPUT_DTYPES, formats)]))
+    others = _there_and_back(INPUT_DTYPES, formats)
+    return list(dict.fromkeys([*of_each_kind(arch), *dense, *others]))
 
 
-PRESETS = {"deepgemm": deepgemm, "moe": moe, "all": all_kernels}
-"""Specs by the name of what they are for."""
+PRESETS: dict[str, Callable[[str], list[Spec]]] = {
+    "deepgemm": deepgemm,
+    "moe": moe,
+    "all": all_kernels,
+}
+"""Specs for an architecture, a value of `compile.ARCHITECTURES`, by the name of what they are
+for."""

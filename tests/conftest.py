@@ -1,9 +1,17 @@
-"""Devices: every contract test runs on the CPU, and on a GPU where there is one."""
+"""Devices: every contract test runs on the CPU, and on a GPU where there is one. The user's disk
+cache is left alone."""
+
+import os
 
 import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+
+
+def pytest_configure() -> None:
+    # Also of what tests start. Those about the cache have directories of their own.
+    os.environ["CUTE_QUANT_CACHE"] = "off"
 
 
 def pytest_report_header() -> str:

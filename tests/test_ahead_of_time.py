@@ -16,8 +16,11 @@ import torch
 
 import cute_quant
 from cute_quant import ahead_of_time, cli, compile, execution, naming, objects, presets, toolchain
-from cute_quant.specs import QuantizeSpec
-from tests.helpers import UE8M0
+from cute_quant.formats import Format
+from cute_quant.prologues import FUSED, Prologue, make_rms_norm, make_silu_mul
+from cute_quant.rows import Rows
+from cute_quant.specs import QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
+from tests.helpers import UE8M0, full_id
 
 SPEC = QuantizeSpec(torch.bfloat16, UE8M0)
 NAME = naming.spec_name(SPEC)
@@ -269,38 +272,127 @@ def test_object_of_another_kernel_is_not_loaded(copy, caplog):
 # Presets.
 
 
-def test_names_in_presets_are_distinct():
+ARCHITECTURES = ("sm_90a", "sm_100a")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_names_in_presets_are_distinct(arch):
     for preset in presets.PRESETS.values():
-        specs = preset()
+        specs = preset(arch)
         assert len({naming.spec_name(spec) for spec in specs}) == len(set(specs)) == len(specs)
 
 
+class Asked(list):
+    """Specs of the kernels that calls ask for."""
+
+    def call(
+        self,
+        x: torch.Tensor,
+        shape: tuple[int, ...],
+        fmt: Format = UE8M0,
+        rows: Rows | None = None,
+        index: torch.Tensor | None = None,
+        prologue: Prologue | None = None,
+    ) -> Spec:
+        """What a call asks for whose q is of this shape."""
+        strides = torch.empty(shape, device="meta").stride()
+        *batch_shape, mn, k = shape
+        scales = (
+            fmt.scale_shape(tuple(batch_shape), mn, k),
+            fmt.scale_strides(tuple(batch_shape), mn, k),
+        )
+        execution._kernel(x, (shape, strides), 0, scales, fmt, fmt.dtype, 94, rows, index, prologue)
+        return self.pop()
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def asked(arch: str, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    made = Asked()
+    monkeypatch.setattr(compile, "architecture", lambda index: arch)
+    monkeypatch.setattr(compile, "multiprocessors", lambda index: 132)
+    monkeypatch.setattr(compile, "function", lambda spec, arch: made.append(spec))
+    return made
+
+
+def rows_of(kind: str, mn: int) -> Rows | None:
+    counts = torch.zeros(3, dtype=torch.int32)
+    return {
+        "masked": cute_quant.Masked(counts),
+        "prefix_sum": cute_quant.PrefixSum(counts),
+        "indexed": cute_quant.Indexed(torch.zeros(mn, dtype=torch.int32)),
+    }.get(kind)
+
+
+every_format = pytest.mark.parametrize("fmt", presets.DEEPGEMM_FORMATS, ids=full_id)
+
+
+@every_format
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "batch", "masked", "prefix_sum", "indexed"])
-def test_presets_have_what_calls_ask_for(kind, large, gathered, monkeypatch):
-    asked = []
-    monkeypatch.setattr(compile, "architecture", lambda index: ARCH)
+def test_presets_have_what_calls_ask_for(kind, large, gathered, fmt, asked, arch, monkeypatch):
     monkeypatch.setattr(compile, "multiprocessors", lambda index: 1 if large else 10**6)
-    monkeypatch.setattr(compile, "function", lambda spec, arch: asked.append(spec))
-    counts = torch.zeros(3, dtype=torch.int32)
-    rows = {
-        "masked": cute_quant.Masked(counts),
-        "prefix_sum": cute_quant.PrefixSum(counts),
-        "indexed": cute_quant.Indexed(torch.zeros(64, dtype=torch.int32)),
-    }.get(kind)
     batch_shape = (3,) if kind in ("batch", "masked") else ()
     if kind == "batch" and gathered:
         pytest.skip("tokens are gathered for experts, not for batches")
     shape = (*batch_shape, 64, 1024)
     index = torch.zeros(shape[:-1], dtype=torch.int32) if gathered else None
     x = torch.zeros((64, 1024) if gathered else shape, dtype=torch.bfloat16)
-    result = shape, torch.zeros(shape).stride()
-    scales = UE8M0.scale_shape(batch_shape, 64, 1024), UE8M0.scale_strides(batch_shape, 64, 1024)
-    execution._kernel(x, result, 0, scales, UE8M0, UE8M0.dtype, 94, rows, index)
-    (spec,) = asked
-    assert spec in presets.moe() or (kind == "batch" and spec in presets.deepgemm())
-    assert gathered or spec in presets.deepgemm()
+    spec = asked.call(x, shape, fmt, rows_of(kind, 64), index)
+    assert spec in presets.moe(arch) or (kind == "batch" and spec in presets.deepgemm(arch))
+    assert gathered or spec in presets.deepgemm(arch)
+
+
+ACTIVATIONS = {
+    "plain": (False, None, 1.0, 0.0),
+    "gpt-oss": (True, 7.0, 1.702, 1.0),
+}
+
+
+@every_format
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mn", [1, 64, 8192])
+@pytest.mark.parametrize("kind", ["dense", "masked", "prefix_sum", "indexed"])
+@pytest.mark.parametrize("options", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_moe_has_what_activations_ask_for(options, kind, mn, weighted, fmt, asked, arch):
+    shape = (3, mn, 1024) if kind == "masked" else (mn, 1024)
+    gate_up = torch.empty((*shape[:-1], 2048), dtype=torch.bfloat16)
+    weight = torch.empty(shape[:-1]) if weighted else None
+    prologue = make_silu_mul(*options, FUSED, weight)
+    spec = asked.call(gate_up, shape, fmt, rows_of(kind, mn), prologue=prologue)
+    assert isinstance(spec, SiluMulSpec)
+    assert spec in presets.moe(arch)
+
+
+@every_format
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_moe_has_what_norms_ask_for(with_residual, normalized, fmt, asked, arch):
+    found = set()
+    for k in (16, 128, 496, 512, 528, *range(1024, 32769, 512), 4112, 32752):
+        x = torch.empty((8, k), dtype=torch.bfloat16)
+        residual = torch.empty_like(x) if with_residual else None
+        prologue = make_rms_norm(
+            torch.empty(k, dtype=torch.bfloat16),
+            1e-6,
+            0.0,
+            FUSED,
+            residual,
+            normalized=torch.empty_like(x) if normalized else None,
+        )
+        found.add(asked.call(x, (8, k), fmt, prologue=prologue))
+    # All of them, and no others.
+    assert found == {
+        spec
+        for spec in presets.moe(arch)
+        if isinstance(spec, RmsNormSpec)
+        and (spec.fmt, spec.residual, spec.normalized) == (fmt, with_residual, normalized)
+    }
 
 
 # From C++.

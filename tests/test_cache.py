@@ -132,6 +132,17 @@ def test_mode_that_makes_no_sense(directory):
     assert compiled and log.strip() == f"disk cache not used: {expected}"
 
 
+def test_this_suite_leaves_the_cache_of_the_user_alone(tmp_path):
+    variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    variables.pop("CUTE_QUANT_CACHE_DIR", None)
+    process = subprocess.run(
+        [sys.executable, "-c", ASK], env=variables, capture_output=True, text=True, check=True
+    )
+    assert json.loads(process.stdout)["compiled"] and not process.stderr
+    assert not list(tmp_path.rglob("*.so")) and not (tmp_path / "cute_quant").exists()
+    assert cache.open_cache() is None
+
+
 @pytest.mark.parametrize("how", ["mode", "variable"])
 def test_readonly(copy, how):
     before = only_entry(copy).stat().st_mtime_ns
@@ -487,17 +498,45 @@ def test_key_depends_on_architecture_and_options_and_nothing_else(monkeypatch):
     assert cache.key(SPEC, ARCH, OPTIONS) == before
 
 
-def test_source_digest_follows_content(tmp_path, monkeypatch):
+KERNEL_SOURCES = [
+    *sorted(f"kernels/{path.name}" for path in (PACKAGE / "kernels").glob("*.py")),
+    *("formats.py", "launch.py", "objects.py", "rows.py", "specs.py"),
+]
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package, of which the key is taken."""
     copied = shutil.copytree(PACKAGE, tmp_path / "cute_quant")
     monkeypatch.setattr(naming, "__file__", str(copied / "naming.py"))
-    digest = naming.source_digest.__wrapped__
-    before = digest()
-    assert before == naming.source_digest()
-    (copied / "ops.py").write_text("# not part of a kernel")
-    assert digest() == before
-    with (copied / "kernels" / "copy.py").open("a") as file:
-        file.write("\n")
-    assert digest() != before
+    monkeypatch.setattr(naming, "source_digest", naming.source_digest.__wrapped__)
+    return copied
+
+
+@pytest.mark.parametrize("name", KERNEL_SOURCES)
+def test_editing_a_source_changes_the_key(name, sources):
+    before = cache.key(SPEC, ARCH, OPTIONS)
+    path = sources / name
+    content = path.read_text()
+    path.write_text(content + "\n")
+    assert cache.key(SPEC, ARCH, OPTIONS) != before
+    path.write_text(content)
+    assert cache.key(SPEC, ARCH, OPTIONS) == before
+    path.rename(path.with_name("renamed.py"))
+    assert cache.key(SPEC, ARCH, OPTIONS) != before
+
+
+def test_adding_a_kernel_changes_the_key(sources):
+    before = cache.key(SPEC, ARCH, OPTIONS)
+    (sources / "kernels" / "new.py").write_text("")
+    assert cache.key(SPEC, ARCH, OPTIONS) != before
+
+
+def test_editing_anything_else_does_not_change_the_key(sources):
+    before = cache.key(SPEC, ARCH, OPTIONS)
+    for name in ("ops.py", "execution.py", "commands/check.py", "laboratory/cli.py"):
+        (sources / name).write_text("# not part of a kernel")
+    assert cache.key(SPEC, ARCH, OPTIONS) == before
 
 
 def test_sources_are_all_that_kernels_import():

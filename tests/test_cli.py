@@ -4,19 +4,20 @@ import importlib
 import json
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import pytest
 import torch
 
 import cute_quant
-from cute_quant import cli, compile, presets
+from cute_quant import cli, compile, execution, naming, presets
 from cute_quant.cache import Cache
 from cute_quant.commands import check
-from cute_quant.specs import DequantizeSpec, QuantizeSpec
+from cute_quant.specs import DequantizeSpec, QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
 from tests.helpers import UE8M0
 
-COMMANDS = [name for name in cli.COMMANDS if name != "layout"]
+WITH_EXAMPLES = [name for name in cli.COMMANDS if name != "layout"]
 SPEC = QuantizeSpec(torch.bfloat16, UE8M0)
 
 
@@ -49,7 +50,7 @@ def test_module_runs():
     assert done.stdout == f"cute_quant {cute_quant.__version__}\n" and done.returncode == 0
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_help_has_examples(name, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([name, "--help"])
@@ -84,7 +85,7 @@ def test_command_that_is_not_installed(monkeypatch, capsys):
 
 
 def test_commands_need_no_cute_dsl():
-    modules = [module for name, (module, _) in cli.COMMANDS.items() if name in COMMANDS]
+    modules = [module for module, _ in cli.COMMANDS.values()]
     code = f"import sys, {', '.join(modules)}; assert 'cutlass' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -190,11 +191,22 @@ def test_cache_that_is_refused(store, capsys):
 def test_build_list(capsys):
     assert cli.main(["build", "--preset", "deepgemm", "--list"]) == 0
     names = capsys.readouterr().out.splitlines()
-    assert len(names) == len(presets.deepgemm())
+    assert len(names) == len(presets.deepgemm("sm_90a"))
     assert "quantize-bfloat16-128-ue8m0-float8_e4m3fn" in names
     assert cli.main(["build", "--kernel", "dequantize-128-ue8m0-*", "--list", "--json"]) == 0
     names = json.loads(capsys.readouterr().out)
     assert names and all(name.startswith("dequantize-128-ue8m0-") for name in names)
+
+
+def test_build_list_depends_on_the_architecture(capsys):
+    tile = "values_per_thread_8"
+    pattern = f"silu_mul-*-{tile}-*"
+    assert cli.main(["build", "--kernel", pattern, "--list"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert names and all(tile in name for name in names)
+    assert cli.main(["build", "--kernel", pattern, "--arch", "sm_90a", "--list"]) == 0
+    assert capsys.readouterr().out.splitlines() == names
+    assert pattern in fails(capsys, "build", "--kernel", pattern, "--arch", "sm_100a", "--list")
 
 
 def test_build_of_an_unknown_kernel(capsys, tmp_path):
@@ -226,7 +238,7 @@ def test_build_without_a_linker(capsys, monkeypatch, tmp_path):
 
 def test_check_compiles_for_each_architecture(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(presets, "of_each_kind", lambda: [SPEC])
+    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [SPEC])
     assert cli.main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
@@ -244,7 +256,7 @@ def test_check_names_what_fails(monkeypatch, capsys):
             raise ValueError("broken\nin two lines")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(presets, "of_each_kind", lambda: [SPEC])
+    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [SPEC])
     monkeypatch.setattr(compile, "build", build)
     assert cli.main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -256,35 +268,212 @@ def test_check_names_what_fails(monkeypatch, capsys):
     assert errors == [None, "ValueError: broken in two lines", None]
 
 
-RUNNABLE = [s for s in presets.of_each_kind() if isinstance(s, (QuantizeSpec, DequantizeSpec))]
+SPECS = [(spec, arch) for arch in ("sm_90a", "sm_100a") for spec in presets.of_each_kind(arch)]
+EXACT = [s for s, _ in SPECS if isinstance(s, (QuantizeSpec, DequantizeSpec))]
+COMPUTED = [s for s, _ in SPECS if isinstance(s, (SiluMulSpec, RmsNormSpec))]
+NORMS = [s for s in COMPUTED if isinstance(s, RmsNormSpec)]
 
 
-@pytest.mark.parametrize("spec", RUNNABLE[:: len(RUNNABLE) // 6])
-def test_check_sees_a_wrong_byte(spec, monkeypatch):
-    results = check._results
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that a million elements are many for."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(compile, "multiprocessors", lambda index: 32)
 
-    def planted(spec, device):
-        parts = results(spec, "cpu")
-        if device == "cuda":
-            parts[-1].flatten()[7] ^= 1
-        return parts
 
-    class Properties:
-        multi_processor_count = 1
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
+    asked = []
+    launch = unittest.mock.Mock()
 
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
-    monkeypatch.setattr(check, "_results", lambda spec, device: results(spec, "cpu"))
-    assert check._difference(spec) is None
-    monkeypatch.setattr(check, "_results", planted)
-    assert check._difference(spec).startswith("1 of ")
+    def quantize_into(x, q, sf, fmt, floor, rows, index, prologue):
+        result, scales = (q.shape, q.stride()), (sf.shape, sf.stride())
+        execution._kernel(
+            x, result, q.data_ptr(), scales, fmt, fmt.dtype, floor, rows, index, prologue
+        )
+
+    monkeypatch.setattr(compile, "architecture", lambda index: arch)
+    monkeypatch.setattr(compile, "function", lambda *of: asked.append(of) or launch)
+    monkeypatch.setattr(execution.reference, "quantize_into", quantize_into)
+    specs = [
+        spec
+        for spec in presets.of_each_kind(arch)
+        if not isinstance(spec, DequantizeSpec) and not getattr(spec, "fake", False)
+    ]
+    for spec in specs:
+        check._results(spec, "cpu")
+    assert asked == [(spec, arch) for spec in specs]
+
+
+@pytest.mark.parametrize("spec", EXACT[:: len(EXACT) // 6])
+def test_check_sees_a_wrong_byte(spec, small_gpu):
+    expected, actual = (check._results(spec, "cpu") for _ in range(2))
+    assert check._compare(spec, actual, expected) is None
+    for t in actual.values, actual.scales:
+        if t is not None:
+            data = check._storage(t)
+            data[7] ^= 1
+            with pytest.raises(check.WrongResult, match=r"^1 of \d+ bytes of (values|scales) are"):
+                check._compare(spec, actual, expected)
+            data[7] ^= 1
+
+
+@pytest.fixture(
+    scope="module", params=[COMPUTED[0], NORMS[0], NORMS[3], COMPUTED[-1]], ids=naming.spec_name
+)
+def computed(request: pytest.FixtureRequest) -> tuple[Spec, check.Results]:
+    return request.param, check._results(request.param, "cpu")
+
+
+def copied(results: check.Results) -> check.Results:
+    def copy(t: torch.Tensor) -> torch.Tensor:
+        storage = check._storage(t).clone().view(t.dtype)
+        return storage.as_strided(t.shape, t.stride(), t.storage_offset())
+
+    return check.Results(*(t if t is None else copy(t) for t in results))
+
+
+def flip(t: torch.Tensor, count: int, bit: int) -> None:
+    """Flip a bit of the first bytes, of a row of ordinary magnitude."""
+    check._storage(t)[:count] ^= bit
+
+
+def move_to_neighbours(t: torch.Tensor, count: int) -> None:
+    """Make the first values those next to them: towards 0, or from it."""
+    data = check._storage(t)[:count]
+    data += torch.where((data & 0x7F) == 0, 1, -1).to(torch.uint8)
+
+
+def test_check_counts_neighbours(computed):
+    spec, expected = computed
+    actual = copied(expected)
+    assert check._compare(spec, actual, expected) == 0
+    move_to_neighbours(actual.values, 3)
+    assert check._compare(spec, actual, expected) == 3
+
+
+def test_check_sees_many_neighbours(computed):
+    spec, expected = computed
+    actual = copied(expected)
+    count = expected.values.numel() // 900
+    move_to_neighbours(actual.values, count)
+    with pytest.raises(check.WrongResult, match=f"^{count} of .* values are neighbours .* at most"):
+        check._compare(spec, actual, expected)
+
+
+@pytest.mark.parametrize("bit", [0x80, 0x40, 0x10])
+def test_check_sees_values_that_are_far_off(computed, bit):
+    spec, expected = computed
+    actual = copied(expected)
+    flip(actual.values, 1, bit)
+    with pytest.raises(check.WrongResult, match=r"^1 of \d+ values are not neighbours"):
+        check._compare(spec, actual, expected)
+
+
+def test_check_sees_wrong_scales(computed):
+    spec, expected = computed
+    actual = copied(expected)
+    flip(actual.scales, 4, 1 if spec.fmt.ue8m0 else 0x10)
+    with pytest.raises(check.WrongResult, match=r"(values|scales) are"):
+        check._compare(spec, actual, expected)
+
+
+def test_check_sees_padding_that_is_not_written(computed):
+    spec, expected = computed
+    actual = copied(expected)
+    data = check._storage(actual.scales)
+    zeros = (data.view(torch.int32) == 0).nonzero()
+    data.view(torch.int32)[zeros[-1]] = 0x01010101 * check.POISON - 2**32
+    with pytest.raises(check.WrongResult, match=r"scales are"):
+        check._compare(spec, actual, expected)
+
+
+def test_check_takes_a_scale_that_is_a_neighbour(monkeypatch):
+    spec = next(s for s in COMPUTED if s.fmt.ue8m0 and s.fmt.group_size == 128)
+    expected = check._results(spec, "cpu")
+    actual = copied(expected)
+    # The next power of two for the first group of row 0, and its values under that.
+    values = expected.values.flatten()[:128].float()
+    flatten = actual.values.flatten()
+    flatten[:128] = (values / 2).to(spec.fmt.dtype)
+    check._storage(actual.scales)[0] += 1
+    assert check._compare(spec, actual, expected) == 1
+
+
+@pytest.mark.parametrize("name", ["residual", "normalized"])
+def test_check_sees_a_norms_other_results(name):
+    spec = next(s for s in NORMS if s.residual and s.normalized)
+    expected = check._results(spec, "cpu")
+    actual = copied(expected)
+    flip(getattr(actual, name), 1, 1)
+    if name == "normalized":  # computed in float32, too
+        assert check._compare(spec, actual, expected) == 1
+        flip(getattr(actual, name), 2, 0x40)
+    with pytest.raises(check.WrongResult, match=rf"1 of \d+ .*{name} are not"):
+        check._compare(spec, actual, expected)
+
+
+def test_check_says_how_many_are_neighbours(monkeypatch, capsys):
+    spec = COMPUTED[0]
+    expected = check._results(spec, "cpu")
+    results = {"cpu": expected, "cuda": copied(expected)}
+    move_to_neighbours(results["cuda"].values, 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(compile, "architecture", lambda index: "sm_90a")
+    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [spec])
+    monkeypatch.setattr(check, "_results", lambda spec, device: results[device])
+    line = f"ran      sm_90a   {naming.spec_name(spec)}: "
+    assert cli.main(["check"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"ok     {line}2 rounded to the neighbour"
+    flip(results["cuda"].values, 1, 0x80)
+    assert cli.main(["check"]) == 1
+    assert capsys.readouterr().out.startswith(f"FAILED {line}1 of ")
 
 
 @pytest.mark.gpu
-def test_check_on_the_gpu(capsys):
-    assert cli.main(["check", "--preset", "deepgemm"]) == 0
+@pytest.mark.parametrize("name", ["deepgemm", "moe"])
+def test_check_on_the_gpu(name, monkeypatch, capsys):
+    functions = {}
+    monkeypatch.setattr(compile, "_functions", functions)
+    monkeypatch.setattr(execution, "_plans", {})
+    assert cli.main(["check", "--preset", name]) == 0
+    arch = compile.architecture(0)
+    specs = presets.PRESETS[name](arch)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(presets.deepgemm()) + 1
+    assert len(lines) == len(specs) + 1
     assert all(line.startswith("ok     ran ") for line in lines[:-1])
+    assert set(functions) == {(spec, arch) for spec in specs}
+
+
+# layout
+
+
+def test_layout_help(capsys):
+    done = subprocess.run(
+        [sys.executable, "-m", "cute_quant", "layout", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.startswith("usage: cute-quant layout")
+    for name in ("show", "try", "sweep", "report"):
+        assert f"\n    {name} " in done.stdout
+
+
+def test_layout_show(tmp_path):
+    command = [sys.executable, "-m", "cute_quant", "layout", "show", "--threads-per-group", "4"]
+    done = subprocess.run([*command, "--group-size", "64"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.strip()
+    file = tmp_path / "layout.svg"
+    done = subprocess.run([*command, "-o", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == f"wrote {file}\n"
+    assert "<svg" in file.read_text()
+
+
+def test_layout_that_is_refused(capsys):
+    assert cli.main(["layout", "show", "--threads-per-group", "3"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1 and "threads_per_group" in err
 
 
 # bench

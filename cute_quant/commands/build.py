@@ -21,7 +21,7 @@ import json
 import multiprocessing
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cute_quant import ahead_of_time, compile, naming, presets, progress, toolchain
@@ -69,9 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    specs = _specs(options.preset, options.kernel)
+    architectures = dict.fromkeys(options.arch or compile.ARCHITECTURES.values())
+    tasks = _tasks(architectures, options.preset, options.kernel)
     if options.list:
-        names = [naming.spec_name(spec) for spec in specs]
+        names = list(dict.fromkeys(naming.spec_name(spec) for spec, _ in tasks))
         print(json.dumps(names, indent=1) if options.json else "\n".join(names))
         return 0
     if options.output is None:
@@ -85,8 +86,6 @@ def run(options: argparse.Namespace) -> int:
     runtime = options.runtime
     if runtime is None and host.machine == platform.machine():
         runtime = dsl.runtime
-    architectures = options.arch or tuple(compile.ARCHITECTURES.values())
-    tasks = [(spec, arch) for arch in dict.fromkeys(architectures) for spec in specs]
     ahead_of_time.write(options.output, host, runtime, _built(tasks, host))
     size = sum(file.stat().st_size for file in options.output.iterdir())
     if options.json:
@@ -98,18 +97,29 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _specs(names: list[str] | None, patterns: list[str] | None) -> list[Spec]:
-    found = [spec for name in names or () for spec in presets.PRESETS[name]()]
-    every = presets.all_kernels() if patterns else []
+def _tasks(
+    architectures: Iterable[str], names: list[str] | None, patterns: list[str] | None
+) -> list[tuple[Spec, str]]:
+    """What to build, each once. What a preset has may depend on the architecture."""
+    if not names and not patterns:
+        names = ["deepgemm"]
+    tasks = [
+        (spec, arch)
+        for arch in architectures
+        for name in names or ()
+        for spec in presets.PRESETS[name](arch)
+    ]
+    every = [(s, arch) for arch in architectures if patterns for s in presets.all_kernels(arch)]
+    names_of = {spec: naming.spec_name(spec) for spec, _ in every}
     for pattern in patterns or ():
-        matches = [spec for spec in every if fnmatch.fnmatchcase(naming.spec_name(spec), pattern)]
+        matches = [task for task in every if fnmatch.fnmatchcase(names_of[task[0]], pattern)]
         if not matches:
             raise ValueError(
                 f"--kernel: expected a name or a pattern of names that cute-quant build --preset "
                 f"all --list prints, got {pattern!r}"
             )
-        found += matches
-    return list(dict.fromkeys(found or presets.deepgemm()))
+        tasks += matches
+    return list(dict.fromkeys(tasks))
 
 
 def _built(
