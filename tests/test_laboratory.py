@@ -314,6 +314,14 @@ def test_refusals_of_the_command_line(capsys, tmp_path):
     assert "expected what a sweep writes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["report"], ["show", "-o"]])
+def test_files_that_cannot_be_used(command, capsys, tmp_path):
+    file = tmp_path / "none" / "layout.svg"
+    assert cli.main([*command, str(file)]) == 1
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1 and str(file) in err
+
+
 def test_sweep_and_report(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = tmp_path / "sweep.json"
@@ -341,7 +349,7 @@ def test_without_a_disassembler(capsys, monkeypatch):
     monkeypatch.setattr(binary_utilities, "run", missing)
     machine_code.cache_clear()
     examine.cache_clear()
-    assert cli.main(["try"]) == 2
+    assert cli.main(["try"]) == 1
     assert "nvdisasm: not found; pip install nvidia-cuda-nvdisasm" in capsys.readouterr().err
 
 

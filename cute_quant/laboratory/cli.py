@@ -76,13 +76,19 @@ def run(options: argparse.Namespace) -> int:
     """Do what `options` say.
 
     Returns:
-        The exit status: 0, or 2 where a layout or a file is refused, with the reason on stderr.
+        The exit status: 0, 2 where what was asked for is refused, 1 where a file or a module cannot
+        be used, both with the reason on stderr.
+
+    Raises:
+        BrokenPipeError: nobody reads what is printed.
     """
     try:
         {"show": _show, "try": _try, "sweep": _sweep, "report": _report}[options.command](options)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     return 0
 
 
