@@ -285,6 +285,19 @@ def test_tables_and_plots():
     assert {"a GPU", "default", "5.0", "256 x 7168"} <= set(words)
 
 
+def test_a_failure_is_not_drawn_as_a_time():
+    found = trials(1.0, 1.25, 0.98)
+    found[1].failure = "it crashed"
+    found[1].ratios.clear()
+    assert report.columns(found)[1][1][-1] == "failed"
+    lines = report.text_plot(found).splitlines()
+    assert lines[2].endswith("  failed") and "█" not in lines[2]
+    for trial in found:
+        trial.failure = "it crashed"
+        trial.ratios.clear()
+    assert all(line.endswith("failed") for line in report.text_plot(found).splitlines()[1:])
+
+
 def test_no_plot_without_times():
     with pytest.raises(ValueError, match="plot: expected trials with times"):
         report.plot([Trial(make_layout())], "")
@@ -312,6 +325,60 @@ def test_refusals_of_the_command_line(capsys, tmp_path):
     (tmp_path / "wrong.json").write_text("{}")
     assert cli.main(["report", str(tmp_path / "wrong.json")]) == 2
     assert "expected what a sweep writes" in capsys.readouterr().err
+
+
+def spoiled(path: tuple, value: object) -> object:
+    """What a sweep writes, with something else at a path; as a whole where the path is empty."""
+    found = trials(1.0, 1.25)
+    for trial in found:
+        trial.examine()
+    data = json.loads(json.dumps(to_json(found)))
+    if not path:
+        return value
+    *parents, name = path
+    place = data
+    for parent in parents:
+        place = place[parent]
+    place[name] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ((), []),
+        ((), 3),
+        (("trials",), []),
+        (("trials",), [3]),
+        (("trials", 0), {}),
+        (("trials", 0, "code"), []),
+        (("trials", 0, "code", "sm_90a"), {}),
+        (("trials", 0, "code", "sm_90a", "registers"), "many"),
+        (("trials", 0, "code", "sm_90a", "budget"), 0),
+        (("trials", 0, "choices"), None),
+        (("trials", 0, "choices", "values_per_thread"), 0),
+        (("trials", 0, "times", 0, "ratio"), math.nan),
+        (("trials", 0, "times", 0, "ratio"), None),
+        (("group_size",), "x"),
+        (("scale_format",), 3),
+        (("dtype",), "int3"),
+    ],
+)
+def test_report_of_what_no_sweep_wrote(path, value, capsys, tmp_path):
+    file = tmp_path / "wrong.json"
+    file.write_text(json.dumps(spoiled(path, value)))
+    assert cli.main(["report", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1
+    assert f"{file}: expected what a sweep writes, got " in err
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 100_000, b"{"])
+def test_report_of_what_is_not_json(content, capsys, tmp_path):
+    file = tmp_path / "wrong.json"
+    file.write_bytes(content)
+    assert cli.main(["report", str(file)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("command", [["report"], ["show", "-o"]])

@@ -27,6 +27,8 @@ WORDS = {
 }
 PROGRAM = "python -m cute_quant layout"
 BAR = 30
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What reading a file raises that no sweep wrote."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +153,7 @@ def _report(options: argparse.Namespace) -> None:
     try:
         data = json.loads(options.file.read_text(encoding="utf-8"))
         trials = from_json(data)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except MALFORMED as error:
         raise ValueError(f"{options.file}: expected what a sweep writes, got {error!r}") from None
     for number, trial in enumerate(trials):
         if not trial.code:

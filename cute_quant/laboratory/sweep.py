@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -122,17 +123,35 @@ def to_json(trials: Sequence[Trial]) -> dict[str, Any]:
 
 def from_json(data: dict[str, Any]) -> list[Trial]:
     """Raises:
-    KeyError, ValueError: `data` is not what `to_json` makes.
+    ArithmeticError, AttributeError, LookupError, TypeError, ValueError: `data` is not what
+        `to_json` makes.
     """
+    for name in ("gpu", "torch", "date"):
+        data[name]  # A plot names them.
+    if not data["trials"]:
+        raise ValueError("trials: expected at least one, got none")
     fmt: Format = make_format(data["group_size"], data["scale_format"], data["round_scale"])
     trials = []
     for entry in data["trials"]:
         trial = Trial(make_layout(fmt, DTYPES[data["dtype"]], **entry["choices"]))
-        trial.code = {arch: Examination(**code) for arch, code in entry["code"].items()}
+        trial.code = {arch: _examination(code) for arch, code in entry["code"].items()}
         for time in entry["times"]:
             shape = time["mn"], time["k"]
-            trial.ratios[shape] = time["ratio"]
-            trial.microseconds[shape] = time["microseconds"]
+            trial.ratios[shape] = _number("ratio", time["ratio"])
+            trial.microseconds[shape] = _number("microseconds", time["microseconds"])
         trial.failure = entry["failure"]
         trials.append(trial)
     return trials
+
+
+def _examination(code: dict[str, Any]) -> Examination:
+    found = Examination(**{name: _number(name, value) for name, value in code.items()})
+    if not found.budget:
+        raise ValueError("budget: expected at least 1, got 0")
+    return found
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number from 0, got {value!r}")
+    return value
