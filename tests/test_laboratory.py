@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -298,6 +299,14 @@ def test_a_failure_is_not_drawn_as_a_time():
     assert all(line.endswith("failed") for line in report.text_plot(found).splitlines()[1:])
 
 
+def test_a_layout_without_code_keeps_the_others_columns():
+    found = trials(1.0, 1.25)
+    found[0].examine()
+    headings, (first, second) = report.columns(found)
+    assert "spills" in headings and len(first) == len(second) == len(headings)
+    assert "-" not in first and second[2:-1] == ["-"] * (len(headings) - 3)
+
+
 def test_no_plot_without_times():
     with pytest.raises(ValueError, match="plot: expected trials with times"):
         report.plot([Trial(make_layout())], "")
@@ -406,6 +415,42 @@ def test_sweep_and_report(capsys, tmp_path, monkeypatch):
         "| 4 threads x 32 values",
         "| rows a thread: 8",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [
+        (["--plot", "plot.gif"], 2),
+        (["--plot", "none/plot.svg"], 1),
+        (["--json", "none/sweep.json"], 1),
+        (["--json", "."], 1),
+    ],
+)
+def test_sweep_refuses_names_of_files_before_its_work(
+    options, status, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    module = sys.modules["cute_quant.laboratory.sweep"]  # The package has a function of this name.
+    monkeypatch.setattr(module, "sweep", lambda *of: pytest.fail("it has begun"))
+    assert cli.main(["sweep", *options]) == status
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1 and options[1] in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_png_without_matplotlib(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["report", "none.json", "--plot", str(tmp_path / "plot.png")]) == 1
+    assert "plot: expected matplotlib" in capsys.readouterr().err
+
+
+def test_the_table_is_printed_before_a_plot_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plot = tmp_path / "plot.svg"
+    assert cli.main(["sweep", "--threads-per-group", "8", "--plot", str(plot)]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("layout ") and "plot: expected trials with times" in err
+    assert not plot.exists()
 
 
 def test_without_a_disassembler(capsys, monkeypatch):

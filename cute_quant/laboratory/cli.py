@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shlex
 import sys
@@ -127,6 +128,9 @@ def _sweep(options: argparse.Namespace) -> None:
     from cute_quant.laboratory import layout
     from cute_quant.laboratory.sweep import sweep, to_json
 
+    _check_plot(options.plot)
+    for path in (options.json, options.plot):
+        _check_writable(path)
     shapes, chosen = _shapes(options.shapes), _chosen(options)
     fmt, dtype = _format(options), layout.DTYPES[options.dtype]
     if chosen:
@@ -150,13 +154,15 @@ def _sweep(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from cute_quant.laboratory.sweep import from_json
 
+    _check_plot(options.plot)
+    _check_writable(options.plot)
     try:
         data = json.loads(options.file.read_text(encoding="utf-8"))
         trials = from_json(data)
     except MALFORMED as error:
         raise ValueError(f"{options.file}: expected what a sweep writes, got {error!r}") from None
     for number, trial in enumerate(trials):
-        if not trial.code:
+        if not trial.code and not trial.failure:
             _progress(number, len(trials), trial.layout.name)
             trial.examine()
     _print(trials, data, options.plot, options.markdown)
@@ -165,20 +171,42 @@ def _report(options: argparse.Namespace) -> None:
 def _print(trials: list, data: dict[str, Any], plot: Path | None, markdown: bool) -> None:
     from cute_quant.laboratory import report
 
-    if plot is not None:
-        drawing = report.plot(trials, f"{data['gpu']}, torch {data['torch']}, {data['date']}")
-        if plot.suffix == ".svg":
-            plot.write_text(drawing.svg(), encoding="utf-8")
-        elif plot.suffix == ".png":
-            plot.write_bytes(drawing.png())
-        else:
-            raise ValueError(f"plot: expected a name that ends in .svg or .png, got {plot}")
     if markdown:
         print(report.markdown_table(trials))
     else:
         print(
             report.text_table(trials), report.text_plot(trials), report.legend(trials), sep="\n\n"
         )
+    if plot is None:
+        return
+    drawing = report.plot(trials, f"{data['gpu']}, torch {data['torch']}, {data['date']}")
+    if plot.suffix == ".svg":
+        plot.write_text(drawing.svg(), encoding="utf-8")
+    else:
+        plot.write_bytes(drawing.png())
+
+
+def _check_plot(path: Path | None) -> None:
+    """Raises:
+    ModuleNotFoundError: it is to be a PNG, and matplotlib is not installed.
+    ValueError: it is to be something else.
+    """
+    if path is None:
+        return
+    if path.suffix not in (".svg", ".png"):
+        raise ValueError(f"plot: expected a name that ends in .svg or .png, got {path}")
+    if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("plot: expected matplotlib, which draws .png, got none; use .svg")
+
+
+def _check_writable(path: Path | None) -> None:
+    """Before minutes of work, raise the OSError that writing a file would raise after them."""
+    if path is None:
+        return
+    existed = path.exists() or path.is_symlink()
+    path.open("ab").close()
+    if not existed:
+        path.unlink()
 
 
 def _progress(done: int, of: int, name: str) -> None:

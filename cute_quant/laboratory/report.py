@@ -18,7 +18,7 @@ PLOT_WIDTH, PLOT_LABEL, PLOT_ROW, PLOT_HEADER = 1000, 330, 28, 84
 
 def columns(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row of cells for each trial."""
-    architectures = [arch for arch in SHORT if all(arch in t.code for t in trials)]
+    architectures = [arch for arch in SHORT if any(arch in t.code for t in trials)]
     shapes = shapes_of(trials)
     headings = ["layout", "rows x packs a CTA"]
     for arch in architectures:
@@ -31,19 +31,27 @@ def columns(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
     table = []
     for t in trials:
         cells = [t.layout.name, f"{t.layout.tile.rows} x {t.layout.packs:g}"]
-        for arch in architectures:
-            code = t.code[arch]
-            cells += [
-                str(code.registers),
-                f"{code.issue_slots:.0f} ({code.budget_share:.0%})",
-                f"{code.load_sectors:g} ({code.load_efficiency:.0%})",
-            ]
-        if architectures:
-            cells.append(str(max(t.code[arch].spills for arch in architectures)))
-            cells.append(f"{t.code[architectures[0]].bytes_in_flight / 1024:.0f}")
+        cells += _code_cells(t, architectures)
         cells += [_value(t, t.ratios.get(shape)) for shape in shapes]
         table.append(cells)
     return headings, table
+
+
+def _code_cells(trial: Trial, architectures: Sequence[str]) -> list[str]:
+    if not architectures:
+        return []
+    if not all(arch in trial.code for arch in architectures):
+        return [UNKNOWN] * (3 * len(architectures) + 2)
+    codes = [trial.code[arch] for arch in architectures]
+    cells = []
+    for code in codes:
+        cells += [
+            str(code.registers),
+            f"{code.issue_slots:.0f} ({code.budget_share:.0%})",
+            f"{code.load_sectors:g} ({code.load_efficiency:.0%})",
+        ]
+    spills = max(code.spills for code in codes)
+    return [*cells, str(spills), f"{codes[0].bytes_in_flight / 1024:.0f}"]
 
 
 def shapes_of(trials: Sequence[Trial]) -> list[tuple[int, int]]:

@@ -60,7 +60,8 @@ def sweep(
     """Try layouts of one format and dtype.
 
     Times are taken where there is a GPU, and only of layouts whose results are the default's to
-    the bit. Where there is one, but not NVIDIA's disassembler, `Trial.code` stays empty.
+    the bit; why there are none is `Trial.failure`. Where there is a GPU, but not NVIDIA's
+    disassembler, `Trial.code` stays empty.
 
     Args:
         shapes: (mn, k) of inputs to time.
@@ -76,22 +77,27 @@ def sweep(
         timing.warm_up()
     for number, trial in enumerate(trials):
         progress(number, len(trials), trial.layout.name)
-        try:
+        if not tracks:
             trial.examine()
-        except FileNotFoundError:
-            if not tracks:
-                raise
-            trial.code.clear()
-        for track in tracks:
-            try:
-                time = track.time(trial.layout)
-            except (race.WrongResultError, ValueError) as error:
-                trial.failure = str(error)
-                break
-            trial.ratios[track.mn, track.k] = time.ratio
-            trial.microseconds[track.mn, track.k] = time.seconds * 1e6
+            continue
+        try:
+            _race(trial, tracks)
+        except (RuntimeError, ValueError) as error:
+            # Of one layout: others may do.
+            trial.failure = " ".join(str(error).split()) or type(error).__name__
     progress(len(trials), len(trials), "done")
     return trials
+
+
+def _race(trial: Trial, tracks: Sequence[race.Track]) -> None:
+    try:
+        trial.examine()
+    except FileNotFoundError:
+        trial.code.clear()
+    for track in tracks:
+        time = track.time(trial.layout)
+        trial.ratios[track.mn, track.k] = time.ratio
+        trial.microseconds[track.mn, track.k] = time.seconds * 1e6
 
 
 def to_json(trials: Sequence[Trial]) -> dict[str, Any]:
