@@ -1,8 +1,10 @@
 """Layouts as the laboratory evaluates, draws, examines and reports them."""
 
+import html
 import json
 import math
 import re
+import shlex
 import sys
 import xml.etree.ElementTree as ElementTree
 
@@ -318,6 +320,19 @@ def test_show(capsys, tmp_path):
     path = tmp_path / "layout.html"
     assert cli.main(["show", "--column-warps", "2", "-o", str(path)]) == 0
     assert "layout show --column-warps 2 -o " in path.read_text()
+
+
+def test_a_page_names_the_command_that_draws_it_again(capsys, tmp_path):
+    path = tmp_path / "a layout.html"
+    choices = ["--column-warps", "2", "--group-size", "64", "--scale-format", "float32"]
+    choices += ["--dtype", "fp32", "--mn", "6", "--k", "512"]
+    assert cli.main(["show", *choices, "-o", str(path)]) == 0
+    page = path.read_text(encoding="utf-8")
+    (command,) = re.findall(r"compiled with: <code>(.*)</code>", page)
+    program, arguments = cli.PROGRAM.split(), shlex.split(html.unescape(command))
+    assert arguments == [*program, "show", *choices, "-o", str(path)]
+    assert cli.main(arguments[len(program) :]) == 0
+    assert path.read_text(encoding="utf-8") == page
 
 
 def test_try(capsys):

@@ -27,6 +27,8 @@ WORDS = {
     "load_hint": ("what a load says of its data", LOAD_HINTS),
 }
 PROGRAM = "python -m cute_quant layout"
+FORMAT = {"group_size": 128, "scale_format": "ue8m0", "dtype": "bf16"}
+"""Defaults."""
 BAR = 30
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What reading a file raises that no sweep wrote."""
@@ -70,9 +72,10 @@ def _add_choices(parser: argparse.ArgumentParser, many: bool) -> None:
             flag, type=_words if many else str, metavar="NAME" + suffix, help=help_text
         )
     group = parser.add_argument_group("format")
-    group.add_argument("--group-size", type=int, default=128, metavar="N")
-    group.add_argument("--scale-format", default="ue8m0", metavar="NAME")
-    group.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="of x")
+    group.add_argument("--group-size", type=int, metavar="N")
+    group.add_argument("--scale-format", metavar="NAME")
+    group.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of x")
+    parser.set_defaults(**FORMAT)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -106,12 +109,21 @@ def _show(options: argparse.Namespace) -> None:
     from cute_quant.laboratory.draw import draw
 
     layout = _layout(options)
-    given = [("--" + name.replace("_", "-"), value) for name, value in _chosen(options).items()]
-    command = shlex.join(
-        [*PROGRAM.split(), "show", *(str(part) for pair in given for part in pair)]
-    )
-    text = draw(layout, options.output, options.mn, options.k, f"{command} -o {options.output}")
+    text = draw(layout, options.output, options.mn, options.k, _command(options))
     print(f"wrote {options.output}" if options.output else text)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """That draws the same again, without what is as by default."""
+    given = _chosen(options)
+    for name in (*FORMAT, "mn", "k"):
+        value = getattr(options, name)
+        if value != FORMAT.get(name):
+            given[name] = value
+    words = [*PROGRAM.split(), "show"]
+    for name, value in given.items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    return shlex.join([*words, "-o", str(options.output)])
 
 
 def _try(options: argparse.Namespace) -> None:
