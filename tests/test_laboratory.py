@@ -222,6 +222,25 @@ def test_a_drawing_of_no_known_kind(tmp_path):
         draw(make_layout(), mn=0)
 
 
+@pytest.mark.parametrize("shape", [{"mn": 1_000_000}, {"k": 1 << 40}, {"mn": 4096, "k": 8192}])
+def test_a_drawing_of_too_many_scales(shape, monkeypatch):
+    monkeypatch.setattr(assignment, "scales", lambda *of: pytest.fail("it has begun"))
+    with pytest.raises(ValueError, match="mn, k: expected at most 32768 scales to draw"):
+        draw(make_layout(), **shape)
+
+
+@every_format
+def test_scales_are_counted_as_they_are_drawn(fmt, monkeypatch):
+    layout, (mn, k) = make_layout(fmt), (6, fmt.group_size * 5)
+    count = len(assignment.scales(layout, mn, k))
+    module = sys.modules["cute_quant.laboratory.draw"]  # The package has a function of this name.
+    monkeypatch.setattr(module, "MAX_SCALES", count)
+    draw(layout, mn=mn, k=k)
+    monkeypatch.setattr(module, "MAX_SCALES", count - 1)
+    with pytest.raises(ValueError, match=f"got {count} of an"):
+        draw(layout, mn=mn, k=k)
+
+
 # Examinations
 
 
