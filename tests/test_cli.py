@@ -1,6 +1,5 @@
 """The command line: what it prints, its exit codes, and errors of one line."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -499,9 +498,28 @@ def test_bench_gets_its_options(monkeypatch):
     assert calls == [[sys.executable, "-m", "bench", "--quick", "--rows", "1,2"]]
 
 
-def test_bench_outside_of_the_repository(monkeypatch, capsys):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: None if name == "bench" else find(name)
-    )
+@pytest.fixture
+def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark is not among the modules, as for the installed script."""
+
+    def find(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr("importlib.util.find_spec", find)
+
+
+def test_bench_of_the_working_directory(not_installed, monkeypatch):
+    calls = []
+    monkeypatch.setattr("subprocess.call", lambda command: calls.append(command) or 0)
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert cli.main(["bench", "--quick"]) == 0
+    assert calls == [[sys.executable, "-m", "bench", "--quick"]]
+
+
+@pytest.mark.parametrize("others", [[], ["__main__.py"]])
+def test_bench_outside_of_the_repository(others, not_installed, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bench").mkdir()
+    for name in others:
+        (tmp_path / "bench" / name).touch()
     assert "run this in a checkout" in fails(capsys, "bench")
