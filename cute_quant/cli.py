@@ -25,7 +25,7 @@ COMMANDS = {
 }
 """Modules and what they do, by the name of the command."""
 
-FAILURE = 1
+FAILURE, WRONG_USAGE = 1, 2
 
 EPILOG = """exit codes: 0 done, 1 something failed, 2 wrong usage
 
@@ -70,17 +70,23 @@ def main(arguments: list[str] | None = None) -> int:
     if others:
         options.passed_on = others
     try:
-        return command.run(options)
+        status = command.run(options)
+        # What is still buffered may not be wanted either.
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
         # Who reads has seen enough; nothing is left to be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except KeyboardInterrupt:
         return _fail(name, "interrupted")
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except ValueError as error:
+        # Says what an argument is expected to be.
+        return _fail(name, str(error), WRONG_USAGE)
+    except (ImportError, OSError, RuntimeError, TypeError) as error:
         return _fail(name, str(error))
 
 
-def _fail(name: str, text: str) -> int:
+def _fail(name: str, text: str, status: int = FAILURE) -> int:
     print(f"{PROGRAM} {name}: {' '.join(text.split())}", file=sys.stderr)
-    return FAILURE
+    return status

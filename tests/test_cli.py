@@ -1,7 +1,7 @@
 """The command line: what it prints, its exit codes, and errors of one line."""
 
-import importlib
 import json
+import os
 import subprocess
 import sys
 import unittest.mock
@@ -34,9 +34,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     return store
 
 
-def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+def fails(capsys: pytest.CaptureFixture, *arguments: str, status: int = 1) -> str:
     """The one line that a failing command prints."""
-    assert cli.main(list(arguments)) == 1
+    assert cli.main(list(arguments)) == status
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
     assert not out and line.startswith(f"cute-quant {arguments[0]}: ")
@@ -206,21 +206,22 @@ def test_build_list_depends_on_the_architecture(capsys):
     assert names and all(tile in name for name in names)
     assert cli.main(["build", "--kernel", pattern, "--arch", "sm_90a", "--list"]) == 0
     assert capsys.readouterr().out.splitlines() == names
-    assert pattern in fails(capsys, "build", "--kernel", pattern, "--arch", "sm_100a", "--list")
+    refused = ["build", "--kernel", pattern, "--arch", "sm_100a", "--list"]
+    assert pattern in fails(capsys, *refused, status=2)
 
 
 def test_build_of_an_unknown_kernel(capsys, tmp_path):
-    line = fails(capsys, "build", "--kernel", "wash-*", "-o", str(tmp_path))
+    line = fails(capsys, "build", "--kernel", "wash-*", "-o", str(tmp_path), status=2)
     assert "--kernel: expected a name or a pattern" in line and "got 'wash-*'" in line
 
 
 def test_build_needs_a_directory(capsys):
-    assert "expected -o DIR" in fails(capsys, "build", "--preset", "moe")
+    assert "expected -o DIR" in fails(capsys, "build", "--preset", "moe", status=2)
 
 
 def test_build_into_a_directory_of_other_things(capsys, tmp_path):
     (tmp_path / "thesis.pdf").write_bytes(b"")
-    assert "got ['thesis.pdf']" in fails(capsys, "build", "-o", str(tmp_path))
+    assert "got ['thesis.pdf']" in fails(capsys, "build", "-o", str(tmp_path), status=2)
 
 
 def test_build_without_cute_dsl(capsys, monkeypatch, tmp_path):
@@ -470,6 +471,17 @@ def test_layout_show(tmp_path):
     assert "<svg" in file.read_text()
 
 
+@pytest.mark.parametrize("module", [["cute_quant", "layout"], ["cute_quant.laboratory"]])
+def test_layout_show_to_who_reads_no_more(module):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", *module, "show"], stdout=closed, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 1 and not done.stderr
+
+
 def test_layout_that_is_refused(capsys):
     assert cli.main(["layout", "show", "--threads-per-group", "3"]) == 2
     out, err = capsys.readouterr()
@@ -486,9 +498,28 @@ def test_bench_gets_its_options(monkeypatch):
     assert calls == [[sys.executable, "-m", "bench", "--quick", "--rows", "1,2"]]
 
 
-def test_bench_outside_of_the_repository(monkeypatch, capsys):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: None if name == "bench" else find(name)
-    )
+@pytest.fixture
+def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark is not among the modules, as for the installed script."""
+
+    def find(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr("importlib.util.find_spec", find)
+
+
+def test_bench_of_the_working_directory(not_installed, monkeypatch):
+    calls = []
+    monkeypatch.setattr("subprocess.call", lambda command: calls.append(command) or 0)
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert cli.main(["bench", "--quick"]) == 0
+    assert calls == [[sys.executable, "-m", "bench", "--quick"]]
+
+
+@pytest.mark.parametrize("others", [[], ["__main__.py"]])
+def test_bench_outside_of_the_repository(others, not_installed, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bench").mkdir()
+    for name in others:
+        (tmp_path / "bench" / name).touch()
     assert "run this in a checkout" in fails(capsys, "bench")

@@ -1,8 +1,11 @@
 """Layouts as the laboratory evaluates, draws, examines and reports them."""
 
+import html
 import json
 import math
 import re
+import shlex
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -219,6 +222,25 @@ def test_a_drawing_of_no_known_kind(tmp_path):
         draw(make_layout(), mn=0)
 
 
+@pytest.mark.parametrize("shape", [{"mn": 1_000_000}, {"k": 1 << 40}, {"mn": 4096, "k": 8192}])
+def test_a_drawing_of_too_many_scales(shape, monkeypatch):
+    monkeypatch.setattr(assignment, "scales", lambda *of: pytest.fail("it has begun"))
+    with pytest.raises(ValueError, match="mn, k: expected at most 32768 scales to draw"):
+        draw(make_layout(), **shape)
+
+
+@every_format
+def test_scales_are_counted_as_they_are_drawn(fmt, monkeypatch):
+    layout, (mn, k) = make_layout(fmt), (6, fmt.group_size * 5)
+    count = len(assignment.scales(layout, mn, k))
+    module = sys.modules["cute_quant.laboratory.draw"]  # The package has a function of this name.
+    monkeypatch.setattr(module, "MAX_SCALES", count)
+    draw(layout, mn=mn, k=k)
+    monkeypatch.setattr(module, "MAX_SCALES", count - 1)
+    with pytest.raises(ValueError, match=f"got {count} of an"):
+        draw(layout, mn=mn, k=k)
+
+
 # Examinations
 
 
@@ -285,6 +307,27 @@ def test_tables_and_plots():
     assert {"a GPU", "default", "5.0", "256 x 7168"} <= set(words)
 
 
+def test_a_failure_is_not_drawn_as_a_time():
+    found = trials(1.0, 1.25, 0.98)
+    found[1].failure = "it crashed"
+    found[1].ratios.clear()
+    assert report.columns(found)[1][1][-1] == "failed"
+    lines = report.text_plot(found).splitlines()
+    assert lines[2].endswith("  failed") and "█" not in lines[2]
+    for trial in found:
+        trial.failure = "it crashed"
+        trial.ratios.clear()
+    assert all(line.endswith("failed") for line in report.text_plot(found).splitlines()[1:])
+
+
+def test_a_layout_without_code_keeps_the_others_columns():
+    found = trials(1.0, 1.25)
+    found[0].examine()
+    headings, (first, second) = report.columns(found)
+    assert "spills" in headings and len(first) == len(second) == len(headings)
+    assert "-" not in first and second[2:-1] == ["-"] * (len(headings) - 3)
+
+
 def test_no_plot_without_times():
     with pytest.raises(ValueError, match="plot: expected trials with times"):
         report.plot([Trial(make_layout())], "")
@@ -296,6 +339,19 @@ def test_show(capsys, tmp_path):
     path = tmp_path / "layout.html"
     assert cli.main(["show", "--column-warps", "2", "-o", str(path)]) == 0
     assert "layout show --column-warps 2 -o " in path.read_text()
+
+
+def test_a_page_names_the_command_that_draws_it_again(capsys, tmp_path):
+    path = tmp_path / "a layout.html"
+    choices = ["--column-warps", "2", "--group-size", "64", "--scale-format", "float32"]
+    choices += ["--dtype", "fp32", "--mn", "6", "--k", "512"]
+    assert cli.main(["show", *choices, "-o", str(path)]) == 0
+    page = path.read_text(encoding="utf-8")
+    (command,) = re.findall(r"compiled with: <code>(.*)</code>", page)
+    program, arguments = cli.PROGRAM.split(), shlex.split(html.unescape(command))
+    assert arguments == [*program, "show", *choices, "-o", str(path)]
+    assert cli.main(arguments[len(program) :]) == 0
+    assert path.read_text(encoding="utf-8") == page
 
 
 def test_try(capsys):
@@ -312,6 +368,68 @@ def test_refusals_of_the_command_line(capsys, tmp_path):
     (tmp_path / "wrong.json").write_text("{}")
     assert cli.main(["report", str(tmp_path / "wrong.json")]) == 2
     assert "expected what a sweep writes" in capsys.readouterr().err
+
+
+def spoiled(path: tuple, value: object) -> object:
+    """What a sweep writes, with something else at a path; as a whole where the path is empty."""
+    found = trials(1.0, 1.25)
+    for trial in found:
+        trial.examine()
+    data = json.loads(json.dumps(to_json(found)))
+    if not path:
+        return value
+    *parents, name = path
+    place = data
+    for parent in parents:
+        place = place[parent]
+    place[name] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ((), []),
+        ((), 3),
+        (("trials",), []),
+        (("trials",), [3]),
+        (("trials", 0), {}),
+        (("trials", 0, "code"), []),
+        (("trials", 0, "code", "sm_90a"), {}),
+        (("trials", 0, "code", "sm_90a", "registers"), "many"),
+        (("trials", 0, "code", "sm_90a", "budget"), 0),
+        (("trials", 0, "choices"), None),
+        (("trials", 0, "choices", "values_per_thread"), 0),
+        (("trials", 0, "times", 0, "ratio"), math.nan),
+        (("trials", 0, "times", 0, "ratio"), None),
+        (("group_size",), "x"),
+        (("scale_format",), 3),
+        (("dtype",), "int3"),
+    ],
+)
+def test_report_of_what_no_sweep_wrote(path, value, capsys, tmp_path):
+    file = tmp_path / "wrong.json"
+    file.write_text(json.dumps(spoiled(path, value)))
+    assert cli.main(["report", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1
+    assert f"{file}: expected what a sweep writes, got " in err
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 100_000, b"{"])
+def test_report_of_what_is_not_json(content, capsys, tmp_path):
+    file = tmp_path / "wrong.json"
+    file.write_bytes(content)
+    assert cli.main(["report", str(file)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [["report"], ["show", "-o"]])
+def test_files_that_cannot_be_used(command, capsys, tmp_path):
+    file = tmp_path / "none" / "layout.svg"
+    assert cli.main([*command, str(file)]) == 1
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1 and str(file) in err
 
 
 def test_sweep_and_report(capsys, tmp_path, monkeypatch):
@@ -333,6 +451,42 @@ def test_sweep_and_report(capsys, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [
+        (["--plot", "plot.gif"], 2),
+        (["--plot", "none/plot.svg"], 1),
+        (["--json", "none/sweep.json"], 1),
+        (["--json", "."], 1),
+    ],
+)
+def test_sweep_refuses_names_of_files_before_its_work(
+    options, status, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    module = sys.modules["cute_quant.laboratory.sweep"]  # The package has a function of this name.
+    monkeypatch.setattr(module, "sweep", lambda *of: pytest.fail("it has begun"))
+    assert cli.main(["sweep", *options]) == status
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1 and options[1] in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_png_without_matplotlib(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["report", "none.json", "--plot", str(tmp_path / "plot.png")]) == 1
+    assert "plot: expected matplotlib" in capsys.readouterr().err
+
+
+def test_the_table_is_printed_before_a_plot_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plot = tmp_path / "plot.svg"
+    assert cli.main(["sweep", "--threads-per-group", "8", "--plot", str(plot)]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("layout ") and "plot: expected trials with times" in err
+    assert not plot.exists()
+
+
 def test_without_a_disassembler(capsys, monkeypatch):
     def missing(tool, *arguments):
         raise FileNotFoundError(f"{tool}: not found; pip install nvidia-cuda-{tool}")
@@ -341,7 +495,7 @@ def test_without_a_disassembler(capsys, monkeypatch):
     monkeypatch.setattr(binary_utilities, "run", missing)
     machine_code.cache_clear()
     examine.cache_clear()
-    assert cli.main(["try"]) == 2
+    assert cli.main(["try"]) == 1
     assert "nvdisasm: not found; pip install nvidia-cuda-nvdisasm" in capsys.readouterr().err
 
 

@@ -78,6 +78,20 @@ def test_wrong_bits_are_not_timed(emulated, monkeypatch):
     assert not trial.ratios and not emulated
 
 
+def test_a_layout_that_crashes_is_one_that_failed(emulated, monkeypatch):
+    right = compile.function
+
+    def crashes(spec, arch):
+        if spec.tile.rows_per_thread == 2:
+            raise RuntimeError("CUDA error:\n  too many resources")
+        return right(spec, arch)
+
+    monkeypatch.setattr(compile, "function", crashes)
+    two, default = sweep([make_layout(rows_per_thread=2), make_layout()], [(5, 512)])
+    assert two.failure == "CUDA error: too many resources" and not two.ratios
+    assert default.ratios == {(5, 512): 1.0} and not default.failure
+
+
 def test_shapes_that_do_not_fit(emulated):
     layout = make_layout(threads_per_group=4, rows_per_thread=4)
     (trial,) = sweep([layout], [(4, 192)])

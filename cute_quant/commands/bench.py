@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +20,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    # `bench` is a common name.
-    if importlib.util.find_spec("bench") is None or not importlib.util.find_spec("bench.stream"):
+    if not _is_here() and not _is_installed():
         raise RuntimeError(
             "the benchmark is not installed: run this in a checkout of the repository"
         )
     return subprocess.call([sys.executable, "-m", "bench", *options.passed_on])
+
+
+def _is_here() -> bool:
+    """Whether ``python -m bench`` finds it in the working directory, where the installed script,
+    unlike ``python -m cute_quant``, does not look for modules."""
+    # `bench` is a common name.
+    return all((Path("bench") / name).is_file() for name in ("__main__.py", "stream.py"))
+
+
+def _is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("bench.stream") is not None
+    except ModuleNotFoundError:
+        return False

@@ -2,6 +2,7 @@
 
 import sys
 
-from cute_quant.laboratory.cli import main
+from cute_quant.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main(["layout", *sys.argv[1:]]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shlex
 import sys
@@ -26,7 +27,11 @@ WORDS = {
     "load_hint": ("what a load says of its data", LOAD_HINTS),
 }
 PROGRAM = "python -m cute_quant layout"
+FORMAT = {"group_size": 128, "scale_format": "ue8m0", "dtype": "bf16"}
+"""Defaults."""
 BAR = 30
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What reading a file raises that no sweep wrote."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,22 +72,29 @@ def _add_choices(parser: argparse.ArgumentParser, many: bool) -> None:
             flag, type=_words if many else str, metavar="NAME" + suffix, help=help_text
         )
     group = parser.add_argument_group("format")
-    group.add_argument("--group-size", type=int, default=128, metavar="N")
-    group.add_argument("--scale-format", default="ue8m0", metavar="NAME")
-    group.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="of x")
+    group.add_argument("--group-size", type=int, metavar="N")
+    group.add_argument("--scale-format", metavar="NAME")
+    group.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of x")
+    parser.set_defaults(**FORMAT)
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what `options` say.
 
     Returns:
-        The exit status: 0, or 2 where a layout or a file is refused, with the reason on stderr.
+        The exit status: 0, 2 where what was asked for is refused, 1 where a file or a module cannot
+        be used, both with the reason on stderr.
+
+    Raises:
+        BrokenPipeError: nobody reads what is printed.
     """
     try:
         {"show": _show, "try": _try, "sweep": _sweep, "report": _report}[options.command](options)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     return 0
 
 
@@ -97,12 +109,21 @@ def _show(options: argparse.Namespace) -> None:
     from cute_quant.laboratory.draw import draw
 
     layout = _layout(options)
-    given = [("--" + name.replace("_", "-"), value) for name, value in _chosen(options).items()]
-    command = shlex.join(
-        [*PROGRAM.split(), "show", *(str(part) for pair in given for part in pair)]
-    )
-    text = draw(layout, options.output, options.mn, options.k, f"{command} -o {options.output}")
+    text = draw(layout, options.output, options.mn, options.k, _command(options))
     print(f"wrote {options.output}" if options.output else text)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """That draws the same again, without what is as by default."""
+    given = _chosen(options)
+    for name in (*FORMAT, "mn", "k"):
+        value = getattr(options, name)
+        if value != FORMAT.get(name):
+            given[name] = value
+    words = [*PROGRAM.split(), "show"]
+    for name, value in given.items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    return shlex.join([*words, "-o", str(options.output)])
 
 
 def _try(options: argparse.Namespace) -> None:
@@ -119,6 +140,9 @@ def _sweep(options: argparse.Namespace) -> None:
     from cute_quant.laboratory import layout
     from cute_quant.laboratory.sweep import sweep, to_json
 
+    _check_plot(options.plot)
+    for path in (options.json, options.plot):
+        _check_writable(path)
     shapes, chosen = _shapes(options.shapes), _chosen(options)
     fmt, dtype = _format(options), layout.DTYPES[options.dtype]
     if chosen:
@@ -142,13 +166,15 @@ def _sweep(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from cute_quant.laboratory.sweep import from_json
 
+    _check_plot(options.plot)
+    _check_writable(options.plot)
     try:
         data = json.loads(options.file.read_text(encoding="utf-8"))
         trials = from_json(data)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except MALFORMED as error:
         raise ValueError(f"{options.file}: expected what a sweep writes, got {error!r}") from None
     for number, trial in enumerate(trials):
-        if not trial.code:
+        if not trial.code and not trial.failure:
             _progress(number, len(trials), trial.layout.name)
             trial.examine()
     _print(trials, data, options.plot, options.markdown)
@@ -157,20 +183,42 @@ def _report(options: argparse.Namespace) -> None:
 def _print(trials: list, data: dict[str, Any], plot: Path | None, markdown: bool) -> None:
     from cute_quant.laboratory import report
 
-    if plot is not None:
-        drawing = report.plot(trials, f"{data['gpu']}, torch {data['torch']}, {data['date']}")
-        if plot.suffix == ".svg":
-            plot.write_text(drawing.svg(), encoding="utf-8")
-        elif plot.suffix == ".png":
-            plot.write_bytes(drawing.png())
-        else:
-            raise ValueError(f"plot: expected a name that ends in .svg or .png, got {plot}")
     if markdown:
         print(report.markdown_table(trials))
     else:
         print(
             report.text_table(trials), report.text_plot(trials), report.legend(trials), sep="\n\n"
         )
+    if plot is None:
+        return
+    drawing = report.plot(trials, f"{data['gpu']}, torch {data['torch']}, {data['date']}")
+    if plot.suffix == ".svg":
+        plot.write_text(drawing.svg(), encoding="utf-8")
+    else:
+        plot.write_bytes(drawing.png())
+
+
+def _check_plot(path: Path | None) -> None:
+    """Raises:
+    ModuleNotFoundError: it is to be a PNG, and matplotlib is not installed.
+    ValueError: it is to be something else.
+    """
+    if path is None:
+        return
+    if path.suffix not in (".svg", ".png"):
+        raise ValueError(f"plot: expected a name that ends in .svg or .png, got {path}")
+    if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("plot: expected matplotlib, which draws .png, got none; use .svg")
+
+
+def _check_writable(path: Path | None) -> None:
+    """Before minutes of work, raise the OSError that writing a file would raise after them."""
+    if path is None:
+        return
+    existed = path.exists() or path.is_symlink()
+    path.open("ab").close()
+    if not existed:
+        path.unlink()
 
 
 def _progress(done: int, of: int, name: str) -> None:

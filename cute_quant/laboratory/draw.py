@@ -10,6 +10,8 @@ from cute_quant.laboratory.layout import Layout
 from cute_quant.laboratory.page import page
 
 SUFFIXES = (".txt", ".svg", ".png", ".html")
+MAX_SCALES = 1 << 15
+"""That are drawn: some seconds, and as much as a browser shows at ease."""
 
 
 def draw(
@@ -31,11 +33,13 @@ def draw(
 
     Raises:
         ModuleNotFoundError: a PNG is asked for, and matplotlib is not installed.
-        ValueError: the path ends otherwise.
+        ValueError: the path ends otherwise, or the input has more than ``MAX_SCALES`` scales.
     """
     for name, size in (("mn", mn), ("k", k)):
         if size is not None and size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
+    if mn is not None or k is not None:
+        _check_scales(layout, mn, k)
     text = pictures.text(layout, mn, k)
     if path is None:
         return text
@@ -53,3 +57,15 @@ def draw(
         else:
             path.write_bytes(drawing.png())
     return text
+
+
+def _check_scales(layout: Layout, mn: int | None, k: int | None) -> None:
+    fmt = layout.fmt
+    mn = pictures.example_rows(layout) if mn is None else mn
+    k = pictures.example_columns(layout) if k is None else k
+    count = fmt.scale_rows(mn) * fmt.columns(k) * fmt.groups_per_column
+    if count > MAX_SCALES:
+        raise ValueError(
+            f"mn, k: expected at most {MAX_SCALES} scales to draw, padding included, got {count} "
+            f"of an ({mn}, {k}) input"
+        )

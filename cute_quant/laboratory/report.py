@@ -9,6 +9,7 @@ from cute_quant.laboratory.sweep import Trial
 
 SHORT = {"sm_90a": "SM90", "sm_100a": "SM100"}
 BAR = 24
+FAILED, UNKNOWN = "failed", "-"
 WORST = 2.0
 """Ratios beyond this one end at the edge of the plot."""
 
@@ -17,7 +18,7 @@ PLOT_WIDTH, PLOT_LABEL, PLOT_ROW, PLOT_HEADER = 1000, 330, 28, 84
 
 def columns(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row of cells for each trial."""
-    architectures = [arch for arch in SHORT if all(arch in t.code for t in trials)]
+    architectures = [arch for arch in SHORT if any(arch in t.code for t in trials)]
     shapes = shapes_of(trials)
     headings = ["layout", "rows x packs a CTA"]
     for arch in architectures:
@@ -30,19 +31,27 @@ def columns(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
     table = []
     for t in trials:
         cells = [t.layout.name, f"{t.layout.tile.rows} x {t.layout.packs:g}"]
-        for arch in architectures:
-            code = t.code[arch]
-            cells += [
-                str(code.registers),
-                f"{code.issue_slots:.0f} ({code.budget_share:.0%})",
-                f"{code.load_sectors:g} ({code.load_efficiency:.0%})",
-            ]
-        if architectures:
-            cells.append(str(max(t.code[arch].spills for arch in architectures)))
-            cells.append(f"{t.code[architectures[0]].bytes_in_flight / 1024:.0f}")
-        cells += [f"{t.ratios[s]:.3f}" if s in t.ratios else "-" for s in shapes]
+        cells += _code_cells(t, architectures)
+        cells += [_value(t, t.ratios.get(shape)) for shape in shapes]
         table.append(cells)
     return headings, table
+
+
+def _code_cells(trial: Trial, architectures: Sequence[str]) -> list[str]:
+    if not architectures:
+        return []
+    if not all(arch in trial.code for arch in architectures):
+        return [UNKNOWN] * (3 * len(architectures) + 2)
+    codes = [trial.code[arch] for arch in architectures]
+    cells = []
+    for code in codes:
+        cells += [
+            str(code.registers),
+            f"{code.issue_slots:.0f} ({code.budget_share:.0%})",
+            f"{code.load_sectors:g} ({code.load_efficiency:.0%})",
+        ]
+    spills = max(code.spills for code in codes)
+    return [*cells, str(spills), f"{codes[0].bytes_in_flight / 1024:.0f}"]
 
 
 def shapes_of(trials: Sequence[Trial]) -> list[tuple[int, int]]:
@@ -86,19 +95,29 @@ def text_plot(trials: Sequence[Trial]) -> str:
     """Bars of the time for the last shape, or without times of the issue slots on SM100."""
     title, values = _plotted(trials)
     width = max(len(t.layout.name) for t in trials)
-    top = max(values)
+    top = max((value for value in values if value), default=1.0)
     lines = [title]
     for t, value in zip(trials, values, strict=True):
-        lines.append(f"{t.layout.name:<{width}}  {'█' * round(BAR * value / top)} {value:.3f}")
+        bar = "█" * round(BAR * (value or 0.0) / top)
+        lines.append(f"{t.layout.name:<{width}}  {bar} {_value(t, value)}")
     return "\n".join(lines)
 
 
-def _plotted(trials: Sequence[Trial]) -> tuple[str, list[float]]:
+def _value(trial: Trial, value: float | None) -> str:
+    if value is not None:
+        return f"{value:.3f}"
+    return FAILED if trial.failure else UNKNOWN
+
+
+def _plotted(trials: Sequence[Trial]) -> tuple[str, list[float | None]]:
+    """What is plotted, and its values; None where a trial has none."""
     shapes = shapes_of(trials)
     if shapes:
         mn, k = shapes[-1]
-        return f"time over the default's, {mn} x {k}", [t.ratios.get((mn, k), 0.0) for t in trials]
-    return "issue slots on SM100 over the budget", [t.code["sm_100a"].budget_share for t in trials]
+        return f"time over the default's, {mn} x {k}", [t.ratios.get((mn, k)) for t in trials]
+    codes = [t.code.get("sm_100a") for t in trials]
+    shares = [None if code is None else code.budget_share for code in codes]
+    return "issue slots on SM100 over the budget", shares
 
 
 def plot(trials: Sequence[Trial], source: str) -> Drawing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -59,7 +60,8 @@ def sweep(
     """Try layouts of one format and dtype.
 
     Times are taken where there is a GPU, and only of layouts whose results are the default's to
-    the bit. Where there is one, but not NVIDIA's disassembler, `Trial.code` stays empty.
+    the bit; why there are none is `Trial.failure`. Where there is a GPU, but not NVIDIA's
+    disassembler, `Trial.code` stays empty.
 
     Args:
         shapes: (mn, k) of inputs to time.
@@ -75,22 +77,27 @@ def sweep(
         timing.warm_up()
     for number, trial in enumerate(trials):
         progress(number, len(trials), trial.layout.name)
-        try:
+        if not tracks:
             trial.examine()
-        except FileNotFoundError:
-            if not tracks:
-                raise
-            trial.code.clear()
-        for track in tracks:
-            try:
-                time = track.time(trial.layout)
-            except (race.WrongResultError, ValueError) as error:
-                trial.failure = str(error)
-                break
-            trial.ratios[track.mn, track.k] = time.ratio
-            trial.microseconds[track.mn, track.k] = time.seconds * 1e6
+            continue
+        try:
+            _race(trial, tracks)
+        except (RuntimeError, ValueError) as error:
+            # Of one layout: others may do.
+            trial.failure = " ".join(str(error).split()) or type(error).__name__
     progress(len(trials), len(trials), "done")
     return trials
+
+
+def _race(trial: Trial, tracks: Sequence[race.Track]) -> None:
+    try:
+        trial.examine()
+    except FileNotFoundError:
+        trial.code.clear()
+    for track in tracks:
+        time = track.time(trial.layout)
+        trial.ratios[track.mn, track.k] = time.ratio
+        trial.microseconds[track.mn, track.k] = time.seconds * 1e6
 
 
 def to_json(trials: Sequence[Trial]) -> dict[str, Any]:
@@ -122,17 +129,35 @@ def to_json(trials: Sequence[Trial]) -> dict[str, Any]:
 
 def from_json(data: dict[str, Any]) -> list[Trial]:
     """Raises:
-    KeyError, ValueError: `data` is not what `to_json` makes.
+    ArithmeticError, AttributeError, LookupError, TypeError, ValueError: `data` is not what
+        `to_json` makes.
     """
+    for name in ("gpu", "torch", "date"):
+        data[name]  # A plot names them.
+    if not data["trials"]:
+        raise ValueError("trials: expected at least one, got none")
     fmt: Format = make_format(data["group_size"], data["scale_format"], data["round_scale"])
     trials = []
     for entry in data["trials"]:
         trial = Trial(make_layout(fmt, DTYPES[data["dtype"]], **entry["choices"]))
-        trial.code = {arch: Examination(**code) for arch, code in entry["code"].items()}
+        trial.code = {arch: _examination(code) for arch, code in entry["code"].items()}
         for time in entry["times"]:
             shape = time["mn"], time["k"]
-            trial.ratios[shape] = time["ratio"]
-            trial.microseconds[shape] = time["microseconds"]
+            trial.ratios[shape] = _number("ratio", time["ratio"])
+            trial.microseconds[shape] = _number("microseconds", time["microseconds"])
         trial.failure = entry["failure"]
         trials.append(trial)
     return trials
+
+
+def _examination(code: dict[str, Any]) -> Examination:
+    found = Examination(**{name: _number(name, value) for name, value in code.items()})
+    if not found.budget:
+        raise ValueError("budget: expected at least 1, got 0")
+    return found
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number from 0, got {value!r}")
+    return value
