@@ -27,6 +27,8 @@ DIRECTORY_VARIABLE = "CUTE_QUANT_AOT_DIR"
 MANIFEST = "manifest.json"
 FORMAT = 1
 """Of the manifest."""
+KERNEL_FIELDS = ("name", "spec", "arch", "file", "symbol")
+"""Of each kernel in it."""
 
 
 @dataclass(frozen=True)
@@ -121,29 +123,69 @@ def open_directory(path: Path) -> Directory:
     permissions = path.stat().st_mode
     if permissions & stat.S_IWOTH and not permissions & stat.S_ISVTX:
         raise ValueError(f"{path}: expected a directory that not anybody may write to: chmod o-w")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        found = {name: manifest[name] for name in _identity(platform.machine(), "")}
-        kernels = {(kernel["spec"], kernel["arch"]): kernel for kernel in manifest["kernels"]}
-        tvm_ffi = manifest["versions"]["apache-tvm-ffi"]
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: expected a directory made by python -m cute_quant build, got no {MANIFEST}"
-        ) from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path / MANIFEST}: not a manifest: {error!r}") from error
+    manifest = _read_manifest(path)
     for name, expected in _identity(platform.machine(), naming.source_digest()).items():
-        if found[name] != expected:
+        if manifest[name] != expected:
             raise ValueError(
-                f"{path}: expected kernels built for {name} {expected}, got {found[name]}: build "
-                f"them again with this version of cute_quant"
+                f"{path}: expected kernels built for {name} {expected}, got {manifest[name]}: "
+                f"build them again with this version of cute_quant"
             )
+    tvm_ffi = manifest["versions"]["apache-tvm-ffi"]
     own = toolchain.tvm_ffi_version()
     if own is not None and _minor(own) != _minor(tvm_ffi):
         raise ValueError(
             f"{path}: expected kernels built with apache-tvm-ffi {_minor(own)}, got {tvm_ffi}"
         )
+    kernels = {(kernel["spec"], kernel["arch"]): kernel for kernel in manifest["kernels"]}
     return Directory(path, kernels)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a directory, whatever it was built from and for.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not one that `write` made.
+    """
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: expected a directory made by python -m cute_quant build, got no {MANIFEST}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not a manifest: {error}") from error
+    wrong = _wrong_in_manifest(manifest)
+    if wrong is not None:
+        raise ValueError(f"{file}: not a manifest: {wrong}")
+    return manifest
+
+
+def _wrong_in_manifest(manifest: Any) -> str | None:
+    """What keeps a value from being a manifest, None if nothing does."""
+    if not isinstance(manifest, dict):
+        return f"expected an object, got {type(manifest).__name__}"
+    types = {"format": int, "machine": str, "sources": str, "versions": dict, "kernels": list}
+    for name, expected in types.items():
+        # A bool is an int to isinstance.
+        if type(manifest.get(name)) is not expected:
+            return f"{name}: expected {expected.__name__}, got {manifest.get(name)!r:.80}"
+    tvm_ffi = manifest["versions"].get("apache-tvm-ffi")
+    if not isinstance(tvm_ffi, str):
+        return f"versions: expected one of apache-tvm-ffi, got {tvm_ffi!r:.80}"
+    for kernel in manifest["kernels"]:
+        if not _is_kernel(kernel):
+            return f"kernels: expected strings {', '.join(KERNEL_FIELDS)}, got {kernel!r:.80}"
+    return None
+
+
+def _is_kernel(kernel: Any) -> bool:
+    return (
+        isinstance(kernel, dict)
+        and kernel.keys() == set(KERNEL_FIELDS)
+        and all(isinstance(text, str) for text in kernel.values())
+    )
 
 
 def _identity(machine: str, sources: str) -> dict[str, Any]:
@@ -178,13 +220,10 @@ def write(
         OSError: it cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
-    known = {".so", ".json", ".tmp"}
-    others = sorted(file.name for file in path.iterdir() if file.suffix not in known)
-    if others or (any(path.iterdir()) and not (path / MANIFEST).exists()):
-        raise ValueError(f"{path}: expected a new directory or one built before, got {others}")
+    previous = _files_built(path)
     # Whatever happens from here on, the directory says what it has, and may be built again.
     _write_manifest(path, host, [])
-    for file in path.iterdir():
+    for file in previous:
         if file.name != MANIFEST:
             file.unlink()
     if runtime is not None:
@@ -201,6 +240,29 @@ def write(
         (path / kernel["file"]).write_bytes(objects.seal(content, kernel))
         kernels.append(kernel)
     _write_manifest(path, host, kernels)
+
+
+def _files_built(path: Path) -> list[Path]:
+    """The files of what was built into a directory before: all that may be removed from it.
+
+    Raises:
+        ValueError: there is something else in it.
+    """
+    files = sorted(path.iterdir())
+    if not files:
+        return []
+    try:
+        kernels = _read_manifest(path)["kernels"]
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a new directory or one built before, got "
+            f"{[file.name for file in files]}: {error}"
+        ) from error
+    known = {MANIFEST, toolchain.RUNTIME_NAME, *(kernel["file"] for kernel in kernels)}
+    others = [file.name for file in files if file.name not in known]
+    if others:
+        raise ValueError(f"{path}: expected a new directory or one built before, got {others}")
+    return files
 
 
 def _write_manifest(path: Path, host: toolchain.Host, kernels: list[dict[str, str]]) -> None:

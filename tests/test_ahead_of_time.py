@@ -151,6 +151,27 @@ def test_objects_of_others_are_left_alone(tmp_path):
     assert (tmp_path / "lib.so").exists()
 
 
+@pytest.mark.parametrize(
+    "manifest", [{"manifest_version": 3}, [], {"format": 1, "kernels": [{"file": "lib.so"}]}]
+)
+def test_manifests_of_others_are_left_alone(manifest, tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "lib.so").write_bytes(b"")
+    with pytest.raises(ValueError, match="expected a new directory or one built before, got"):
+        ahead_of_time.write(tmp_path, toolchain.this_host(), None, [])
+    assert json.loads((tmp_path / "manifest.json").read_text()) == manifest
+    assert (tmp_path / "lib.so").exists()
+
+
+@pytest.mark.parametrize("name", ["mine.so", "settings.json", "notes.tmp"])
+def test_files_that_the_manifest_does_not_list_are_left_alone(name, copy):
+    (copy / name).write_bytes(b"")
+    before = sorted(copy.iterdir())
+    with pytest.raises(ValueError, match=rf"got \['{name}'\]"):
+        ahead_of_time.write(copy, toolchain.this_host(), None, [])
+    assert sorted(copy.iterdir()) == before
+
+
 def test_building_again_replaces(copy):
     ahead_of_time.write(copy, toolchain.this_host(), None, [])
     assert [path.name for path in copy.iterdir()] == ["manifest.json"]
@@ -165,11 +186,6 @@ def test_building_that_is_interrupted_leaves_a_directory(copy):
         ahead_of_time.write(copy, toolchain.this_host(), None, built())
     cute_quant.load(copy)
     assert ahead_of_time.find(SPEC, ARCH) is None
-    ahead_of_time.write(copy, toolchain.this_host(), None, [(SPEC, ARCH, b"content")])
-    assert sorted(path.name for path in copy.iterdir()) == [
-        "manifest.json",
-        object_file(copy).name,
-    ]
 
 
 # How it is used.
