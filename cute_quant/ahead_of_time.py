@@ -6,6 +6,7 @@ built from and for, and which file holds which kernel.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -13,6 +14,8 @@ import os
 import platform
 import shutil
 import stat
+import struct
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,10 @@ FORMAT = 1
 """Of the manifest."""
 KERNEL_FIELDS = ("name", "spec", "arch", "file", "symbol")
 """Of each kernel in it."""
+
+ELF_SHARED = 3
+ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
+_ELF_KIND = struct.Struct("<HH")
 
 
 @dataclass(frozen=True)
@@ -216,18 +223,37 @@ def write(
             that `symbol` gives.
 
     Raises:
-        ValueError: there is something else in the directory.
+        ValueError: there is something else in the directory, or the runtime is none for the host.
         OSError: it cannot be written.
+
+    Whatever is raised, what was built before is still there.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    previous = _files_built(path)
-    # Whatever happens from here on, the directory says what it has, and may be built again.
-    _write_manifest(path, host, [])
-    for file in previous:
-        if file.name != MANIFEST:
-            file.unlink()
+    path = path.resolve()
+    content = None if runtime is None else _read_runtime(runtime, host)
+    _files_built(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, as a rename does not leave a file system.
+    workspace = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
+    try:
+        new = workspace / "new"
+        new.mkdir()
+        _fill(new, host, content, built)
+        _swap(new, path, workspace / "old")
+    finally:
+        shutil.rmtree(workspace / "new", ignore_errors=True)
+        # What could not be removed or put back stays in it.
+        with contextlib.suppress(OSError):
+            workspace.rmdir()
+
+
+def _fill(
+    path: Path,
+    host: toolchain.Host,
+    runtime: bytes | None,
+    built: Iterable[tuple[Spec, str, bytes]],
+) -> None:
     if runtime is not None:
-        shutil.copyfile(runtime, path / toolchain.RUNTIME_NAME)
+        (path / toolchain.RUNTIME_NAME).write_bytes(runtime)
     kernels = []
     for spec, arch, content in built:
         kernel = {
@@ -239,7 +265,46 @@ def write(
         }
         (path / kernel["file"]).write_bytes(objects.seal(content, kernel))
         kernels.append(kernel)
-    _write_manifest(path, host, kernels)
+    manifest = {
+        **_identity(host.machine, naming.source_digest()),
+        "cpu": host.cpu,
+        "versions": toolchain.versions(),
+        "kernels": kernels,
+    }
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _swap(new: Path, path: Path, old: Path) -> None:
+    """Put a new directory in place of another, which is moved away and emptied."""
+    # Compiling took a while, in which somebody may have put something there.
+    names = [file.name for file in _files_built(path)]
+    if not names:
+        new.replace(path)
+        return
+    path.replace(old)
+    try:
+        new.replace(path)
+    except BaseException:
+        old.replace(path)
+        raise
+    for name in names:
+        (old / name).unlink()
+    old.rmdir()
+
+
+def _read_runtime(file: Path, host: toolchain.Host) -> bytes:
+    """A runtime library for a host.
+
+    Raises:
+        ValueError: it is something else.
+        OSError: it cannot be read.
+    """
+    content = file.read_bytes()
+    # 64 bits, little-endian; a shared object; its machine.
+    expected = (b"\x7fELF\x02\x01", ELF_SHARED, ELF_MACHINES[host.machine])
+    if (content[:6], *_ELF_KIND.unpack(content[16:20].ljust(4, b"\0"))) != expected:
+        raise ValueError(f"runtime: expected a shared library for {host.machine}, got {file}")
+    return content
 
 
 def _files_built(path: Path) -> list[Path]:
@@ -248,7 +313,7 @@ def _files_built(path: Path) -> list[Path]:
     Raises:
         ValueError: there is something else in it.
     """
-    files = sorted(path.iterdir())
+    files = sorted(path.iterdir()) if path.exists() else []
     if not files:
         return []
     try:
@@ -263,15 +328,3 @@ def _files_built(path: Path) -> list[Path]:
     if others:
         raise ValueError(f"{path}: expected a new directory or one built before, got {others}")
     return files
-
-
-def _write_manifest(path: Path, host: toolchain.Host, kernels: list[dict[str, str]]) -> None:
-    manifest = {
-        **_identity(host.machine, naming.source_digest()),
-        "cpu": host.cpu,
-        "versions": toolchain.versions(),
-        "kernels": kernels,
-    }
-    temporary = path / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1))
-    temporary.replace(path / MANIFEST)

@@ -177,15 +177,63 @@ def test_building_again_replaces(copy):
     assert [path.name for path in copy.iterdir()] == ["manifest.json"]
 
 
-def test_building_that_is_interrupted_leaves_a_directory(copy):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_building_that_ends_early_leaves_what_was_there(error, copy):
     def built():
         yield SPEC, ARCH, b"content"
-        raise KeyboardInterrupt
+        raise error
 
-    with pytest.raises(KeyboardInterrupt):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    with pytest.raises(error):
         ahead_of_time.write(copy, toolchain.this_host(), None, built())
-    cute_quant.load(copy)
-    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert list(copy.parent.iterdir()) == [copy]
+
+
+def test_directory_that_cannot_be_replaced_is_put_back(copy, monkeypatch):
+    replace = Path.replace
+
+    def fail(path, target):
+        if path.name == "new":
+            raise OSError("no space")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    before = sorted(copy.iterdir())
+    with pytest.raises(OSError, match="no space"):
+        ahead_of_time.write(copy, toolchain.this_host(), None, [])
+    assert sorted(copy.iterdir()) == before
+    assert list(copy.parent.iterdir()) == [copy]
+
+
+def test_files_that_come_while_it_builds_are_left_alone(copy):
+    def built():
+        (copy / "thesis.pdf").write_bytes(b"")
+        yield SPEC, ARCH, b"content"
+
+    with pytest.raises(ValueError, match=r"got .*thesis\.pdf"):
+        ahead_of_time.write(copy, toolchain.this_host(), None, built())
+    assert (copy / "thesis.pdf").exists()
+
+
+def test_runtime_may_be_that_of_the_directory(copy):
+    runtime = copy / toolchain.RUNTIME_NAME
+    content = runtime.read_bytes()
+    ahead_of_time.write(copy, toolchain.this_host(), runtime, [])
+    assert runtime.read_bytes() == content
+    assert list(copy.parent.iterdir()) == [copy]
+
+
+def test_runtime_is_for_the_host(copy, tmp_path):
+    text = tmp_path / "runtime.txt"
+    text.write_text("INPUT(libother.so)")
+    runtime = copy / toolchain.RUNTIME_NAME
+    other = next(host for host in toolchain.HOSTS.values() if host.machine != platform.machine())
+    before = sorted(copy.iterdir())
+    for host, file in ((toolchain.this_host(), text), (other, runtime)):
+        with pytest.raises(ValueError, match=f"runtime: expected .* for {host.machine}, got /"):
+            ahead_of_time.write(copy, host, file, [])
+    assert sorted(copy.iterdir()) == before
 
 
 # How it is used.
