@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ log = logging.getLogger("cute_quant")
 
 DIRECTORY_VARIABLE = "CUTE_QUANT_AOT_DIR"
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 """Of the manifest."""
 KERNEL_FIELDS = ("name", "spec", "arch", "file", "symbol")
 """Of each kernel in it."""
@@ -44,10 +45,12 @@ class Directory:
 
     Attributes:
         kernels: their entries in the manifest, by the text of the spec and the architecture.
+        runtime_digest: SHA-256 of the runtime library in it, None if it was built without.
     """
 
     path: Path
     kernels: dict[tuple[str, str], dict[str, str]]
+    runtime_digest: str | None
 
     def find(self, spec: Spec, arch: str) -> Callable[..., None] | None:
         """The function of a kernel, None if the directory does not have it."""
@@ -55,17 +58,24 @@ class Directory:
         if kernel is None:
             return None
         path = self.path / kernel["file"]
-        record = objects.read_record(path.read_bytes())
+        record = objects.read_record(_read_trusted(path))
         if record != kernel:
             raise objects.CorruptObject("it holds another kernel than the manifest says")
-        library.load_runtime(self.runtime)
+        self._load_runtime()
         return library.load_function(path, kernel["symbol"])
 
-    @property
-    def runtime(self) -> Path:
-        """The runtime library of the directory, or that of an installed CuTe DSL."""
-        own, dsl = self.path / toolchain.RUNTIME_NAME, toolchain.installed_dsl()
-        return own if own.exists() or dsl is None else dsl.runtime
+    def _load_runtime(self) -> None:
+        """Load the runtime library of the directory, or that of an installed CuTe DSL."""
+        if self.runtime_digest is not None:
+            path = self.path / toolchain.RUNTIME_NAME
+            if hashlib.sha256(_read_trusted(path)).hexdigest() != self.runtime_digest:
+                raise ValueError(f"{path}: expected the digest that the manifest has, got another")
+            library.load_runtime(path)
+            return
+        dsl = toolchain.installed_dsl()
+        if dsl is None:
+            raise FileNotFoundError(f"it was built without {toolchain.RUNTIME_NAME}: see --runtime")
+        library.load_runtime(dsl.runtime)
 
 
 _loaded: list[Directory] = []
@@ -84,7 +94,8 @@ def load(directory: str | os.PathLike) -> None:
     Raises:
         FileNotFoundError: there is no manifest in it.
         ValueError: it was built from other sources, for another processor, or with another
-            apache-tvm-ffi; its manifest is damaged; or anybody may write to it.
+            apache-tvm-ffi; its manifest is damaged; or others than root and
+            the user may write to it.
     """
     _loaded.insert(0, open_directory(Path(directory).absolute()))
 
@@ -127,9 +138,8 @@ def open_directory(path: Path) -> Directory:
     Raises:
         FileNotFoundError, ValueError: as :func:`load`.
     """
-    permissions = path.stat().st_mode
-    if permissions & stat.S_IWOTH and not permissions & stat.S_ISVTX:
-        raise ValueError(f"{path}: expected a directory that not anybody may write to: chmod o-w")
+    _check_trusted(path, path.stat())
+    _check_parents(path)
     manifest = _read_manifest(path)
     for name, expected in _identity(platform.machine(), naming.source_digest()).items():
         if manifest[name] != expected:
@@ -144,7 +154,49 @@ def open_directory(path: Path) -> Directory:
             f"{path}: expected kernels built with apache-tvm-ffi {_minor(own)}, got {tvm_ffi}"
         )
     kernels = {(kernel["spec"], kernel["arch"]): kernel for kernel in manifest["kernels"]}
-    return Directory(path, kernels)
+    return Directory(path, kernels, manifest.get("runtime"))
+
+
+def _check_trusted(path: Path, status: os.stat_result) -> None:
+    """Refuse what somebody else may have written: it gets executed.
+
+    Raises:
+        ValueError: it belongs to somebody else, or others may write to it.
+    """
+    if status.st_uid not in (0, os.geteuid()):
+        raise ValueError(f"{path}: expected root or you as its owner, got user {status.st_uid}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        permissions = stat.S_IMODE(status.st_mode)
+        raise ValueError(
+            f"{path}: expected that only its owner may write to it, got mode {permissions:04o}: "
+            f"chmod go-w"
+        )
+
+
+def _check_parents(path: Path) -> None:
+    # Both as it was named and as it is: either chain decides what the name will stand for. In a
+    # directory with the sticky bit, such as /tmp, others cannot rename what is not theirs.
+    for parent in (*path.resolve().parents, *path.parents):
+        status = parent.stat()
+        shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if shared and not status.st_mode & stat.S_ISVTX:
+            raise ValueError(f"{path}: expected no parent that others may write to, got {parent}")
+
+
+def _read_trusted(path: Path) -> bytes:
+    """The content of a file that is loaded.
+
+    Raises:
+        ValueError: it is no regular file, or somebody else may have written it.
+        OSError: it cannot be read.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: expected a regular file")
+        _check_trusted(path, status)
+        return file.read()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -156,7 +208,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = json.loads(_read_trusted(file))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: expected a directory made by python -m cute_quant build, got no {MANIFEST}"
@@ -181,6 +233,8 @@ def _wrong_in_manifest(manifest: Any) -> str | None:
     tvm_ffi = manifest["versions"].get("apache-tvm-ffi")
     if not isinstance(tvm_ffi, str):
         return f"versions: expected one of apache-tvm-ffi, got {tvm_ffi!r:.80}"
+    if not isinstance(manifest.get("runtime"), str | None):
+        return f"runtime: expected a digest, got {manifest['runtime']!r:.80}"
     for kernel in manifest["kernels"]:
         if not _is_kernel(kernel):
             return f"kernels: expected strings {', '.join(KERNEL_FIELDS)}, got {kernel!r:.80}"
@@ -192,6 +246,9 @@ def _is_kernel(kernel: Any) -> bool:
         isinstance(kernel, dict)
         and kernel.keys() == set(KERNEL_FIELDS)
         and all(isinstance(text, str) for text in kernel.values())
+        # Nothing outside of the directory; pathlib takes ".." for a name.
+        and Path(kernel["file"]).name == kernel["file"]
+        and kernel["file"] not in ("", "..")
     )
 
 
@@ -269,9 +326,13 @@ def _fill(
         **_identity(host.machine, naming.source_digest()),
         "cpu": host.cpu,
         "versions": toolchain.versions(),
+        "runtime": None if runtime is None else hashlib.sha256(runtime).hexdigest(),
         "kernels": kernels,
     }
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    # Under a umask such as 002 it would be refused when it is loaded.
+    for made in (path, *path.iterdir()):
+        made.chmod(made.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
 
 
 def _swap(new: Path, path: Path, old: Path) -> None:

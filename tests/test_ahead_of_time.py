@@ -130,7 +130,7 @@ def test_aarch64(tmp_path, capsys):
     directory = tmp_path / "kernels"
     arguments = ["--kernel", NAME, "--arch", ARCH, "--host", "aarch64", "-o", str(directory)]
     assert cli.main(["build", *arguments]) == 0
-    assert "it needs the libcute_dsl_runtime.so of aarch64 beside it" in capsys.readouterr().out
+    assert "it lacks the libcute_dsl_runtime.so of aarch64: give it" in capsys.readouterr().out
     header = object_file(directory).read_bytes()[:20]
     assert header[:5] == b"\x7fELF\x02" and int.from_bytes(header[18:20], "little") == 183
     with pytest.raises(ValueError, match="built for machine x86_64, got aarch64"):
@@ -290,7 +290,7 @@ def test_variable_that_names_no_directory_is_said_once(tmp_path, monkeypatch, ca
     [
         ({"sources": "0"}, "expected kernels built for sources .*, got 0: build them again"),
         ({"machine": "riscv64"}, f"built for machine {platform.machine()}, got riscv64"),
-        ({"format": 0}, "built for format 1, got 0"),
+        ({"format": 0}, "built for format 2, got 0"),
         ({"versions": {"apache-tvm-ffi": "0.0.9"}}, "built with apache-tvm-ffi .*, got 0.0.9"),
         ({"kernels": None}, "not a manifest"),
         ({"kernels": [{}]}, "not a manifest"),
@@ -308,10 +308,58 @@ def test_damaged_manifest(copy):
         cute_quant.load(copy)
 
 
-def test_directory_that_anybody_may_write_to(copy):
-    copy.chmod(0o777)
-    with pytest.raises(ValueError, match="not anybody may write to: chmod o-w"):
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775])
+def test_directory_that_others_may_write_to(mode, copy):
+    copy.chmod(mode)
+    with pytest.raises(ValueError, match=r"only its owner may .*, got mode \d+: chmod go-w"):
         cute_quant.load(copy)
+
+
+def test_parent_that_others_may_write_to(copy):
+    copy.parent.chmod(0o777)
+    with pytest.raises(ValueError, match="expected no parent that others may write to, got /"):
+        cute_quant.load(copy)
+
+
+def test_directory_of_somebody_else(copy, monkeypatch):
+    status = os.stat_result((0o40755, 0, 0, 1, os.geteuid() + 1, 0, 0, 0, 0, 0))
+    with pytest.raises(ValueError, match="expected root or you as its owner, got user"):
+        ahead_of_time._check_trusted(copy, status)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "object", "runtime"])
+def test_file_that_others_may_write_to(name, copy, monkeypatch, caplog):
+    files = {"object": object_file(copy), "runtime": copy / toolchain.RUNTIME_NAME}
+    files.get(name, copy / name).chmod(0o666)
+    monkeypatch.setenv("CUTE_QUANT_AOT_DIR", str(copy))
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    (record,) = caplog.records
+    assert "got mode 0666: chmod go-w" in record.getMessage()
+
+
+def test_tampered_runtime_is_not_loaded(copy, caplog):
+    with (copy / toolchain.RUNTIME_NAME).open("ab") as file:
+        file.write(b"0")
+    cute_quant.load(copy)
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert "expected the digest that the manifest has, got another" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["../a.so", "/a.so", "..", ""])
+def test_names_in_manifest_are_of_the_directory(name, copy):
+    (kernel,) = json.loads((copy / "manifest.json").read_text())["kernels"]
+    change_manifest(copy, kernels=[{**kernel, "file": name}])
+    with pytest.raises(ValueError, match="not a manifest: kernels: expected"):
+        cute_quant.load(copy)
+
+
+def test_built_under_any_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        ahead_of_time.write(tmp_path / "new", toolchain.this_host(), None, [])
+    finally:
+        os.umask(before)
+    cute_quant.load(tmp_path / "new")
 
 
 def test_tampered_object_is_not_loaded(copy, caplog):

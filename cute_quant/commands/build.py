@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(f"{len(tasks)} kernels, {size / 2**20:.1f} MiB, in {options.output}")
     if runtime is None:
-        print(f"it needs the {toolchain.RUNTIME_NAME} of {host.machine} beside it: see --runtime")
+        print(f"it lacks the {toolchain.RUNTIME_NAME} of {host.machine}: give it with --runtime")
     return 0
 
 
