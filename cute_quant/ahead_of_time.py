@@ -102,7 +102,7 @@ def load(directory: str | os.PathLike) -> None:
 
 def loaded() -> list[Directory]:
     """The directories that kernels are looked for in, the first one asked first."""
-    own = _of_environment()
+    own, _ = _of_environment()
     return [*_loaded, *([own] if own is not None else [])]
 
 
@@ -120,16 +120,25 @@ def find(spec: Spec, arch: str) -> Callable[..., None] | None:
     return None
 
 
+def why_not_used() -> str | None:
+    """Why the directory that ``CUTE_QUANT_AOT_DIR`` names is not used, None if it is or if there
+    is none."""
+    _, reason = _of_environment()
+    return reason
+
+
 @functools.cache
-def _of_environment() -> Directory | None:
+def _of_environment() -> tuple[Directory | None, str | None]:
+    """The directory that the environment names, or why it is not used, which is said once."""
     path = os.environ.get(DIRECTORY_VARIABLE)
     if not path:
-        return None
+        return None, None
     try:
-        return open_directory(Path(path).absolute())
-    except (OSError, ValueError) as error:
-        log.warning("%s not used: %s", DIRECTORY_VARIABLE, error)
-        return None
+        return open_directory(Path(path).absolute()), None
+    except Exception as error:  # Whatever is wrong with it must not be what breaks a call.
+        reason = " ".join(str(error).split())
+        log.warning("%s not used: %s", DIRECTORY_VARIABLE, reason)
+        return None, reason
 
 
 def open_directory(path: Path) -> Directory:

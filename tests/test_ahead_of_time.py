@@ -302,10 +302,44 @@ def test_built_for_something_else(copy, changes, message):
         cute_quant.load(copy)
 
 
-def test_damaged_manifest(copy):
-    (copy / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="not a manifest"):
+DAMAGED = [b"", b"{", b"null", b"[]", b"\xff\xfe{", b"[" * 100000, b"1" * 5000]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: str(content[:5]))
+def test_damaged_manifest(content, copy):
+    (copy / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{copy}/manifest.json: not a manifest: "):
         cute_quant.load(copy)
+
+
+NAMES = ["format", "machine", "sources", "versions", "kernels", "runtime"]
+
+
+@pytest.mark.parametrize("value", [None, 1.5, True, [None], [[]], {"apache-tvm-ffi": None}])
+@pytest.mark.parametrize("name", NAMES)
+def test_malformed_manifest_is_one_line(name, value, copy, monkeypatch, caplog, capsys):
+    if (name, value) == ("runtime", None):
+        pytest.skip("built without")
+    change_manifest(copy, **{name: value})
+    with pytest.raises(ValueError, match=f"^{copy}/manifest.json: not a manifest: {name}: "):
+        cute_quant.load(copy)
+    monkeypatch.setenv("CUTE_QUANT_AOT_DIR", str(copy))
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"CUTE_QUANT_AOT_DIR not used: {copy}/manifest.json: ")
+    assert cli.main(["info"]) == 0
+    assert re.search(f"built ahead: +not used: {copy}/manifest.json", capsys.readouterr().out)
+
+
+def test_directory_that_fails_in_any_way_breaks_no_call(copy, monkeypatch, caplog):
+    def fail(path):
+        raise RuntimeError("in two\nlines")
+
+    monkeypatch.setattr(ahead_of_time, "open_directory", fail)
+    monkeypatch.setenv("CUTE_QUANT_AOT_DIR", str(copy))
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    (record,) = caplog.records
+    assert record.getMessage() == "CUTE_QUANT_AOT_DIR not used: in two lines"
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775])
