@@ -5,9 +5,11 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -234,6 +236,28 @@ def test_runtime_is_for_the_host(copy, tmp_path):
         with pytest.raises(ValueError, match=f"runtime: expected .* for {host.machine}, got /"):
             ahead_of_time.write(copy, host, file, [])
     assert sorted(copy.iterdir()) == before
+
+
+def test_interrupt_from_a_terminal_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "cute_quant", "build", "--kernel", NAME, "--arch", ARCH]
+    process = subprocess.Popen(
+        [*command, "-o", tmp_path / "kernels"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    # One tracks resources of the other, which compiles.
+    while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert stderr == "cute-quant build: interrupted\n"
+    assert process.returncode == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 # How it is used.
