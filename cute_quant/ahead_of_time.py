@@ -6,13 +6,17 @@ built from and for, and which file holds which kernel.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
 import platform
 import shutil
 import stat
+import struct
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +29,14 @@ log = logging.getLogger("cute_quant")
 
 DIRECTORY_VARIABLE = "CUTE_QUANT_AOT_DIR"
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 """Of the manifest."""
+KERNEL_FIELDS = ("name", "spec", "arch", "file", "symbol")
+"""Of each kernel in it."""
+
+ELF_SHARED = 3
+ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
+_ELF_KIND = struct.Struct("<HH")
 
 
 @dataclass(frozen=True)
@@ -35,10 +45,12 @@ class Directory:
 
     Attributes:
         kernels: their entries in the manifest, by the text of the spec and the architecture.
+        runtime_digest: SHA-256 of the runtime library in it, None if it was built without.
     """
 
     path: Path
     kernels: dict[tuple[str, str], dict[str, str]]
+    runtime_digest: str | None
 
     def find(self, spec: Spec, arch: str) -> Callable[..., None] | None:
         """The function of a kernel, None if the directory does not have it."""
@@ -46,17 +58,24 @@ class Directory:
         if kernel is None:
             return None
         path = self.path / kernel["file"]
-        record = objects.read_record(path.read_bytes())
+        record = objects.read_record(_read_trusted(path))
         if record != kernel:
             raise objects.CorruptObject("it holds another kernel than the manifest says")
-        library.load_runtime(self.runtime)
+        self._load_runtime()
         return library.load_function(path, kernel["symbol"])
 
-    @property
-    def runtime(self) -> Path:
-        """The runtime library of the directory, or that of an installed CuTe DSL."""
-        own, dsl = self.path / toolchain.RUNTIME_NAME, toolchain.installed_dsl()
-        return own if own.exists() or dsl is None else dsl.runtime
+    def _load_runtime(self) -> None:
+        """Load the runtime library of the directory, or that of an installed CuTe DSL."""
+        if self.runtime_digest is not None:
+            path = self.path / toolchain.RUNTIME_NAME
+            if hashlib.sha256(_read_trusted(path)).hexdigest() != self.runtime_digest:
+                raise ValueError(f"{path}: expected the digest that the manifest has, got another")
+            library.load_runtime(path)
+            return
+        dsl = toolchain.installed_dsl()
+        if dsl is None:
+            raise FileNotFoundError(f"it was built without {toolchain.RUNTIME_NAME}: see --runtime")
+        library.load_runtime(dsl.runtime)
 
 
 _loaded: list[Directory] = []
@@ -75,14 +94,15 @@ def load(directory: str | os.PathLike) -> None:
     Raises:
         FileNotFoundError: there is no manifest in it.
         ValueError: it was built from other sources, for another processor, or with another
-            apache-tvm-ffi; its manifest is damaged; or anybody may write to it.
+            apache-tvm-ffi; its manifest is damaged; or others than root and
+            the user may write to it.
     """
     _loaded.insert(0, open_directory(Path(directory).absolute()))
 
 
 def loaded() -> list[Directory]:
     """The directories that kernels are looked for in, the first one asked first."""
-    own = _of_environment()
+    own, _ = _of_environment()
     return [*_loaded, *([own] if own is not None else [])]
 
 
@@ -100,16 +120,25 @@ def find(spec: Spec, arch: str) -> Callable[..., None] | None:
     return None
 
 
+def why_not_used() -> str | None:
+    """Why the directory that ``CUTE_QUANT_AOT_DIR`` names is not used, None if it is or if there
+    is none."""
+    _, reason = _of_environment()
+    return reason
+
+
 @functools.cache
-def _of_environment() -> Directory | None:
+def _of_environment() -> tuple[Directory | None, str | None]:
+    """The directory that the environment names, or why it is not used, which is said once."""
     path = os.environ.get(DIRECTORY_VARIABLE)
     if not path:
-        return None
+        return None, None
     try:
-        return open_directory(Path(path).absolute())
-    except (OSError, ValueError) as error:
-        log.warning("%s not used: %s", DIRECTORY_VARIABLE, error)
-        return None
+        return open_directory(Path(path).absolute()), None
+    except Exception as error:  # Whatever is wrong with it must not be what breaks a call.
+        reason = " ".join(str(error).split())
+        log.warning("%s not used: %s", DIRECTORY_VARIABLE, reason)
+        return None, reason
 
 
 def open_directory(path: Path) -> Directory:
@@ -118,32 +147,118 @@ def open_directory(path: Path) -> Directory:
     Raises:
         FileNotFoundError, ValueError: as :func:`load`.
     """
-    permissions = path.stat().st_mode
-    if permissions & stat.S_IWOTH and not permissions & stat.S_ISVTX:
-        raise ValueError(f"{path}: expected a directory that not anybody may write to: chmod o-w")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        found = {name: manifest[name] for name in _identity(platform.machine(), "")}
-        kernels = {(kernel["spec"], kernel["arch"]): kernel for kernel in manifest["kernels"]}
-        tvm_ffi = manifest["versions"]["apache-tvm-ffi"]
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: expected a directory made by python -m cute_quant build, got no {MANIFEST}"
-        ) from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path / MANIFEST}: not a manifest: {error!r}") from error
+    _check_trusted(path, path.stat())
+    _check_parents(path)
+    manifest = _read_manifest(path)
     for name, expected in _identity(platform.machine(), naming.source_digest()).items():
-        if found[name] != expected:
+        if manifest[name] != expected:
             raise ValueError(
-                f"{path}: expected kernels built for {name} {expected}, got {found[name]}: build "
-                f"them again with this version of cute_quant"
+                f"{path}: expected kernels built for {name} {expected}, got {manifest[name]}: "
+                f"build them again with this version of cute_quant"
             )
+    tvm_ffi = manifest["versions"]["apache-tvm-ffi"]
     own = toolchain.tvm_ffi_version()
     if own is not None and _minor(own) != _minor(tvm_ffi):
         raise ValueError(
             f"{path}: expected kernels built with apache-tvm-ffi {_minor(own)}, got {tvm_ffi}"
         )
-    return Directory(path, kernels)
+    kernels = {(kernel["spec"], kernel["arch"]): kernel for kernel in manifest["kernels"]}
+    return Directory(path, kernels, manifest.get("runtime"))
+
+
+def _check_trusted(path: Path, status: os.stat_result) -> None:
+    """Refuse what somebody else may have written: it gets executed.
+
+    Raises:
+        ValueError: it belongs to somebody else, or others may write to it.
+    """
+    if status.st_uid not in (0, os.geteuid()):
+        raise ValueError(f"{path}: expected root or you as its owner, got user {status.st_uid}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        permissions = stat.S_IMODE(status.st_mode)
+        raise ValueError(
+            f"{path}: expected that only its owner may write to it, got mode {permissions:04o}: "
+            f"chmod go-w"
+        )
+
+
+def _check_parents(path: Path) -> None:
+    # Both as it was named and as it is: either chain decides what the name will stand for. In a
+    # directory with the sticky bit, such as /tmp, others cannot rename what is not theirs.
+    for parent in (*path.resolve().parents, *path.parents):
+        status = parent.stat()
+        shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if shared and not status.st_mode & stat.S_ISVTX:
+            raise ValueError(f"{path}: expected no parent that others may write to, got {parent}")
+
+
+def _read_trusted(path: Path) -> bytes:
+    """The content of a file that is loaded.
+
+    Raises:
+        ValueError: it is no regular file, or somebody else may have written it.
+        OSError: it cannot be read.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: expected a regular file")
+        _check_trusted(path, status)
+        return file.read()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a directory, whatever it was built from and for.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not one that `write` made.
+    """
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(_read_trusted(file))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: expected a directory made by python -m cute_quant build, got no {MANIFEST}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not a manifest: {error}") from error
+    wrong = _wrong_in_manifest(manifest)
+    if wrong is not None:
+        raise ValueError(f"{file}: not a manifest: {wrong}")
+    return manifest
+
+
+def _wrong_in_manifest(manifest: Any) -> str | None:
+    """What keeps a value from being a manifest, None if nothing does."""
+    if not isinstance(manifest, dict):
+        return f"expected an object, got {type(manifest).__name__}"
+    types = {"format": int, "machine": str, "sources": str, "versions": dict, "kernels": list}
+    for name, expected in types.items():
+        # A bool is an int to isinstance.
+        if type(manifest.get(name)) is not expected:
+            return f"{name}: expected {expected.__name__}, got {manifest.get(name)!r:.80}"
+    tvm_ffi = manifest["versions"].get("apache-tvm-ffi")
+    if not isinstance(tvm_ffi, str):
+        return f"versions: expected one of apache-tvm-ffi, got {tvm_ffi!r:.80}"
+    if not isinstance(manifest.get("runtime"), str | None):
+        return f"runtime: expected a digest, got {manifest['runtime']!r:.80}"
+    for kernel in manifest["kernels"]:
+        if not _is_kernel(kernel):
+            return f"kernels: expected strings {', '.join(KERNEL_FIELDS)}, got {kernel!r:.80}"
+    return None
+
+
+def _is_kernel(kernel: Any) -> bool:
+    return (
+        isinstance(kernel, dict)
+        and kernel.keys() == set(KERNEL_FIELDS)
+        and all(isinstance(text, str) for text in kernel.values())
+        # Nothing outside of the directory; pathlib takes ".." for a name.
+        and Path(kernel["file"]).name == kernel["file"]
+        and kernel["file"] not in ("", "..")
+    )
 
 
 def _identity(machine: str, sources: str) -> dict[str, Any]:
@@ -174,21 +289,37 @@ def write(
             that `symbol` gives.
 
     Raises:
-        ValueError: there is something else in the directory.
+        ValueError: there is something else in the directory, or the runtime is none for the host.
         OSError: it cannot be written.
+
+    Whatever is raised, what was built before is still there.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    known = {".so", ".json", ".tmp"}
-    others = sorted(file.name for file in path.iterdir() if file.suffix not in known)
-    if others or (any(path.iterdir()) and not (path / MANIFEST).exists()):
-        raise ValueError(f"{path}: expected a new directory or one built before, got {others}")
-    # Whatever happens from here on, the directory says what it has, and may be built again.
-    _write_manifest(path, host, [])
-    for file in path.iterdir():
-        if file.name != MANIFEST:
-            file.unlink()
+    path = path.resolve()
+    content = None if runtime is None else _read_runtime(runtime, host)
+    _files_built(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, as a rename does not leave a file system.
+    workspace = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
+    try:
+        new = workspace / "new"
+        new.mkdir()
+        _fill(new, host, content, built)
+        _swap(new, path, workspace / "old")
+    finally:
+        shutil.rmtree(workspace / "new", ignore_errors=True)
+        # What could not be removed or put back stays in it.
+        with contextlib.suppress(OSError):
+            workspace.rmdir()
+
+
+def _fill(
+    path: Path,
+    host: toolchain.Host,
+    runtime: bytes | None,
+    built: Iterable[tuple[Spec, str, bytes]],
+) -> None:
     if runtime is not None:
-        shutil.copyfile(runtime, path / toolchain.RUNTIME_NAME)
+        (path / toolchain.RUNTIME_NAME).write_bytes(runtime)
     kernels = []
     for spec, arch, content in built:
         kernel = {
@@ -200,16 +331,70 @@ def write(
         }
         (path / kernel["file"]).write_bytes(objects.seal(content, kernel))
         kernels.append(kernel)
-    _write_manifest(path, host, kernels)
-
-
-def _write_manifest(path: Path, host: toolchain.Host, kernels: list[dict[str, str]]) -> None:
     manifest = {
         **_identity(host.machine, naming.source_digest()),
         "cpu": host.cpu,
         "versions": toolchain.versions(),
+        "runtime": None if runtime is None else hashlib.sha256(runtime).hexdigest(),
         "kernels": kernels,
     }
-    temporary = path / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1))
-    temporary.replace(path / MANIFEST)
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    # Under a umask such as 002 it would be refused when it is loaded.
+    for made in (path, *path.iterdir()):
+        made.chmod(made.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _swap(new: Path, path: Path, old: Path) -> None:
+    """Put a new directory in place of another, which is moved away and emptied."""
+    # Compiling took a while, in which somebody may have put something there.
+    names = [file.name for file in _files_built(path)]
+    if not names:
+        new.replace(path)
+        return
+    path.replace(old)
+    try:
+        new.replace(path)
+    except BaseException:
+        old.replace(path)
+        raise
+    for name in names:
+        (old / name).unlink()
+    old.rmdir()
+
+
+def _read_runtime(file: Path, host: toolchain.Host) -> bytes:
+    """A runtime library for a host.
+
+    Raises:
+        ValueError: it is something else.
+        OSError: it cannot be read.
+    """
+    content = file.read_bytes()
+    # 64 bits, little-endian; a shared object; its machine.
+    expected = (b"\x7fELF\x02\x01", ELF_SHARED, ELF_MACHINES[host.machine])
+    if (content[:6], *_ELF_KIND.unpack(content[16:20].ljust(4, b"\0"))) != expected:
+        raise ValueError(f"runtime: expected a shared library for {host.machine}, got {file}")
+    return content
+
+
+def _files_built(path: Path) -> list[Path]:
+    """The files of what was built into a directory before: all that may be removed from it.
+
+    Raises:
+        ValueError: there is something else in it.
+    """
+    files = sorted(path.iterdir()) if path.exists() else []
+    if not files:
+        return []
+    try:
+        kernels = _read_manifest(path)["kernels"]
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a new directory or one built before, got "
+            f"{[file.name for file in files]}: {error}"
+        ) from error
+    known = {MANIFEST, toolchain.RUNTIME_NAME, *(kernel["file"] for kernel in kernels)}
+    others = [file.name for file in files if file.name not in known]
+    if others:
+        raise ValueError(f"{path}: expected a new directory or one built before, got {others}")
+    return files

@@ -5,9 +5,11 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,7 +132,7 @@ def test_aarch64(tmp_path, capsys):
     directory = tmp_path / "kernels"
     arguments = ["--kernel", NAME, "--arch", ARCH, "--host", "aarch64", "-o", str(directory)]
     assert cli.main(["build", *arguments]) == 0
-    assert "it needs the libcute_dsl_runtime.so of aarch64 beside it" in capsys.readouterr().out
+    assert "it lacks the libcute_dsl_runtime.so of aarch64: give it" in capsys.readouterr().out
     header = object_file(directory).read_bytes()[:20]
     assert header[:5] == b"\x7fELF\x02" and int.from_bytes(header[18:20], "little") == 183
     with pytest.raises(ValueError, match="built for machine x86_64, got aarch64"):
@@ -151,25 +153,111 @@ def test_objects_of_others_are_left_alone(tmp_path):
     assert (tmp_path / "lib.so").exists()
 
 
+@pytest.mark.parametrize(
+    "manifest", [{"manifest_version": 3}, [], {"format": 1, "kernels": [{"file": "lib.so"}]}]
+)
+def test_manifests_of_others_are_left_alone(manifest, tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "lib.so").write_bytes(b"")
+    with pytest.raises(ValueError, match="expected a new directory or one built before, got"):
+        ahead_of_time.write(tmp_path, toolchain.this_host(), None, [])
+    assert json.loads((tmp_path / "manifest.json").read_text()) == manifest
+    assert (tmp_path / "lib.so").exists()
+
+
+@pytest.mark.parametrize("name", ["mine.so", "settings.json", "notes.tmp"])
+def test_files_that_the_manifest_does_not_list_are_left_alone(name, copy):
+    (copy / name).write_bytes(b"")
+    before = sorted(copy.iterdir())
+    with pytest.raises(ValueError, match=rf"got \['{name}'\]"):
+        ahead_of_time.write(copy, toolchain.this_host(), None, [])
+    assert sorted(copy.iterdir()) == before
+
+
 def test_building_again_replaces(copy):
     ahead_of_time.write(copy, toolchain.this_host(), None, [])
     assert [path.name for path in copy.iterdir()] == ["manifest.json"]
 
 
-def test_building_that_is_interrupted_leaves_a_directory(copy):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_building_that_ends_early_leaves_what_was_there(error, copy):
     def built():
         yield SPEC, ARCH, b"content"
-        raise KeyboardInterrupt
+        raise error
 
-    with pytest.raises(KeyboardInterrupt):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    with pytest.raises(error):
         ahead_of_time.write(copy, toolchain.this_host(), None, built())
-    cute_quant.load(copy)
-    assert ahead_of_time.find(SPEC, ARCH) is None
-    ahead_of_time.write(copy, toolchain.this_host(), None, [(SPEC, ARCH, b"content")])
-    assert sorted(path.name for path in copy.iterdir()) == [
-        "manifest.json",
-        object_file(copy).name,
-    ]
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert list(copy.parent.iterdir()) == [copy]
+
+
+def test_directory_that_cannot_be_replaced_is_put_back(copy, monkeypatch):
+    replace = Path.replace
+
+    def fail(path, target):
+        if path.name == "new":
+            raise OSError("no space")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    before = sorted(copy.iterdir())
+    with pytest.raises(OSError, match="no space"):
+        ahead_of_time.write(copy, toolchain.this_host(), None, [])
+    assert sorted(copy.iterdir()) == before
+    assert list(copy.parent.iterdir()) == [copy]
+
+
+def test_files_that_come_while_it_builds_are_left_alone(copy):
+    def built():
+        (copy / "thesis.pdf").write_bytes(b"")
+        yield SPEC, ARCH, b"content"
+
+    with pytest.raises(ValueError, match=r"got .*thesis\.pdf"):
+        ahead_of_time.write(copy, toolchain.this_host(), None, built())
+    assert (copy / "thesis.pdf").exists()
+
+
+def test_runtime_may_be_that_of_the_directory(copy):
+    runtime = copy / toolchain.RUNTIME_NAME
+    content = runtime.read_bytes()
+    ahead_of_time.write(copy, toolchain.this_host(), runtime, [])
+    assert runtime.read_bytes() == content
+    assert list(copy.parent.iterdir()) == [copy]
+
+
+def test_runtime_is_for_the_host(copy, tmp_path):
+    text = tmp_path / "runtime.txt"
+    text.write_text("INPUT(libother.so)")
+    runtime = copy / toolchain.RUNTIME_NAME
+    other = next(host for host in toolchain.HOSTS.values() if host.machine != platform.machine())
+    before = sorted(copy.iterdir())
+    for host, file in ((toolchain.this_host(), text), (other, runtime)):
+        with pytest.raises(ValueError, match=f"runtime: expected .* for {host.machine}, got /"):
+            ahead_of_time.write(copy, host, file, [])
+    assert sorted(copy.iterdir()) == before
+
+
+def test_interrupt_from_a_terminal_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "cute_quant", "build", "--kernel", NAME, "--arch", ARCH]
+    process = subprocess.Popen(
+        [*command, "-o", tmp_path / "kernels"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    # One tracks resources of the other, which compiles.
+    while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert stderr == "cute-quant build: interrupted\n"
+    assert process.returncode == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 # How it is used.
@@ -226,7 +314,7 @@ def test_variable_that_names_no_directory_is_said_once(tmp_path, monkeypatch, ca
     [
         ({"sources": "0"}, "expected kernels built for sources .*, got 0: build them again"),
         ({"machine": "riscv64"}, f"built for machine {platform.machine()}, got riscv64"),
-        ({"format": 0}, "built for format 1, got 0"),
+        ({"format": 0}, "built for format 2, got 0"),
         ({"versions": {"apache-tvm-ffi": "0.0.9"}}, "built with apache-tvm-ffi .*, got 0.0.9"),
         ({"kernels": None}, "not a manifest"),
         ({"kernels": [{}]}, "not a manifest"),
@@ -238,16 +326,98 @@ def test_built_for_something_else(copy, changes, message):
         cute_quant.load(copy)
 
 
-def test_damaged_manifest(copy):
-    (copy / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="not a manifest"):
+DAMAGED = [b"", b"{", b"null", b"[]", b"\xff\xfe{", b"[" * 100000, b"1" * 5000]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: str(content[:5]))
+def test_damaged_manifest(content, copy):
+    (copy / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{copy}/manifest.json: not a manifest: "):
         cute_quant.load(copy)
 
 
-def test_directory_that_anybody_may_write_to(copy):
-    copy.chmod(0o777)
-    with pytest.raises(ValueError, match="not anybody may write to: chmod o-w"):
+NAMES = ["format", "machine", "sources", "versions", "kernels", "runtime"]
+
+
+@pytest.mark.parametrize("value", [None, 1.5, True, [None], [[]], {"apache-tvm-ffi": None}])
+@pytest.mark.parametrize("name", NAMES)
+def test_malformed_manifest_is_one_line(name, value, copy, monkeypatch, caplog, capsys):
+    if (name, value) == ("runtime", None):
+        pytest.skip("built without")
+    change_manifest(copy, **{name: value})
+    with pytest.raises(ValueError, match=f"^{copy}/manifest.json: not a manifest: {name}: "):
         cute_quant.load(copy)
+    monkeypatch.setenv("CUTE_QUANT_AOT_DIR", str(copy))
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"CUTE_QUANT_AOT_DIR not used: {copy}/manifest.json: ")
+    assert cli.main(["info"]) == 0
+    assert re.search(f"built ahead: +not used: {copy}/manifest.json", capsys.readouterr().out)
+
+
+def test_directory_that_fails_in_any_way_breaks_no_call(copy, monkeypatch, caplog):
+    def fail(path):
+        raise RuntimeError("in two\nlines")
+
+    monkeypatch.setattr(ahead_of_time, "open_directory", fail)
+    monkeypatch.setenv("CUTE_QUANT_AOT_DIR", str(copy))
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    (record,) = caplog.records
+    assert record.getMessage() == "CUTE_QUANT_AOT_DIR not used: in two lines"
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775])
+def test_directory_that_others_may_write_to(mode, copy):
+    copy.chmod(mode)
+    with pytest.raises(ValueError, match=r"only its owner may .*, got mode \d+: chmod go-w"):
+        cute_quant.load(copy)
+
+
+def test_parent_that_others_may_write_to(copy):
+    copy.parent.chmod(0o777)
+    with pytest.raises(ValueError, match="expected no parent that others may write to, got /"):
+        cute_quant.load(copy)
+
+
+def test_directory_of_somebody_else(copy, monkeypatch):
+    status = os.stat_result((0o40755, 0, 0, 1, os.geteuid() + 1, 0, 0, 0, 0, 0))
+    with pytest.raises(ValueError, match="expected root or you as its owner, got user"):
+        ahead_of_time._check_trusted(copy, status)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "object", "runtime"])
+def test_file_that_others_may_write_to(name, copy, monkeypatch, caplog):
+    files = {"object": object_file(copy), "runtime": copy / toolchain.RUNTIME_NAME}
+    files.get(name, copy / name).chmod(0o666)
+    monkeypatch.setenv("CUTE_QUANT_AOT_DIR", str(copy))
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    (record,) = caplog.records
+    assert "got mode 0666: chmod go-w" in record.getMessage()
+
+
+def test_tampered_runtime_is_not_loaded(copy, caplog):
+    with (copy / toolchain.RUNTIME_NAME).open("ab") as file:
+        file.write(b"0")
+    cute_quant.load(copy)
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert "expected the digest that the manifest has, got another" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["../a.so", "/a.so", "..", ""])
+def test_names_in_manifest_are_of_the_directory(name, copy):
+    (kernel,) = json.loads((copy / "manifest.json").read_text())["kernels"]
+    change_manifest(copy, kernels=[{**kernel, "file": name}])
+    with pytest.raises(ValueError, match="not a manifest: kernels: expected"):
+        cute_quant.load(copy)
+
+
+def test_built_under_any_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        ahead_of_time.write(tmp_path / "new", toolchain.this_host(), None, [])
+    finally:
+        os.umask(before)
+    cute_quant.load(tmp_path / "new")
 
 
 def test_tampered_object_is_not_loaded(copy, caplog):

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import fnmatch
 import json
 import multiprocessing
 import os
 import platform
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -93,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(f"{len(tasks)} kernels, {size / 2**20:.1f} MiB, in {options.output}")
     if runtime is None:
-        print(f"it needs the {toolchain.RUNTIME_NAME} of {host.machine} beside it: see --runtime")
+        print(f"it lacks the {toolchain.RUNTIME_NAME} of {host.machine}: give it with --runtime")
     return 0
 
 
@@ -128,7 +130,8 @@ def _built(
     workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS, len(tasks))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        futures = [pool.submit(_build, spec, arch, host) for spec, arch in tasks]
+        with _interrupts_ignored():
+            futures = [pool.submit(_build, spec, arch, host) for spec, arch in tasks]
         try:
             for done, ((spec, arch), future) in enumerate(zip(tasks, futures, strict=True)):
                 progress.bar(done, len(tasks), f"{naming.spec_name(spec)} {arch}")
@@ -136,6 +139,17 @@ def _built(
         finally:
             pool.shutdown(cancel_futures=True)
             progress.end_bar()
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes that start meanwhile ignore them for good, from before they import anything: a
+    terminal interrupts all of its processes, and this one ends the others."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _build(spec: Spec, arch: str, host: toolchain.Host) -> bytes:

@@ -85,7 +85,8 @@ def _cache() -> str:
 
 
 def _built_ahead() -> list[str]:
-    directories = ahead_of_time.loaded()
-    return [f"{d.path}, {len(d.kernels)} kernels" for d in directories] or [
+    reason = ahead_of_time.why_not_used()
+    used = [f"{d.path}, {len(d.kernels)} kernels" for d in ahead_of_time.loaded()]
+    return [*used, *([f"not used: {reason}"] if reason is not None else [])] or [
         f"none: {ahead_of_time.DIRECTORY_VARIABLE} names a directory of cute-quant build"
     ]
