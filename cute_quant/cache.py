@@ -40,8 +40,8 @@ LOCK_SUFFIX = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
 LEFT_BY_CRASHES = (LOCK_SUFFIX, TEMPORARY_SUFFIX)
 
-LOCK_SECONDS = 120.0
-"""How long one process waits for another that compiles the same kernel."""
+LOCK_SECONDS = 10.0
+"""How long one process waits for another that compiles the same kernel, which takes 0.2 to 2 s."""
 POLL_SECONDS = 0.01
 
 STALE_SECONDS = 3600.0
@@ -186,6 +186,7 @@ class Cache:
         """
         self.directory = directory
         self.writable = writable
+        self._patience = LOCK_SECONDS
 
     def path(self, key: str) -> Path:
         """Where the entry of a key is, if there is one."""
@@ -215,6 +216,11 @@ class Cache:
             with contextlib.suppress(OSError):
                 path.unlink()
 
+    def stop_writing(self, reason: Exception) -> None:
+        """Only read from now on, with a line in the log."""
+        self.writable = False
+        log.warning("nothing more is written to %s: %s", self.directory, reason)
+
     def store(self, key: str, content: bytes, record: dict[str, Any]) -> Path:
         """Add an entry; returns where it is.
 
@@ -238,12 +244,15 @@ class Cache:
     def lock(self, key: str) -> Iterator[None]:
         """Hold the lock of a key; others who ask for it wait.
 
+        Who has waited in vain does not wait again, for any key: what holds one lock, a process that
+        is stopped for instance, may hold others.
+
         Raises:
             TimeoutError: another process holds it for too long.
             OSError: the file system has no locks.
         """
         path = self.directory / (key + LOCK_SUFFIX)
-        deadline = time.monotonic() + LOCK_SECONDS
+        deadline = time.monotonic() + self._patience
         while True:
             flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(path, flags, 0o600)
@@ -269,9 +278,11 @@ class Cache:
                 return
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise TimeoutError(
-                        f"another process holds {path} for more than {LOCK_SECONDS:.0f} s"
-                    ) from None
+                    waited, self._patience = self._patience, 0.0
+                    message = f"another process held {path} for {waited:.0f} s"
+                    if waited:
+                        log.warning("compiled without the disk cache: %s", message)
+                    raise TimeoutError(message) from None
                 time.sleep(POLL_SECONDS)
 
     def entries(self) -> list[Entry]:

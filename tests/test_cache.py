@@ -381,6 +381,66 @@ def test_lock_that_is_never_given_back(directory, monkeypatch):
         pass
 
 
+def test_who_waited_in_vain_does_not_wait_again(directory, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.5)
+    store = Cache(directory, True)
+    with store.lock(KEY), store.lock("other"):
+        with pytest.raises(TimeoutError), store.lock(KEY):
+            pass
+        start = time.monotonic()
+        with pytest.raises(TimeoutError), store.lock("other"):
+            pass
+    assert time.monotonic() - start < 0.3
+    (record,) = caplog.records
+    assert record.getMessage().startswith("compiled without the disk cache: another process held")
+    with store.lock("other"):  # is free again
+        pass
+
+
+COUNT_BUILDS = """
+from cute_quant import cache, compile
+cache.LOCK_SECONDS = 0.2
+build, built = compile.build, []
+compile.build = lambda *a, **k: (built.append(1), build(*a, **k))[1]
+"""
+COUNTED = ASK + "assert len(built) == 1, built\n"
+
+
+def test_held_lock_stalls_no_call(directory):
+    store = Cache(directory, True)
+    with store.lock(cache.key(SPEC, ARCH, OPTIONS)):
+        compiled, log = finish(start(directory, COUNT_BUILDS + COUNTED))
+    assert compiled and len(log.splitlines()) == 1
+    assert log.startswith("compiled without the disk cache: another process held ")
+    assert not list(directory.glob("*.so"))
+
+
+def test_failed_store_compiles_once(directory):
+    full = """
+import errno, os
+def no_space(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+os.replace = no_space
+"""
+    again = """
+compile.function(QuantizeSpec(torch.float16, make_format(128, "ue8m0", False)), "%s")
+assert len(built) == 2, built
+"""
+    code = COUNT_BUILDS + full + COUNTED + again % ARCH
+    compiled, log = finish(start(directory, code))
+    assert compiled and log.splitlines() == [
+        f"nothing more is written to {directory}: [Errno 28] No space left on device"
+    ]
+    assert not list(directory.iterdir())
+
+
+def test_lock_that_cannot_be_made(directory):
+    (directory / (cache.key(SPEC, ARCH, OPTIONS) + ".lock")).mkdir()
+    compiled, log = finish(start(directory, COUNT_BUILDS + COUNTED))
+    assert compiled and len(log.splitlines()) == 1
+    assert log.startswith(f"nothing more is written to {directory}: ")
+
+
 # Size.
 
 
