@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cute_quant import naming, objects, toolchain
 from cute_quant.specs import Spec
@@ -34,6 +33,9 @@ MODES = ("on", "off", "readonly")
 
 MAX_BYTES = 256 * 2**20
 """Of all entries together; those not used for longest go first."""
+
+NEEDED = ("key", "name", "arch")
+"""What a record has at least."""
 
 SUFFIX = ".so"
 LOCK_SUFFIX = ".lock"
@@ -64,7 +66,7 @@ class Entry:
     path: Path
     bytes: int
     used: float
-    record: dict[str, Any] | None
+    record: dict[str, str] | None
 
 
 def key(spec: Spec, arch: str, options: str) -> str:
@@ -196,7 +198,7 @@ class Cache:
         """An entry that was checked, None if there is none that is good."""
         path = self.path(key)
         try:
-            record = objects.read_record(_read(path))
+            record = _record(path)
             if record.get("key") != key:
                 raise objects.CorruptObject("it was built under another key")
         except FileNotFoundError:
@@ -221,7 +223,7 @@ class Cache:
         self.writable = False
         log.warning("nothing more is written to %s: %s", self.directory, reason)
 
-    def store(self, key: str, content: bytes, record: dict[str, Any]) -> Path:
+    def store(self, key: str, content: bytes, record: dict[str, str]) -> Path:
         """Add an entry; returns where it is.
 
         Raises:
@@ -291,7 +293,7 @@ class Cache:
         for path in self.directory.glob("*" + SUFFIX):
             try:
                 status = path.lstat()
-                record = objects.read_record(_read(path))
+                record = _record(path)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError):
@@ -331,6 +333,14 @@ class Cache:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
                 total -= size
+
+
+def _record(path: Path) -> dict[str, str]:
+    record = objects.read_record(_read(path))
+    missing = [name for name in NEEDED if name not in record]
+    if missing:
+        raise objects.CorruptObject(f"record: expected {NEEDED}, got none of {missing}")
+    return record
 
 
 def _read(path: Path) -> bytes:
