@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cute_quant import naming, objects, toolchain
 from cute_quant.specs import Spec
@@ -35,13 +34,16 @@ MODES = ("on", "off", "readonly")
 MAX_BYTES = 256 * 2**20
 """Of all entries together; those not used for longest go first."""
 
+NEEDED = ("key", "name", "arch")
+"""What a record has at least."""
+
 SUFFIX = ".so"
 LOCK_SUFFIX = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
 LEFT_BY_CRASHES = (LOCK_SUFFIX, TEMPORARY_SUFFIX)
 
-LOCK_SECONDS = 120.0
-"""How long one process waits for another that compiles the same kernel."""
+LOCK_SECONDS = 10.0
+"""How long one process waits for another that compiles the same kernel, which takes 0.2 to 2 s."""
 POLL_SECONDS = 0.01
 
 STALE_SECONDS = 3600.0
@@ -64,7 +66,7 @@ class Entry:
     path: Path
     bytes: int
     used: float
-    record: dict[str, Any] | None
+    record: dict[str, str] | None
 
 
 def key(spec: Spec, arch: str, options: str) -> str:
@@ -186,6 +188,7 @@ class Cache:
         """
         self.directory = directory
         self.writable = writable
+        self._patience = LOCK_SECONDS
 
     def path(self, key: str) -> Path:
         """Where the entry of a key is, if there is one."""
@@ -195,7 +198,7 @@ class Cache:
         """An entry that was checked, None if there is none that is good."""
         path = self.path(key)
         try:
-            record = objects.read_record(_read(path))
+            record = _record(path)
             if record.get("key") != key:
                 raise objects.CorruptObject("it was built under another key")
         except FileNotFoundError:
@@ -215,7 +218,12 @@ class Cache:
             with contextlib.suppress(OSError):
                 path.unlink()
 
-    def store(self, key: str, content: bytes, record: dict[str, Any]) -> Path:
+    def stop_writing(self, reason: Exception) -> None:
+        """Only read from now on, with a line in the log."""
+        self.writable = False
+        log.warning("nothing more is written to %s: %s", self.directory, reason)
+
+    def store(self, key: str, content: bytes, record: dict[str, str]) -> Path:
         """Add an entry; returns where it is.
 
         Raises:
@@ -238,12 +246,15 @@ class Cache:
     def lock(self, key: str) -> Iterator[None]:
         """Hold the lock of a key; others who ask for it wait.
 
+        Who has waited in vain does not wait again, for any key: what holds one lock, a process that
+        is stopped for instance, may hold others.
+
         Raises:
             TimeoutError: another process holds it for too long.
             OSError: the file system has no locks.
         """
         path = self.directory / (key + LOCK_SUFFIX)
-        deadline = time.monotonic() + LOCK_SECONDS
+        deadline = time.monotonic() + self._patience
         while True:
             flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(path, flags, 0o600)
@@ -269,9 +280,11 @@ class Cache:
                 return
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise TimeoutError(
-                        f"another process holds {path} for more than {LOCK_SECONDS:.0f} s"
-                    ) from None
+                    waited, self._patience = self._patience, 0.0
+                    message = f"another process held {path} for {waited:.0f} s"
+                    if waited:
+                        log.warning("compiled without the disk cache: %s", message)
+                    raise TimeoutError(message) from None
                 time.sleep(POLL_SECONDS)
 
     def entries(self) -> list[Entry]:
@@ -280,7 +293,7 @@ class Cache:
         for path in self.directory.glob("*" + SUFFIX):
             try:
                 status = path.lstat()
-                record = objects.read_record(_read(path))
+                record = _record(path)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError):
@@ -320,6 +333,14 @@ class Cache:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
                 total -= size
+
+
+def _record(path: Path) -> dict[str, str]:
+    record = objects.read_record(_read(path))
+    missing = [name for name in NEEDED if name not in record]
+    if missing:
+        raise objects.CorruptObject(f"record: expected {NEEDED}, got none of {missing}")
+    return record
 
 
 def _read(path: Path) -> bytes:

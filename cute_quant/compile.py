@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -155,10 +156,7 @@ def _cached(spec: Spec, arch: str) -> Callable[..., None] | None:
         key = cache.key(spec, arch, compile_options(arch))
         found = _load(store, key)
         if found is None and store.writable and toolchain.this_host().linker() is not None:
-            with _shown(spec, arch), store.lock(key):
-                found = _load(store, key)
-                if found is None:
-                    found = library.load_function(_add(store, key, spec, arch), SYMBOL)
+            found = _added(store, key, spec, arch)
         return found
     except Exception as error:
         log.warning("disk cache not used for %s: %s", naming.spec_name(spec), error)
@@ -176,10 +174,40 @@ def _load(store: cache.Cache, key: str) -> Callable[..., None] | None:
         return None
 
 
-def _add(store: cache.Cache, key: str, spec: Spec, arch: str) -> Path:
+def _added(store: cache.Cache, key: str, spec: Spec, arch: str) -> Callable[..., None] | None:
+    """The function of an entry that this process adds, or another meanwhile.
+
+    None where there is no lock to be had.
+    """
+    with contextlib.ExitStack() as held:
+        held.enter_context(_shown(spec, arch))
+        try:
+            held.enter_context(store.lock(key))
+        except TimeoutError:
+            return None
+        except OSError as error:
+            store.stop_writing(error)
+            return None
+        return _load(store, key) or _stored(store, key, spec, arch)
+
+
+def _stored(store: cache.Cache, key: str, spec: Spec, arch: str) -> Callable[..., None]:
     content = build_object(spec, arch, SYMBOL, toolchain.this_host())
     record = {"name": naming.spec_name(spec), "spec": naming.spec_text(spec), "arch": arch}
-    return store.store(key, content, {**record, **toolchain.versions()})
+    try:
+        path = store.store(key, content, {**record, **toolchain.versions()})
+    except OSError as error:
+        store.stop_writing(error)
+        return _load_bytes(content)
+    return library.load_function(path, SYMBOL)
+
+
+def _load_bytes(content: bytes) -> Callable[..., None]:
+    # What is loaded stays when its file is gone.
+    with tempfile.TemporaryDirectory(prefix="cute_quant_") as directory:
+        path = Path(directory) / "kernel.so"
+        path.write_bytes(content)
+        return library.load_function(path, SYMBOL)
 
 
 @functools.cache

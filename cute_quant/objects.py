@@ -18,7 +18,7 @@ from typing import Any
 from cute_quant.toolchain import Dsl, Host
 
 _SEAL = struct.Struct("<8sQ32s")
-_MAGIC = b"cquant01"
+_MAGIC = b"cquant02"
 
 LINK_SECONDS = 60
 
@@ -86,15 +86,20 @@ def _emit(compiled: Any, symbol: str, host: Host, path: Path) -> None:
     )
 
 
-def seal(content: bytes, record: dict[str, Any]) -> bytes:
-    """An object with its record, and a digest over both."""
+def seal(content: bytes, record: dict[str, str]) -> bytes:
+    """An object with its record, and a digest over both and over what the seal says of them."""
     text = json.dumps(record, sort_keys=True).encode()
     body = content + text
-    seal = _SEAL.pack(_MAGIC, len(text), hashlib.sha256(body).digest())
-    return body + seal
+    return body + _SEAL.pack(_MAGIC, len(text), _digest(body, len(text)))
 
 
-def read_record(data: bytes) -> dict[str, Any]:
+def _digest(body: bytes | memoryview, length: int) -> bytes:
+    digest = hashlib.sha256(body)
+    digest.update(_MAGIC + length.to_bytes(8, "little"))
+    return digest.digest()
+
+
+def read_record(data: bytes) -> dict[str, str]:
     """The record of a sealed object.
 
     Raises:
@@ -107,6 +112,19 @@ def read_record(data: bytes) -> dict[str, Any]:
     if magic != _MAGIC:
         raise CorruptObject("expected an object sealed by cute_quant at the end, got other bytes")
     body = memoryview(data)[:end]
-    if hashlib.sha256(body).digest() != digest:
+    if length > end or _digest(body, length) != digest:
         raise CorruptObject("its digest is not that of its content")
-    return json.loads(bytes(body[end - length :]))
+    return _parse(bytes(body[end - length :]))
+
+
+def _parse(text: bytes) -> dict[str, str]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        raise CorruptObject("its record is not JSON") from None
+    if not isinstance(record, dict):
+        raise CorruptObject(f"record: expected a dict, got {type(record).__name__}")
+    for name, value in record.items():
+        if not isinstance(value, str):
+            raise CorruptObject(f"record: expected text for {name}, got {type(value).__name__}")
+    return record

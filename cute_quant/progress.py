@@ -19,7 +19,7 @@ BAR_WIDTH = 30
 @contextlib.contextmanager
 def elapsed(label: str) -> Iterator[None]:
     """Show a label and the seconds since, from the first second on until the end."""
-    if not sys.stderr.isatty():
+    if not _is_terminal():
         yield
         return
     start = time.perf_counter()
@@ -44,7 +44,7 @@ def elapsed(label: str) -> Iterator[None]:
 
 def bar(done: int, total: int, label: str) -> None:
     """Show how many of how many are done, and what comes next."""
-    if sys.stderr.isatty():
+    if _is_terminal():
         filled = BAR_WIDTH * done // max(total, 1)
         drawn = "█" * filled + "░" * (BAR_WIDTH - filled)
         _write(f"{ERASE_LINE}{drawn} {done}/{total} {label}"[: len(ERASE_LINE) + 99])
@@ -52,11 +52,20 @@ def bar(done: int, total: int, label: str) -> None:
 
 def end_bar() -> None:
     """Make place for other lines."""
-    if sys.stderr.isatty():
+    if _is_terminal():
         _write(ERASE_LINE)
 
 
+def _is_terminal() -> bool:
+    # A process may have no stderr, or one that is closed, or put anything in its place: what is
+    # shown must not break what is done.
+    try:
+        return bool(sys.stderr.isatty())
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
 def _write(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stderr.write(text)
         sys.stderr.flush()

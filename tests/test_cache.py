@@ -30,6 +30,7 @@ ARCH = compile.architecture(0) if torch.cuda.is_available() else "sm_100a"
 
 OPTIONS = compile.compile_options(ARCH)
 KEY = "0123456789abcdef"
+RECORD = {"name": "some-kernel", "arch": "sm_90a"}
 PACKAGE = Path(cute_quant.__file__).parent
 
 ASK = f"""
@@ -183,13 +184,18 @@ DAMAGES = {
     "foreign": lambda data: b"\x7fELF" + bytes(1000),
     "another key": lambda data: objects.seal(b"\x7fELF", {"key": "other"}),
     "record": lambda data: objects.seal(data, {}),
+    "record without a name": lambda data: objects.seal(data, {"key": KEY}),
+    "record of numbers": lambda data: objects.seal(data, {**RECORD, "key": KEY, "name": 1}),
+    "record that is a list": lambda data: objects.seal(data, [KEY]),
+    "length of the record": lambda data: data[:-40] + bytes([data[-40] ^ 1]) + data[-39:],
+    "far too long a record": lambda data: data[:-40] + b"\xff" * 8 + data[-32:],
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_entries_are_discarded(directory, damage, caplog):
     store = Cache(directory, True)
-    path = store.store(KEY, b"content", {})
+    path = store.store(KEY, b"content", RECORD)
     assert store.find(KEY) == path and not caplog.records
     path.write_bytes(damage(path.read_bytes()))
     assert store.find(KEY) is None
@@ -212,7 +218,7 @@ def test_damaged_entry_is_rebuilt(copy):
 
 def test_sealed_but_not_loadable(copy):
     entry = only_entry(copy)
-    entry.write_bytes(objects.seal(b"no ELF file", {"key": entry.stem}))
+    entry.write_bytes(objects.seal(b"no ELF file", {**RECORD, "key": entry.stem}))
     compiled, log = ask(copy)
     assert compiled and len(log.splitlines()) == 1
     assert log.startswith(f"{entry} is discarded and built anew: ")
@@ -221,14 +227,14 @@ def test_sealed_but_not_loadable(copy):
 
 def test_entries_that_others_may_write(directory, caplog):
     store = Cache(directory, True)
-    store.store(KEY, b"content", {}).chmod(0o620)
+    store.store(KEY, b"content", RECORD).chmod(0o620)
     assert store.find(KEY) is None
     assert "others may write to it" in caplog.text
 
 
 def test_entries_that_are_links(directory, tmp_path, caplog):
     store = Cache(directory, True)
-    path = store.store(KEY, b"content", {})
+    path = store.store(KEY, b"content", RECORD)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     assert store.find(KEY) is None
@@ -331,7 +337,7 @@ def store_forever(directory: Path, content: bytes) -> None:
     store = Cache(directory, True)
     while True:
         with store.lock(KEY):
-            store.store(KEY, content, {})
+            store.store(KEY, content, RECORD)
 
 
 def test_killed_at_any_time(directory, caplog):
@@ -347,7 +353,7 @@ def test_killed_at_any_time(directory, caplog):
         if store.find(KEY) is not None:
             assert store.path(KEY).read_bytes().startswith(content)
         with store.lock(KEY):
-            store.store(KEY, content, {})
+            store.store(KEY, content, RECORD)
         assert store.find(KEY) is not None
     assert not caplog.records
     assert only_entry(directory) == store.path(KEY)
@@ -381,6 +387,66 @@ def test_lock_that_is_never_given_back(directory, monkeypatch):
         pass
 
 
+def test_who_waited_in_vain_does_not_wait_again(directory, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.5)
+    store = Cache(directory, True)
+    with store.lock(KEY), store.lock("other"):
+        with pytest.raises(TimeoutError), store.lock(KEY):
+            pass
+        start = time.monotonic()
+        with pytest.raises(TimeoutError), store.lock("other"):
+            pass
+    assert time.monotonic() - start < 0.3
+    (record,) = caplog.records
+    assert record.getMessage().startswith("compiled without the disk cache: another process held")
+    with store.lock("other"):  # is free again
+        pass
+
+
+COUNT_BUILDS = """
+from cute_quant import cache, compile
+cache.LOCK_SECONDS = 0.2
+build, built = compile.build, []
+compile.build = lambda *a, **k: (built.append(1), build(*a, **k))[1]
+"""
+COUNTED = ASK + "assert len(built) == 1, built\n"
+
+
+def test_held_lock_stalls_no_call(directory):
+    store = Cache(directory, True)
+    with store.lock(cache.key(SPEC, ARCH, OPTIONS)):
+        compiled, log = finish(start(directory, COUNT_BUILDS + COUNTED))
+    assert compiled and len(log.splitlines()) == 1
+    assert log.startswith("compiled without the disk cache: another process held ")
+    assert not list(directory.glob("*.so"))
+
+
+def test_failed_store_compiles_once(directory):
+    full = """
+import errno, os
+def no_space(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+os.replace = no_space
+"""
+    again = """
+compile.function(QuantizeSpec(torch.float16, make_format(128, "ue8m0", False)), "%s")
+assert len(built) == 2, built
+"""
+    code = COUNT_BUILDS + full + COUNTED + again % ARCH
+    compiled, log = finish(start(directory, code))
+    assert compiled and log.splitlines() == [
+        f"nothing more is written to {directory}: [Errno 28] No space left on device"
+    ]
+    assert not list(directory.iterdir())
+
+
+def test_lock_that_cannot_be_made(directory):
+    (directory / (cache.key(SPEC, ARCH, OPTIONS) + ".lock")).mkdir()
+    compiled, log = finish(start(directory, COUNT_BUILDS + COUNTED))
+    assert compiled and len(log.splitlines()) == 1
+    assert log.startswith(f"nothing more is written to {directory}: ")
+
+
 # Size.
 
 
@@ -389,9 +455,9 @@ def test_size_is_bounded(directory, monkeypatch):
     store = Cache(directory, True)
     now = time.time()
     for i in range(4):
-        os.utime(store.store(f"{KEY}{i}", bytes(1000), {}), (now + i - 100, now + i - 100))
+        os.utime(store.store(f"{KEY}{i}", bytes(1000), RECORD), (now + i - 100, now + i - 100))
     assert store.find(f"{KEY}0")  # used, so it is not the oldest any more
-    store.store(f"{KEY}4", bytes(1000), {})
+    store.store(f"{KEY}4", bytes(1000), RECORD)
     assert [i for i in range(5) if store.path(f"{KEY}{i}").exists()] == [0, 2, 3, 4]
     assert sum(entry.bytes for entry in store.entries()) <= 5000
 
@@ -399,7 +465,7 @@ def test_size_is_bounded(directory, monkeypatch):
 def test_entry_larger_than_the_bound_stays_until_the_next(directory, monkeypatch):
     monkeypatch.setattr(cache, "MAX_BYTES", 100)
     store = Cache(directory, True)
-    assert store.store(KEY, bytes(1000), {}).exists()
+    assert store.store(KEY, bytes(1000), RECORD).exists()
 
 
 def test_what_crashed_long_ago_is_removed(directory):
@@ -410,18 +476,18 @@ def test_what_crashed_long_ago_is_removed(directory):
         path.write_bytes(b"")
     for path in old:
         os.utime(path, (time.time() - 7200,) * 2)
-    store.store(KEY, b"", {})
+    store.store(KEY, b"", RECORD)
     assert not any(path.exists() for path in old) and all(path.exists() for path in young)
 
 
 def test_entries_and_clear(directory):
     store = Cache(directory, True)
-    store.store(KEY, b"content", {"name": "a"})
+    store.store(KEY, b"content", {"name": "a", "arch": "b"})
     (directory / "broken.so").write_bytes(b"")
     (directory / "left.tmp").write_bytes(b"")
     (directory / "not ours").write_bytes(b"")
     records = {entry.path.stem: entry.record for entry in store.entries()}
-    assert records == {KEY: {"name": "a", "key": KEY}, "broken": None}
+    assert records == {KEY: {"name": "a", "arch": "b", "key": KEY}, "broken": None}
     assert store.clear() == 2
     assert [path.name for path in directory.iterdir()] == ["not ours"]
 

@@ -63,3 +63,25 @@ def test_files_get_nothing(monkeypatch):
     progress.bar(1, 2, "a")
     progress.end_bar()
     assert file.getvalue() == ""
+
+
+def closed() -> io.StringIO:
+    file = io.StringIO()
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize("stderr", [None, closed(), object()], ids=["none", "closed", "plain"])
+def test_no_stderr_is_no_terminal(monkeypatch, stderr):
+    monkeypatch.setattr(progress, "sys", types.SimpleNamespace(stderr=stderr))
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    with progress.elapsed("compiling a"):
+        pass
+    progress.bar(1, 2, "a")
+    progress.end_bar()
+
+
+def test_stderr_that_goes_away_meanwhile(terminal):
+    with progress.elapsed("compiling a"):
+        progress.sys.stderr = None
+        time.sleep(0.3)
