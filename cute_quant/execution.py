@@ -221,18 +221,19 @@ def _look_up_plan(
         key += (x.shape, x.stride(), x.dtype, x.device, x.is_neg(), aligned)
         if q is not None:
             aligned = q.data_ptr() % STORE_BYTES
-            key += (q.shape, q.stride(), q.is_neg(), q.requires_grad, aligned)
+            key += (type(q), q.shape, q.stride(), q.is_neg(), q.requires_grad, aligned)
         if sf is not None:
-            key += (sf.is_neg(), sf.requires_grad, sf.shape, sf.stride())
+            key += (type(sf), sf.is_neg(), sf.requires_grad, sf.shape, sf.stride())
         if rows is not None:
             data = rows.data
-            key += (rows.kind, rows.alignment, data.shape, data.stride(), data.is_neg())
+            key += (type(data), rows.kind, rows.alignment, data.shape, data.stride(), data.is_neg())
         if index is not None:
-            key += (index.stride(), index.shape, index.is_neg())
+            key += (type(index), index.stride(), index.shape, index.is_neg())
         if prologue is not None:
             key += (type(prologue), *prologue.options, *map(_looks, prologue.tensors.values()))
         plan = _plans.get(key)
-    except (AttributeError, RuntimeError, TypeError):  # no tensor, no strides, no hash
+    except (AttributeError, RuntimeError, TypeError, UserWarning):
+        # No tensor, no strides, no hash; torch warns of fakes, which have no address.
         plan = None
         key = ()
     if plan is None:
@@ -249,7 +250,7 @@ def _looks(t: torch.Tensor | None) -> tuple | None:
     if t is None:
         return None
     aligned = t.data_ptr() % LOAD_BYTES
-    return t.shape, t.stride(), t.dtype, t.device, t.is_neg(), t.requires_grad, aligned
+    return type(t), t.shape, t.stride(), t.dtype, t.device, t.is_neg(), t.requires_grad, aligned
 
 
 def _plan(

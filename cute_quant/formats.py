@@ -206,6 +206,10 @@ class Format:
     def scale_strides(self, batch_shape: Sequence[int], mn: int, k: int) -> tuple[int, ...]:
         """Strides in elements: MN-major, each column aligned for TMA, or contiguous."""
         rows, columns = self.scale_rows(mn), self.columns(k)
+        if not self.mn_major:
+            # Those of contiguous tensors, which torch computes as if no size were 0.
+            rows, columns = max(rows, 1), max(columns, 1)
+            batch_shape = [max(size, 1) for size in batch_shape]
         outer, matrix = [], rows * columns
         for size in reversed(batch_shape):
             outer.append(matrix)

@@ -51,7 +51,7 @@ except TypeError as error:
 def environment(directory: Path, **variables: str) -> dict[str, str]:
     return {
         **{k: v for k, v in os.environ.items() if not k.startswith("CUTE_QUANT_")},
-        "PYTHONPATH": str(PACKAGE.parent),
+        "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]),
         "CUTE_QUANT_CACHE_DIR": str(directory),
         **variables,
     }
