@@ -41,6 +41,7 @@ SUFFIX = ".so"
 LOCK_SUFFIX = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
 LEFT_BY_CRASHES = (LOCK_SUFFIX, TEMPORARY_SUFFIX)
+OURS = (SUFFIX, *LEFT_BY_CRASHES)
 
 LOCK_SECONDS = 10.0
 """How long one process waits for another that compiles the same kernel, which takes 0.2 to 2 s."""
@@ -243,7 +244,7 @@ class Cache:
         return self.path(key)
 
     @contextlib.contextmanager
-    def lock(self, key: str) -> Iterator[None]:
+    def lock(self, key: str, wait: bool = True) -> Iterator[None]:
         """Hold the lock of a key; others who ask for it wait.
 
         Who has waited in vain does not wait again, for any key: what holds one lock, a process that
@@ -254,12 +255,12 @@ class Cache:
             OSError: the file system has no locks.
         """
         path = self.directory / (key + LOCK_SUFFIX)
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + (self._patience if wait else 0.0)
         while True:
             flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(path, flags, 0o600)
             try:
-                self._wait(descriptor, path, deadline)
+                self._wait(descriptor, path, deadline, wait)
                 # Whoever held it may have removed the file, and a third made another.
                 if os.fstat(descriptor).st_nlink:
                     for left in self.directory.glob(f"{key}.*{TEMPORARY_SUFFIX}"):
@@ -273,16 +274,16 @@ class Cache:
             finally:
                 os.close(descriptor)
 
-    def _wait(self, descriptor: int, path: Path, deadline: float) -> None:
+    def _wait(self, descriptor: int, path: Path, deadline: float, wait: bool) -> None:
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    waited, self._patience = self._patience, 0.0
+                    waited, self._patience = self._patience, 0.0 if wait else self._patience
                     message = f"another process held {path} for {waited:.0f} s"
-                    if waited:
+                    if waited and wait:
                         log.warning("compiled without the disk cache: %s", message)
                     raise TimeoutError(message) from None
                 time.sleep(POLL_SECONDS)
@@ -304,35 +305,57 @@ class Cache:
     def clear(self) -> int:
         """Remove all entries, and what crashed processes left; returns how many entries.
 
+        Those that another process is about to write stay, and so does what is no regular file.
+
         Raises:
             OSError: it cannot be written.
         """
-        removed = 0
-        for path in self.directory.iterdir():
-            if path.suffix in (SUFFIX, *LEFT_BY_CRASHES):
-                path.unlink(missing_ok=True)
-                removed += path.suffix == SUFFIX
-        return removed
+        names = [entry.name for entry in self._files() if entry.name.endswith(OURS)]
+        return sum(self._remove(key) for key in sorted({name.split(".")[0] for name in names}))
+
+    def _remove(self, key: str) -> bool:
+        """Remove the files of a key unless its lock is held; returns whether there was an entry."""
+        try:
+            with self.lock(key, wait=False):
+                path = self.path(key)
+                if not path.is_file() or path.is_symlink():
+                    return False
+                path.unlink()
+                return True
+        except (TimeoutError, FileNotFoundError, IsADirectoryError):
+            return False
+
+    def _files(self) -> list[os.DirEntry]:
+        """The regular files."""
+        try:
+            with os.scandir(self.directory) as entries:
+                return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+        except FileNotFoundError:
+            return []
 
     def _trim(self, keep: Path) -> None:
         """Remove what was not used for longest, as far as there is too much."""
         total, files = 0, []
         stale = time.time() - STALE_SECONDS
-        for entry in os.scandir(self.directory):
+        for entry in self._files():
             with contextlib.suppress(OSError):
                 status = entry.stat(follow_symlinks=False)
                 if entry.name.endswith(SUFFIX):
                     total += status.st_size
-                    files.append((status.st_mtime, status.st_size, entry.path))
+                    files.append((status.st_mtime, status.st_size, entry.name))
                 elif entry.name.endswith(LEFT_BY_CRASHES) and status.st_mtime < stale:
-                    os.unlink(entry.path)
-        for _, size, path in sorted(files):
+                    self._remove_stale(entry.name)
+        for _, size, name in sorted(files):
             if total <= MAX_BYTES:
                 break
-            if path != str(keep):
+            if name != keep.name:
                 with contextlib.suppress(OSError):
-                    os.unlink(path)
-                total -= size
+                    total -= size * self._remove(name.split(".")[0])
+
+    def _remove_stale(self, name: str) -> None:
+        # Who takes the lock removes what the last one left, and at the end the lock.
+        with self.lock(name.split(".")[0], wait=False):
+            pass
 
 
 def _record(path: Path) -> dict[str, str]:

@@ -484,12 +484,33 @@ def test_entries_and_clear(directory):
     store = Cache(directory, True)
     store.store(KEY, b"content", {"name": "a", "arch": "b"})
     (directory / "broken.so").write_bytes(b"")
-    (directory / "left.tmp").write_bytes(b"")
+    (directory / "left.1.tmp").write_bytes(b"")
     (directory / "not ours").write_bytes(b"")
     records = {entry.path.stem: entry.record for entry in store.entries()}
     assert records == {KEY: {"name": "a", "arch": "b", "key": KEY}, "broken": None}
     assert store.clear() == 2
     assert [path.name for path in directory.iterdir()] == ["not ours"]
+
+
+def test_clear_leaves_what_is_in_use_or_no_file(directory):
+    store = Cache(directory, True)
+    for name in ("a", "b"):
+        store.store(name, b"content", RECORD)
+    (directory / "dir.so").mkdir()
+    with store.lock("a"):
+        assert store.clear() == 1
+        assert {path.name for path in directory.iterdir()} == {"a.so", "a.lock", "dir.so"}
+
+
+def test_trimming_leaves_what_is_in_use(directory, monkeypatch):
+    monkeypatch.setattr(cache, "MAX_BYTES", 100)
+    store = Cache(directory, True)
+    store.store("a", bytes(1000), RECORD)
+    with store.lock("a"):
+        store.store("b", bytes(1000), RECORD)
+        assert store.path("a").exists()
+    store.store("c", bytes(1000), RECORD)
+    assert [path.name for path in directory.iterdir()] == ["c.so"]
 
 
 # The key.
