@@ -99,7 +99,10 @@ def key(spec: Spec, arch: str, options: str) -> str:
 def default_directory() -> Path:
     """``CUTE_QUANT_CACHE_DIR``, or a directory of the user's cache."""
     if os.environ.get(DIRECTORY_VARIABLE):
-        return Path(os.environ[DIRECTORY_VARIABLE])
+        directory = Path(os.environ[DIRECTORY_VARIABLE]).expanduser()
+        if not directory.is_absolute():
+            raise ValueError(f"{DIRECTORY_VARIABLE}: expected an absolute path, got {directory}")
+        return directory
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "cute_quant"
 
@@ -171,10 +174,16 @@ def check_directory(directory: Path) -> None:
     # Both as it was named and as it is: either chain decides what the name will stand for. In a
     # directory with the sticky bit, such as /tmp, others cannot rename what is not theirs.
     for parent in (*directory.resolve().parents, *directory.parents):
-        permissions = parent.stat().st_mode
-        if permissions & stat.S_IWOTH and not permissions & stat.S_ISVTX:
+        status = parent.stat()
+        if status.st_uid not in (0, os.geteuid()):
             raise CacheRefused(
-                f"{directory} lies in {parent}, which anybody may write to: use another directory"
+                f"{directory} lies in {parent}, which belongs to user {status.st_uid}: "
+                f"use another directory"
+            )
+        if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+            who = "anybody" if status.st_mode & stat.S_IWOTH else f"group {status.st_gid}"
+            raise CacheRefused(
+                f"{directory} lies in {parent}, which {who} may write to: use another directory"
             )
 
 

@@ -302,6 +302,35 @@ def test_default_directory(monkeypatch, tmp_path):
     assert stat.S_IMODE(store.directory.stat().st_mode) == 0o700
 
 
+def test_directory_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CUTE_QUANT_CACHE_DIR", "~/mine")
+    assert cache.default_directory() == tmp_path / "mine"
+    monkeypatch.setenv("CUTE_QUANT_CACHE_DIR", "mine")
+    with pytest.raises(ValueError, match="CUTE_QUANT_CACHE_DIR: expected an absolute path"):
+        cache.default_directory()
+
+
+@pytest.mark.parametrize("change", [lambda p: p.chmod(0o770), lambda p: os.chown(p, 12345, -1)])
+def test_parents_that_others_may_change(tmp_path, change):
+    inner = tmp_path / "shared" / "mine"
+    inner.mkdir(parents=True, mode=0o700)
+    if os.geteuid():
+        pytest.skip("needs root")
+    change(inner.parent)
+    with pytest.raises(CacheRefused, match=f"lies in {inner.parent}, which"):
+        cache.check_directory(inner)
+
+
+@pytest.mark.parametrize("name", ["CUTE_DSL_KEEP", "CUTE_DSL_KEEP_PTX", "CUTE_DSL_PRINT_IR"])
+def test_output_asked_of_the_compiler_bypasses_the_cache(monkeypatch, name):
+    monkeypatch.setattr(compile, "_cache", lambda: pytest.fail("asked for the cache"))
+    monkeypatch.setenv(name, "1")
+    assert compile._cached(SPEC, ARCH) is None
+    monkeypatch.setenv(name, "0")
+    assert not toolchain.asks_for_output()
+
+
 # Crashes and races.
 
 
