@@ -124,24 +124,19 @@ def open_cache() -> Cache | None:
 
     Raises:
         CacheRefused: its directory must not be trusted.
-        OSError: it cannot be made.
-        ValueError: ``CUTE_QUANT_CACHE`` makes no sense.
+        OSError: it cannot be looked at.
+        ValueError: ``CUTE_QUANT_CACHE`` or ``CUTE_QUANT_CACHE_DIR`` makes no sense.
     """
     chosen = mode()
     if chosen == "off":
         return None
     directory = default_directory().absolute()
     if not os.path.lexists(directory):
-        if chosen == "readonly":
+        existing = next(parent for parent in directory.parents if parent.exists())
+        if chosen == "readonly" or not os.access(existing, os.W_OK | os.X_OK):
             return None
-        try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                directory.mkdir(mode=0o700)
-        except OSError as error:
-            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-                return None
-            raise
+        check_parents(directory)
+        return Cache(directory, True)
     check_directory(directory)
     writable = bool(directory.stat().st_mode & stat.S_IWUSR) and os.access(directory, os.W_OK)
     return Cache(directory, writable and chosen == "on")
@@ -171,9 +166,18 @@ def check_directory(directory: Path) -> None:
     if status.st_mode & 0o077:
         permissions = stat.S_IMODE(status.st_mode)
         raise CacheRefused(f"{directory} has mode {permissions:04o}: chmod 700 it")
+    check_parents(directory)
+
+
+def check_parents(directory: Path) -> None:
+    """Refuse a directory, which need not exist yet, that somebody else may replace.
+
+    Raises:
+        CacheRefused, OSError: as of `check_directory`.
+    """
     # Both as it was named and as it is: either chain decides what the name will stand for. In a
     # directory with the sticky bit, such as /tmp, others cannot rename what is not theirs.
-    for parent in (*directory.resolve().parents, *directory.parents):
+    for parent in filter(Path.exists, (*directory.resolve().parents, *directory.parents)):
         status = parent.stat()
         if status.st_uid not in (0, os.geteuid()):
             raise CacheRefused(
@@ -185,6 +189,20 @@ def check_directory(directory: Path) -> None:
             raise CacheRefused(
                 f"{directory} lies in {parent}, which {who} may write to: use another directory"
             )
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory and its parents for the user alone, whatever the umask is.
+
+    Raises:
+        CacheRefused, OSError: as of `check_directory`, or it cannot be made.
+    """
+    missing = [path for path in (directory, *directory.parents) if not os.path.lexists(path)]
+    for path in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+    if missing:
+        check_directory(directory)
 
 
 class Cache:
@@ -240,6 +258,7 @@ class Cache:
             OSError: it cannot be written.
         """
         sealed = objects.seal(content, {**record, "key": key})
+        make_directory(self.directory)
         descriptor, name = tempfile.mkstemp(TEMPORARY_SUFFIX, key + ".", self.directory)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -263,6 +282,7 @@ class Cache:
             TimeoutError: another process holds it for too long.
             OSError: the file system has no locks.
         """
+        make_directory(self.directory)
         path = self.directory / (key + LOCK_SUFFIX)
         deadline = time.monotonic() + (self._patience if wait else 0.0)
         while True:

@@ -299,7 +299,11 @@ def test_default_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     store = cache.open_cache()
     assert store.directory == tmp_path / "xdg" / "cute_quant" and store.writable
-    assert stat.S_IMODE(store.directory.stat().st_mode) == 0o700
+    # Who only looks makes nothing.
+    assert not store.entries() and store.clear() == 0 and not (tmp_path / "xdg").exists()
+    store.store(KEY, b"content", RECORD)
+    for made in (store.directory, store.directory.parent):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
 
 
 def test_directory_variable(monkeypatch, tmp_path):
