@@ -41,6 +41,7 @@ SUFFIX = ".so"
 LOCK_SUFFIX = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
 LEFT_BY_CRASHES = (LOCK_SUFFIX, TEMPORARY_SUFFIX)
+OURS = (SUFFIX, *LEFT_BY_CRASHES)
 
 LOCK_SECONDS = 10.0
 """How long one process waits for another that compiles the same kernel, which takes 0.2 to 2 s."""
@@ -98,7 +99,10 @@ def key(spec: Spec, arch: str, options: str) -> str:
 def default_directory() -> Path:
     """``CUTE_QUANT_CACHE_DIR``, or a directory of the user's cache."""
     if os.environ.get(DIRECTORY_VARIABLE):
-        return Path(os.environ[DIRECTORY_VARIABLE])
+        directory = Path(os.environ[DIRECTORY_VARIABLE]).expanduser()
+        if not directory.is_absolute():
+            raise ValueError(f"{DIRECTORY_VARIABLE}: expected an absolute path, got {directory}")
+        return directory
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "cute_quant"
 
@@ -120,24 +124,19 @@ def open_cache() -> Cache | None:
 
     Raises:
         CacheRefused: its directory must not be trusted.
-        OSError: it cannot be made.
-        ValueError: ``CUTE_QUANT_CACHE`` makes no sense.
+        OSError: it cannot be looked at.
+        ValueError: ``CUTE_QUANT_CACHE`` or ``CUTE_QUANT_CACHE_DIR`` makes no sense.
     """
     chosen = mode()
     if chosen == "off":
         return None
     directory = default_directory().absolute()
     if not os.path.lexists(directory):
-        if chosen == "readonly":
+        existing = next(parent for parent in directory.parents if parent.exists())
+        if chosen == "readonly" or not os.access(existing, os.W_OK | os.X_OK):
             return None
-        try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                directory.mkdir(mode=0o700)
-        except OSError as error:
-            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-                return None
-            raise
+        check_parents(directory)
+        return Cache(directory, True)
     check_directory(directory)
     writable = bool(directory.stat().st_mode & stat.S_IWUSR) and os.access(directory, os.W_OK)
     return Cache(directory, writable and chosen == "on")
@@ -167,14 +166,43 @@ def check_directory(directory: Path) -> None:
     if status.st_mode & 0o077:
         permissions = stat.S_IMODE(status.st_mode)
         raise CacheRefused(f"{directory} has mode {permissions:04o}: chmod 700 it")
+    check_parents(directory)
+
+
+def check_parents(directory: Path) -> None:
+    """Refuse a directory, which need not exist yet, that somebody else may replace.
+
+    Raises:
+        CacheRefused, OSError: as of `check_directory`.
+    """
     # Both as it was named and as it is: either chain decides what the name will stand for. In a
     # directory with the sticky bit, such as /tmp, others cannot rename what is not theirs.
-    for parent in (*directory.resolve().parents, *directory.parents):
-        permissions = parent.stat().st_mode
-        if permissions & stat.S_IWOTH and not permissions & stat.S_ISVTX:
+    for parent in filter(Path.exists, (*directory.resolve().parents, *directory.parents)):
+        status = parent.stat()
+        if status.st_uid not in (0, os.geteuid()):
             raise CacheRefused(
-                f"{directory} lies in {parent}, which anybody may write to: use another directory"
+                f"{directory} lies in {parent}, which belongs to user {status.st_uid}: "
+                f"use another directory"
             )
+        if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+            who = "anybody" if status.st_mode & stat.S_IWOTH else f"group {status.st_gid}"
+            raise CacheRefused(
+                f"{directory} lies in {parent}, which {who} may write to: use another directory"
+            )
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory and its parents for the user alone, whatever the umask is.
+
+    Raises:
+        CacheRefused, OSError: as of `check_directory`, or it cannot be made.
+    """
+    missing = [path for path in (directory, *directory.parents) if not os.path.lexists(path)]
+    for path in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+    if missing:
+        check_directory(directory)
 
 
 class Cache:
@@ -230,6 +258,7 @@ class Cache:
             OSError: it cannot be written.
         """
         sealed = objects.seal(content, {**record, "key": key})
+        make_directory(self.directory)
         descriptor, name = tempfile.mkstemp(TEMPORARY_SUFFIX, key + ".", self.directory)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -243,7 +272,7 @@ class Cache:
         return self.path(key)
 
     @contextlib.contextmanager
-    def lock(self, key: str) -> Iterator[None]:
+    def lock(self, key: str, wait: bool = True) -> Iterator[None]:
         """Hold the lock of a key; others who ask for it wait.
 
         Who has waited in vain does not wait again, for any key: what holds one lock, a process that
@@ -253,13 +282,14 @@ class Cache:
             TimeoutError: another process holds it for too long.
             OSError: the file system has no locks.
         """
+        make_directory(self.directory)
         path = self.directory / (key + LOCK_SUFFIX)
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + (self._patience if wait else 0.0)
         while True:
             flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(path, flags, 0o600)
             try:
-                self._wait(descriptor, path, deadline)
+                self._wait(descriptor, path, deadline, wait)
                 # Whoever held it may have removed the file, and a third made another.
                 if os.fstat(descriptor).st_nlink:
                     for left in self.directory.glob(f"{key}.*{TEMPORARY_SUFFIX}"):
@@ -273,16 +303,16 @@ class Cache:
             finally:
                 os.close(descriptor)
 
-    def _wait(self, descriptor: int, path: Path, deadline: float) -> None:
+    def _wait(self, descriptor: int, path: Path, deadline: float, wait: bool) -> None:
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    waited, self._patience = self._patience, 0.0
+                    waited, self._patience = self._patience, 0.0 if wait else self._patience
                     message = f"another process held {path} for {waited:.0f} s"
-                    if waited:
+                    if waited and wait:
                         log.warning("compiled without the disk cache: %s", message)
                     raise TimeoutError(message) from None
                 time.sleep(POLL_SECONDS)
@@ -304,35 +334,57 @@ class Cache:
     def clear(self) -> int:
         """Remove all entries, and what crashed processes left; returns how many entries.
 
+        Those that another process is about to write stay, and so does what is no regular file.
+
         Raises:
             OSError: it cannot be written.
         """
-        removed = 0
-        for path in self.directory.iterdir():
-            if path.suffix in (SUFFIX, *LEFT_BY_CRASHES):
-                path.unlink(missing_ok=True)
-                removed += path.suffix == SUFFIX
-        return removed
+        names = [entry.name for entry in self._files() if entry.name.endswith(OURS)]
+        return sum(self._remove(key) for key in sorted({name.split(".")[0] for name in names}))
+
+    def _remove(self, key: str) -> bool:
+        """Remove the files of a key unless its lock is held; returns whether there was an entry."""
+        try:
+            with self.lock(key, wait=False):
+                path = self.path(key)
+                if not path.is_file() or path.is_symlink():
+                    return False
+                path.unlink()
+                return True
+        except (TimeoutError, FileNotFoundError, IsADirectoryError):
+            return False
+
+    def _files(self) -> list[os.DirEntry]:
+        """The regular files."""
+        try:
+            with os.scandir(self.directory) as entries:
+                return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+        except FileNotFoundError:
+            return []
 
     def _trim(self, keep: Path) -> None:
         """Remove what was not used for longest, as far as there is too much."""
         total, files = 0, []
         stale = time.time() - STALE_SECONDS
-        for entry in os.scandir(self.directory):
+        for entry in self._files():
             with contextlib.suppress(OSError):
                 status = entry.stat(follow_symlinks=False)
                 if entry.name.endswith(SUFFIX):
                     total += status.st_size
-                    files.append((status.st_mtime, status.st_size, entry.path))
+                    files.append((status.st_mtime, status.st_size, entry.name))
                 elif entry.name.endswith(LEFT_BY_CRASHES) and status.st_mtime < stale:
-                    os.unlink(entry.path)
-        for _, size, path in sorted(files):
+                    self._remove_stale(entry.name)
+        for _, size, name in sorted(files):
             if total <= MAX_BYTES:
                 break
-            if path != str(keep):
+            if name != keep.name:
                 with contextlib.suppress(OSError):
-                    os.unlink(path)
-                total -= size
+                    total -= size * self._remove(name.split(".")[0])
+
+    def _remove_stale(self, name: str) -> None:
+        # Who takes the lock removes what the last one left, and at the end the lock.
+        with self.lock(name.split(".")[0], wait=False):
+            pass
 
 
 def _record(path: Path) -> dict[str, str]:

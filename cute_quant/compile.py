@@ -146,7 +146,7 @@ def _cached(spec: Spec, arch: str) -> Callable[..., None] | None:
 
     None if there is no cache or it fails: it must not be what breaks a call.
     """
-    if toolchain.installed_dsl() is None:
+    if toolchain.installed_dsl() is None or toolchain.asks_for_output():
         return None
     try:
         store = _cache()

@@ -153,6 +153,16 @@ def dsl_variables() -> dict[str, str]:
     }
 
 
+def asks_for_output() -> bool:
+    """Whether CuTe DSL is asked to keep, dump or print something: only compiling does that."""
+    asked = ("CUTE_DSL_KEEP", "CUTE_DSL_DUMP", "CUTE_DSL_PRINT")
+    return any(
+        name.startswith(asked) and value.strip().lower() not in ("", "0", "false", "off", "no")
+        for name, value in dsl_variables().items()
+        if name != "CUTE_DSL_DUMP_DIR"  # only says where
+    )
+
+
 def versions() -> dict[str, str | None]:
     """Versions that what is compiled here depends on."""
     dsl = installed_dsl()

@@ -299,7 +299,40 @@ def test_default_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     store = cache.open_cache()
     assert store.directory == tmp_path / "xdg" / "cute_quant" and store.writable
-    assert stat.S_IMODE(store.directory.stat().st_mode) == 0o700
+    # Who only looks makes nothing.
+    assert not store.entries() and store.clear() == 0 and not (tmp_path / "xdg").exists()
+    store.store(KEY, b"content", RECORD)
+    for made in (store.directory, store.directory.parent):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
+
+
+def test_directory_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CUTE_QUANT_CACHE_DIR", "~/mine")
+    assert cache.default_directory() == tmp_path / "mine"
+    monkeypatch.setenv("CUTE_QUANT_CACHE_DIR", "mine")
+    with pytest.raises(ValueError, match="CUTE_QUANT_CACHE_DIR: expected an absolute path"):
+        cache.default_directory()
+
+
+@pytest.mark.parametrize("change", [lambda p: p.chmod(0o770), lambda p: os.chown(p, 12345, -1)])
+def test_parents_that_others_may_change(tmp_path, change):
+    inner = tmp_path / "shared" / "mine"
+    inner.mkdir(parents=True, mode=0o700)
+    if os.geteuid():
+        pytest.skip("needs root")
+    change(inner.parent)
+    with pytest.raises(CacheRefused, match=f"lies in {inner.parent}, which"):
+        cache.check_directory(inner)
+
+
+@pytest.mark.parametrize("name", ["CUTE_DSL_KEEP", "CUTE_DSL_KEEP_PTX", "CUTE_DSL_PRINT_IR"])
+def test_output_asked_of_the_compiler_bypasses_the_cache(monkeypatch, name):
+    monkeypatch.setattr(compile, "_cache", lambda: pytest.fail("asked for the cache"))
+    monkeypatch.setenv(name, "1")
+    assert compile._cached(SPEC, ARCH) is None
+    monkeypatch.setenv(name, "0")
+    assert not toolchain.asks_for_output()
 
 
 # Crashes and races.
@@ -484,12 +517,33 @@ def test_entries_and_clear(directory):
     store = Cache(directory, True)
     store.store(KEY, b"content", {"name": "a", "arch": "b"})
     (directory / "broken.so").write_bytes(b"")
-    (directory / "left.tmp").write_bytes(b"")
+    (directory / "left.1.tmp").write_bytes(b"")
     (directory / "not ours").write_bytes(b"")
     records = {entry.path.stem: entry.record for entry in store.entries()}
     assert records == {KEY: {"name": "a", "arch": "b", "key": KEY}, "broken": None}
     assert store.clear() == 2
     assert [path.name for path in directory.iterdir()] == ["not ours"]
+
+
+def test_clear_leaves_what_is_in_use_or_no_file(directory):
+    store = Cache(directory, True)
+    for name in ("a", "b"):
+        store.store(name, b"content", RECORD)
+    (directory / "dir.so").mkdir()
+    with store.lock("a"):
+        assert store.clear() == 1
+        assert {path.name for path in directory.iterdir()} == {"a.so", "a.lock", "dir.so"}
+
+
+def test_trimming_leaves_what_is_in_use(directory, monkeypatch):
+    monkeypatch.setattr(cache, "MAX_BYTES", 100)
+    store = Cache(directory, True)
+    store.store("a", bytes(1000), RECORD)
+    with store.lock("a"):
+        store.store("b", bytes(1000), RECORD)
+        assert store.path("a").exists()
+    store.store("c", bytes(1000), RECORD)
+    assert [path.name for path in directory.iterdir()] == ["c.so"]
 
 
 # The key.
