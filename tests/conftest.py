@@ -1,10 +1,16 @@
 """Devices: every contract test runs on the CPU, and on a GPU where there is one. The user's disk
 cache is left alone."""
 
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.emulator.quantizer import Kernels
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -30,3 +36,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """What the emulator runs, each compiled once in a session."""
+    # CuTe DSL takes a second to import, and most tests need none of it.
+    from tests.emulator.host import C_COMPILER
+    from tests.emulator.quantizer import Kernels
+
+    if C_COMPILER is None:
+        pytest.skip("needs a C compiler")
+    return Kernels(lambda: tmp_path_factory.mktemp("kernel"))

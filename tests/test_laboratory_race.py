@@ -6,16 +6,11 @@ import torch
 from cute_quant import compile
 from cute_quant.laboratory import make_layout, race, timing
 from cute_quant.laboratory.sweep import sweep
-from tests.emulator.host import C_COMPILER
-from tests.emulator.quantizer import Kernels
 
 
 @pytest.fixture
-def emulated(monkeypatch, tmp_path_factory):
+def emulated(monkeypatch, kernels):
     """A GPU that takes a second for each call of a graph, but 2 for two rows a thread."""
-    if C_COMPILER is None:
-        pytest.skip("needs a C compiler")
-    kernels = Kernels(lambda: tmp_path_factory.mktemp("kernel"))
     timed = []
 
     def function(spec, arch):

@@ -8,8 +8,6 @@ from cute_quant.formats import DEFAULT_MIN_SCALE, WHOLE_ROW, make_format, scale_
 from cute_quant.laboratory.machine_code import machine_code
 from cute_quant.specs import ALONG, DOWN, LOAD_HINTS, Access, Domain, QuantizeSpec, Tile
 from tests.emulator.cases import ARCHITECTURES, assert_same_storage, special_groups
-from tests.emulator.host import C_COMPILER
-from tests.emulator.quantizer import Kernels
 from tests.helpers import FLOAT32, UE8M0, poisoned_scales, poisoned_values
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -34,13 +32,6 @@ TILES = {
     "row-major": (Tile(8, 2, 1, 2), ROW_MAJOR, FP32, Access(32, 8)),
     **{hint: (Tile(), UE8M0, BF16, Access(load_hint=hint)) for hint in LOAD_HINTS},
 }
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> Kernels:
-    if C_COMPILER is None:
-        pytest.skip("needs a C compiler")
-    return Kernels(lambda: tmp_path_factory.mktemp("kernel"))
 
 
 def check(kernels, arch, tile, fmt, dtype, access, mn, k, batch=()):
