@@ -3,12 +3,14 @@
     python -m bench.starts
 
 Medians of 10 processes each, from the end of `import torch` on. Without a GPU until the kernel is
-there to be called; with one also to its first result, the GPU being awake.
+there to be called; with one also to its first result, the GPU being awake. Processes prepare
+together and are measured one after another. Modules have bytecode, as pip leaves them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -32,6 +34,8 @@ gpu = torch.cuda.is_available()
 if gpu:
     x = torch.randn(64, 7168, dtype=torch.bfloat16, device="cuda")
     torch.cuda.synchronize()
+print("ready", flush=True)
+sys.stdin.readline()
 start = time.perf_counter()
 import cute_quant
 imported = time.perf_counter()
@@ -47,17 +51,35 @@ end = time.perf_counter()
 print(json.dumps([imported - start, end - start, "cutlass" in sys.modules]))
 """
 
+Start = tuple[float, float, bool]
+"""Seconds to the end of the import and to that of the first call; whether it compiled."""
 
-def measure(**variables: str) -> tuple[float, float, bool]:
-    """Seconds to the end of the import and to that of the first call; whether it compiled."""
-    done = subprocess.run(
-        [sys.executable, "-c", START],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return tuple(json.loads(done.stdout))
+
+def measure(variables: list[dict[str, str]]) -> list[Start]:
+    """Starts of a process for each set of environment variables."""
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", START],
+                    env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", **own},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for own in variables
+        ]
+        for process in processes:
+            process.stdout.readline()
+        return [_start(process) for process in processes]
+
+
+def _start(process: subprocess.Popen) -> Start:
+    out, _ = process.communicate("go\n")
+    if process.returncode:
+        sys.exit(f"bench.starts: a process ended with {process.returncode}")
+    return tuple(json.loads(out))
 
 
 def main() -> None:
@@ -71,22 +93,17 @@ def main() -> None:
         kernels = directory / "kernels"
         if cli.main(["build", "--kernel", KERNEL, "-o", str(kernels)]):
             sys.exit("bench.starts: nothing was built")
-        warm = {"CUTE_QUANT_CACHE_DIR": str(directory / "warm"), "CUTE_QUANT_AOT_DIR": ""}
-        measure(**warm)
-        kinds = {
-            "cold": [
-                {**warm, "CUTE_QUANT_CACHE_DIR": str(directory / f"{i}")} for i in range(count)
-            ],
-            "warm": [warm] * count,
-            "built ahead": [
-                {"CUTE_QUANT_AOT_DIR": str(kernels), "CUTE_QUANT_CACHE": "off"}
-                for _ in range(count)
-            ],
-        }
+        # A first process of each kind that is not counted writes bytecode and fills the cache.
+        cold = [
+            {"CUTE_QUANT_CACHE_DIR": str(directory / f"{i}"), "CUTE_QUANT_AOT_DIR": ""}
+            for i in range(count + 1)
+        ]
+        ahead = {"CUTE_QUANT_AOT_DIR": str(kernels), "CUTE_QUANT_CACHE": "off"}
+        kinds = {"cold": cold, "warm": cold[:1] * count, "built ahead": [ahead] * (count + 1)}
         until = "first result" if torch.cuda.is_available() else "kernel loaded"
         print(f"milliseconds after import torch, medians of {count} processes (least, most)")
-        for kind, all_variables in kinds.items():
-            runs = [measure(**variables) for variables in all_variables]
+        for kind, variables in kinds.items():
+            runs = measure(variables)[-count:]
             columns = []
             for label, values in (("import", 0), (until, 1)):
                 times = [1e3 * run[values] for run in runs]

@@ -6,11 +6,13 @@ built from and for, and which file holds which kernel.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import json
 import logging
+import mmap
 import os
 import platform
 import shutil
@@ -20,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cute_quant import library, naming, objects, toolchain
 from cute_quant.specs import Spec
@@ -61,21 +63,48 @@ class Directory:
         record = objects.read_record(_read_trusted(path))
         if record != kernel:
             raise objects.CorruptObject("it holds another kernel than the manifest says")
-        self._load_runtime()
+        if self.runtime_digest is not None:
+            _load_runtime(self.path / toolchain.RUNTIME_NAME, self.runtime_digest)
+        else:
+            _load_installed_runtime()
         return library.load_function(path, kernel["symbol"])
 
-    def _load_runtime(self) -> None:
-        """Load the runtime library of the directory, or that of an installed CuTe DSL."""
-        if self.runtime_digest is not None:
-            path = self.path / toolchain.RUNTIME_NAME
-            if hashlib.sha256(_read_trusted(path)).hexdigest() != self.runtime_digest:
-                raise ValueError(f"{path}: expected the digest that the manifest has, got another")
-            library.load_runtime(path)
-            return
-        dsl = toolchain.installed_dsl()
-        if dsl is None:
-            raise FileNotFoundError(f"it was built without {toolchain.RUNTIME_NAME}: see --runtime")
-        library.load_runtime(dsl.runtime)
+
+@functools.cache
+def _load_runtime(path: Path, digest: str) -> None:
+    """Load the runtime library of a directory.
+
+    Raises:
+        ValueError: it has another digest.
+        OSError: it is not there, or does not load here.
+    """
+    # Of 43 MB it takes as long as the import, and needs no lock of the interpreter.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        actual = thread.submit(_digest, path)
+        library.import_tvm_ffi()
+    if actual.result() != digest:
+        raise ValueError(f"{path}: expected the digest that the manifest has, got another")
+    library.load_runtime(path)
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file that is loaded.
+
+    Raises:
+        ValueError, OSError: as of `_open_trusted`, or it is empty.
+    """
+    with (
+        _open_trusted(path) as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return hashlib.sha256(content).hexdigest()
+
+
+def _load_installed_runtime() -> None:
+    dsl = toolchain.installed_dsl()
+    if dsl is None:
+        raise FileNotFoundError(f"it was built without {toolchain.RUNTIME_NAME}: see --runtime")
+    library.load_runtime(dsl.runtime)
 
 
 _loaded: list[Directory] = []
@@ -192,19 +221,33 @@ def _check_parents(path: Path) -> None:
             raise ValueError(f"{path}: expected no parent that others may write to, got {parent}")
 
 
-def _read_trusted(path: Path) -> bytes:
-    """The content of a file that is loaded.
+def _open_trusted(path: Path) -> BinaryIO:
+    """A file that is loaded, to be read.
 
     Raises:
         ValueError: it is no regular file, or somebody else may have written it.
         OSError: it cannot be read.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with os.fdopen(os.open(path, flags), "rb") as file:
+    file = os.fdopen(os.open(path, flags), "rb")
+    try:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path}: expected a regular file")
         _check_trusted(path, status)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _read_trusted(path: Path) -> bytes:
+    """The content of a file that is loaded.
+
+    Raises:
+        ValueError, OSError: as of `_open_trusted`.
+    """
+    with _open_trusted(path) as file:
         return file.read()
 
 

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+
+
+def import_tvm_ffi() -> ModuleType:
+    """What loads functions. It takes 25 ms to import, and who only has CPUs need not have it.
+
+    Raises:
+        ImportError: apache-tvm-ffi is not installed.
+    """
+    return importlib.import_module("tvm_ffi")
 
 
 def load_function(path: Path, symbol: str) -> Callable[..., None]:
@@ -15,10 +26,7 @@ def load_function(path: Path, symbol: str) -> Callable[..., None]:
         ImportError: apache-tvm-ffi is not installed.
         RuntimeError, AttributeError: the object does not load here, or has no such function.
     """
-    # It takes 25 ms to import, and who only has CPUs need not have it.
-    import tvm_ffi
-
-    return tvm_ffi.load_module(path)[symbol]
+    return import_tvm_ffi().load_module(path)[symbol]
 
 
 @functools.cache

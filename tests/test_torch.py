@@ -26,6 +26,7 @@ from cute_quant.rows import to_operands
 from tests.helpers import (
     EVERY_DTYPE,
     FORMATS,
+    UE8M0,
     all_formats,
     assert_same_bits,
     bits,
@@ -706,6 +707,78 @@ def test_compiled_numbers_are_rounded(dynamic, device):
     for number in (7, 8, 0.1, 1.702):
         for result, wanted in zip(compiled(x, number), call(x, number), strict=True):
             assert_same_bits(result, wanted)
+
+
+WRITERS = {
+    "quantize_out": ("x",),
+    "silu_mul_quantize_out": ("gate_up", "weight"),
+    "rms_norm_quantize": ("x", "weight", "residual"),
+    "rms_norm_quantize_out": ("x", "weight", "residual"),
+}
+"""Operators that write to arguments, and what they only read that may want a gradient."""
+
+
+def writer_arguments(name, device):
+    """Of an operator of `WRITERS`: of its tensors by name, and the others."""
+    fmt = UE8M0
+    q, sf = poisoned_values(4, 128, device), poisoned_scales(fmt, 4, 128, device)
+    if name.startswith("rms_norm"):
+        x, _, column, residual = prologue_inputs(4, 128, device=device)
+        tensors = {"x": x, "weight": column, "residual": residual}
+        tensors |= {"residual_out": torch.empty_like(x), "normalized": torch.empty_like(x)}
+        if name.endswith("_out"):
+            tensors |= {"q": q, "sf": sf}
+        return tensors, (*operands(fmt), 1e-6, 0.0, "fused")
+    if name.startswith("silu_mul"):
+        gate_up, row, *_ = prologue_inputs(4, 256, device=device)
+        others = (*operands(fmt), False, None, 1.0, 0.0, "fused", row)
+        return {"gate_up": gate_up, "q": q, "sf": sf}, others
+    return {"x": activations(4, device)[:, :128], "q": q, "sf": sf}, operands(fmt)
+
+
+@pytest.mark.parametrize(("name", "wants"), [(n, w) for n, all_ in WRITERS.items() for w in all_])
+def test_operators_that_write_refuse_gradients_at_once(name, wants, device):
+    tensors, others = writer_arguments(name, device)
+    if wants in tensors:
+        tensors[wants].requires_grad_()
+    else:
+        others[-1].requires_grad_()
+    operator = getattr(torch.ops.cute_quant, name)
+    with pytest.raises(RuntimeError, match=f"^{wants}: .* not differentiable"):
+        operator(*tensors.values(), *others)
+    with torch.no_grad():
+        operator(*tensors.values(), *others)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_autograd_knows_what_operators_write(name, device):
+    tensors, others = writer_arguments(name, device)
+    before = {argument: t._version for argument, t in tensors.items()}
+    getattr(torch.ops.cute_quant, name)(*tensors.values(), *others)
+    written = {argument for argument, t in tensors.items() if t._version > before[argument]}
+    assert written == tensors.keys() - {"x", "gate_up", "weight", "residual"}
+
+
+def test_autograd_knows_what_calls_write(device):
+    x, _, column, residual = prologue_inputs(4, 128, device=device)
+    factor = torch.ones_like(residual, requires_grad=True)
+    saved = residual * factor
+    rms_norm_quantize(x, column, residual=residual)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+    out = torch.empty_like(x)
+    for call in (
+        lambda: fake_quantize(x, out=out),
+        lambda: rms_norm_quantize(x, column, residual=residual, out=(None, None, out)),
+        lambda: rms_norm_quantize(x, column, normalized=out),
+    ):
+        before = out._version
+        call()
+        assert out._version > before
+    q, sf = quantize(x)
+    before = q._version, sf._version
+    quantize(x, out=(q, sf))
+    assert q._version > before[0] and sf._version > before[1]
 
 
 def test_compiled_prologues_have_no_gradient(device):
