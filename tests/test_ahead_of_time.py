@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import cute_quant
-from cute_quant import ahead_of_time, cli, compile, execution, naming, objects, presets, toolchain
+from cute_quant import ahead_of_time, cli, compile, naming, objects, presets, selection, toolchain
 from cute_quant.formats import Format
 from cute_quant.prologues import FUSED, Prologue, make_rms_norm, make_silu_mul
 from cute_quant.rows import Rows
@@ -474,7 +474,9 @@ class Asked(list):
             fmt.scale_shape(tuple(batch_shape), mn, k),
             fmt.scale_strides(tuple(batch_shape), mn, k),
         )
-        execution._kernel(x, (shape, strides), 0, scales, fmt, fmt.dtype, 94, rows, index, prologue)
+        selection.quantize_kernel(
+            x, (shape, strides), 0, scales, fmt, fmt.dtype, 94, rows, index, prologue
+        )
         return self.pop()
 
 

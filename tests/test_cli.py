@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cute_quant
-from cute_quant import cli, compile, execution, naming, presets
+from cute_quant import cli, compile, execution, naming, presets, selection
 from cute_quant.cache import Cache
 from cute_quant.commands import check
 from cute_quant.specs import DequantizeSpec, QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
@@ -289,7 +289,7 @@ def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
 
     def quantize_into(x, q, sf, fmt, floor, rows, index, prologue):
         result, scales = (q.shape, q.stride()), (sf.shape, sf.stride())
-        execution._kernel(
+        selection.quantize_kernel(
             x, result, q.data_ptr(), scales, fmt, fmt.dtype, floor, rows, index, prologue
         )
 

@@ -16,6 +16,7 @@ from cute_quant import (
     fake_quantize,
     quantize,
     rms_norm_quantize,
+    selection,
     silu_mul_quantize,
 )
 from cute_quant.compat import per_token_cast_to_fp8, per_token_group_quant_fp8_packed_for_deepgemm
@@ -580,7 +581,7 @@ def planned(monkeypatch):
     def kernel(x, q, address, sf, fmt, dtype, floor, *_):
         return lambda *arguments: launched.append(arguments), None, (floor,)
 
-    monkeypatch.setattr(execution, "_kernel", kernel)
+    monkeypatch.setattr(selection, "quantize_kernel", kernel)
     monkeypatch.setattr(execution, "_plans", {})
     return launched
 
@@ -631,7 +632,7 @@ def test_what_the_kernel_refuses_is_named(planned, monkeypatch):
         if arguments[1].dtype != torch.float8_e4m3fn:
             raise ValueError("Mismatched Tensor on argument #1")
 
-    monkeypatch.setattr(execution, "_kernel", lambda *_: (refuse, None, ()))
+    monkeypatch.setattr(selection, "quantize_kernel", lambda *_: (refuse, None, ()))
     quantize(x, out=(q, sf))
     with pytest.raises(TypeError, match="out q: expected a tensor of float8_e4m3fn, got uint8"):
         quantize(x, out=(q.view(torch.uint8), sf))
@@ -1072,7 +1073,7 @@ def test_gradients_of_prologues(device):
         ("x", lambda: norm(parameter(x))),
         ("weight", lambda: rms_norm_quantize(x, parameter(x[0]))),
         ("residual", lambda: norm(x, residual=parameter(x))),
-        ("gate_up and weight",
+        ("weight",
          lambda: operators.silu_mul_quantize(x, *choices, *silu_mul, parameter(weight))),
     ]  # fmt: skip
     for name, call in cases:
