@@ -20,9 +20,8 @@ import stat
 import struct
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from cute_quant import library, naming, objects, toolchain
 from cute_quant.specs import Spec
@@ -41,8 +40,7 @@ ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 _ELF_KIND = struct.Struct("<HH")
 
 
-@dataclass(frozen=True)
-class Directory:
+class Directory(NamedTuple):
     """A directory whose manifest was checked.
 
     Attributes:

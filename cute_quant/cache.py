@@ -19,8 +19,8 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cute_quant import naming, objects, toolchain
 from cute_quant.specs import Spec
@@ -55,8 +55,7 @@ class CacheRefused(RuntimeError):
     """A directory that code must not be loaded from."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """An object in the cache.
 
     Attributes:

@@ -92,7 +92,9 @@ def quantize(
     if out[0] is not None or out[1] is not None or prologue is not None:
         sf_bytes = plan.sf_bytes - missing_rows * sf.element_size()
         _check_disjoint(x, plan.x_bytes, q, plan.q_bytes, sf, sf_bytes, rows, index, prologue)
-        _mark_written(*out, *(() if prologue is None else prologue.writes.values()))
+        written = out if prologue is None else (*out, *prologue.writes.values())
+        # Autograd refuses to use what it saved of them.
+        increment_version([t for t in written if t is not None])
     if launch is None:
         return q, sf
     operands = x, q, sf, None if rows is None else rows.data, index
@@ -186,11 +188,6 @@ def _check_disjoint(
         reads += (checks.region(name, t) for name, t in prologue.reads.items())
         writes += (checks.region(name, t) for name, t in prologue.writes.items())
     checks.check_disjoint(reads, writes)
-
-
-def _mark_written(*tensors: torch.Tensor | None) -> None:
-    """Let autograd know that a kernel writes to these, so that it refuses to use what it saved."""
-    increment_version([t for t in tensors if t is not None])
 
 
 def _look_up_plan(
@@ -309,7 +306,7 @@ def fake_quantize(x: torch.Tensor, out: torch.Tensor | None, choices: tuple) -> 
     if not x.is_cuda:
         return out.copy_(reference.fake_quantize(x, fmt, floor))
     if x.numel():
-        _mark_written(out)
+        increment_version(out)
         result = out.shape, out.stride()
         function, views, numbers = selection.quantize_kernel(
             x, result, out.data_ptr(), None, fmt, x.dtype, floor

@@ -11,6 +11,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -76,8 +77,7 @@ def to_float32(value: float) -> float:
     return round(value / ulp) * ulp
 
 
-@dataclass(frozen=True)
-class ValueType:
+class ValueType(NamedTuple):
     """What a dtype of values is to the quantizer.
 
     Attributes:

@@ -7,8 +7,7 @@ A prologue holds the options and the further tensors of one call. What it comput
 from __future__ import annotations
 
 import numbers
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import NamedTuple
 
 import torch
 
@@ -25,8 +24,7 @@ MAX_ALPHA = 2.0**100
 """Which leaves room for its product with log2(e)."""
 
 
-@dataclass(frozen=True, eq=False)
-class SiluMul:
+class SiluMul(NamedTuple):
     """A gated activation: ``(up + beta) * gate * sigmoid(alpha * gate)``. Get one from
     :func:`make_silu_mul`.
 
@@ -45,8 +43,8 @@ class SiluMul:
     rounding: str
     weight: torch.Tensor | None
 
-    input_name: ClassVar[str] = "gate_up"
-    max_columns: ClassVar[int] = 2**21
+    input_name = "gate_up"
+    max_columns = 2**21
 
     def columns(self, columns: int) -> int:
         """Columns of the result of an input that has so many."""
@@ -78,8 +76,7 @@ class SiluMul:
         return {}
 
 
-@dataclass(frozen=True, eq=False)
-class RmsNorm:
+class RmsNorm(NamedTuple):
     """Rows over their root mean square, after a residual is added. Get one from
     :func:`make_rms_norm`.
 
@@ -101,8 +98,8 @@ class RmsNorm:
     residual_out: torch.Tensor | None
     normalized: torch.Tensor | None
 
-    input_name: ClassVar[str] = "x"
-    max_columns: ClassVar[int] = 2**15
+    input_name = "x"
+    max_columns = 2**15
 
     def columns(self, columns: int) -> int:
         """Columns of the result of an input that has so many."""

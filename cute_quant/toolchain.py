@@ -9,8 +9,8 @@ import importlib.util
 import os
 import platform
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +18,7 @@ RUNTIME_NAME = "libcute_dsl_runtime.so"
 """What objects call CUDA through; its name is also its SONAME, which they ask for."""
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(NamedTuple):
     """A processor that host code is made for.
 
     Attributes:
@@ -74,8 +73,7 @@ def this_host() -> Host:
     return HOSTS[platform.machine()]
 
 
-@dataclass(frozen=True)
-class Dsl:
+class Dsl(NamedTuple):
     """An installed CuTe DSL.
 
     Attributes:

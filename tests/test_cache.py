@@ -590,14 +590,14 @@ CHANGES = {
     "dsl flavour": lambda patch: change_dsl(patch, flavour="cu12"),
     "tvm-ffi": lambda patch: patch.setattr(toolchain, "tvm_ffi_version", lambda: "0.1.0"),
     "cpu": lambda patch: patch.setattr(
-        toolchain, "this_host", lambda: dataclasses.replace(toolchain.HOSTS["x86_64"], cpu="zen")
+        toolchain, "this_host", lambda: toolchain.HOSTS["x86_64"]._replace(cpu="zen")
     ),
     "variable": lambda patch: patch.setenv("CUTE_DSL_COMPILER_OPT", "x"),
 }
 
 
 def change_dsl(patch: pytest.MonkeyPatch, **changes: str) -> None:
-    changed = dataclasses.replace(toolchain.installed_dsl(), **changes)
+    changed = toolchain.installed_dsl()._replace(**changes)
     patch.setattr(toolchain, "installed_dsl", lambda: changed)
 
 
