@@ -1,13 +1,10 @@
-"""Checks of arguments: each failure names the argument, what was expected and what came."""
+"""Checks of calls: each failure names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from cute_quant.formats import (
     INPUT_DTYPES,
@@ -23,11 +20,18 @@ from cute_quant.formats import (
 )
 from cute_quant.prologues import Prologue, RmsNorm, SiluMul
 from cute_quant.rows import KINDS, Masked, PrefixSum, Rows
+from cute_quant.tensors import (
+    MAX_COLUMNS,
+    MAX_SIZE,
+    check_count,
+    check_device,
+    check_matrices,
+    check_operand,
+    check_rows_apart,
+    check_tensor,
+    check_written,
+)
 
-MAX_SIZE = 2**31 - 1
-MAX_COLUMNS = 2**20
-MAX_MATRICES = 2**31 - 2**16
-"""What a kernel counts with 32 bits and a sign, in steps of as many CTAs as a grid's y or z has."""
 ROWS_PER_TILE = 4
 """Of a CTA at least, so that no more tiles are counted."""
 MAX_SCALES = 2**32 - 1
@@ -63,13 +67,13 @@ def check_call(
     fmt = make_format(group_size, scale_format, round_scale, dtype)
     name = "x" if prologue is None else prologue.input_name
     check_tensor(name, x, INPUT_DTYPES)
-    _check_matrices(name, x, MAX_COLUMNS if prologue is None else prologue.max_columns)
+    check_matrices(name, x, MAX_COLUMNS if prologue is None else prologue.max_columns)
     resolve_min_scale(fmt, min_scale)
     batch_shape, mn = check_rows(rows, index, x, name)
     # The tiles of all experts are counted together.
     rows_per_tile = 1 if isinstance(prologue, RmsNorm) else ROWS_PER_TILE
     tiles = ceil_div(mn, rows_per_tile) if isinstance(rows, Masked) else 1
-    _check_count(name if index is None else "index", batch_shape, max(tiles, 1))
+    check_count(name if index is None else "index", batch_shape, max(tiles, 1))
     k = x.shape[-1]
     if prologue is not None:
         k = prologue.columns(k)
@@ -83,10 +87,10 @@ def check_call(
             f"got {mn} rows of {fmt.columns(k)}"
         )
     if q is not None:
-        _check_written("out q", q, dtype, x, name)
+        check_written("out q", q, dtype, x, name)
         _check_values_out(q, batch_shape, mn, k, exact=isinstance(rows, Masked))
     if sf is not None:
-        _check_written("out sf", sf, fmt.scale_dtype, x, name)
+        check_written("out sf", sf, fmt.scale_dtype, x, name)
         _check_scales_out(sf, fmt, batch_shape, mn, k)
     return Call(fmt, batch_shape, mn, k)
 
@@ -106,7 +110,7 @@ def _check_silu_mul(prologue: SiluMul, gate_up: torch.Tensor, shape: tuple[int, 
                 f"weight: expected shape {shape}, one for each row of the result, "
                 f"got {tuple(weight.shape)}"
             )
-        _check_operand("weight", weight, gate_up, "gate_up")
+        check_operand("weight", weight, gate_up, "gate_up")
 
 
 def _check_rms_norm(prologue: RmsNorm, x: torch.Tensor, every_row: bool) -> None:
@@ -122,7 +126,7 @@ def _check_rms_norm(prologue: RmsNorm, x: torch.Tensor, every_row: bool) -> None
             f"weight: expected shape ({x.shape[-1]},), one for each column of x, "
             f"got {tuple(weight.shape)}"
         )
-    _check_operand("weight", weight, x, "x")
+    check_operand("weight", weight, x, "x")
     for name, t in prologue.tensors.items():
         if t is None or name == "weight":
             continue
@@ -134,12 +138,12 @@ def _check_rms_norm(prologue: RmsNorm, x: torch.Tensor, every_row: bool) -> None
         # What is only read may be a parameter.
         if t is prologue.residual:
             check_tensor(name, t, (x.dtype,))
-            _check_device(name, t, x, "x")
+            check_device(name, t, x, "x")
         else:
-            _check_written(name, t, x.dtype, x, "x")
+            check_written(name, t, x.dtype, x, "x")
         if t.shape != x.shape:
             raise ValueError(f"{name}: expected shape {tuple(x.shape)}, got {tuple(t.shape)}")
-        _check_strides_out(name, t)
+        check_rows_apart(name, t)
 
 
 def check_fake_call(x: torch.Tensor, out: torch.Tensor | None, choices: tuple) -> Format:
@@ -160,68 +164,12 @@ def check_dequantize_call(
         raise TypeError(f"dtype: expected one of {INPUT_DTYPES}, got {dtype!r}")
     if q.device != sf.device:
         raise ValueError(f"sf: expected the device of q, {q.device}, got {sf.device}")
-    _check_matrices("q", q, MAX_COLUMNS)
+    check_matrices("q", q, MAX_COLUMNS)
     fmt = check_scales_of(sf, q, group_size)
     flat_batch("sf", sf.shape, sf.stride(), 1 if fmt.blocked else 2)
     if fmt.blocked and sf.shape[-1] > 1 and sf.stride(-1) != 1:
         raise ValueError(f"sf: expected the bytes of blocks to be contiguous, got {sf.stride()=}")
     return fmt
-
-
-def check_real(tensors: dict[str, torch.Tensor | None]) -> None:
-    """Check that values are in memory where they seem to be, by the names of the arguments."""
-    for name, t in tensors.items():
-        if t is None:
-            continue
-        if isinstance(t, FakeTensor):
-            raise TypeError(f"{name}: expected a tensor with memory, got {type(t).__name__}")
-        if not (t.is_cuda or t.is_cpu):
-            raise ValueError(
-                f"{name}: expected a tensor on a CUDA device or the CPU, got {t.device}"
-            )
-        if t.is_neg():
-            raise ValueError(f"{name}: expected values in memory, got a lazily negated view")
-
-
-def check_tensor(name: str, t: object, dtypes: Iterable[torch.dtype]) -> None:
-    """Check the type, dtype and layout of `t`."""
-    if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
-        raise TypeError(f"{name}: expected a tensor of {_names(dtypes)}, got {_kind(t)}")
-    if t.is_nested or t.layout is not torch.strided:
-        kind = "a nested tensor" if t.is_nested else f"layout {t.layout}"
-        raise TypeError(f"{name}: expected a strided tensor, got {kind}")
-
-
-def _check_matrices(name: str, t: torch.Tensor, max_columns: int) -> None:
-    """Check shape and strides of a tensor (..., mn, columns) to be read."""
-    if t.ndim < 2:
-        raise ValueError(
-            f"{name}: expected 2 or more dimensions (..., mn, k), got {tuple(t.shape)}"
-        )
-    mn, k = t.shape[-2:]
-    if mn > MAX_SIZE or k > max_columns:
-        raise ValueError(
-            f"{name}: expected up to {MAX_SIZE} rows of up to {max_columns}, "
-            f"got shape {tuple(t.shape)}"
-        )
-    if k > 1 and t.stride(-1) != 1:
-        raise ValueError(
-            f"{name}: expected neighbours in a row to be contiguous, got strides {t.stride()}"
-        )
-    if mn > 1 and t.stride(-2) * t.element_size() > MAX_SIZE:
-        raise ValueError(
-            f"{name}: expected a row stride up to {MAX_SIZE} bytes, got {t.stride(-2)} elements"
-        )
-    flat_batch(name, t.shape, t.stride())
-    _check_count(name, t.shape[:-2], 1)
-
-
-def _check_count(name: str, batch_shape: Iterable[int], tiles: int) -> None:
-    """Check that kernels can count the matrices, and the tiles of rows that each has, and go on by
-    as many as there are CTAs."""
-    matrices = math.prod(batch_shape)
-    if matrices * tiles > MAX_MATRICES:
-        raise ValueError(f"{name}: expected up to {MAX_MATRICES // tiles} matrices, got {matrices}")
 
 
 def check_rows(
@@ -241,7 +189,7 @@ def check_rows(
             )
         if index.ndim not in (1, 2):
             raise ValueError(f"index: expected 1 or 2 dimensions, got shape {tuple(index.shape)}")
-        _check_operand("index", index, x, input_name)
+        check_operand("index", index, x, input_name)
         *batch_shape, mn = index.shape
         if mn > MAX_SIZE:
             raise ValueError(f"index: expected up to {MAX_SIZE} rows, got {mn}")
@@ -264,7 +212,7 @@ def check_rows(
     if rows.data.ndim != 1 or (length is not None and rows.data.shape[0] != length):
         expected = "(G,), one for each group" if length is None else f"({length},)"
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(rows.data.shape)}")
-    _check_operand(name, rows.data, x, input_name)
+    check_operand(name, rows.data, x, input_name)
     if isinstance(rows, PrefixSum):
         alignment = rows.alignment
         if not isinstance(alignment, int) or isinstance(alignment, bool):
@@ -272,17 +220,6 @@ def check_rows(
         if not 0 < alignment <= MAX_SIZE:
             raise ValueError(f"rows.alignment: expected 1 to {MAX_SIZE}, got {alignment}")
     return tuple(batch_shape), mn
-
-
-def _check_device(name: str, t: torch.Tensor, x: torch.Tensor, input_name: str) -> None:
-    if t.device != x.device:
-        raise ValueError(f"{name}: expected the device of {input_name}, {x.device}, got {t.device}")
-
-
-def _check_operand(name: str, t: torch.Tensor, x: torch.Tensor, input_name: str) -> None:
-    _check_device(name, t, x, input_name)
-    if not t.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {t.stride()}")
 
 
 def check_counts(rows: Rows | None, index: torch.Tensor | None, tokens: int, mn: int) -> None:
@@ -335,7 +272,7 @@ def _check_values_out(
         raise ValueError(f"out q: expected shape ({expected}), got {shape}")
     if q.shape[-2] > MAX_SIZE:
         raise ValueError(f"out q: expected up to {MAX_SIZE} rows, got {q.shape[-2]}")
-    _check_strides_out("out q", q)
+    check_rows_apart("out q", q)
 
 
 def _check_scales_out(
@@ -355,40 +292,10 @@ def _check_scales_out(
 
 def check_fake_out(out: torch.Tensor, x: torch.Tensor) -> None:
     """Check a caller's result of `fake_quantize` against the input."""
-    _check_written("out", out, x.dtype, x, "x")
+    check_written("out", out, x.dtype, x, "x")
     if out.shape != x.shape:
         raise ValueError(f"out: expected shape {tuple(x.shape)}, got {tuple(out.shape)}")
-    _check_strides_out("out", out)
-
-
-def _check_written(
-    name: str, t: torch.Tensor, dtype: torch.dtype, x: torch.Tensor, input_name: str
-) -> None:
-    check_tensor(name, t, (dtype,))
-    if t.requires_grad:
-        raise ValueError(f"{name}: expected a tensor that requires no gradient, got one that does")
-    _check_device(name, t, x, input_name)
-
-
-def _check_strides_out(name: str, t: torch.Tensor) -> None:
-    """Check that the rows of `t` (..., rows, k) are contiguous and do not overlap."""
-    if t.numel() == 0:
-        return
-    batch, batch_stride = flat_batch(name, t.shape, t.stride())
-    rows, k = t.shape[-2:]
-    row_stride = t.stride(-2) if rows > 1 else k
-    good = (k == 1 or t.stride(-1) == 1) and row_stride * t.element_size() <= MAX_SIZE
-    dimensions = ((row_stride, rows), (batch_stride, batch))
-    extent = k
-    for stride, size in dimensions if row_stride <= batch_stride else dimensions[::-1]:
-        if size > 1:
-            good = good and stride >= extent
-            extent = extent + (size - 1) * stride
-    if not good:
-        raise ValueError(
-            f"{name}: expected strides (..., {k} or more, 1), so that rows are contiguous, at most "
-            f"{MAX_SIZE} bytes apart, and do not overlap, got {t.stride()}"
-        )
+    check_rows_apart("out", out)
 
 
 def check_scales_of(sf: torch.Tensor, q: torch.Tensor, group_size: int) -> Format:
@@ -408,44 +315,3 @@ def check_scales_of(sf: torch.Tensor, q: torch.Tensor, group_size: int) -> Forma
             f"group_size={group_size}, got shape {tuple(sf.shape)}"
         )
     return fmt
-
-
-Region = tuple[str, int, int]
-"""Memory of an argument: its name, address and bytes."""
-
-
-def region(name: str, t: torch.Tensor) -> Region:
-    return name, t.data_ptr(), span(t)
-
-
-def check_disjoint(reads: list[Region], writes: list[Region]) -> None:
-    """Check that no byte to be written belongs to another of the tensors."""
-    others = list(reads)
-    for name, start, nbytes in writes:
-        for other, other_start, other_bytes in others:
-            overlaps = start < other_start + other_bytes and other_start < start + nbytes
-            if overlaps and nbytes and other_bytes:
-                raise ValueError(
-                    f"{name}: expected memory of its own, got memory that overlaps {other}"
-                )
-        others.append((name, start, nbytes))
-
-
-def span(t: torch.Tensor) -> int:
-    """Bytes from the first element of a tensor to its last."""
-    if t.numel() == 0:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return (last + 1) * t.element_size()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _names(dtypes: Iterable[torch.dtype]) -> str:
-    return " or ".join(map(_name, dtypes))
-
-
-def _kind(value: object) -> str:
-    return _name(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__

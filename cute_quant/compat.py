@@ -6,7 +6,6 @@ import numbers
 
 import torch
 
-from cute_quant.checks import check_tensor
 from cute_quant.formats import (
     DEFAULT_MIN_SCALE,
     E4M3_MAX,
@@ -17,6 +16,7 @@ from cute_quant.formats import (
     to_float32,
 )
 from cute_quant.ops import quantize
+from cute_quant.tensors import check_tensor
 
 __all__ = ["per_token_cast_to_fp8", "per_token_group_quant_fp8_packed_for_deepgemm"]
 

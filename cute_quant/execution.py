@@ -20,6 +20,7 @@ from cute_quant.formats import (
 from cute_quant.prologues import Prologue
 from cute_quant.rows import Rows
 from cute_quant.selection import View, as_viewed
+from cute_quant.tensors import check_disjoint, check_real, region, span
 
 
 class _Plan(NamedTuple):
@@ -129,10 +130,10 @@ def _quantize_on_cpu(
     if sf is None:
         sf = fmt.empty_scales(batch_shape, mn, k, x.device)
     if given:
-        sf_bytes = checks.span(sf)
+        sf_bytes = span(sf)
         if sf_bytes and fmt.mn_major:
             sf_bytes += (last_column_rows(sf) - mn) * sf.element_size()
-        _check_disjoint(x, checks.span(x), q, checks.span(q), sf, sf_bytes, rows, index, prologue)
+        _check_disjoint(x, span(x), q, span(q), sf, sf_bytes, rows, index, prologue)
     reference.quantize_into(x, q, sf, fmt, scale_floor(fmt, choices[-1]), rows, index, prologue)
     return q, sf
 
@@ -153,7 +154,7 @@ def _check(
         tensors[f"rows.{rows.data_name}"] = rows.data
     if prologue is not None:
         tensors |= prologue.tensors
-    checks.check_real(tensors)
+    check_real(tensors)
     return call
 
 
@@ -181,13 +182,13 @@ def _check_disjoint(
     reads = [(name, start, x_bytes)]
     writes = [("out q", q_start, q_bytes), ("out sf", sf_start, sf_bytes)]
     if index is not None:
-        reads.append(checks.region("index", index))
+        reads.append(region("index", index))
     if rows is not None:
-        reads.append(checks.region(f"rows.{rows.data_name}", rows.data))
+        reads.append(region(f"rows.{rows.data_name}", rows.data))
     if prologue is not None:
-        reads += (checks.region(name, t) for name, t in prologue.reads.items())
-        writes += (checks.region(name, t) for name, t in prologue.writes.items())
-    checks.check_disjoint(reads, writes)
+        reads += (region(name, t) for name, t in prologue.reads.items())
+        writes += (region(name, t) for name, t in prologue.writes.items())
+    check_disjoint(reads, writes)
 
 
 def _look_up_plan(
@@ -281,8 +282,8 @@ def _plan(
         q_strides,
         sf_shape,
         sf_strides,
-        checks.span(x),
-        0 if q is None else checks.span(q),
+        span(x),
+        0 if q is None else span(q),
         0 if sf is None else math.prod(sf_shape) * fmt.scale_dtype.itemsize,
     )
 
@@ -297,11 +298,11 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def fake_quantize(x: torch.Tensor, out: torch.Tensor | None, choices: tuple) -> torch.Tensor:
     """`cute_quant.fake_quantize` of real tensors."""
     fmt = checks.check_fake_call(x, out, choices)
-    checks.check_real({"x": x, "out": out})
+    check_real({"x": x, "out": out})
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     else:
-        checks.check_disjoint([checks.region("x", x)], [checks.region("out", out)])
+        check_disjoint([region("x", x)], [region("out", out)])
     floor = scale_floor(fmt, choices[-1])
     if not x.is_cuda:
         return out.copy_(reference.fake_quantize(x, fmt, floor))
@@ -321,7 +322,7 @@ def dequantize(
 ) -> torch.Tensor:
     """`cute_quant.dequantize` of real tensors."""
     fmt = checks.check_dequantize_call(q, sf, group_size, dtype)
-    checks.check_real({"q": q, "sf": sf})
+    check_real({"q": q, "sf": sf})
     if not q.is_cuda:
         return reference.dequantize(q, sf, fmt, dtype)
     y = torch.empty(q.shape, dtype=dtype, device=q.device)

@@ -12,6 +12,7 @@ from cute_quant.formats import DEFAULT_MIN_SCALE, INPUT_DTYPES, VALUE_DTYPE, res
 from cute_quant.operators import as_stored, empty_values, not_differentiable
 from cute_quant.prologues import FUSED, make_rms_norm, make_silu_mul
 from cute_quant.rows import Rows, to_operands
+from cute_quant.tensors import check_tensor
 
 
 def quantize(
@@ -247,7 +248,7 @@ def rms_norm_quantize(
     if not isinstance(normalized, (bool, torch.Tensor)):
         raise TypeError(f"normalized: expected a bool or a tensor, got {type(normalized).__name__}")
     if normalized is True:
-        checks.check_tensor("x", x, INPUT_DTYPES)
+        check_tensor("x", x, INPUT_DTYPES)
         normalized = x.new_empty(x.shape)
     elif normalized is False:
         normalized = None

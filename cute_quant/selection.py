@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 
 from cute_quant import compile, launch, reference
-from cute_quant.checks import MAX_SIZE
 from cute_quant.formats import LOAD_BYTES, Format, align, flat_batch
 from cute_quant.prologues import UNFUSED, Prologue, RmsNorm, SiluMul
 from cute_quant.rows import DENSE, Masked, Rows
@@ -21,6 +20,7 @@ from cute_quant.specs import (
     RmsNormSpec,
     SiluMulSpec,
 )
+from cute_quant.tensors import MAX_SIZE
 
 View = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides that a kernel takes a tensor with."""
