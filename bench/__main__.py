@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from bench import environment, host, report, shapes
-from bench.names import CUTE_QUANT, LAUNCHES
+from bench import host, report, shapes
+from bench.names import LAUNCHES
 from bench.problem import Problem
-from bench.providers import NAMES, Provider, create, first_line
-from bench.results import Result, Results, machine_lines
+from bench.providers import NAMES, create
+from bench.results import machine_lines
+from bench.run import Run, first_line, say
 from bench.shapes import positive_numbers
 from cute_quant.laboratory import timing
 
@@ -82,122 +83,50 @@ def _text(values: Sequence[object]) -> str:
     return ",".join(map(str, values))
 
 
-class Benchmark:
-    """A run: its providers, and what is known so far."""
-
-    def __init__(self, options: argparse.Namespace):
-        self.launches = LAUNCHES if options.launch == "both" else (options.launch,)
-        self.rows = options.rows or (shapes.QUICK_ROWS if options.quick else shapes.ROWS)
-        self.columns = options.columns or (
-            shapes.QUICK_COLUMNS if options.quick else shapes.COLUMNS
-        )
-        self.everywhere = options.providers is not None or len(self.columns) == 1
-        names = options.providers or NAMES
-        self.providers, absent = create(names, self.launches, options.vllm)
-        for line in absent:
-            say(f"absent: {line}")
-        machine = environment.describe()
-        machine["command"] = " ".join(["python -m bench", *sys.argv[1:]])
-        machine["commit"] = options.commit or machine["commit"]
-        self.results = Results(machine)
-        self.names = list(dict.fromkeys(provider.name for provider in self.providers))
-        self.wrong = False
-
-    def run(self, path: Path) -> None:
-        """Measure every shape; results go to `path` as they come."""
-        timing.warm_up()
-        for k in self.columns:
-            say("", report.header_line(self.names))
-            for mn in self.rows:
-                self.shape(mn, k)
-                # The next shape fits none of the blocks of this one.
-                torch.cuda.empty_cache()
-                for launch in self.launches:
-                    say(report.result_line(self.results, mn, k, launch, self.names))
-                self.results.write(path)
-
-    def shape(self, mn: int, k: int) -> None:
-        problem = Problem(mn, k)
-        launches = timing.launch_count(problem.bytes)
-        graphs: dict[tuple[str, str], timing.Graph] = {}
-        differences: dict[tuple[str, str], str] = {}
-        for provider in list(self.providers):
-            if not (provider.everywhere or self.everywhere or k == shapes.MAIN_COLUMN):
-                continue
-            try:
-                difference = provider.difference(problem)
-                if difference:
-                    self.report_difference(provider, mn, k, difference)
-                if difference and provider.name.startswith(CUTE_QUANT):
-                    continue
-                calls = [provider.bind(buffer) for buffer in problem.buffers]
-                graphs[provider.key] = timing.capture(calls, launches)
-                differences[provider.key] = difference
-            except Exception as error:
-                if provider.name.startswith(CUTE_QUANT):
-                    raise
-                say(f"dropped: {provider.name}, {provider.launch}: {first_line(error)}")
-                self.providers.remove(provider)
-        for (name, launch), measured in timing.measure(graphs).items():
-            self.results.add(
-                Result(
-                    provider=name,
-                    launch=launch,
-                    mn=mn,
-                    k=k,
-                    seconds=measured.median,
-                    quartiles=measured.quartiles,
-                    bytes=problem.bytes,
-                    buffers=len(problem.buffers),
-                    launches=launches,
-                    replays=len(measured.seconds),
-                    difference=differences[name, launch],
-                )
-            )
-
-    def report_difference(self, provider: Provider, mn: int, k: int, difference: str) -> None:
-        ours = provider.name.startswith(CUTE_QUANT)
-        self.wrong |= ours
-        marked = "not timed" if ours else "marked !"
-        say(
-            f"{provider.name}, {provider.launch}, at {mn} x {k} differs from the reference, "
-            f"{marked}: {difference}"
-        )
-
-
-def say(*lines: str) -> None:
-    print(*lines, sep="\n", flush=True)
-
-
 def main() -> None:
     options = parse()
     if not torch.cuda.is_available():
         sys.exit("bench: needs a CUDA GPU of compute capability 9.0, 10.0 or 10.3")
     start = time.perf_counter()
     say("compiling ...")
+    launches = LAUNCHES if options.launch == "both" else (options.launch,)
+    rows = options.rows or (shapes.QUICK_ROWS if options.quick else shapes.ROWS)
+    columns = options.columns or (shapes.QUICK_COLUMNS if options.quick else shapes.COLUMNS)
     try:
-        benchmark = Benchmark(options)
+        providers, absent = create(options.providers or NAMES, launches, options.vllm)
     except RuntimeError as error:
         sys.exit(f"bench: {first_line(error)}")
+    say(*(f"absent: {line}" for line in absent))
+    run = Run("python -m bench", Problem, providers, options.commit)
+    results = run.results
     say(
-        *machine_lines(benchmark.results.machine),
+        *machine_lines(results.machine),
         "microseconds a call, and how many times those of the kernel that only moves the bytes "
         "(stream)",
     )
     path = options.output / "results.jsonl"
-    benchmark.run(path)
-    benchmark.results.host = host.measure()
-    benchmark.results.write(path)
-    say("", *host.lines(benchmark.results.host), "", *report.verdicts(benchmark.results))
+    names = list(dict.fromkeys(provider.name for provider in providers))
+    everywhere = options.providers is not None or len(columns) == 1
+    timing.warm_up()
+    for k in columns:
+        say("", report.header_line(names))
+        all_of_them = everywhere or k == shapes.MAIN_COLUMN
+        for mn in rows:
+            run.measure(mn, k, [p for p in run.providers if all_of_them or p.everywhere])
+            say(*(report.result_line(results, mn, k, launch, names) for launch in launches))
+            results.write(path)
+    results.host = host.measure()
+    results.write(path)
+    say("", *host.lines(results.host), "", *report.verdicts(results))
     say("", f"{time.perf_counter() - start:.0f} s", str(path))
-    columns = benchmark.results.columns()
+    columns = results.columns()
     k = shapes.MAIN_COLUMN if shapes.MAIN_COLUMN in columns else columns[-1]
     try:
-        report.draw(benchmark.results, path.with_suffix(".png"), k)
+        report.draw(results, path.with_suffix(".png"), k)
         say(str(path.with_suffix(".png")))
     except ImportError:
         say(f"no matplotlib here; draw the plot anywhere with python -m bench.report {path}")
-    if benchmark.wrong:
+    if run.wrong:
         sys.exit("bench: cute_quant differs from the reference")
 
 

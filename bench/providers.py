@@ -22,6 +22,7 @@ from bench.names import (
     TRITON,
 )
 from bench.problem import FLOAT32, UE8M0, Buffer, Problem
+from bench.run import Check, first_line
 from bench.vllm_kernels import Module
 from cute_quant import compile, launch, quantize
 from cute_quant.formats import (
@@ -50,9 +51,11 @@ class Provider(abc.ABC):
         dtype: of the input.
         fmt: of the scales.
         everywhere: whether the targets need it at every shape; else it gives context at one k.
+        ours: whether a wrong result is a defect of this package.
     """
 
     everywhere = True
+    ours = False
 
     def __init__(
         self,
@@ -66,9 +69,17 @@ class Provider(abc.ABC):
         self.dtype = dtype
         self.fmt = fmt
 
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.name, self.launch
+    def calls(self, problem: Problem) -> list[Callable[[], object]]:
+        """A call on each buffer."""
+        return [self.bind(buffer) for buffer in problem.buffers]
+
+    def check(self, problem: Problem) -> Check:
+        """Whether results are the reference's to the bit."""
+        return Check(self.difference(problem))
+
+    def bytes_moved(self, problem: Problem) -> int:
+        """By a quantizer."""
+        return problem.bytes
 
     @abc.abstractmethod
     def bind(self, buffer: Buffer) -> Callable[[], tuple[torch.Tensor, torch.Tensor] | None]:
@@ -88,6 +99,8 @@ class Provider(abc.ABC):
 
 class CuteQuant(Provider):
     """The compiled kernel, called on tensors without the checks of `cute_quant.quantize`."""
+
+    ours = True
 
     def __init__(
         self,
@@ -304,8 +317,3 @@ def _vllm(wheel: Path, launches: Sequence[str]) -> list[Provider]:
 def architecture() -> str:
     """The target for the current device."""
     return compile.architecture(torch.cuda.current_device())
-
-
-def first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from bench.problem import POISON, UE8M0, sampled_rows
+from bench.run import Check
 from bench.shapes import QUANTIZE_ALONE, RMS_NORM_QUANTIZE, SILU_MUL_QUANTIZE, Operation
 from cute_quant import reference
 from cute_quant.formats import DEFAULT_MIN_SCALE, E4M3_MAX, VALUE_DTYPE, scale_floor
@@ -41,18 +42,6 @@ class Expected(NamedTuple):
 
     values: torch.Tensor
     residual: torch.Tensor | None
-
-
-class Check(NamedTuple):
-    """What became of a comparison.
-
-    Attributes:
-        difference: what is wrong; empty where nothing is.
-        differing: share of values and scales that are not the reference's to the bit.
-    """
-
-    difference: str
-    differing: float
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from bench.names import (
     of_operation,
 )
 from bench.problem import UE8M0
-from bench.providers import RECOMPILE_LIMIT, architecture, first_line, formula
+from bench.providers import RECOMPILE_LIMIT, architecture, formula
+from bench.run import Check, first_line
 from bench.shapes import (
     OPERATIONS,
     QUANTIZE_ALONE,
@@ -37,7 +38,6 @@ from bench.stage_problem import (
     EXACT,
     FLOAT32_ERROR,
     MIN_EXPONENT,
-    Check,
     StageBuffer,
     StageProblem,
 )
@@ -68,9 +68,9 @@ class StageProvider(abc.ABC):
         self.launch = launch
         self.error = EXACT if operation is QUANTIZE_ALONE else error
 
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.name, self.launch
+    def bytes_moved(self, problem: StageProblem) -> int:
+        """By its operation."""
+        return self.operation.bytes_moved(problem.mn, problem.k)
 
     def calls(self, problem: StageProblem) -> list[Callable[[], None]]:
         """A call on each buffer, with what suits the shape."""

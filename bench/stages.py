@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from bench import environment, stage_providers, stage_report
-from bench.providers import first_line
-from bench.results import Result, Results, machine_lines
+from bench import stage_providers, stage_report
+from bench.results import machine_lines
+from bench.run import Run, first_line, say
 from bench.shapes import (
     GROUP_SIZE,
     QUICK_STAGE_ROWS,
@@ -65,87 +65,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-class Benchmark:
-    """A run: its providers, and what is known so far."""
-
-    def __init__(self, options: argparse.Namespace):
-        self.options = options
-        self.providers, absent = stage_providers.create()
-        for line in absent:
-            say(f"absent: {line}")
-        machine = environment.describe()
-        machine["command"] = " ".join(["python -m bench.stages", *sys.argv[1:]])
-        machine["commit"] = options.commit or machine["commit"]
-        self.results = Results(machine)
-        self.wrong = False
-
-    def run(self, path: Path) -> None:
-        """Measure every shape; results go to `path` as they come."""
-        timing.warm_up()
-        for k in self.options.columns:
-            say("", stage_report.header_line())
-            for mn in self.options.rows:
-                self.shape(mn, k)
-                # The next shape fits none of the blocks of this one.
-                torch.cuda.empty_cache()
-                say(*stage_report.shape_lines(self.results, mn, k))
-                self.results.write(path)
-
-    def shape(self, mn: int, k: int) -> None:
-        problem = StageProblem(mn, k)
-        graphs: dict[tuple[str, str], timing.Graph] = {}
-        checks: dict[tuple[str, str], stage_providers.Check] = {}
-        for provider in list(self.providers):
-            try:
-                calls = provider.calls(problem)
-                check = provider.check(problem)
-                if check.difference:
-                    self.report_difference(provider, mn, k, check.difference)
-                    if provider.ours:
-                        continue
-                launches = timing.launch_count(provider.operation.bytes_moved(mn, k))
-                graphs[provider.key] = timing.capture(calls, launches)
-                checks[provider.key] = check
-            except Exception as error:
-                if provider.ours:
-                    raise
-                say(f"dropped: {provider.name}, {provider.launch}: {first_line(error)}")
-                self.providers.remove(provider)
-        operations = {provider.key: provider.operation for provider in self.providers}
-        for key, measured in timing.measure(graphs).items():
-            name, launch = key
-            self.results.add(
-                Result(
-                    provider=name,
-                    launch=launch,
-                    mn=mn,
-                    k=k,
-                    seconds=measured.median,
-                    quartiles=measured.quartiles,
-                    bytes=operations[key].bytes_moved(mn, k),
-                    buffers=len(problem.buffers),
-                    launches=graphs[key].launches,
-                    replays=len(measured.seconds),
-                    difference=checks[key].difference,
-                    differing=checks[key].differing,
-                )
-            )
-
-    def report_difference(
-        self, provider: stage_providers.StageProvider, mn: int, k: int, difference: str
-    ) -> None:
-        self.wrong |= provider.ours
-        marked = "not timed" if provider.ours else "marked !"
-        say(
-            f"{provider.name}, {provider.launch}, at {mn} x {k} is not what the reference "
-            f"allows, {marked}: {difference}"
-        )
-
-
-def say(*lines: str) -> None:
-    print(*lines, sep="\n", flush=True)
-
-
 def main() -> None:
     options = parse()
     if not torch.cuda.is_available():
@@ -154,13 +73,21 @@ def main() -> None:
     start = time.perf_counter()
     say("compiling ...")
     try:
-        benchmark = Benchmark(options)
+        providers, absent = stage_providers.create()
     except RuntimeError as error:
         sys.exit(f"bench.stages: {first_line(error)}")
-    results = benchmark.results
+    say(*(f"absent: {line}" for line in absent))
+    run = Run("python -m bench.stages", StageProblem, providers, options.commit)
+    results = run.results
     say(*machine_lines(results.machine))
     path = options.output / "results.jsonl"
-    benchmark.run(path)
+    timing.warm_up()
+    for k in options.columns:
+        say("", stage_report.header_line())
+        for mn in options.rows:
+            run.measure(mn, k, run.providers)
+            say(*stage_report.shape_lines(results, mn, k))
+            results.write(path)
     say("", "values and scales that differ from the reference's, at most")
     say(*stage_report.differing_lines(results))
     say("", *stage_report.judge(results))
@@ -171,7 +98,7 @@ def main() -> None:
         say(str(drawing))
     except ImportError:
         say(f"no matplotlib here; draw the plot anywhere with python -m bench.stage_report {path}")
-    if benchmark.wrong:
+    if run.wrong:
         sys.exit("bench.stages: cute_quant differs from the reference")
 
 

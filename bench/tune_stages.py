@@ -20,7 +20,7 @@ import torch
 from bench import environment
 from bench.names import LAUNCHES, PDL, STREAM
 from bench.problem import UE8M0
-from bench.providers import first_line
+from bench.run import first_line
 from bench.shapes import (
     RMS_NORM_QUANTIZE,
     SILU_MUL_QUANTIZE,

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from bench import stage_report, stream
+from bench import environment, stage_report, stream
 from bench.names import CUTE_QUANT, PLAIN, STREAM, of_operation
 from bench.results import Result, Results
+from bench.run import Check, Run
 from bench.shapes import OPERATIONS, QUANTIZE_ALONE, RMS_NORM_QUANTIZE, SILU_MUL_QUANTIZE
 from bench.stage_problem import (
     BFLOAT16_ERROR,
@@ -17,6 +18,7 @@ from bench.stage_problem import (
 )
 from bench.targets import Target, verdicts
 from cute_quant import quantize, rms_norm_quantize, silu_mul_quantize
+from cute_quant.laboratory import timing
 
 ROWS, COLUMNS = 5, 640
 """Five groups: the last word has padding."""
@@ -109,3 +111,70 @@ def test_results_of_an_operation():
     results = Results({}, [result(o, STREAM, 1, 1.0) for o in OPERATIONS])
     part = stage_report.of(results, RMS_NORM_QUANTIZE.name)
     assert part.providers() == [STREAM] and part.get(STREAM, PLAIN, 1, 2048)
+
+
+class Provider:
+    """One that does as it is told."""
+
+    def __init__(self, name, difference="", error=None):
+        self.name, self.launch, self.ours = name, PLAIN, name.startswith(CUTE_QUANT)
+        self.difference, self.error = difference, error
+
+    def calls(self, problem):
+        if self.error:
+            raise self.error
+        return [lambda: None] * len(problem.buffers)
+
+    def check(self, problem):
+        return Check(self.difference, 0.25)
+
+    def bytes_moved(self, problem):
+        return problem.mn * problem.k
+
+
+@pytest.fixture
+def make_run(monkeypatch):
+    """A run on what takes a graph for its time."""
+    monkeypatch.setattr(environment, "describe", lambda: {"commit": None})
+    monkeypatch.setattr(timing, "capture", lambda calls, launches: timing.Graph(None, launches, ()))
+    monkeypatch.setattr(
+        timing, "measure", lambda graphs: {key: timing.Timing((1.0, 2.0, 3.0)) for key in graphs}
+    )
+    return lambda *providers: Run(
+        "bench", lambda mn, k: StageProblem(mn, k, "cpu"), providers, "abc"
+    )
+
+
+def test_run_measures_what_is_right(make_run, capsys):
+    wrong, fails = Provider("a", "1 value"), Provider("b", error=RuntimeError("no\nmore"))
+    right, ours = Provider(STREAM), Provider(CUTE_QUANT)
+    run = make_run(wrong, fails, right, ours)
+    for k in (128, 256):
+        run.measure(ROWS, k, run.providers)
+    assert run.providers == [wrong, right, ours] and not run.wrong
+    assert run.results.machine["commit"] == "abc"
+    for k in (128, 256):
+        found = {result.provider: result for result in run.results if result.k == k}
+        assert list(found) == ["a", STREAM, CUTE_QUANT]
+        assert [result.difference for result in found.values()] == ["1 value", "", ""]
+        assert found[STREAM].bytes == ROWS * k and found[STREAM].seconds == 2.0
+        assert found[STREAM].differing == 0.25
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "a, plain, at 5 x 128 is not what the reference allows, marked !: 1 value",
+        "dropped: b, plain: RuntimeError: no",
+        "a, plain, at 5 x 256 is not what the reference allows, marked !: 1 value",
+    ]
+
+
+def test_run_does_not_time_our_wrong_results(make_run, capsys):
+    run = make_run(Provider(CUTE_QUANT, "1 value"), Provider(STREAM))
+    run.measure(ROWS, COLUMNS, run.providers)
+    assert run.wrong and [result.provider for result in run.results] == [STREAM]
+    assert capsys.readouterr().out.startswith(f"{CUTE_QUANT}, plain, at 5 x 640 is not what")
+
+
+def test_run_raises_our_errors(make_run):
+    run = make_run(Provider(CUTE_QUANT, error=RuntimeError("broken")))
+    with pytest.raises(RuntimeError, match="broken"):
+        run.measure(ROWS, COLUMNS, run.providers)
