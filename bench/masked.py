@@ -115,7 +115,7 @@ class Result:
 
 def choices(fmt: Format) -> dict[str, object]:
     """The keywords of `quantize` that give this format."""
-    return asdict(fmt)
+    return fmt._asdict()
 
 
 def bytes_moved(rows: int, k: int, fmt: Format, itemsize: int = 2) -> int:

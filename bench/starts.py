@@ -88,6 +88,8 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, default=10, help="of each kind (default: 10)")
     count = parser.parse_args().processes
+    if count < 1:
+        parser.error(f"--processes: expected 1 or more, got {count}")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         kernels = directory / "kernels"

@@ -10,9 +10,9 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import logging
-import mmap
 import os
 import platform
 import shutil
@@ -21,7 +21,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from cute_quant import library, naming, objects, toolchain
 from cute_quant.specs import Spec
@@ -34,6 +34,9 @@ FORMAT = 2
 """Of the manifest."""
 KERNEL_FIELDS = ("name", "spec", "arch", "file", "symbol")
 """Of each kernel in it."""
+
+DIGEST_BYTES = 4 * 2**20
+"""Read at once."""
 
 ELF_SHARED = 3
 ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
@@ -76,26 +79,35 @@ def _load_runtime(path: Path, digest: str) -> None:
         ValueError: it has another digest.
         OSError: it is not there, or does not load here.
     """
-    # Of 43 MB it takes as long as the import, and needs no lock of the interpreter.
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        actual = thread.submit(_digest, path)
-        library.import_tvm_ffi()
-    if actual.result() != digest:
+    if _digest_beside_import(path) != digest:
         raise ValueError(f"{path}: expected the digest that the manifest has, got another")
     library.load_runtime(path)
 
 
-def _digest(path: Path) -> str:
-    """The SHA-256 of a file that is loaded.
+def _digest_beside_import(path: Path) -> str:
+    """The SHA-256 of a file that is loaded, whose 43 MB take as long as what is imported for it
+    anyway, and need no lock of the interpreter.
 
     Raises:
-        ValueError, OSError: as of `_open_trusted`, or it is empty.
+        ValueError, OSError: as of `_open_trusted`.
     """
-    with (
-        _open_trusted(path) as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        return hashlib.sha256(content).hexdigest()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        try:
+            digest = thread.submit(_digest, path)
+        except RuntimeError:
+            # There are no more threads to be had, or the interpreter is about to end.
+            return _digest(path)
+        library.import_tvm_ffi()
+        return digest.result()
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(DIGEST_BYTES))
+    with _open_trusted(path) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def _load_installed_runtime() -> None:
@@ -119,11 +131,14 @@ def load(directory: str | os.PathLike) -> None:
         directory: with a manifest, objects, and the runtime library.
 
     Raises:
-        FileNotFoundError: there is no manifest in it.
+        FileNotFoundError: there is no manifest in it, or no such directory.
         ValueError: it was built from other sources, for another processor, or with another
             apache-tvm-ffi; its manifest is damaged; or others than root and
             the user may write to it.
+        TypeError: it is not a path.
     """
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"directory: expected a path, got {type(directory).__name__}")
     _loaded.insert(0, open_directory(Path(directory).absolute()))
 
 
@@ -174,9 +189,9 @@ def open_directory(path: Path) -> Directory:
     Raises:
         FileNotFoundError, ValueError: as :func:`load`.
     """
+    manifest = _read_manifest(path)
     _check_trusted(path, path.stat())
     _check_parents(path)
-    manifest = _read_manifest(path)
     for name, expected in _identity(platform.machine(), naming.source_digest()).items():
         if manifest[name] != expected:
             raise ValueError(
@@ -219,7 +234,7 @@ def _check_parents(path: Path) -> None:
             raise ValueError(f"{path}: expected no parent that others may write to, got {parent}")
 
 
-def _open_trusted(path: Path) -> BinaryIO:
+def _open_trusted(path: Path) -> io.FileIO:
     """A file that is loaded, to be read.
 
     Raises:
@@ -227,16 +242,16 @@ def _open_trusted(path: Path) -> BinaryIO:
         OSError: it cannot be read.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    file = os.fdopen(os.open(path, flags), "rb")
+    descriptor = os.open(path, flags)
     try:
-        status = os.fstat(file.fileno())
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path}: expected a regular file")
         _check_trusted(path, status)
     except BaseException:
-        file.close()
+        os.close(descriptor)
         raise
-    return file
+    return io.FileIO(descriptor)
 
 
 def _read_trusted(path: Path) -> bytes:
@@ -258,11 +273,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     try:
-        manifest = json.loads(_read_trusted(file))
-    except FileNotFoundError:
+        content = _read_trusted(file)
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{path}: expected a directory made by python -m cute_quant build, got no {MANIFEST}"
         ) from None
+    try:
+        manifest = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not a manifest: {error}") from error
     wrong = _wrong_in_manifest(manifest)

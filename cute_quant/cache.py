@@ -407,10 +407,13 @@ def _read(path: Path) -> bytes:
         if error.errno == errno.ELOOP:
             raise objects.CorruptObject("it is a symbolic link") from None
         raise
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise objects.CorruptObject("it is no regular file")
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
             raise objects.CorruptObject("others may write to it")
-        return file.read()
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)

@@ -205,8 +205,8 @@ def _look_up_plan(
     dtypes and devices of all but x do not count among looks: the kernel refuses those that do not
     fit by itself.
     """
-    # 128.0 is equal to 128, and 0 to False, but they are refused.
-    key: tuple = (*choices, type(choices[0]), type(choices[3]))
+    # 128.0 is equal to 128, 0 to False, and True to 1.0, but they are refused.
+    key: tuple = (*choices, type(choices[0]), type(choices[3]), type(choices[4]))
     try:
         aligned = x.data_ptr() % LOAD_BYTES
         key += (x.shape, x.stride(), x.dtype, x.device, x.is_neg(), aligned)

@@ -10,7 +10,6 @@ import itertools
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -116,8 +115,7 @@ MIN_SCALES: dict[str, Callable[[float], float]] = {
 DeepGEMM and SGLang bound the amax, a float32, and divide it."""
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """What one call of the quantizer produces. Get one from :func:`make_format`.
 
     Attributes:
@@ -340,7 +338,7 @@ def resolve_min_scale(fmt: Format, min_scale: float | str) -> float:
                 f"min_scale: expected a number or one of {tuple(MIN_SCALES)}, got {min_scale!r}"
             )
         value = MIN_SCALES[min_scale](fmt.value_type.max)
-    elif not isinstance(min_scale, numbers.Real):
+    elif isinstance(min_scale, bool) or not isinstance(min_scale, numbers.Real):
         raise TypeError(
             f"min_scale: expected a number or one of {tuple(MIN_SCALES)}, got {min_scale!r}"
         )

@@ -16,7 +16,6 @@ of such threads holds 32768 elements an SM. Two rows a thread use as many regist
 has, and put twice as much in flight.
 """
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -119,7 +118,7 @@ def norm_shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms:
         tiles_per_thread *= 2
     while max_warps > 1 and max_warps * tiles_per_thread >= 2 * columns:
         max_warps //= 2
-    tile = replace(ONE_ROW, row_warps=max(1, WARPS_PER_NORM // max_warps))
+    tile = ONE_ROW._replace(row_warps=max(1, WARPS_PER_NORM // max_warps))
     row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)
     slots = min(ceil_div(RESIDENT_CTAS * sms, max(matrices, 1)), row_tiles)
     row_ctas = min(matrices * slots, MAX_GRID_Y)

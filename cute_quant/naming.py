@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import re
@@ -25,21 +24,25 @@ def spec_text(spec: Spec) -> str:
     Raises:
         TypeError: a field holds something whose text may differ from process to process.
     """
-    return f"{spec.kernel}{_text(spec)}"
+    return _text(spec)
 
 
 def _text(value: Any) -> str:
-    if dataclasses.is_dataclass(value):
-        fields = (f"{f.name}={_text(getattr(value, f.name))}" for f in dataclasses.fields(value))
-        return f"({', '.join(fields)})"
+    if _is_record(value):
+        return f"({', '.join(f'{n}={_text(v)}' for n, v in value._asdict().items())})"
     if isinstance(value, tuple):
         return f"[{', '.join(map(_text, value))}]"
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return repr(value)
     raise TypeError(
-        f"spec: expected fields that are numbers, strings, dtypes, tuples or dataclasses of these, "
-        f"got {type(value).__name__}"
+        f"spec: expected fields that are numbers, strings, dtypes or tuples of these, got "
+        f"{type(value).__name__}"
     )
+
+
+def _is_record(value: Any) -> bool:
+    """Whether it is a `NamedTuple`."""
+    return hasattr(value, "_fields")
 
 
 def spec_name(spec: Spec) -> str:
@@ -49,25 +52,25 @@ def spec_name(spec: Spec) -> str:
     return re.sub(r"[^\w-]", "_", "-".join([module, *_distinctive(spec)]))
 
 
-def _distinctive(value: Any) -> list[str]:
+def _distinctive(record: Any) -> list[str]:
     words = []
-    for field in dataclasses.fields(value):
-        choice = getattr(value, field.name)
-        if dataclasses.is_dataclass(choice):
+    for name, choice in record._asdict().items():
+        has_default = name in record._field_defaults
+        if _is_record(choice):
             words += _distinctive(choice)
-        elif field.name == "dtype" or choice != field.default:
-            words += _words(field, choice)
+        elif name == "dtype" or not has_default or choice != record._field_defaults[name]:
+            words += _words(name, choice, record._field_defaults.get(name))
     return words
 
 
-def _words(field: dataclasses.Field, choice: Any) -> list[str]:
+def _words(name: str, choice: Any, default: Any) -> list[str]:
     if isinstance(choice, bool):
-        return [field.name] if choice else [f"no_{field.name}"] if field.default is True else []
-    if field.name == "group_size":
+        return [name] if choice else [f"no_{name}"] if default is True else []
+    if name == "group_size":
         return ["row" if choice == WHOLE_ROW else str(choice)]
     text = str(choice).removeprefix("torch.")
-    plain = isinstance(choice, str) or field.name == "dtype"
-    return [text] if plain else [f"{field.name}_{text}"]
+    plain = isinstance(choice, str) or name == "dtype"
+    return [text] if plain else [f"{name}_{text}"]
 
 
 @functools.cache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from cute_quant import checks, execution
@@ -11,8 +9,6 @@ from cute_quant.checks import Call
 from cute_quant.formats import make_format
 from cute_quant.prologues import RmsNorm, SiluMul, make_rms_norm, make_silu_mul
 from cute_quant.rows import Rows, from_operands
-
-_library = torch.library.Library("cute_quant", "FRAGMENT")
 
 _CHOICES = "int group_size, str scale_format, ScalarType dtype, bool round_scale, float min_scale"
 _ROWS = 'str rows="dense", Tensor? row_data=None, int alignment=1, Tensor? index=None'
@@ -24,32 +20,6 @@ def not_differentiable(function: str, name: str) -> str:
         f"{name}: expected a tensor that requires no gradient, since {function} is not "
         "differentiable; got one that does: detach it or call under torch.no_grad()"
     )
-
-
-def _register(schema: str, run: Callable, fake: Callable) -> None:
-    """Make an operator known to torch, which refuses gradients as soon as it is called.
-
-    Not with `torch.library.custom_op`: it takes a millisecond of the import for each operator, and
-    lets gradients of what one writes fail in the backward pass only.
-
-    Args:
-        fake: returns what `run` returns, for tensors without memory.
-    """
-    name = schema.split("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    operator = getattr(torch.ops.cute_quant, name).default
-
-    def refuse_gradients(keys: torch.DispatchKeySet, *args: object) -> object:
-        if torch.is_grad_enabled():
-            for argument, t in zip(operator._schema.arguments, args, strict=False):
-                if isinstance(t, torch.Tensor) and t.requires_grad:
-                    function = name.removesuffix("_out")
-                    raise RuntimeError(not_differentiable(function, argument.name))
-        return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
-
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    _library.impl(name, refuse_gradients, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"cute_quant::{name}", fake, lib=_library)
 
 
 def empty_values(x: torch.Tensor, call: Call) -> torch.Tensor:
@@ -92,33 +62,33 @@ def _fake_results(x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tens
     return empty_values(x, call), sf
 
 
-def _quantize(x: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.custom_op(
+    "cute_quant::quantize",
+    mutates_args=(),
+    schema=f"(Tensor x, {_CHOICES}, {_ROWS}) -> (Tensor, Tensor)",
+)
+def _quantize_op(x: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
     return execution.quantize(x, None, None, operands[:5], *_rows_of(*operands[5:]))
 
 
-def _quantize_fake(x: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
+@_quantize_op.register_fake
+def _(x: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
     call = checks.check_call(x, None, None, operands[:5], *_rows_of(*operands[5:]))
     return _fake_results(x, call)
 
 
-_register(f"quantize(Tensor x, {_CHOICES}, {_ROWS}) -> (Tensor, Tensor)", _quantize, _quantize_fake)
-
-
-def _quantize_out(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object) -> None:
+@torch.library.custom_op(
+    "cute_quant::quantize_out",
+    mutates_args=("q", "sf"),
+    schema=f"(Tensor x, Tensor(a!) q, Tensor(b!) sf, {_CHOICES}, {_ROWS}) -> ()",
+)
+def _quantize_out_op(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object) -> None:
     execution.quantize(x, q, _typed(sf, operands), operands[:5], *_rows_of(*operands[5:]))
 
 
-def _quantize_out_fake(
-    x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object
-) -> None:
+@_quantize_out_op.register_fake
+def _(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object) -> None:
     checks.check_call(x, q, _typed(sf, operands), operands[:5], *_rows_of(*operands[5:]))
-
-
-_register(
-    f"quantize_out(Tensor x, Tensor(a!) q, Tensor(b!) sf, {_CHOICES}, {_ROWS}) -> ()",
-    _quantize_out,
-    _quantize_out_fake,
-)
 
 
 _SILU_MUL = "bool interleaved, float? clamp, float alpha, float beta, str rounding, Tensor? weight"
@@ -129,27 +99,29 @@ def _silu_mul_call(operands: tuple) -> tuple[tuple, Rows | None, torch.Tensor | 
     return operands[:5], *_rows_of(*operands[11:]), make_silu_mul(*operands[5:11])
 
 
-def _silu_mul_quantize(
+@torch.library.custom_op(
+    "cute_quant::silu_mul_quantize",
+    mutates_args=(),
+    schema=f"(Tensor gate_up, {_CHOICES}, {_SILU_MUL}, {_ROWS}) -> (Tensor, Tensor)",
+)
+def _silu_mul_quantize_op(
     gate_up: torch.Tensor, *operands: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
     choices, rows, index, prologue = _silu_mul_call(operands)
     return execution.quantize(gate_up, None, None, choices, rows, index, prologue=prologue)
 
 
-def _silu_mul_quantize_fake(
-    gate_up: torch.Tensor, *operands: object
-) -> tuple[torch.Tensor, torch.Tensor]:
+@_silu_mul_quantize_op.register_fake
+def _(gate_up: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
     return _fake_results(gate_up, checks.check_call(gate_up, None, None, *_silu_mul_call(operands)))
 
 
-_register(
-    f"silu_mul_quantize(Tensor gate_up, {_CHOICES}, {_SILU_MUL}, {_ROWS}) -> (Tensor, Tensor)",
-    _silu_mul_quantize,
-    _silu_mul_quantize_fake,
+@torch.library.custom_op(
+    "cute_quant::silu_mul_quantize_out",
+    mutates_args=("q", "sf"),
+    schema=f"(Tensor gate_up, Tensor(a!) q, Tensor(b!) sf, {_CHOICES}, {_SILU_MUL}, {_ROWS}) -> ()",
 )
-
-
-def _silu_mul_quantize_out(
+def _silu_mul_quantize_out_op(
     gate_up: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object
 ) -> None:
     choices, rows, index, prologue = _silu_mul_call(operands)
@@ -157,18 +129,9 @@ def _silu_mul_quantize_out(
     execution.quantize(gate_up, q, sf, choices, rows, index, prologue=prologue)
 
 
-def _silu_mul_quantize_out_fake(
-    gate_up: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object
-) -> None:
+@_silu_mul_quantize_out_op.register_fake
+def _(gate_up: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object) -> None:
     checks.check_call(gate_up, q, _typed(sf, operands), *_silu_mul_call(operands))
-
-
-_register(
-    "silu_mul_quantize_out(Tensor gate_up, Tensor(a!) q, Tensor(b!) sf, "
-    f"{_CHOICES}, {_SILU_MUL}, {_ROWS}) -> ()",
-    _silu_mul_quantize_out,
-    _silu_mul_quantize_out_fake,
-)
 
 
 _RMS_NORM = (
@@ -188,6 +151,8 @@ def _rms_norm_call(
     be updated in place: what is written must not be an argument twice."""
     if residual is None:
         residual = residual_out
+    elif residual is residual_out:
+        raise ValueError("residual: expected None where residual_out is updated in place, got both")
     elif residual_out is None:
         raise ValueError(
             "residual_out: expected a tensor with a residual, which is only read, got None"
@@ -196,7 +161,12 @@ def _rms_norm_call(
     return operands[:5], *_rows_of(*operands[8:]), make_rms_norm(weight, *options)
 
 
-def _rms_norm_quantize(
+@torch.library.custom_op(
+    "cute_quant::rms_norm_quantize",
+    mutates_args=("residual_out", "normalized"),
+    schema=f"({_RMS_NORM}, {_CHOICES}, {_RMS_NORM_OPTIONS}, {_ROWS}) -> (Tensor, Tensor)",
+)
+def _rms_norm_quantize_op(
     x: torch.Tensor,
     weight: torch.Tensor,
     residual: torch.Tensor | None,
@@ -212,7 +182,8 @@ def _rms_norm_quantize(
     return q, as_stored(sf)
 
 
-def _rms_norm_quantize_fake(
+@_rms_norm_quantize_op.register_fake
+def _(
     x: torch.Tensor,
     weight: torch.Tensor,
     residual: torch.Tensor | None,
@@ -225,14 +196,13 @@ def _rms_norm_quantize_fake(
     return q, as_stored(sf)
 
 
-_register(
-    f"rms_norm_quantize({_RMS_NORM}, {_CHOICES}, {_RMS_NORM_OPTIONS}, {_ROWS}) -> (Tensor, Tensor)",
-    _rms_norm_quantize,
-    _rms_norm_quantize_fake,
+@torch.library.custom_op(
+    "cute_quant::rms_norm_quantize_out",
+    mutates_args=("residual_out", "normalized", "q", "sf"),
+    schema=f"({_RMS_NORM}, Tensor(c!) q, Tensor(d!) sf, {_CHOICES}, {_RMS_NORM_OPTIONS}, {_ROWS})"
+    " -> ()",
 )
-
-
-def _rms_norm_quantize_out(
+def _rms_norm_quantize_out_op(
     x: torch.Tensor,
     weight: torch.Tensor,
     residual: torch.Tensor | None,
@@ -248,7 +218,8 @@ def _rms_norm_quantize_out(
     execution.quantize(x, q, _typed(sf, choices), choices, rows, index, prologue=prologue)
 
 
-def _rms_norm_quantize_out_fake(
+@_rms_norm_quantize_out_op.register_fake
+def _(
     x: torch.Tensor,
     weight: torch.Tensor,
     residual: torch.Tensor | None,
@@ -262,35 +233,46 @@ def _rms_norm_quantize_out_fake(
     checks.check_call(x, q, _typed(sf, operands), *call)
 
 
-_register(
-    f"rms_norm_quantize_out({_RMS_NORM}, Tensor(c!) q, Tensor(d!) sf, "
-    f"{_CHOICES}, {_RMS_NORM_OPTIONS}, {_ROWS}) -> ()",
-    _rms_norm_quantize_out,
-    _rms_norm_quantize_out_fake,
+@torch.library.custom_op(
+    "cute_quant::dequantize",
+    mutates_args=(),
+    schema="(Tensor q, Tensor sf, int group_size, ScalarType dtype) -> Tensor",
 )
-
-
-def _dequantize_fake(
+def _dequantize_op(
     q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
+    return execution.dequantize(q, sf, group_size, dtype)
+
+
+@_dequantize_op.register_fake
+def _(q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype) -> torch.Tensor:
     checks.check_dequantize_call(q, sf, group_size, dtype)
     return q.new_empty(q.shape, dtype=dtype)
 
 
-_register(
-    "dequantize(Tensor q, Tensor sf, int group_size, ScalarType dtype) -> Tensor",
-    execution.dequantize,
-    _dequantize_fake,
+@torch.library.custom_op(
+    "cute_quant::fake_quantize",
+    mutates_args=(),
+    schema=f"(Tensor x, {_CHOICES}) -> Tensor",
 )
-
-
-def _fake_quantize(x: torch.Tensor, *choices: object) -> torch.Tensor:
+def _fake_quantize_op(x: torch.Tensor, *choices: object) -> torch.Tensor:
     return execution.fake_quantize(x, None, choices)
 
 
-def _fake_quantize_fake(x: torch.Tensor, *choices: object) -> torch.Tensor:
+@_fake_quantize_op.register_fake
+def _(x: torch.Tensor, *choices: object) -> torch.Tensor:
     checks.check_fake_call(x, None, choices)
     return x.new_empty(x.shape)
 
 
-_register(f"fake_quantize(Tensor x, {_CHOICES}) -> Tensor", _fake_quantize, _fake_quantize_fake)
+def _refuse_gradients(operator: torch.library.CustomOpDef, function: str, name: str) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(not_differentiable(function, name))
+
+    operator.register_autograd(refuse, setup_context=refuse)
+
+
+_refuse_gradients(_quantize_op, "quantize", "x")
+_refuse_gradients(_silu_mul_quantize_op, "silu_mul_quantize", "gate_up and weight")
+_refuse_gradients(_dequantize_op, "dequantize", "q and sf")
+_refuse_gradients(_fake_quantize_op, "fake_quantize", "x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from cute_quant import checks, execution
@@ -347,6 +348,12 @@ def _check_no_gradient(function: str, name: str, t: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
     if t.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(not_differentiable(function, name))
+    # Without a level of dual numbers, which is quicker to see, there are no tangents.
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
+        raise RuntimeError(
+            f"{name}: expected a tensor without a tangent, since {function} is not differentiable; "
+            "got one that has one: detach it"
+        )
 
 
 def _out_pair(out: object) -> tuple[torch.Tensor | None, torch.Tensor | None]:

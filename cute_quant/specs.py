@@ -1,13 +1,13 @@
 """What kernels are compiled for. Nothing here needs CuTe DSL.
 
 A spec names a kernel and all of its compile-time choices; two specs that are equal give the same
-code. `compile.function` makes a function of one.
+code, and those of different kernels, being tuples, differ in the field `kernel`.
+`compile.function` makes a function of one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import NamedTuple
 
 import torch
 
@@ -36,8 +36,7 @@ LOAD_HINTS = ("no_allocate", "streaming", "prefetch_256")
 256 bytes to the L2 cache."""
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """How the threads of a CTA lie over rows and columns.
 
     Attributes:
@@ -147,8 +146,7 @@ ONE_ROW = Tile(row_warps=1, cta_order=DOWN)
 """Of a kernel whose CTAs have whole rows, of which the first dimension of a grid counts more."""
 
 
-@dataclass(frozen=True)
-class Access:
+class Access(NamedTuple):
     """What addresses allow.
 
     Attributes:
@@ -187,8 +185,7 @@ def _power_of_two(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
 
 
-@dataclass(frozen=True)
-class Domain:
+class Domain(NamedTuple):
     """Which rows there are.
 
     Attributes:
@@ -228,8 +225,7 @@ class Domain:
 DENSE_ROWS = Domain()
 
 
-@dataclass(frozen=True)
-class QuantizeSpec:
+class QuantizeSpec(NamedTuple):
     """Choices of `kernels.quantize.Quantize`.
 
     Attributes:
@@ -248,12 +244,10 @@ class QuantizeSpec:
     access: Access = WIDEST
     fake: bool = False
     pdl: bool = True
+    kernel: str = "quantize.Quantize"
 
-    kernel: ClassVar[str] = "quantize.Quantize"
 
-
-@dataclass(frozen=True)
-class SiluMulSpec:
+class SiluMulSpec(NamedTuple):
     """Choices of `kernels.silu_mul.SiluMul`.
 
     Attributes:
@@ -278,12 +272,10 @@ class SiluMulSpec:
     shifted: bool = False
     weighted: bool = False
     pdl: bool = True
+    kernel: str = "silu_mul.SiluMul"
 
-    kernel: ClassVar[str] = "silu_mul.SiluMul"
 
-
-@dataclass(frozen=True)
-class RmsNormSpec:
+class RmsNormSpec(NamedTuple):
     """Choices of `kernels.rms_norm.RmsNorm`.
 
     Attributes:
@@ -308,20 +300,17 @@ class RmsNormSpec:
     residual: bool = False
     normalized: bool = False
     pdl: bool = True
+    kernel: str = "rms_norm.RmsNorm"
 
-    kernel: ClassVar[str] = "rms_norm.RmsNorm"
 
-
-@dataclass(frozen=True)
-class DequantizeSpec:
+class DequantizeSpec(NamedTuple):
     """Choices of `kernels.dequantize.Dequantize`: the format of values and scales, the dtype of
     the result, and what addresses allow."""
 
     fmt: Format
     dtype: torch.dtype
     access: Access = WIDEST
-
-    kernel: ClassVar[str] = "dequantize.Dequantize"
+    kernel: str = "dequantize.Dequantize"
 
 
 Spec = QuantizeSpec | SiluMulSpec | RmsNormSpec | DequantizeSpec

@@ -1,6 +1,5 @@
 """What tests share: formats, poisoned outputs, bitwise comparison."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -63,7 +62,7 @@ def format_id(fmt: Format) -> str:
 
 def format_arguments(fmt: Format) -> dict[str, object]:
     """The keywords of `quantize` that give this format."""
-    return dataclasses.asdict(fmt)
+    return fmt._asdict()
 
 
 def poisoned(nbytes: int, device: str) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Directories built ahead of time: used without CuTe DSL, on any processor of a kind, from C++."""
 
+import concurrent.futures
 import itertools
 import json
 import os
@@ -404,6 +405,48 @@ def test_tampered_runtime_is_not_loaded(copy, caplog):
     cute_quant.load(copy)
     assert ahead_of_time.find(SPEC, ARCH) is None
     assert "expected the digest that the manifest has, got another" in caplog.text
+
+
+def test_runtime_that_is_none(copy, caplog):
+    runtime = copy / toolchain.RUNTIME_NAME
+    cute_quant.load(copy)
+    runtime.write_bytes(b"")
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert f"{runtime}: expected the digest that the manifest has" in caplog.text
+    runtime.unlink()
+    runtime.mkdir()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert f"{runtime}: expected a regular file" in caplog.text
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_runtime_is_loaded_where_there_are_no_threads(copy, monkeypatch, caplog):
+    def submit(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", submit)
+    cute_quant.load(copy)
+    assert ahead_of_time.find(SPEC, ARCH) is not None and not caplog.records
+
+
+@pytest.mark.parametrize("path", ["new", "file"])
+def test_load_of_no_directory(path, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=r"expected a directory made by python -m cute_q"):
+        cute_quant.load(tmp_path / path)
+
+
+@pytest.mark.parametrize("directory", [None, b"kernels", 3])
+def test_load_takes_a_path(directory):
+    with pytest.raises(TypeError, match="directory: expected a path, got"):
+        cute_quant.load(directory)
+
+
+def test_manifest_of_somebody_else(copy):
+    (copy / "manifest.json").chmod(0o666)
+    with pytest.raises(ValueError, match=rf"^{copy}/manifest.json: expected that only its owner"):
+        cute_quant.load(copy)
 
 
 @pytest.mark.parametrize("name", ["../a.so", "/a.so", "..", ""])

@@ -1,7 +1,6 @@
 """The disk cache: what is in the key, who may write to it, and what survives crashes and races."""
 
 import ast
-import dataclasses
 import json
 import logging
 import multiprocessing
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -551,7 +551,7 @@ def test_trimming_leaves_what_is_in_use(directory, monkeypatch):
 OTHER_SPECS = (
     QuantizeSpec(torch.float16, UE8M0),
     QuantizeSpec(torch.bfloat16, FLOAT32),
-    QuantizeSpec(torch.bfloat16, dataclasses.replace(UE8M0, dtype=torch.int8)),
+    QuantizeSpec(torch.bfloat16, UE8M0._replace(dtype=torch.int8)),
     QuantizeSpec(torch.bfloat16, UE8M0, Tile(rows_per_thread=2)),
     QuantizeSpec(torch.bfloat16, UE8M0, domain=Domain(batched=True)),
     QuantizeSpec(torch.bfloat16, UE8M0, access=Access(16)),
@@ -575,10 +575,8 @@ def test_names_are_plain():
 
 
 def test_text_of_what_has_no_stable_text():
-    @dataclasses.dataclass(frozen=True)
-    class Odd:
+    class Odd(NamedTuple):
         field: object
-        kernel = "odd.Odd"
 
     with pytest.raises(TypeError, match=r"spec: expected fields that are numbers.*got object"):
         naming.spec_text(Odd(object()))

@@ -219,6 +219,12 @@ def test_build_needs_a_directory(capsys):
     assert "expected -o DIR" in fails(capsys, "build", "--preset", "moe", status=2)
 
 
+def test_build_into_nothing(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["build", "-o", ""])
+    assert "argument -o/--output: expected a path, got nothing" in capsys.readouterr().err
+
+
 def test_build_into_a_directory_of_other_things(capsys, tmp_path):
     (tmp_path / "thesis.pdf").write_bytes(b"")
     assert "got ['thesis.pdf']" in fails(capsys, "build", "-o", str(tmp_path), status=2)

@@ -143,7 +143,7 @@ def test_min_scale_of_float32_scales_is_normal(device):
             )
 
 
-@pytest.mark.parametrize("min_scale", [None, [1e-10], 1j, torch.tensor(1e-10)])
+@pytest.mark.parametrize("min_scale", [None, True, [1e-10], 1j, torch.tensor(1e-10)])
 @both
 def test_min_scale_is_a_number(function, min_scale, device):
     with pytest.raises(TypeError, match=r"min_scale: expected a number or one of \('vllm', .*got"):
@@ -610,6 +610,17 @@ def test_plans_are_kept_for_what_they_hold(planned):
     assert floors == [94] * 7 + [98, ctypes.c_float(1e-10).value, 94]
 
 
+def test_autograd_knows_what_kernels_write(planned):
+    x, q, sf = activations("cpu"), values("cpu"), scales("cpu")
+    residual, normalized = activations("cpu"), activations("cpu")
+    quantize(x, out=(q, sf))
+    rms_norm_quantize(x, x[0], residual=residual, normalized=normalized)
+    assert [t._version for t in (x, q, sf, residual, normalized)] == [0, 1, 1, 1, 1]
+    with torch.inference_mode():
+        q = values("cpu")
+    quantize(x, out=(q, None))
+
+
 def test_plans_skip_no_check(planned):
     x, q = activations("cpu"), values("cpu")
     sf = torch.empty_strided((6, 2), (1, 8))
@@ -1073,7 +1084,7 @@ def test_gradients_of_prologues(device):
         ("x", lambda: norm(parameter(x))),
         ("weight", lambda: rms_norm_quantize(x, parameter(x[0]))),
         ("residual", lambda: norm(x, residual=parameter(x))),
-        ("weight",
+        ("gate_up and weight",
          lambda: operators.silu_mul_quantize(x, *choices, *silu_mul, parameter(weight))),
     ]  # fmt: skip
     for name, call in cases:

@@ -562,7 +562,7 @@ def test_large(name, number):
         fake=False,
     )
     if kernel.fmt.group_size == -1 and k > 1000:
-        kernel = replace(kernel, fmt=replace(kernel.fmt, group_size=128))
+        kernel = replace(kernel, fmt=kernel.fmt._replace(group_size=128))
     store = min(kernel.store_bytes, 16)
     draw = Draw(replace(kernel, store_bytes=store), f"{name} {number}")
     check_on_gpu(draw.finish(batch_shape, mn, k))

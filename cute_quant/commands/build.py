@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="kernels of the preset all by name, may be given several times",
     )
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="directory to make")
+    parser.add_argument("-o", "--output", type=_path, metavar="DIR", help="directory to make")
     parser.add_argument(
         "--host",
         choices=toolchain.HOSTS,
@@ -68,6 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--list", action="store_true", help="print names of kernels, build nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _path(text: str) -> Path:
+    # To pathlib nothing is the current directory.
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got nothing")
+    return Path(text)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ residual, x + residual is what gets normalized, and is written.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import cuda.bindings.driver as cuda
@@ -210,7 +209,7 @@ class RmsNorm(RowKernel):
         tXrX = copy.zeros(self.stage.tile.values_per_thread, row.element_type)
         # A weight may have wider elements than x.
         nbytes = max(self.spec.access.load_bytes, row.element_type.width // 8)
-        access = dataclasses.replace(self.spec.access, load_bytes=nbytes)
+        access = self.spec.access._replace(load_bytes=nbytes)
         copy.load(row, tile, lane, live, tXrX, access)
         return tXrX
 
@@ -219,7 +218,7 @@ class RmsNorm(RowKernel):
         self, values: cute.TensorSSA, row: cute.Tensor, tile: Int32, lane: Int32, live: Boolean
     ):
         """float32 values in x's dtype to a row beside x."""
-        access = dataclasses.replace(self.spec.access, store_bytes=self.spec.access.load_bytes)
+        access = self.spec.access._replace(store_bytes=self.spec.access.load_bytes)
         copy.store(numerics.registers(values.to(self.dtype)), row, tile, lane, live, access)
 
     @cute.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,9 +82,8 @@ class Layout:
 
     def choices(self) -> dict[str, Any]:
         """As `make_layout` takes them, for JSON."""
-        tile = {f.name: getattr(self.tile, f.name) for f in fields(Tile)}
         access = {"load_bytes": self.access.load_bytes, "load_hint": self.access.load_hint}
-        return {**tile, **access}
+        return {**self.tile._asdict(), **access}
 
 
 def _words(layout: Layout) -> list[tuple[str, str]]:
