@@ -35,7 +35,7 @@ FORMAT = 2
 KERNEL_FIELDS = ("name", "spec", "arch", "file", "symbol")
 """Of each kernel in it."""
 
-DIGEST_BYTES = 4 * 2**20
+DIGEST_BYTES = 2**20
 """Read at once."""
 
 ELF_SHARED = 3
