@@ -35,8 +35,8 @@ FORMAT = 2
 KERNEL_FIELDS = ("name", "spec", "arch", "file", "symbol")
 """Of each kernel in it."""
 
-DIGEST_BYTES = 2**20
-"""Read at once."""
+DIGEST_BYTES = 8 * 2**20
+"""Read at once: each time a thread may have to wait for the lock of the interpreter."""
 
 ELF_SHARED = 3
 ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
