@@ -194,6 +194,7 @@ def _alignment(address: int, strides: tuple[int, ...], itemsize: int, limit: int
 def as_viewed(
     operands: tuple[torch.Tensor | None, ...], views: tuple[View | None, ...]
 ) -> tuple[torch.Tensor | None, ...]:
+    """Operands as a kernel takes them, those without a view as they are."""
     return tuple(
         t if view is None else t.as_strided(*view) for t, view in zip(operands, views, strict=False)
     )
