@@ -94,10 +94,10 @@ def main() -> None:
     columns = options.columns or (shapes.QUICK_COLUMNS if options.quick else shapes.COLUMNS)
     try:
         providers, absent = create(options.providers or NAMES, launches, options.vllm)
+        run = Run("python -m bench", Problem, providers, options.commit)
     except RuntimeError as error:
         sys.exit(f"bench: {first_line(error)}")
     say(*(f"absent: {line}" for line in absent))
-    run = Run("python -m bench", Problem, providers, options.commit)
     results = run.results
     say(
         *machine_lines(results.machine),

@@ -95,7 +95,7 @@ def _cell(results: Results, result: Result | None) -> str:
 
 def _microseconds(result: Result) -> str:
     us = result.seconds * 1e6
-    return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 100 else f"{us:.0f}"
+    return f"{us:.2f}" if us < 9.995 else f"{us:.1f}" if us < 99.95 else f"{us:.0f}"
 
 
 def markdown(results: Results) -> str:

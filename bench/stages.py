@@ -74,10 +74,10 @@ def main() -> None:
     say("compiling ...")
     try:
         providers, absent = stage_providers.create()
+        run = Run("python -m bench.stages", StageProblem, providers, options.commit)
     except RuntimeError as error:
         sys.exit(f"bench.stages: {first_line(error)}")
     say(*(f"absent: {line}" for line in absent))
-    run = Run("python -m bench.stages", StageProblem, providers, options.commit)
     results = run.results
     say(*machine_lines(results.machine))
     path = options.output / "results.jsonl"

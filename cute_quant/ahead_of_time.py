@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -136,10 +137,14 @@ def load(directory: str | os.PathLike) -> None:
             apache-tvm-ffi; its manifest is damaged; or others than root and
             the user may write to it.
         TypeError: it is not a path.
+        OSError: it cannot be read.
     """
-    if not isinstance(directory, (str, os.PathLike)):
-        raise TypeError(f"directory: expected a path, got {type(directory).__name__}")
-    _loaded.insert(0, open_directory(Path(directory).absolute()))
+    path = os.fspath(directory) if isinstance(directory, os.PathLike) else directory
+    if not isinstance(path, str):
+        raise TypeError(f"directory: expected a path of text, got {type(path).__name__}")
+    if not path:
+        raise ValueError("directory: expected a path, got nothing")
+    _loaded.insert(0, open_directory(Path(path).absolute()))
 
 
 def loaded() -> list[Directory]:
@@ -242,7 +247,12 @@ def _open_trusted(path: Path) -> io.FileIO:
         OSError: it cannot be read.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(path, flags)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path}: expected a regular file, got a symbolic link") from None
+        raise
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

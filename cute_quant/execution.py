@@ -20,7 +20,14 @@ from cute_quant.formats import (
 from cute_quant.prologues import Prologue
 from cute_quant.rows import Rows
 from cute_quant.selection import View, as_viewed
-from cute_quant.tensors import check_disjoint, check_real, region, span
+from cute_quant.tensors import (
+    check_disjoint,
+    check_no_tangents,
+    check_real,
+    in_dual_level,
+    region,
+    span,
+)
 
 
 class _Plan(NamedTuple):
@@ -74,6 +81,8 @@ def quantize(
         choices: group_size, scale_format, dtype, round_scale, min_scale.
         prologue: what comes before; what else it writes is in its tensors.
     """
+    if in_dual_level():
+        check_no_tangents(_by_name(x, q, sf, index, prologue))
     if not x.is_cuda:
         return _quantize_on_cpu(x, q, sf, choices, rows, index, check, prologue)
     plan = _look_up_plan(x, q, sf, choices, rows, index, prologue)
@@ -148,14 +157,24 @@ def _check(
     prologue: Prologue | None,
 ) -> checks.Call:
     call = checks.check_call(x, q, sf, choices, rows, index, prologue)
-    name = "x" if prologue is None else prologue.input_name
-    tensors = {name: x, "out q": q, "out sf": sf, "index": index}
+    tensors = _by_name(x, q, sf, index, prologue)
     if rows is not None:
         tensors[f"rows.{rows.data_name}"] = rows.data
-    if prologue is not None:
-        tensors |= prologue.tensors
     check_real(tensors)
     return call
+
+
+def _by_name(
+    x: torch.Tensor,
+    q: torch.Tensor | None,
+    sf: torch.Tensor | None,
+    index: torch.Tensor | None,
+    prologue: Prologue | None,
+) -> dict[str, torch.Tensor | None]:
+    """Tensors of a call by the names of its arguments."""
+    name = "x" if prologue is None else prologue.input_name
+    tensors = {name: x, "out q": q, "out sf": sf, "index": index}
+    return tensors if prologue is None else tensors | prologue.tensors
 
 
 def _check_disjoint(
@@ -299,6 +318,8 @@ def fake_quantize(x: torch.Tensor, out: torch.Tensor | None, choices: tuple) -> 
     """`cute_quant.fake_quantize` of real tensors."""
     fmt = checks.check_fake_call(x, out, choices)
     check_real({"x": x, "out": out})
+    if in_dual_level():
+        check_no_tangents({"x": x, "out": out})
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     else:
@@ -323,6 +344,8 @@ def dequantize(
     """`cute_quant.dequantize` of real tensors."""
     fmt = checks.check_dequantize_call(q, sf, group_size, dtype)
     check_real({"q": q, "sf": sf})
+    if in_dual_level():
+        check_no_tangents({"q": q, "sf": sf})
     if not q.is_cuda:
         return reference.dequantize(q, sf, fmt, dtype)
     y = torch.empty(q.shape, dtype=dtype, device=q.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from cute_quant import checks, execution
@@ -88,8 +87,8 @@ def quantize(
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: an argument has a wrong value, shape, stride, alignment or device.
-        RuntimeError: x requires a gradient while gradients are recorded, or its GPU is not
-            supported.
+        RuntimeError: x requires a gradient while gradients are recorded, a tensor has a tangent of
+            forward-mode differentiation, or the GPU of x is not supported.
     """
     _check_no_gradient("quantize", "x", x)
     q, sf = (None, None) if out is None else _out_pair(out)
@@ -348,12 +347,6 @@ def _check_no_gradient(function: str, name: str, t: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
     if t.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(not_differentiable(function, name))
-    # Without a level of dual numbers, which is quicker to see, there are no tangents.
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
-        raise RuntimeError(
-            f"{name}: expected a tensor without a tangent, since {function} is not differentiable; "
-            "got one that has one: detach it"
-        )
 
 
 def _out_pair(out: object) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from cute_quant.formats import flat_batch
 
@@ -38,6 +39,23 @@ def check_tensor(name: str, t: object, dtypes: Iterable[torch.dtype]) -> None:
     if t.is_nested or t.layout is not torch.strided:
         kind = "a nested tensor" if t.is_nested else f"layout {t.layout}"
         raise TypeError(f"{name}: expected a strided tensor, got {kind}")
+
+
+def in_dual_level() -> bool:
+    """Whether tensors may have tangents at all, which is quicker to see."""
+    return forward_ad._current_level >= 0
+
+
+def check_no_tangents(tensors: dict[str, torch.Tensor | None]) -> None:
+    """Check that forward-mode differentiation wants nothing of these, by the names of the
+    arguments."""
+    for name, t in tensors.items():
+        plain = isinstance(t, torch.Tensor) and t.layout is torch.strided and not t.is_nested
+        if plain and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(
+                f"{name}: expected a tensor without a tangent, since this is not differentiable; "
+                f"got one that has one: detach it"
+            )
 
 
 def check_matrices(name: str, t: torch.Tensor, max_columns: int) -> None:

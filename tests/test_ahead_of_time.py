@@ -439,8 +439,18 @@ def test_load_of_no_directory(path, tmp_path):
 
 @pytest.mark.parametrize("directory", [None, b"kernels", 3])
 def test_load_takes_a_path(directory):
-    with pytest.raises(TypeError, match="directory: expected a path, got"):
+    with pytest.raises(TypeError, match="directory: expected a path of text, got"):
         cute_quant.load(directory)
+    with pytest.raises(ValueError, match="directory: expected a path, got nothing"):
+        cute_quant.load("")
+
+
+def test_manifest_that_is_a_link(copy):
+    manifest = copy / "manifest.json"
+    manifest.rename(copy.parent / "elsewhere.json")
+    manifest.symlink_to(copy.parent / "elsewhere.json")
+    with pytest.raises(ValueError, match=r"manifest\.json: expected a regular file, got a symb"):
+        cute_quant.load(copy)
 
 
 def test_manifest_of_somebody_else(copy):

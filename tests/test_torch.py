@@ -798,20 +798,38 @@ def test_dynamo_leaves_operators_alone(device):
 def test_there_are_no_tangents(device):
     x, _, column, residual = (t.float() for t in prologue_inputs(4, 128, device=device))
     q, sf = quantize(x, scale_format="float32")
+    operators = torch.ops.cute_quant
+    choices = operands(UE8M0)
     calls = {
-        "x": (quantize, fake_quantize, lambda t: rms_norm_quantize(t, column)),
+        "x": (
+            quantize,
+            fake_quantize,
+            lambda t: rms_norm_quantize(t, column),
+            lambda t: operators.quantize(t, *choices),
+            lambda t: operators.fake_quantize(t, *choices),
+            torch.compile(lambda t: t + fake_quantize(t), backend="eager", fullgraph=True),
+        ),
         "gate_up": (silu_mul_quantize,),
         "weight": (lambda t: rms_norm_quantize(x, t), lambda t: silu_mul_quantize(x, weight=t)),
         "residual": (lambda t: rms_norm_quantize(x, column, residual=t),),
-        "sf": (lambda t: dequantize(q, t),),
+        "sf": (lambda t: dequantize(q, t), lambda t: operators.dequantize(q, t, 128, x.dtype)),
+        "out": (lambda t: fake_quantize(x, out=t),),
+        "normalized": (lambda t: rms_norm_quantize(x, column, normalized=t),),
     }
     inputs = {"x": x, "gate_up": x, "weight": column, "residual": residual, "sf": sf}
-    for name, functions in calls.items():
-        for function in functions:
-            with pytest.raises(RuntimeError, match=f"^{name}: expected a tensor without a tangent"):
-                torch.func.jvp(function, (inputs[name],), (torch.ones_like(inputs[name]),))
+    torch._dynamo.reset()
     with torch.autograd.forward_ad.dual_level():
+        for name, functions in calls.items():
+            t = inputs.get(name, x.clone())
+            dual = torch.autograd.forward_ad.make_dual(t, torch.ones_like(t))
+            for function in functions:
+                with pytest.raises(RuntimeError, match=f"^{name}: expected a tensor without a tan"):
+                    function(dual)
         quantize(x)
+        with pytest.raises(TypeError, match="x: expected a strided tensor"):
+            quantize(x.to_sparse())
+    with pytest.raises(RuntimeError, match=r"^x: expected a tensor without a tangent"):
+        torch.func.jvp(quantize, (x,), (x,))
 
 
 def test_compiled_prologues_have_no_gradient(device):
