@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -75,7 +76,8 @@ class Run:
         self.make_problem = make_problem
         self.providers = list(providers)
         machine = environment.describe()
-        machine["command"] = " ".join([program, *sys.argv[1:]])
+        # Where files lie on the machine says nothing of the measurement.
+        machine["command"] = " ".join([program, *(Path(word).name for word in sys.argv[1:])])
         machine["commit"] = commit or machine["commit"]
         self.results = Results(machine)
         self.wrong = False

@@ -19,8 +19,19 @@ import pytest
 import torch
 
 import cute_quant
-from cute_quant import ahead_of_time, cli, compile, naming, objects, presets, selection, toolchain
+from cute_quant import (
+    ahead_of_time,
+    building,
+    cli,
+    compile,
+    naming,
+    objects,
+    presets,
+    selection,
+    toolchain,
+)
 from cute_quant.formats import Format
+from cute_quant.manifest import check_trusted
 from cute_quant.prologues import FUSED, Prologue, make_rms_norm, make_silu_mul
 from cute_quant.rows import Rows
 from cute_quant.specs import QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
@@ -144,14 +155,14 @@ def test_aarch64(tmp_path, capsys):
 def test_other_files_are_left_alone(tmp_path):
     (tmp_path / "thesis.pdf").write_bytes(b"")
     with pytest.raises(ValueError, match=r"expected a new directory.*got \['thesis.pdf'\]"):
-        ahead_of_time.write(tmp_path, toolchain.this_host(), None, [])
+        building.write(tmp_path, toolchain.this_host(), None, [])
     assert (tmp_path / "thesis.pdf").exists()
 
 
 def test_objects_of_others_are_left_alone(tmp_path):
     (tmp_path / "lib.so").write_bytes(b"")
     with pytest.raises(ValueError, match="expected a new directory"):
-        ahead_of_time.write(tmp_path, toolchain.this_host(), None, [])
+        building.write(tmp_path, toolchain.this_host(), None, [])
     assert (tmp_path / "lib.so").exists()
 
 
@@ -162,7 +173,7 @@ def test_manifests_of_others_are_left_alone(manifest, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "lib.so").write_bytes(b"")
     with pytest.raises(ValueError, match="expected a new directory or one built before, got"):
-        ahead_of_time.write(tmp_path, toolchain.this_host(), None, [])
+        building.write(tmp_path, toolchain.this_host(), None, [])
     assert json.loads((tmp_path / "manifest.json").read_text()) == manifest
     assert (tmp_path / "lib.so").exists()
 
@@ -172,12 +183,12 @@ def test_files_that_the_manifest_does_not_list_are_left_alone(name, copy):
     (copy / name).write_bytes(b"")
     before = sorted(copy.iterdir())
     with pytest.raises(ValueError, match=rf"got \['{name}'\]"):
-        ahead_of_time.write(copy, toolchain.this_host(), None, [])
+        building.write(copy, toolchain.this_host(), None, [])
     assert sorted(copy.iterdir()) == before
 
 
 def test_building_again_replaces(copy):
-    ahead_of_time.write(copy, toolchain.this_host(), None, [])
+    building.write(copy, toolchain.this_host(), None, [])
     assert [path.name for path in copy.iterdir()] == ["manifest.json"]
 
 
@@ -189,7 +200,7 @@ def test_building_that_ends_early_leaves_what_was_there(error, copy):
 
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     with pytest.raises(error):
-        ahead_of_time.write(copy, toolchain.this_host(), None, built())
+        building.write(copy, toolchain.this_host(), None, built())
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     assert list(copy.parent.iterdir()) == [copy]
 
@@ -205,7 +216,7 @@ def test_directory_that_cannot_be_replaced_is_put_back(copy, monkeypatch):
     monkeypatch.setattr(Path, "replace", fail)
     before = sorted(copy.iterdir())
     with pytest.raises(OSError, match="no space"):
-        ahead_of_time.write(copy, toolchain.this_host(), None, [])
+        building.write(copy, toolchain.this_host(), None, [])
     assert sorted(copy.iterdir()) == before
     assert list(copy.parent.iterdir()) == [copy]
 
@@ -216,14 +227,14 @@ def test_files_that_come_while_it_builds_are_left_alone(copy):
         yield SPEC, ARCH, b"content"
 
     with pytest.raises(ValueError, match=r"got .*thesis\.pdf"):
-        ahead_of_time.write(copy, toolchain.this_host(), None, built())
+        building.write(copy, toolchain.this_host(), None, built())
     assert (copy / "thesis.pdf").exists()
 
 
 def test_runtime_may_be_that_of_the_directory(copy):
     runtime = copy / toolchain.RUNTIME_NAME
     content = runtime.read_bytes()
-    ahead_of_time.write(copy, toolchain.this_host(), runtime, [])
+    building.write(copy, toolchain.this_host(), runtime, [])
     assert runtime.read_bytes() == content
     assert list(copy.parent.iterdir()) == [copy]
 
@@ -236,7 +247,7 @@ def test_runtime_is_for_the_host(copy, tmp_path):
     before = sorted(copy.iterdir())
     for host, file in ((toolchain.this_host(), text), (other, runtime)):
         with pytest.raises(ValueError, match=f"runtime: expected .* for {host.machine}, got /"):
-            ahead_of_time.write(copy, host, file, [])
+            building.write(copy, host, file, [])
     assert sorted(copy.iterdir()) == before
 
 
@@ -386,7 +397,7 @@ def test_parent_that_others_may_write_to(copy):
 def test_directory_of_somebody_else(copy, monkeypatch):
     status = os.stat_result((0o40755, 0, 0, 1, os.geteuid() + 1, 0, 0, 0, 0, 0))
     with pytest.raises(ValueError, match="expected root or you as its owner, got user"):
-        ahead_of_time._check_trusted(copy, status)
+        check_trusted(copy, status)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "object", "runtime"])
@@ -470,7 +481,7 @@ def test_names_in_manifest_are_of_the_directory(name, copy):
 def test_built_under_any_umask(tmp_path):
     before = os.umask(0)
     try:
-        ahead_of_time.write(tmp_path / "new", toolchain.this_host(), None, [])
+        building.write(tmp_path / "new", toolchain.this_host(), None, [])
     finally:
         os.umask(before)
     cute_quant.load(tmp_path / "new")

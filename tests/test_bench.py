@@ -145,7 +145,8 @@ def make_run(monkeypatch):
     )
 
 
-def test_run_measures_what_is_right(make_run, capsys):
+def test_run_measures_what_is_right(make_run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", "--rows", "1,2", "--output", "/root/place/out"])
     wrong, fails = Provider("a", "1 value"), Provider("b", error=RuntimeError("no\nmore"))
     right, ours = Provider(STREAM), Provider(CUTE_QUANT)
     run = make_run(wrong, fails, right, ours)
@@ -153,6 +154,7 @@ def test_run_measures_what_is_right(make_run, capsys):
         run.measure(ROWS, k, run.providers)
     assert run.providers == [wrong, right, ours] and not run.wrong
     assert run.results.machine["commit"] == "abc"
+    assert run.results.machine["command"] == "bench --rows 1,2 --output out"
     for k in (128, 256):
         found = {result.provider: result for result in run.results if result.k == k}
         assert list(found) == ["a", STREAM, CUTE_QUANT]

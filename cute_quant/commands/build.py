@@ -26,7 +26,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cute_quant import ahead_of_time, compile, naming, presets, progress, toolchain
+from cute_quant import building, compile, naming, presets, progress, toolchain
 from cute_quant.specs import Spec
 
 MAX_WORKERS = 8
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     runtime = options.runtime
     if runtime is None and host.machine == platform.machine():
         runtime = dsl.runtime
-    ahead_of_time.write(options.output, host, runtime, _built(tasks, host))
+    building.write(options.output, host, runtime, _built(tasks, host))
     size = sum(file.stat().st_size for file in options.output.iterdir())
     if options.json:
         print(json.dumps({"directory": str(options.output), "kernels": len(tasks), "bytes": size}))
@@ -160,4 +160,4 @@ def _interrupts_ignored() -> Iterator[None]:
 
 
 def _build(spec: Spec, arch: str, host: toolchain.Host) -> bytes:
-    return compile.build_object(spec, arch, ahead_of_time.symbol(spec, arch), host)
+    return compile.build_object(spec, arch, building.symbol(spec, arch), host)
