@@ -34,6 +34,11 @@ def check_trusted(path: Path, status: os.stat_result) -> None:
 
 
 def check_parents(path: Path) -> None:
+    """Refuse a directory that somebody else may replace.
+
+    Raises:
+        ValueError: others may write to a parent.
+    """
     # Both as it was named and as it is: either chain decides what the name will stand for. In a
     # directory with the sticky bit, such as /tmp, others cannot rename what is not theirs.
     for parent in (*path.resolve().parents, *path.parents):

@@ -146,7 +146,7 @@ def make_run(monkeypatch):
 
 
 def test_run_measures_what_is_right(make_run, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bench", "--rows", "1,2", "--output", "/root/place/out"])
+    monkeypatch.setattr("sys.argv", ["bench", "--rows", "1,2", "--output", "some/place/out"])
     wrong, fails = Provider("a", "1 value"), Provider("b", error=RuntimeError("no\nmore"))
     right, ours = Provider(STREAM), Provider(CUTE_QUANT)
     run = make_run(wrong, fails, right, ours)
