@@ -25,7 +25,7 @@ from bench.providers import NAMES, create
 from bench.results import machine_lines
 from bench.run import Run, first_line, say
 from bench.shapes import positive_numbers
-from cute_quant.laboratory import timing
+from cute_quant.lab import timing
 
 DEFAULT_OUTPUT = Path("build/bench")
 

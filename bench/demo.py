@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 import cute_quant as cq
-from cute_quant.laboratory import timing
+from cute_quant.lab import timing
 
 ACTIVATIONS = Path(__file__).parent / "data" / "activations.safetensors"
 THROUGHPUT_ROWS = 16384
@@ -76,9 +76,9 @@ def throughput(x: torch.Tensor) -> None:
 
 
 def show_machine_code() -> None:
-    from cute_quant.formats import make_format
-    from cute_quant.laboratory.machine_code import machine_code
-    from cute_quant.specs import QuantizeSpec
+    from cute_quant.contract.formats import make_format
+    from cute_quant.kernels.config import QuantizeSpec
+    from cute_quant.lab.machine_code import machine_code
 
     print("\nno GPU here: the kernel for SM100 (Blackwell), compiled on this machine")
     start = time.perf_counter()

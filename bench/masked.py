@@ -28,18 +28,11 @@ import torch
 from bench import environment, stream
 from bench.problem import FLOAT32, POISON, UE8M0
 from bench.shapes import MAIN_COLUMN
-from cute_quant import (
-    Indexed,
-    Masked,
-    PrefixSum,
-    compile,
-    dequantize,
-    fake_quantize,
-    quantize,
-    reference,
-)
-from cute_quant.formats import Format, make_format
-from cute_quant.laboratory import timing
+from cute_quant import Indexed, Masked, PrefixSum, dequantize, fake_quantize, quantize
+from cute_quant.contract import reference
+from cute_quant.contract.formats import Format, make_format
+from cute_quant.jit import lookup
+from cute_quant.lab import timing
 
 EXPERTS = ((32, 1024), (256, 4096))
 """Experts of a GPU and rows that each has memory for: when decoding, and when prefilling."""
@@ -218,7 +211,7 @@ def streaming(nbytes: int) -> Call:
     threads = -(-nbytes // (4 * (stream.WORDS_IN + stream.WORDS_OUT)))
     x = torch.randint(2**31 - 1, (threads * stream.WORDS_IN,), dtype=torch.int32, device=DEVICE)
     y = torch.empty(threads * stream.WORDS_OUT, dtype=torch.int32, device=DEVICE)
-    arch = compile.architecture(torch.cuda.current_device())
+    arch = lookup.architecture(torch.cuda.current_device())
     function = stream.function(stream.Stream(True), arch)
 
     def check() -> str:

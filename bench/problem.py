@@ -8,9 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from bench.shapes import GROUP_SIZE, bytes_moved
-from cute_quant import reference
-from cute_quant.formats import DEFAULT_MIN_SCALE, VALUE_DTYPE, Format, make_format, scale_floor
-from cute_quant.laboratory import timing
+from cute_quant.contract import reference
+from cute_quant.contract.formats import (
+    DEFAULT_MIN_SCALE,
+    VALUE_DTYPE,
+    Format,
+    make_format,
+    scale_floor,
+)
+from cute_quant.lab import timing
 
 UE8M0 = make_format(GROUP_SIZE, "ue8m0", False)
 FLOAT32 = make_format(GROUP_SIZE, "float32", False)

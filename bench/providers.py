@@ -24,15 +24,17 @@ from bench.names import (
 from bench.problem import FLOAT32, UE8M0, Buffer, Problem
 from bench.run import Check, first_line
 from bench.vllm_kernels import Module
-from cute_quant import compile, launch, quantize
-from cute_quant.formats import (
+from cute_quant import quantize
+from cute_quant.contract.formats import (
     BYTES_PER_WORD,
     DEFAULT_MIN_SCALE,
     UE8M0_NAN,
     Format,
     scale_floor,
 )
-from cute_quant.specs import QuantizeSpec
+from cute_quant.jit import lookup
+from cute_quant.kernels import heuristics
+from cute_quant.kernels.config import QuantizeSpec
 
 NAMES = (CUTE_QUANT, STREAM, "copy", "vllm", "triton", "torch", "deep_gemm")
 
@@ -114,10 +116,10 @@ class CuteQuant(Provider):
 
     def bind(self, buffer: Buffer) -> Callable[[], None]:
         x, sf = buffer.input(self.dtype), buffer.scales[self.fmt]
-        sms = compile.multiprocessors(x.get_device())
-        tile = launch.shape(1, *x.shape, self.fmt, False, sms).tile
+        sms = lookup.multiprocessors(x.get_device())
+        tile = heuristics.shape(1, *x.shape, self.fmt, False, sms).tile
         spec = QuantizeSpec(self.dtype, self.fmt, tile, pdl=self.launch == PDL)
-        function = compile.function(spec, architecture())
+        function = lookup.function(spec, architecture())
         operands = x, buffer.q, sf, None, None, 0, 1, 0, self.floor
         return functools.partial(function, *operands)
 
@@ -316,4 +318,4 @@ def _vllm(wheel: Path, launches: Sequence[str]) -> list[Provider]:
 
 def architecture() -> str:
     """The target for the current device."""
-    return compile.architecture(torch.cuda.current_device())
+    return lookup.architecture(torch.cuda.current_device())

@@ -11,7 +11,7 @@ import torch
 
 from bench import environment
 from bench.results import Result, Results
-from cute_quant.laboratory import timing
+from cute_quant.lab import timing
 
 
 class Check(NamedTuple):

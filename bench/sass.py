@@ -22,11 +22,9 @@ from collections.abc import Iterator
 import torch
 
 from bench.stream import Stream
-from cute_quant.compile import ARCHITECTURES
-from cute_quant.formats import make_format
-from cute_quant.laboratory.machine_code import GPUS, Gpu, MachineCode, disassemble, machine_code
-from cute_quant.launch import TWO_ROWS
-from cute_quant.specs import (
+from cute_quant.contract.formats import make_format
+from cute_quant.jit.lookup import ARCHITECTURES
+from cute_quant.kernels.config import (
     DEFAULT_TILE,
     Domain,
     QuantizeSpec,
@@ -35,6 +33,8 @@ from cute_quant.specs import (
     Spec,
     Tile,
 )
+from cute_quant.kernels.heuristics import TWO_ROWS
+from cute_quant.lab.machine_code import GPUS, Gpu, MachineCode, disassemble, machine_code
 
 ELEMENTS_PER_WARP = 32 * 16
 BYTES_PER_WARP = ELEMENTS_PER_WARP * 3 + ELEMENTS_PER_WARP // 128

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from bench.names import ALONE, RMS_NORM, SILU_MUL
 
 if TYPE_CHECKING:
-    from cute_quant.formats import Format
+    from cute_quant.contract.formats import Format
 
 GROUP_SIZE = 128
 

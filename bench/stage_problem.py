@@ -16,10 +16,10 @@ import torch
 from bench.problem import POISON, UE8M0, sampled_rows
 from bench.run import Check
 from bench.shapes import QUANTIZE_ALONE, RMS_NORM_QUANTIZE, SILU_MUL_QUANTIZE, Operation
-from cute_quant import reference
-from cute_quant.formats import DEFAULT_MIN_SCALE, E4M3_MAX, VALUE_DTYPE, scale_floor
-from cute_quant.laboratory import timing
-from cute_quant.prologues import FUSED, make_rms_norm, make_silu_mul
+from cute_quant.contract import reference
+from cute_quant.contract.formats import DEFAULT_MIN_SCALE, E4M3_MAX, VALUE_DTYPE, scale_floor
+from cute_quant.contract.prologues import FUSED, make_rms_norm, make_silu_mul
+from cute_quant.lab import timing
 
 EPS = 1e-6
 MIN_EXPONENT = int(scale_floor(UE8M0, DEFAULT_MIN_SCALE))

@@ -41,9 +41,11 @@ from bench.stage_problem import (
     StageBuffer,
     StageProblem,
 )
-from cute_quant import compile, launch, quantize, rms_norm_quantize, silu_mul_quantize
-from cute_quant.laboratory import timing
-from cute_quant.specs import Domain, QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec, Tile
+from cute_quant import quantize, rms_norm_quantize, silu_mul_quantize
+from cute_quant.jit import lookup
+from cute_quant.kernels import heuristics
+from cute_quant.kernels.config import Domain, QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec, Tile
+from cute_quant.lab import timing
 
 COMPILED_ROWS = 4096
 """Of the first call of what `torch.compile` compiles, from which it picks sizes of blocks."""
@@ -93,15 +95,15 @@ class StageProvider(abc.ABC):
 
 def default_spec(operation: Operation, mn: int, k: int, pdl: bool) -> Spec:
     """What the public call of an operation launches, or the same without PDL."""
-    sms = compile.multiprocessors(torch.cuda.current_device())
+    sms = lookup.multiprocessors(torch.cuda.current_device())
     size = 1, mn, k, UE8M0, False, sms
     if operation is RMS_NORM_QUANTIZE:
-        norm = launch.norm_shape(*size)
+        norm = heuristics.norm_shape(*size)
         return norm_spec(norm.tile, *norm.warps, pdl)
     if operation is SILU_MUL_QUANTIZE:
-        spec_class, shape = SiluMulSpec, launch.silu_shape(*size, architecture())
+        spec_class, shape = SiluMulSpec, heuristics.silu_shape(*size, architecture())
     else:
-        spec_class, shape = QuantizeSpec, launch.shape(*size)
+        spec_class, shape = QuantizeSpec, heuristics.shape(*size)
     domain = Domain(batched=shape.tall)
     return spec_class(torch.bfloat16, UE8M0, shape.tile, domain, pdl=pdl)
 
@@ -137,7 +139,7 @@ def bind_spec(spec: Spec, buffer: StageBuffer) -> Callable[[], None]:
         residual, residual_out = matrix(buffer.residual), matrix(buffer.residual_out)
         offset, normalized = 0.0, None
         others = EPS, offset, buffer.weight, residual, residual_out, normalized
-    return functools.partial(compile.function(spec, architecture()), *common, *others)
+    return functools.partial(lookup.function(spec, architecture()), *common, *others)
 
 
 class Ours(StageProvider):
@@ -322,7 +324,7 @@ class TwoKernels(Compiled):
         first = self.bind_function(buffer, between)
         spec = default_spec(QUANTIZE_ALONE, *between.shape, self.launch == PDL)
         common = buffer.q, buffer.sf, None, None, 0, 1, 0, MIN_EXPONENT
-        second = functools.partial(compile.function(spec, architecture()), between, *common)
+        second = functools.partial(lookup.function(spec, architecture()), between, *common)
 
         def call() -> None:
             first()

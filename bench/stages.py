@@ -33,7 +33,7 @@ from bench.shapes import (
     positive_numbers,
 )
 from bench.stage_problem import StageProblem
-from cute_quant.laboratory import timing
+from cute_quant.lab import timing
 
 DEFAULT_OUTPUT = Path("build/bench-stages")
 

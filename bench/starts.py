@@ -21,11 +21,12 @@ from pathlib import Path
 
 import torch
 
-from cute_quant import cli, naming
-from cute_quant.formats import UE8M0_PACKED, make_format
-from cute_quant.specs import QuantizeSpec
+from cute_quant.cli import main as cli_main
+from cute_quant.contract.formats import UE8M0_PACKED, make_format
+from cute_quant.jit import keys
+from cute_quant.kernels.config import QuantizeSpec
 
-KERNEL = naming.spec_name(QuantizeSpec(torch.bfloat16, make_format(128, UE8M0_PACKED, False)))
+KERNEL = keys.spec_name(QuantizeSpec(torch.bfloat16, make_format(128, UE8M0_PACKED, False)))
 
 START = """
 import json, sys, time
@@ -93,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         kernels = directory / "kernels"
-        if cli.main(["build", "--kernel", KERNEL, "-o", str(kernels)]):
+        if cli_main.main(["build", "--kernel", KERNEL, "-o", str(kernels)]):
             sys.exit("bench.starts: nothing was built")
         # A first process of each kind that is not counted writes bytecode and fills the cache.
         cold = [

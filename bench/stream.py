@@ -16,7 +16,7 @@ import torch
 from cutlass import Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from cute_quant import compile
+from cute_quant.jit import lookup
 
 THREADS_PER_CTA = 128
 WORDS_IN = 8
@@ -135,4 +135,4 @@ def expected(x: torch.Tensor, loads: int, stores: int) -> torch.Tensor:
 @functools.cache
 def function(spec: Stream, arch: str) -> Callable[..., None]:
     """The compiled kernel, to be called on torch tensors."""
-    return compile.build(spec, arch)._tvm_ffi_function
+    return lookup.build(spec, arch)._tvm_ffi_function

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from bench.shapes import GROUP_SIZE
-from cute_quant.formats import BYTES_PER_WORD
-from cute_quant.specs import LANES
+from cute_quant.contract.formats import BYTES_PER_WORD
+from cute_quant.kernels.config import LANES
 
 MAX_VALUES_PER_THREAD = 64
 """Beyond which registers spill."""

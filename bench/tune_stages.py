@@ -30,10 +30,10 @@ from bench.shapes import (
 )
 from bench.stage_problem import FLOAT32_ERROR, StageProblem
 from bench.stage_providers import Ceiling, bind_spec, default_spec, norm_spec
-from cute_quant.formats import ceil_div
-from cute_quant.laboratory import timing
-from cute_quant.launch import MAX_GRID_Y, MAX_WARPS
-from cute_quant.specs import DEFAULT_TILE, Domain, RmsNormSpec, SiluMulSpec, Spec, Tile
+from cute_quant.contract.formats import ceil_div
+from cute_quant.kernels.config import DEFAULT_TILE, Domain, RmsNormSpec, SiluMulSpec, Spec, Tile
+from cute_quant.kernels.heuristics import MAX_GRID_Y, MAX_WARPS
+from cute_quant.lab import timing
 
 ROWS = (16, 256, 4096, 16384)
 ROW_WARPS = (1, 2, 4, 8)

@@ -11,7 +11,13 @@ import torch
 
 from bench import vllm_wheel
 from bench.shapes import GROUP_SIZE
-from cute_quant.formats import BYTES_PER_WORD, E4M3_MAX, SCALE_ROW_ALIGNMENT, align, ceil_div
+from cute_quant.contract.formats import (
+    BYTES_PER_WORD,
+    E4M3_MAX,
+    SCALE_ROW_ALIGNMENT,
+    align,
+    ceil_div,
+)
 
 MIN_AMAX = 1e-10
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}

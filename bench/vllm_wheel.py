@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cute_quant.laboratory import binary_utilities
+from cute_quant.lab import binary_utilities
 
 SYMBOL = b"per_token_group_quant_8bit_packed"
 MANIFEST = "kernels.json"

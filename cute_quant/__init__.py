@@ -1,14 +1,8 @@
 """The quantizer in front of an FP8 GEMM, in CuTe DSL."""
 
-from cute_quant.ahead_of_time import load
-from cute_quant.ops import (
-    dequantize,
-    fake_quantize,
-    quantize,
-    rms_norm_quantize,
-    silu_mul_quantize,
-)
-from cute_quant.rows import Indexed, Masked, PrefixSum
+from cute_quant.contract.rows import Indexed, Masked, PrefixSum
+from cute_quant.jit.aot_load import load
+from cute_quant.ops import dequantize, fake_quantize, quantize, rms_norm_quantize, silu_mul_quantize
 
 __all__ = [
     "Indexed",

@@ -6,13 +6,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from cute_quant import checks, execution
-from cute_quant.checks import Call
-from cute_quant.formats import DEFAULT_MIN_SCALE, INPUT_DTYPES, VALUE_DTYPE, resolve_min_scale
-from cute_quant.operators import as_stored, empty_values, not_differentiable
-from cute_quant.prologues import FUSED, make_rms_norm, make_silu_mul
-from cute_quant.rows import Rows, to_operands
-from cute_quant.tensors import check_tensor
+from cute_quant.contract import checks
+from cute_quant.contract.checks import Call
+from cute_quant.contract.formats import (
+    DEFAULT_MIN_SCALE,
+    INPUT_DTYPES,
+    VALUE_DTYPE,
+    resolve_min_scale,
+)
+from cute_quant.contract.prologues import FUSED, make_rms_norm, make_silu_mul
+from cute_quant.contract.rows import Rows, to_operands
+from cute_quant.contract.tensors import check_tensor
+from cute_quant.dispatch import execution
+from cute_quant.dispatch.torch_ops import as_stored, empty_values, not_differentiable
 
 
 def quantize(

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import cute_quant as cq
-from cute_quant.compile import ARCHITECTURES
+from cute_quant.jit.lookup import ARCHITECTURES
 
 try:
     import deep_gemm

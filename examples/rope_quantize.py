@@ -12,9 +12,9 @@ import torch
 from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Uint32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from cute_quant import compile
 from cute_quant import kernels as cq
-from cute_quant.formats import last_column_rows, make_format, scale_floor
+from cute_quant.contract.formats import last_column_rows, make_format, scale_floor
+from cute_quant.jit import lookup
 
 HEAD, HALF = 128, 64
 FORMAT = make_format(HEAD, "ue8m0", False)
@@ -66,7 +66,7 @@ class RopeQuantize:
 
 @functools.cache
 def compiled(device: int):
-    return compile.build(RopeQuantize(), compile.architecture(device))
+    return lookup.build(RopeQuantize(), lookup.architecture(device))
 
 
 def rope_quantize(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from cute_quant import quantize, reference
-from cute_quant.formats import VALUE_DTYPE, Format, make_format, scale_floor
-from cute_quant.rows import Rows, from_operands, to_operands
+from cute_quant import quantize
+from cute_quant.contract import reference
+from cute_quant.contract.formats import VALUE_DTYPE, Format, make_format, scale_floor
+from cute_quant.contract.rows import Rows, from_operands, to_operands
 from tests.oracle import scale_offset
 
 POISON = 0xA5

@@ -19,26 +19,18 @@ import pytest
 import torch
 
 import cute_quant
-from cute_quant import (
-    ahead_of_time,
-    building,
-    cli,
-    compile,
-    naming,
-    objects,
-    presets,
-    selection,
-    toolchain,
-)
-from cute_quant.formats import Format
-from cute_quant.manifest import check_trusted
-from cute_quant.prologues import FUSED, Prologue, make_rms_norm, make_silu_mul
-from cute_quant.rows import Rows
-from cute_quant.specs import QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
+from cute_quant.cli import main
+from cute_quant.contract.formats import Format
+from cute_quant.contract.prologues import FUSED, Prologue, make_rms_norm, make_silu_mul
+from cute_quant.contract.rows import Rows
+from cute_quant.dispatch import selection
+from cute_quant.jit import aot_build, aot_load, aot_presets, keys, lookup, shared_objects, toolchain
+from cute_quant.jit.aot_manifest import check_trusted
+from cute_quant.kernels.config import QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
 from tests.helpers import UE8M0, full_id
 
 SPEC = QuantizeSpec(torch.bfloat16, UE8M0)
-NAME = naming.spec_name(SPEC)
+NAME = keys.spec_name(SPEC)
 ARCH = "sm_90a"
 ROOT = Path(cute_quant.__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "cpp"
@@ -55,17 +47,17 @@ ASK = f"""
 import sys
 import torch
 import cute_quant
-from cute_quant import compile
+from cute_quant.jit import lookup
 from cute_quant.formats import make_format
 from cute_quant.specs import QuantizeSpec
 fmt = make_format(128, "ue8m0", False)
-function = compile.function(QuantizeSpec(torch.bfloat16, fmt), "{ARCH}")
+function = lookup.function(QuantizeSpec(torch.bfloat16, fmt), "{ARCH}")
 try:
     function()
 except TypeError as error:
     assert str(error).startswith("Expects 9 parameters when calling")
 try:
-    compile.function(QuantizeSpec(torch.float16, fmt), "{ARCH}")
+    lookup.function(QuantizeSpec(torch.float16, fmt), "{ARCH}")
 except RuntimeError as error:
     print(error)
 assert not {{"cutlass", "nvidia_cutlass_dsl", "cuda"}} & set(sys.modules)
@@ -76,7 +68,7 @@ assert not {{"cutlass", "nvidia_cutlass_dsl", "cuda"}} & set(sys.modules)
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with one kernel for one architecture; not to be changed."""
     made = tmp_path_factory.mktemp("built") / "kernels"
-    assert cli.main(["build", "--kernel", NAME, "--arch", ARCH, "-o", str(made)]) == 0
+    assert main.main(["build", "--kernel", NAME, "--arch", ARCH, "-o", str(made)]) == 0
     return made
 
 
@@ -101,8 +93,8 @@ def site(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUTE_QUANT_AOT_DIR", raising=False)
-    monkeypatch.setattr(ahead_of_time, "_loaded", [])
-    ahead_of_time._of_environment.cache_clear()
+    monkeypatch.setattr(aot_load, "_loaded", [])
+    aot_load._of_environment.cache_clear()
 
 
 def change_manifest(directory: Path, **changes: object) -> None:
@@ -123,7 +115,7 @@ def test_content(built):
         [object_file(built).name, "manifest.json", toolchain.RUNTIME_NAME]
     )
     (kernel,) = manifest["kernels"]
-    assert kernel == objects.read_record(object_file(built).read_bytes())
+    assert kernel == shared_objects.read_record(object_file(built).read_bytes())
     assert kernel["symbol"] == f"{NAME}_{ARCH}".replace("-", "_")
     assert manifest["machine"] == platform.machine()
 
@@ -144,7 +136,7 @@ def test_host_code_runs_on_any_x86_64(built):
 def test_aarch64(tmp_path, capsys):
     directory = tmp_path / "kernels"
     arguments = ["--kernel", NAME, "--arch", ARCH, "--host", "aarch64", "-o", str(directory)]
-    assert cli.main(["build", *arguments]) == 0
+    assert main.main(["build", *arguments]) == 0
     assert "it lacks the libcute_dsl_runtime.so of aarch64: give it" in capsys.readouterr().out
     header = object_file(directory).read_bytes()[:20]
     assert header[:5] == b"\x7fELF\x02" and int.from_bytes(header[18:20], "little") == 183
@@ -155,14 +147,14 @@ def test_aarch64(tmp_path, capsys):
 def test_other_files_are_left_alone(tmp_path):
     (tmp_path / "thesis.pdf").write_bytes(b"")
     with pytest.raises(ValueError, match=r"expected a new directory.*got \['thesis.pdf'\]"):
-        building.write(tmp_path, toolchain.this_host(), None, [])
+        aot_build.write(tmp_path, toolchain.this_host(), None, [])
     assert (tmp_path / "thesis.pdf").exists()
 
 
 def test_objects_of_others_are_left_alone(tmp_path):
     (tmp_path / "lib.so").write_bytes(b"")
     with pytest.raises(ValueError, match="expected a new directory"):
-        building.write(tmp_path, toolchain.this_host(), None, [])
+        aot_build.write(tmp_path, toolchain.this_host(), None, [])
     assert (tmp_path / "lib.so").exists()
 
 
@@ -173,7 +165,7 @@ def test_manifests_of_others_are_left_alone(manifest, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "lib.so").write_bytes(b"")
     with pytest.raises(ValueError, match="expected a new directory or one built before, got"):
-        building.write(tmp_path, toolchain.this_host(), None, [])
+        aot_build.write(tmp_path, toolchain.this_host(), None, [])
     assert json.loads((tmp_path / "manifest.json").read_text()) == manifest
     assert (tmp_path / "lib.so").exists()
 
@@ -183,12 +175,12 @@ def test_files_that_the_manifest_does_not_list_are_left_alone(name, copy):
     (copy / name).write_bytes(b"")
     before = sorted(copy.iterdir())
     with pytest.raises(ValueError, match=rf"got \['{name}'\]"):
-        building.write(copy, toolchain.this_host(), None, [])
+        aot_build.write(copy, toolchain.this_host(), None, [])
     assert sorted(copy.iterdir()) == before
 
 
 def test_building_again_replaces(copy):
-    building.write(copy, toolchain.this_host(), None, [])
+    aot_build.write(copy, toolchain.this_host(), None, [])
     assert [path.name for path in copy.iterdir()] == ["manifest.json"]
 
 
@@ -200,7 +192,7 @@ def test_building_that_ends_early_leaves_what_was_there(error, copy):
 
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     with pytest.raises(error):
-        building.write(copy, toolchain.this_host(), None, built())
+        aot_build.write(copy, toolchain.this_host(), None, built())
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     assert list(copy.parent.iterdir()) == [copy]
 
@@ -216,7 +208,7 @@ def test_directory_that_cannot_be_replaced_is_put_back(copy, monkeypatch):
     monkeypatch.setattr(Path, "replace", fail)
     before = sorted(copy.iterdir())
     with pytest.raises(OSError, match="no space"):
-        building.write(copy, toolchain.this_host(), None, [])
+        aot_build.write(copy, toolchain.this_host(), None, [])
     assert sorted(copy.iterdir()) == before
     assert list(copy.parent.iterdir()) == [copy]
 
@@ -227,14 +219,14 @@ def test_files_that_come_while_it_builds_are_left_alone(copy):
         yield SPEC, ARCH, b"content"
 
     with pytest.raises(ValueError, match=r"got .*thesis\.pdf"):
-        building.write(copy, toolchain.this_host(), None, built())
+        aot_build.write(copy, toolchain.this_host(), None, built())
     assert (copy / "thesis.pdf").exists()
 
 
 def test_runtime_may_be_that_of_the_directory(copy):
     runtime = copy / toolchain.RUNTIME_NAME
     content = runtime.read_bytes()
-    building.write(copy, toolchain.this_host(), runtime, [])
+    aot_build.write(copy, toolchain.this_host(), runtime, [])
     assert runtime.read_bytes() == content
     assert list(copy.parent.iterdir()) == [copy]
 
@@ -247,7 +239,7 @@ def test_runtime_is_for_the_host(copy, tmp_path):
     before = sorted(copy.iterdir())
     for host, file in ((toolchain.this_host(), text), (other, runtime)):
         with pytest.raises(ValueError, match=f"runtime: expected .* for {host.machine}, got /"):
-            building.write(copy, host, file, [])
+            aot_build.write(copy, host, file, [])
     assert sorted(copy.iterdir()) == before
 
 
@@ -299,14 +291,14 @@ def test_directories_loaded_later_are_asked_first(built, copy, monkeypatch):
     monkeypatch.setenv("CUTE_QUANT_AOT_DIR", str(built))
     cute_quant.load(built)
     cute_quant.load(copy)
-    assert [directory.path for directory in ahead_of_time.loaded()] == [copy, built, built]
+    assert [directory.path for directory in aot_load.loaded()] == [copy, built, built]
 
 
 def test_found_by_spec_and_architecture(built):
     cute_quant.load(built)
-    assert ahead_of_time.find(SPEC, ARCH) is not None
-    assert ahead_of_time.find(SPEC, "sm_100a") is None
-    assert ahead_of_time.find(QuantizeSpec(torch.float16, UE8M0), ARCH) is None
+    assert aot_load.find(SPEC, ARCH) is not None
+    assert aot_load.find(SPEC, "sm_100a") is None
+    assert aot_load.find(QuantizeSpec(torch.float16, UE8M0), ARCH) is None
 
 
 def test_no_directory(tmp_path):
@@ -316,8 +308,8 @@ def test_no_directory(tmp_path):
 
 def test_variable_that_names_no_directory_is_said_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CUTE_QUANT_AOT_DIR", str(tmp_path))
-    assert ahead_of_time.find(SPEC, ARCH) is None
-    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert aot_load.find(SPEC, ARCH) is None
+    assert aot_load.find(SPEC, ARCH) is None
     (record,) = caplog.records
     assert record.getMessage().startswith(f"CUTE_QUANT_AOT_DIR not used: {tmp_path}: expected a")
 
@@ -363,10 +355,10 @@ def test_malformed_manifest_is_one_line(name, value, copy, monkeypatch, caplog, 
     with pytest.raises(ValueError, match=f"^{copy}/manifest.json: not a manifest: {name}: "):
         cute_quant.load(copy)
     monkeypatch.setenv("CUTE_QUANT_AOT_DIR", str(copy))
-    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert aot_load.find(SPEC, ARCH) is None
     (record,) = caplog.records
     assert record.getMessage().startswith(f"CUTE_QUANT_AOT_DIR not used: {copy}/manifest.json: ")
-    assert cli.main(["info"]) == 0
+    assert main.main(["info"]) == 0
     assert re.search(f"built ahead: +not used: {copy}/manifest.json", capsys.readouterr().out)
 
 
@@ -374,9 +366,9 @@ def test_directory_that_fails_in_any_way_breaks_no_call(copy, monkeypatch, caplo
     def fail(path):
         raise RuntimeError("in two\nlines")
 
-    monkeypatch.setattr(ahead_of_time, "open_directory", fail)
+    monkeypatch.setattr(aot_load, "open_directory", fail)
     monkeypatch.setenv("CUTE_QUANT_AOT_DIR", str(copy))
-    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert aot_load.find(SPEC, ARCH) is None
     (record,) = caplog.records
     assert record.getMessage() == "CUTE_QUANT_AOT_DIR not used: in two lines"
 
@@ -405,7 +397,7 @@ def test_file_that_others_may_write_to(name, copy, monkeypatch, caplog):
     files = {"object": object_file(copy), "runtime": copy / toolchain.RUNTIME_NAME}
     files.get(name, copy / name).chmod(0o666)
     monkeypatch.setenv("CUTE_QUANT_AOT_DIR", str(copy))
-    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert aot_load.find(SPEC, ARCH) is None
     (record,) = caplog.records
     assert "got mode 0666: chmod go-w" in record.getMessage()
 
@@ -414,7 +406,7 @@ def test_tampered_runtime_is_not_loaded(copy, caplog):
     with (copy / toolchain.RUNTIME_NAME).open("ab") as file:
         file.write(b"0")
     cute_quant.load(copy)
-    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert aot_load.find(SPEC, ARCH) is None
     assert "expected the digest that the manifest has, got another" in caplog.text
 
 
@@ -422,12 +414,12 @@ def test_runtime_that_is_none(copy, caplog):
     runtime = copy / toolchain.RUNTIME_NAME
     cute_quant.load(copy)
     runtime.write_bytes(b"")
-    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert aot_load.find(SPEC, ARCH) is None
     assert f"{runtime}: expected the digest that the manifest has" in caplog.text
     runtime.unlink()
     runtime.mkdir()
     descriptors = len(os.listdir("/proc/self/fd"))
-    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert aot_load.find(SPEC, ARCH) is None
     assert f"{runtime}: expected a regular file" in caplog.text
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
@@ -438,7 +430,7 @@ def test_runtime_is_loaded_where_there_are_no_threads(copy, monkeypatch, caplog)
 
     monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", submit)
     cute_quant.load(copy)
-    assert ahead_of_time.find(SPEC, ARCH) is not None and not caplog.records
+    assert aot_load.find(SPEC, ARCH) is not None and not caplog.records
 
 
 @pytest.mark.parametrize("path", ["new", "file"])
@@ -481,7 +473,7 @@ def test_names_in_manifest_are_of_the_directory(name, copy):
 def test_built_under_any_umask(tmp_path):
     before = os.umask(0)
     try:
-        building.write(tmp_path / "new", toolchain.this_host(), None, [])
+        aot_build.write(tmp_path / "new", toolchain.this_host(), None, [])
     finally:
         os.umask(before)
     cute_quant.load(tmp_path / "new")
@@ -493,16 +485,16 @@ def test_tampered_object_is_not_loaded(copy, caplog):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     cute_quant.load(copy)
-    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert aot_load.find(SPEC, ARCH) is None
     (record,) = caplog.records
     assert record.getMessage().startswith(f"{NAME} for {ARCH} not taken from {copy}: its digest")
 
 
 def test_object_of_another_kernel_is_not_loaded(copy, caplog):
-    other = objects.seal(b"", {"name": "other"})
+    other = shared_objects.seal(b"", {"name": "other"})
     object_file(copy).write_bytes(other)
     cute_quant.load(copy)
-    assert ahead_of_time.find(SPEC, ARCH) is None
+    assert aot_load.find(SPEC, ARCH) is None
     assert "it holds another kernel than the manifest says" in caplog.text
 
 
@@ -514,9 +506,9 @@ ARCHITECTURES = ("sm_90a", "sm_100a")
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_names_in_presets_are_distinct(arch):
-    for preset in presets.PRESETS.values():
+    for preset in aot_presets.PRESETS.values():
         specs = preset(arch)
-        assert len({naming.spec_name(spec) for spec in specs}) == len(set(specs)) == len(specs)
+        assert len({keys.spec_name(spec) for spec in specs}) == len(set(specs)) == len(specs)
 
 
 class Asked(list):
@@ -552,9 +544,9 @@ def arch(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def asked(arch: str, monkeypatch: pytest.MonkeyPatch) -> Asked:
     made = Asked()
-    monkeypatch.setattr(compile, "architecture", lambda index: arch)
-    monkeypatch.setattr(compile, "multiprocessors", lambda index: 132)
-    monkeypatch.setattr(compile, "function", lambda spec, arch: made.append(spec))
+    monkeypatch.setattr(lookup, "architecture", lambda index: arch)
+    monkeypatch.setattr(lookup, "multiprocessors", lambda index: 132)
+    monkeypatch.setattr(lookup, "function", lambda spec, arch: made.append(spec))
     return made
 
 
@@ -567,7 +559,7 @@ def rows_of(kind: str, mn: int) -> Rows | None:
     }.get(kind)
 
 
-every_format = pytest.mark.parametrize("fmt", presets.DEEPGEMM_FORMATS, ids=full_id)
+every_format = pytest.mark.parametrize("fmt", aot_presets.DEEPGEMM_FORMATS, ids=full_id)
 
 
 @every_format
@@ -575,7 +567,7 @@ every_format = pytest.mark.parametrize("fmt", presets.DEEPGEMM_FORMATS, ids=full
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "batch", "masked", "prefix_sum", "indexed"])
 def test_presets_have_what_calls_ask_for(kind, large, gathered, fmt, asked, arch, monkeypatch):
-    monkeypatch.setattr(compile, "multiprocessors", lambda index: 1 if large else 10**6)
+    monkeypatch.setattr(lookup, "multiprocessors", lambda index: 1 if large else 10**6)
     batch_shape = (3,) if kind in ("batch", "masked") else ()
     if kind == "batch" and gathered:
         pytest.skip("tokens are gathered for experts, not for batches")
@@ -583,8 +575,8 @@ def test_presets_have_what_calls_ask_for(kind, large, gathered, fmt, asked, arch
     index = torch.zeros(shape[:-1], dtype=torch.int32) if gathered else None
     x = torch.zeros((64, 1024) if gathered else shape, dtype=torch.bfloat16)
     spec = asked.call(x, shape, fmt, rows_of(kind, 64), index)
-    assert spec in presets.moe(arch) or (kind == "batch" and spec in presets.deepgemm(arch))
-    assert gathered or spec in presets.deepgemm(arch)
+    assert spec in aot_presets.moe(arch) or (kind == "batch" and spec in aot_presets.deepgemm(arch))
+    assert gathered or spec in aot_presets.deepgemm(arch)
 
 
 ACTIVATIONS = {
@@ -605,7 +597,7 @@ def test_moe_has_what_activations_ask_for(options, kind, mn, weighted, fmt, aske
     prologue = make_silu_mul(*options, FUSED, weight)
     spec = asked.call(gate_up, shape, fmt, rows_of(kind, mn), prologue=prologue)
     assert isinstance(spec, SiluMulSpec)
-    assert spec in presets.moe(arch)
+    assert spec in aot_presets.moe(arch)
 
 
 @every_format
@@ -628,7 +620,7 @@ def test_moe_has_what_norms_ask_for(with_residual, normalized, fmt, asked, arch)
     # All of them, and no others.
     assert found == {
         spec
-        for spec in presets.moe(arch)
+        for spec in aot_presets.moe(arch)
         if isinstance(spec, RmsNormSpec)
         and (spec.fmt, spec.residual, spec.normalized) == (fmt, with_residual, normalized)
     }
@@ -677,8 +669,8 @@ def test_cpp_example_quantizes(example, built):
 @pytest.mark.gpu
 def test_runs_on_the_gpu_without_cute_dsl(site, tmp_path):
     directory = tmp_path / "kernels"
-    arch = compile.architecture(0)
-    assert cli.main(["build", "--kernel", NAME, "--arch", arch, "-o", str(directory)]) == 0
+    arch = lookup.architecture(0)
+    assert main.main(["build", "--kernel", NAME, "--arch", arch, "-o", str(directory)]) == 0
     code = f"""
 import sys
 sys.path[:0] = [{str(site)!r}, {str(ROOT)!r}]

@@ -18,7 +18,7 @@ from bench.stage_problem import (
 )
 from bench.targets import Target, verdicts
 from cute_quant import quantize, rms_norm_quantize, silu_mul_quantize
-from cute_quant.laboratory import timing
+from cute_quant.lab import timing
 
 ROWS, COLUMNS = 5, 640
 """Five groups: the last word has padding."""

@@ -19,27 +19,27 @@ import pytest
 import torch
 
 import cute_quant
-from cute_quant import cache, compile, naming, objects, toolchain
-from cute_quant.cache import Cache, CacheRefused
-from cute_quant.specs import Access, Domain, QuantizeSpec, SiluMulSpec, Tile
+from cute_quant.jit import disk_cache, keys, lookup, shared_objects, toolchain
+from cute_quant.jit.disk_cache import Cache, CacheRefused
+from cute_quant.kernels.config import Access, Domain, QuantizeSpec, SiluMulSpec, Tile
 from tests.helpers import FLOAT32, UE8M0
 
 SPEC = QuantizeSpec(torch.bfloat16, UE8M0)
-ARCH = compile.architecture(0) if torch.cuda.is_available() else "sm_100a"
+ARCH = lookup.architecture(0) if torch.cuda.is_available() else "sm_100a"
 """What the compiler takes this machine for: others cannot be called where they are compiled."""
 
-OPTIONS = compile.compile_options(ARCH)
+OPTIONS = lookup.compile_options(ARCH)
 KEY = "0123456789abcdef"
 RECORD = {"name": "some-kernel", "arch": "sm_90a"}
 PACKAGE = Path(cute_quant.__file__).parent
 
 ASK = f"""
 import torch, sys, json
-from cute_quant import compile
+from cute_quant.jit import lookup
 from cute_quant.formats import make_format
 from cute_quant.specs import QuantizeSpec
 spec = QuantizeSpec(torch.bfloat16, make_format(128, "ue8m0", False))
-function = compile.function(spec, "{ARCH}")
+function = lookup.function(spec, "{ARCH}")
 try:
     function()
 except TypeError as error:
@@ -117,9 +117,9 @@ def test_cold_then_warm(warm):
 
 
 def test_record(warm):
-    record = objects.read_record(only_entry(warm).read_bytes())
-    assert record["key"] == only_entry(warm).stem == cache.key(SPEC, ARCH, OPTIONS)
-    assert record["spec"] == naming.spec_text(SPEC) and record["arch"] == ARCH
+    record = shared_objects.read_record(only_entry(warm).read_bytes())
+    assert record["key"] == only_entry(warm).stem == disk_cache.key(SPEC, ARCH, OPTIONS)
+    assert record["spec"] == keys.spec_text(SPEC) and record["arch"] == ARCH
 
 
 def test_off(directory):
@@ -141,7 +141,7 @@ def test_this_suite_leaves_the_cache_of_the_user_alone(tmp_path):
     )
     assert json.loads(process.stdout)["compiled"] and not process.stderr
     assert not list(tmp_path.rglob("*.so")) and not (tmp_path / "cute_quant").exists()
-    assert cache.open_cache() is None
+    assert disk_cache.open_cache() is None
 
 
 @pytest.mark.parametrize("how", ["mode", "variable"])
@@ -182,11 +182,11 @@ DAMAGES = {
     "truncated": lambda data: data[:-1],
     "empty": lambda data: b"",
     "foreign": lambda data: b"\x7fELF" + bytes(1000),
-    "another key": lambda data: objects.seal(b"\x7fELF", {"key": "other"}),
-    "record": lambda data: objects.seal(data, {}),
-    "record without a name": lambda data: objects.seal(data, {"key": KEY}),
-    "record of numbers": lambda data: objects.seal(data, {**RECORD, "key": KEY, "name": 1}),
-    "record that is a list": lambda data: objects.seal(data, [KEY]),
+    "another key": lambda data: shared_objects.seal(b"\x7fELF", {"key": "other"}),
+    "record": lambda data: shared_objects.seal(data, {}),
+    "record without a name": lambda data: shared_objects.seal(data, {"key": KEY}),
+    "record of numbers": lambda data: shared_objects.seal(data, {**RECORD, "key": KEY, "name": 1}),
+    "record that is a list": lambda data: shared_objects.seal(data, [KEY]),
     "length of the record": lambda data: data[:-40] + bytes([data[-40] ^ 1]) + data[-39:],
     "far too long a record": lambda data: data[:-40] + b"\xff" * 8 + data[-32:],
 }
@@ -218,7 +218,7 @@ def test_damaged_entry_is_rebuilt(copy):
 
 def test_sealed_but_not_loadable(copy):
     entry = only_entry(copy)
-    entry.write_bytes(objects.seal(b"no ELF file", {**RECORD, "key": entry.stem}))
+    entry.write_bytes(shared_objects.seal(b"no ELF file", {**RECORD, "key": entry.stem}))
     compiled, log = ask(copy)
     assert compiled and len(log.splitlines()) == 1
     assert log.startswith(f"{entry} is discarded and built anew: ")
@@ -254,26 +254,26 @@ def test_entries_that_are_no_files(directory, make, caplog):
 def test_directories_of_others_are_refused(directory, mode):
     directory.chmod(mode)
     with pytest.raises(CacheRefused, match=f"has mode {mode:04o}: chmod 700 it"):
-        cache.check_directory(directory)
+        disk_cache.check_directory(directory)
 
 
 def test_directory_of_another_user(directory, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(CacheRefused, match=f"belongs to user {os.getuid()}: use one of your own"):
-        cache.check_directory(directory)
+        disk_cache.check_directory(directory)
 
 
 def test_link_to_a_directory(directory, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(directory)
     with pytest.raises(CacheRefused, match="is a symbolic link: name the directory itself"):
-        cache.check_directory(link)
+        disk_cache.check_directory(link)
 
 
 def test_file_instead_of_a_directory(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(CacheRefused, match="is not a directory"):
-        cache.check_directory(tmp_path / "file")
+        disk_cache.check_directory(tmp_path / "file")
 
 
 @pytest.mark.parametrize("through_link", [False, True])
@@ -285,19 +285,19 @@ def test_parents_that_anybody_may_write_to(tmp_path, through_link):
     if through_link:
         (tmp_path / "link").symlink_to(parent)
         named = tmp_path / "link" / "mine"
-    cache.check_directory(named)
+    disk_cache.check_directory(named)
     parent.chmod(0o777)
     with pytest.raises(CacheRefused, match=f"lies in {parent}, which anybody may write to"):
-        cache.check_directory(named)
+        disk_cache.check_directory(named)
     parent.chmod(0o1777)
-    cache.check_directory(named)
+    disk_cache.check_directory(named)
 
 
 def test_default_directory(monkeypatch, tmp_path):
     for name in ("CUTE_QUANT_CACHE", "CUTE_QUANT_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    store = cache.open_cache()
+    store = disk_cache.open_cache()
     assert store.directory == tmp_path / "xdg" / "cute_quant" and store.writable
     # Who only looks makes nothing.
     assert not store.entries() and store.clear() == 0 and not (tmp_path / "xdg").exists()
@@ -309,10 +309,10 @@ def test_default_directory(monkeypatch, tmp_path):
 def test_directory_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CUTE_QUANT_CACHE_DIR", "~/mine")
-    assert cache.default_directory() == tmp_path / "mine"
+    assert disk_cache.default_directory() == tmp_path / "mine"
     monkeypatch.setenv("CUTE_QUANT_CACHE_DIR", "mine")
     with pytest.raises(ValueError, match="CUTE_QUANT_CACHE_DIR: expected an absolute path"):
-        cache.default_directory()
+        disk_cache.default_directory()
 
 
 @pytest.mark.parametrize("change", [lambda p: p.chmod(0o770), lambda p: os.chown(p, 12345, -1)])
@@ -323,14 +323,14 @@ def test_parents_that_others_may_change(tmp_path, change):
         pytest.skip("needs root")
     change(inner.parent)
     with pytest.raises(CacheRefused, match=f"lies in {inner.parent}, which"):
-        cache.check_directory(inner)
+        disk_cache.check_directory(inner)
 
 
 @pytest.mark.parametrize("name", ["CUTE_DSL_KEEP", "CUTE_DSL_KEEP_PTX", "CUTE_DSL_PRINT_IR"])
 def test_output_asked_of_the_compiler_bypasses_the_cache(monkeypatch, name):
-    monkeypatch.setattr(compile, "_cache", lambda: pytest.fail("asked for the cache"))
+    monkeypatch.setattr(lookup, "_cache", lambda: pytest.fail("asked for the cache"))
     monkeypatch.setenv(name, "1")
-    assert compile._cached(SPEC, ARCH) is None
+    assert lookup._cached(SPEC, ARCH) is None
     monkeypatch.setenv(name, "0")
     assert not toolchain.asks_for_output()
 
@@ -414,14 +414,14 @@ def test_lock_excludes(directory):
 
 
 def test_lock_that_is_never_given_back(directory, monkeypatch):
-    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(disk_cache, "LOCK_SECONDS", 0.05)
     store = Cache(directory, True)
     with store.lock(KEY), pytest.raises(TimeoutError, match=KEY), store.lock(KEY):
         pass
 
 
 def test_who_waited_in_vain_does_not_wait_again(directory, monkeypatch, caplog):
-    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.5)
+    monkeypatch.setattr(disk_cache, "LOCK_SECONDS", 0.5)
     store = Cache(directory, True)
     with store.lock(KEY), store.lock("other"):
         with pytest.raises(TimeoutError), store.lock(KEY):
@@ -437,17 +437,17 @@ def test_who_waited_in_vain_does_not_wait_again(directory, monkeypatch, caplog):
 
 
 COUNT_BUILDS = """
-from cute_quant import cache, compile
+from cute_quant.jit import disk_cache, lookup
 cache.LOCK_SECONDS = 0.2
-build, built = compile.build, []
-compile.build = lambda *a, **k: (built.append(1), build(*a, **k))[1]
+build, built = lookup.build, []
+lookup.build = lambda *a, **k: (built.append(1), build(*a, **k))[1]
 """
 COUNTED = ASK + "assert len(built) == 1, built\n"
 
 
 def test_held_lock_stalls_no_call(directory):
     store = Cache(directory, True)
-    with store.lock(cache.key(SPEC, ARCH, OPTIONS)):
+    with store.lock(disk_cache.key(SPEC, ARCH, OPTIONS)):
         compiled, log = finish(start(directory, COUNT_BUILDS + COUNTED))
     assert compiled and len(log.splitlines()) == 1
     assert log.startswith("compiled without the disk cache: another process held ")
@@ -462,7 +462,7 @@ def no_space(*arguments):
 os.replace = no_space
 """
     again = """
-compile.function(QuantizeSpec(torch.float16, make_format(128, "ue8m0", False)), "%s")
+lookup.function(QuantizeSpec(torch.float16, make_format(128, "ue8m0", False)), "%s")
 assert len(built) == 2, built
 """
     code = COUNT_BUILDS + full + COUNTED + again % ARCH
@@ -474,7 +474,7 @@ assert len(built) == 2, built
 
 
 def test_lock_that_cannot_be_made(directory):
-    (directory / (cache.key(SPEC, ARCH, OPTIONS) + ".lock")).mkdir()
+    (directory / (disk_cache.key(SPEC, ARCH, OPTIONS) + ".lock")).mkdir()
     compiled, log = finish(start(directory, COUNT_BUILDS + COUNTED))
     assert compiled and len(log.splitlines()) == 1
     assert log.startswith(f"nothing more is written to {directory}: ")
@@ -484,7 +484,7 @@ def test_lock_that_cannot_be_made(directory):
 
 
 def test_size_is_bounded(directory, monkeypatch):
-    monkeypatch.setattr(cache, "MAX_BYTES", 5000)
+    monkeypatch.setattr(disk_cache, "MAX_BYTES", 5000)
     store = Cache(directory, True)
     now = time.time()
     for i in range(4):
@@ -496,7 +496,7 @@ def test_size_is_bounded(directory, monkeypatch):
 
 
 def test_entry_larger_than_the_bound_stays_until_the_next(directory, monkeypatch):
-    monkeypatch.setattr(cache, "MAX_BYTES", 100)
+    monkeypatch.setattr(disk_cache, "MAX_BYTES", 100)
     store = Cache(directory, True)
     assert store.store(KEY, bytes(1000), RECORD).exists()
 
@@ -536,7 +536,7 @@ def test_clear_leaves_what_is_in_use_or_no_file(directory):
 
 
 def test_trimming_leaves_what_is_in_use(directory, monkeypatch):
-    monkeypatch.setattr(cache, "MAX_BYTES", 100)
+    monkeypatch.setattr(disk_cache, "MAX_BYTES", 100)
     store = Cache(directory, True)
     store.store("a", bytes(1000), RECORD)
     with store.lock("a"):
@@ -563,15 +563,15 @@ OTHER_SPECS = (
 
 def test_specs_differ_in_text_key_and_name():
     specs = (SPEC, *OTHER_SPECS)
-    assert len({naming.spec_text(spec) for spec in specs}) == len(specs)
-    assert len({naming.spec_name(spec) for spec in specs}) == len(specs)
-    assert len({cache.key(spec, ARCH, OPTIONS) for spec in specs}) == len(specs)
-    assert naming.spec_text(SPEC) == naming.spec_text(QuantizeSpec(torch.bfloat16, UE8M0))
+    assert len({keys.spec_text(spec) for spec in specs}) == len(specs)
+    assert len({keys.spec_name(spec) for spec in specs}) == len(specs)
+    assert len({disk_cache.key(spec, ARCH, OPTIONS) for spec in specs}) == len(specs)
+    assert keys.spec_text(SPEC) == keys.spec_text(QuantizeSpec(torch.bfloat16, UE8M0))
 
 
 def test_names_are_plain():
     for spec in (SPEC, *OTHER_SPECS):
-        assert re.fullmatch(r"[a-z0-9_-]+", naming.spec_name(spec))
+        assert re.fullmatch(r"[a-z0-9_-]+", keys.spec_name(spec))
 
 
 def test_text_of_what_has_no_stable_text():
@@ -579,11 +579,11 @@ def test_text_of_what_has_no_stable_text():
         field: object
 
     with pytest.raises(TypeError, match=r"spec: expected fields that are numbers.*got object"):
-        naming.spec_text(Odd(object()))
+        keys.spec_text(Odd(object()))
 
 
 CHANGES = {
-    "sources": lambda patch: patch.setattr(naming, "source_digest", lambda: "other"),
+    "sources": lambda patch: patch.setattr(keys, "source_digest", lambda: "other"),
     "dsl version": lambda patch: change_dsl(patch, version="4.7.0"),
     "dsl flavour": lambda patch: change_dsl(patch, flavour="cu12"),
     "tvm-ffi": lambda patch: patch.setattr(toolchain, "tvm_ffi_version", lambda: "0.1.0"),
@@ -601,24 +601,26 @@ def change_dsl(patch: pytest.MonkeyPatch, **changes: str) -> None:
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_key_depends_on(change, monkeypatch):
-    before = cache.key(SPEC, ARCH, OPTIONS)
+    before = disk_cache.key(SPEC, ARCH, OPTIONS)
     change(monkeypatch)
-    assert cache.key(SPEC, ARCH, OPTIONS) != before
+    assert disk_cache.key(SPEC, ARCH, OPTIONS) != before
 
 
 def test_key_depends_on_architecture_and_options_and_nothing_else(monkeypatch):
-    before = cache.key(SPEC, ARCH, OPTIONS)
-    assert cache.key(SPEC, "sm_103a", OPTIONS) != before
-    assert cache.key(SPEC, ARCH, OPTIONS + " --opt-level 2") != before
+    before = disk_cache.key(SPEC, ARCH, OPTIONS)
+    assert disk_cache.key(SPEC, "sm_103a", OPTIONS) != before
+    assert disk_cache.key(SPEC, ARCH, OPTIONS + " --opt-level 2") != before
     monkeypatch.setenv("CUTE_DSL_LOG_LEVEL", "10")
     monkeypatch.setenv("CUTE_QUANT_CACHE_DIR", "/elsewhere")
     monkeypatch.setenv("HOME", "/elsewhere")
-    assert cache.key(SPEC, ARCH, OPTIONS) == before
+    assert disk_cache.key(SPEC, ARCH, OPTIONS) == before
 
 
 KERNEL_SOURCES = [
     *sorted(f"kernels/{path.name}" for path in (PACKAGE / "kernels").glob("*.py")),
-    *("formats.py", "launch.py", "objects.py", "rows.py", "specs.py"),
+    "contract/formats.py",
+    "contract/rows.py",
+    "jit/shared_objects.py",
 ]
 
 
@@ -626,39 +628,39 @@ KERNEL_SOURCES = [
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the package, of which the key is taken."""
     copied = shutil.copytree(PACKAGE, tmp_path / "cute_quant")
-    monkeypatch.setattr(naming, "__file__", str(copied / "naming.py"))
-    monkeypatch.setattr(naming, "source_digest", naming.source_digest.__wrapped__)
+    monkeypatch.setattr(keys, "__file__", str(copied / "jit" / "keys.py"))
+    monkeypatch.setattr(keys, "source_digest", keys.source_digest.__wrapped__)
     return copied
 
 
 @pytest.mark.parametrize("name", KERNEL_SOURCES)
 def test_editing_a_source_changes_the_key(name, sources):
-    before = cache.key(SPEC, ARCH, OPTIONS)
+    before = disk_cache.key(SPEC, ARCH, OPTIONS)
     path = sources / name
     content = path.read_text()
     path.write_text(content + "\n")
-    assert cache.key(SPEC, ARCH, OPTIONS) != before
+    assert disk_cache.key(SPEC, ARCH, OPTIONS) != before
     path.write_text(content)
-    assert cache.key(SPEC, ARCH, OPTIONS) == before
+    assert disk_cache.key(SPEC, ARCH, OPTIONS) == before
     path.rename(path.with_name("renamed.py"))
-    assert cache.key(SPEC, ARCH, OPTIONS) != before
+    assert disk_cache.key(SPEC, ARCH, OPTIONS) != before
 
 
 def test_adding_a_kernel_changes_the_key(sources):
-    before = cache.key(SPEC, ARCH, OPTIONS)
+    before = disk_cache.key(SPEC, ARCH, OPTIONS)
     (sources / "kernels" / "new.py").write_text("")
-    assert cache.key(SPEC, ARCH, OPTIONS) != before
+    assert disk_cache.key(SPEC, ARCH, OPTIONS) != before
 
 
 def test_editing_anything_else_does_not_change_the_key(sources):
-    before = cache.key(SPEC, ARCH, OPTIONS)
-    for name in ("ops.py", "execution.py", "commands/check.py", "laboratory/cli.py"):
+    before = disk_cache.key(SPEC, ARCH, OPTIONS)
+    for name in ("ops.py", "dispatch/execution.py", "cli/check.py", "lab/command.py"):
         (sources / name).write_text("# not part of a kernel")
-    assert cache.key(SPEC, ARCH, OPTIONS) == before
+    assert disk_cache.key(SPEC, ARCH, OPTIONS) == before
 
 
 def test_sources_are_all_that_kernels_import():
-    named = {path for pattern in naming.SOURCES for path in PACKAGE.glob(pattern)}
+    named = {path for pattern in keys.SOURCES for path in PACKAGE.glob(pattern)}
     for path in sorted(named):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cute_quant"):

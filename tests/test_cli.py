@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import cute_quant
-from cute_quant import cli, compile, execution, naming, presets, selection
-from cute_quant.cache import Cache
-from cute_quant.commands import check
-from cute_quant.specs import DequantizeSpec, QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
+from cute_quant.cli import check, main
+from cute_quant.dispatch import execution, selection
+from cute_quant.jit import aot_presets, keys, lookup
+from cute_quant.jit.disk_cache import Cache
+from cute_quant.kernels.config import DequantizeSpec, QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
 from tests.helpers import UE8M0
 
-WITH_EXAMPLES = [name for name in cli.COMMANDS if name != "layout"]
+WITH_EXAMPLES = [name for name in main.COMMANDS if name != "layout"]
 SPEC = QuantizeSpec(torch.bfloat16, UE8M0)
 
 
@@ -36,7 +37,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
 
 def fails(capsys: pytest.CaptureFixture, *arguments: str, status: int = 1) -> str:
     """The one line that a failing command prints."""
-    assert cli.main(list(arguments)) == status
+    assert main.main(list(arguments)) == status
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
     assert not out and line.startswith(f"cute-quant {arguments[0]}: ")
@@ -53,7 +54,7 @@ def test_module_runs():
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_help_has_examples(name, capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main([name, "--help"])
+        main.main([name, "--help"])
     out = capsys.readouterr().out
     assert exit.value.code == 0
     assert f"usage: cute-quant {name}" in out and f"\n  cute-quant {name}" in out
@@ -61,10 +62,10 @@ def test_help_has_examples(name, capsys):
 
 def test_overview_names_every_command(capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main(["--help"])
+        main.main(["--help"])
     out = capsys.readouterr().out
     assert exit.value.code == 0 and "exit codes" in out
-    for name, (_, text) in cli.COMMANDS.items():
+    for name, (_, text) in main.COMMANDS.items():
         assert f"{name:8} {text}" in out
 
 
@@ -74,18 +75,18 @@ def test_overview_names_every_command(capsys):
 )
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main(arguments)
+        main.main(arguments)
     assert exit.value.code == 2
     assert "error: " in capsys.readouterr().err
 
 
 def test_command_that_is_not_installed(monkeypatch, capsys):
-    monkeypatch.setitem(cli.COMMANDS, "layout", ("cute_quant.missing", ""))
+    monkeypatch.setitem(main.COMMANDS, "layout", ("cute_quant.missing", ""))
     assert "not part of this installation" in fails(capsys, "layout")
 
 
 def test_commands_need_no_cute_dsl():
-    modules = [module for module, _ in cli.COMMANDS.values()]
+    modules = [module for module, _ in main.COMMANDS.values()]
     code = f"import sys, {', '.join(modules)}; assert 'cutlass' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -94,11 +95,11 @@ def test_commands_need_no_cute_dsl():
 
 
 def test_info(store, capsys):
-    assert cli.main(["info", "--json"]) == 0
+    assert main.main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["torch"] == torch.__version__
     assert report["disk cache"] == f"{store.directory}, 2 kernels"
-    assert cli.main(["info"]) == 0
+    assert main.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"{'torch:':20} {torch.__version__}" in lines
     assert all(line.startswith(tuple(f"{name}:" for name in report)) for line in lines)
@@ -106,7 +107,7 @@ def test_info(store, capsys):
 
 def test_info_says_why_the_cache_is_not_used(store, capsys):
     store.directory.chmod(0o777)
-    assert cli.main(["info"]) == 0
+    assert main.main(["info"]) == 0
     expected = f"not used: {store.directory} has mode 0777: chmod 700 it"
     assert expected in capsys.readouterr().out
 
@@ -126,7 +127,7 @@ def test_info_says_what_a_gpu_is_good_for(capability, expected, monkeypatch, cap
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H")
-    assert cli.main(["info", "--json"]) == 0
+    assert main.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["GPUs"] == [expected]
 
 
@@ -134,29 +135,29 @@ def test_info_says_what_a_gpu_is_good_for(capability, expected, monkeypatch, cap
 
 
 def test_cache_list(store, capsys):
-    assert cli.main(["cache", "list"]) == 0
+    assert main.main(["cache", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert any(line.endswith("sm_90a   some-kernel") for line in lines)
     assert any(line.endswith("corrupt") for line in lines)
-    assert cli.main(["cache", "list", "--json"]) == 0
+    assert main.main(["cache", "list", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)
     assert {Path(entry["file"]).name for entry in entries} == {"a.so", "b.so"}
 
 
 def test_cache_size(store, capsys):
-    assert cli.main(["cache", "size", "--json"]) == 0
+    assert main.main(["cache", "size", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["kernels"] == 2 and report["bytes"] == store.path("a").stat().st_size
-    assert cli.main(["cache", "size"]) == 0
+    assert main.main(["cache", "size"]) == 0
     assert f"2 kernels, 0.0 MiB of at most 256 MiB, in {store.directory}" in capsys.readouterr().out
 
 
 def test_cache_clear(store, capsys):
-    assert cli.main(["cache", "clear"]) == 0
+    assert main.main(["cache", "clear"]) == 0
     assert capsys.readouterr().out == f"removed 2 kernels from {store.directory}\n"
     assert not list(store.directory.iterdir())
-    assert cli.main(["cache", "list"]) == 0
+    assert main.main(["cache", "list"]) == 0
     assert capsys.readouterr().out == "no kernels\n"
 
 
@@ -176,7 +177,7 @@ def test_cache_that_may_not_be_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUTE_QUANT_CACHE_DIR", str(tmp_path / "none"))
     expected = f"{tmp_path / 'none'} does not exist, and may not be made"
     assert expected in fails(capsys, "cache", "list")
-    assert cli.main(["info"]) == 0
+    assert main.main(["info"]) == 0
     assert f"none: {expected}" in capsys.readouterr().out
 
 
@@ -189,11 +190,11 @@ def test_cache_that_is_refused(store, capsys):
 
 
 def test_build_list(capsys):
-    assert cli.main(["build", "--preset", "deepgemm", "--list"]) == 0
+    assert main.main(["build", "--preset", "deepgemm", "--list"]) == 0
     names = capsys.readouterr().out.splitlines()
-    assert len(names) == len(presets.deepgemm("sm_90a"))
+    assert len(names) == len(aot_presets.deepgemm("sm_90a"))
     assert "quantize-bfloat16-128-ue8m0-float8_e4m3fn" in names
-    assert cli.main(["build", "--kernel", "dequantize-128-ue8m0-*", "--list", "--json"]) == 0
+    assert main.main(["build", "--kernel", "dequantize-128-ue8m0-*", "--list", "--json"]) == 0
     names = json.loads(capsys.readouterr().out)
     assert names and all(name.startswith("dequantize-128-ue8m0-") for name in names)
 
@@ -201,10 +202,10 @@ def test_build_list(capsys):
 def test_build_list_depends_on_the_architecture(capsys):
     tile = "values_per_thread_8"
     pattern = f"silu_mul-*-{tile}-*"
-    assert cli.main(["build", "--kernel", pattern, "--list"]) == 0
+    assert main.main(["build", "--kernel", pattern, "--list"]) == 0
     names = capsys.readouterr().out.splitlines()
     assert names and all(tile in name for name in names)
-    assert cli.main(["build", "--kernel", pattern, "--arch", "sm_90a", "--list"]) == 0
+    assert main.main(["build", "--kernel", pattern, "--arch", "sm_90a", "--list"]) == 0
     assert capsys.readouterr().out.splitlines() == names
     refused = ["build", "--kernel", pattern, "--arch", "sm_100a", "--list"]
     assert pattern in fails(capsys, *refused, status=2)
@@ -221,7 +222,7 @@ def test_build_needs_a_directory(capsys):
 
 def test_build_into_nothing(capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["build", "-o", ""])
+        main.main(["build", "-o", ""])
     assert "argument -o/--output: expected a path, got nothing" in capsys.readouterr().err
 
 
@@ -231,7 +232,7 @@ def test_build_into_a_directory_of_other_things(capsys, tmp_path):
 
 
 def test_build_without_cute_dsl(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("cute_quant.toolchain.installed_dsl", lambda: None)
+    monkeypatch.setattr("cute_quant.jit.toolchain.installed_dsl", lambda: None)
     assert "pip install nvidia-cutlass-dsl" in fails(capsys, "build", "-o", str(tmp_path))
 
 
@@ -245,13 +246,13 @@ def test_build_without_a_linker(capsys, monkeypatch, tmp_path):
 
 def test_check_compiles_for_each_architecture(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [SPEC])
-    assert cli.main(["check"]) == 0
+    monkeypatch.setattr(aot_presets, "of_each_kind", lambda arch: [SPEC])
+    assert main.main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         *(
             f"ok     compiled {arch:8} quantize-bfloat16-128-ue8m0-float8_e4m3fn"
-            for arch in compile.ARCHITECTURES.values()
+            for arch in lookup.ARCHITECTURES.values()
         ),
         "3 of 3 are right",
     ]
@@ -263,19 +264,19 @@ def test_check_names_what_fails(monkeypatch, capsys):
             raise ValueError("broken\nin two lines")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [SPEC])
-    monkeypatch.setattr(compile, "build", build)
-    assert cli.main(["check"]) == 1
+    monkeypatch.setattr(aot_presets, "of_each_kind", lambda arch: [SPEC])
+    monkeypatch.setattr(lookup, "build", build)
+    assert main.main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("FAILED compiled sm_100a ")
     assert lines[1].endswith(": ValueError: broken in two lines")
     assert lines[-1] == "2 of 3 are right"
-    assert cli.main(["check", "--json"]) == 1
+    assert main.main(["check", "--json"]) == 1
     errors = [outcome["error"] for outcome in json.loads(capsys.readouterr().out)]
     assert errors == [None, "ValueError: broken in two lines", None]
 
 
-SPECS = [(spec, arch) for arch in ("sm_90a", "sm_100a") for spec in presets.of_each_kind(arch)]
+SPECS = [(spec, arch) for arch in ("sm_90a", "sm_100a") for spec in aot_presets.of_each_kind(arch)]
 EXACT = [s for s, _ in SPECS if isinstance(s, (QuantizeSpec, DequantizeSpec))]
 COMPUTED = [s for s, _ in SPECS if isinstance(s, (SiluMulSpec, RmsNormSpec))]
 NORMS = [s for s in COMPUTED if isinstance(s, RmsNormSpec)]
@@ -285,7 +286,7 @@ NORMS = [s for s in COMPUTED if isinstance(s, RmsNormSpec)]
 def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that a million elements are many for."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(compile, "multiprocessors", lambda index: 32)
+    monkeypatch.setattr(lookup, "multiprocessors", lambda index: 32)
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
@@ -299,12 +300,12 @@ def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
             x, result, q.data_ptr(), scales, fmt, fmt.dtype, floor, rows, index, prologue
         )
 
-    monkeypatch.setattr(compile, "architecture", lambda index: arch)
-    monkeypatch.setattr(compile, "function", lambda *of: asked.append(of) or launch)
+    monkeypatch.setattr(lookup, "architecture", lambda index: arch)
+    monkeypatch.setattr(lookup, "function", lambda *of: asked.append(of) or launch)
     monkeypatch.setattr(execution.reference, "quantize_into", quantize_into)
     specs = [
         spec
-        for spec in presets.of_each_kind(arch)
+        for spec in aot_presets.of_each_kind(arch)
         if not isinstance(spec, DequantizeSpec) and not getattr(spec, "fake", False)
     ]
     for spec in specs:
@@ -326,7 +327,7 @@ def test_check_sees_a_wrong_byte(spec, small_gpu):
 
 
 @pytest.fixture(
-    scope="module", params=[COMPUTED[0], NORMS[0], NORMS[3], COMPUTED[-1]], ids=naming.spec_name
+    scope="module", params=[COMPUTED[0], NORMS[0], NORMS[3], COMPUTED[-1]], ids=keys.spec_name
 )
 def computed(request: pytest.FixtureRequest) -> tuple[Spec, check.Results]:
     return request.param, check._results(request.param, "cpu")
@@ -427,14 +428,14 @@ def test_check_says_how_many_are_neighbours(monkeypatch, capsys):
     move_to_neighbours(results["cuda"].values, 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(compile, "architecture", lambda index: "sm_90a")
-    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [spec])
+    monkeypatch.setattr(lookup, "architecture", lambda index: "sm_90a")
+    monkeypatch.setattr(aot_presets, "of_each_kind", lambda arch: [spec])
     monkeypatch.setattr(check, "_results", lambda spec, device: results[device])
-    line = f"ran      sm_90a   {naming.spec_name(spec)}: "
-    assert cli.main(["check"]) == 0
+    line = f"ran      sm_90a   {keys.spec_name(spec)}: "
+    assert main.main(["check"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == f"ok     {line}2 rounded to the neighbour"
     flip(results["cuda"].values, 1, 0x80)
-    assert cli.main(["check"]) == 1
+    assert main.main(["check"]) == 1
     assert capsys.readouterr().out.startswith(f"FAILED {line}1 of ")
 
 
@@ -442,11 +443,11 @@ def test_check_says_how_many_are_neighbours(monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["deepgemm", "moe"])
 def test_check_on_the_gpu(name, monkeypatch, capsys):
     functions = {}
-    monkeypatch.setattr(compile, "_functions", functions)
+    monkeypatch.setattr(lookup, "_functions", functions)
     monkeypatch.setattr(execution, "_plans", {})
-    assert cli.main(["check", "--preset", name]) == 0
-    arch = compile.architecture(0)
-    specs = presets.PRESETS[name](arch)
+    assert main.main(["check", "--preset", name]) == 0
+    arch = lookup.architecture(0)
+    specs = aot_presets.PRESETS[name](arch)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(specs) + 1
     assert all(line.startswith("ok     ran ") for line in lines[:-1])
@@ -477,7 +478,7 @@ def test_layout_show(tmp_path):
     assert "<svg" in file.read_text()
 
 
-@pytest.mark.parametrize("module", [["cute_quant", "layout"], ["cute_quant.laboratory"]])
+@pytest.mark.parametrize("module", [["cute_quant", "layout"], ["cute_quant.lab"]])
 def test_layout_show_to_who_reads_no_more(module):
     read, write = os.pipe()
     os.close(read)
@@ -489,7 +490,7 @@ def test_layout_show_to_who_reads_no_more(module):
 
 
 def test_layout_that_is_refused(capsys):
-    assert cli.main(["layout", "show", "--threads-per-group", "3"]) == 2
+    assert main.main(["layout", "show", "--threads-per-group", "3"]) == 2
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1 and "threads_per_group" in err
 
@@ -500,7 +501,7 @@ def test_layout_that_is_refused(capsys):
 def test_bench_gets_its_options(monkeypatch):
     calls = []
     monkeypatch.setattr("subprocess.call", lambda command: calls.append(command) or 3)
-    assert cli.main(["bench", "--quick", "--rows", "1,2"]) == 3
+    assert main.main(["bench", "--quick", "--rows", "1,2"]) == 3
     assert calls == [[sys.executable, "-m", "bench", "--quick", "--rows", "1,2"]]
 
 
@@ -518,7 +519,7 @@ def test_bench_of_the_working_directory(not_installed, monkeypatch):
     calls = []
     monkeypatch.setattr("subprocess.call", lambda command: calls.append(command) or 0)
     monkeypatch.chdir(Path(__file__).parent.parent)
-    assert cli.main(["bench", "--quick"]) == 0
+    assert main.main(["bench", "--quick"]) == 0
     assert calls == [[sys.executable, "-m", "bench", "--quick"]]
 
 

@@ -6,7 +6,10 @@
 import pytest
 import torch
 
-from cute_quant.compat import per_token_cast_to_fp8, per_token_group_quant_fp8_packed_for_deepgemm
+from cute_quant.integrations.compat import (
+    per_token_cast_to_fp8,
+    per_token_group_quant_fp8_packed_for_deepgemm,
+)
 from tests.helpers import assert_same_bits, bits, poisoned_values, random_bits
 
 DTYPES = [torch.bfloat16, torch.float16]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cute_quant import dequantize, quantize
-from cute_quant.formats import to_float32
+from cute_quant.contract.formats import to_float32
 from tests.helpers import (
     FLOAT32,
     FLOAT32_ROUNDED,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cute_quant import Indexed, Masked, PrefixSum, dequantize, quantize
-from cute_quant.compat import per_token_cast_to_fp8
+from cute_quant.integrations.compat import per_token_cast_to_fp8
 from tests.helpers import assert_same_bits
 from tests.test_activations import ACTIVATIONS
 from tests.test_compat import DTYPES, finite_activations

@@ -6,21 +6,23 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import cute_quant.compile
+import cute_quant
 from cute_quant import (
     Indexed,
     Masked,
     PrefixSum,
     dequantize,
-    execution,
     fake_quantize,
     quantize,
     rms_norm_quantize,
-    selection,
     silu_mul_quantize,
 )
-from cute_quant.compat import per_token_cast_to_fp8, per_token_group_quant_fp8_packed_for_deepgemm
-from cute_quant.formats import make_format
+from cute_quant.contract.formats import make_format
+from cute_quant.dispatch import execution, selection
+from cute_quant.integrations.compat import (
+    per_token_cast_to_fp8,
+    per_token_group_quant_fp8_packed_for_deepgemm,
+)
 from tests.helpers import UE8M0
 
 both = pytest.mark.parametrize("function", [quantize, fake_quantize])
@@ -493,11 +495,11 @@ def test_devices_do_not_mix():
 def test_unsupported_architecture(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
-    cute_quant.compile.architecture.cache_clear()
+    cute_quant.jit.lookup.architecture.cache_clear()
     version = ".".join(map(str, capability))
     with pytest.raises(RuntimeError, match=rf"9.0, 10.0, 10.3 .*cuda:0, Some GPU, of {version}"):
-        cute_quant.compile.architecture(0)
-    cute_quant.compile.architecture.cache_clear()
+        cute_quant.jit.lookup.architecture(0)
+    cute_quant.jit.lookup.architecture.cache_clear()
 
 
 def test_failed_calls_write_nothing(device):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cute_quant import compile, dequantize
-from cute_quant.compat import per_token_cast_to_fp8
-from cute_quant.formats import SCALE_ROW_ALIGNMENT, align, scale_floor
+from cute_quant import dequantize
+from cute_quant.contract.formats import SCALE_ROW_ALIGNMENT, align, scale_floor
+from cute_quant.integrations.compat import per_token_cast_to_fp8
+from cute_quant.jit import lookup
 from examples import moe_layer, rope_quantize
 from examples.moe_layer import DeepGemmCasts, Fused, Unfused, relative_error
 from tests.emulator.host import C_COMPILER
@@ -307,10 +308,10 @@ def test_rope_is_short():
     assert len(Path(rope_quantize.__file__).read_text().splitlines()) < 80
 
 
-@pytest.mark.parametrize("arch", compile.ARCHITECTURES.values())
+@pytest.mark.parametrize("arch", lookup.ARCHITECTURES.values())
 def test_rope_compiles(arch, tmp_path):
     options = "--keep-ptx", f"--dump-dir {tmp_path}"
-    built = compile.build(rope_quantize.RopeQuantize(), arch, *options)
+    built = lookup.build(rope_quantize.RopeQuantize(), arch, *options)
     assert f".target {arch}" in built.__ptx__
 
 

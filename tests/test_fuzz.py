@@ -21,11 +21,11 @@ import pytest
 import torch
 
 from cute_quant import dequantize, fake_quantize, quantize
-from cute_quant.formats import Format, align, scale_floor
-from cute_quant.kernels.rows import EXPERTS_PER_CHUNK
-from cute_quant.launch import MAX_GRID_Y, MAX_GRID_Z, TWO_ROWS_FROM
-from cute_quant.rows import DENSE, Indexed, Masked, PrefixSum, from_operands
-from cute_quant.specs import DEFAULT_TILE
+from cute_quant.contract.formats import Format, align, scale_floor
+from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum, from_operands
+from cute_quant.kernels.config import DEFAULT_TILE
+from cute_quant.kernels.heuristics import MAX_GRID_Y, MAX_GRID_Z, TWO_ROWS_FROM
+from cute_quant.kernels.row_domains import EXPERTS_PER_CHUNK
 from tests.helpers import (
     EVERY_DTYPE,
     INPUT_DTYPES,

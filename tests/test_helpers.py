@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cute_quant import Masked, quantize
-from cute_quant.formats import make_format, scale_floor
+from cute_quant.contract.formats import make_format, scale_floor
 from tests.helpers import (
     all_formats,
     assert_quantized_within,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cute_quant import Indexed, Masked, PrefixSum, dequantize, fake_quantize, quantize
-from cute_quant.formats import Format, make_format
+from cute_quant.contract.formats import Format, make_format
 from tests.helpers import (
     EVERY_DTYPE,
     EVERY_LAYOUT,

@@ -11,24 +11,24 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-from cute_quant import laboratory
-from cute_quant.formats import make_format
-from cute_quant.laboratory import (
+from cute_quant import lab
+from cute_quant.contract.formats import make_format
+from cute_quant.kernels.config import ALONG, DEFAULT_TILE, DOWN, LANES, QuantizeSpec
+from cute_quant.kernels.heuristics import TWO_ROWS
+from cute_quant.lab import (
     assignment,
     binary_utilities,
-    cli,
+    command,
     draw,
     examine,
     make_layout,
     pictures,
     report,
 )
-from cute_quant.laboratory.examination import ELEMENTS
-from cute_quant.laboratory.layout import around_the_default
-from cute_quant.laboratory.machine_code import GPUS, MachineCode, machine_code
-from cute_quant.laboratory.sweep import Trial, from_json, to_json
-from cute_quant.launch import TWO_ROWS
-from cute_quant.specs import ALONG, DEFAULT_TILE, DOWN, LANES, QuantizeSpec
+from cute_quant.lab.examination import ELEMENTS
+from cute_quant.lab.layout import around_the_default
+from cute_quant.lab.machine_code import GPUS, MachineCode, machine_code
+from cute_quant.lab.sweep import Trial, from_json, to_json
 from tests.helpers import FLOAT32, UE8M0, format_id
 
 MXFP8 = make_format(32, "ue8m0", False)
@@ -233,7 +233,7 @@ def test_a_drawing_of_too_many_scales(shape, monkeypatch):
 def test_scales_are_counted_as_they_are_drawn(fmt, monkeypatch):
     layout, (mn, k) = make_layout(fmt), (6, fmt.group_size * 5)
     count = len(assignment.scales(layout, mn, k))
-    module = sys.modules["cute_quant.laboratory.draw"]  # The package has a function of this name.
+    module = sys.modules["cute_quant.lab.draw"]  # The package has a function of this name.
     monkeypatch.setattr(module, "MAX_SCALES", count)
     draw(layout, mn=mn, k=k)
     monkeypatch.setattr(module, "MAX_SCALES", count - 1)
@@ -334,10 +334,10 @@ def test_no_plot_without_times():
 
 
 def test_show(capsys, tmp_path):
-    assert cli.main(["show", "--threads-per-group", "4"]) == 0
+    assert command.main(["show", "--threads-per-group", "4"]) == 0
     assert "4 threads share a group of 128" in capsys.readouterr().out
     path = tmp_path / "layout.html"
-    assert cli.main(["show", "--column-warps", "2", "-o", str(path)]) == 0
+    assert command.main(["show", "--column-warps", "2", "-o", str(path)]) == 0
     assert "layout show --column-warps 2 -o " in path.read_text()
 
 
@@ -345,28 +345,28 @@ def test_a_page_names_the_command_that_draws_it_again(capsys, tmp_path):
     path = tmp_path / "a layout.html"
     choices = ["--column-warps", "2", "--group-size", "64", "--scale-format", "float32"]
     choices += ["--dtype", "fp32", "--mn", "6", "--k", "512"]
-    assert cli.main(["show", *choices, "-o", str(path)]) == 0
+    assert command.main(["show", *choices, "-o", str(path)]) == 0
     page = path.read_text(encoding="utf-8")
-    (command,) = re.findall(r"compiled with: <code>(.*)</code>", page)
-    program, arguments = cli.PROGRAM.split(), shlex.split(html.unescape(command))
+    (line,) = re.findall(r"compiled with: <code>(.*)</code>", page)
+    program, arguments = command.PROGRAM.split(), shlex.split(html.unescape(line))
     assert arguments == [*program, "show", *choices, "-o", str(path)]
-    assert cli.main(arguments[len(program) :]) == 0
+    assert command.main(arguments[len(program) :]) == 0
     assert path.read_text(encoding="utf-8") == page
 
 
 def test_try(capsys):
-    assert cli.main(["try", "--rows-per-thread", "2"]) == 0
+    assert command.main(["try", "--rows-per-thread", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith(("default", "rows a thread: 2"))]
 
 
 def test_refusals_of_the_command_line(capsys, tmp_path):
-    assert cli.main(["show", "--rows-per-thread", "9"]) == 2
+    assert command.main(["show", "--rows-per-thread", "9"]) == 2
     assert "rows_per_thread: expected at most 8" in capsys.readouterr().err
-    assert cli.main(["try", "--shapes", "4x"]) == 2
+    assert command.main(["try", "--shapes", "4x"]) == 2
     assert "shapes: expected MNxK" in capsys.readouterr().err
     (tmp_path / "wrong.json").write_text("{}")
-    assert cli.main(["report", str(tmp_path / "wrong.json")]) == 2
+    assert command.main(["report", str(tmp_path / "wrong.json")]) == 2
     assert "expected what a sweep writes" in capsys.readouterr().err
 
 
@@ -410,7 +410,7 @@ def spoiled(path: tuple, value: object) -> object:
 def test_report_of_what_no_sweep_wrote(path, value, capsys, tmp_path):
     file = tmp_path / "wrong.json"
     file.write_text(json.dumps(spoiled(path, value)))
-    assert cli.main(["report", str(file)]) == 2
+    assert command.main(["report", str(file)]) == 2
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1
     assert f"{file}: expected what a sweep writes, got " in err
@@ -420,14 +420,14 @@ def test_report_of_what_no_sweep_wrote(path, value, capsys, tmp_path):
 def test_report_of_what_is_not_json(content, capsys, tmp_path):
     file = tmp_path / "wrong.json"
     file.write_bytes(content)
-    assert cli.main(["report", str(file)]) == 2
+    assert command.main(["report", str(file)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("command", [["report"], ["show", "-o"]])
 def test_files_that_cannot_be_used(command, capsys, tmp_path):
     file = tmp_path / "none" / "layout.svg"
-    assert cli.main([*command, str(file)]) == 1
+    assert command.main([*command, str(file)]) == 1
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1 and str(file) in err
 
@@ -436,13 +436,13 @@ def test_sweep_and_report(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = tmp_path / "sweep.json"
     choices = ["--threads-per-group", "4,8", "--rows-per-thread", "1,8"]
-    assert cli.main(["sweep", *choices, "--json", str(path)]) == 0
+    assert command.main(["sweep", *choices, "--json", str(path)]) == 0
     out, err = capsys.readouterr()
     assert "refused: threads_per_group=4, rows_per_thread=8: rows_per_thread" in err
     assert "3/3 done" in err
-    assert cli.main(["report", str(path)]) == 0
+    assert command.main(["report", str(path)]) == 0
     assert capsys.readouterr().out == out
-    assert cli.main(["report", str(path), "--markdown"]) == 0
+    assert command.main(["report", str(path), "--markdown"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[0] for row in table[2:]] == [
         "| default",
@@ -464,9 +464,9 @@ def test_sweep_refuses_names_of_files_before_its_work(
     options, status, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    module = sys.modules["cute_quant.laboratory.sweep"]  # The package has a function of this name.
+    module = sys.modules["cute_quant.lab.sweep"]  # The package has a function of this name.
     monkeypatch.setattr(module, "sweep", lambda *of: pytest.fail("it has begun"))
-    assert cli.main(["sweep", *options]) == status
+    assert command.main(["sweep", *options]) == status
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1 and options[1] in err
     assert not list(tmp_path.iterdir())
@@ -474,14 +474,14 @@ def test_sweep_refuses_names_of_files_before_its_work(
 
 def test_a_png_without_matplotlib(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cli.main(["report", "none.json", "--plot", str(tmp_path / "plot.png")]) == 1
+    assert command.main(["report", "none.json", "--plot", str(tmp_path / "plot.png")]) == 1
     assert "plot: expected matplotlib" in capsys.readouterr().err
 
 
 def test_the_table_is_printed_before_a_plot_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     plot = tmp_path / "plot.svg"
-    assert cli.main(["sweep", "--threads-per-group", "8", "--plot", str(plot)]) == 2
+    assert command.main(["sweep", "--threads-per-group", "8", "--plot", str(plot)]) == 2
     out, err = capsys.readouterr()
     assert out.startswith("layout ") and "plot: expected trials with times" in err
     assert not plot.exists()
@@ -495,9 +495,9 @@ def test_without_a_disassembler(capsys, monkeypatch):
     monkeypatch.setattr(binary_utilities, "run", missing)
     machine_code.cache_clear()
     examine.cache_clear()
-    assert cli.main(["try"]) == 1
+    assert command.main(["try"]) == 1
     assert "nvdisasm: not found; pip install nvidia-cuda-nvdisasm" in capsys.readouterr().err
 
 
 def test_the_public_names():
-    assert set(laboratory.__all__) <= set(dir(laboratory))
+    assert set(lab.__all__) <= set(dir(lab))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cute_quant.laboratory import cli
-from cute_quant.laboratory.cli import PROGRAM
+from cute_quant.lab import command
+from cute_quant.lab.command import PROGRAM
 
 DOCS = Path(__file__).parent.parent / "docs"
 TOUR = (DOCS / "layouts.md").read_text(encoding="utf-8")
@@ -27,7 +27,7 @@ def numbered(values: list) -> list[str]:
 @pytest.mark.parametrize(("command", "shown"), COMMANDS, ids=numbered(COMMANDS))
 def test_commands_print_what_is_shown(command, shown, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    status = cli.main(shlex.split(command))
+    status = command.main(shlex.split(command))
     out, err = capsys.readouterr()
     printed = iter((err if status else out).splitlines())
     for line in shown.splitlines():
@@ -42,12 +42,12 @@ def test_there_are_commands():
 def test_pictures_are_what_the_layouts_are(name, tmp_path):
     assert f"(layouts/{name}.svg)" in TOUR
     path = tmp_path / "layout.svg"
-    assert cli.main(["show", *PICTURES[name], "-o", str(path)]) == 0
+    assert command.main(["show", *PICTURES[name], "-o", str(path)]) == 0
     assert path.read_bytes() == (DOCS / "layouts" / f"{name}.svg").read_bytes()
 
 
 def test_the_table_is_of_the_sweep(capsys):
-    assert cli.main(["report", str(DOCS / "layouts" / "sweep.json"), "--markdown"]) == 0
+    assert command.main(["report", str(DOCS / "layouts" / "sweep.json"), "--markdown"]) == 0
     table = capsys.readouterr().out
     assert table in TOUR
     assert table.count("\n") >= 24 + 2

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cute_quant.laboratory import draw, make_layout
+from cute_quant.lab import draw, make_layout
 from tests.browser import CHROMIUM, Page, browser
 
 VIEWS = {

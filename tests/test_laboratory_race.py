@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cute_quant import compile
-from cute_quant.laboratory import make_layout, race, timing
-from cute_quant.laboratory.sweep import sweep
+from cute_quant.jit import lookup
+from cute_quant.lab import make_layout, race, timing
+from cute_quant.lab.sweep import sweep
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def emulated(monkeypatch, kernels):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(compile, "architecture", lambda device: "sm_90a")
-    monkeypatch.setattr(compile, "function", function)
+    monkeypatch.setattr(lookup, "architecture", lambda device: "sm_90a")
+    monkeypatch.setattr(lookup, "function", function)
     monkeypatch.setattr(race, "DEVICE", "cpu")
     monkeypatch.setattr(timing, "capture", capture)
     monkeypatch.setattr(timing, "median_seconds", median_seconds)
@@ -54,7 +54,7 @@ def test_ratios_to_the_default(emulated):
 
 
 def test_wrong_bits_are_not_timed(emulated, monkeypatch):
-    right = compile.function
+    right = lookup.function
 
     def wrong(spec, arch):
         run = right(spec, arch)
@@ -67,21 +67,21 @@ def test_wrong_bits_are_not_timed(emulated, monkeypatch):
         spoiled.spec = spec
         return spoiled
 
-    monkeypatch.setattr(compile, "function", wrong)
+    monkeypatch.setattr(lookup, "function", wrong)
     (trial,) = sweep([make_layout(rows_per_thread=2)], [(5, 512)])
     assert "1 bytes of the scales of an (5, 512) input differ from the default's" in trial.failure
     assert not trial.ratios and not emulated
 
 
 def test_a_layout_that_crashes_is_one_that_failed(emulated, monkeypatch):
-    right = compile.function
+    right = lookup.function
 
     def crashes(spec, arch):
         if spec.tile.rows_per_thread == 2:
             raise RuntimeError("CUDA error:\n  too many resources")
         return right(spec, arch)
 
-    monkeypatch.setattr(compile, "function", crashes)
+    monkeypatch.setattr(lookup, "function", crashes)
     two, default = sweep([make_layout(rows_per_thread=2), make_layout()], [(5, 512)])
     assert two.failure == "CUDA error: too many resources" and not two.ratios
     assert default.ratios == {(5, 512): 1.0} and not default.failure

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from cute_quant import reference
-from cute_quant.formats import DEFAULT_MIN_SCALE, WHOLE_ROW, make_format, scale_floor
-from cute_quant.laboratory.machine_code import machine_code
-from cute_quant.specs import ALONG, DOWN, LOAD_HINTS, Access, Domain, QuantizeSpec, Tile
+from cute_quant.contract import reference
+from cute_quant.contract.formats import DEFAULT_MIN_SCALE, WHOLE_ROW, make_format, scale_floor
+from cute_quant.kernels.config import ALONG, DOWN, LOAD_HINTS, Access, Domain, QuantizeSpec, Tile
+from cute_quant.lab.machine_code import machine_code
 from tests.emulator.cases import ARCHITECTURES, assert_same_storage, special_groups
 from tests.helpers import FLOAT32, UE8M0, poisoned_scales, poisoned_values
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bench.stream import Stream, function
-from cute_quant import compile, quantize
+from cute_quant import quantize
+from cute_quant.jit import lookup
 from tests.helpers import UE8M0, random_bits
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +25,7 @@ def test_chain_of_dependents(mn, captured):
     next quantizer overwrites q that the consumer may still read.
     """
     k, rounds = 2048, 24
-    architecture = compile.architecture(torch.cuda.current_device())
+    architecture = lookup.architecture(torch.cuda.current_device())
     stream = function(Stream(True), architecture)
     # The stream kernel halves what it reads: two inputs joined by an exclusive or of zeros.
     inputs = [random_bits((mn, k), torch.bfloat16, seed=i).cuda() for i in range(rounds)]

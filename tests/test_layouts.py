@@ -9,10 +9,10 @@ import pytest
 import torch
 from cutlass._mlir import ir
 
-from cute_quant import reference
-from cute_quant.formats import make_format
+from cute_quant.contract import reference
+from cute_quant.contract.formats import make_format
 from cute_quant.kernels import layouts
-from cute_quant.specs import DEFAULT_TILE, LANES
+from cute_quant.kernels.config import DEFAULT_TILE, LANES
 from tests.helpers import FLOAT32, UE8M0, format_id
 
 BLOCKED = make_format(32, "ue8m0_128x4", False)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from bench.sass import machine_code
-from cute_quant.compile import ARCHITECTURES
-from cute_quant.formats import make_format
-from cute_quant.launch import TWO_ROWS
-from cute_quant.specs import DEFAULT_TILE, Access, Domain, QuantizeSpec
+from cute_quant.contract.formats import make_format
+from cute_quant.jit.lookup import ARCHITECTURES
+from cute_quant.kernels.config import DEFAULT_TILE, Access, Domain, QuantizeSpec
+from cute_quant.kernels.heuristics import TWO_ROWS
 from tests.helpers import FLOAT32, FLOAT32_ROUNDED, FORMATS, UE8M0, format_id
 
 MAX_INSTRUCTIONS = {

@@ -7,8 +7,8 @@ import torch
 from cutlass import Float32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from cute_quant import compile
-from cute_quant.formats import VALUE_TYPES
+from cute_quant.contract.formats import VALUE_TYPES
+from cute_quant.jit import lookup
 from cute_quant.kernels import numerics
 
 THREADS = 256
@@ -41,8 +41,8 @@ class Apply:
 
 def apply(function, x):
     y = torch.full_like(x, torch.nan)
-    arch = compile.architecture(x.get_device())
-    compile.build(Apply(function), arch)(x, y)
+    arch = lookup.architecture(x.get_device())
+    lookup.build(Apply(function), arch)(x, y)
     return y
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cute_quant import quantize
-from cute_quant.formats import VALUE_DTYPE
+from cute_quant.contract.formats import VALUE_DTYPE
 from tests.helpers import (
     FORMATS,
     POISON,

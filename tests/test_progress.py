@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from cute_quant import progress
+from cute_quant.jit import progress
 
 
 class Terminal(io.StringIO):

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from cute_quant import Masked, quantize, rms_norm_quantize
-from cute_quant.formats import Format, make_format, scale_floor
+from cute_quant.contract.formats import Format, make_format, scale_floor
 from tests.helpers import (
     INPUT_DTYPES,
     UE8M0,

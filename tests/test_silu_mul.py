@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from cute_quant import Indexed, Masked, PrefixSum, quantize, silu_mul_quantize
-from cute_quant.formats import Format, make_format, scale_floor
+from cute_quant.contract.formats import Format, make_format, scale_floor
 from tests.helpers import (
     DIFFERING_SHARE,
     INPUT_DTYPES,

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from cute_quant import Indexed, Masked, PrefixSum, dequantize, fake_quantize, quantize
-from cute_quant.formats import BLOCK_ROWS, SCALE_ROW_ALIGNMENT, Format, align, make_format
-from cute_quant.tensors import MAX_COLUMNS, MAX_SIZE
+from cute_quant.contract.formats import BLOCK_ROWS, SCALE_ROW_ALIGNMENT, Format, align, make_format
+from cute_quant.contract.tensors import MAX_COLUMNS, MAX_SIZE
 from tests.helpers import (
     FLOAT32,
     POISON,

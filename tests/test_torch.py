@@ -20,9 +20,12 @@ from cute_quant import (
     rms_norm_quantize,
     silu_mul_quantize,
 )
-from cute_quant.compat import per_token_cast_to_fp8, per_token_group_quant_fp8_packed_for_deepgemm
-from cute_quant.formats import make_format
-from cute_quant.rows import to_operands
+from cute_quant.contract.formats import make_format
+from cute_quant.contract.rows import to_operands
+from cute_quant.integrations.compat import (
+    per_token_cast_to_fp8,
+    per_token_group_quant_fp8_packed_for_deepgemm,
+)
 from tests.helpers import (
     EVERY_DTYPE,
     FORMATS,

@@ -6,12 +6,12 @@ and `Params` are arguments of kernels, `load` and `store` move a lane's values, 
 stands in for a tensor when a kernel is compiled.
 """
 
+from cute_quant.kernels.config import LANES, Access, Tile
 from cute_quant.kernels.copy import fake_matrix, load, store, zeros
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.numerics import registers, widen
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.stage import Scales, Stage
-from cute_quant.specs import LANES, Access, Tile
 
 __all__ = [
     "LANES",

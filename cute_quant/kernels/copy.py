@@ -6,7 +6,7 @@ from cutlass import Boolean, Int32, const_expr
 from cutlass.cute.runtime import make_fake_tensor
 
 from cute_quant.kernels import layouts
-from cute_quant.specs import LANES, Access
+from cute_quant.kernels.config import LANES, Access
 
 HINTS = {
     "no_allocate": {"l1c_evict_priority": cute.nvgpu.CacheEvictionPriority.NO_ALLOCATE},

@@ -10,12 +10,12 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from cute_quant.formats import BLOCK_GROUPS, BLOCK_ROWS, WHOLE_ROW
+from cute_quant.contract.formats import BLOCK_GROUPS, BLOCK_ROWS, WHOLE_ROW
 from cute_quant.kernels import copy, layouts, numerics
+from cute_quant.kernels.config import DEFAULT_TILE, LANES, DequantizeSpec
+from cute_quant.kernels.heuristics import MAX_GRID_Y, MAX_GRID_Z
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.types import ELEMENT_TYPES
-from cute_quant.launch import MAX_GRID_Y, MAX_GRID_Z
-from cute_quant.specs import DEFAULT_TILE, LANES, DequantizeSpec
 
 VALUES = DEFAULT_TILE.values_per_thread
 

@@ -16,7 +16,7 @@ from cutlass.base_dsl import BaseDSL
 from cutlass.base_dsl.enums import Arch
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-from cute_quant.formats import (
+from cute_quant.contract.formats import (
     FLOAT32_MANTISSA_BITS,
     UE8M0_MAX,
     UE8M0_NAN,
@@ -24,8 +24,8 @@ from cute_quant.formats import (
     ValueType,
     to_float32,
 )
+from cute_quant.kernels.config import LANES
 from cute_quant.kernels.params import Params
-from cute_quant.specs import LANES
 
 FLOAT32_INFINITY = 0x7F800000
 FLOAT32_NAN = 0x7FC00000

@@ -15,11 +15,11 @@ from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_quant.kernels import copy, layouts, numerics
+from cute_quant.kernels.config import LANES, QuantizeSpec
 from cute_quant.kernels.layouts import Matrix
-from cute_quant.kernels.row_kernel import Results, RowKernel
+from cute_quant.kernels.scheduler import Results, RowKernel
 from cute_quant.kernels.stage import Stage
 from cute_quant.kernels.types import ELEMENT_TYPES
-from cute_quant.specs import LANES, QuantizeSpec
 
 
 class ColumnTiles(RowKernel):

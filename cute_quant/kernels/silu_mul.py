@@ -15,12 +15,12 @@ from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.kernels import copy, numerics
+from cute_quant.kernels.config import SiluMulSpec
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.quantize import ColumnTiles
 from cute_quant.kernels.stage import Stage
 from cute_quant.kernels.types import ELEMENT_TYPES
-from cute_quant.specs import SiluMulSpec
 
 
 class Activation(Params):

@@ -26,7 +26,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 
-from cute_quant.formats import (
+from cute_quant.contract.formats import (
     BLOCK_GROUPS,
     BLOCK_ROWS,
     SCALE_ROW_ALIGNMENT,
@@ -34,9 +34,9 @@ from cute_quant.formats import (
     Format,
 )
 from cute_quant.kernels import copy, layouts, numerics
+from cute_quant.kernels.config import DEFAULT_TILE, Tile
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.types import ELEMENT_TYPES, INPUT_TYPES
-from cute_quant.specs import DEFAULT_TILE, Tile
 
 
 class Scales(Params):

@@ -3,7 +3,7 @@
 import cutlass
 import torch
 
-from cute_quant.formats import INPUT_DTYPES
+from cute_quant.contract.formats import INPUT_DTYPES
 
 ELEMENT_TYPES = {
     torch.bfloat16: cutlass.BFloat16,

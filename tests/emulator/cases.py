@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from cute_quant import reference
-from cute_quant.formats import (
+from cute_quant.contract import reference
+from cute_quant.contract.formats import (
     DEFAULT_MIN_SCALE,
     INT8_MAX,
     RECIPROCAL_FLOAT32,
@@ -16,7 +16,7 @@ from cute_quant.formats import (
     make_format,
     scale_floor,
 )
-from cute_quant.rows import Rows
+from cute_quant.contract.rows import Rows
 from tests.emulator.intervals import Interval
 from tests.emulator.quantizer import Gpu
 from tests.helpers import (

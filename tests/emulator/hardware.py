@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from cute_quant import quantize
-from cute_quant.formats import Format, make_format
+from cute_quant.contract.formats import Format, make_format
 from tests.emulator import machine, probes, ptx
 from tests.emulator.cases import DTYPES, EVERY_FORMAT
 from tests.emulator.memory import Memory

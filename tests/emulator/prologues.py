@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from cute_quant.formats import Format
+from cute_quant.contract.formats import Format
 from tests.emulator.cases import (
     assert_quantized_within,
     assert_same_storage,

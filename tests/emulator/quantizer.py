@@ -1,6 +1,7 @@
 """The package on an emulated GPU: its own calls choose, compile and launch kernels on CPU tensors.
 
-`cute_quant.execution` runs as it is. It is told of an architecture, and that a tensor is on a GPU;
+`dispatch.execution` runs as it is. It is told of an architecture, and that a
+tensor is on a GPU;
 what it gets for a compiled function launches the kernel in the emulator.
 """
 
@@ -15,17 +16,18 @@ from unittest import mock
 
 import torch
 
-from cute_quant import compile, execution, launch
-from cute_quant.formats import (
+from cute_quant.contract.formats import (
     DEFAULT_MIN_SCALE,
     LOAD_BYTES,
     Format,
     last_column_rows,
     scale_floor,
 )
-from cute_quant.kernels import dequantize, row_kernel
-from cute_quant.rows import Rows
-from cute_quant.specs import WIDEST, Access, Domain, RmsNormSpec, SiluMulSpec, Spec, Tile
+from cute_quant.contract.rows import Rows
+from cute_quant.dispatch import execution
+from cute_quant.jit import lookup
+from cute_quant.kernels import dequantize, heuristics, scheduler
+from cute_quant.kernels.config import WIDEST, Access, Domain, RmsNormSpec, SiluMulSpec, Spec, Tile
 from tests.emulator import machine, ptx
 from tests.emulator.errors import EmulatorError
 from tests.emulator.host import DeviceTensor, HostFunction
@@ -49,7 +51,7 @@ class Kernel:
         """`kernel` is as ``compile.build`` takes it; `directory` takes what the DSL dumps and must
         be this kernel's own."""
         options = ("--keep-ptx", "--keep-cubin", f"--dump-dir {directory}")
-        compiled = compile.build(kernel, arch, *options)
+        compiled = lookup.build(kernel, arch, *options)
         self.kernel = kernel
         self.text = compiled.__ptx__
         self.program = load(self.text)
@@ -94,9 +96,9 @@ class Kernels:
 
     def get(self, spec: Spec, arch: str) -> Kernel:
         # The limit is a constant of the code.
-        key = (spec, arch, launch.MAX_GRID_Y)
+        key = (spec, arch, heuristics.MAX_GRID_Y)
         if key not in self._kernels:
-            self._kernels[key] = Kernel(compile.kernel(spec), arch, self._new_directory())
+            self._kernels[key] = Kernel(lookup.kernel(spec), arch, self._new_directory())
         return self._kernels[key]
 
 
@@ -123,7 +125,7 @@ class Gpu:
         arch: str,
         rows_per_thread: int = 1,
         sms: int = H100_SMS,
-        max_grid: int = launch.MAX_GRID_Y,
+        max_grid: int = heuristics.MAX_GRID_Y,
     ):
         self.kernels = kernels
         self.arch = arch
@@ -257,7 +259,7 @@ class Gpu:
         """Launch the kernel of a spec with operands by name."""
         with self._present(inputs, options):
             *names, _ = self.kernels.get(spec, self.arch).names  # the stream comes by itself
-            compile.function(spec, self.arch)(*(operands[name] for name in names))
+            lookup.function(spec, self.arch)(*(operands[name] for name in names))
 
     @contextlib.contextmanager
     def _present(self, inputs: tuple, options: dict[str, Any]) -> Iterator[None]:
@@ -273,13 +275,13 @@ class Gpu:
         two_rows_from = 0 if self.rows_per_thread == 2 else torch.inf
         with (
             mock.patch.multiple(
-                compile,
+                lookup,
                 architecture=lambda device: self.arch,
                 multiprocessors=lambda device: self.sms,
                 function=function,
             ),
-            mock.patch.multiple(launch, TWO_ROWS_FROM=two_rows_from, **limits),
-            mock.patch.multiple(row_kernel, **limits),
+            mock.patch.multiple(heuristics, TWO_ROWS_FROM=two_rows_from, **limits),
+            mock.patch.multiple(scheduler, **limits),
             mock.patch.multiple(dequantize, **limits),
             mock.patch.object(execution, "_plans", {}),
         ):

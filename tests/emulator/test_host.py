@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cute_quant.formats import VALUE_DTYPE, last_column_rows
-from cute_quant.specs import QuantizeSpec
+from cute_quant.contract.formats import VALUE_DTYPE, last_column_rows
+from cute_quant.kernels.config import QuantizeSpec
 from tests.emulator.cases import special_groups
 from tests.emulator.errors import MemoryFault
 from tests.emulator.host import DeviceTensor

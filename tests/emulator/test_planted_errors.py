@@ -8,8 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
-from cute_quant.formats import make_format
-from cute_quant.rows import Indexed, Masked, PrefixSum
+from cute_quant.contract.formats import make_format
+from cute_quant.contract.rows import Indexed, Masked, PrefixSum
 from tests.emulator.cases import check, special_groups
 from tests.emulator.errors import EmulatorError
 from tests.emulator.prologues import check_rms_norm, check_silu_mul

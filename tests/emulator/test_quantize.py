@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from cute_quant import quantize, reference
-from cute_quant.formats import Format, make_format, scale_floor
-from cute_quant.launch import MAX_GRID_Y
-from cute_quant.rows import Indexed, Masked, PrefixSum
+from cute_quant import quantize
+from cute_quant.contract import reference
+from cute_quant.contract.formats import Format, make_format, scale_floor
+from cute_quant.contract.rows import Indexed, Masked, PrefixSum
+from cute_quant.kernels.heuristics import MAX_GRID_Y
 from tests.emulator.cases import (
     ARCHITECTURES,
     DTYPES,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cute_quant.formats import Format, make_format
-from cute_quant.specs import Tile
+from cute_quant.contract.formats import Format, make_format
+from cute_quant.kernels.config import Tile
 from tests.emulator.errors import EmulatorError
 from tests.emulator.prologues import check_rms_norm
 from tests.emulator.quantizer import Gpu

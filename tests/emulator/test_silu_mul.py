@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cute_quant.formats import Format, make_format
+from cute_quant.contract.formats import Format, make_format
 from tests.emulator.prologues import check_silu_mul
 from tests.emulator.quantizer import Gpu
 from tests.helpers import FLOAT32, UE8M0, full_id

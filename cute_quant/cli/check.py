@@ -1,0 +1,339 @@
+"""Hold every kernel against the reference on this machine's GPU, one line each.
+
+Every byte has to be the reference's. Activations and norms compute in float32, the reference in
+float64: there the line says how many values and scales are rounded to the neighbour, of which few
+may be. Without a GPU, see that each kernel compiles for each architecture. Kernels are those of
+bf16 and the formats of DeepGEMM, or of a preset.
+
+examples:
+  cute-quant check
+  cute-quant check --preset all --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+import cute_quant
+from cute_quant.contract.formats import Format, ceil_div
+from cute_quant.contract.prologues import FUSED, UNFUSED
+from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
+from cute_quant.jit import aot_presets, keys, lookup
+from cute_quant.kernels.config import (
+    DENSE_ROWS,
+    DequantizeSpec,
+    Domain,
+    QuantizeSpec,
+    RmsNormSpec,
+    SiluMulSpec,
+    Spec,
+)
+from cute_quant.kernels.heuristics import TWO_ROWS, TWO_ROWS_FROM
+
+COLUMNS = 1024
+FEW_ROWS = 203
+"""No multiple of 4, so that columns of scales have padding."""
+MATRICES = 3
+SEED = 0
+POISON = 0xA5
+
+ROUNDED_SHARE, ROUNDED_AT_LEAST = 1e-3, 2
+"""Of values, and of scales that are powers of two, how many may be rounded to the neighbour."""
+SCALE_ERROR = 2.0**-18
+"""Of other scales, relative: 64 roundings of float32."""
+
+
+class WrongResult(Exception):
+    """A kernel's result is not the reference's."""
+
+
+class Results(NamedTuple):
+    """Everything that a call writes.
+
+    Attributes:
+        values: what is quantized, or multiplied back.
+        scales: if there are any, with all padding in their storage.
+        residual, normalized: of a norm, if it writes them.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    normalized: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one kernel.
+
+    Attributes:
+        did: whether it was run or only compiled.
+        rounded: values and scales that are the neighbours of the reference's; None where all have
+            to be equal.
+        error: what is wrong, None if nothing is.
+    """
+
+    kernel: str
+    arch: str
+    did: str
+    rounded: int | None
+    error: str | None
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.error is None else "FAILED"
+        line = f"{verdict:6} {self.did:8} {self.arch:8} {self.kernel}"
+        if self.error is not None:
+            return f"{line}: {self.error}"
+        return line if self.rounded is None else f"{line}: {self.rounded} rounded to the neighbour"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=aot_presets.PRESETS, help="kernels by use")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    preset = aot_presets.PRESETS[options.preset] if options.preset else aot_presets.of_each_kind
+    outcomes = []
+    for outcome in _outcomes(preset):
+        outcomes.append(outcome)
+        if not options.json:
+            print(outcome, flush=True)
+    failed = sum(outcome.error is not None for outcome in outcomes)
+    if options.json:
+        print(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+    else:
+        print(f"{len(outcomes) - failed} of {len(outcomes)} are right")
+    return 1 if failed else 0
+
+
+def _outcomes(preset: Callable[[str], list[Spec]]) -> Iterator[Outcome]:
+    gpu = torch.cuda.is_available()
+    if gpu:
+        architectures = [lookup.architecture(torch.cuda.current_device())]
+    else:
+        architectures = list(lookup.ARCHITECTURES.values())
+    for arch in architectures:
+        for spec in preset(arch):
+            rounded = error = None
+            try:
+                if gpu:
+                    rounded = _compare(spec, _results(spec, "cuda"), _results(spec, "cpu"))
+                else:
+                    lookup.build(lookup.kernel(spec), arch)
+            except WrongResult as raised:
+                error = str(raised)
+            except Exception as raised:
+                error = " ".join(f"{type(raised).__name__}: {raised}".split())
+            did = "ran" if gpu else "compiled"
+            yield Outcome(keys.spec_name(spec), arch, did, rounded, error)
+
+
+def _compare(spec: Spec, actual: Results, expected: Results) -> int | None:
+    """How many values and scales are the neighbours of the reference's, None if none may be.
+
+    Raises:
+        WrongResult: a result is anything else.
+    """
+    if expected.residual is not None:
+        # Of a NaN no more is promised than that it is one.
+        residuals = (r.residual.cpu().nan_to_num(nan=torch.inf) for r in (actual, expected))
+        _require_equal("the residual", *map(_bytes, residuals))
+    if isinstance(spec, (SiluMulSpec, RmsNormSpec)):
+        count = _neighbouring_scales(actual.scales, expected.scales, spec.fmt)
+        count += _neighbouring_values(actual, expected, spec.fmt)
+        if expected.normalized is not None:
+            a, b = actual.normalized.cpu().float(), expected.normalized.float()
+            step = torch.maximum(a.abs(), b.abs()) * torch.finfo(spec.dtype).eps
+            _require_near("normalized", a, b, step)
+            count += _few("normalized", (a != b) & ~b.isnan())
+        return count
+    _require_equal("values", _bytes(actual.values), _bytes(expected.values))
+    if expected.scales is not None:
+        _require_equal("scales", _storage(actual.scales).cpu(), _storage(expected.scales))
+    return None
+
+
+def _require_equal(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    _require_all(f"bytes of {name}", actual == expected, "not the reference's")
+
+
+def _neighbouring_scales(actual: torch.Tensor, expected: torch.Tensor, fmt: Format) -> int:
+    """How many powers of two are the reference's neighbours; 0 of other scales, which are close
+    to the reference's. Padding and rows that nobody writes are equal in any case."""
+    actual, expected = _storage(actual).cpu(), _storage(expected)
+    if not fmt.ue8m0:
+        close = _close(actual.view(torch.float32), expected.view(torch.float32))
+        _require_all("scales", close, f"more than {SCALE_ERROR:.1g} away from the reference's")
+        return 0
+    apart = (actual.int() - expected.int()).abs()
+    _require_all("scales", apart <= 1, "not neighbours of the reference's")
+    return _few("scales", apart == 1)
+
+
+def _neighbouring_values(actual: Results, expected: Results, fmt: Format) -> int:
+    """How many values are the reference's neighbours, but for those under a scale that is."""
+    (a, a_scales), (b, b_scales) = (_multiplied_back(r, fmt) for r in (actual, expected))
+    kind, largest = torch.finfo(fmt.dtype), torch.maximum(a.abs(), b.abs())
+    smallest = torch.maximum(a_scales.abs(), b_scales.abs()) * (kind.smallest_normal * kind.eps)
+    # Multiples of the smallest are as far apart as it, and as their scales put them.
+    most = torch.maximum(largest * kind.eps, smallest + largest * SCALE_ERROR)
+    _require_near("values", a, b, most)
+    differing = _bytes(actual.values) != _bytes(expected.values)
+    return _few("values", differing & _close(a_scales, b_scales).flatten())
+
+
+def _multiplied_back(results: Results, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values times scales, and the scale of each value, in float32 on the CPU."""
+    q, sf = results.values.cpu(), results.scales.cpu()
+    ones = torch.ones(q.shape).to(fmt.dtype)
+    values, scales = (
+        cute_quant.dequantize(t, sf, fmt.group_size, torch.float32) for t in (q, ones)
+    )
+    return values, scales
+
+
+def _close(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    return torch.isclose(actual, expected, rtol=SCALE_ERROR, atol=0.0, equal_nan=True)
+
+
+def _require_near(name: str, a: torch.Tensor, b: torch.Tensor, most: torch.Tensor) -> None:
+    near = ((a - b).abs() <= most) | (a.isnan() & b.isnan())
+    _require_all(name, near, "not neighbours of the reference's")
+
+
+def _require_all(name: str, right: torch.Tensor, wrong: str) -> None:
+    if not right.all():
+        raise WrongResult(f"{int((~right).sum())} of {right.numel()} {name} are {wrong}")
+
+
+def _few(name: str, differing: torch.Tensor) -> int:
+    count, most = int(differing.sum()), ROUNDED_AT_LEAST + ROUNDED_SHARE * differing.numel()
+    if count > most:
+        raise WrongResult(
+            f"{count} of {differing.numel()} {name} are neighbours of the reference's, expected "
+            f"at most {int(most)}"
+        )
+    return count
+
+
+def _results(spec: Spec, device: str) -> Results:
+    """What a call writes that takes this kernel."""
+    fmt = spec.fmt
+    choices = {
+        "group_size": fmt.group_size,
+        "scale_format": fmt.scale_format,
+        "dtype": fmt.dtype,
+        "round_scale": fmt.round_scale,
+    }
+    generator = torch.Generator().manual_seed(SEED)
+    domain = DENSE_ROWS if isinstance(spec, DequantizeSpec) else spec.domain
+    batch_shape = (MATRICES,) if domain.batched else ()
+    mn, k = _size(spec)
+    index = None
+    if domain.gathered:
+        index = torch.randint(FEW_ROWS, (*batch_shape, mn), dtype=torch.int32, generator=generator)
+    shape = (FEW_ROWS, k) if domain.gathered else (*batch_shape, mn, k)
+    if isinstance(spec, SiluMulSpec):
+        shape = (*shape[:-1], 2 * k)
+    x = _activations(shape, spec.dtype, generator).to(device)
+    if isinstance(spec, QuantizeSpec) and spec.fake:
+        return Results(cute_quant.fake_quantize(x, **choices))
+    if isinstance(spec, DequantizeSpec):
+        q, sf = cute_quant.quantize(x, **choices)
+        return Results(cute_quant.dequantize(q, sf, fmt.group_size, spec.dtype))
+    q = torch.empty((*batch_shape, mn, k), dtype=fmt.dtype, device=device)
+    q.view(torch.uint8).fill_(POISON)
+    sf = fmt.empty_scales(batch_shape, mn, k, q.device)
+    _storage(sf).fill_(POISON)
+    choices |= {
+        "rows": _rows(domain, mn, device, generator),
+        "index": None if index is None else index.to(device),
+    }
+    residual = normalized = None
+    match spec:
+        case QuantizeSpec():
+            cute_quant.quantize(x, **choices, out=(q, sf))
+        case SiluMulSpec():
+            weight = None
+            if spec.weighted:
+                weight = torch.rand(q.shape[:-1], generator=generator).to(device)
+            cute_quant.silu_mul_quantize(
+                x,
+                **choices,
+                interleaved=spec.interleaved,
+                clamp=7.0 if spec.clamped else None,
+                alpha=1.702 if spec.scaled else 1.0,
+                beta=1.0 if spec.shifted else 0.0,
+                weight=weight,
+                rounding=UNFUSED if spec.unfused else FUSED,
+                out=(q, sf),
+            )
+        case RmsNormSpec():
+            weight = torch.randn(k, generator=generator).to(device, spec.weight_dtype)
+            if spec.residual:
+                residual = torch.randn(x.shape, generator=generator).to(device, x.dtype)
+            written = cute_quant.rms_norm_quantize(
+                x,
+                weight,
+                residual=residual,
+                **choices,
+                rounding=UNFUSED if spec.unfused else FUSED,
+                normalized=spec.normalized,
+                out=(q, sf),
+            )
+            normalized = written[-1] if spec.normalized else None
+    return Results(q, sf, residual, normalized)
+
+
+def _size(spec: Spec) -> tuple[int, int]:
+    """(mn, k) of a result that a kernel of this tile is launched for."""
+    if isinstance(spec, RmsNormSpec):
+        columns = aot_presets.norm_columns(spec.fmt)
+        return FEW_ROWS, columns[(spec.tile, spec.tiles_per_thread, spec.max_warps)]
+    if isinstance(spec, QuantizeSpec) and spec.tile == TWO_ROWS:
+        sms = lookup.multiprocessors(torch.cuda.current_device())
+        return ceil_div(TWO_ROWS_FROM * sms, COLUMNS), COLUMNS
+    return FEW_ROWS, COLUMNS
+
+
+def _activations(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
+    """Rows of all magnitudes, and some with what is not finite."""
+    x = torch.randn(shape, generator=generator)
+    x *= 2.0 ** torch.randint(-14, 14, (*shape[:-1], 1), generator=generator)
+    x[..., 1, :] = 0.0
+    x[..., 2, 5] = float("nan")
+    x[..., 3, 200] = float("inf")
+    return x.to(dtype)
+
+
+def _rows(domain: Domain, mn: int, device: str, generator: torch.Generator) -> Rows | None:
+    def integers(*values: Any) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    if domain.masked:
+        return Masked(integers(0, mn // 3, mn))
+    if domain.prefix_sum:
+        return PrefixSum(integers(mn // 4, mn // 2 + 64))
+    if domain.indexed:
+        experts = torch.randint(-1, 4, (mn,), dtype=torch.int32, generator=generator)
+        return Indexed(experts.to(device))
+    return None
+
+
+def _bytes(t: torch.Tensor) -> torch.Tensor:
+    """Of the elements, on the CPU."""
+    return t.cpu().contiguous().flatten().view(torch.uint8)
+
+
+def _storage(t: torch.Tensor) -> torch.Tensor:
+    """The bytes of all of the tensor's storage, where they are."""
+    return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())

@@ -1,0 +1,207 @@
+"""Directories of kernels built ahead of time, used without a compiler and without CuTe DSL.
+
+Beside the objects lies what they call CUDA through, and `manifest.json`: what the directory was
+built from and for, and which file holds which kernel.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import hashlib
+import logging
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from cute_quant.jit import keys, library, shared_objects, toolchain
+from cute_quant.jit.aot_manifest import (
+    check_parents,
+    check_trusted,
+    identity,
+    open_trusted,
+    read_manifest,
+    read_trusted,
+)
+from cute_quant.kernels.config import Spec
+
+log = logging.getLogger("cute_quant")
+
+DIRECTORY_VARIABLE = "CUTE_QUANT_AOT_DIR"
+DIGEST_BYTES = 8 * 2**20
+"""Read at once: each time a thread may have to wait for the lock of the interpreter."""
+
+
+class Directory(NamedTuple):
+    """A directory whose manifest was checked.
+
+    Attributes:
+        kernels: their entries in the manifest, by the text of the spec and the architecture.
+        runtime_digest: SHA-256 of the runtime library in it, None if it was built without.
+    """
+
+    path: Path
+    kernels: dict[tuple[str, str], dict[str, str]]
+    runtime_digest: str | None
+
+    def find(self, spec: Spec, arch: str) -> Callable[..., None] | None:
+        """The function of a kernel, None if the directory does not have it."""
+        kernel = self.kernels.get((keys.spec_text(spec), arch))
+        if kernel is None:
+            return None
+        path = self.path / kernel["file"]
+        record = shared_objects.read_record(read_trusted(path))
+        if record != kernel:
+            raise shared_objects.CorruptObject("it holds another kernel than the manifest says")
+        if self.runtime_digest is not None:
+            _load_runtime(self.path / toolchain.RUNTIME_NAME, self.runtime_digest)
+        else:
+            _load_installed_runtime()
+        return library.load_function(path, kernel["symbol"])
+
+
+@functools.cache
+def _load_runtime(path: Path, digest: str) -> None:
+    """Load the runtime library of a directory.
+
+    Raises:
+        ValueError: it has another digest.
+        OSError: it is not there, or does not load here.
+    """
+    if _digest_beside_import(path) != digest:
+        raise ValueError(f"{path}: expected the digest that the manifest has, got another")
+    library.load_runtime(path)
+
+
+def _digest_beside_import(path: Path) -> str:
+    """The SHA-256 of a file that is loaded, whose 43 MB take as long as what is imported for it
+    anyway, and need no lock of the interpreter.
+
+    Raises:
+        ValueError, OSError: as of `open_trusted`.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        try:
+            digest = thread.submit(_digest, path)
+        except RuntimeError:
+            # There are no more threads to be had, or the interpreter is about to end.
+            return _digest(path)
+        library.import_tvm_ffi()
+        return digest.result()
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(DIGEST_BYTES))
+    with open_trusted(path) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def _load_installed_runtime() -> None:
+    dsl = toolchain.installed_dsl()
+    if dsl is None:
+        raise FileNotFoundError(f"it was built without {toolchain.RUNTIME_NAME}: see --runtime")
+    library.load_runtime(dsl.runtime)
+
+
+_loaded: list[Directory] = []
+
+
+def load(directory: str | os.PathLike) -> None:
+    """Use the kernels of a directory that ``python -m cute_quant build`` made.
+
+    Those that it has need no compiler from now on; their objects are read when they are first
+    called. A directory that is loaded later is asked first. One that ``CUTE_QUANT_AOT_DIR`` names
+    is loaded by itself, and asked last.
+
+    Args:
+        directory: with a manifest, objects, and the runtime library.
+
+    Raises:
+        FileNotFoundError: there is no manifest in it, or no such directory.
+        ValueError: it was built from other sources, for another processor, or with another
+            apache-tvm-ffi; its manifest is damaged; or others than root and
+            the user may write to it.
+        TypeError: it is not a path.
+        OSError: it cannot be read.
+    """
+    path = os.fspath(directory) if isinstance(directory, os.PathLike) else directory
+    if not isinstance(path, str):
+        raise TypeError(f"directory: expected a path of text, got {type(path).__name__}")
+    if not path:
+        raise ValueError("directory: expected a path, got nothing")
+    _loaded.insert(0, open_directory(Path(path).absolute()))
+
+
+def loaded() -> list[Directory]:
+    """The directories that kernels are looked for in, the first one asked first."""
+    own, _ = _of_environment()
+    return [*_loaded, *([own] if own is not None else [])]
+
+
+def find(spec: Spec, arch: str) -> Callable[..., None] | None:
+    """The function of a kernel that was built ahead of time, None if there is none."""
+    for directory in loaded():
+        try:
+            function = directory.find(spec, arch)
+        except Exception as error:
+            name = keys.spec_name(spec)
+            log.warning("%s for %s not taken from %s: %s", name, arch, directory.path, error)
+            continue
+        if function is not None:
+            return function
+    return None
+
+
+def why_not_used() -> str | None:
+    """Why the directory that ``CUTE_QUANT_AOT_DIR`` names is not used, None if it is or if there
+    is none."""
+    _, reason = _of_environment()
+    return reason
+
+
+@functools.cache
+def _of_environment() -> tuple[Directory | None, str | None]:
+    """The directory that the environment names, or why it is not used, which is said once."""
+    path = os.environ.get(DIRECTORY_VARIABLE)
+    if not path:
+        return None, None
+    try:
+        return open_directory(Path(path).absolute()), None
+    except Exception as error:  # Whatever is wrong with it must not be what breaks a call.
+        reason = " ".join(str(error).split())
+        log.warning("%s not used: %s", DIRECTORY_VARIABLE, reason)
+        return None, reason
+
+
+def open_directory(path: Path) -> Directory:
+    """Check the manifest of a directory.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`.
+    """
+    manifest = read_manifest(path)
+    check_trusted(path, path.stat())
+    check_parents(path)
+    for name, expected in identity(platform.machine(), keys.source_digest()).items():
+        if manifest[name] != expected:
+            raise ValueError(
+                f"{path}: expected kernels built for {name} {expected}, got {manifest[name]}: "
+                f"build them again with this version of cute_quant"
+            )
+    tvm_ffi = manifest["versions"]["apache-tvm-ffi"]
+    own = toolchain.tvm_ffi_version()
+    if own is not None and _minor(own) != _minor(tvm_ffi):
+        raise ValueError(
+            f"{path}: expected kernels built with apache-tvm-ffi {_minor(own)}, got {tvm_ffi}"
+        )
+    kernels = {(kernel["spec"], kernel["arch"]): kernel for kernel in manifest["kernels"]}
+    return Directory(path, kernels, manifest.get("runtime"))
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])

@@ -1,0 +1,130 @@
+"""Shared objects of compiled kernels, as bytes: host code for any processor of a kind, the machine
+code of one GPU architecture inside, and at the end a record of what it is with a digest over all.
+
+An ELF file may have bytes behind it that no header mentions, so that the loader takes object,
+record and digest as one file, which a rename puts in place at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cute_quant.jit.toolchain import Dsl, Host
+
+_SEAL = struct.Struct("<8sQ32s")
+_MAGIC = b"cquant02"
+
+LINK_SECONDS = 60
+
+
+class CorruptObject(ValueError):
+    """Bytes that are no sealed object, or not what was sealed."""
+
+
+def shared_object(compiled: Any, symbol: str, host: Host, dsl: Dsl) -> bytes:
+    """The shared object of a kernel that ``cute.compile`` made without an engine.
+
+    Args:
+        symbol: of the function; tvm-ffi finds it by this name.
+        host: what runs its host code.
+
+    Raises:
+        RuntimeError: there is no linker, or it failed.
+    """
+    linker = host.linker()
+    if linker is None:
+        raise RuntimeError(f"no linker for {host.machine}: install binutils or lld")
+    with tempfile.TemporaryDirectory(prefix="cute_quant_") as name:
+        directory = Path(name)
+        relocatable, result = directory / "kernel.o", directory / "kernel.so"
+        _emit(compiled, symbol, host, relocatable)
+        exports = directory / "exports"
+        exports.write_text(f"{{ global: __tvm_ffi_{symbol}; local: *; }};")
+        command = [linker, "-shared", "-z", "now", "-z", "noexecstack", "-o", result, relocatable]
+        command += ["--version-script", exports, "-soname", f"{symbol}.so"]
+        # The runtime is found beside the object, or is there already under its SONAME.
+        command += ["--enable-new-dtags", "-rpath", "$ORIGIN", dsl.runtime_to_link(host)]
+        try:
+            subprocess.run(
+                command, check=True, capture_output=True, text=True, timeout=LINK_SECONDS
+            )
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.strip().splitlines() or ["no message"]
+            raise RuntimeError(f"{linker} failed: {lines[0]}") from error
+        return result.read_bytes()
+
+
+def _emit(compiled: Any, symbol: str, host: Host, path: Path) -> None:
+    """Write a relocatable object with host code for the oldest processor of a kind.
+
+    ``compiled.export_to_c`` does the same for the processor that it runs on, AVX-512 included, and
+    takes no other.
+    """
+    from cutlass.base_dsl.export import get_export_module
+    from cutlass.base_dsl.tvm_ffi_builder import rename_tvm_ffi_function
+
+    original = compiled.function_name
+    module = get_export_module(
+        compiled.ir_module,
+        f"__cute_internal_{symbol}",
+        preserve_symbols={f"__tvm_ffi_{original}"},
+    )
+    rename_tvm_ffi_function(module, original, symbol)
+    compiled.export_provider.mlirExecutionEngine.dump_object_file_pic(
+        module,
+        str(path),
+        f"__tvm_ffi_{symbol}",
+        host_triple=host.triple,
+        host_cpu=host.cpu,
+        host_features="",
+    )
+
+
+def seal(content: bytes, record: dict[str, str]) -> bytes:
+    """An object with its record, and a digest over both and over what the seal says of them."""
+    text = json.dumps(record, sort_keys=True).encode()
+    body = content + text
+    return body + _SEAL.pack(_MAGIC, len(text), _digest(body, len(text)))
+
+
+def _digest(body: bytes | memoryview, length: int) -> bytes:
+    digest = hashlib.sha256(body)
+    digest.update(_MAGIC + length.to_bytes(8, "little"))
+    return digest.digest()
+
+
+def read_record(data: bytes) -> dict[str, str]:
+    """The record of a sealed object.
+
+    Raises:
+        CorruptObject: a byte is missing or not what it was.
+    """
+    end = len(data) - _SEAL.size
+    if end < 0:
+        raise CorruptObject(f"expected at least {_SEAL.size} bytes, got {len(data)}")
+    magic, length, digest = _SEAL.unpack_from(data, end)
+    if magic != _MAGIC:
+        raise CorruptObject("expected an object sealed by cute_quant at the end, got other bytes")
+    body = memoryview(data)[:end]
+    if length > end or _digest(body, length) != digest:
+        raise CorruptObject("its digest is not that of its content")
+    return _parse(bytes(body[end - length :]))
+
+
+def _parse(text: bytes) -> dict[str, str]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        raise CorruptObject("its record is not JSON") from None
+    if not isinstance(record, dict):
+        raise CorruptObject(f"record: expected a dict, got {type(record).__name__}")
+    for name, value in record.items():
+        if not isinstance(value, str):
+            raise CorruptObject(f"record: expected text for {name}, got {type(value).__name__}")
+    return record

@@ -1,0 +1,316 @@
+"""What kernels are compiled for. Nothing here needs CuTe DSL.
+
+A spec names a kernel and all of its compile-time choices; two specs that are equal give the same
+code, and those of different kernels, being tuples, differ in the field `kernel`.
+`compile.function` makes a function of one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from cute_quant.contract.formats import LOAD_BYTES, STORE_BYTES, WHOLE_ROW, Format
+from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
+
+LANES = 32
+"""Threads of a warp."""
+
+MIN_VALUES = 4
+"""Of a thread, whose 8-bit results fill a register."""
+
+MAX_THREADS = 1024
+"""Of a CTA."""
+
+MAX_THREAD_BYTES = 512
+"""Of x that a thread holds: half of its 255 registers, so that there is room for the rest."""
+
+DOWN, ALONG = "down", "along"
+ORDERS = (DOWN, ALONG)
+"""Whether the next one has the next rows of the same columns, or the next columns of the same
+rows, until there are no more."""
+
+LOAD_HINTS = ("no_allocate", "streaming", "prefetch_256")
+"""What a load may say of its data: not to keep it in the L1 cache, to give it up first, or to fetch
+256 bytes to the L2 cache."""
+
+
+class Tile(NamedTuple):
+    """How the threads of a CTA lie over rows and columns.
+
+    Attributes:
+        values_per_thread: neighbours of a row that a thread holds.
+        row_warps: warps below each other, each with rows of its own.
+        rows_per_thread: rows whose loads are in flight at once, up to the lanes of a group; as
+            many lanes write their scales at once. k has to be a multiple of what these hold.
+        column_warps: warps beside each other, each with columns of its own.
+        warp_order: one of ``ORDERS``, the way in which warps of a CTA follow each other.
+        cta_order: the way in which CTAs do.
+    """
+
+    values_per_thread: int = 16
+    row_warps: int = 4
+    rows_per_thread: int = 1
+    column_warps: int = 1
+    warp_order: str = DOWN
+    cta_order: str = ALONG
+
+    @property
+    def columns(self) -> int:
+        """Columns of a warp."""
+        return LANES * self.values_per_thread
+
+    @property
+    def rows(self) -> int:
+        """Rows of a CTA."""
+        return self.row_warps * self.rows_per_thread
+
+    def lanes_per_group(self, group_size: int) -> int:
+        """Neighbouring lanes that hold a group."""
+        return LANES if group_size == WHOLE_ROW else group_size // self.values_per_thread
+
+    def groups(self, group_size: int) -> int:
+        """Groups of a warp."""
+        return LANES // self.lanes_per_group(group_size)
+
+    def check(self, fmt: Format, dtype: torch.dtype, access: Access | None = None) -> None:
+        """Whether a kernel of this tile keeps the contract.
+
+        Args:
+            fmt: of the results.
+            dtype: of x.
+            access: to the addresses of x and q, if that is known.
+
+        Raises:
+            ValueError: it does not, with the rule that is broken.
+        """
+        values, rows, size = self.values_per_thread, self.rows_per_thread, fmt.group_size
+        _require(
+            _power_of_two(values) and values >= MIN_VALUES,
+            f"values_per_thread: expected a power of two from {MIN_VALUES} on, whose 8-bit results "
+            f"fill registers, got {values}",
+        )
+        for name in ("row_warps", "column_warps", "rows_per_thread"):
+            count = getattr(self, name)
+            _require(count >= 1, f"{name}: expected at least 1, got {count}")
+        for name in ("warp_order", "cta_order"):
+            order = getattr(self, name)
+            _require(order in ORDERS, f"{name}: expected one of {ORDERS}, got {order!r}")
+        threads = LANES * self.row_warps * self.column_warps
+        _require(
+            threads <= MAX_THREADS,
+            f"row_warps, column_warps: expected at most {MAX_THREADS} threads in a CTA, got "
+            f"{self.row_warps} * {self.column_warps} warps, {threads} threads",
+        )
+        if size == WHOLE_ROW:
+            _require(
+                rows == self.column_warps == 1,
+                f"rows_per_thread, column_warps: expected 1 and 1, a row being one group that a "
+                f"warp goes over alone, got {rows} and {self.column_warps}",
+            )
+        else:
+            _require(
+                size % values == 0,
+                f"values_per_thread: expected a divisor of group_size {size}, a thread having one "
+                f"scale, got {values}",
+            )
+            lanes = self.lanes_per_group(size)
+            _require(
+                lanes <= LANES,
+                f"values_per_thread: expected at least {size // LANES} for group_size {size}, a "
+                f"group lying in a warp of {LANES} lanes, got {values}, {lanes} lanes",
+            )
+            _require(
+                rows <= lanes,
+                f"rows_per_thread: expected at most {lanes}, the lanes of a group, each of which "
+                f"writes the scale of a row, got {rows}",
+            )
+        held = values * rows * dtype.itemsize
+        _require(
+            held <= MAX_THREAD_BYTES,
+            f"values_per_thread, rows_per_thread: expected at most {MAX_THREAD_BYTES} bytes of x "
+            f"in the registers of a thread, got {values} * {rows} values, {held} bytes",
+        )
+        if access is not None:
+            _check_width("load_bytes", access.load_bytes, dtype.itemsize, values, "x")
+            _check_width("store_bytes", access.store_bytes, fmt.dtype.itemsize, values, "q")
+            _require(
+                access.load_hint is None or access.load_hint in LOAD_HINTS,
+                f"load_hint: expected None or one of {LOAD_HINTS}, got {access.load_hint!r}",
+            )
+
+
+DEFAULT_TILE = Tile()
+ONE_ROW = Tile(row_warps=1, cta_order=DOWN)
+"""Of a kernel whose CTAs have whole rows, of which the first dimension of a grid counts more."""
+
+
+class Access(NamedTuple):
+    """What addresses allow.
+
+    Attributes:
+        load_bytes: at once, a power of two from the size of an element to 32: what every row of
+            the input starts at a multiple of.
+        store_bytes: the same for the output, up to 16, or 32 if its elements are x's.
+        ragged: whether a row may end within a thread's values.
+        load_hint: one of ``LOAD_HINTS``.
+    """
+
+    load_bytes: int = LOAD_BYTES
+    store_bytes: int = STORE_BYTES
+    ragged: bool = False
+    load_hint: str | None = None
+
+
+WIDEST = Access()
+
+
+def _check_width(name: str, nbytes: int, itemsize: int, values: int, operand: str) -> None:
+    most = min(values * itemsize, LOAD_BYTES)
+    _require(
+        _power_of_two(nbytes) and itemsize <= nbytes <= most,
+        f"{name}: expected a power of two from {itemsize} to {most}, of the {values * itemsize} "
+        f"bytes of {operand} that a thread has in a row and the {LOAD_BYTES} that an instruction "
+        f"moves, got {nbytes}",
+    )
+
+
+def _require(holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(rule)
+
+
+def _power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+class Domain(NamedTuple):
+    """Which rows there are.
+
+    Attributes:
+        kind: of the rows, as `cute_quant.contract.rows` names it.
+        gathered: whether an index names the rows of x.
+        batched: whether there are matrices, or more rows than one dimension of a grid counts;
+            the results of masked experts always are.
+    """
+
+    kind: str = DENSE
+    gathered: bool = False
+    batched: bool = False
+
+    @property
+    def masked(self) -> bool:
+        return self.kind == Masked.kind
+
+    @property
+    def prefix_sum(self) -> bool:
+        return self.kind == PrefixSum.kind
+
+    @property
+    def indexed(self) -> bool:
+        return self.kind == Indexed.kind
+
+    @property
+    def counted(self) -> bool:
+        """Whether there is something to read."""
+        return self.kind != DENSE
+
+    @property
+    def selects(self) -> bool:
+        """Whether the rows that exist are not just the first ones."""
+        return self.gathered or self.prefix_sum or self.indexed
+
+
+DENSE_ROWS = Domain()
+
+
+class QuantizeSpec(NamedTuple):
+    """Choices of `kernels.quantize.Quantize`.
+
+    Attributes:
+        dtype: of the elements of x.
+        fmt: of the results.
+        fake: whether the result is not values and scales but their products, in x's dtype.
+        pdl: programmatic dependent launch: CTAs start while the kernel before still runs, wait for
+            its end before they touch memory, and let those of the next start as early, which have
+            to wait too.
+    """
+
+    dtype: torch.dtype
+    fmt: Format
+    tile: Tile = DEFAULT_TILE
+    domain: Domain = DENSE_ROWS
+    access: Access = WIDEST
+    fake: bool = False
+    pdl: bool = True
+    kernel: str = "quantize.Quantize"
+
+
+class SiluMulSpec(NamedTuple):
+    """Choices of `kernels.silu_mul.SiluMul`.
+
+    Attributes:
+        dtype, fmt, tile, domain, access, pdl: as of a `QuantizeSpec`, x being gates and ups.
+        interleaved: whether gates and ups take turns, or all gates come first.
+        unfused: whether each step is rounded to x's dtype.
+        clamped: whether there are bounds.
+        scaled: whether the gate has a factor in the sigmoid.
+        shifted: whether something is added to the up.
+        weighted: whether rows have a factor of their own.
+    """
+
+    dtype: torch.dtype
+    fmt: Format
+    tile: Tile = DEFAULT_TILE
+    domain: Domain = DENSE_ROWS
+    access: Access = WIDEST
+    interleaved: bool = False
+    unfused: bool = False
+    clamped: bool = False
+    scaled: bool = False
+    shifted: bool = False
+    weighted: bool = False
+    pdl: bool = True
+    kernel: str = "silu_mul.SiluMul"
+
+
+class RmsNormSpec(NamedTuple):
+    """Choices of `kernels.rms_norm.RmsNorm`.
+
+    Attributes:
+        dtype, fmt, tile, domain, access, pdl: as of a `QuantizeSpec`.
+        tiles_per_thread: of a row, in the registers of each thread.
+        max_warps: that share a row.
+        weight_dtype: of the weights.
+        unfused: whether sum and product are rounded to x's dtype.
+        residual: whether there is one to add.
+        normalized: whether what is quantized is written too.
+    """
+
+    dtype: torch.dtype
+    fmt: Format
+    tile: Tile = ONE_ROW
+    domain: Domain = DENSE_ROWS
+    access: Access = WIDEST
+    tiles_per_thread: int = 1
+    max_warps: int = 16
+    weight_dtype: torch.dtype = torch.bfloat16
+    unfused: bool = False
+    residual: bool = False
+    normalized: bool = False
+    pdl: bool = True
+    kernel: str = "rms_norm.RmsNorm"
+
+
+class DequantizeSpec(NamedTuple):
+    """Choices of `kernels.dequantize.Dequantize`: the format of values and scales, the dtype of
+    the result, and what addresses allow."""
+
+    fmt: Format
+    dtype: torch.dtype
+    access: Access = WIDEST
+    kernel: str = "dequantize.Dequantize"
+
+
+Spec = QuantizeSpec | SiluMulSpec | RmsNormSpec | DequantizeSpec

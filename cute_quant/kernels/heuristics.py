@@ -1,0 +1,130 @@
+"""How a launch depends on the size of the input, by measurement.
+
+On an H100 (132 SMs), k = 2048 and 7168, time over that of the streaming ceiling, both as
+programmatic dependents of the launch before:
+
+    elements     one row a thread    two rows a thread
+     0.5 M       1.20                1.20
+     1.8 M       1.04                1.13
+     3.7 M       1.03                1.06
+     4.2 M       1.10                0.97
+     7.3 M       1.04                0.99
+    16.8 M       1.02                1.00
+
+A thread of one row waits for its only load while it has nothing else to do, and a GPU that is full
+of such threads holds 32768 elements an SM. Two rows a thread use as many registers as a full GPU
+has, and put twice as much in flight.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from cute_quant.contract.formats import LOAD_BYTES, WHOLE_ROW, Format, align, ceil_div
+from cute_quant.kernels.config import DEFAULT_TILE, ONE_ROW, Tile
+
+TWO_ROWS = Tile(rows_per_thread=2)
+TWO_ROWS_FROM = 30_000
+"""Elements an SM."""
+
+SILU_TILES = {"sm_90a": Tile(values_per_thread=8, row_warps=8)}
+"""By architecture, where it is not the default. On an H100 threads of fewer values have a shorter
+way from load to store: 1.00 of the ceiling at 4096 x 2048, where the default has 1.04 and two rows
+a thread 1.08; 1.17 instead of 1.37 at one row. Blackwell loads the default's 32 bytes at once."""
+
+MAX_WARPS = 16
+"""Of a CTA: with twice as many, threads would have too few registers for a tile and its sum."""
+WARPS_PER_NORM = 4
+"""Of a CTA at least, where rows are so short that it can have several."""
+
+MAX_GRID_Y = 65535
+MAX_GRID_Z = 65535
+
+RESIDENT_CTAS = 16
+"""Of an SM, which the CTAs that walk the experts of a batch should at least be."""
+
+
+class Shape(NamedTuple):
+    """What a launch looks like.
+
+    Attributes:
+        tile: of a CTA.
+        tall: whether rows are too many for one dimension of a grid.
+        row_ctas: CTAs that share the rows of all experts, where these are masked.
+    """
+
+    tile: Tile
+    tall: bool
+    row_ctas: int
+
+
+def shape(
+    matrices: int,
+    rows: int,
+    k: int,
+    fmt: Format,
+    masked: bool,
+    sms: int,
+    tile: Tile | None = None,
+) -> Shape:
+    """The launch for so many matrices of so many rows, on a GPU of so many multiprocessors.
+
+    Args:
+        tile: the one to take, if it does not depend on the size.
+    """
+    whole_row = fmt.group_size == WHOLE_ROW
+    if tile is None:
+        tile = DEFAULT_TILE
+        lanes = tile.lanes_per_group(fmt.group_size)
+        fits_two = lanes > 1 and k % (2 * tile.values_per_thread) == 0
+        large = matrices * rows * k >= TWO_ROWS_FROM * sms
+        if large and fits_two and not whole_row and not masked:
+            tile = TWO_ROWS
+    row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)
+    tiles = 1 if whole_row else ceil_div(k, tile.columns)
+    slots = min(ceil_div(RESIDENT_CTAS * sms, tiles * max(matrices, 1)), row_tiles)
+    row_ctas = min(matrices * slots, MAX_GRID_Y)
+    return Shape(tile, row_tiles > MAX_GRID_Y, row_ctas)
+
+
+def silu_shape(
+    matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int, arch: str
+) -> Shape:
+    """The same for gates and ups, on a GPU of this architecture."""
+    tile = SILU_TILES.get(arch, DEFAULT_TILE)
+    return shape(matrices, rows, k, fmt, masked, sms, tile)
+
+
+class NormShape(NamedTuple):
+    """The same of a launch whose CTAs hold whole rows, which are never too many.
+
+    Attributes:
+        warps: tiles of a row in a thread, and the most warps that share a row.
+    """
+
+    tile: Tile
+    tall: bool
+    row_ctas: int
+    warps: tuple[int, int]
+
+
+def norm_shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int) -> NormShape:
+    """The same for rows that are normalized, by as many warps as their tiles: fewer warps with two
+    tiles each, or several rows in a CTA, were slower at every size (k = 2048 and 7168)."""
+    unit = 1 if fmt.group_size == WHOLE_ROW else fmt.group_size * fmt.groups_per_unit
+    columns = ceil_div(align(k, unit), DEFAULT_TILE.columns)
+    tiles_per_thread, max_warps = 1, MAX_WARPS
+    while max_warps * tiles_per_thread < columns:
+        tiles_per_thread *= 2
+    while max_warps > 1 and max_warps * tiles_per_thread >= 2 * columns:
+        max_warps //= 2
+    tile = ONE_ROW._replace(row_warps=max(1, WARPS_PER_NORM // max_warps))
+    row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)
+    slots = min(ceil_div(RESIDENT_CTAS * sms, max(matrices, 1)), row_tiles)
+    row_ctas = min(matrices * slots, MAX_GRID_Y)
+    return NormShape(tile, False, row_ctas, (tiles_per_thread, max_warps))
+
+
+def store_bytes(tile: Tile, dtype: torch.dtype) -> int:
+    """What a thread stores at once of results of a dtype."""
+    return min(tile.values_per_thread * dtype.itemsize, LOAD_BYTES)

@@ -1,0 +1,230 @@
+"""Who holds what: the layouts of `kernels.layouts`, evaluated on the host for one CTA.
+
+Nothing here computes a place of its own. Columns come from the tiled copy that moves a row, rows
+and tiles from the layout of the warps, scales from the layouts that their format has in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cute_quant.contract.formats import BLOCK_GROUPS
+from cute_quant.kernels.config import LANES
+from cute_quant.lab.layout import Layout
+from cute_quant.lab.machine_code import GPUS
+
+SECTOR_BYTES = 32
+"""What memory and the caches move at least."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbours of a row that a thread holds.
+
+    Attributes:
+        row, column: of the first one, in the CTA's tile.
+        values: how many.
+    """
+
+    row: int
+    column: int
+    values: int
+
+
+@dataclass(frozen=True)
+class ScaleByte:
+    """The scale of a group of a row, in memory.
+
+    Attributes:
+        row, group: of the input.
+        unit: of a row, the scales that lie together: a packed word, or four bytes of a block.
+        offset: of its first byte from the start of sf.
+        nbytes: of the scale: 1, or 4 of a float32.
+        padding: whether there is no such row or no such group, and so it is 0.
+    """
+
+    row: int
+    group: int
+    unit: int
+    offset: int
+    nbytes: int
+    padding: bool
+
+
+@dataclass(frozen=True)
+class Thread:
+    """What a thread of a CTA has to do with.
+
+    Attributes:
+        number: in the CTA.
+        warp, lane: of the CTA, of the warp.
+        segments: one in each of its rows.
+        partners: threads with which it shuffles, in that order.
+        groups: (row, group) of each of its segments.
+        writes: those among the scales of its group, over all rows, that it stores.
+    """
+
+    number: int
+    warp: int
+    lane: int
+    segments: tuple[Segment, ...]
+    partners: tuple[int, ...]
+    groups: tuple[tuple[int, int], ...]
+    writes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one instruction of a warp moves, in bytes from the start of the warp's columns.
+
+    Attributes:
+        ranges: of each lane, its first byte and the one after its last.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def sectors(self) -> tuple[int, ...]:
+        """Those that it touches, ascending."""
+        touched = {
+            sector
+            for first, end in self.ranges
+            for sector in range(first // SECTOR_BYTES, -(-end // SECTOR_BYTES))
+        }
+        return tuple(sorted(touched))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(end - first for first, end in self.ranges)
+
+    @property
+    def efficiency(self) -> float:
+        """The part of the sectors that is asked for."""
+        return self.nbytes / (SECTOR_BYTES * len(self.sectors))
+
+
+@contextlib.contextmanager
+def evaluated() -> Iterator[None]:
+    """Where layouts can be built and evaluated, without a kernel."""
+    # It takes a second to import, and who asks for help need not have it.
+    from cutlass._mlir import ir
+
+    with ir.Context(), ir.Location.unknown():
+        module = ir.Module.create()
+        with ir.InsertionPoint(module.body):
+            yield
+
+
+def columns_of_lanes(layout: Layout) -> list[list[int]]:
+    """(lane, value) -> column of the warp's tile, of the tiled copy that loads it."""
+    import cutlass.cute as cute
+
+    from cute_quant.kernels import layouts
+    from cute_quant.kernels.types import ELEMENT_TYPES
+
+    values = layout.tile.values_per_thread
+    with evaluated():
+        op, bits = cute.nvgpu.CopyUniversalOp(), 8 * layout.access.load_bytes
+        atom = cute.make_copy_atom(op, ELEMENT_TYPES[layout.dtype], num_bits_per_copy=bits)
+        thread_value = layouts.tiled_copy(atom, values).layout_tv_tiled
+        return [[thread_value((lane, v)) for v in range(values)] for lane in range(LANES)]
+
+
+def places_of_warps(layout: Layout) -> list[tuple[int, int]]:
+    """Warp -> its first row and its tile of columns, in the CTA."""
+    from cute_quant.kernels import layouts
+
+    with evaluated():
+        order = layouts.warps(layout.tile)
+        first, second = order.shape
+        return [order((i, j)) for j in range(second) for i in range(first)]
+
+
+def threads(layout: Layout) -> list[Thread]:
+    """Those of a CTA, in order."""
+    from cute_quant.kernels import layouts
+
+    tile, lanes = layout.tile, layout.lanes_per_group
+    columns, found = columns_of_lanes(layout), []
+    for warp, (first_row, column_tile) in enumerate(places_of_warps(layout)):
+        for lane in range(LANES):
+            in_group, group = layouts.place_in_group(lane, lanes)
+            group += column_tile * tile.groups(layout.fmt.group_size)
+            first = column_tile * tile.columns + columns[lane][0]
+            rows = [first_row + i for i in range(tile.rows_per_thread)]
+            found.append(
+                Thread(
+                    number=LANES * warp + lane,
+                    warp=warp,
+                    lane=lane,
+                    segments=tuple(Segment(row, first, len(columns[lane])) for row in rows),
+                    partners=tuple(
+                        LANES * warp + (lane ^ 1 << i) for i in range(lanes.bit_length() - 1)
+                    ),
+                    groups=tuple((row, group) for row in rows),
+                    writes=((rows[in_group], group),) if in_group < len(rows) else (),
+                )
+            )
+    return found
+
+
+def scales(layout: Layout, mn: int, k: int) -> list[ScaleByte]:
+    """All that sf of an (mn, k) input has in memory, padding included, by row and group."""
+    from cute_quant.kernels import layouts
+
+    fmt = layout.fmt
+    rows, groups = fmt.scale_rows(mn), fmt.groups(k)
+    per_tile = layout.tile.groups(fmt.group_size)
+    per_unit = BLOCK_GROUPS if fmt.blocked else fmt.groups_per_column
+    padded = fmt.columns(k) * fmt.groups_per_column
+    size = fmt.scale_dtype.itemsize
+    found = []
+    with evaluated():
+        if fmt.mn_major:
+            layout_of_sf = layouts.scales_by_column(rows, fmt.columns(k))
+        elif fmt.blocked:
+            layout_of_sf = layouts.scales_by_block(rows, padded)
+        else:
+            layout_of_sf = layouts.scales_by_row(rows, padded)
+        for row in range(rows):
+            for group in range(padded):
+                column, byte = group, 0
+                if fmt.mn_major:
+                    at = group // per_tile, group % per_tile
+                    column, byte = layouts.scale_unit(*at, per_tile, fmt.groups_per_column)
+                found.append(
+                    ScaleByte(
+                        row=row,
+                        group=group,
+                        unit=group // per_unit,
+                        offset=layout_of_sf((row, column)) * size + byte,
+                        nbytes=1 if fmt.packed else size,
+                        padding=row >= mn or group >= groups,
+                    )
+                )
+    return found
+
+
+def loads(layout: Layout, arch: str) -> list[Request]:
+    """Of a row of a warp's tile, as the instructions of an architecture take them."""
+    widest = min(layout.access.load_bytes, GPUS[arch].widest_load)
+    return _requests(layout, layout.dtype.itemsize, widest)
+
+
+def stores(layout: Layout, arch: str) -> list[Request]:
+    """The same of a row of 8-bit values."""
+    widest = min(layout.access.store_bytes, GPUS[arch].widest_load)
+    return _requests(layout, layout.fmt.dtype.itemsize, widest)
+
+
+def _requests(layout: Layout, itemsize: int, nbytes: int) -> list[Request]:
+    columns, count = columns_of_lanes(layout), nbytes // itemsize
+    starts = range(0, layout.tile.values_per_thread, count)
+    return [
+        Request(
+            tuple((lane[v] * itemsize, (lane[v + count - 1] + 1) * itemsize) for lane in columns)
+        )
+        for v in starts
+    ]

@@ -1,0 +1,88 @@
+"""What can be said of a layout without a GPU: from its machine code and from the layout itself."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cute_quant.kernels.config import LANES
+from cute_quant.lab import assignment
+from cute_quant.lab.assignment import Request
+from cute_quant.lab.layout import Layout
+from cute_quant.lab.machine_code import GPUS, machine_code
+
+ELEMENTS = 512
+"""Instructions are counted for as many, what a warp of the default takes at once, so that layouts
+of other sizes compare."""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """A layout on an architecture.
+
+    Attributes:
+        instructions: of the kernel.
+        registers: a thread.
+        spills: instructions that move registers to the stack or back.
+        issue_slots: instructions for 512 elements.
+        budget: instructions that a warp may issue in the time that 512 elements take to be moved.
+        resident_warps: of an SM.
+        bytes_in_flight: of x on an SM, if all of its warps wait for their loads.
+        load_sectors, store_sectors: of 32 bytes, that an instruction of a warp asks for.
+        load_efficiency, store_efficiency: the part of these that it moves.
+    """
+
+    instructions: int
+    registers: int
+    spills: int
+    issue_slots: float
+    budget: int
+    resident_warps: int
+    bytes_in_flight: int
+    load_sectors: float
+    load_efficiency: float
+    store_sectors: float
+    store_efficiency: float
+
+    @property
+    def budget_share(self) -> float:
+        return self.issue_slots / self.budget
+
+
+@functools.cache
+def examine(layout: Layout, arch: str) -> Examination:
+    """Compile a layout's kernel for an architecture of ``GPUS`` and read what came of it.
+
+    Raises:
+        FileNotFoundError: NVIDIA's disassembler is not installed.
+    """
+    code = machine_code(layout.spec, arch)
+    tile, fmt = layout.tile, layout.fmt
+    elements = tile.columns * tile.rows_per_thread
+    scale_bytes = 1 if fmt.ue8m0 else fmt.scale_dtype.itemsize
+    moved = layout.dtype.itemsize + fmt.dtype.itemsize + scale_bytes / fmt.group_size
+    warps = code.resident_warps(layout.warps)
+    loads, stores = assignment.loads(layout, arch), assignment.stores(layout, arch)
+    return Examination(
+        instructions=len(code.opcodes),
+        registers=code.registers,
+        spills=code.count("LDL", "STL"),
+        issue_slots=len(code.opcodes) * ELEMENTS / elements,
+        budget=GPUS[arch].issue_budget(ELEMENTS * moved),
+        resident_warps=warps,
+        bytes_in_flight=warps * LANES * layout.thread_bytes,
+        load_sectors=_sectors(loads),
+        load_efficiency=_efficiency(loads),
+        store_sectors=_sectors(stores),
+        store_efficiency=_efficiency(stores),
+    )
+
+
+def _sectors(requests: Sequence[Request]) -> float:
+    return statistics.fmean(len(r.sectors) for r in requests)
+
+
+def _efficiency(requests: Sequence[Request]) -> float:
+    return statistics.fmean(r.efficiency for r in requests)

@@ -1,0 +1,116 @@
+"""Machine code of kernels, made and read without a GPU, and what a GPU can issue and hold of it."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cute_quant.jit.lookup import build, kernel
+from cute_quant.kernels.config import LANES, Spec
+from cute_quant.lab import binary_utilities
+
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)(.*?);", re.M)
+RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
+
+SCHEDULERS_PER_SM = 4
+WARPS_PER_SM = 64
+CTAS_PER_SM = 32
+REGISTERS_PER_SM = 65536
+REGISTERS_AT_ONCE = 8
+"""Of a thread; as many are allocated as a multiple of these."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a GPU of an architecture can do, from its data sheet.
+
+    Attributes:
+        clock: cycles a second under load.
+        bandwidth: bytes a second from and to memory.
+        widest_load: bytes that an instruction loads for a thread.
+    """
+
+    name: str
+    sms: int
+    clock: float
+    bandwidth: float
+    widest_load: int
+
+    def issue_budget(self, bytes_per_warp: float) -> int:
+        """Instructions that a warp may issue in the time its bytes take, all warps together."""
+        warps = self.bandwidth / bytes_per_warp
+        return round(self.sms * SCHEDULERS_PER_SM * self.clock / warps)
+
+
+GPUS = {
+    "sm_90a": Gpu("H100", sms=132, clock=1.98e9, bandwidth=3.35e12, widest_load=16),
+    "sm_100a": Gpu("B200", sms=148, clock=1.9e9, bandwidth=7.67e12, widest_load=32),
+}
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """Disassembly of one kernel.
+
+    Attributes:
+        opcodes: mnemonics with modifiers, in order, padding left out.
+        text: the listing.
+        registers: a thread.
+        stack: bytes a thread; spilled registers live there.
+        shared: bytes a CTA.
+    """
+
+    opcodes: tuple[str, ...]
+    text: str
+    registers: int
+    stack: int
+    shared: int
+
+    def count(self, *prefixes: str) -> int:
+        """Instructions whose mnemonic is a prefix or goes on after it with a dot."""
+        return sum(
+            op == prefix or op.startswith(prefix + ".")
+            for op in self.opcodes
+            for prefix in prefixes
+        )
+
+    def resident_warps(self, warps_per_cta: int) -> int:
+        """Warps of such CTAs that an SM has registers and places for at once."""
+        registers = -(-self.registers // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
+        warps = min(WARPS_PER_SM, REGISTERS_PER_SM // (registers * LANES))
+        return min(warps // warps_per_cta, CTAS_PER_SM) * warps_per_cta
+
+
+@functools.cache
+def machine_code(spec: Spec, arch: str) -> MachineCode:
+    """Compile the kernel of `spec` for `arch`, a value of ``ARCHITECTURES``, and disassemble it."""
+    return disassemble(kernel(spec), arch)
+
+
+def disassemble(kernel: Any, arch: str) -> MachineCode:
+    """The same for a kernel as `compile.build` takes it.
+
+    Raises:
+        FileNotFoundError: nvdisasm or cuobjdump is not installed.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        compiled = build(kernel, arch, "--keep-cubin", f"--dump-dir {directory}")
+        cubin = Path(directory) / "kernel.cubin"
+        cubin.write_bytes(compiled.__cubin__)
+        text = binary_utilities.run("nvdisasm", "-c", cubin)
+        usage = binary_utilities.run("cuobjdump", "--dump-resource-usage", cubin)
+    resources = dict(RESOURCE.findall(usage))
+    opcodes = [op for op, _ in INSTRUCTION.findall(text)]
+    while opcodes[-1] == "NOP" or opcodes[-1] == "BRA":  # what pads the end to a cache line
+        opcodes.pop()
+    return MachineCode(
+        tuple(opcodes),
+        text,
+        int(resources["REG"]),
+        int(resources["STACK"]),
+        int(resources["SHARED"]),
+    )

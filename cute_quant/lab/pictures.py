@@ -1,0 +1,315 @@
+"""Draws a layout: a CTA's tile of values, a warp's walk of addresses, the scales in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cute_quant.kernels.config import LANES
+from cute_quant.lab import assignment
+from cute_quant.lab.assignment import SECTOR_BYTES, Request, ScaleByte, Thread
+from cute_quant.lab.drawing import Box, Drawing, Words
+from cute_quant.lab.layout import Layout
+from cute_quant.lab.machine_code import GPUS
+
+COLOURED_GROUPS = 4
+"""As many colours of groups as a packed word has bytes."""
+
+LINE_COLUMNS = 128
+MARGIN, LABEL, LINE, NOTE = 16, 170, 896, 150
+WIDTH = MARGIN + LABEL + LINE + NOTE
+ROW, STRIP, GAP = 24, 22, 10
+HEADER = 66
+MAX_STRIPS = 16
+"""Requests that are drawn; those after them look alike."""
+
+
+def example_rows(layout: Layout) -> int:
+    """Rows of an input that show one CTA, some rows of the next, and padding."""
+    return layout.tile.rows + 2
+
+
+def example_columns(layout: Layout) -> int:
+    """Columns of an input that show one CTA, a group of the next, and unused bytes of a word."""
+    multiple = max(layout.column_multiple, layout.fmt.group_size)
+    return layout.cta_columns + multiple
+
+
+def summary(layout: Layout) -> str:
+    """A sentence about who holds what."""
+    tile, lanes = layout.tile, layout.lanes_per_group
+    values, rows = tile.values_per_thread, tile.rows_per_thread
+    nbytes = values * layout.dtype.itemsize
+    offsets = [1 << i for i in range(lanes.bit_length() - 1)]
+    of_group = f"{lanes} threads share a group of {layout.fmt.group_size} and shuffle by "
+    of_group += ", ".join(map(str, offsets))
+    if not offsets:
+        of_group = f"it has a group of {layout.fmt.group_size} to itself and shuffles nothing"
+    of_rows = "" if rows == 1 else f" of each of {rows} rows"
+    return (
+        f"A thread holds {values} neighbours ({nbytes} bytes){of_rows}; {of_group}. "
+        f"A warp has {tile.columns} columns."
+    )
+
+
+def tile_picture(layout: Layout, threads: list[Thread]) -> Drawing:
+    """Who holds which element of a CTA's tile, a line for each 128 columns of a row."""
+    columns = max(LINE_COLUMNS, layout.tile.values_per_thread)
+    cell = LINE / columns
+    drawing = Drawing(f"Elements of a CTA by thread: {summary(layout)}", WIDTH)
+    drawing.add(
+        Words(MARGIN, 26, "Who holds which element", 16, bold=True),
+        Words(MARGIN, 46, summary(layout), 12, colour="muted"),
+        Words(
+            MARGIN,
+            62,
+            f"A CTA of {layout.warps} warps: {layout.tile.row_warps} below each other, "
+            f"{layout.tile.column_warps} beside each other. In a box: warp and lane; ticks: "
+            f"{layout.access.load_bytes} bytes, one load where the GPU has it.",
+            12,
+            colour="muted",
+        ),
+    )
+    lines = sorted({(s.row, s.column // columns) for t in threads for s in t.segments})
+    tops, y, last = {}, HEADER + 16.0, lines[0][0]
+    for row, line in lines:
+        y += GAP if row != last else 0
+        tops[row, line], last = y, row
+        first = line * columns
+        drawing.add(
+            Words(MARGIN, y + 16, f"row {row}", 12, bold=True),
+            Words(MARGIN + 60, y + 16, f"{first} … {first + columns - 1}", 11, colour="muted"),
+        )
+        y += ROW
+    for t in threads:
+        for s, (row, group) in zip(t.segments, t.groups, strict=True):
+            x, top = MARGIN + LABEL + s.column % columns * cell, tops[row, s.column // columns]
+            width = s.values * cell
+            data = {"t": t.number, "row": row, "col": s.column, "n": s.values}
+            drawing.add(Box(x, top, width, ROW - 2, _colour(group, t.lane), "line", data))
+            step = layout.access.load_bytes // layout.dtype.itemsize
+            for tick in range(step, s.values, step):
+                drawing.add(Box(x + tick * cell - 0.5, top + ROW - 6, 1, 4, "ink"))
+            label = f"{t.warp}:{t.lane}" if width > 26 else str(t.lane)
+            size = 11 if width > 18 else 8
+            drawing.add(Words(x + width / 2, top + 15, label, size, "middle"))
+    for (row, line), top in tops.items():
+        here = sorted(
+            {
+                group
+                for t in threads
+                for s, (of, group) in zip(t.segments, t.groups, strict=True)
+                if of == row and s.column // columns == line
+            }
+        )
+        drawing.add(Words(MARGIN + LABEL + LINE + 10, top + 15, _groups(here), 11, colour="muted"))
+    drawing.height = y + MARGIN
+    return drawing
+
+
+def walk_picture(layout: Layout) -> Drawing:
+    """The bytes of memory that each instruction of a warp touches, sector by sector."""
+    drawing = Drawing(
+        "Addresses of a warp: sectors of 32 bytes that each instruction touches", WIDTH
+    )
+    drawing.add(
+        Words(MARGIN, 26, "The walk of a warp over a row", 16, bold=True),
+        Words(
+            MARGIN,
+            46,
+            "A strip is an instruction of the whole warp, a frame a sector of 32 bytes, a box the "
+            "bytes of a lane. What an instruction leaves of a sector, another one asks for again.",
+            12,
+            colour="muted",
+        ),
+    )
+    y = float(HEADER)
+    for title, requests in _walks(layout):
+        y += GAP
+        drawing.add(Words(MARGIN, y + 12, title, 12, bold=True))
+        y += 20
+        y = _strips(drawing, requests, layout.lanes_per_group, y)
+    drawing.height = y + MARGIN
+    return drawing
+
+
+def _walks(layout: Layout) -> list[tuple[str, list[Request]]]:
+    """Requests by what makes them, architectures joined where they make the same."""
+    walks: dict[tuple, list[str]] = {}
+    for kind, of in (("loads of x", assignment.loads), ("stores of q", assignment.stores)):
+        for arch in GPUS:
+            walks.setdefault((kind, tuple(of(layout, arch))), []).append(arch)
+    return [(f"{kind}, {' and '.join(a)}", list(r)) for (kind, r), a in walks.items()]
+
+
+def _strips(drawing: Drawing, requests: list[Request], lanes_per_group: int, y: float) -> float:
+    end = max(last for r in requests for _, last in r.ranges)
+    sectors = -(-end // SECTOR_BYTES)
+    scale = LINE / (sectors * SECTOR_BYTES)
+    left = MARGIN + LABEL
+    for number, request in enumerate(requests[:MAX_STRIPS]):
+        drawing.add(Words(MARGIN, y + 15, f"instruction {number}", 11, colour="muted"))
+        for sector in range(sectors):
+            x = left + sector * SECTOR_BYTES * scale
+            drawing.add(Box(x, y, SECTOR_BYTES * scale, STRIP - 4, "faint", "line"))
+        for lane, (first, last) in enumerate(request.ranges):
+            x, width = left + first * scale, (last - first) * scale
+            fill = _colour(lane // lanes_per_group, lane)
+            stroke = "line" if width > 6 else None
+            drawing.add(Box(x, y, width, STRIP - 4, fill, stroke, {"l": lane}))
+            if width > 12:
+                drawing.add(Words(x + width / 2, y + 13, str(lane), 9, "middle"))
+        note = f"{len(request.sectors)} sectors, {request.efficiency:.0%} used"
+        drawing.add(Words(left + LINE + 10, y + 14, note, 11, colour="muted"))
+        y += STRIP
+    if len(requests) > MAX_STRIPS:
+        more = f"… and {len(requests) - MAX_STRIPS} more like these"
+        drawing.add(Words(left, y + 13, more, 11, colour="muted"))
+        y += STRIP
+    drawing.add(Words(left, y + 11, "byte 0 of the warp's columns", 10, colour="muted"))
+    drawing.add(Words(left + LINE, y + 11, f"byte {end - 1}", 10, "end", "muted"))
+    return y + 16
+
+
+def scale_picture(layout: Layout, scales: list[ScaleByte], mn: int, k: int) -> Drawing:
+    """The scales of an (mn, k) input in memory, padding included; those of the first CTA framed."""
+    fmt = layout.fmt
+    rows = sorted({s.row for s in scales})
+    units = max(s.unit for s in scales) + 1
+    per_unit = -(-(max(s.group for s in scales) + 1) // units)
+    shown_rows = rows[: max(layout.tile.rows, 8) + 4]
+    top, label, gap = float(HEADER + 34), 84, 74
+    cell = max(26.0, min(44.0, (WIDTH - 2 * MARGIN - label - units * gap) / (units * per_unit)))
+    width = max(WIDTH, 2 * MARGIN + label + units * (per_unit * cell + gap))
+    drawing = Drawing(f"Scales of an ({mn}, {k}) input in memory", width)
+    what = {True: "packed words of four UE8M0 bytes", False: f"{fmt.scale_format} scales"}[
+        fmt.packed
+    ]
+    drawing.add(
+        Words(MARGIN, 26, "Where the scales lie", 16, bold=True),
+        Words(
+            MARGIN,
+            46,
+            f"sf of an ({mn}, {k}) input: {fmt.groups(k)} groups of {fmt.group_size} a row, {what}"
+            f"{', columns of ' + str(fmt.scale_rows(mn)) + ' rows' if fmt.mn_major else ''}. "
+            "Grey: padding, written as 0.",
+            12,
+            colour="muted",
+        ),
+        Words(
+            MARGIN,
+            62,
+            f"The first CTA writes rows 0 … {layout.tile.rows - 1}, groups 0 … "
+            f"{layout.cta_columns // fmt.group_size - 1}: framed. Left of each: its byte of sf.",
+            12,
+            colour="muted",
+        ),
+    )
+    for unit in range(units):
+        x = MARGIN + label + unit * (per_unit * cell + gap) + gap - 14
+        name = "word" if fmt.packed else "block" if fmt.blocked else "column"
+        drawing.add(Words(x, top - 8, f"{name} {unit}", 11, bold=True))
+    first_of_unit = {(s.row, s.unit): s for s in reversed(scales)}
+    own_groups = layout.cta_columns // fmt.group_size
+    for s in scales:
+        if s.row not in shown_rows:
+            continue
+        y = top + s.row * ROW
+        x = MARGIN + label + s.unit * (per_unit * cell + gap) + gap - 14
+        if s is first_of_unit[s.row, s.unit]:
+            drawing.add(Words(x - 6, y + 15, str(s.offset), 10, "end", "muted"))
+        x += s.group % per_unit * cell
+        fill = "faint" if s.padding else f"a{s.group % COLOURED_GROUPS}"
+        own = s.row < layout.tile.rows and s.group < own_groups
+        data = {"scale": f"{s.row},{s.group}"}
+        drawing.add(Box(x, y, cell, ROW - 3, fill, "ink" if own else "line", data))
+        word = "0" if s.padding else f"g{s.group}"
+        colour = "muted" if s.padding else "ink"
+        drawing.add(Words(x + cell / 2, y + 15, word, 11, "middle", colour))
+    for row in shown_rows:
+        text = f"row {row}" if row < mn else f"row {row}, none"
+        drawing.add(Words(MARGIN, top + row * ROW + 15, text, 11, bold=row < mn))
+    drawing.height = top + len(shown_rows) * ROW + MARGIN
+    if len(rows) > len(shown_rows):
+        more = f"… and rows up to {rows[-1]}"
+        drawing.add(Words(MARGIN, drawing.height - 4, more, 11, colour="muted"))
+        drawing.height += ROW
+    return drawing
+
+
+def pictures(layout: Layout, mn: int | None = None, k: int | None = None) -> list[Drawing]:
+    """All three.
+
+    Args:
+        mn, k: shape of the input whose scales are drawn; by default a little more than a CTA's.
+    """
+    mn = example_rows(layout) if mn is None else mn
+    k = example_columns(layout) if k is None else k
+    return [
+        tile_picture(layout, assignment.threads(layout)),
+        walk_picture(layout),
+        scale_picture(layout, assignment.scales(layout, mn, k), mn, k),
+    ]
+
+
+def text(layout: Layout, mn: int | None = None, k: int | None = None) -> str:
+    """The same for a terminal."""
+    mn = example_rows(layout) if mn is None else mn
+    k = example_columns(layout) if k is None else k
+    return "\n\n".join(
+        [
+            summary(layout),
+            "\n".join(_tile_lines(layout, assignment.threads(layout))),
+            "\n".join(_walk_lines(layout)),
+            "\n".join(_scale_lines(assignment.scales(layout, mn, k), mn, k)),
+        ]
+    )
+
+
+def _tile_lines(layout: Layout, threads: list[Thread]) -> list[str]:
+    """A line for each group of a row: its columns, and the lanes that hold it."""
+    size = layout.fmt.group_size
+    lines = [f"{'row':>4} {'columns':>13} {'group':>6} {'warp':>5}  lanes"]
+    held: dict[tuple[int, int], list[Thread]] = {}
+    for t in threads:
+        for place in t.groups:
+            held.setdefault(place, []).append(t)
+    for (row, group), owners in sorted(held.items()):
+        columns = f"{group * size} … {(group + 1) * size - 1}"
+        lanes = " ".join(f"{t.lane:2}" for t in owners)
+        lines.append(f"{row:>4} {columns:>13} {group:>6} {owners[0].warp:>5}  {lanes}")
+    return lines
+
+
+def _walk_lines(layout: Layout) -> list[str]:
+    lines = []
+    for title, requests in _walks(layout):
+        lines.append(title)
+        for number, r in enumerate(requests):
+            (first, second), (next_lane, _) = r.ranges[0], r.ranges[1]
+            lines.append(
+                f"  instruction {number}: lane 0 bytes {first} … {second - 1}, "
+                f"lane 1 from {next_lane}, lane {LANES - 1} to {r.ranges[-1][1] - 1}: "
+                f"{len(r.sectors)} sectors, {r.efficiency:.0%} used"
+            )
+    return lines
+
+
+def _scale_lines(scales: Iterable[ScaleByte], mn: int, k: int) -> list[str]:
+    lines = [f"scales of an ({mn}, {k}) input: group at byte of sf, - for padding"]
+    rows: dict[int, list[str]] = {}
+    for s in scales:
+        rows.setdefault(s.row, []).append(f"{'-' if s.padding else f'g{s.group}'}@{s.offset}")
+    lines += [
+        f"{row:>4}  " + " ".join(f"{cell:>7}" for cell in cells) for row, cells in rows.items()
+    ]
+    return lines
+
+
+def _colour(group: int, lane: int) -> str:
+    return f"{'ab'[lane % 2]}{group % COLOURED_GROUPS}"
+
+
+def _groups(groups: list[int]) -> str:
+    if len(groups) == 1:
+        return f"group {groups[0]}"
+    return f"groups {groups[0]} … {groups[-1]}"

@@ -1,0 +1,119 @@
+"""Time layouts on a GPU beside the default: the same memory, in turn, the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cute_quant.contract.formats import DEFAULT_MIN_SCALE, ceil_div, scale_floor
+from cute_quant.jit import lookup
+from cute_quant.kernels.heuristics import MAX_GRID_Y
+from cute_quant.lab import timing
+from cute_quant.lab.layout import Layout
+
+DEVICE = "cuda"
+POISON = 0xA5
+
+
+class WrongResultError(RuntimeError):
+    """A layout does not give the default's results."""
+
+
+@dataclass(frozen=True)
+class Time:
+    """Of a call, in seconds.
+
+    Attributes:
+        seconds: of the layout, the median of the replays.
+        default_seconds: of the default, measured in turn with it.
+    """
+
+    seconds: float
+    default_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds / self.default_seconds
+
+
+class Track:
+    """Memory of one shape on the current GPU, and the default's results.
+
+    Args:
+        default: the layout that others are compared with; all have its format and dtype.
+        mn, k: shape of the input.
+    """
+
+    def __init__(self, default: Layout, mn: int, k: int):
+        self.default, self.mn, self.k = default, mn, k
+        fmt, device = default.fmt, torch.device(DEVICE)
+        moved = mn * k * (default.dtype.itemsize + fmt.dtype.itemsize)
+        self.launches = timing.launch_count(moved)
+        self.buffers = [
+            (
+                torch.randn(mn, k, device=device).to(default.dtype),
+                torch.empty(mn, k, dtype=fmt.dtype, device=device),
+                fmt.empty_scales((), mn, k, device),
+            )
+            for _ in range(timing.buffer_count(moved))
+        ]
+        self.calls = self._calls(default)
+        self.expected = [[_bits(t).clone() for t in results] for results in self._run(self.calls)]
+        self.graph = timing.capture(self.calls, self.launches)
+
+    def time(self, layout: Layout) -> Time:
+        """Raises:
+        ValueError: the layout does not take the shape.
+        WrongResultError: its results are not the default's.
+        """
+        check_shape(layout, self.mn, self.k)
+        calls = self._calls(layout)
+        for got, expected in zip(self._run(calls), self.expected, strict=True):
+            for name, t, bits in zip(("values", "scales"), got, expected, strict=True):
+                wrong = int((_bits(t) != bits).sum())
+                if wrong:
+                    raise WrongResultError(
+                        f"{layout.name}: {wrong} bytes of the {name} of an ({self.mn}, {self.k}) "
+                        f"input differ from the default's"
+                    )
+        graphs = {"default": self.graph, "layout": timing.capture(calls, self.launches)}
+        medians = timing.median_seconds(graphs)
+        return Time(medians["layout"], medians["default"])
+
+    def _calls(self, layout: Layout) -> list[Callable[[], None]]:
+        function = lookup.function(layout.spec, lookup.architecture(torch.cuda.current_device()))
+        floor = scale_floor(layout.fmt, DEFAULT_MIN_SCALE)
+        return [
+            lambda operands=operands: function(*operands, None, None, 0, 1, 1, floor)
+            for operands in self.buffers
+        ]
+
+    def _run(self, calls: list[Callable[[], None]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Results of each call, over poison."""
+        for call, (_, *results) in zip(calls, self.buffers, strict=True):
+            for t in results:
+                _bits(t).fill_(POISON)
+            call()
+        torch.cuda.synchronize()
+        return [(q, sf) for _, q, sf in self.buffers]
+
+
+def check_shape(layout: Layout, mn: int, k: int) -> None:
+    """Raises:
+    ValueError: the layout does not take an (mn, k) input.
+    """
+    if k % layout.column_multiple:
+        raise ValueError(
+            f"k: expected a multiple of {layout.column_multiple}, what a thread holds, got {k}"
+        )
+    if ceil_div(layout.fmt.scale_rows(mn), layout.tile.rows) > MAX_GRID_Y:
+        raise ValueError(
+            f"mn: expected at most {MAX_GRID_Y} tiles of {layout.tile.rows} rows, got {mn} rows"
+        )
+
+
+def _bits(t: torch.Tensor) -> torch.Tensor:
+    """All bytes of a tensor's storage."""
+    return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())

@@ -1,0 +1,163 @@
+"""Try many layouts: what their machine code says, and on a GPU their time beside the default's."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from cute_quant.contract.formats import Format, make_format
+from cute_quant.lab import race, timing
+from cute_quant.lab.examination import Examination, examine
+from cute_quant.lab.layout import DTYPES, Layout, make_layout
+from cute_quant.lab.machine_code import GPUS
+
+SHAPES = ((256, 7168), (2048, 7168), (16384, 7168))
+"""Of inputs: buffers of each together exceed the L2 cache of an H100."""
+
+Progress = Callable[[int, int, str], None]
+"""Told of how many of how many are done, and what comes next."""
+
+
+@dataclasses.dataclass
+class Trial:
+    """What is known of a layout.
+
+    Attributes:
+        layout: the layout.
+        code: by architecture.
+        ratios: by shape, time over the default's.
+        microseconds: by shape.
+        failure: why there is no time, if there should be one.
+    """
+
+    layout: Layout
+    code: dict[str, Examination] = dataclasses.field(default_factory=dict)
+    ratios: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)
+    microseconds: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)
+    failure: str = ""
+
+    def examine(self) -> None:
+        """Read its machine code, if that is not yet done.
+
+        Raises:
+            FileNotFoundError: NVIDIA's disassembler is not installed.
+        """
+        for arch in GPUS:
+            if arch not in self.code:
+                self.code[arch] = examine(self.layout, arch)
+
+
+def sweep(
+    layouts: Iterable[Layout],
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    progress: Progress = lambda done, of, name: None,
+) -> list[Trial]:
+    """Try layouts of one format and dtype.
+
+    Times are taken where there is a GPU, and only of layouts whose results are the default's to
+    the bit; why there are none is `Trial.failure`. Where there is a GPU, but not NVIDIA's
+    disassembler, `Trial.code` stays empty.
+
+    Args:
+        shapes: (mn, k) of inputs to time.
+        progress: called before each layout, and at the end.
+
+    Raises:
+        FileNotFoundError: there is neither a GPU nor the disassembler.
+    """
+    trials = [Trial(layout) for layout in layouts]
+    tracks = []
+    if trials and torch.cuda.is_available():
+        tracks = [race.Track(trials[0].layout.default, mn, k) for mn, k in shapes]
+        timing.warm_up()
+    for number, trial in enumerate(trials):
+        progress(number, len(trials), trial.layout.name)
+        if not tracks:
+            trial.examine()
+            continue
+        try:
+            _race(trial, tracks)
+        except (RuntimeError, ValueError) as error:
+            # Of one layout: others may do.
+            trial.failure = " ".join(str(error).split()) or type(error).__name__
+    progress(len(trials), len(trials), "done")
+    return trials
+
+
+def _race(trial: Trial, tracks: Sequence[race.Track]) -> None:
+    try:
+        trial.examine()
+    except FileNotFoundError:
+        trial.code.clear()
+    for track in tracks:
+        time = track.time(trial.layout)
+        trial.ratios[track.mn, track.k] = time.ratio
+        trial.microseconds[track.mn, track.k] = time.seconds * 1e6
+
+
+def to_json(trials: Sequence[Trial]) -> dict[str, Any]:
+    """What `from_json` reads."""
+    fmt, dtype = trials[0].layout.fmt, trials[0].layout.dtype
+    names = {value: name for name, value in DTYPES.items()}
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "group_size": fmt.group_size,
+        "scale_format": fmt.scale_format,
+        "round_scale": fmt.round_scale,
+        "dtype": names[dtype],
+        "trials": [
+            {
+                "choices": t.layout.choices(),
+                "code": {arch: dataclasses.asdict(code) for arch, code in t.code.items()},
+                "times": [
+                    {"mn": mn, "k": k, "ratio": ratio, "microseconds": t.microseconds[mn, k]}
+                    for (mn, k), ratio in t.ratios.items()
+                ],
+                "failure": t.failure,
+            }
+            for t in trials
+        ],
+    }
+
+
+def from_json(data: dict[str, Any]) -> list[Trial]:
+    """Raises:
+    ArithmeticError, AttributeError, LookupError, TypeError, ValueError: `data` is not what
+        `to_json` makes.
+    """
+    for name in ("gpu", "torch", "date"):
+        data[name]  # A plot names them.
+    if not data["trials"]:
+        raise ValueError("trials: expected at least one, got none")
+    fmt: Format = make_format(data["group_size"], data["scale_format"], data["round_scale"])
+    trials = []
+    for entry in data["trials"]:
+        trial = Trial(make_layout(fmt, DTYPES[data["dtype"]], **entry["choices"]))
+        trial.code = {arch: _examination(code) for arch, code in entry["code"].items()}
+        for time in entry["times"]:
+            shape = time["mn"], time["k"]
+            trial.ratios[shape] = _number("ratio", time["ratio"])
+            trial.microseconds[shape] = _number("microseconds", time["microseconds"])
+        trial.failure = entry["failure"]
+        trials.append(trial)
+    return trials
+
+
+def _examination(code: dict[str, Any]) -> Examination:
+    found = Examination(**{name: _number(name, value) for name, value in code.items()})
+    if not found.budget:
+        raise ValueError("budget: expected at least 1, got 0")
+    return found
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number from 0, got {value!r}")
+    return value

@@ -1,8 +1,0 @@
-"""python -m cute_quant.laboratory, as python -m cute_quant layout."""
-
-import sys
-
-from cute_quant.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main(["layout", *sys.argv[1:]]))
