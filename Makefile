@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench sass clean
+.PHONY: demo test lint bench sass sass-diff clean
 
 demo: $(READY)
 	@$(BIN)/python -m bench.demo
@@ -22,6 +22,10 @@ bench: $(READY)
 
 sass: $(READY)
 	@$(BIN)/python -m bench.sass
+
+# make sass-diff BASE=commit [ALL=1]
+sass-diff: $(READY)
+	@$(BIN)/python -m bench.sass_diff $(BASE) $(if $(ALL),--all) $(ARGS)
 
 clean:
 	rm -rf $(VENV)
