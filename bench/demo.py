@@ -43,11 +43,12 @@ def demonstrate(name: str, x: torch.Tensor) -> None:
     show("x", describe(x))
     show("q", describe(q))
     show("sf, packed UE8M0 for SM100", describe(sf))
-    float32 = cq.quantize(x, scale_format="float32")
-    show("sf, float32 for SM90", describe(float32[1]))
+    q32, sf32 = cq.quantize(x, cq.DEEP_GEMM_SM90)
+    show("sf, float32 for SM90", describe(sf32))
     show("bytes saved", f"{1 - nbytes(q, sf) / nbytes(x):.1%}")
     show("signal to noise", f"{decibels(x, cq.dequantize(q, sf)):.1f} dB")
-    show("  with float32 scales", f"{decibels(x, cq.dequantize(*float32)):.1f} dB")
+    restored = cq.dequantize(q32, sf32, cq.DEEP_GEMM_SM90)
+    show("  with float32 scales", f"{decibels(x, restored):.1f} dB")
     exponents = (sf.unsqueeze(2) >> torch.arange(0, 32, 8, device=x.device) & 0xFF).flatten(1)
     groups = x.shape[1] // 128
     show("scale exponents of the first row", exponents[0, :groups].tolist())
@@ -76,13 +77,12 @@ def throughput(x: torch.Tensor) -> None:
 
 
 def show_machine_code() -> None:
-    from cute_quant.contract.formats import make_format
     from cute_quant.kernels.config import QuantizeSpec
     from cute_quant.lab.machine_code import machine_code
 
     print("\nno GPU here: the kernel for SM100 (Blackwell), compiled on this machine")
     start = time.perf_counter()
-    code = machine_code(QuantizeSpec(torch.bfloat16, make_format(128, "ue8m0", False)), "sm_100a")
+    code = machine_code(QuantizeSpec(torch.bfloat16, cq.DEEP_GEMM), "sm_100a")
     show("compiled and disassembled in", f"{time.perf_counter() - start:.1f} s")
     show("instructions, registers", f"{len(code.opcodes)}, {code.registers}")
     show("loads", ", ".join(op for op in code.opcodes if op.startswith("LDG")))

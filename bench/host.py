@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import torch
 
-from bench.names import EMPTY_LIKE, NEG, QUANTIZE, QUANTIZE_OUT
-from cute_quant import quantize
+from bench.names import EMPTY_LIKE, LAUNCH, NEG, QUANTIZE, QUANTIZE_OUT
+from cute_quant import bind, quantize
 
 SHAPE = (16, 7168)
 CALLS = 100
@@ -30,6 +30,7 @@ def measure() -> dict[str, float]:
     functions: dict[str, Callable[[], object]] = {
         QUANTIZE_OUT: lambda: quantize(x, out=out),
         QUANTIZE: lambda: quantize(x),
+        LAUNCH: bind(x, out=out),
         NEG: lambda: torch.neg(x),
         EMPTY_LIKE: lambda: torch.empty_like(x),
     }
@@ -50,7 +51,7 @@ def measure() -> dict[str, float]:
 def lines(seconds: dict[str, float]) -> list[str]:
     """A small table."""
     return [f"host time of a call, x {SHAPE} bf16, median of {BATCHES} batches of {CALLS}"] + [
-        f"  {name:26} {s * 1e6:6.2f} us  {s / seconds[NEG]:5.2f} x {NEG}"
+        f"  {name:42} {s * 1e6:6.2f} us  {s / seconds[NEG]:5.2f} x {NEG}"
         for name, s in seconds.items()
     ]
 

@@ -8,7 +8,7 @@ the call has to move, each live row and scale once. Two thirds of the streamed b
 for 16-bit inputs; those of other calls are mixed otherwise.
 
 Calls are those of `quantize`, so programmatic dependents of each other, in CUDA graphs over
-rotating buffers; a row's columns are measured in turn, with as many buffers each. Outputs are
+rotating buffers; the measurements of a row alternate, with as many buffers each. Outputs are
 compared with the reference before they are timed.
 """
 
@@ -28,9 +28,18 @@ import torch
 from bench import environment, stream
 from bench.problem import FLOAT32, POISON, UE8M0
 from bench.shapes import MAIN_COLUMN
-from cute_quant import Indexed, Masked, PrefixSum, dequantize, fake_quantize, quantize
+from cute_quant import (
+    MXFP8,
+    ROWWISE_FP8,
+    Format,
+    Indexed,
+    Masked,
+    PrefixSum,
+    dequantize,
+    fake_quantize,
+    quantize,
+)
 from cute_quant.contract import reference
-from cute_quant.contract.formats import Format, make_format
 from cute_quant.jit import lookup
 from cute_quant.lab import timing
 
@@ -38,20 +47,17 @@ EXPERTS = ((32, 1024), (256, 4096))
 """Experts of a GPU and rows that each has memory for: when decoding, and when prefilling."""
 
 LIVE_ROWS = (8, 64, 512)
-"""Of each expert."""
+"""Live rows of each expert."""
 
 ROWS = (64, 1024, 16384)
-"""Of calls that are not masked."""
+"""Rows of calls that are not masked."""
 
 ZIPF_EXPONENT = 1.2
 MATRICES = 8
-"""Of a batch."""
+"""Matrices of a batch."""
 GROUPS = 32
-"""Of rows that follow each other, and where each starts, as DeepGEMM wants it."""
+"""Contiguous groups of rows, and the alignment of their starts, as in DeepGEMM."""
 ALIGNMENT = 128
-
-MXFP8 = make_format(32, "ue8m0_128x4", False)
-WHOLE_ROW = make_format(-1, "float32_row_major", False)
 
 MEMORY_SHARE = 0.8
 SAMPLED_ROWS = 16
@@ -106,14 +112,8 @@ class Result:
     stream_seconds: float
 
 
-def choices(fmt: Format) -> dict[str, object]:
-    """The keywords of `quantize` that give this format."""
-    return fmt._asdict()
-
-
 def bytes_moved(rows: int, k: int, fmt: Format, itemsize: int = 2) -> int:
-    scale_bytes = 1 if fmt.ue8m0 else 4
-    return rows * k * (itemsize + 1) + rows * fmt.groups(k) * scale_bytes
+    return rows * k * (itemsize + 1) + rows * fmt.groups(k) * fmt.scale_dtype.itemsize
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -134,7 +134,7 @@ def sample(live: torch.Tensor) -> torch.Tensor:
 
 
 def scales_by_row(sf: torch.Tensor, fmt: Format, mn: int, k: int) -> torch.Tensor:
-    """Scales as (rows, columns) of integers, matrices of a batch below each other."""
+    """Return scales as integers (rows, columns), the matrices of a batch stacked along M."""
     if fmt.blocked:
         rows, columns = fmt.scale_rows(mn), fmt.columns(k)
         return reference.from_blocks(sf.view(torch.uint8)[None], rows, columns)[0]
@@ -152,7 +152,7 @@ def difference(
     """How results differ from those of the reference for `source`, which belong to the rows
     `numbers`, counted over all matrices."""
     mn, k = q.shape[-2:]
-    expected_q, expected_sf = quantize(source.cpu(), **choices(fmt))
+    expected_q, expected_sf = quantize(source.cpu(), fmt)
     actual_q = q.view(torch.uint8).flatten(0, -2)[numbers].cpu()
     wrong_q = int((actual_q != expected_q.view(torch.uint8)).sum())
     actual_sf = scales_by_row(sf, fmt, mn, k)[numbers].cpu()
@@ -176,9 +176,9 @@ def quantizing(
         live: (..., mn), which rows exist; all by default.
     """
     *batch, mn, k = x.shape if index is None else (*index.shape, x.shape[-1])
-    q = torch.empty((*batch, mn, k), dtype=fmt.dtype, device=DEVICE)
+    q = torch.empty((*batch, mn, k), dtype=fmt.values, device=DEVICE)
     sf = fmt.empty_scales(batch, mn, k, torch.device(DEVICE))
-    run = functools.partial(quantize, x, **choices(fmt), rows=rows, index=index, out=(q, sf))
+    run = functools.partial(quantize, x, fmt, rows=rows, index=index, out=(q, sf))
     live = torch.ones((*batch, mn), dtype=torch.bool, device=DEVICE) if live is None else live
 
     def check() -> str:
@@ -276,7 +276,7 @@ def other_cases(mn: int, k: int) -> Iterator[Case]:
         ("float32 scales", FLOAT32, torch.bfloat16),
         ("float32 input", UE8M0, torch.float32),
         ("MXFP8, groups of 32", MXFP8, torch.bfloat16),
-        ("whole row", WHOLE_ROW, torch.bfloat16),
+        ("whole row", ROWWISE_FP8, torch.bfloat16),
     ):
         make = functools.partial(dense_call, mn, k, fmt, dtype)
         yield case(name, make, bytes_moved(mn, k, fmt, dtype.itemsize), dense=False)

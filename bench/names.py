@@ -10,6 +10,7 @@ FLOAT16_INPUT, FLOAT32_SCALES = "cute_quant fp16", "cute_quant fp32 sf"
 
 QUANTIZE_OUT = "quantize(x, out=(q, sf))"
 QUANTIZE = "quantize(x)"
+LAUNCH = "launch = bind(x, out=(q, sf)); launch()"
 NEG = "torch.neg(x)"
 EMPTY_LIKE = "torch.empty_like(x)"
 

@@ -8,18 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from bench.shapes import GROUP_SIZE, bytes_moved
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, Format
 from cute_quant.contract import reference
-from cute_quant.contract.formats import (
-    DEFAULT_MIN_SCALE,
-    VALUE_DTYPE,
-    Format,
-    make_format,
-    scale_floor,
-)
+from cute_quant.contract.calls import Call
 from cute_quant.lab import timing
 
-UE8M0 = make_format(GROUP_SIZE, "ue8m0", False)
-FLOAT32 = make_format(GROUP_SIZE, "float32", False)
+UE8M0 = DEEP_GEMM.replace(group_size=GROUP_SIZE)
+FLOAT32 = DEEP_GEMM_SM90.replace(group_size=GROUP_SIZE)
 
 POISON = 0xA5
 EDGE_ROWS = 4
@@ -41,7 +36,7 @@ class Buffer:
     scales: dict[Format, torch.Tensor]
 
     def input(self, dtype: torch.dtype) -> torch.Tensor:
-        """x, or its bits read as float16: as many bytes, finite, and not the same values."""
+        """Return x, or its bits viewed as float16: as many bytes, finite, other values."""
         return self.x.view(dtype)
 
     def poison(self) -> None:
@@ -52,7 +47,7 @@ class Buffer:
 
 
 def sampled_rows(mn: int) -> torch.Tensor:
-    """Numbers of the first rows of so many, of the last ones, and of some between them."""
+    """Return the indices of the first of `mn` rows, of the last, and of some between them."""
     middle = torch.linspace(0, mn - 1, MIDDLE_ROWS + 2).round().long()
     edges = torch.arange(EDGE_ROWS)
     return torch.cat([edges, middle, mn - 1 - edges]).clamp(0, mn - 1).unique()
@@ -67,7 +62,7 @@ class Problem:
         self.buffers = [
             Buffer(
                 torch.randn(mn, k, dtype=torch.bfloat16, device="cuda"),
-                torch.empty(mn, k, dtype=VALUE_DTYPE, device="cuda"),
+                torch.empty(mn, k, dtype=UE8M0.values, device="cuda"),
                 {
                     fmt: fmt.empty_scales((), mn, k, torch.device("cuda"))
                     for fmt in (UE8M0, FLOAT32)
@@ -90,20 +85,20 @@ class Problem:
         if key in self._expected:
             return self._expected[key]
         x = self.buffers[index].input(dtype)[self.rows].cpu()
-        q = torch.empty(x.shape, dtype=VALUE_DTYPE)
+        q = torch.empty(x.shape, dtype=fmt.values)
         sf = fmt.empty_scales((), *x.shape, x.device)
-        reference.quantize_into(x, q, sf, fmt, scale_floor(fmt, DEFAULT_MIN_SCALE))
+        reference.quantize_into(Call(x, fmt), q, sf)
         self._expected[key] = q, sf
         return q, sf
 
     def difference(
         self, index: int, dtype: torch.dtype, fmt: Format, q: torch.Tensor, sf: torch.Tensor
     ) -> str:
-        """How results differ from the reference in ``rows``; empty where no bit does."""
+        """Describe how results differ from the reference in ``rows``; empty if they are equal."""
         expected_q, expected_sf = self.expected(index, dtype, fmt)
         found = []
         for name, t, expected in (("values", q, expected_q), ("scales", sf, expected_sf)):
-            integer = torch.uint8 if t.dtype is VALUE_DTYPE else torch.int32
+            integer = torch.uint8 if t is q else torch.int32
             actual = t.view(integer)[self.rows].cpu()
             wrong = int((actual != expected.view(integer)).sum())
             if wrong:

@@ -1,4 +1,4 @@
-"""Who is measured: each provider binds its calls to buffers, and says how to check them."""
+"""Quantizers to measure. Each provider binds its calls to buffers and checks their results."""
 
 from __future__ import annotations
 
@@ -24,14 +24,8 @@ from bench.names import (
 from bench.problem import FLOAT32, UE8M0, Buffer, Problem
 from bench.run import Check, first_line
 from bench.vllm_kernels import Module
-from cute_quant import quantize
-from cute_quant.contract.formats import (
-    BYTES_PER_WORD,
-    DEFAULT_MIN_SCALE,
-    UE8M0_NAN,
-    Format,
-    scale_floor,
-)
+from cute_quant import Format, quantize
+from cute_quant.contract.dtypes import BYTES_PER_WORD, UE8M0_NAN
 from cute_quant.jit import lookup
 from cute_quant.kernels import heuristics
 from cute_quant.kernels.config import QuantizeSpec
@@ -41,7 +35,7 @@ NAMES = (CUTE_QUANT, STREAM, "copy", "vllm", "triton", "torch", "deep_gemm")
 PLAIN_ONLY = ("copy", "triton", "torch", "deep_gemm")
 
 RECOMPILE_LIMIT = 64
-MIN_EXPONENT = int(scale_floor(UE8M0, DEFAULT_MIN_SCALE))
+MIN_EXPONENT = int(UE8M0.floor)
 
 
 class Provider(abc.ABC):
@@ -76,7 +70,7 @@ class Provider(abc.ABC):
         return [self.bind(buffer) for buffer in problem.buffers]
 
     def check(self, problem: Problem) -> Check:
-        """Whether results are the reference's to the bit."""
+        """Compare results with the reference bitwise."""
         return Check(self.difference(problem))
 
     def bytes_moved(self, problem: Problem) -> int:
@@ -112,7 +106,6 @@ class CuteQuant(Provider):
         fmt: Format = UE8M0,
     ):
         super().__init__(name, launch, dtype, fmt)
-        self.floor = scale_floor(fmt, DEFAULT_MIN_SCALE)
 
     def bind(self, buffer: Buffer) -> Callable[[], None]:
         x, sf = buffer.input(self.dtype), buffer.scales[self.fmt]
@@ -120,7 +113,7 @@ class CuteQuant(Provider):
         tile = heuristics.shape(1, *x.shape, self.fmt, False, sms).tile
         spec = QuantizeSpec(self.dtype, self.fmt, tile, pdl=self.launch == PDL)
         function = lookup.function(spec, architecture())
-        operands = x, buffer.q, sf, None, None, 0, 1, 0, self.floor
+        operands = x, buffer.q, sf, None, None, 0, 1, 0, self.fmt.floor
         return functools.partial(function, *operands)
 
     def difference(self, problem: Problem) -> str:
@@ -129,7 +122,7 @@ class CuteQuant(Provider):
             return difference
         # The last buffer now holds the kernel's result, of every row.
         buffer = problem.buffers[-1]
-        q, sf = quantize(buffer.input(self.dtype), scale_format=self.fmt.scale_format)
+        q, sf = quantize(buffer.input(self.dtype), self.fmt)
         same = torch.equal(q.view(torch.uint8), buffer.q.view(torch.uint8)) and torch.equal(
             sf, buffer.scales[self.fmt]
         )

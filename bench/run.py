@@ -1,4 +1,4 @@
-"""What every benchmark of providers over shapes does: check, capture, measure, keep the results."""
+"""Run providers over shapes: check, capture, measure, keep the results."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Run:
         self.make_problem = make_problem
         self.providers = list(providers)
         machine = environment.describe()
-        # Where files lie on the machine says nothing of the measurement.
+        # Paths on the machine are not part of the measurement.
         machine["command"] = " ".join([program, *(Path(word).name for word in sys.argv[1:])])
         machine["commit"] = commit or machine["commit"]
         self.results = Results(machine)

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 
 from bench.stream import Stream
-from cute_quant.contract.formats import make_format
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8
 from cute_quant.jit.lookup import ARCHITECTURES
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
@@ -47,13 +47,13 @@ INDENT = " " * 4
 def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
     """Name, rows or tiles of a warp, and compile-time choices of each kernel."""
     bf16 = torch.bfloat16
-    packed = make_format(128, "ue8m0", False)
+    packed = DEEP_GEMM
     for dtype, name, fmt in (
         (bf16, "bf16 -> e4m3, ue8m0", packed),
-        (bf16, "bf16 -> e4m3, float32", make_format(128, "float32", False)),
-        (bf16, "bf16 -> e4m3, float32, powers of 2", make_format(128, "float32", True)),
+        (bf16, "bf16 -> e4m3, float32", DEEP_GEMM_SM90),
+        (bf16, "bf16 -> e4m3, float32, powers of 2", DEEP_GEMM_SM90.replace(round_scale=True)),
         (torch.float16, "fp16 -> e4m3, ue8m0", packed),
-        (bf16, "bf16 -> e4m3, ue8m0_128x4 of 32", make_format(32, "ue8m0_128x4", False)),
+        (bf16, "bf16 -> e4m3, ue8m0_128x4 of 32", MXFP8),
     ):
         for tile in (DEFAULT_TILE, TWO_ROWS):
             rows = tile.rows_per_thread
@@ -63,7 +63,7 @@ def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
         ("gathered", Domain("dense", True)),
     ):
         yield f"bf16 -> e4m3, ue8m0, {name}", 1, QuantizeSpec(bf16, packed, domain=domain)
-    whole_row = make_format(-1, "float32", False, torch.int8)
+    whole_row = DEEP_GEMM_SM90.replace(group_size=-1, values=torch.int8)
     yield "bf16 -> int8, float32 of whole rows", 1, QuantizeSpec(bf16, whole_row)
     for rows in (1, 2):
         spec = SiluMulSpec(bf16, packed, Tile(rows_per_thread=rows))

@@ -1,4 +1,4 @@
-"""What is measured: shapes, and the bytes that a quantizer moves for one."""
+"""Measured shapes, and the bytes that a quantizer moves for one."""
 
 from __future__ import annotations
 
@@ -27,19 +27,18 @@ QUICK_COLUMNS = (MAIN_COLUMN,)
 
 def bytes_moved(mn: int, k: int, fmt: Format) -> int:
     """Bytes that a quantizer must read and write for an (mn, k) input of 16-bit elements."""
-    scale_bytes = 1 if fmt.packed else fmt.scale_dtype.itemsize
-    return mn * k * 3 + mn * (k // fmt.group_size) * scale_bytes
+    return mn * k * 3 + mn * (k // fmt.group_size) * fmt.scale_dtype.itemsize
 
 
 STAGE_ROWS = (1, 16, 64, 256, 1024, 4096, 16384, 65536)
 STAGE_COLUMNS = (2048, 7168)
 QUICK_STAGE_ROWS = (1, 64, 4096)
-"""What operations that end with the quantizer are measured at."""
+"""Shapes of the fused operations."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What an operation moves for 16 elements of its result, one byte each.
+    """Memory traffic of an operation for 16 elements of its result, one byte each.
 
     Attributes:
         loads: of 32 bytes, 16 elements of 16 bits.

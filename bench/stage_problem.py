@@ -17,19 +17,19 @@ from bench.problem import POISON, UE8M0, sampled_rows
 from bench.run import Check
 from bench.shapes import QUANTIZE_ALONE, RMS_NORM_QUANTIZE, SILU_MUL_QUANTIZE, Operation
 from cute_quant.contract import reference
-from cute_quant.contract.formats import DEFAULT_MIN_SCALE, E4M3_MAX, VALUE_DTYPE, scale_floor
+from cute_quant.contract.dtypes import E4M3_MAX
 from cute_quant.contract.prologues import FUSED, make_rms_norm, make_silu_mul
 from cute_quant.lab import timing
 
 EPS = 1e-6
-MIN_EXPONENT = int(scale_floor(UE8M0, DEFAULT_MIN_SCALE))
+MIN_EXPONENT = int(UE8M0.floor)
 
 EXACT = 0.0
 FLOAT32_ERROR = 2.0**-18
-"""Of a handful of operations in float32, a sum of thousands among them, and of a sigmoid whose
-argument is below 8."""
+"""Relative error of a few float32 operations, among them a sum of thousands and a sigmoid of an
+argument below 8."""
 BFLOAT16_ERROR = 2.0**-7
-"""Of up to three of these that are rounded to bfloat16."""
+"""Relative error of up to three of these operations that round to bfloat16."""
 
 
 class Expected(NamedTuple):
@@ -75,7 +75,7 @@ class StageBuffer:
             normal(mn, k),
             normal(mn, 2 * k),
             normal(k).mul_(0.1).add_(1.0),
-            torch.empty(mn, k, dtype=VALUE_DTYPE, device=device),
+            torch.empty(mn, k, dtype=UE8M0.values, device=device),
             torch.empty(mn, k, dtype=torch.bfloat16, device=device),
             UE8M0.empty_scales((), mn, k, torch.device(device)),
         )
@@ -99,7 +99,7 @@ class StageProblem:
         self._expected: dict[tuple[str, int], Expected] = {}
 
     def expected(self, operation: Operation, index: int) -> Expected:
-        """Of ``rows`` of a buffer."""
+        """Return the expected results of ``rows`` of a buffer."""
         key = operation.name, index
         if key not in self._expected:
             self._expected[key] = expected(operation, self.buffers[index], self.rows)
@@ -112,7 +112,7 @@ class StageProblem:
             error: that the values may have before they are quantized, relative to their own.
         """
         buffer, wanted = self.buffers[index], self.expected(operation, index)
-        q = buffer.q.view(torch.uint8)[self.rows].cpu().view(VALUE_DTYPE)
+        q = buffer.q.view(torch.uint8)[self.rows].cpu().view(UE8M0.values)
         check = check_quantized(q, buffer.sf[self.rows].cpu(), wanted.values, error)
         if not check.difference and wanted.residual is not None:
             wrong = int((buffer.residual_out[self.rows].cpu() != wanted.residual).sum())
@@ -122,16 +122,25 @@ class StageProblem:
 
 
 def expected(operation: Operation, buffer: StageBuffer, rows: torch.Tensor) -> Expected:
-    """What an operation should make of some rows of a buffer."""
+    """Compute the expected results of an operation on some rows of a buffer."""
     x = buffer.x[rows].cpu()
     if operation is QUANTIZE_ALONE:
         return Expected(x.float(), None)
     if operation is SILU_MUL_QUANTIZE:
-        prologue = make_silu_mul(False, None, 1.0, 0.0, FUSED, None)
+        prologue = make_silu_mul(
+            interleaved=False, clamp=None, alpha=1.0, beta=0.0, rounding=FUSED, weight=None
+        )
         return Expected(reference.silu_mul(buffer.gate_up[rows].cpu()[None], prologue)[0], None)
     if operation is RMS_NORM_QUANTIZE:
         residual, total = buffer.residual[rows].cpu()[None], torch.empty_like(x)[None]
-        prologue = make_rms_norm(buffer.weight.cpu(), EPS, 0.0, FUSED, residual, total)
+        prologue = make_rms_norm(
+            buffer.weight.cpu(),
+            eps=EPS,
+            weight_offset=0.0,
+            rounding=FUSED,
+            residual=residual,
+            residual_out=total,
+        )
         return Expected(reference.rms_norm(x[None], prologue)[0], total[0])
     raise ValueError(f"operation: expected one of bench.shapes.OPERATIONS, got {operation}")
 
@@ -150,13 +159,11 @@ def check_quantized(q: torch.Tensor, sf: torch.Tensor, values: torch.Tensor, err
     shifts = torch.arange(0, 32, 8, dtype=torch.int32)
     stored = (sf.unsqueeze(2) >> shifts & 0xFF).flatten(1)
     exponents, padding = stored[:, :groups], stored[:, groups:]
-    least, wanted, most = (
-        reference.group_scales(t, UE8M0, MIN_EXPONENT) for t in (low, values, high)
-    )
+    least, wanted, most = (reference.group_scales(t, UE8M0) for t in (low, values, high))
     wrong_scales = int(((exponents < least) | (exponents > most)).sum()) + int((padding != 0).sum())
     multipliers = torch.exp2(127.0 - exponents.float()).repeat_interleave(UE8M0.group_size, 1)
     ends = [
-        (t * multipliers).clamp(-E4M3_MAX, E4M3_MAX).to(VALUE_DTYPE).float() for t in (low, high)
+        (t * multipliers).clamp(-E4M3_MAX, E4M3_MAX).to(UE8M0.values).float() for t in (low, high)
     ]
     actual = q.float()
     inside = (torch.minimum(*ends) <= actual) & (actual <= torch.maximum(*ends))

@@ -1,4 +1,4 @@
-"""Who is measured beside the operations that end with the quantizer."""
+"""Implementations to measure of the operations that end in the quantizer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from cute_quant.kernels.config import Domain, QuantizeSpec, RmsNormSpec, SiluMul
 from cute_quant.lab import timing
 
 COMPILED_ROWS = 4096
-"""Of the first call of what `torch.compile` compiles, from which it picks sizes of blocks."""
+"""Rows of the first call of a compiled function, from which `torch.compile` picks block sizes."""
 TUNING_REPLAYS = 5
 
 
@@ -94,12 +94,12 @@ class StageProvider(abc.ABC):
 
 
 def default_spec(operation: Operation, mn: int, k: int, pdl: bool) -> Spec:
-    """What the public call of an operation launches, or the same without PDL."""
+    """Return the spec that the public call of an operation launches, with or without PDL."""
     sms = lookup.multiprocessors(torch.cuda.current_device())
     size = 1, mn, k, UE8M0, False, sms
     if operation is RMS_NORM_QUANTIZE:
         norm = heuristics.norm_shape(*size)
-        return norm_spec(norm.tile, *norm.warps, pdl)
+        return norm_spec(norm.tile, norm.tiles_per_thread, norm.max_warps, pdl)
     if operation is SILU_MUL_QUANTIZE:
         spec_class, shape = SiluMulSpec, heuristics.silu_shape(*size, architecture())
     else:
@@ -109,7 +109,7 @@ def default_spec(operation: Operation, mn: int, k: int, pdl: bool) -> Spec:
 
 
 def norm_spec(tile: Tile, tiles_per_thread: int, max_warps: int, pdl: bool) -> RmsNormSpec:
-    """Of bfloat16 rows and weights with a residual."""
+    """Return the spec for bfloat16 rows and weights with a residual."""
     return RmsNormSpec(
         torch.bfloat16,
         UE8M0,
@@ -171,7 +171,9 @@ class Ours(StageProvider):
             return silu_mul_quantize(buffer.gate_up)
         if self.operation is RMS_NORM_QUANTIZE:
             out = None, None, torch.empty_like(buffer.x)
-            return rms_norm_quantize(buffer.x, buffer.weight, EPS, buffer.residual, out=out)[:2]
+            return rms_norm_quantize(
+                buffer.x, buffer.weight, eps=EPS, residual=buffer.residual, out=out
+            )[:2]
         return quantize(buffer.x)
 
 
@@ -311,8 +313,8 @@ class Compiled(StageProvider):
 
 
 class TwoKernels(Compiled):
-    """``torch.compile`` of what comes before the quantizer, and the quantizer's kernel, which is
-    launched in one way or the other."""
+    """``torch.compile`` of the prologue, followed by the quantizer's kernel, launched with or
+    without PDL."""
 
     functions: ClassVar = {SILU_MUL_QUANTIZE: silu_mul, RMS_NORM_QUANTIZE: add_rms_norm}
 

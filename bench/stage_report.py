@@ -1,4 +1,4 @@
-"""What the benchmark of the operations that end with the quantizer says of its results.
+"""Report the results of the benchmark of the operations that end in the quantizer.
 
 python -m bench.stage_report results.jsonl                # draws results.png
 python -m bench.stage_report results.jsonl --markdown     # prints the tables instead
@@ -43,13 +43,13 @@ def _target(
     bound: float,
     at_most: bool = True,
 ) -> Target:
-    """Of two providers of an operation."""
+    """Return a target for two providers of an operation."""
     names = of_operation(operation, over), of_operation(operation, under)
     return Target(*names, launches, rows, bound, at_most)
 
 
 def _decoding(operation: str) -> Target:
-    """Beside the quantizer alone."""
+    """Return a target relative to the quantizer alone."""
     names = (of_operation(name, CUTE_QUANT) for name in (operation, ALONE))
     return Target(*names, LAUNCHES, DECODING, 1.3)
 
@@ -68,7 +68,7 @@ TARGETS = (
 
 
 def of(results: Results, operation: str) -> Results:
-    """Those of one operation, whose providers then have their names alone."""
+    """Return the results of one operation, with its prefix removed from provider names."""
     prefix = of_operation(operation, "")
     found = (
         dataclasses.replace(r, provider=r.provider.removeprefix(prefix))

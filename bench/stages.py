@@ -3,7 +3,7 @@
     python -m bench.stages [--quick] [--rows M,...] [--columns K,...] [--output DIR]
 
 Each operation has a ceiling, stream, a kernel that only moves its bytes. "two kernels" is what
-torch.compile makes of all that comes before the quantizer, followed by the quantizer's kernel,
+torch.compile makes of the prologue, followed by the quantizer's kernel,
 which the column launch concerns; "compile" is torch.compile of everything; Triton is a fused
 kernel, in the best shape of a tile for each problem. In this order: microseconds a call, and how
 many times those of the ceiling.

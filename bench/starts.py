@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
+from cute_quant import DEEP_GEMM
 from cute_quant.cli import main as cli_main
-from cute_quant.contract.formats import UE8M0_PACKED, make_format
 from cute_quant.jit import keys
 from cute_quant.kernels.config import QuantizeSpec
 
-KERNEL = keys.spec_name(QuantizeSpec(torch.bfloat16, make_format(128, UE8M0_PACKED, False)))
+KERNEL = keys.spec_name(QuantizeSpec(torch.bfloat16, DEEP_GEMM))
 
 START = """
 import json, sys, time
@@ -44,10 +44,9 @@ if gpu:
     cute_quant.quantize(x)
     torch.cuda.synchronize()
 else:
-    from cute_quant import compile
-    from cute_quant.formats import make_format
-    from cute_quant.specs import QuantizeSpec
-    compile.function(QuantizeSpec(torch.bfloat16, make_format(128, "ue8m0", False)), "sm_100a")
+    from cute_quant.jit import lookup
+    from cute_quant.kernels.config import QuantizeSpec
+    lookup.function(QuantizeSpec(torch.bfloat16, cute_quant.DEEP_GEMM), "sm_100a")
 end = time.perf_counter()
 print(json.dumps([imported - start, end - start, "cutlass" in sys.modules]))
 """

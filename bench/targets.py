@@ -1,4 +1,4 @@
-"""What ratios of times should be, and whether they are."""
+"""Targets for ratios of times, and verdicts on them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Target:
         return f"{self.over} / {self.under.removeprefix(operation + separator)}{rows}"
 
     def concerns(self, result: Result) -> bool:
-        """Whether a result is one of `over`; versions are named without their last part."""
+        """Return whether a result is of `over`, which names versions without their last part."""
         over = result.provider
         named = over == self.over or (over.startswith(f"{self.over}.") and "vLLM" in over)
         return named and self.rows[0] <= result.mn <= self.rows[1]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from bench.shapes import GROUP_SIZE
-from cute_quant.contract.formats import BYTES_PER_WORD
+from cute_quant.contract.dtypes import BYTES_PER_WORD
 from cute_quant.kernels.config import LANES
 
 MAX_VALUES_PER_THREAD = 64
@@ -44,7 +44,7 @@ SILU_MUL_CONFIGS = tuple(
 
 
 def rms_norm_configs(k: int) -> tuple[Config, ...]:
-    """What there is to try for rows of k."""
+    """Return the configurations to try for rows of k."""
     groups = max(BYTES_PER_WORD, triton.next_power_of_2(triton.cdiv(k, GROUP_SIZE)))
     return tuple(
         Config(rows, groups, warps)

@@ -30,9 +30,17 @@ from bench.shapes import (
 )
 from bench.stage_problem import FLOAT32_ERROR, StageProblem
 from bench.stage_providers import Ceiling, bind_spec, default_spec, norm_spec
-from cute_quant.contract.formats import ceil_div
-from cute_quant.kernels.config import DEFAULT_TILE, Domain, RmsNormSpec, SiluMulSpec, Spec, Tile
-from cute_quant.kernels.heuristics import MAX_GRID_Y, MAX_WARPS
+from cute_quant.contract.dtypes import ceil_div
+from cute_quant.kernels.config import (
+    DEFAULT_TILE,
+    MAX_GRID_Y,
+    Domain,
+    RmsNormSpec,
+    SiluMulSpec,
+    Spec,
+    Tile,
+)
+from cute_quant.kernels.heuristics import MAX_WARPS
 from cute_quant.lab import timing
 
 ROWS = (16, 256, 4096, 16384)

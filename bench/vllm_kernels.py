@@ -11,7 +11,7 @@ import torch
 
 from bench import vllm_wheel
 from bench.shapes import GROUP_SIZE
-from cute_quant.contract.formats import (
+from cute_quant.contract.dtypes import (
     BYTES_PER_WORD,
     E4M3_MAX,
     SCALE_ROW_ALIGNMENT,

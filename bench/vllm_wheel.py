@@ -131,7 +131,7 @@ def extract(found: Found, directory: Path) -> list[Path]:
 
 
 def load(source: Path, arch: str) -> Found:
-    """What `find` returns, from an extracted directory or anything that `find` takes."""
+    """Load what `find` returns from an extracted directory, or call `find`."""
     manifest = source / MANIFEST
     if not manifest.is_file():
         return find(source, arch)

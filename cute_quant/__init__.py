@@ -1,14 +1,61 @@
-"""The quantizer in front of an FP8 GEMM, in CuTe DSL."""
+"""The quantizer in front of every low-precision GEMM, in CuTe DSL.
 
+    q, sf = cute_quant.quantize(x)                          # values and scales for DeepGEMM
+    q, sf = cute_quant.quantize(x, cute_quant.MXFP8)        # or in another format
+    q, sf = cute_quant.silu_mul_quantize(gate_up)           # with what comes before it
+    q, sf, residual = cute_quant.rms_norm_quantize(x, weight, residual=residual)
+    launch = cute_quant.bind(x, out=(q, sf))                # checked once, launched often
+
+``Format`` and the named formats say what results look like, ``Masked``, ``PrefixSum`` and
+``Indexed`` which rows exist. ``cute_quant.kernels`` has the stage for kernels of your own,
+``cute_quant.integrations`` the calls of DeepGEMM and vLLM.
+"""
+
+from cute_quant.contract.formats import (
+    DEEP_GEMM,
+    DEEP_GEMM_32,
+    DEEP_GEMM_SM90,
+    GROUPWISE_FP8,
+    INT8,
+    MXFP8,
+    NAMED_FORMATS,
+    ROWWISE_FP8,
+    ROWWISE_INT8,
+    Format,
+)
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
 from cute_quant.jit.aot_load import load
-from cute_quant.ops import dequantize, fake_quantize, quantize, rms_norm_quantize, silu_mul_quantize
+from cute_quant.ops import (
+    Launch,
+    bind,
+    deep_gemm_format,
+    dequantize,
+    empty_scales,
+    fake_quantize,
+    quantize,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
 
 __all__ = [
+    "DEEP_GEMM",
+    "DEEP_GEMM_32",
+    "DEEP_GEMM_SM90",
+    "GROUPWISE_FP8",
+    "INT8",
+    "MXFP8",
+    "NAMED_FORMATS",
+    "ROWWISE_FP8",
+    "ROWWISE_INT8",
+    "Format",
     "Indexed",
+    "Launch",
     "Masked",
     "PrefixSum",
+    "bind",
+    "deep_gemm_format",
     "dequantize",
+    "empty_scales",
     "fake_quantize",
     "load",
     "quantize",

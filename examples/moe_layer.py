@@ -1,10 +1,10 @@
-"""A DeepSeek-style mixture of experts: two grouped GEMMs of DeepGEMM, and what stands before each.
+"""A DeepSeek-style mixture of experts: two grouped GEMMs of DeepGEMM, each with a fused prologue.
 
     tokens -> norm + quantize -> GEMM gate_up -> silu * mul + quantize -> GEMM down -> combine
 
-What comes before a GEMM is one kernel of `cute_quant`. `contiguous` lays the tokens of all experts
-into one matrix, as for prefill; `masked` gives each expert room for every token, as for decode.
-Nothing in them waits for the GPU, so a CUDA graph holds all of it, the permutation of tokens too.
+Each prologue is one kernel of `cute_quant`. `contiguous` stacks the tokens of all experts along M,
+as for prefill; `masked` has max_m rows for each expert, as for decode. Neither synchronizes, so one
+CUDA graph captures the layer, the permutation of tokens included.
 
     python examples/moe_layer.py
 
@@ -37,7 +37,7 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 7168, 2048, 32, 8
 TOKENS = (64, 512, 4096)
 EPS = 1e-6
 BLOCK_M = 128
-"""Rows that a masked GEMM may write at once; an expert's room has to be a multiple."""
+"""Rows of an output tile of the masked GEMM; max_m has to be a multiple."""
 
 Fp8 = tuple[Tensor, Tensor]
 """Values and scales, as DeepGEMM takes an operand."""
@@ -51,18 +51,18 @@ class MoeLayer(NamedTuple):
     down: Tensor  # (experts, hidden, intermediate)
     gate_up_fp8: Fp8
     down_fp8: Fp8
-    scale_format: str  # of activations
+    fmt: cq.Format  # of activations
 
 
 class Routing(NamedTuple):
-    """What a router says of each token: (tokens, top_k)."""
+    """The router's choice for each token: (tokens, top_k)."""
 
     ids: Tensor  # int64, of experts, all different
     weights: Tensor  # float32
 
 
 class Placement(NamedTuple):
-    """Where routed tokens go: to rows of the GEMMs."""
+    """The rows of the GEMMs that routed tokens are copied to."""
 
     index: Tensor  # (M,) or (experts, max_m), int32: the token of each row, -1 if none
     layout: Tensor  # int32, for DeepGEMM: the expert of each row, (M,), or rows of each, (experts,)
@@ -99,14 +99,14 @@ def masked(layer: MoeLayer, tokens: Tensor, routing: Routing, quantizers: Quanti
 
 
 def combine(down: Tensor, placement: Placement, routing: Routing) -> Tensor:
-    """The weighted sum of each token's rows. An embedding bag gathers them and adds in float32,
-    all in one kernel, and reads no row without a token."""
+    """Return the weighted sum of the rows of each token. An embedding bag gathers them and adds in
+    float32, in one kernel, and reads no padding row."""
     rows, weights = down.flatten(0, -2), routing.weights.to(down.dtype)
     return F.embedding_bag(placement.places, rows, per_sample_weights=weights, mode="sum")
 
 
 def bf16(layer: MoeLayer, tokens: Tensor, routing: Routing) -> Tensor:
-    """The layer without quantization, expert by expert."""
+    """Compute the layer without quantization, expert by expert."""
     y = torch_rms_norm(tokens, layer.norm)
     result = torch.zeros_like(tokens, dtype=torch.float32)
     for expert, (gate_up, down) in enumerate(zip(layer.gate_up, layer.down, strict=True)):
@@ -116,11 +116,11 @@ def bf16(layer: MoeLayer, tokens: Tensor, routing: Routing) -> Tensor:
     return result.to(tokens.dtype)
 
 
-# Where tokens go. There is room for any routing, since nobody waits to learn of this one.
+# Placement of tokens. Sizes allow any routing, since the host does not know this one.
 
 
 def place_contiguous(ids: Tensor, experts: int) -> Placement:
-    """Rows sorted by expert, those of each padded to DeepGEMM's alignment."""
+    """Sort rows by expert, the rows of each padded to DeepGEMM's alignment."""
     alignment = deep_gemm.utils.layout.get_mk_alignment_for_contiguous_layout()
     counts, ranks = count(ids, experts)
     padded = (counts + alignment - 1) // alignment * alignment
@@ -132,7 +132,7 @@ def place_contiguous(ids: Tensor, experts: int) -> Placement:
 
 
 def place_masked(ids: Tensor, experts: int) -> Placement:
-    """As many rows for each expert as there are tokens, each of which comes to it at most once."""
+    """Reserve a row for every token in each expert, which gets a token at most once."""
     max_m = -(-len(ids) // BLOCK_M) * BLOCK_M
     counts, ranks = count(ids, experts)
     places, masked_m = ids * max_m + ranks, counts.int()
@@ -141,7 +141,7 @@ def place_masked(ids: Tensor, experts: int) -> Placement:
 
 
 def count(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """How many come to each expert, (experts,), and of them before each, in the shape of `ids`."""
+    """Return tokens per expert, (experts,), and the rank of each token in its expert, as `ids`."""
     routed = torch.arange(experts, device=ids.device)[:, None] == ids.flatten()
     ranks = routed.cumsum(1).gather(0, ids.view(1, -1)) - 1
     return routed.sum(1), ranks.view_as(ids)
@@ -152,46 +152,45 @@ def tokens_of(ids: Tensor) -> Tensor:
 
 
 def scatter(values: Tensor, places: Tensor, size: int) -> Tensor:
-    """(size,), int32: `values` at their places, -1 elsewhere."""
+    """Return int32 (size,): `values` at their places, -1 elsewhere."""
     result = torch.full((size,), -1, dtype=torch.int32, device=places.device)
     return result.scatter_(0, places.flatten(), values.flatten().int())
 
 
-# What comes before the GEMMs
+# Prologues of the GEMMs
 
 
 class Fused:
-    """One kernel each, which skips rows without a token."""
+    """One kernel per prologue, which skips padding rows."""
 
     def __init__(self, rounding: str = "fused"):
         self.rounding = rounding
 
     # The routing is given here, so the norm itself can gather, and no row is written twice. Where
     # an engine computes the routing, it needs normalized rows before it knows an index. It calls
-    # rms_norm_quantize(x, weight, eps, residual, normalized=True) once a token, adding the
-    # residual, and then gathers q and sf: half the bytes of bf16, and what it sends to other GPUs.
+    # rms_norm_quantize(x, weight, residual=residual, normalized=True) once a token, and then
+    # gathers q and sf: half the bytes of bf16, and what it sends to other GPUs.
     def norm(self, layer: MoeLayer, tokens: Tensor, placement: Placement) -> Fp8:
         return cq.rms_norm_quantize(
             tokens,
             layer.norm,
-            EPS,
-            scale_format=layer.scale_format,
+            layer.fmt,
+            eps=EPS,
             rounding=self.rounding,
             rows=placement.rows,
             index=placement.index,
         )
 
     def activation(self, layer: MoeLayer, gate_up: Tensor, placement: Placement) -> Fp8:
-        choices = {"scale_format": layer.scale_format, "rounding": self.rounding}
-        return cq.silu_mul_quantize(gate_up, rows=placement.rows, **choices)
+        return cq.silu_mul_quantize(gate_up, layer.fmt, rounding=self.rounding, rows=placement.rows)
 
 
 class Unfused:
-    """torch in bf16, then a kernel that only quantizes. torch knows of no rows to skip: it
-    normalizes each token once, and multiplies all rows there are.
+    """torch in bf16, then a kernel that only quantizes. torch skips no rows: it normalizes each
+    token once, and multiplies padding rows too.
 
     Args:
-        compile: what to make of torch's functions.
+        compile: applied to torch's functions.
     """
 
     def __init__(self, compile: Callable[[Callable], Callable] = lambda function: function):
@@ -199,16 +198,15 @@ class Unfused:
 
     def norm(self, layer: MoeLayer, tokens: Tensor, placement: Placement) -> Fp8:
         y = self.rms_norm(tokens, layer.norm)
-        choices = {"rows": placement.rows, "index": placement.index}
-        return cq.quantize(y, scale_format=layer.scale_format, **choices)
+        return cq.quantize(y, layer.fmt, rows=placement.rows, index=placement.index)
 
     def activation(self, layer: MoeLayer, gate_up: Tensor, placement: Placement) -> Fp8:
         y = self.silu_mul(gate_up)
-        return cq.quantize(y, scale_format=layer.scale_format, rows=placement.rows)
+        return cq.quantize(y, layer.fmt, rows=placement.rows)
 
 
 class DeepGemmCasts:
-    """torch in bf16, then the cast that DeepGEMM has, in torch too."""
+    """torch in bf16, then DeepGEMM's cast, in torch too."""
 
     def norm(self, layer: MoeLayer, tokens: Tensor, placement: Placement) -> Fp8:
         y = torch_rms_norm(tokens, layer.norm)[placement.index.clamp(min=0)]
@@ -220,8 +218,8 @@ class DeepGemmCasts:
     def cast(self, layer: MoeLayer, x: Tensor, placement: Placement) -> Fp8:
         # On Blackwell DeepGEMM packs these scales, those of padding too, which have to be sound.
         x = x.where(placement.index[..., None] >= 0, 0)
-        use_ue8m0 = layer.scale_format == "ue8m0"
-        q, sf = deep_gemm.utils.math.per_token_cast_to_fp8(x.flatten(0, -2), use_ue8m0)
+        cast = deep_gemm.utils.math.per_token_cast_to_fp8
+        q, sf = cast(x.flatten(0, -2), layer.fmt.ue8m0)
         return q.view(x.shape), sf.view(*x.shape[:-1], -1)
 
 
@@ -241,20 +239,20 @@ def torch_silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def random_layer(
-    hidden: int, intermediate: int, experts: int, scale_format: str, device: str
+    hidden: int, intermediate: int, experts: int, fmt: cq.Format, device: str
 ) -> MoeLayer:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.bfloat16, device=device)
 
     def cast(weights: Tensor) -> Fp8:
-        use_ue8m0, per_block = scale_format == "ue8m0", deep_gemm.utils.math.per_block_cast_to_fp8
-        q, sf = zip(*(per_block(w, use_ue8m0) for w in weights), strict=True)
+        per_block = deep_gemm.utils.math.per_block_cast_to_fp8
+        q, sf = zip(*(per_block(w, fmt.ue8m0) for w in weights), strict=True)
         return torch.stack(q), torch.stack(sf)
 
     gate_up = randn(experts, 2 * intermediate, hidden).mul_(hidden**-0.5)
     down = randn(experts, hidden, intermediate).mul_(intermediate**-0.5)
     norm = 1 + randn(hidden) / 8
-    return MoeLayer(norm, gate_up, down, cast(gate_up), cast(down), scale_format)
+    return MoeLayer(norm, gate_up, down, cast(gate_up), cast(down), fmt)
 
 
 def route(scores: Tensor, top_k: int) -> Routing:
@@ -265,7 +263,7 @@ def route(scores: Tensor, top_k: int) -> Routing:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """What torch allocates holds NaN, or the largest integer, until it is written."""
+    """Fill what torch allocates with NaN, or the largest integer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -278,7 +276,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def capture(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of a call, and where it leaves its result; replayed once."""
+    """Return a CUDA graph of a call, replayed once, and the tensor it writes its result to."""
     call()  # compiles, which no capture allows
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -289,7 +287,7 @@ def capture(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 
 
 def milliseconds(graphs: list[torch.cuda.CUDAGraph]) -> list[float]:
-    """Of a replay of each graph: medians of rounds in which they take turns."""
+    """Return the median milliseconds of a replay of each graph, in interleaved rounds."""
     replays, times = 10, [[] for _ in graphs]
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(7):
@@ -304,7 +302,7 @@ def milliseconds(graphs: list[torch.cuda.CUDAGraph]) -> list[float]:
 
 
 def table_row(forward: Callable, *inputs: object) -> str:
-    """Errors and times of `forward`, one of the two layers, of a layer, tokens and a routing."""
+    """Return errors and times of `forward`, one of the two layouts, as a row of the table."""
     expected = bf16(*inputs)
     with poisoned_memory():
         ours = forward(*inputs, Fused())
@@ -333,8 +331,7 @@ def main() -> None:
     if deep_gemm is None:
         sys.exit("moe_layer: expected DeepGEMM (github.com/deepseek-ai/DeepGEMM), not installed")
     torch.manual_seed(0)
-    scale_format = "float32" if capability[0] == 9 else "ue8m0"
-    layer = random_layer(HIDDEN, INTERMEDIATE, EXPERTS, scale_format, "cuda")
+    layer = random_layer(HIDDEN, INTERMEDIATE, EXPERTS, cq.deep_gemm_format(), "cuda")
     print(f"{torch.cuda.get_device_name()}; hidden {HIDDEN}, intermediate {INTERMEDIATE},")
     print(f"{EXPERTS} experts, {TOP_K} a token; errors against bf16, times of a CUDA graph\n")
     errors, times = ("fused", "rounded", "DeepGEMM cast"), ("fused", "unfused", "compiled")

@@ -12,12 +12,12 @@ import torch
 from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Uint32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from cute_quant import DEEP_GEMM as FORMAT
 from cute_quant import kernels as cq
-from cute_quant.contract.formats import last_column_rows, make_format, scale_floor
+from cute_quant.contract.tensors import last_column_rows
 from cute_quant.jit import lookup
 
 HEAD, HALF = 128, 64
-FORMAT = make_format(HEAD, "ue8m0", False)
 
 
 class RopeQuantize:
@@ -35,8 +35,8 @@ class RopeQuantize:
     def __call__(self, mX, mCos, mSin, mQ, mS, missing_rows: Int32, stream: cuda.CUstream):
         mn, k = mX.shape
         scales = self.stage.scales(mS, mn, k, missing_rows)
-        limit = self.stage.limit(Int32(int(scale_floor(FORMAT, "vllm"))))
-        self.kernel(cq.Matrix(mX), mCos, mSin, cq.Matrix(mQ), scales, limit, Uint32(mn)).launch(
+        bound = self.stage.scale_bound(Int32(FORMAT.floor))
+        self.kernel(cq.Matrix(mX), mCos, mSin, cq.Matrix(mQ), scales, bound, Uint32(mn)).launch(
             grid=[cute.ceil_div(Int32(scales.rows), 4), self.stage.tiles(k), 1],
             block=[cq.LANES, 4, 1],
             stream=stream,
@@ -44,24 +44,24 @@ class RopeQuantize:
 
     @cute.kernel
     def kernel(
-        self, x: cq.Matrix, mCos, mSin, q: cq.Matrix, scales: cq.Scales, limit: Uint32, mn: Uint32
+        self, x: cq.Matrix, mCos, mSin, q: cq.Matrix, scales: cq.Scales, bound: Float32, mn: Uint32
     ):
         lane, warp, _ = cute.arch.thread_idx()
         row_tile, tile, _ = cute.arch.block_idx()
-        row = Uint32(row_tile * 4 + warp)
-        live, k = row < mn, x.tensor.shape[1]
+        row, segment = Uint32(row_tile * 4 + warp), cq.Segment(tile, lane)
+        exists, k, angles = row < mn, x.tensor.shape[1], cq.Segment(Int32(0), lane % 4)
         tXrX, tXrC, tXrS = cq.zeros(16, BFloat16), cq.zeros(16, Float32), cq.zeros(16, Float32)
-        cq.load(x.row(row), tile, lane, live, tXrX, cq.Access())
-        cq.load(cq.Matrix(mCos).row(row), Int32(0), lane % 4, live, tXrC, cq.Access())
-        cq.load(cq.Matrix(mSin).row(row), Int32(0), lane % 4, live, tXrS, cq.Access())
+        cq.load(x.row(row), segment, exists, tXrX, cq.Access())
+        cq.load(cq.Matrix(mCos).row(row), angles, exists, tXrC, cq.Access())
+        cq.load(cq.Matrix(mSin).row(row), angles, exists, tXrS, cq.Access())
         values, partners = cq.widen(tXrX), cq.zeros(16, Float32)
         sign = Float32(-1.0) if lane % 8 < 4 else Float32(1.0)
         for i in range(16, unroll_full=True):
             partners[i] = sign * cute.arch.shuffle_sync_bfly(values[i], offset=4)
         rotated = values.load() * tXrC.load() + partners.load() * tXrS.load()
-        tXrQ, scale = self.stage.quantize(cq.registers(rotated), limit)
-        cq.store(tXrQ, q.row(row), tile, lane, live, cq.Access())
-        self.stage.store_scales(scales, [scale], [row], mn, tile, lane, k)
+        tXrQ, scale = self.stage.quantize(cq.registers(rotated), bound)
+        cq.store(tXrQ, q.row(row), segment, exists, cq.Access())
+        self.stage.store_scales(scales, cq.Rows([row], mn), [scale], segment, k)
 
 
 @functools.cache
@@ -71,7 +71,7 @@ def compiled(device: int):
 
 def rope_quantize(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
     """x (tokens, heads * 128), bfloat16; cos, sin (tokens, 64), float32. Returns q, sf."""
-    q = torch.empty(x.shape, dtype=FORMAT.dtype, device=x.device)
+    q = torch.empty(x.shape, dtype=FORMAT.values, device=x.device)
     sf = FORMAT.empty_scales((), *x.shape, x.device)
     if x.numel():
         missing_rows = FORMAT.scale_rows(x.shape[0]) - last_column_rows(sf)

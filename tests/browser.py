@@ -106,14 +106,14 @@ class Page:
             self._receive()
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         result = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
         if "exceptionDetails" in result:
             raise RuntimeError(json.dumps(result["exceptionDetails"]))
         return result["result"].get("value")
 
     def centre(self, selector: str, part: float = 0.5) -> tuple[float, float]:
-        """Of an element, scrolled into sight; `part` of its width from its left."""
+        """Return a point of an element, scrolled into view: `part` of its width from its left."""
         x, y = self.evaluate(
             f"(() => {{ const n = document.querySelector({selector!r});"
             "n.scrollIntoView({block: 'center', inline: 'center'});"
@@ -150,13 +150,13 @@ class Page:
         self.send("Input.insertText", text=text)
 
     def screenshot(self) -> bytes:
-        """PNG of the window."""
+        """Return a PNG of the window."""
         return base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])
 
 
 @contextlib.contextmanager
 def browser(profile: Path) -> Iterator[Page]:
-    """A page of a browser that keeps what it has to keep in an empty folder."""
+    """Start a browser with an empty folder as its profile, and yield a page of it."""
     assert CHROMIUM is not None
     read_command, write_command = os.pipe()
     read_answer, write_answer = os.pipe()

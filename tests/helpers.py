@@ -1,4 +1,4 @@
-"""What tests share: formats, poisoned outputs, bitwise comparison."""
+"""Helpers of the tests: formats, poisoned outputs, bitwise comparison."""
 
 import itertools
 import math
@@ -7,63 +7,47 @@ from typing import NamedTuple
 
 import torch
 
-from cute_quant import quantize
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, GROUPWISE_FP8, MXFP8, Format, quantize
 from cute_quant.contract import reference
-from cute_quant.contract.formats import VALUE_DTYPE, Format, make_format, scale_floor
+from cute_quant.contract.calls import Call
 from cute_quant.contract.rows import Rows, from_operands, to_operands
-from tests.oracle import scale_offset
+from tests.oracle import Choices, exact_min_scale, scale_offset
 
 POISON = 0xA5
 
-UE8M0 = make_format(128, "ue8m0", False)
-FLOAT32 = make_format(128, "float32", False)
-FLOAT32_ROUNDED = make_format(128, "float32", True)
+UE8M0 = DEEP_GEMM
+FLOAT32 = DEEP_GEMM_SM90
+FLOAT32_ROUNDED = DEEP_GEMM_SM90.replace(round_scale=True)
 FORMATS = (UE8M0, FLOAT32, FLOAT32_ROUNDED)
 
 DIFFERING_SHARE = 1e-3
-"""Of the bytes that a GPU makes of values that it computes in float32. On an H100 it was up to
-2e-4 in rows of a norm, which share a factor, and next to none elsewhere."""
+"""Share of bytes that may differ where a GPU computes the values in float32. On an H100 up to 2e-4
+did in rows of a norm, which share a factor, and next to none elsewhere."""
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EVERY_DTYPE = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 EVERY_GROUP_SIZE = (16, 32, 64, 128, 256, -1)
 EVERY_LAYOUT = (
-    ("ue8m0", False),
-    ("float32", False),
-    ("float32", True),
-    ("float32_row_major", False),
-    ("float32_row_major", True),
-    ("ue8m0_row_major", False),
-    ("ue8m0_128x4", False),
+    DEEP_GEMM,
+    DEEP_GEMM_SM90,
+    FLOAT32_ROUNDED,
+    GROUPWISE_FP8,
+    GROUPWISE_FP8.replace(round_scale=True),
+    DEEP_GEMM.replace(scale_layout="row_major"),
+    MXFP8,
 )
+"""A format of each layout and kind of scales."""
 
 
 def all_formats(
     dtypes: Iterable[torch.dtype] = EVERY_DTYPE, group_sizes: Iterable[int] = EVERY_GROUP_SIZE
 ) -> list[Format]:
-    """Every combination that there is of these."""
+    """Return every supported combination of these dtypes, group sizes and layouts."""
     return [
-        make_format(group_size, scale_format, round_scale, dtype)
-        for dtype, group_size, (scale_format, round_scale) in itertools.product(
-            dtypes, group_sizes, EVERY_LAYOUT
-        )
-        if scale_format != "ue8m0_128x4" or group_size == 32
+        fmt.replace(values=dtype, group_size=group_size)
+        for dtype, group_size, fmt in itertools.product(dtypes, group_sizes, EVERY_LAYOUT)
+        if fmt is not MXFP8 or group_size == 32
     ]
-
-
-def full_id(fmt: Format) -> str:
-    """The name of a format of any dtype and group size."""
-    dtype = str(fmt.dtype).removeprefix("torch.").removeprefix("float8_")
-    return f"{dtype}-{format_id(fmt)}-{fmt.group_size}"
-
-
-def format_id(fmt: Format) -> str:
-    return fmt.scale_format + ("-rounded" if fmt.round_scale else "")
-
-
-def format_arguments(fmt: Format) -> dict[str, object]:
-    """The keywords of `quantize` that give this format."""
-    return fmt._asdict()
 
 
 def poisoned(nbytes: int, device: str) -> torch.Tensor:
@@ -74,7 +58,7 @@ def poisoned_values(
     rows: int,
     k: int,
     device: str,
-    dtype: torch.dtype = VALUE_DTYPE,
+    dtype: torch.dtype = torch.float8_e4m3fn,
     batch_shape: tuple[int, ...] = (),
 ) -> torch.Tensor:
     shape = (*batch_shape, rows, k)
@@ -89,23 +73,23 @@ def poisoned_scales(
     last_padding: bool = True,
     batch_shape: tuple[int, ...] = (),
 ) -> torch.Tensor:
-    """Scales in storage of their own, with or without the last column's padding rows."""
+    """Return scales in storage of their own, with or without the last column's padding rows."""
     shape = fmt.scale_shape(batch_shape, mn, k)
     strides = fmt.scale_strides(batch_shape, mn, k)
     size = math.prod(batch_shape) * fmt.scale_rows(mn) * fmt.columns(k)
     if not last_padding and size and fmt.mn_major:
         size -= fmt.scale_rows(mn) - mn
-    storage = poisoned(fmt.scale_dtype.itemsize * size, device).view(fmt.scale_dtype)
+    storage = poisoned(fmt.sf_dtype.itemsize * size, device).view(fmt.sf_dtype)
     return storage.as_strided(shape, strides)
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
-    """The bytes of the tensor's elements, on the CPU."""
+    """Return the bytes of the tensor's elements, on the CPU."""
     return t.cpu().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
 def storage_bits(t: torch.Tensor) -> torch.Tensor:
-    """The bytes of the tensor's whole storage, on the CPU."""
+    """Return the bytes of the tensor's whole storage, on the CPU."""
     return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()).cpu()
 
 
@@ -114,10 +98,41 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(bits(actual), bits(expected), rtol=0, atol=0)
 
 
+def reference_into(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    rows: Rows | None = None,
+    index: torch.Tensor | None = None,
+) -> None:
+    """Quantize x into `q` and `sf` with the reference."""
+    reference.quantize_into(Call(x, fmt, rows=rows, index=index), q, sf)
+
+
+def oracle_choices(
+    fmt: Format,
+    k: int,
+    sources: list[list[list[float] | None]],
+    counts: list[int] | None = None,
+) -> Choices:
+    """Return a call with this format as the oracle takes it."""
+    return Choices(
+        fmt.values,
+        fmt.group_size,
+        fmt.scale_layout,
+        fmt.scale_dtype,
+        fmt.round_scale,
+        exact_min_scale(fmt.min_scale, fmt.values),
+        k,
+        sources,
+        counts,
+    )
+
+
 def check_against_reference(
     x: torch.Tensor,
     fmt: Format,
-    min_scale: float = 1e-10,
     extra_rows: int = 0,
     last_padding: bool = True,
     rows: Rows | None = None,
@@ -128,30 +143,22 @@ def check_against_reference(
     batch_shape = tuple(batch_shape)
     (q, sf), (expected_q, expected_sf) = (
         (
-            poisoned_values(mn + extra_rows, k, device, fmt.dtype, batch_shape),
+            poisoned_values(mn + extra_rows, k, device, fmt.values, batch_shape),
             poisoned_scales(fmt, mn, k, device, last_padding, batch_shape),
         )
         for device in (x.device.type, "cpu")
     )
-    choices = {"min_scale": min_scale, "rows": rows, "index": index, "out": (q, sf)}
-    result = quantize(x, **format_arguments(fmt), **choices)
+    result = quantize(x, fmt, rows=rows, index=index, out=(q, sf))
     assert result[0] is q and result[1] is sf
-    reference.quantize_into(
-        x.cpu(),
-        expected_q,
-        expected_sf,
-        fmt,
-        scale_floor(fmt, min_scale),
-        on_device(rows, "cpu"),
-        None if index is None else index.cpu(),
-    )
+    index = None if index is None else index.cpu()
+    reference_into(x.cpu(), expected_q, expected_sf, fmt, on_device(rows, "cpu"), index)
     assert_same_bits(q, expected_q)
     torch.testing.assert_close(storage_bits(sf), storage_bits(expected_sf), rtol=0, atol=0)
     return q, sf
 
 
 class Bounds(NamedTuple):
-    """Values that are quantized, on the CPU, and what a GPU may take them for."""
+    """Values to be quantized, on the CPU, and the bounds of what a GPU computes for them."""
 
     values: torch.Tensor
     low: torch.Tensor
@@ -167,7 +174,6 @@ def assert_quantized_as(
     sf: torch.Tensor,
     fmt: Format,
     bounds: Bounds,
-    floor: int | float,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
     share: float = DIFFERING_SHARE,
@@ -176,7 +182,7 @@ def assert_quantized_as(
     more than a `share` that differs."""
     if q.is_cpu:
         bounds = Bounds(*[bounds.values] * 3)
-    count = assert_quantized_within(q, sf, fmt, *bounds, floor, rows, index)
+    count = assert_quantized_within(q, sf, fmt, *bounds, rows, index)
     assert count <= (0 if q.is_cpu else 2 + share * q.numel())
 
 
@@ -187,11 +193,10 @@ def assert_quantized_within(
     values: torch.Tensor,
     low: torch.Tensor,
     high: torch.Tensor,
-    floor: int | float,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
 ) -> int:
-    """Check what a kernel quantized of values that it knows no better than from `low` to `high`.
+    """Check the results of a kernel that computes the values only to within `low` and `high`.
 
     Each scale lies between those of the least and the largest amax that its group may have. Each
     value lies between what the two ends become under the scale that is stored. All other bytes,
@@ -202,7 +207,6 @@ def assert_quantized_within(
             and the last column's padding.
         values, low, high: (..., mn, k) or with an index (T, k), on the CPU; rounded to float32,
             and so Inf beyond it. Where one is NaN all are.
-        floor: ``formats.scale_floor``.
         rows, index: on the CPU.
 
     Returns:
@@ -214,7 +218,7 @@ def assert_quantized_within(
     least = torch.minimum(*magnitudes).where((low < 0) == (high < 0), 0.0)
     least = least.where(~low.isnan(), torch.nan)
     (expected_q, expected_sf), (_, least_sf), (_, most_sf) = (
-        _reference_in_poison(x, q, sf, fmt, floor, rows, index)
+        _reference_in_poison(x, q, sf, fmt, rows, index)
         for x in (values, least, torch.maximum(*magnitudes))
     )
     kind = torch.uint8 if fmt.ue8m0 else torch.float32
@@ -253,23 +257,22 @@ def _reference_in_poison(
     q: torch.Tensor,
     sf: torch.Tensor,
     fmt: Format,
-    floor: int | float,
     rows: Rows | None,
     index: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the reference makes of `x` in poisoned memory that looks like `q` and `sf`."""
-    expected_q = poisoned(q.numel(), "cpu").view(fmt.dtype).view(q.shape)
-    storage = poisoned(sf.untyped_storage().nbytes(), "cpu").view(fmt.scale_dtype)
+    """Return the reference's results for `x` in poisoned memory that looks like `q` and `sf`."""
+    expected_q = poisoned(q.numel(), "cpu").view(fmt.values).view(q.shape)
+    storage = poisoned(sf.untyped_storage().nbytes(), "cpu").view(fmt.sf_dtype)
     expected_sf = storage.as_strided(sf.shape, sf.stride())
-    reference.quantize_into(x, expected_q, expected_sf, fmt, floor, rows, index)
+    reference_into(x, expected_q, expected_sf, fmt, rows, index)
     return expected_q, expected_sf
 
 
 def _stored_scales(storage: torch.Tensor, fmt: Format, batch: int, mn: int, k: int) -> torch.Tensor:
-    """The scale of each value, (batch, mn, k), float32, from the bytes of all scales."""
+    """Return the scale of each value, (batch, mn, k), float32, from the bytes of all scales."""
     groups = fmt.groups(k)
     places = torch.meshgrid(*map(torch.arange, (batch, mn, groups)), indexing="ij")
-    offsets = scale_offset(fmt.scale_format, *places, mn, groups)
+    offsets = scale_offset(fmt.scale_layout, 1 if fmt.ue8m0 else 4, *places, mn, groups)
     if fmt.ue8m0:
         exponents = storage[offsets].double()
         scales = torch.exp2(exponents - 127).where(exponents != 255, torch.nan).float()
@@ -280,25 +283,27 @@ def _stored_scales(storage: torch.Tensor, fmt: Format, batch: int, mn: int, k: i
 
 
 def _rounded(values: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """What float32 `values` become under `scales`: float32, saturated."""
+    """Return float32 `values` divided by `scales` and rounded to values of `fmt`, saturated."""
     limit = fmt.value_type.max
     scaled = (values * (1.0 / scales)).clamp(-limit, limit)
-    return scaled.round() if fmt.dtype is torch.int8 else scaled.to(fmt.dtype).float()
+    return scaled.round() if fmt.values is torch.int8 else scaled.to(fmt.values).float()
 
 
 def moved(t: torch.Tensor, device: str) -> torch.Tensor:
-    """`t` on `device`, strides and all."""
+    """Return `t` on `device` with its strides."""
     storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
     return storage.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def on_device(rows: Rows | None, device: str) -> Rows | None:
-    kind, data, alignment = to_operands(rows)
-    return from_operands(kind, data if data is None else data.to(device), alignment)
+    operands = to_operands(rows)
+    if operands.row_data is None:
+        return rows
+    return from_operands(operands._replace(row_data=operands.row_data.to(device)))
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Every bit pattern is as likely as any other: subnormals, NaN and Inf come too."""
+    """Return uniformly random bit patterns, subnormals, NaN and Inf included."""
     generator = torch.Generator().manual_seed(seed)
     bits = {2: 16, 4: 32}[dtype.itemsize]
     integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]

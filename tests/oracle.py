@@ -19,7 +19,7 @@ LARGEST = {E4M3: 448, E5M2: 57344, INT8: 127}
 
 
 def _float8_magnitudes(mantissa_bits: int, bias: int, codes: int) -> list[Fraction]:
-    """Magnitudes by their code, which are in ascending order."""
+    """Return the magnitudes in the order of their codes, which is ascending."""
     magnitudes = []
     for code in range(codes):
         exponent, mantissa = code >> mantissa_bits, code & ((1 << mantissa_bits) - 1)
@@ -39,7 +39,7 @@ MAGNITUDES = {
 
 
 def exact_code(magnitude: Fraction, dtype: torch.dtype) -> int:
-    """The code of the nearest magnitude, ties to the even code, saturating."""
+    """Return the code of the nearest magnitude, ties to the even code, saturating."""
     table = MAGNITUDES[dtype]
     below = bisect.bisect_right(table, magnitude) - 1
     if below == len(table) - 1:
@@ -55,7 +55,7 @@ def exact_e4m3(magnitude: Fraction) -> int:
 
 
 def with_sign(code: int, negative: bool, dtype: torch.dtype) -> int:
-    """The byte of a magnitude's code and a sign."""
+    """Return the byte of a magnitude's code and a sign."""
     if dtype is INT8:
         return (-code if negative else code) & 0xFF
     return code | (0x80 if negative else 0)
@@ -66,7 +66,7 @@ def nan_byte(dtype: torch.dtype) -> int:
 
 
 def exact_exponent(group: list[float], min_scale: float, dtype: torch.dtype = E4M3) -> int:
-    """The UE8M0 byte: by search for the smallest power of two, not by logarithm."""
+    """Return the UE8M0 byte, found by search for the smallest power of two, not by logarithm."""
     if not all(map(math.isfinite, group)):
         return 255
     target = max(Fraction(max(map(abs, group))) / LARGEST[dtype], Fraction(min_scale))
@@ -79,7 +79,7 @@ POWERS = [Fraction(2) ** (e - 127) for e in range(255)]
 def exact_group(
     group: list[float], min_scale: float = 0.0, dtype: torch.dtype = E4M3
 ) -> tuple[list[int], int]:
-    """Bytes of the values, and the UE8M0 byte, of one group."""
+    """Return the bytes of the values, and the UE8M0 byte, of one group."""
     exponent = exact_exponent(group, min_scale, dtype)
     if exponent == 255:
         return [nan_byte(dtype)] * len(group), exponent
@@ -87,7 +87,7 @@ def exact_group(
 
 
 def exact_float32(value: Fraction) -> Fraction:
-    """The nearest normal float32, ties to even."""
+    """Return the nearest normal float32, ties to even."""
     exponent = value.numerator.bit_length() - value.denominator.bit_length()
     if value < Fraction(2) ** exponent:
         exponent -= 1
@@ -98,7 +98,7 @@ def exact_float32(value: Fraction) -> Fraction:
 def exact_float32_group(
     group: list[float], min_scale: float, dtype: torch.dtype = E4M3
 ) -> tuple[list[int], float]:
-    """Bytes of the values, and the float32 scale, of one group."""
+    """Return the bytes of the values, and the float32 scale, of one group."""
     if not all(map(math.isfinite, group)):
         return [nan_byte(dtype)] * len(group), math.nan
     amax = max(map(abs, map(Fraction, group)))
@@ -116,9 +116,23 @@ def _exact_bytes(group: list[float], multiplier: Fraction, dtype: torch.dtype) -
     return codes
 
 
+def exact_min_scale(min_scale: float | str, dtype: torch.dtype) -> float:
+    """Return a smallest scale, a number or a library's name for one, as a number.
+
+    DeepGEMM and SGLang bound the amax by a float32 and divide it by the largest value.
+    """
+    if not isinstance(min_scale, str):
+        return min_scale
+    amax = {"deepgemm": 1e-4, "sglang": 1e-10}
+    if min_scale in amax:
+        rounded = exact_float32(Fraction(amax[min_scale]))
+        return float(exact_float32(rounded / LARGEST[dtype]))
+    return {"vllm": 1e-10, "ocp": 0.0}[min_scale]
+
+
 @dataclass
 class Choices:
-    """What is asked of `quantize`; live rows and their sources come as Python lists.
+    """A call of `quantize`, its live rows and their sources as Python lists.
 
     Attributes:
         sources: for each matrix of the batch and each of its rows the row of values, or None where
@@ -128,7 +142,8 @@ class Choices:
 
     dtype: torch.dtype
     group_size: int
-    scale_format: str
+    scale_layout: str
+    scale_dtype: torch.dtype
     round_scale: bool
     min_scale: float
     k: int
@@ -136,18 +151,18 @@ class Choices:
     counts: list[int] | None = None
 
 
-def scale_offset(scale_format: str, batch: int, row: int, group: int, mn: int, groups: int) -> int:
-    """The byte of a group's scale in memory."""
+def scale_offset(
+    scale_layout: str, nbytes: int, batch: int, row: int, group: int, mn: int, groups: int
+) -> int:
+    """Return the offset in bytes of a group's scale, which has `nbytes`."""
     aligned = (mn + 3) // 4 * 4
-    if scale_format == "ue8m0":
+    if scale_layout == "mn_major_packed":
         words = (groups + 3) // 4
         return 4 * ((batch * words + group // 4) * aligned + row) + group % 4
-    if scale_format == "float32":
-        return 4 * ((batch * groups + group) * aligned + row)
-    if scale_format == "float32_row_major":
-        return 4 * ((batch * mn + row) * groups + group)
-    if scale_format == "ue8m0_row_major":
-        return (batch * mn + row) * groups + group
+    if scale_layout == "mn_major":
+        return nbytes * ((batch * groups + group) * aligned + row)
+    if scale_layout == "row_major":
+        return nbytes * ((batch * mn + row) * groups + group)
     stored_groups = (groups + 3) // 4 * 4
     stored_rows = (mn + 127) // 128 * 128
     block = (row // 128) * (stored_groups // 4) + group // 4
@@ -158,21 +173,21 @@ def scale_offset(scale_format: str, batch: int, row: int, group: int, mn: int, g
 def expected_bytes(
     choices: Choices, q_before: bytes, q_rows: int, sf_before: bytes
 ) -> tuple[bytes, bytes]:
-    """Contiguous q (batch, q_rows, k), and the storage of sf, as they are after the call."""
+    """Return contiguous q (batch, q_rows, k), and the storage of sf, after the call."""
     c = choices
     q, sf = bytearray(q_before), bytearray(sf_before)
     mn = len(c.sources[0])
     size = c.k if c.group_size == -1 else c.group_size
     groups = -(-c.k // size)
     stored_groups = groups
-    if c.scale_format in ("ue8m0", "ue8m0_128x4"):
+    if c.scale_layout in ("mn_major_packed", "128x4"):
         stored_groups = (groups + 3) // 4 * 4
-    stored_rows = {"ue8m0": 4, "float32": 4, "ue8m0_128x4": 128}.get(c.scale_format, 1)
+    stored_rows = {"row_major": 1, "128x4": 128}.get(c.scale_layout, 4)
     stored_rows = (mn + stored_rows - 1) // stored_rows * stored_rows
-    nbytes = 4 if c.scale_format.startswith("float32") else 1
+    nbytes = c.scale_dtype.itemsize
 
     def put_scale(batch: int, row: int, group: int, content: bytes) -> None:
-        at = scale_offset(c.scale_format, batch, row, group, mn, groups)
+        at = scale_offset(c.scale_layout, nbytes, batch, row, group, mn, groups)
         if at < len(sf):
             sf[at : at + nbytes] = content
 
@@ -197,7 +212,7 @@ def expected_bytes(
 
 def _scaled(group: list[float], c: Choices) -> tuple[list[int], bytes]:
     min_scale = struct.unpack("f", struct.pack("f", c.min_scale))[0]
-    if c.scale_format.startswith("float32") and not c.round_scale:
+    if c.scale_dtype is torch.float32 and not c.round_scale:
         codes, scale = exact_float32_group(group, min_scale, c.dtype)
         return codes, FLOAT32_NAN if math.isnan(scale) else struct.pack("<f", scale)
     codes, exponent = exact_group(group, min_scale, c.dtype)

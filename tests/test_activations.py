@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 from cute_quant import dequantize, quantize
-from tests.helpers import FORMATS, check_against_reference, format_id
+from tests.helpers import FORMATS, check_against_reference
 from tests.oracle import exact_group
 
 PATH = Path(__file__).parents[1] / "bench" / "data" / "activations.safetensors"
 ACTIVATIONS = load_file(PATH)
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_byte(name, fmt, device):
     check_against_reference(ACTIVATIONS[name].to(device), fmt)

@@ -20,14 +20,15 @@ import torch
 
 import cute_quant
 from cute_quant.cli import main
+from cute_quant.contract.calls import Call
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED, Prologue, make_rms_norm, make_silu_mul
 from cute_quant.contract.rows import Rows
-from cute_quant.dispatch import selection
+from cute_quant.dispatch import plan
 from cute_quant.jit import aot_build, aot_load, aot_presets, keys, lookup, shared_objects, toolchain
 from cute_quant.jit.aot_manifest import check_trusted
 from cute_quant.kernels.config import QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
-from tests.helpers import UE8M0, full_id
+from tests.helpers import UE8M0
 
 SPEC = QuantizeSpec(torch.bfloat16, UE8M0)
 NAME = keys.spec_name(SPEC)
@@ -47,17 +48,16 @@ ASK = f"""
 import sys
 import torch
 import cute_quant
+from cute_quant import DEEP_GEMM
 from cute_quant.jit import lookup
-from cute_quant.formats import make_format
-from cute_quant.specs import QuantizeSpec
-fmt = make_format(128, "ue8m0", False)
-function = lookup.function(QuantizeSpec(torch.bfloat16, fmt), "{ARCH}")
+from cute_quant.kernels.config import QuantizeSpec
+function = lookup.function(QuantizeSpec(torch.bfloat16, DEEP_GEMM), "{ARCH}")
 try:
     function()
 except TypeError as error:
     assert str(error).startswith("Expects 9 parameters when calling")
 try:
-    lookup.function(QuantizeSpec(torch.float16, fmt), "{ARCH}")
+    lookup.function(QuantizeSpec(torch.float16, DEEP_GEMM), "{ARCH}")
 except RuntimeError as error:
     print(error)
 assert not {{"cutlass", "nvidia_cutlass_dsl", "cuda"}} & set(sys.modules)
@@ -282,7 +282,7 @@ def test_without_cute_dsl(built, site, tmp_path, how):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert done.stdout.strip() == (
-        f"quantize-float16-128-ue8m0-float8_e4m3fn for {ARCH} is not among those of {built}, and "
+        f"{NAME.replace('bfloat16', 'float16')} for {ARCH} is not among those of {built}, and "
         f"CuTe DSL is not installed to compile it: pip install nvidia-cutlass-dsl"
     )
 
@@ -523,16 +523,14 @@ class Asked(list):
         index: torch.Tensor | None = None,
         prologue: Prologue | None = None,
     ) -> Spec:
-        """What a call asks for whose q is of this shape."""
-        strides = torch.empty(shape, device="meta").stride()
+        """Return what a call asks for whose q has this shape."""
         *batch_shape, mn, k = shape
-        scales = (
-            fmt.scale_shape(tuple(batch_shape), mn, k),
-            fmt.scale_strides(tuple(batch_shape), mn, k),
+        values = plan.View(shape, plan.contiguous_strides(shape))
+        scales = plan.View(
+            fmt.scale_shape(batch_shape, mn, k), fmt.scale_strides(batch_shape, mn, k)
         )
-        selection.quantize_kernel(
-            x, (shape, strides), 0, scales, fmt, fmt.dtype, 94, rows, index, prologue
-        )
+        call = Call(x, fmt, rows=rows, index=index, prologue=prologue)
+        plan.choose_kernel(call, plan.Destination(values, 0, fmt.values), scales)
         return self.pop()
 
 
@@ -559,7 +557,7 @@ def rows_of(kind: str, mn: int) -> Rows | None:
     }.get(kind)
 
 
-every_format = pytest.mark.parametrize("fmt", aot_presets.DEEPGEMM_FORMATS, ids=full_id)
+every_format = pytest.mark.parametrize("fmt", aot_presets.DEEPGEMM_FORMATS, ids=str)
 
 
 @every_format
@@ -580,8 +578,8 @@ def test_presets_have_what_calls_ask_for(kind, large, gathered, fmt, asked, arch
 
 
 ACTIVATIONS = {
-    "plain": (False, None, 1.0, 0.0),
-    "gpt-oss": (True, 7.0, 1.702, 1.0),
+    "plain": {"interleaved": False, "clamp": None, "alpha": 1.0, "beta": 0.0},
+    "gpt-oss": {"interleaved": True, "clamp": 7.0, "alpha": 1.702, "beta": 1.0},
 }
 
 
@@ -594,7 +592,7 @@ def test_moe_has_what_activations_ask_for(options, kind, mn, weighted, fmt, aske
     shape = (3, mn, 1024) if kind == "masked" else (mn, 1024)
     gate_up = torch.empty((*shape[:-1], 2048), dtype=torch.bfloat16)
     weight = torch.empty(shape[:-1]) if weighted else None
-    prologue = make_silu_mul(*options, FUSED, weight)
+    prologue = make_silu_mul(**options, rounding=FUSED, weight=weight)
     spec = asked.call(gate_up, shape, fmt, rows_of(kind, mn), prologue=prologue)
     assert isinstance(spec, SiluMulSpec)
     assert spec in aot_presets.moe(arch)
@@ -610,10 +608,10 @@ def test_moe_has_what_norms_ask_for(with_residual, normalized, fmt, asked, arch)
         residual = torch.empty_like(x) if with_residual else None
         prologue = make_rms_norm(
             torch.empty(k, dtype=torch.bfloat16),
-            1e-6,
-            0.0,
-            FUSED,
-            residual,
+            eps=1e-6,
+            weight_offset=0.0,
+            rounding=FUSED,
+            residual=residual,
             normalized=torch.empty_like(x) if normalized else None,
         )
         found.add(asked.call(x, (8, k), fmt, prologue=prologue))

@@ -1,4 +1,4 @@
-"""What benchmarks say of results: whether they are right, and whether targets are met."""
+"""Benchmarks: checks of results, and verdicts on targets."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ every_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o:
 
 
 def computed(operation):
-    """A problem whose first buffer holds what the reference makes of it."""
+    """Return a problem whose first buffer holds the reference's results."""
     torch.manual_seed(0)
     problem = StageProblem(ROWS, COLUMNS, "cpu")
     buffer = problem.buffers[0]
@@ -37,7 +37,7 @@ def computed(operation):
         silu_mul_quantize(buffer.gate_up, out=out)
     elif operation is RMS_NORM_QUANTIZE:
         out = *out, buffer.residual_out
-        rms_norm_quantize(buffer.x, buffer.weight, EPS, buffer.residual, out=out)
+        rms_norm_quantize(buffer.x, buffer.weight, eps=EPS, residual=buffer.residual, out=out)
     else:
         quantize(buffer.x, out=out)
     return problem, buffer
@@ -114,7 +114,7 @@ def test_results_of_an_operation():
 
 
 class Provider:
-    """One that does as it is told."""
+    """A provider with a given difference or error."""
 
     def __init__(self, name, difference="", error=None):
         self.name, self.launch, self.ours = name, PLAIN, name.startswith(CUTE_QUANT)
@@ -134,7 +134,7 @@ class Provider:
 
 @pytest.fixture
 def make_run(monkeypatch):
-    """A run on what takes a graph for its time."""
+    """Make runs that capture and measure nothing."""
     monkeypatch.setattr(environment, "describe", lambda: {"commit": None})
     monkeypatch.setattr(timing, "capture", lambda calls, launches: timing.Graph(None, launches, ()))
     monkeypatch.setattr(

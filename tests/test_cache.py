@@ -1,4 +1,4 @@
-"""The disk cache: what is in the key, who may write to it, and what survives crashes and races."""
+"""The disk cache: its key, its permissions, crashes and races."""
 
 import ast
 import json
@@ -26,7 +26,7 @@ from tests.helpers import FLOAT32, UE8M0
 
 SPEC = QuantizeSpec(torch.bfloat16, UE8M0)
 ARCH = lookup.architecture(0) if torch.cuda.is_available() else "sm_100a"
-"""What the compiler takes this machine for: others cannot be called where they are compiled."""
+"""The architecture that the compiler detects: kernels of others cannot be called here."""
 
 OPTIONS = lookup.compile_options(ARCH)
 KEY = "0123456789abcdef"
@@ -35,17 +35,17 @@ PACKAGE = Path(cute_quant.__file__).parent
 
 ASK = f"""
 import torch, sys, json
+from cute_quant import DEEP_GEMM
 from cute_quant.jit import lookup
-from cute_quant.formats import make_format
-from cute_quant.specs import QuantizeSpec
-spec = QuantizeSpec(torch.bfloat16, make_format(128, "ue8m0", False))
+from cute_quant.kernels.config import QuantizeSpec
+spec = QuantizeSpec(torch.bfloat16, DEEP_GEMM)
 function = lookup.function(spec, "{ARCH}")
 try:
     function()
 except TypeError as error:
     print(json.dumps(dict(compiled="cutlass" in sys.modules, message=str(error)[:80])))
 """
-"""Asks for a kernel in a process of its own, and calls it with too few arguments."""
+"""Request a kernel in a process of its own, and call it with too few arguments."""
 
 
 def environment(directory: Path, **variables: str) -> dict[str, str]:
@@ -68,7 +68,7 @@ def start(directory: Path, code: str = ASK, **variables: str) -> subprocess.Pope
 
 
 def finish(process: subprocess.Popen) -> tuple[bool, str]:
-    """Whether it compiled, and its log."""
+    """Return whether the process compiled, and its log."""
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     answer = json.loads(out)
@@ -89,7 +89,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with one entry; not to be changed."""
+    """A cache with one entry; tests must not change it."""
     made = tmp_path_factory.mktemp("warm") / "cache"
     compiled, log = ask(made)
     assert compiled and not log
@@ -299,7 +299,7 @@ def test_default_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     store = disk_cache.open_cache()
     assert store.directory == tmp_path / "xdg" / "cute_quant" and store.writable
-    # Who only looks makes nothing.
+    # Reading does not create the directory.
     assert not store.entries() and store.clear() == 0 and not (tmp_path / "xdg").exists()
     store.store(KEY, b"content", RECORD)
     for made in (store.directory, store.directory.parent):
@@ -350,9 +350,9 @@ def test_two_processes_compile_once(directory):
 def test_killed_while_it_stores(directory, point):
     kill = "import os, signal; die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
     patch = {
-        "seal": "from cute_quant import objects; objects.seal = die\n",
+        "seal": "from cute_quant.jit import shared_objects; shared_objects.seal = die\n",
         "replace": "os.replace = die\n",
-        "after": "from cute_quant import cache; cache.Cache._trim = die\n",
+        "after": "from cute_quant.jit import disk_cache; disk_cache.Cache._trim = die\n",
     }[point]
     process = start(directory, kill + patch + ASK)
     process.communicate(timeout=120)
@@ -438,7 +438,7 @@ def test_who_waited_in_vain_does_not_wait_again(directory, monkeypatch, caplog):
 
 COUNT_BUILDS = """
 from cute_quant.jit import disk_cache, lookup
-cache.LOCK_SECONDS = 0.2
+disk_cache.LOCK_SECONDS = 0.2
 build, built = lookup.build, []
 lookup.build = lambda *a, **k: (built.append(1), build(*a, **k))[1]
 """
@@ -462,7 +462,7 @@ def no_space(*arguments):
 os.replace = no_space
 """
     again = """
-lookup.function(QuantizeSpec(torch.float16, make_format(128, "ue8m0", False)), "%s")
+lookup.function(QuantizeSpec(torch.float16, DEEP_GEMM), "%s")
 assert len(built) == 2, built
 """
     code = COUNT_BUILDS + full + COUNTED + again % ARCH
@@ -551,7 +551,7 @@ def test_trimming_leaves_what_is_in_use(directory, monkeypatch):
 OTHER_SPECS = (
     QuantizeSpec(torch.float16, UE8M0),
     QuantizeSpec(torch.bfloat16, FLOAT32),
-    QuantizeSpec(torch.bfloat16, UE8M0._replace(dtype=torch.int8)),
+    QuantizeSpec(torch.bfloat16, UE8M0.replace(values=torch.int8)),
     QuantizeSpec(torch.bfloat16, UE8M0, Tile(rows_per_thread=2)),
     QuantizeSpec(torch.bfloat16, UE8M0, domain=Domain(batched=True)),
     QuantizeSpec(torch.bfloat16, UE8M0, access=Access(16)),
@@ -617,9 +617,16 @@ def test_key_depends_on_architecture_and_options_and_nothing_else(monkeypatch):
 
 
 KERNEL_SOURCES = [
-    *sorted(f"kernels/{path.name}" for path in (PACKAGE / "kernels").glob("*.py")),
+    *sorted(
+        f"kernels/{path.name}"
+        for path in (PACKAGE / "kernels").glob("*.py")
+        if path.name != "heuristics.py"
+    ),
+    "contract/dtypes.py",
+    "contract/format_choices.py",
     "contract/formats.py",
     "contract/rows.py",
+    "contract/torch_private.py",
     "jit/shared_objects.py",
 ]
 
@@ -654,21 +661,39 @@ def test_adding_a_kernel_changes_the_key(sources):
 
 def test_editing_anything_else_does_not_change_the_key(sources):
     before = disk_cache.key(SPEC, ARCH, OPTIONS)
-    for name in ("ops.py", "dispatch/execution.py", "cli/check.py", "lab/command.py"):
+    others = (
+        "ops.py",
+        "contract/checks.py",
+        "dispatch/launch.py",
+        "cli/check.py",
+        "kernels/heuristics.py",
+        "lab/command.py",
+    )
+    for name in others:
         (sources / name).write_text("# not part of a kernel")
     assert disk_cache.key(SPEC, ARCH, OPTIONS) == before
 
 
+def imports(path: Path) -> set[Path]:
+    """Return the files of the package that a file imports from."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cute_quant"):
+            module = PACKAGE.parent / node.module.replace(".", "/")
+            names = [module / alias.name for alias in node.names] if module.is_dir() else [module]
+            found |= {name.with_suffix(".py") for name in names}
+    return found
+
+
 def test_sources_are_all_that_kernels_import():
     named = {path for pattern in keys.SOURCES for path in PACKAGE.glob(pattern)}
-    for path in sorted(named):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cute_quant"):
-                module = PACKAGE.parent / node.module.replace(".", "/")
-                names = [module / alias.name for alias in node.names] if module.is_dir() else []
-                for imported in names or [module]:
-                    if path.name != "objects.py":  # what it imports is in the key by itself
-                        assert imported.with_suffix(".py") in named, f"{path} imports {imported}"
+    named = {path for path in named if path.name not in keys.NOT_COMPILED}
+    linker = PACKAGE / "jit" / "shared_objects.py"  # What it imports is in the key by itself.
+    imported = {path: imports(path) for path in named - {linker}}
+    for path, others in imported.items():
+        assert others <= named, f"{path} imports {others - named}"
+    kernels = set((PACKAGE / "kernels").glob("*.py")) - {PACKAGE / "kernels" / "heuristics.py"}
+    assert named == kernels | {linker} | set().union(*imported.values())
 
 
 @pytest.mark.gpu

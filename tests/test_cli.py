@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import cute_quant
+from cute_quant import kernels
 from cute_quant.cli import check, main
-from cute_quant.dispatch import execution, selection
+from cute_quant.contract.calls import Call
+from cute_quant.dispatch import launch, plan
 from cute_quant.jit import aot_presets, keys, lookup
 from cute_quant.jit.disk_cache import Cache
 from cute_quant.kernels.config import DequantizeSpec, QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
@@ -20,6 +22,7 @@ from tests.helpers import UE8M0
 
 WITH_EXAMPLES = [name for name in main.COMMANDS if name != "layout"]
 SPEC = QuantizeSpec(torch.bfloat16, UE8M0)
+NAME = "quantize-bfloat16-e4m3_128_e8m0_mn_major_packed"
 
 
 @pytest.fixture
@@ -71,7 +74,15 @@ def test_overview_names_every_command(capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["wash"], ["cache"], ["cache", "wash"], ["info", "--wash"], ["build", "--arch", "sm_80"]],
+    [
+        [],
+        ["wash"],
+        ["bench"],
+        ["cache"],
+        ["cache", "wash"],
+        ["info", "--wash"],
+        ["build", "--arch", "sm_80"],
+    ],
 )
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -89,6 +100,23 @@ def test_commands_need_no_cute_dsl():
     modules = [module for module, _ in main.COMMANDS.values()]
     code = f"import sys, {', '.join(modules)}; assert 'cutlass' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_imports_need_no_cute_dsl():
+    modules = ["cute_quant", "cute_quant.kernels", "cute_quant.kernels.config"]
+    modules += ["cute_quant.integrations.deep_gemm", "cute_quant.integrations.vllm"]
+    code = (
+        f"import sys, {', '.join(modules)}; assert not {{'cutlass', 'tvm_ffi'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_of_kernels_load_when_they_are_used():
+    assert set(kernels.__all__) <= set(dir(kernels))
+    for name in kernels.__all__:
+        assert getattr(kernels, name) is not None
+    with pytest.raises(AttributeError, match=r"'cute_quant\.kernels' has no attribute 'missing'"):
+        _ = kernels.missing
 
 
 # info
@@ -193,10 +221,11 @@ def test_build_list(capsys):
     assert main.main(["build", "--preset", "deepgemm", "--list"]) == 0
     names = capsys.readouterr().out.splitlines()
     assert len(names) == len(aot_presets.deepgemm("sm_90a"))
-    assert "quantize-bfloat16-128-ue8m0-float8_e4m3fn" in names
-    assert main.main(["build", "--kernel", "dequantize-128-ue8m0-*", "--list", "--json"]) == 0
+    assert NAME in names
+    pattern = "dequantize-e4m3_128_e8m0_*"
+    assert main.main(["build", "--kernel", pattern, "--list", "--json"]) == 0
     names = json.loads(capsys.readouterr().out)
-    assert names and all(name.startswith("dequantize-128-ue8m0-") for name in names)
+    assert names and all(name.startswith(pattern.removesuffix("*")) for name in names)
 
 
 def test_build_list_depends_on_the_architecture(capsys):
@@ -250,10 +279,7 @@ def test_check_compiles_for_each_architecture(monkeypatch, capsys):
     assert main.main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        *(
-            f"ok     compiled {arch:8} quantize-bfloat16-128-ue8m0-float8_e4m3fn"
-            for arch in lookup.ARCHITECTURES.values()
-        ),
+        *(f"ok     compiled {arch:8} {NAME}" for arch in lookup.ARCHITECTURES.values()),
         "3 of 3 are right",
     ]
 
@@ -292,17 +318,16 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
     asked = []
-    launch = unittest.mock.Mock()
+    function = unittest.mock.Mock()
 
-    def quantize_into(x, q, sf, fmt, floor, rows, index, prologue):
-        result, scales = (q.shape, q.stride()), (sf.shape, sf.stride())
-        selection.quantize_kernel(
-            x, result, q.data_ptr(), scales, fmt, fmt.dtype, floor, rows, index, prologue
-        )
+    def quantize_into(call: Call, q: torch.Tensor, sf: torch.Tensor) -> None:
+        values = plan.View(tuple(q.shape), q.stride())
+        scales = plan.View(tuple(sf.shape), sf.stride())
+        plan.choose_kernel(call, plan.Destination(values, q.data_ptr(), q.dtype), scales)
 
     monkeypatch.setattr(lookup, "architecture", lambda index: arch)
-    monkeypatch.setattr(lookup, "function", lambda *of: asked.append(of) or launch)
-    monkeypatch.setattr(execution.reference, "quantize_into", quantize_into)
+    monkeypatch.setattr(lookup, "function", lambda *of: asked.append(of) or function)
+    monkeypatch.setattr(launch.reference, "quantize_into", quantize_into)
     specs = [
         spec
         for spec in aot_presets.of_each_kind(arch)
@@ -403,7 +428,7 @@ def test_check_takes_a_scale_that_is_a_neighbour(monkeypatch):
     # The next power of two for the first group of row 0, and its values under that.
     values = expected.values.flatten()[:128].float()
     flatten = actual.values.flatten()
-    flatten[:128] = (values / 2).to(spec.fmt.dtype)
+    flatten[:128] = (values / 2).to(spec.fmt.values)
     check._storage(actual.scales)[0] += 1
     assert check._compare(spec, actual, expected) == 1
 
@@ -444,7 +469,9 @@ def test_check_says_how_many_are_neighbours(monkeypatch, capsys):
 def test_check_on_the_gpu(name, monkeypatch, capsys):
     functions = {}
     monkeypatch.setattr(lookup, "_functions", functions)
-    monkeypatch.setattr(execution, "_plans", {})
+    monkeypatch.setattr(launch, "_plans", {})
+    for recent in ("_recent", "_recent_out"):
+        monkeypatch.setattr(launch, recent, [])
     assert main.main(["check", "--preset", name]) == 0
     arch = lookup.architecture(0)
     specs = aot_presets.PRESETS[name](arch)
@@ -469,7 +496,9 @@ def test_layout_help(capsys):
 
 def test_layout_show(tmp_path):
     command = [sys.executable, "-m", "cute_quant", "layout", "show", "--threads-per-group", "4"]
-    done = subprocess.run([*command, "--group-size", "64"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--format", "e4m3:64:e8m0:mn_major_packed"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and not done.stderr
     assert done.stdout.strip()
     file = tmp_path / "layout.svg"
@@ -493,40 +522,3 @@ def test_layout_that_is_refused(capsys):
     assert main.main(["layout", "show", "--threads-per-group", "3"]) == 2
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1 and "threads_per_group" in err
-
-
-# bench
-
-
-def test_bench_gets_its_options(monkeypatch):
-    calls = []
-    monkeypatch.setattr("subprocess.call", lambda command: calls.append(command) or 3)
-    assert main.main(["bench", "--quick", "--rows", "1,2"]) == 3
-    assert calls == [[sys.executable, "-m", "bench", "--quick", "--rows", "1,2"]]
-
-
-@pytest.fixture
-def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The benchmark is not among the modules, as for the installed script."""
-
-    def find(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}")
-
-    monkeypatch.setattr("importlib.util.find_spec", find)
-
-
-def test_bench_of_the_working_directory(not_installed, monkeypatch):
-    calls = []
-    monkeypatch.setattr("subprocess.call", lambda command: calls.append(command) or 0)
-    monkeypatch.chdir(Path(__file__).parent.parent)
-    assert main.main(["bench", "--quick"]) == 0
-    assert calls == [[sys.executable, "-m", "bench", "--quick"]]
-
-
-@pytest.mark.parametrize("others", [[], ["__main__.py"]])
-def test_bench_outside_of_the_repository(others, not_installed, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bench").mkdir()
-    for name in others:
-        (tmp_path / "bench" / name).touch()
-    assert "run this in a checkout" in fails(capsys, "bench")

@@ -2,28 +2,30 @@
 
 import math
 import struct
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cute_quant import dequantize, quantize
-from cute_quant.contract.formats import to_float32
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, dequantize, quantize
+from cute_quant.contract.dtypes import to_float32
 from tests.helpers import (
+    EVERY_DTYPE,
     FLOAT32,
     FLOAT32_ROUNDED,
     FORMATS,
     UE8M0,
+    assert_same_bits,
     bits,
     check_against_reference,
-    format_id,
     random_bits,
 )
-from tests.oracle import exact_float32_group, exact_group
+from tests.oracle import LARGEST, exact_float32, exact_float32_group, exact_group
 
 DTYPES = [torch.bfloat16, torch.float16]
-every_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -32,7 +34,7 @@ def all_patterns(dtype: torch.dtype) -> torch.Tensor:
 
 
 def groups_with_amax(magnitudes: torch.Tensor) -> torch.Tensor:
-    """One group of 128 a pattern: the pattern at a moving position, smaller neighbours around."""
+    """Return a group of 128 per pattern: it at a moving column, smaller values around it."""
     n = magnitudes.numel()
     factors = torch.linspace(-1, 1, 128, dtype=torch.float64)
     finite = magnitudes.double().nan_to_num(1.0, 1.0, 1.0)
@@ -46,13 +48,13 @@ def groups_with_amax(magnitudes: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("min_scale", [1e-10, 2.0**-126])
 def test_every_pattern_as_amax(dtype, fmt, min_scale, device):
     x = groups_with_amax(all_patterns(dtype)).view(-1, 1024).to(device)
-    check_against_reference(x, fmt, min_scale)
+    check_against_reference(x, fmt.replace(min_scale=min_scale))
 
 
 @every_dtype
 def test_every_pattern_as_amax_without_floor(dtype, device):
     x = groups_with_amax(all_patterns(dtype)).view(-1, 1024).to(device)
-    check_against_reference(x, UE8M0, min_scale=0.0)
+    check_against_reference(x, UE8M0.replace(min_scale=0.0))
 
 
 @every_dtype
@@ -82,7 +84,7 @@ def test_exact_oracle(dtype, min_scale, device):
     x[::2] = torch.randn(32, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[1] = 0.0
     x[3] = x[3].where(x[3].isfinite(), 1.0)
-    q, sf = quantize(x.to(device), min_scale=min_scale)
+    q, sf = quantize(x.to(device), DEEP_GEMM.replace(min_scale=min_scale))
     exponents = ue8m0_bytes(sf, 1)
     for row in range(len(x)):
         codes, exponent = exact_group(x[row].tolist(), struct_float32(min_scale))
@@ -95,7 +97,7 @@ def test_exact_oracle_of_float32_scales(dtype, device):
     x = random_bits((48, 128), dtype, seed=7)
     x[::2] = torch.randn(24, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
     x = x.where(x.isfinite(), 1.0)
-    q, sf = quantize(x.to(device), scale_format="float32", min_scale=2.0**-126)
+    q, sf = quantize(x.to(device), DEEP_GEMM_SM90.replace(min_scale=2.0**-126))
     for row in range(len(x)):
         codes, scale = exact_float32_group(x[row].tolist(), 2.0**-126)
         assert sf[row].item() == scale
@@ -115,9 +117,30 @@ def struct_float32(value: float) -> float:
 def test_float32_scale_is_the_rounded_quotient(dtype, device):
     x = all_patterns(dtype)
     x = x.where(x.isfinite(), 1.0)[:, None].expand(-1, 128).contiguous()
-    _, sf = quantize(x.to(device), scale_format="float32", min_scale=2.0**-126)
+    _, sf = quantize(x.to(device), DEEP_GEMM_SM90.replace(min_scale=2.0**-126))
     quotient = (x[:, 0].abs().double() / 448).float().clamp(min=2.0**-126)
     assert torch.equal(sf[:, 0].cpu(), quotient)
+
+
+@every_dtype
+@pytest.mark.parametrize("values", EVERY_DTYPE, ids=str)
+def test_float32_scale_of_deepgemm_is_a_rounded_product(values, dtype, device):
+    """Scales are amax times float32(1 / M); values are x times float32(1 / scale) as always."""
+    x = groups_with_amax(all_patterns(dtype))
+    x = x.where(x.isfinite(), 1.0).view(-1, 1024)
+    choices = {"values": values, "numerics": "deepgemm", "min_scale": 2.0**-126}
+    q, sf = check_against_reference(x.to(device), DEEP_GEMM_SM90.replace(**choices))
+    inverse = float(exact_float32(Fraction(1, LARGEST[values])))
+    amax = x.double().unflatten(1, (8, 128)).abs().amax(2)
+    # Both factors have 24 bits, so that their product is exact in float64.
+    scales = (amax * inverse).float().clamp(min=2.0**-126)
+    assert_same_bits(sf.contiguous(), scales)
+    products = x.float().unflatten(1, (8, 128)) * (1.0 / scales).unsqueeze(2)
+    if values is torch.int8:
+        products = products.round().clamp(-127, 127)
+    assert_same_bits(q, products.flatten(1).to(values))
+    _, quotients = quantize(x.to(device), DEEP_GEMM_SM90.replace(**choices | {"numerics": "ieee"}))
+    assert (bits(quotients) != bits(sf)).any()
 
 
 @pytest.mark.parametrize(
@@ -148,15 +171,12 @@ def test_known_values(value, byte, code, device):
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
 def test_one_special_value_poisons_its_group_alone(dtype, fmt, special, device):
     x = torch.randn(8, 1024, generator=torch.Generator().manual_seed(4)).to(dtype)
-    clean = dequantize(
-        *quantize(x, scale_format=fmt.scale_format, round_scale=fmt.round_scale),
-        dtype=torch.float32,
-    )
+    clean = dequantize(*quantize(x, fmt), fmt, dtype=torch.float32)
     positions = [(row, 131 * row % 1024) for row in range(8)]
     for position in positions:
         x[position] = special
     q, sf = check_against_reference(x.to(device), fmt)
-    y = dequantize(q, sf, dtype=torch.float32).cpu()
+    y = dequantize(q, sf, fmt, dtype=torch.float32).cpu()
     for row, column in positions:
         group = slice(column // 128 * 128, column // 128 * 128 + 128)
         assert bits(q[row, group]).eq(0x7F).all()
@@ -175,13 +195,13 @@ def test_nan_payloads_and_signs_do_not_matter(device):
 
 @every_format
 def test_each_group_has_its_scale(fmt, device):
-    """A different power of two in each of 13 groups: scales cannot change places unnoticed."""
+    """Each of 13 groups has another power of two, so that swapped scales show."""
     x = torch.ones(6, 13 * 128, dtype=torch.bfloat16)
     exponents = torch.arange(6)[:, None] * 13 + torch.arange(13)
     x = x.unflatten(1, (13, 128)) * 2.0 ** (exponents - 40)[:, :, None]
     x = x.to(torch.bfloat16).flatten(1)
     q, sf = check_against_reference(x.to(device), fmt)
-    assert torch.equal(dequantize(q, sf).cpu(), x) == fmt.power_of_two
+    assert torch.equal(dequantize(q, sf, fmt).cpu(), x) == fmt.power_of_two
 
 
 def test_dequantize_is_contiguous(device):
@@ -192,11 +212,11 @@ def test_dequantize_is_contiguous(device):
 
 def test_flushing_subnormals_on_the_cpu():
     x = torch.zeros(2, 128, dtype=torch.bfloat16)
-    expected = quantize(x, min_scale=0.0)
+    expected = quantize(x, DEEP_GEMM.replace(min_scale=0.0))
     if not torch.set_flush_denormal(True):
         pytest.skip("this CPU cannot flush subnormals")
     try:
-        results = quantize(x, min_scale=0.0)
+        results = quantize(x, DEEP_GEMM.replace(min_scale=0.0))
     finally:
         torch.set_flush_denormal(False)
     for result, wanted in zip(results, expected, strict=True):
@@ -207,8 +227,8 @@ def test_flushing_subnormals_on_the_cpu():
 @every_format
 def test_dequantize_is_close(fmt, device):
     x = torch.randn(33, 1536, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
-    q, sf = quantize(x.to(device), scale_format=fmt.scale_format, round_scale=fmt.round_scale)
-    y = dequantize(q, sf, dtype=torch.float32).cpu()
+    q, sf = quantize(x.to(device), fmt)
+    y = dequantize(q, sf, fmt, dtype=torch.float32).cpu()
     x = x.float()
     scale = x.unflatten(1, (12, 128)).abs().amax(2, keepdim=True) / 448 * 2
     half_ulp = torch.maximum(x.unflatten(1, (12, 128)).abs() / 16, scale * 2.0**-10)
@@ -231,14 +251,14 @@ def test_dequantize_is_exact_for_every_code(dtype, fmt, device):
     sf = fmt.empty_scales((), 2, 128, torch.device(device))
     sf.copy_(torch.tensor([[120], [133]]) if fmt.packed else torch.tensor([[2**-7], [2**6]]))
     expected = codes.view(torch.float8_e4m3fn).double() * torch.tensor([[2.0**-7], [2.0**6]])
-    y = dequantize(q, sf, dtype=dtype).cpu()
+    y = dequantize(q, sf, fmt, dtype=dtype).cpu()
     assert y.dtype == dtype
     torch.testing.assert_close(
         y.double(), expected.to(dtype).double(), rtol=0, atol=0, equal_nan=True
     )
 
 
-@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32_ROUNDED, FLOAT32], ids=format_id)
+@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32_ROUNDED, FLOAT32], ids=str)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_hypothesis_values(fmt, data):
@@ -259,7 +279,7 @@ def hypothesis_values(fmt, data, device):
     lowest = 0.0 if fmt.packed else 2.0**-126
     min_scale = data.draw(st.floats(lowest, 2.0**100, allow_nan=False))
     x = torch.tensor([patterns], dtype=torch.int16).view(dtype)
-    q, sf = check_against_reference(x.to(device), fmt, min_scale)
+    q, sf = check_against_reference(x.to(device), fmt.replace(min_scale=min_scale))
     if fmt.packed:
         codes, exponent = exact_group(x[0].tolist(), struct_float32(min_scale))
         assert ue8m0_bytes(sf, 1).item() == exponent and bits(q).tolist() == codes

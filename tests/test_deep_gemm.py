@@ -5,11 +5,20 @@ import math
 import pytest
 import torch
 
-from cute_quant import Indexed, Masked, PrefixSum, dequantize, quantize
-from cute_quant.integrations.compat import per_token_cast_to_fp8
+from cute_quant import (
+    DEEP_GEMM,
+    DEEP_GEMM_32,
+    DEEP_GEMM_SM90,
+    Indexed,
+    Masked,
+    PrefixSum,
+    dequantize,
+    quantize,
+)
+from cute_quant.integrations.deep_gemm import per_token_cast_to_fp8
 from tests.helpers import assert_same_bits
 from tests.test_activations import ACTIVATIONS
-from tests.test_compat import DTYPES, finite_activations
+from tests.test_integrations import DTYPES, finite_activations
 
 try:
     import deep_gemm
@@ -32,10 +41,11 @@ def on_hopper(test):
 @with_deep_gemm
 @pytest.mark.parametrize("k", [128, 7168, 7296])
 @pytest.mark.parametrize("mn", [1, 3, 128, 4096, 4097])
-def test_packed_words_equal_those_of_deep_gemm(mn, k):
+@pytest.mark.parametrize("gran_k", [32, 128])
+def test_packed_words_equal_those_of_deep_gemm(gran_k, mn, k):
     x = torch.randn(mn, k, dtype=torch.bfloat16, device="cuda")
-    q, sf = per_token_cast_to_fp8(x, use_ue8m0=True, use_packed_ue8m0=True)
-    their_q, their_scales = deep_gemm.utils.math.per_token_cast_to_fp8(x, use_ue8m0=True)
+    q, sf = per_token_cast_to_fp8(x, True, gran_k, use_packed_ue8m0=True)
+    their_q, their_scales = deep_gemm.utils.math.per_token_cast_to_fp8(x, True, gran_k)
     their_sf = deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(their_scales)
     assert_same_bits(q, their_q)
     assert_same_bits(sf, their_sf)
@@ -47,10 +57,11 @@ def test_packed_words_equal_those_of_deep_gemm(mn, k):
 @pytest.mark.parametrize("use_ue8m0", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("place", ["cuda", "cpu"])
-def test_cast_equals_that_of_deep_gemm(dtype, use_ue8m0, place):
-    x = finite_activations((511, 2048), dtype, seed=7).to(place)
-    q, sf = per_token_cast_to_fp8(x, use_ue8m0)
-    their_q, their_sf = deep_gemm.utils.math.per_token_cast_to_fp8(x, use_ue8m0)
+@pytest.mark.parametrize(("gran_k", "n"), [(128, 2048), (128, 2000), (32, 2048), (32, 2001)])
+def test_cast_equals_that_of_deep_gemm(gran_k, n, dtype, use_ue8m0, place):
+    x = finite_activations((511, n), dtype, seed=7).to(place)
+    q, sf = per_token_cast_to_fp8(x, use_ue8m0, gran_k)
+    their_q, their_sf = deep_gemm.utils.math.per_token_cast_to_fp8(x, use_ue8m0, gran_k)
     assert_same_bits(q, their_q)
     assert_same_bits(sf, their_sf)
 
@@ -60,7 +71,7 @@ def test_cast_equals_that_of_deep_gemm(dtype, use_ue8m0, place):
 @pytest.mark.parametrize("mn", [1, 3, 128, 4097])
 def test_float32_scales_need_no_transpose(mn, k):
     """DeepGEMM hands scales back untouched, same memory, where their layout is what it wants."""
-    _, sf = quantize(torch.ones(mn, k, dtype=torch.bfloat16, device="cuda"), scale_format="float32")
+    _, sf = quantize(torch.ones(mn, k, dtype=torch.bfloat16, device="cuda"), DEEP_GEMM_SM90)
     theirs = deep_gemm.get_mn_major_tma_aligned_tensor(sf)
     assert theirs.data_ptr() == sf.data_ptr() and theirs.stride() == sf.stride()
 
@@ -86,7 +97,7 @@ def test_gemm(name, round_scale):
     w8, sfw = deep_gemm.utils.math.per_block_cast_to_fp8(w.to(torch.bfloat16), use_ue8m0=False)
     expected = x.double() @ w.double().t()
 
-    q, sf = quantize(x, scale_format="float32", round_scale=round_scale)
+    q, sf = quantize(x, DEEP_GEMM_SM90.replace(round_scale=round_scale))
     ours = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
     deep_gemm.fp8_gemm_nt((q, sf), (w8, sfw), ours)
     theirs = torch.empty_like(ours)
@@ -98,7 +109,10 @@ def test_gemm(name, round_scale):
     assert our_error < 0.05 and our_error <= their_error * 1.01
     # What the GEMM computed is the product of what dequantize says the operands are.
     scales = sfw.repeat_interleave(128, 0).repeat_interleave(128, 1)[:n]
-    product = dequantize(q, sf, dtype=torch.float32).double() @ (w8.float() * scales).double().t()
+    product = (
+        dequantize(q, sf, DEEP_GEMM_SM90, dtype=torch.float32).double()
+        @ (w8.float() * scales).double().t()
+    )
     assert relative_error(ours, product) < 0.005
 
 
@@ -157,7 +171,7 @@ def test_contiguous_grouped_gemm(layout, gathered, counts, round_scale):
     else:
         grouped_layout = group_of_row
         rows = Indexed(grouped_layout)
-    choices = {"scale_format": "float32", "round_scale": round_scale, "rows": rows}
+    choices = {"fmt": DEEP_GEMM_SM90.replace(round_scale=round_scale), "rows": rows}
     if gathered:
         order = torch.randperm(m, generator=torch.Generator().manual_seed(0)).cuda()
         tokens = torch.full_like(x, math.nan)
@@ -194,7 +208,7 @@ def test_masked_grouped_gemm(max_m, counts, gathered):
     expected = torch.einsum("gmk,gnk->gmn", x.double(), w.double())
 
     poisoned = x.where(live[:, :, None], math.nan)
-    choices = {"scale_format": "float32", "rows": Masked(masked_m)}
+    choices = {"fmt": DEEP_GEMM_SM90, "rows": Masked(masked_m)}
     if gathered:
         index = torch.arange(GROUPS * max_m, dtype=torch.int32, device="cuda").view(GROUPS, max_m)
         q, sf = quantize(poisoned.flatten(0, 1), **choices, index=index, check=True)
@@ -217,24 +231,24 @@ def test_masked_grouped_gemm(max_m, counts, gathered):
 # The batched GEMM of an output projection in groups: activations (T, G, D), scales (T, G, P).
 
 
-def quantize_by_group(x, scale_format):
+def quantize_by_group(x, fmt):
     """(T, G, D) into values (T, G, D), contiguous, and the view (T, G, P) of scales by group."""
     q = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     by_group = x.transpose(0, 1)
-    _, sf = quantize(by_group, scale_format=scale_format, out=(q.transpose(0, 1), None))
+    _, sf = quantize(by_group, fmt, out=(q.transpose(0, 1), None))
     return q, sf.transpose(0, 1)
 
 
-@pytest.mark.parametrize("scale_format", ["ue8m0", "float32"])
+@pytest.mark.parametrize("fmt", [DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90], ids=str)
 @pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize("tokens", [1, 3, 4, 129])
-def test_scales_of_an_einsum(tokens, groups, scale_format, device):
+def test_scales_of_an_einsum(tokens, groups, fmt, device):
     """``check_sf_layout`` of DeepGEMM's csrc/utils/layout.hpp with `tma_stride_check`, for the
     permutation (G, T, P) that ``fp8_einsum`` makes of what it is given."""
     k = 640
     x = torch.randn(tokens, groups, k, device=device).to(torch.bfloat16)
-    q, sf = quantize_by_group(x, scale_format)
-    columns = -(-k // (128 * 4)) if scale_format == "ue8m0" else k // 128
+    q, sf = quantize_by_group(x, fmt)
+    columns = {DEEP_GEMM: 2, DEEP_GEMM_32: 5, DEEP_GEMM_SM90: 5}[fmt]
     aligned = -(-tokens // 4) * 4
     assert sf.shape == (tokens, groups, columns)
     assert sf.stride() == (1, columns * aligned, aligned)
@@ -243,7 +257,7 @@ def test_scales_of_an_einsum(tokens, groups, scale_format, device):
     assert permuted.stride(-2) == 1
     assert permuted.stride(-1) * permuted.element_size() == -(-tokens * 4 // 16) * 16
     for group in range(groups):
-        one_q, one_sf = quantize(x[:, group], scale_format=scale_format)
+        one_q, one_sf = quantize(x[:, group], fmt)
         assert_same_bits(q[:, group], one_q)
         assert_same_bits(sf[:, group], one_sf)
 
@@ -260,7 +274,7 @@ def test_einsum(tokens):
     their_q, their_sf = deep_gemm.utils.math.per_token_cast_to_fp8(x.view(-1, r), use_ue8m0=False)
     cast = their_q.view(x.shape), their_sf.view(tokens, h, -1)
     results = []
-    for a in (quantize_by_group(x, "float32"), cast):
+    for a in (quantize_by_group(x, DEEP_GEMM_SM90), cast):
         z = torch.empty(tokens, h, d, dtype=torch.bfloat16, device="cuda")
         deep_gemm.fp8_einsum("bhr,hdr->bhd", a, weights, z)
         results.append(z)

@@ -6,26 +6,35 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import cute_quant
 from cute_quant import (
+    DEEP_GEMM,
+    DEEP_GEMM_32,
+    DEEP_GEMM_SM90,
+    GROUPWISE_FP8,
+    MXFP8,
+    ROWWISE_INT8,
+    Format,
     Indexed,
     Masked,
     PrefixSum,
+    deep_gemm_format,
     dequantize,
+    empty_scales,
     fake_quantize,
     quantize,
     rms_norm_quantize,
     silu_mul_quantize,
 )
-from cute_quant.contract.formats import make_format
-from cute_quant.dispatch import execution, selection
-from cute_quant.integrations.compat import (
-    per_token_cast_to_fp8,
-    per_token_group_quant_fp8_packed_for_deepgemm,
-)
+from cute_quant.dispatch import launch, plan
+from cute_quant.integrations.deep_gemm import per_token_cast_to_fp8
+from cute_quant.integrations.vllm import per_token_group_quant_fp8_packed_for_deepgemm
+from cute_quant.jit import lookup
 from tests.helpers import UE8M0
 
 both = pytest.mark.parametrize("function", [quantize, fake_quantize])
+
+
+operators = torch.ops.cute_quant
 
 
 def activations(device, mn=6, k=256, dtype=torch.bfloat16):
@@ -49,7 +58,7 @@ def test_not_a_tensor():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
 def test_input_dtype(function, dtype, device):
     name = str(dtype).removeprefix("torch.")
-    message = rf"x: expected .*bfloat16 or float16 or float32, got {name}"
+    message = rf"x: expected .*bfloat16 or float16 or float32, got a tensor of {name}"
     with pytest.raises(TypeError, match=message):
         function(activations(device).to(dtype))
 
@@ -82,103 +91,231 @@ def test_too_many_columns(function):
         function(x.as_strided((4, 2**20 + 1), (2**20 + 1, 1)))
 
 
-def test_neighbours_are_contiguous(device):
-    with pytest.raises(ValueError, match=r"x: expected neighbours .* contiguous, got .*\(1, 256\)"):
+def test_rows_are_contiguous(device):
+    message = r"x: expected rows contiguous along k, got strides \(1, 256\)"
+    with pytest.raises(ValueError, match=message):
         quantize(activations(device, 256, 256).t())
-    with pytest.raises(ValueError, match=r"x: expected neighbours"):
+    with pytest.raises(ValueError, match=r"x: expected rows contiguous along k"):
         quantize(activations(device, 4, 512)[:, ::2])
 
 
 @pytest.mark.parametrize(
-    "group_size", [0, -2, -128, 1, 8, 127, 512, 128.5, "128", None, [128], torch.tensor(128)]
+    ("fmt", "got"),
+    [
+        (None, "None"),
+        (128, "128"),
+        (True, "True"),
+        ("DEEP_GEMM", "'DEEP_GEMM': Format.parse reads text"),
+        (torch.float32, "torch.float32"),
+        (Format, "type"),
+        (torch.ones(2), "a tensor of float32: other tensors are keywords, and gates and ups are"),
+    ],
+    ids=str,
 )
-@both
-def test_group_size(function, group_size, device):
-    message = r"group_size: expected one of \(16, 32, 64, 128, 256\) or -1 for the whole row, got"
-    with pytest.raises(ValueError, match=message):
-        function(activations(device), group_size)
+def test_fmt_is_a_format(fmt, got, device):
+    x, (q, sf) = activations(device), quantize(activations(device))
+    message = rf"^fmt: expected a Format, such as cute_quant.DEEP_GEMM, got {got}"
+    for call in (
+        lambda: quantize(x, fmt),
+        lambda: silu_mul_quantize(x, fmt),
+        lambda: rms_norm_quantize(x, x[0], fmt),
+        lambda: fake_quantize(x, fmt),
+        lambda: dequantize(q, sf, fmt),
+        lambda: empty_scales(fmt, (6, 256)),
+        lambda: quantize(x.to("meta"), fmt),
+        lambda: fake_quantize(x.to("meta"), fmt),
+        lambda: dequantize(q.to("meta"), sf.to("meta"), fmt),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
 
 
-@both
-@pytest.mark.parametrize("group_size", [16, 64, 128, -1])
-def test_group_size_of_blocked_scales(function, group_size, device):
-    message = rf"group_size: expected 32 for scale_format='ue8m0_128x4', .*MXFP8.*got {group_size}"
-    with pytest.raises(ValueError, match=message):
-        function(activations(device), group_size, "ue8m0_128x4")
+# What a Format refuses where it is made.
 
 
-@both
 @pytest.mark.parametrize(
-    "dtype", [torch.float8_e8m0fnu, torch.float8_e4m3fnuz, torch.uint8, "int8"]
+    "group_size", [0, -2, -128, True, 1, 8, 127, 512, 128.5, 128.0, "128", None, [128]]
 )
-def test_value_dtype(function, dtype, device):
-    with pytest.raises(TypeError, match=r"dtype: expected one of \(torch.float8_e4m3fn, .*, got"):
-        function(activations(device), dtype=dtype)
+def test_group_size(group_size):
+    message = r"group_size: expected one of \(16, 32, 64, 128, 256\) or -1 for the whole row, got"
+    for fmt in (DEEP_GEMM, DEEP_GEMM_SM90):
+        with pytest.raises(ValueError, match=message):
+            fmt.replace(group_size=group_size)
+        with pytest.raises(ValueError, match=message):
+            Format(torch.int8, group_size)
+    with pytest.raises(ValueError, match=r"group_size: .*, got a tensor of int64$"):
+        Format(group_size=torch.tensor(128))
 
 
-@pytest.mark.parametrize("scale_format", ["", "e8m0", "UE8M0", None, torch.float32])
-def test_scale_format(scale_format, device):
-    with pytest.raises(ValueError, match=r"scale_format: expected one of \('ue8m0', 'float32', "):
-        quantize(activations(device), scale_format=scale_format)
+@pytest.mark.parametrize("group_size", [16, 64, 128, -1])
+def test_group_size_of_blocked_scales(group_size):
+    message = rf"group_size: expected 32 for scale_layout='128x4', .*MXFP8.*got {group_size}"
+    with pytest.raises(ValueError, match=message):
+        MXFP8.replace(group_size=group_size)
 
 
-def test_round_scale(device):
-    for scale_format in ("ue8m0", "ue8m0_row_major", "ue8m0_128x4"):
-        with pytest.raises(ValueError, match=r"round_scale: expected a bool, and True only for"):
-            quantize(activations(device), 32, scale_format, round_scale=True)
-    with pytest.raises(ValueError, match=r"round_scale: expected a bool.*got 'yes'"):
-        quantize(activations(device), scale_format="float32", round_scale="yes")
+@pytest.mark.parametrize(
+    "values", [torch.float8_e8m0fnu, torch.float8_e4m3fnuz, torch.uint8, "int8", None, int, []]
+)
+def test_values(values):
+    message = r"values: expected one of float8_e4m3fn or float8_e5m2 or int8, got"
+    with pytest.raises(TypeError, match=message):
+        DEEP_GEMM.replace(values=values)
 
 
-@pytest.mark.parametrize("min_scale", [-1e-10, float("nan"), float("inf"), 2.0**101])
-@pytest.mark.parametrize("scale_format", ["ue8m0", "float32"])
-def test_min_scale(min_scale, scale_format, device):
+@pytest.mark.parametrize("scale_dtype", [torch.uint8, torch.int32, torch.bfloat16, "ue8m0", None])
+def test_scale_dtype(scale_dtype):
+    with pytest.raises(TypeError, match=r"scale_dtype: expected float8_e8m0fnu or float32, got"):
+        DEEP_GEMM.replace(scale_dtype=scale_dtype)
+
+
+def test_scale_layout():
+    for layout in ("", "mn_major", "MN_MAJOR_PACKED", None, torch.float32, ["row_major"]):
+        message = r"scale_layout: expected one of \('mn_major_packed', 'row_major', '128x4'\) for "
+        with pytest.raises(ValueError, match=message + "float8_e8m0fnu scales, got"):
+            DEEP_GEMM.replace(scale_layout=layout)
+    for layout in ("mn_major_packed", "128x4", "row", 4):
+        message = r"scale_layout: expected one of \('mn_major', 'row_major'\) for float32 scales"
+        with pytest.raises(ValueError, match=message):
+            DEEP_GEMM_SM90.replace(scale_layout=layout)
+
+
+def test_round_scale():
+    for fmt in (DEEP_GEMM, DEEP_GEMM.replace(scale_layout="row_major"), MXFP8):
+        with pytest.raises(ValueError, match=r"round_scale: expected False for float8_e8m0fnu"):
+            fmt.replace(round_scale=True)
+    for fmt in (DEEP_GEMM, DEEP_GEMM_SM90):
+        for round_scale in ("yes", 0, 1, 0.0, None, torch.tensor(True)):
+            with pytest.raises(TypeError, match=r"round_scale: expected a bool, got"):
+                fmt.replace(round_scale=round_scale)
+
+
+def test_numerics():
+    for numerics in ("", "IEEE", "reciprocal", None, True, ["ieee"]):
+        with pytest.raises(ValueError, match=r"numerics: expected one of \('ieee', 'deepgemm'\)"):
+            DEEP_GEMM_SM90.replace(numerics=numerics)
+    for fmt in (DEEP_GEMM, MXFP8, DEEP_GEMM_SM90.replace(round_scale=True)):
+        with pytest.raises(ValueError, match=r"numerics: expected 'ieee' for scales that are"):
+            fmt.replace(numerics="deepgemm")
+
+
+@pytest.mark.parametrize(
+    "min_scale",
+    [-1, -1e-10, float("nan"), float("inf"), -float("inf"), 2.0**101, 10**400],
+    ids=lambda value: f"{str(value)[:9]}",
+)
+@pytest.mark.parametrize("fmt", [DEEP_GEMM, MXFP8, DEEP_GEMM_SM90, GROUPWISE_FP8], ids=str)
+def test_min_scale(min_scale, fmt):
     with pytest.raises(ValueError, match=r"min_scale: expected .* <= min_scale <= .*, got"):
-        quantize(activations(device), scale_format=scale_format, min_scale=min_scale)
+        fmt.replace(min_scale=min_scale)
 
 
-def test_min_scale_of_float32_scales_is_normal(device):
+def test_min_scale_of_float32_scales_is_normal():
     for round_scale in (False, True):
-        with pytest.raises(ValueError, match=r"min_scale: expected .* got 0"):
-            quantize(
-                activations(device), scale_format="float32", round_scale=round_scale, min_scale=0
-            )
+        for min_scale in (0, 2.0**-127):
+            with pytest.raises(ValueError, match=rf"min_scale: expected 1.17.* got {min_scale}"):
+                DEEP_GEMM_SM90.replace(round_scale=round_scale, min_scale=min_scale)
 
 
 @pytest.mark.parametrize("min_scale", [None, True, [1e-10], 1j, torch.tensor(1e-10)])
-@both
-def test_min_scale_is_a_number(function, min_scale, device):
+def test_min_scale_is_a_number(min_scale):
     with pytest.raises(TypeError, match=r"min_scale: expected a number or one of \('vllm', .*got"):
-        function(activations(device), min_scale=min_scale)
+        DEEP_GEMM.replace(min_scale=min_scale)
 
 
 @pytest.mark.parametrize("min_scale", ["1", "", "vLLM", "tilekernels"])
-@both
-def test_min_scale_is_a_name(function, min_scale, device):
+def test_min_scale_is_a_name(min_scale):
     with pytest.raises(ValueError, match=r"min_scale: expected a number or one of \('vllm', .*got"):
-        function(activations(device), min_scale=min_scale)
+        DEEP_GEMM.replace(min_scale=min_scale)
 
 
-@pytest.mark.parametrize("scale_format", ["float32", "float32_row_major"])
-def test_float32_scales_need_a_floor(scale_format, device):
+@pytest.mark.parametrize("fmt", [DEEP_GEMM_SM90, GROUPWISE_FP8], ids=str)
+def test_float32_scales_need_a_floor(fmt):
     with pytest.raises(ValueError, match=r"min_scale: expected 1.17.*e-38 <= .*, got 'ocp'"):
-        quantize(activations(device), scale_format=scale_format, min_scale="ocp")
+        fmt.replace(min_scale="ocp")
+
+
+def test_formats_do_not_change():
+    for change in (
+        lambda: setattr(DEEP_GEMM, "group_size", 64),
+        lambda: setattr(DEEP_GEMM, "anything", 1),
+        lambda: delattr(DEEP_GEMM, "group_size"),
+    ):
+        with pytest.raises(AttributeError, match=r": a Format does not change, use replace\(\)"):
+            change()
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'dtype'"):
+        DEEP_GEMM.replace(dtype=torch.int8)
+    assert DEEP_GEMM.group_size == 128
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "ue8m0",
+        "deep_gemm",
+        "e4m3:128",
+        "e4m3:128:e8m0",
+        "fp8:128:e8m0:mn_major_packed",
+        "e4m3:127:e8m0:mn_major_packed",
+        "e4m3:128:e8m0:128x4",
+        "e4m3:128:e8m0:mn_major_packed:",
+        "e4m3:128:e8m0:mn_major_packed:round_scale",
+        "e4m3:128:float32:mn_major:round_scale=True",
+        "e4m3:128:float32:mn_major:round_scale=False",
+        "e4m3:128:float32:mn_major:round_scale=",
+        "e4m3:128:float32:mn_major:round_scale:round_scale",
+        "e4m3:128:e8m0:mn_major_packed:min_scale=",
+        "e4m3:128:e8m0:mn_major_packed:min_scale=1e-10:min_scale=1e-10",
+        "e4m3:128:e8m0:mn_major_packed:values=int8",
+    ],
+)
+def test_text_of_a_format(text):
+    with pytest.raises(ValueError, match=r"^fmt: expected one of DEEP_GEMM, .*or text such as 'e4"):
+        Format.parse(text)
+
+
+@pytest.mark.parametrize("text", [None, 128, b"DEEP_GEMM", DEEP_GEMM, ["DEEP_GEMM"]], ids=repr)
+def test_formats_are_parsed_from_text(text):
+    with pytest.raises(TypeError, match=r"fmt: expected a str, got"):
+        Format.parse(text)
+
+
+def test_empty_scales():
+    for shape in ((), (256,)):
+        with pytest.raises(ValueError, match=r"shape: expected \(\.\.\., mn, k\) with k up to"):
+            empty_scales(DEEP_GEMM, shape)
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (12, 0)])
+def test_deep_gemm_format(capability, monkeypatch):
+    with pytest.raises(ValueError, match=r"device: expected a CUDA device, got cpu"):
+        deep_gemm_format("cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    version = ".".join(map(str, capability))
+    with pytest.raises(RuntimeError, match=rf"device: expected .* 9 or 10, .*, got {version}"):
+        deep_gemm_format()
+    for capability, fmt in (((9, 0), DEEP_GEMM_SM90), ((10, 0), DEEP_GEMM), ((10, 3), DEEP_GEMM)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert deep_gemm_format("cuda:1") is fmt
+
+
+# What calls refuse.
 
 
 def test_gradients(device):
     x = activations(device).requires_grad_()
-    choices = (128, "ue8m0", torch.float8_e4m3fn, False, 1e-10)
     for function in (quantize, fake_quantize):
-        operator = getattr(torch.ops.cute_quant, function.__name__)
+        operator = getattr(operators, function.__name__)
         message = rf"x: .*{function.__name__} is not differentiable"
         with pytest.raises(RuntimeError, match=message):
             function(x)
         with pytest.raises(RuntimeError, match=message):
-            operator(x, *choices)
+            operator(x, str(DEEP_GEMM))
         with torch.no_grad():
             function(x)
             function(torch.nn.Parameter(x))
-            operator(x, *choices)
+            operator(x, str(DEEP_GEMM))
         function(x.detach())
 
 
@@ -195,7 +332,7 @@ def test_negated_view(device):
 
 def test_row_stride(device):
     x = torch.empty(1, dtype=torch.bfloat16, device=device).expand(2, 128)
-    with pytest.raises(ValueError, match=r"x: expected neighbours"):
+    with pytest.raises(ValueError, match=r"x: expected rows contiguous along k"):
         quantize(x)
     far = torch.empty(0, dtype=torch.bfloat16, device="meta").as_strided((2, 128), (2**31, 1))
     with pytest.raises(ValueError, match=r"x: expected a row stride up to 2147483647 bytes"):
@@ -210,10 +347,10 @@ def test_out_is_a_pair(out, device):
 
 def bad_values(device):
     return [
-        (TypeError, r"expected a tensor of float8_e4m3fn, got str", "q"),
-        (TypeError, r"expected a tensor of float8_e4m3fn, got uint8",
+        (TypeError, r"expected a tensor of float8_e4m3fn, got 'q'", "q"),
+        (TypeError, r"expected a tensor of float8_e4m3fn, got a tensor of uint8",
          values(device).view(torch.uint8)),
-        (TypeError, r"got float8_e5m2", values(device).view(torch.float8_e5m2)),
+        (TypeError, r"got a tensor of float8_e5m2", values(device).view(torch.float8_e5m2)),
         (ValueError, r"expected shape \(6 or more, 256\), got \(5, 256\)", values(device, 5)),
         (ValueError, r"expected shape .*got \(6, 384\)", values(device, 6, 384)),
         (ValueError, r"expected shape .*got \(1536,\)", values(device).flatten()),
@@ -240,7 +377,7 @@ def bad_batched_values(device):
 def bad_scales(device):
     aligned = torch.empty_strided((6, 1), (1, 8), dtype=torch.int32, device=device)
     return [
-        (TypeError, r"expected a tensor of int32, got float32", aligned.view(torch.float32)),
+        (TypeError, r"expected a tensor of int32, got a tensor of fl", aligned.view(torch.float32)),
         (TypeError, r"expected a tensor of int32, got tuple", (1, 2)),
         (ValueError, r"expected shape \(6, 2\), got \(6, 3\)", scales(device, 6, 1536)),
         (ValueError, r"expected shape \(6, 2\), got \(7, 2\)", scales(device, 7, 1024)),
@@ -275,23 +412,38 @@ def test_out_values_of_a_batch(case, device):
 
 
 @pytest.mark.parametrize(
-    ("scale_format", "shape", "strides", "message"),
+    ("fmt", "shape", "strides", "message"),
     [
-        ("ue8m0", (3, 6, 2), (8, 1, 24), r"strides \(16, 1, 8\), got \(8, 1, 24\)"),
-        ("ue8m0", (6, 2), (1, 8), r"shape \(3, 6, 2\), got \(6, 2\)"),
-        ("float32", (3, 6, 32), (192, 32, 1), r"strides \(256, 1, 8\), got \(192, 32, 1\)"),
-        ("float32_row_major", (3, 6, 32), (256, 1, 8), r"strides \(192, 32, 1\), got"),
-        ("ue8m0_row_major", (3, 6, 32), (384, 64, 2), r"strides \(192, 32, 1\), got"),
-        ("ue8m0_128x4", (3, 6, 32), (192, 32, 1), r"shape \(3, 4096\), got \(3, 6, 32\)"),
-        ("ue8m0_128x4", (3, 4096), (1, 3), r"strides \(4096, 1\), got \(1, 3\)"),
+        (DEEP_GEMM_32, (3, 6, 8), (64, 8, 1), r"strides \(64, 1, 8\), got \(64, 8, 1\)"),
+        (DEEP_GEMM_32, (3, 6, 8), (8, 1, 24), r"strides \(64, 1, 8\), got \(8, 1, 24\)"),
+        (DEEP_GEMM_32, (6, 8), (1, 8), r"shape \(3, 6, 8\), got \(6, 8\)"),
+        (
+            DEEP_GEMM_SM90.replace(group_size=32),
+            (3, 6, 32),
+            (192, 32, 1),
+            r"strides \(256, 1, 8\), got \(192, 32, 1\)",
+        ),
+        (
+            GROUPWISE_FP8.replace(group_size=32),
+            (3, 6, 32),
+            (256, 1, 8),
+            r"strides \(192, 32, 1\), got",
+        ),
+        (
+            DEEP_GEMM_32.replace(scale_layout="row_major"),
+            (3, 6, 32),
+            (384, 64, 2),
+            r"strides \(192, 32, 1\), got",
+        ),
+        (MXFP8, (3, 6, 32), (192, 32, 1), r"shape \(3, 4096\), got \(3, 6, 32\)"),
+        (MXFP8, (3, 4096), (1, 3), r"strides \(4096, 1\), got \(1, 3\)"),
     ],
 )
-def test_out_scales_of_a_batch(scale_format, shape, strides, message, device):
-    dtype = make_format(32, scale_format, False).scale_dtype
-    sf = torch.empty(4096 * 3, dtype=dtype, device=device).as_strided(shape, strides)
-    x = activations(device, k=256 if scale_format == "ue8m0" else 1024).expand(3, 6, -1)
+def test_out_scales_of_a_batch(fmt, shape, strides, message, device):
+    sf = torch.empty(4096 * 3, dtype=fmt.sf_dtype, device=device).as_strided(shape, strides)
+    x = activations(device, k=1024).expand(3, 6, -1)
     with pytest.raises(ValueError, match=r"out sf: expected " + message):
-        quantize(x, 32, scale_format, out=(None, sf))
+        quantize(x, fmt, out=(None, sf))
 
 
 def test_masked_values_have_no_more_rows(device):
@@ -318,12 +470,12 @@ def test_rows(device):
     cases = [
         (
             TypeError,
-            r"rows.masked_m: expected a tensor of int32, got int64",
+            r"rows.masked_m: expected a tensor of int32, got a tensor of int64",
             batch,
             Masked(three.long()),
         ),
         (TypeError, r"rows.ends: expected a tensor of int32, got list", x, PrefixSum([1, 2])),
-        (TypeError, r"rows.m_indices: expected a tensor of int32, got NoneType", x, Indexed(None)),
+        (TypeError, r"rows.m_indices: expected a tensor of int32, got None", x, Indexed(None)),
         (
             ValueError,
             r"x: expected shape \(E, max_m, k\) for rows=Masked, got \(6, 256\)",
@@ -375,7 +527,7 @@ def test_rows(device):
 def test_index(device):
     x, three = activations(device), int32(0, 1, 2, device=device)
     cases = [
-        (TypeError, r"index: expected a tensor of int32, got int64", x, three.long(), None),
+        (TypeError, r"index: expected a tensor of int32, got a tensor", x, three.long(), None),
         (TypeError, r"index: expected a tensor of int32, got list", x, [1], None),
         (ValueError, r"index: expected 1 or 2 dimensions, got shape \(\)", x, three[0], None),
         (ValueError, r"index: expected 1 or 2 dimensions", x, three[None, None], None),
@@ -495,63 +647,86 @@ def test_devices_do_not_mix():
 def test_unsupported_architecture(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
-    cute_quant.jit.lookup.architecture.cache_clear()
+    lookup.architecture.cache_clear()
     version = ".".join(map(str, capability))
     with pytest.raises(RuntimeError, match=rf"9.0, 10.0, 10.3 .*cuda:0, Some GPU, of {version}"):
-        cute_quant.jit.lookup.architecture(0)
-    cute_quant.jit.lookup.architecture.cache_clear()
+        lookup.architecture(0)
+    lookup.architecture.cache_clear()
 
 
 def test_failed_calls_write_nothing(device):
-    sf = scales(device)
+    q, sf = values(device), scales(device)
+    q.view(torch.uint8).fill_(7)
     sf.fill_(7)
-    with pytest.raises(ValueError, match="min_scale"):
-        quantize(activations(device), min_scale=-1, out=(None, sf))
-    assert sf.eq(7).all()
+    counts = int32(6, device=device)
+    for error, choices in (
+        (TypeError, {"fmt": "DEEP_GEMM"}),
+        (TypeError, {"check": 1}),
+        (TypeError, {"index": [0]}),
+        (ValueError, {"rows": PrefixSum(counts, 0)}),
+        (ValueError, {"rows": PrefixSum(counts + 1), "check": True}),
+    ):
+        with pytest.raises(error):
+            quantize(activations(device), out=(q, sf), **choices)
+    assert q.view(torch.uint8).eq(7).all() and sf.eq(7).all()
 
 
 def test_dequantize(device):
     q, sf = quantize(activations(device))
-    names = "float8_e4m3fn or float8_e5m2 or int8"
-    with pytest.raises(TypeError, match=rf"q: expected a tensor of {names}, got uint8"):
+    message = r"q: expected a tensor of float8_e4m3fn, got a tensor of uint8"
+    with pytest.raises(TypeError, match=message):
         dequantize(q.view(torch.uint8), sf)
-    names = "int32 or float32 or float8_e8m0fnu"
-    with pytest.raises(TypeError, match=rf"sf: expected a tensor of {names}, got uint8"):
+    with pytest.raises(TypeError, match=r"q: expected a tensor of int8, got a tensor of float8_e4"):
+        dequantize(q, sf, ROWWISE_INT8)
+    with pytest.raises(TypeError, match=r"sf: expected a tensor of int32, got a tensor of uint8"):
         dequantize(q, sf.to(torch.uint8))
+    for fmt, name in ((DEEP_GEMM_SM90, "float32"), (MXFP8, "float8_e8m0fnu")):
+        with pytest.raises(TypeError, match=rf"sf: expected a tensor of {name}, got a tens"):
+            dequantize(q, sf, fmt)
     with pytest.raises(TypeError, match=r"sf: expected a strided tensor, got layout"):
-        dequantize(q, torch.ones(6, 2, device=device).to_sparse())
-    with pytest.raises(TypeError, match=r"dtype: expected one of .*, got torch.int8"):
-        dequantize(q, sf, dtype=torch.int8)
+        dequantize(q, torch.ones(6, 2, device=device).to_sparse(), DEEP_GEMM_SM90)
+    for dtype in (torch.int8, torch.float64, "bfloat16", None):
+        with pytest.raises(TypeError, match=r"dtype: expected one of .*, got"):
+            dequantize(q, sf, dtype=dtype)
     with pytest.raises(ValueError, match=r"q: expected 2 or more dimensions"):
         dequantize(q.flatten(), sf)
-    with pytest.raises(ValueError, match=r"group_size: expected one of \(16, .*, got 127"):
-        dequantize(q, sf, 127)
-    with pytest.raises(ValueError, match=r"group_size: expected 32 for scale_format='ue8m0_128x4'"):
-        dequantize(q, torch.empty(512, dtype=torch.float8_e8m0fnu, device=device), 128)
+    with pytest.raises(TypeError, match=r"q: expected a torch.Tensor, got list"):
+        dequantize([q], sf)
+    with pytest.raises(TypeError, match=r"sf: expected a torch.Tensor, got None"):
+        dequantize(q, None)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "group_size", "expected"),
+    ("fmt", "shape", "expected"),
     [
-        (torch.int32, (5, 1), 128, r"\(6, 1\), the ue8m0 scales .* group_size=128, got"),
-        (torch.int32, (6, 1), 32, r"\(6, 2\), the ue8m0 scales"),
-        (torch.int32, (1, 6, 1), 128, r"\(6, 1\), the ue8m0 scales"),
-        (torch.float32, (6, 1), 128, r"\(6, 2\), the float32 scales"),
-        (torch.float32, (6, 2), -1, r"\(6, 1\), the float32 scales"),
-        (torch.float8_e8m0fnu, (6, 8), 16, r"\(6, 16\), the ue8m0_row_major scales"),
-        (torch.float8_e8m0fnu, (48,), 32, r"\(1024,\), the ue8m0_128x4 scales"),
+        (
+            DEEP_GEMM,
+            (5, 1),
+            r"\(6, 1\), the float8_e8m0fnu scales of q \(6, 256\) in layout mn_major_packed for "
+            r"groups of 128, got \(5, 1\)",
+        ),
+        (DEEP_GEMM_32, (6, 1), r"\(6, 2\), the float8_e8m0fnu scales .*groups of 32, got"),
+        (DEEP_GEMM, (1, 6, 1), r"\(6, 1\), the float8_e8m0fnu scales"),
+        (DEEP_GEMM_SM90, (6, 1), r"\(6, 2\), the float32 scales .*layout mn_major "),
+        (DEEP_GEMM_SM90.replace(group_size=-1), (6, 2), r"\(6, 1\), the float32 scales"),
+        (
+            DEEP_GEMM.replace(group_size=16, scale_layout="row_major"),
+            (6, 8),
+            r"\(6, 16\), the float8_e8m0fnu scales .*layout row_major",
+        ),
+        (MXFP8, (48,), r"\(1024,\), the float8_e8m0fnu scales .*layout 128x4"),
     ],
 )
-def test_dequantize_shapes(dtype, shape, group_size, expected, device):
-    sf = torch.empty(shape, dtype=dtype, device=device)
-    with pytest.raises(ValueError, match=r"sf: expected " + expected):
-        dequantize(values(device), sf, group_size)
+def test_dequantize_shapes(fmt, shape, expected, device):
+    sf = torch.empty(shape, dtype=fmt.sf_dtype, device=device)
+    with pytest.raises(ValueError, match=r"sf: expected shape " + expected):
+        dequantize(values(device), sf, fmt)
 
 
 def test_fake_quantize_out(device):
     x = activations(device)
     cases = [
-        (TypeError, r"expected a tensor of bfloat16, got float16", torch.empty_like(x).half()),
+        (TypeError, r"expected .* bfloat16, got a tensor of float16", torch.empty_like(x).half()),
         (TypeError, r"expected a tensor of bfloat16, got tuple", (x, None)),
         (ValueError, r"expected shape \(6, 256\), got \(7, 256\)", activations(device, 7)),
         (ValueError, r"expected strides .*got \(1, 6\)", activations(device, 256, 6).t()),
@@ -570,7 +745,7 @@ def test_out_requires_no_gradient(device):
     q = values(device)
     q.view(torch.uint8).fill_(7)
     with pytest.raises(ValueError, match=r"out sf: expected a tensor that requires no gradient"):
-        quantize(activations(device), scale_format="float32", out=(q, sf))
+        quantize(activations(device), DEEP_GEMM_SM90, out=(q, sf))
     assert q.view(torch.uint8).eq(7).all()
 
 
@@ -580,11 +755,13 @@ def planned(monkeypatch):
     launched = []
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
 
-    def kernel(x, q, address, sf, fmt, dtype, floor, *_):
-        return lambda *arguments: launched.append(arguments), None, (floor,)
+    def choose_kernel(call, result, scales):
+        return plan.Kernel(lambda *arguments: launched.append(arguments), None, (call.fmt.floor,))
 
-    monkeypatch.setattr(selection, "quantize_kernel", kernel)
-    monkeypatch.setattr(execution, "_plans", {})
+    monkeypatch.setattr(plan, "choose_kernel", choose_kernel)
+    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(launch, "_recent", [])
+    monkeypatch.setattr(launch, "_recent_out", [])
     return launched
 
 
@@ -600,14 +777,14 @@ def test_plans_are_kept_for_what_they_hold(planned):
         lambda: quantize(x, out=(values("cpu", 9), sf)),
         lambda: quantize(x, out=(None, sf)),
         lambda: quantize(x),
-        lambda: quantize(x, min_scale=1e-9),
-        lambda: quantize(x, scale_format="float32"),
-        lambda: quantize(x, scale_format="float32", round_scale=True),
+        lambda: quantize(x, DEEP_GEMM.replace(min_scale=1e-9)),
+        lambda: quantize(x, DEEP_GEMM_SM90),
+        lambda: quantize(x, DEEP_GEMM_SM90.replace(round_scale=True)),
     ]
     for count, call in enumerate(calls, 1):
         call()
         call()
-        assert len(execution._plans) == count and len(planned) == 2 * count
+        assert len(launch._plans) == count and len(planned) == 2 * count
     floors = [arguments[-1] for arguments in planned[::2]]
     assert floors == [94] * 7 + [98, ctypes.c_float(1e-10).value, 94]
 
@@ -626,15 +803,35 @@ def test_autograd_knows_what_kernels_write(planned):
 def test_plans_skip_no_check(planned):
     x, q = activations("cpu"), values("cpu")
     sf = torch.empty_strided((6, 2), (1, 8))
-    quantize(x, scale_format="float32", out=(q, sf))
+    quantize(x, DEEP_GEMM_SM90, out=(q, sf))
     with pytest.raises(ValueError, match="out sf: expected a tensor that requires no gradient"):
-        quantize(x, scale_format="float32", out=(q, sf.clone().requires_grad_()))
+        quantize(x, DEEP_GEMM_SM90, out=(q, sf.clone().requires_grad_()))
     with pytest.raises(ValueError, match="out sf: expected values in memory, got a lazily negated"):
-        quantize(x, scale_format="float32", out=(q, torch._neg_view(sf)))
+        quantize(x, DEEP_GEMM_SM90, out=(q, torch._neg_view(sf)))
     with pytest.raises(ValueError, match="x: expected values in memory, got a lazily negated"):
-        quantize(torch._neg_view(x), scale_format="float32", out=(q, sf))
+        quantize(torch._neg_view(x), DEEP_GEMM_SM90, out=(q, sf))
     with pytest.raises(ValueError, match="out q: expected memory of its own"):
-        quantize(x, scale_format="float32", out=(x.view(q.dtype)[:, :256], sf))
+        quantize(x, DEEP_GEMM_SM90, out=(x.view(q.dtype)[:, :256], sf))
+
+
+def test_warm_calls_are_refused_inside_of_transforms(planned):
+    """A call that looks like a recent one skips the checks, and so must not look like it."""
+    x, q, sf = activations("cpu"), values("cpu"), scales("cpu")
+    for call in (quantize, lambda t: quantize(t, out=(q, sf))):
+        call(x)
+        call(x)
+        with pytest.raises(RuntimeError, match="vmap is not supported"):
+            torch.vmap(call)(x[None])
+        with pytest.raises(RuntimeError, match=r"torch.jit.trace is not supported"):
+            torch.jit.trace(call, (x,))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            with pytest.raises(RuntimeError, match="x: expected a tensor without a tangent"):
+                call(dual)
+        with pytest.raises(RuntimeError, match=r"x: .*quantize is not differentiable"):
+            call(x.clone().requires_grad_())
+        with FakeTensorMode() as mode:
+            assert quantize(mode.from_tensor(x))[0].shape == x.shape
 
 
 def test_what_the_kernel_refuses_is_named(planned, monkeypatch):
@@ -645,11 +842,11 @@ def test_what_the_kernel_refuses_is_named(planned, monkeypatch):
         if arguments[1].dtype != torch.float8_e4m3fn:
             raise ValueError("Mismatched Tensor on argument #1")
 
-    monkeypatch.setattr(selection, "quantize_kernel", lambda *_: (refuse, None, ()))
+    monkeypatch.setattr(plan, "choose_kernel", lambda *_: plan.Kernel(refuse, None, ()))
     quantize(x, out=(q, sf))
-    with pytest.raises(TypeError, match="out q: expected a tensor of float8_e4m3fn, got uint8"):
+    with pytest.raises(TypeError, match="out q: expected a tensor of float8_e4m3fn, got a tensor"):
         quantize(x, out=(q.view(torch.uint8), sf))
-    assert len(execution._plans) == 1
+    assert len(launch._plans) == 1
 
 
 def test_plans_tell_alignments_apart(planned):
@@ -659,16 +856,19 @@ def test_plans_tell_alignments_apart(planned):
     for count, offset in enumerate((0, 1, 2, 8), 1):
         quantize(storage.as_strided((6, 256), (256, 1), first + offset))
         quantize(storage.as_strided((6, 256), (256, 1), first + offset))
-        assert len(execution._plans) == count
+        assert len(launch._plans) == count
     quantize(storage.as_strided((6, 256), (256, 1), first + 16))
-    assert len(execution._plans) == 4
+    assert len(launch._plans) == 4
 
 
 def test_too_many_scales():
     x = torch.empty(0, dtype=torch.bfloat16, device="meta").as_strided((2**25, 2048), (2048, 1))
-    quantize(x, 16)
-    with pytest.raises(ValueError, match=r"x: expected up to 4294967295 elements of scales"):
-        quantize(x, 16, "float32")
+    quantize(x, DEEP_GEMM.replace(group_size=16))
+    with pytest.raises(ValueError, match=r"x: expected up to 4294967295 scales in a matrix"):
+        quantize(x, DEEP_GEMM_SM90.replace(group_size=16))
+    quantize(x[:-128], MXFP8)
+    with pytest.raises(ValueError, match=r"x: expected up to 2147483647 scales in a matrix"):
+        quantize(x, MXFP8)
 
 
 def test_too_many_matrices():
@@ -685,33 +885,29 @@ def test_too_large_to_dequantize():
     q = torch.empty(0, dtype=torch.int8, device="meta")
     sf = torch.empty(0, device="meta")
     with pytest.raises(ValueError, match=r"q: expected up to 2147483647 rows of up to 1048576"):
-        dequantize(q.as_strided((2, 2**30), (2**30, 1)), sf.as_strided((2, 1), (1, 1)), -1)
+        wide = q.as_strided((2, 2**30), (2**30, 1))
+        dequantize(wide, sf.as_strided((2, 1), (1, 1)), ROWWISE_INT8)
     with pytest.raises(ValueError, match=r"q: expected up to 2147418112 matrices"):
         many = q.as_strided((2**31 - 1, 1, 1), (0, 0, 0))
-        dequantize(many, sf.as_strided((2**31 - 1, 1, 1), (0, 0, 0)), -1)
+        dequantize(many, sf.as_strided((2**31 - 1, 1, 1), (0, 0, 0)), ROWWISE_INT8)
 
 
 def test_dequantize_is_not_differentiable(device):
-    q, sf = quantize(activations(device), scale_format="float32")
+    q, sf = quantize(activations(device), DEEP_GEMM_SM90)
     with pytest.raises(RuntimeError, match=r"sf: .*dequantize is not differentiable"):
-        dequantize(q, sf.clone().requires_grad_())
+        dequantize(q, sf.clone().requires_grad_(), DEEP_GEMM_SM90)
     with torch.no_grad():
-        dequantize(q, sf.clone().requires_grad_())
-
-
-@pytest.mark.parametrize("round_scale", [0, 1, 0.0])
-def test_numbers_are_no_bools(round_scale, device):
-    with pytest.raises(ValueError, match=r"round_scale: expected a bool"):
-        quantize(activations(device), scale_format="float32", round_scale=round_scale)
+        dequantize(q, sf.clone().requires_grad_(), DEEP_GEMM_SM90)
 
 
 def test_operands_of_the_operator_belong_to_the_rows():
     x, counts = activations("cpu"), torch.zeros(2, dtype=torch.int32)
-    choices = 128, "ue8m0", torch.float8_e4m3fn, False, 1e-10
-    with pytest.raises(ValueError, match=r"row_data: expected None for rows='dense', got Tensor"):
-        torch.ops.cute_quant.quantize(x, *choices, "dense", counts)
+    with pytest.raises(ValueError, match=r"row_data: expected None for rows='dense', got one"):
+        operators.quantize(x, str(DEEP_GEMM), counts)
+    with pytest.raises(ValueError, match=r"row_data: expected a tensor for rows='masked', got N"):
+        operators.quantize(x, str(DEEP_GEMM), rows="masked")
     with pytest.raises(ValueError, match=r"alignment: expected 1 for rows='indexed', got 7"):
-        torch.ops.cute_quant.quantize(x, *choices, "indexed", counts, 7)
+        operators.quantize(x, str(DEEP_GEMM), counts, rows="indexed", alignment=7)
 
 
 def test_fake_operands_of_a_real_input(device):
@@ -746,34 +942,43 @@ def test_eps(eps, device):
         per_token_group_quant_fp8_packed_for_deepgemm(activations(device), 128, eps=eps)
 
 
-def test_compat(device):
-    x = activations(device)
+def test_vllm(device):
+    x, cast = activations(device), per_token_group_quant_fp8_packed_for_deepgemm
     with pytest.raises(ValueError, match=r"use_ue8m0: expected True or None, got False"):
-        per_token_group_quant_fp8_packed_for_deepgemm(x, 128, use_ue8m0=False)
-    with pytest.raises(ValueError, match=r"group_size: expected"):
-        per_token_group_quant_fp8_packed_for_deepgemm(x, 64)
-    with pytest.raises(ValueError, match=r"out_q: expected"):
-        per_token_group_quant_fp8_packed_for_deepgemm(x, 128, out_q=values(device)[:, :128])
-    with pytest.raises(
-        TypeError, match=r"x: expected a tensor of bfloat16 or float16 or float32, got int"
-    ):
-        per_token_group_quant_fp8_packed_for_deepgemm(3, 128)
-    with pytest.raises(TypeError, match=r"out_q: expected a tensor of float8_e4m3fn, got int"):
-        per_token_group_quant_fp8_packed_for_deepgemm(x, 128, out_q=3)
-    with pytest.raises(ValueError, match=r"x: expected rows of a multiple of 128, got .* 200\)"):
-        per_token_group_quant_fp8_packed_for_deepgemm(x[:, :200], 128)
-    with pytest.raises(ValueError, match=r"x: expected rows of a multiple of 128, got .* 200\)"):
-        per_token_cast_to_fp8(x[:, :200], True)
+        cast(x, 128, use_ue8m0=False)
+    for group_size in (16, 64, 256, -1, 32.0, True, None):
+        with pytest.raises(ValueError, match=r"group_size: expected one of \(32, 128\), got"):
+            cast(x, group_size)
+    with pytest.raises(ValueError, match=r"out_q: expected a contiguous tensor of rows of 256"):
+        cast(x, 128, out_q=values(device)[:, :128])
+    with pytest.raises(ValueError, match=r"out_q: expected a contiguous tensor of rows of 128"):
+        cast(x[:, :128], 128, out_q=values(device)[:, :128])
+    with pytest.raises(TypeError, match=r"x: expected a tensor of bfloat16 or .*, got 3"):
+        cast(3, 128)
+    with pytest.raises(TypeError, match=r"out_q: expected a tensor of float8_e4m3fn, got 3"):
+        cast(x, 128, out_q=3)
+    with pytest.raises(ValueError, match=r"x: expected at least 1 dimension, got 0"):
+        cast(x[0, 0], 128)
+    for group_size in (32, 128):
+        message = rf"x: expected rows of a multiple of {group_size}, got shape \(6, 200\)"
+        with pytest.raises(ValueError, match=message):
+            cast(x[:, :200], group_size)
+
+
+def test_deep_gemm(device):
+    x = activations(device)
     with pytest.raises(ValueError, match=r"x: expected 2 dimensions \(m, n\), got"):
         per_token_cast_to_fp8(x[None], True)
-    with pytest.raises(
-        TypeError, match=r"x: expected a tensor of bfloat16 or float16 or float32, got int"
-    ):
+    with pytest.raises(TypeError, match=r"x: expected a tensor of bfloat16 or .*, got 3"):
         per_token_cast_to_fp8(3, True)
-    with pytest.raises(ValueError, match=r"gran_k: expected one of \(128,\), got 64"):
-        per_token_cast_to_fp8(x, True, gran_k=64)
-    with pytest.raises(TypeError, match=r"use_ue8m0: expected a bool, got 'no'"):
-        per_token_cast_to_fp8(x, "no")
+    for gran_k in (16, 64, 256, -1, 32.0, True, None):
+        with pytest.raises(ValueError, match=r"gran_k: expected one of \(32, 128\), got"):
+            per_token_cast_to_fp8(x, True, gran_k=gran_k)
+    for flag in ("no", 1, None):
+        with pytest.raises(TypeError, match=r"use_ue8m0: expected a bool, got"):
+            per_token_cast_to_fp8(x, flag)
+        with pytest.raises(TypeError, match=r"use_packed_ue8m0: expected a bool, got"):
+            per_token_cast_to_fp8(x, True, use_packed_ue8m0=flag)
     with pytest.raises(ValueError, match=r"use_packed_ue8m0: expected False"):
         per_token_cast_to_fp8(x, False, use_packed_ue8m0=True)
 
@@ -793,22 +998,22 @@ def test_no_tensors_for_prologues(device):
         silu_mul_quantize([[1.0]])
     with pytest.raises(TypeError, match=r"weight: expected a torch.Tensor, got list"):
         silu_mul_quantize(x, weight=[1.0])
-    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got None"):
         rms_norm_quantize(None, x[0])
-    with pytest.raises(TypeError, match=r"weight: expected a torch.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"weight: expected a torch.Tensor, got None"):
         rms_norm_quantize(x, None)
-    with pytest.raises(TypeError, match=r"residual: expected a torch.Tensor, got bool"):
-        rms_norm_quantize(x, x[0], 1e-6, True)
+    with pytest.raises(TypeError, match=r"residual: expected a torch.Tensor, got True"):
+        rms_norm_quantize(x, x[0], eps=1e-6, residual=True)
 
 
 @prologues
 def test_inputs_of_prologues(function, name, device):
     x = activations(device)
     cases = [
-        (TypeError, r"expected a tensor of bfloat16 or float16 or float32, got f", x.double()),
+        (TypeError, r"expected a tensor of bfloat16 or float16 or float32, got a ", x.double()),
         (TypeError, r"expected a strided tensor, got layout", x.to_sparse()),
         (ValueError, r"expected 2 or more dimensions", x[0]),
-        (ValueError, r"expected neighbours in a row to be contiguous", x.T),
+        (ValueError, r"expected rows contiguous along k", x.T),
         (ValueError, r"expected leading dim.*one stride", x.expand(4, 6, 256)[None, :, :2].expand(
             3, 4, 2, 256).transpose(0, 2)),
         (ValueError, r"expected values in memory, got a lazily negated", torch._neg_view(x)),
@@ -831,11 +1036,7 @@ def test_inputs_of_prologues(function, name, device):
 def test_choices_of_prologues(function, name, device):
     x = activations(device)
     cases = [
-        (ValueError, "group_size", {"group_size": 127}),
-        (ValueError, "scale_format", {"scale_format": "e8m0"}),
-        (TypeError, "dtype", {"dtype": torch.uint8}),
-        (ValueError, "round_scale", {"round_scale": True}),
-        (ValueError, "min_scale", {"min_scale": -1}),
+        (TypeError, "fmt", {"fmt": 127}),
         (TypeError, "check", {"check": 1}),
         (TypeError, "rows", {"rows": "masked"}),
         (TypeError, "index", {"index": [1]}),
@@ -894,9 +1095,11 @@ def test_too_many_columns_for_prologues():
 
 def test_too_many_results():
     x = torch.empty(0, dtype=torch.bfloat16, device="meta")
-    silu_mul_quantize(x.as_strided((2**25, 4094), (4094, 1)), 32)
-    with pytest.raises(ValueError, match=r"gate_up: expected up to 4294967295 elements of scales"):
-        silu_mul_quantize(x.as_strided((2**25, 4096), (4096, 1)), 16, "float32")
+    silu_mul_quantize(x.as_strided((2**25, 4094), (4094, 1)), DEEP_GEMM_32)
+    with pytest.raises(ValueError, match=r"gate_up: expected up to 4294967295 scales in a matrix"):
+        silu_mul_quantize(
+            x.as_strided((2**25, 4096), (4096, 1)), DEEP_GEMM_SM90.replace(group_size=16)
+        )
     with pytest.raises(ValueError, match=r"gate_up: expected up to 2147418112 matrices, got 2147"):
         silu_mul_quantize(x.as_strided((2**31 - 1, 1, 2), (0, 0, 1)))
 
@@ -936,7 +1139,7 @@ def test_interleaved(interleaved, device):
 def test_weights_of_rows(device):
     x, weight = activations(device), torch.ones(6, device=device)
     cases = [
-        (TypeError, r"expected a tensor of float32, got bfloat16", x, weight.bfloat16(), {}),
+        (TypeError, r"expected a tensor of float32, got a tensor of bf", x, weight.bfloat16(), {}),
         (ValueError, r"expected shape \(6,\), one for each row .*got \(5,\)", x, weight[:5], {}),
         (ValueError, r"expected shape \(6,\).*got \(6, 1\)", x, weight[:, None], {}),
         (ValueError, r"expected shape \(3, 6\).*got \(6,\)", x.expand(3, 6, 256), weight, {}),
@@ -956,7 +1159,7 @@ def test_weights_of_rows(device):
 def test_weights_of_columns(device):
     x, weight = activations(device), activations(device)[0]
     cases = [
-        (TypeError, r"expected a tensor of bfloat16 or float32, got float16", weight.half()),
+        (TypeError, r"expected .* bfloat16 or float32, got a tensor of float16", weight.half()),
         (ValueError, r"expected shape \(256,\), one for each column .*got \(255,\)", weight[:255]),
         (ValueError, r"expected shape \(256,\).*got \(1, 256\)", weight[None]),
         (ValueError, r"expected shape \(256,\).*got \(\)", weight[0]),
@@ -989,7 +1192,7 @@ def test_rows_beside_the_quantized(argument, device):
     wide = torch.empty(6, 3, 256, dtype=x.dtype, device=device)
     call(wide.transpose(0, 1))
     cases = [
-        (TypeError, r"expected a tensor of bfloat16, got float16", own[..., :256].half()),
+        (TypeError, r"expected .* bfloat16, got a tensor of float16", own[..., :256].half()),
         (TypeError, r"expected a strided tensor, got layout", wide.transpose(0, 1).to_sparse()),
         (ValueError, r"expected shape \(3, 6, 256\), got \(3, 6, 255\)", own[..., :255]),
         (ValueError, r"expected shape \(3, 6, 256\), got \(6, 256\)", own[0, :, :256]),
@@ -1008,9 +1211,7 @@ def test_rows_beside_the_quantized(argument, device):
         {"index": torch.arange(6, dtype=torch.int32, device=device)},
         {"rows": Indexed(int32(0, 1, 2, 3, 4, 5, device=device))},
     ):
-        with pytest.raises(
-            ValueError, match=r": expected None with rows or an index, .*got Tensor"
-        ):
+        with pytest.raises(ValueError, match=r": expected None with rows or an index, .*got a t"):
             call(flat, x, **choices)
     if argument == "normalized":
         with pytest.raises(ValueError, match=r"normalized: expected None with rows or an index"):
@@ -1025,9 +1226,9 @@ def test_normalized(normalized, device):
 
 def test_out_residual_needs_a_residual(device):
     x = activations(device)
-    with pytest.raises(ValueError, match=r"out residual: expected None without a residual, got Te"):
+    with pytest.raises(ValueError, match=r"out residual: expected None without a residual, got a"):
         norm(x, out=(None, None, torch.empty_like(x)))
-    with pytest.raises(TypeError, match=r"out residual: expected a tensor of bfloat16, got str"):
+    with pytest.raises(TypeError, match=r"out residual: expected a tensor of bfloat16, got 'x'"):
         norm(x, residual=torch.empty_like(x), out=(None, None, "x"))
 
 
@@ -1073,9 +1274,7 @@ def test_memory_of_prologues(device):
 
 def test_gradients_of_prologues(device):
     x, weight = activations(device), torch.ones(6, device=device)
-    operators = torch.ops.cute_quant
-    choices = (128, "ue8m0", torch.float8_e4m3fn, False, 1e-10)
-    silu_mul = (False, None, 1.0, 0.0, "fused")
+    options = {"interleaved": False, "clamp": None, "alpha": 1.0, "beta": 0.0}
 
     def parameter(t):
         return torch.nn.Parameter(t.clone())
@@ -1087,7 +1286,8 @@ def test_gradients_of_prologues(device):
         ("weight", lambda: rms_norm_quantize(x, parameter(x[0]))),
         ("residual", lambda: norm(x, residual=parameter(x))),
         ("gate_up and weight",
-         lambda: operators.silu_mul_quantize(x, *choices, *silu_mul, parameter(weight))),
+         lambda: operators.silu_mul_quantize(
+             x, parameter(weight), str(DEEP_GEMM), **options, rounding="fused")),
     ]  # fmt: skip
     for name, call in cases:
         message = rf"^{name}: .*(silu_mul|rms_norm)_quantize is not differentiable"
@@ -1121,11 +1321,11 @@ def test_fakes_beside_a_real_input(device):
 
 def test_operators_write_no_residual_that_they_read():
     x, q, sf = activations("cpu"), values("cpu"), scales("cpu")
-    choices = (128, "ue8m0", torch.float8_e4m3fn, False, 1e-10)
+    options = {"eps": 1e-6, "weight_offset": 0.0, "rounding": "fused"}
     residual = torch.zeros_like(x)
     with pytest.raises(ValueError, match=r"residual_out: expected a tensor with a residual.*None"):
-        torch.ops.cute_quant.rms_norm_quantize_out(
-            x, x[0], residual, None, None, q, sf, *choices, 1e-6, 0.0, "fused"
+        operators.rms_norm_quantize_out(
+            x, x[0], q, sf, residual, None, None, str(DEEP_GEMM), **options
         )
     assert residual.eq(0).all()
 
@@ -1156,7 +1356,7 @@ def test_plans_tell_prologues_apart(planned):
     for count, call in enumerate(calls, 1):
         call()
         call()
-        assert len(execution._plans) == count and len(planned) == 2 * count
+        assert len(launch._plans) == count and len(planned) == 2 * count
     with pytest.raises(ValueError, match="residual: expected memory of its own"):
         norm(x, residual=x)
     with pytest.raises(ValueError, match="normalized: expected a tensor that requires no grad"):

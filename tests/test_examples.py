@@ -1,4 +1,4 @@
-"""The examples: a layer on DeepGEMM, or on an emulation of its calls; a kernel of one's own."""
+"""The examples: a layer on DeepGEMM or on an emulation of its calls, and a user's kernel."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cute_quant import dequantize
-from cute_quant.contract.formats import SCALE_ROW_ALIGNMENT, align, scale_floor
-from cute_quant.integrations.compat import per_token_cast_to_fp8
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, Format, deep_gemm_format, dequantize
+from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT, align
+from cute_quant.integrations.deep_gemm import per_token_cast_to_fp8
 from cute_quant.jit import lookup
 from examples import moe_layer, rope_quantize
 from examples.moe_layer import DeepGemmCasts, Fused, Unfused, relative_error
@@ -32,7 +32,9 @@ from tests.test_deep_gemm import with_deep_gemm
 BLOCK = 128
 LAYERS = (moe_layer.contiguous, moe_layer.masked)
 both_layers = pytest.mark.parametrize("forward", LAYERS, ids=lambda layer: layer.__name__)
-both_formats = pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+both_formats = pytest.mark.parametrize(
+    "fmt", [DEEP_GEMM_SM90, DEEP_GEMM], ids=["DEEP_GEMM_SM90", "DEEP_GEMM"]
+)
 every_quantizer = pytest.mark.parametrize(
     "quantizers",
     [Fused(), Fused("unfused"), Unfused(), DeepGemmCasts()],
@@ -41,11 +43,11 @@ every_quantizer = pytest.mark.parametrize(
 
 
 class EmulatedDeepGemm:
-    """The calls that the layer makes, in torch. A GEMM reads and writes whole blocks of rows, and
-    leaves alone those that hold no token.
+    """The DeepGEMM calls of the layer, in torch. A GEMM reads and writes whole blocks of rows, and
+    skips blocks without a token.
 
     Attributes:
-        calls: the activations of each GEMM, and where its rows are.
+        calls: the activations of each GEMM, and the layout of its rows.
     """
 
     def __init__(self):
@@ -60,7 +62,7 @@ class EmulatedDeepGemm:
 
     def m_grouped_fp8_gemm_nt_contiguous(self, a, b, d, m_indices):
         self.calls.append((*a, m_indices))
-        x, weights = dequantize(*a, dtype=torch.float32), block_products(*b)
+        x, weights = products(*a), block_products(*b)
         assert m_indices.shape == x.shape[:1] and len(x) % BLOCK == 0
         for rows, indices in zip(blocks(len(x)), m_indices.split(BLOCK), strict=True):
             expert = indices[0]
@@ -70,9 +72,9 @@ class EmulatedDeepGemm:
 
     def m_grouped_fp8_gemm_nt_masked(self, a, b, d, masked_m, expected_m):
         self.calls.append((*a, masked_m))
-        x, weights = dequantize(*a, dtype=torch.float32), block_products(*b)
+        x, weights = products(*a), block_products(*b)
         experts, max_m, _ = x.shape
-        # A block that ends in the room of the next expert would be written there too.
+        # A block that crosses into the next expert would be written there too.
         assert max_m % BLOCK == 0 and masked_m.shape == (experts,) and masked_m.max() <= max_m
         assert expected_m > 0
         for expert, count in enumerate(masked_m.tolist()):
@@ -93,6 +95,12 @@ def per_block_cast_to_fp8(w: torch.Tensor, use_ue8m0: bool) -> moe_layer.Fp8:
     return q.flatten(2, 3).flatten(0, 1), sf
 
 
+def products(q: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
+    """Return activations, their scales packed or float32, in float32."""
+    fmt = DEEP_GEMM if sf.dtype is torch.int32 else DEEP_GEMM_SM90
+    return dequantize(q, sf, fmt, dtype=torch.float32)
+
+
 def block_products(q: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
     return q.float() * sf.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
 
@@ -110,14 +118,14 @@ every_routing = pytest.mark.parametrize(("tokens", "top_k"), ROUTINGS)
 
 
 @functools.cache
-def layer_of(size: int, experts: int, scale_format: str, device: str) -> moe_layer.MoeLayer:
+def layer_of(size: int, experts: int, fmt: Format, device: str) -> moe_layer.MoeLayer:
     torch.manual_seed(size)
-    return moe_layer.random_layer(2 * size, size, experts, scale_format, device)
+    return moe_layer.random_layer(2 * size, size, experts, fmt, device)
 
 
-def inputs(tokens: int, top_k: int, scale_format: str, experts: int = EXPERTS):
+def inputs(tokens: int, top_k: int, fmt: Format, experts: int = EXPERTS):
     """A small layer, tokens, and their routing."""
-    return inputs_of(layer_of(128, experts, scale_format, "cpu"), tokens, top_k)
+    return inputs_of(layer_of(128, experts, fmt, "cpu"), tokens, top_k)
 
 
 def inputs_of(layer: moe_layer.MoeLayer, tokens: int, top_k: int):
@@ -140,8 +148,8 @@ def error_of_a_token(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @both_formats
 @every_quantizer
 @every_routing
-def test_layer_is_that_in_bf16(tokens, top_k, quantizers, scale_format, forward, deep_gemm):
-    layer, x, routing = inputs(tokens, top_k, scale_format)
+def test_layer_is_that_in_bf16(tokens, top_k, quantizers, fmt, forward, deep_gemm):
+    layer, x, routing = inputs(tokens, top_k, fmt)
     with moe_layer.poisoned_memory():
         result = forward(layer, x, routing, quantizers)
     expected = moe_layer.bf16(layer, x, routing)
@@ -153,8 +161,8 @@ def test_layer_is_that_in_bf16(tokens, top_k, quantizers, scale_format, forward,
 
 @both_formats
 @every_routing
-def test_layouts_differ_in_nothing(tokens, top_k, scale_format, deep_gemm):
-    layer, x, routing = inputs(tokens, top_k, scale_format)
+def test_layouts_differ_in_nothing(tokens, top_k, fmt, deep_gemm):
+    layer, x, routing = inputs(tokens, top_k, fmt)
     for quantizers in (Fused(), DeepGemmCasts()):
         contiguous, masked = (forward(layer, x, routing, quantizers) for forward in LAYERS)
         # The same products, in matrices of other shapes, may be added in another order.
@@ -164,7 +172,7 @@ def test_layouts_differ_in_nothing(tokens, top_k, scale_format, deep_gemm):
 @both_layers
 @every_routing
 def test_rounding_as_torch_is_torch(tokens, top_k, forward, deep_gemm):
-    layer, x, routing = inputs(tokens, top_k, "float32")
+    layer, x, routing = inputs(tokens, top_k, DEEP_GEMM_SM90)
     rounded, unfused = (forward(layer, x, routing, q) for q in (Fused("unfused"), Unfused()))
     assert_same_bits(rounded, unfused)
 
@@ -172,10 +180,10 @@ def test_rounding_as_torch_is_torch(tokens, top_k, forward, deep_gemm):
 @both_formats
 @pytest.mark.parametrize("quantizers", [Fused(), Unfused()], ids=["fused", "unfused"])
 @every_routing
-def test_padding(tokens, top_k, quantizers, scale_format, deep_gemm):
-    """What the GEMMs are given for rows without a token: zeros in one matrix; of experts, nothing
-    but the scales up to the next multiple of 4."""
-    layer, x, routing = inputs(tokens, top_k, scale_format)
+def test_padding(tokens, top_k, quantizers, fmt, deep_gemm):
+    """Padding rows that the GEMMs read: zeros in one matrix; in masked experts only the scales up
+    to the next multiple of 4 are written."""
+    layer, x, routing = inputs(tokens, top_k, fmt)
     with moe_layer.poisoned_memory():
         moe_layer.contiguous(layer, x, routing, quantizers)
         moe_layer.masked(layer, x, routing, quantizers)
@@ -197,8 +205,8 @@ def test_padding(tokens, top_k, quantizers, scale_format, deep_gemm):
 
 @both_formats
 @every_routing
-def test_casts_see_no_poison(tokens, top_k, scale_format, deep_gemm):
-    layer, x, routing = inputs(tokens, top_k, scale_format)
+def test_casts_see_no_poison(tokens, top_k, fmt, deep_gemm):
+    layer, x, routing = inputs(tokens, top_k, fmt)
     with moe_layer.poisoned_memory():
         for forward in LAYERS:
             forward(layer, x, routing, DeepGemmCasts())
@@ -213,7 +221,7 @@ def align_up(counts: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("experts", [6, 37])
 def test_placement(tokens, top_k, experts, deep_gemm):
     """Each routed token has a row of its own, among those of its expert."""
-    *_, routing = inputs(tokens, top_k, "float32", experts)
+    *_, routing = inputs(tokens, top_k, DEEP_GEMM_SM90, experts)
     ids = routing.ids
     counts = torch.bincount(ids.flatten(), minlength=experts)
     one = moe_layer.place_contiguous(ids, experts)
@@ -235,8 +243,8 @@ def test_placement(tokens, top_k, experts, deep_gemm):
 
 
 def test_one_expert_takes_all(deep_gemm):
-    """The most rows that there may be, with each expert, and with one."""
-    layer, x, _ = inputs(257, 1, "float32")
+    """The largest number of rows, with tokens of each expert, and of one."""
+    layer, x, _ = inputs(257, 1, DEEP_GEMM_SM90)
     for ids in (torch.full((257, 1), 3), torch.arange(257)[:, None] % EXPERTS):
         routing = moe_layer.Routing(ids, torch.ones(257, 1))
         for forward in LAYERS:
@@ -247,8 +255,8 @@ def test_one_expert_takes_all(deep_gemm):
 @both_layers
 @pytest.mark.parametrize("quantizers", [Fused(), Unfused()], ids=["fused", "unfused"])
 def test_sizes_are_known_before(quantizers, forward, deep_gemm, monkeypatch):
-    """A CUDA graph can hold what asks for no value of a tensor: fake ones have none."""
-    layer, x, routing = inputs(33, 4, "float32")
+    """A CUDA graph captures calls that read no values on the host: fake tensors have none."""
+    layer, x, routing = inputs(33, 4, DEEP_GEMM_SM90)
     for gemm in ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"):
         monkeypatch.setattr(deep_gemm, gemm, lambda a, b, d, *_: None)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -276,9 +284,8 @@ def test_what_is_missing_is_said(monkeypatch):
 @both_layers
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 2), (33, 4), (300, 3)])
 def test_layer_on_deep_gemm(tokens, top_k, forward):
-    """Errors beside DeepGEMM's casts; a graph, in clean memory, gives what poisoned memory does."""
-    scale_format = "float32" if torch.cuda.get_device_capability()[0] == 9 else "ue8m0"
-    layer = layer_of(512, EXPERTS, scale_format, "cuda")
+    """Errors are those of DeepGEMM's casts. A graph gives the same in clean and poisoned memory."""
+    layer = layer_of(512, EXPERTS, deep_gemm_format(), "cuda")
     _, x, routing = inputs_of(layer, tokens, top_k)
     expected = moe_layer.bf16(layer, x, routing)
     with moe_layer.poisoned_memory():
@@ -301,7 +308,7 @@ def test_layer_on_deep_gemm(tokens, top_k, forward):
         x.copy_(x.flip(0))
 
 
-# A kernel of one's own
+# A user's kernel
 
 
 def test_rope_is_short():
@@ -343,9 +350,7 @@ def check_rope(q: torch.Tensor, sf: torch.Tensor, x, cos, sin) -> None:
     exact = torch.cat((products[0] + products[1], products[2] + products[3]), -1).flatten(1)
     sizes = [product.abs() for product in products]
     error = 2.0**-22 * torch.cat((sizes[0] + sizes[1], sizes[2] + sizes[3]), -1).flatten(1)
-    floor = scale_floor(UE8M0, "vllm")
-    bounds = exact, exact - error, exact + error
-    differing = assert_quantized_within(q, sf, UE8M0, *bounds, floor)
+    differing = assert_quantized_within(q, sf, UE8M0, exact, exact - error, exact + error)
     assert differing <= 2 + DIFFERING_SHARE * q.numel()
 
 

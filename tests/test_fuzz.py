@@ -21,22 +21,30 @@ import pytest
 import torch
 
 from cute_quant import dequantize, fake_quantize, quantize
-from cute_quant.contract.formats import Format, align, scale_floor
-from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum, from_operands
-from cute_quant.kernels.config import DEFAULT_TILE
-from cute_quant.kernels.heuristics import MAX_GRID_Y, MAX_GRID_Z, TWO_ROWS_FROM
-from cute_quant.kernels.row_domains import EXPERTS_PER_CHUNK
+from cute_quant.contract.dtypes import align
+from cute_quant.contract.format_choices import BLOCKED, MN_MAJOR, MN_MAJOR_PACKED, ROW_MAJOR
+from cute_quant.contract.formats import Format
+from cute_quant.contract.rows import (
+    DENSE,
+    Indexed,
+    Masked,
+    PrefixSum,
+    RowOperands,
+    from_operands,
+)
+from cute_quant.kernels.config import DEFAULT_TILE, MAX_GRID_Y, MAX_GRID_Z
+from cute_quant.kernels.heuristics import TWO_ROWS_FROM
+from cute_quant.kernels.scheduler import EXPERTS_PER_CHUNK
 from tests.helpers import (
     EVERY_DTYPE,
     INPUT_DTYPES,
     POISON,
     all_formats,
-    format_arguments,
-    full_id,
+    oracle_choices,
     random_bits,
     storage_bits,
 )
-from tests.oracle import Choices, expected_bytes
+from tests.oracle import expected_bytes
 from tests.test_inputs import live_sources
 
 SEED = int(os.environ.get("FUZZ_SEED", 0))
@@ -49,7 +57,7 @@ KERNELS_ON_CPU = 60
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 GUARD_BYTES = 256
 BASE_BYTES = 64
-"""What every allocation starts at a multiple of."""
+"""Alignment of every allocation."""
 
 DOMAINS = [
     *((DENSE, gathered, batched) for gathered in (False, True) for batched in (False, True)),
@@ -61,14 +69,14 @@ BATCH_SHAPES = [(1,), (2,), (3,), (5,), (2, 3), (1, 4), (4, 1), (2, 1, 2), (1, 1
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel is compiled for.
+    """The choices that a kernel is compiled for.
 
     Attributes:
         dtype: of x.
-        kind: of the rows.
+        kind: of the row domain.
         gathered: whether there is an index.
-        load_bytes, store_bytes: what rows of x and of the result start at a multiple of.
-        ragged: whether k is no multiple of what a thread holds.
+        load_bytes, store_bytes: alignment of the rows of x and of the result.
+        ragged: whether k is no multiple of the values of a thread.
         fake: whether it is that of `fake_quantize`.
     """
 
@@ -85,7 +93,7 @@ class Kernel:
     def __str__(self) -> str:
         parts = [
             str(self.dtype).removeprefix("torch."),
-            full_id(self.fmt),
+            str(self.fmt),
             self.kind,
             *(["index"] if self.gathered else []),
             *(["batch"] if self.batched else []),
@@ -97,7 +105,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: its storage is [start, end) of an arena of `nbytes`.
+    """The memory of a tensor: its storage is bytes [start, end) of an arena of `nbytes`.
 
     Attributes:
         offset: of the first element in the storage, in elements.
@@ -117,7 +125,7 @@ class Place:
         return empty.set_(storage, self.offset, self.shape, self.strides)
 
     def elements(self) -> torch.Tensor:
-        """The elements of the arena that belong to the tensor, in the order of its own."""
+        """Return the elements of the arena that the tensor covers, in the tensor's order."""
         last = self.start // self.dtype.itemsize + self.offset
         last += sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True) if n)
         numbers = torch.arange(last + 1 if math.prod(self.shape) else 0)
@@ -135,6 +143,7 @@ class Case:
         places: of "x", "q", "sf", "counts" and "index"; results that are not here get allocated.
         contents: of counts and index.
         mn: rows of the result.
+        fmt: the kernel's, with the smallest scale of the call.
         seed: of the values of x.
         special: whether among them are NaN and Inf.
     """
@@ -145,12 +154,12 @@ class Case:
     batch_shape: tuple[int, ...]
     mn: int
     alignment: int
-    min_scale: float | str
+    fmt: Format
     seed: int
     special: bool
 
     def arenas(self) -> dict[str, torch.Tensor]:
-        """The memory before the call, on the CPU."""
+        """Return the memory before the call, on the CPU."""
         return {name: self._arena(name, place) for name, place in self.places.items()}
 
     def _arena(self, name: str, place: Place) -> torch.Tensor:
@@ -167,20 +176,19 @@ class Case:
         return arena
 
     def call(self, arenas: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The results; those that have a place are views of the arenas."""
+        """Run the call and return its results; those that have a place are views of the arenas."""
         tensors = {name: place.view(arenas[name]) for name, place in self.places.items()}
         x, q, sf = (tensors.get(name) for name in ("x", "q", "sf"))
-        choices = format_arguments(self.kernel.fmt) | {"min_scale": self.min_scale}
         if self.kernel.fake:
-            return (fake_quantize(x, **choices, out=q),)
-        rows = from_operands(self.kernel.kind, tensors.get("counts"), self.alignment)
+            return (fake_quantize(x, self.fmt, out=q),)
+        rows = from_operands(RowOperands(self.kernel.kind, tensors.get("counts"), self.alignment))
         out = None if q is None and sf is None else (q, sf)
-        return quantize(x, **choices, rows=rows, index=tensors.get("index"), out=out)
+        return quantize(x, self.fmt, rows=rows, index=tensors.get("index"), out=out)
 
 
 def values(count: int, dtype: torch.dtype, seed: int, special: bool) -> torch.Tensor:
-    """Pieces that take turns: any finite bits, normal distributions of any scale, zeros of both
-    signs, and, if `special`, any bits and single NaN and Inf."""
+    """Return values in pieces of random kinds: any finite bits, normal distributions of any scale,
+    zeros of both signs, and, if `special`, any bits and single NaN and Inf."""
     generator = torch.Generator().manual_seed(seed)
 
     def integers(high: int, *shape: int) -> torch.Tensor:
@@ -204,7 +212,7 @@ def values(count: int, dtype: torch.dtype, seed: int, special: bool) -> torch.Te
 
 
 class Deck:
-    """Draws in which each of some values comes before any comes again."""
+    """Values in random order, each of them once before any is drawn again."""
 
     def __init__(self, values: Sequence, generator: random.Random):
         self.values, self.generator, self.left = list(values), generator, []
@@ -262,7 +270,7 @@ class Draw:
         return self.generator.choice(values)
 
     def case(self) -> Case:
-        """Most are small; some are wide, tall, or of many matrices."""
+        """Draw a case: most are small, some are wide, tall, or have many matrices."""
         batched, tiny = self.kernel.batched, self.size == "tiny"
         budget = 300 if tiny else 40_000
         kind = "tiny" if tiny else self.any_of(["small"] * 6 + ["wide", "tall", "deep"])
@@ -295,7 +303,7 @@ class Draw:
         return max(tile * self.between(0, limit // tile) + 16 * self.between(-1, 1), 16)
 
     def finish(self, batch_shape: tuple[int, ...], mn: int, k: int) -> Case:
-        """A case of this shape."""
+        """Draw a case of this shape."""
         kernel, fmt = self.kernel, self.kernel.fmt
         places, contents = {}, {}
         if kernel.gathered:
@@ -314,7 +322,7 @@ class Draw:
         masked = kernel.kind == Masked.kind
         extra_rows = 0 if masked or kernel.fake else self.any_of([0, 0, 0, 1, 2, 5, 130])
         q_rows = mn + (min(extra_rows, 2) if self.size == "tiny" else extra_rows)
-        dtype = kernel.dtype if kernel.fake else fmt.dtype
+        dtype = kernel.dtype if kernel.fake else fmt.values
         # What is allocated is not all defined where rows are masked. Where it starts at multiples
         # of other numbers than the kernel's, another one is compiled, so mostly it does not.
         same_kernel = kernel.store_bytes == min(16 * dtype.itemsize, 32) and not kernel.ragged
@@ -331,7 +339,7 @@ class Draw:
             batch_shape,
             mn,
             alignment,
-            self.min_scale(),
+            fmt.replace(min_scale=self.min_scale()),
             seed=self.between(0, 2**31),
             special=self.chance(0.5),
         )
@@ -339,7 +347,7 @@ class Draw:
     def matrix(
         self, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int, overlapping: bool
     ) -> Place:
-        """A place for (..., rows, k) whose rows start at multiples of `nbytes` and no more.
+        """Draw a place for (..., rows, k) whose rows are aligned to `nbytes` and no more.
 
         Args:
             overlapping: whether elements may share their memory.
@@ -373,7 +381,7 @@ class Draw:
         return tuple(reversed(strides))
 
     def unused_stride(self, stride: int) -> int:
-        """Of a dimension of size 1, where any goes."""
+        """Draw a stride for a dimension of size 1, which may have any."""
         return stride if self.chance(0.6) else self.any_of([0, 1, 3, 77, 12_345, 2**33 + 1])
 
     def scales(self, batch_shape: tuple[int, ...], mn: int, k: int) -> Place:
@@ -387,7 +395,7 @@ class Draw:
         )
         # The storage ends with the last row, in its padding, with it, or much later.
         after = self.any_of([0, 0, padding // 2, padding, padding, padding + 40])
-        return self.place(fmt.scale_dtype, shape, strides, fmt.scale_dtype.itemsize, after)
+        return self.place(fmt.sf_dtype, shape, strides, fmt.sf_dtype.itemsize, after)
 
     def vector(self, shape: tuple[int, ...]) -> Place:
         strides = [1]
@@ -407,10 +415,10 @@ class Draw:
         nbytes: int,
         elements_after: int | None = None,
     ) -> Place:
-        """A place in a new arena.
+        """Draw a place in a new arena.
 
         Args:
-            nbytes: what the address is a multiple of, and of no larger power of two below 32.
+            nbytes: the alignment of the address; it has no larger one up to 32.
             elements_after: in the storage, after the last element of the tensor.
         """
         size = dtype.itemsize
@@ -426,7 +434,7 @@ class Draw:
         return Place(dtype, shape, strides, offset, start, end, align(end, 4) + GUARD_BYTES)
 
     def numbers(self, count: int, low: int, high: int) -> list[int]:
-        """From `low` to `high`, and some far outside, unless all make sense."""
+        """Draw numbers from `low` to `high`, in some cases with a few out of range."""
         numbers = [self.between(low, high) for _ in range(count)]
         if count and self.chance(0.4):
             for value in (INT32_MIN, INT32_MAX, low - 1, high + 3):
@@ -434,7 +442,7 @@ class Draw:
         return numbers
 
     def counts(self, batch_shape: tuple[int, ...], mn: int) -> tuple[list[int], int]:
-        """What the rows are, and their alignment."""
+        """Draw the counts of the row domain, and its alignment."""
         match self.kernel.kind:
             case Masked.kind:
                 counts = self.numbers(batch_shape[0], 0, mn)
@@ -458,7 +466,7 @@ class Draw:
 
 
 def same_nan(arena: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Floats with one NaN for all, as bytes."""
+    """Return the bytes of floats with every NaN replaced by the same one."""
     size = len(arena) // dtype.itemsize * dtype.itemsize
     floats = arena[:size].view(dtype)
     return torch.cat([floats.where(floats == floats, math.nan).view(torch.uint8), arena[size:]])
@@ -476,7 +484,7 @@ def check_same_bytes(name: str, case: object, actual: torch.Tensor, expected: to
 
 
 def check_on_gpu(case: Case) -> None:
-    """Every byte of every arena, and of what is allocated, is the reference's."""
+    """Check every byte of every arena, and of what is allocated, against the reference."""
     expected_arenas = case.arenas()
     arenas = {name: arena.cuda() for name, arena in expected_arenas.items()}
     try:
@@ -503,7 +511,7 @@ FAKES_TO_FUZZ = draw_kernels(FAKES, fake=True)
 
 @pytest.fixture(scope="module", autouse=True)
 def announcement(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What to repeat a run with."""
+    """Print the settings that repeat a run."""
     counted["cases"] = 0
     yield
     capture = request.config.pluginmanager.getplugin("capturemanager")
@@ -523,7 +531,7 @@ def test_against_the_reference(kernel):
 
 
 def large_shapes() -> dict[str, tuple[tuple[int, ...], int, int]]:
-    """Batch, rows and columns where launches look different, by name."""
+    """Return batch shape, rows and columns by name, one for each kind of launch."""
     sms = (
         torch.cuda.get_device_properties(0).multi_processor_count
         if torch.cuda.is_available()
@@ -547,7 +555,7 @@ def large_shapes() -> dict[str, tuple[tuple[int, ...], int, int]]:
 @pytest.mark.parametrize("name", large_shapes())
 @pytest.mark.parametrize("number", range(5))
 def test_large(name, number):
-    """Few of them: the reference takes its time."""
+    """Run few cases: the reference is slow at these sizes."""
     batch_shape, mn, k = large_shapes()[name]
     generator = random.Random(f"{SEED} {name} {number}")
     domains = [d for d in DOMAINS if d[2] == bool(batch_shape) and (d[0] == DENSE or number > 1)]
@@ -562,7 +570,7 @@ def test_large(name, number):
         fake=False,
     )
     if kernel.fmt.group_size == -1 and k > 1000:
-        kernel = replace(kernel, fmt=kernel.fmt._replace(group_size=128))
+        kernel = replace(kernel, fmt=kernel.fmt.replace(group_size=128))
     store = min(kernel.store_bytes, 16)
     draw = Draw(replace(kernel, store_bytes=store), f"{name} {number}")
     check_on_gpu(draw.finish(batch_shape, mn, k))
@@ -571,14 +579,23 @@ def test_large(name, number):
 
 # Multiplying back.
 
-SCALES = ("ue8m0", "float32", "ue8m0_row_major", "ue8m0_128x4")
-"""Layouts that `dequantize` tells apart."""
+SCALES = (
+    (torch.float8_e8m0fnu, MN_MAJOR_PACKED),
+    (torch.float8_e8m0fnu, ROW_MAJOR),
+    (torch.float8_e8m0fnu, BLOCKED),
+    (torch.float32, MN_MAJOR),
+)
+"""Dtypes and layouts of scales that `dequantize` has code of its own for."""
 
 
 def draw_dequantizations() -> list[Kernel]:
-    """Kernels whose `dtype` is that of the result; its rows start where their length has them."""
+    """Draw kernels whose `dtype` is that of the result, which is contiguous."""
     generator = random.Random(f"{SEED} dequantize")
-    formats = [fmt for fmt in all_formats() if fmt.scale_format in SCALES and not fmt.round_scale]
+    formats = [
+        fmt
+        for fmt in all_formats()
+        if (fmt.scale_dtype, fmt.scale_layout) in SCALES and not fmt.round_scale
+    ]
     values = formats, INPUT_DTYPES, powers_of_two(1, 16), powers_of_two(1, 8), (False, True)
     decks = [Deck(v, generator) for v in values]
     kernels = []
@@ -590,8 +607,8 @@ def draw_dequantizations() -> list[Kernel]:
 
 
 def scale_strides(draw: Draw, shape: tuple[int, ...], blocked: bool) -> tuple[int, ...]:
-    """Any of the last dimensions, transposed, padded or expanded, but for the bytes of blocks, and
-    one for the rest."""
+    """Draw strides: the last two dimensions transposed, padded or expanded, the leading ones walked
+    by one stride. The bytes of blocks stay contiguous."""
     inner = 1 if blocked else 2
     order = list(range(len(shape) - inner, len(shape)))
     draw.generator.shuffle(order)
@@ -606,7 +623,7 @@ def scale_strides(draw: Draw, shape: tuple[int, ...], blocked: bool) -> tuple[in
 
 
 def dequantization(draw: Draw) -> dict[str, tuple[Place, torch.Tensor]]:
-    """Places and arenas of "q" and "sf", which hold any bits."""
+    """Draw places and arenas of "q" and "sf", which hold any bits."""
     kernel, fmt = draw.kernel, draw.kernel.fmt
     tall = draw.chance(0.2)
     batch_shape = draw.any_of([(), *BATCH_SHAPES, (70,)])
@@ -621,15 +638,15 @@ def dequantization(draw: Draw) -> dict[str, tuple[Place, torch.Tensor]]:
     shape = fmt.scale_shape(batch_shape, mn, k)
     strides = scale_strides(draw, shape, fmt.blocked)
     places = {
-        "q": draw.matrix(fmt.dtype, (*batch_shape, mn, k), kernel.load_bytes, True),
-        "sf": draw.place(fmt.scale_dtype, shape, strides, fmt.scale_dtype.itemsize),
+        "q": draw.matrix(fmt.values, (*batch_shape, mn, k), kernel.load_bytes, True),
+        "sf": draw.place(fmt.sf_dtype, shape, strides, fmt.sf_dtype.itemsize),
     }
     generator = torch.Generator().manual_seed(draw.between(0, 2**31))
     arenas = {
         name: torch.randint(256, (place.nbytes,), generator=generator, dtype=torch.uint8)
         for name, place in places.items()
     }
-    if fmt.scale_dtype is torch.float32:
+    if fmt.sf_dtype is torch.float32:
         # All bits are as likely, but most magnitudes should be those of scales.
         floats = arenas["sf"].view(torch.float32)
         likely = torch.rand(len(floats), generator=generator) < 0.8
@@ -644,14 +661,14 @@ def test_dequantize(kernel):
         drawn = dequantization(Draw(kernel, number))
         described = f"{kernel}, {number}: { {name: place for name, (place, _) in drawn.items()} }"
         on_gpu = {name: arena.cuda() for name, (_, arena) in drawn.items()}
-        choices = kernel.fmt.group_size, kernel.dtype
+        choices = {"fmt": kernel.fmt, "dtype": kernel.dtype}
         try:
             actual = dequantize(
-                *(place.view(on_gpu[name]) for name, (place, _) in drawn.items()), *choices
+                *(place.view(on_gpu[name]) for name, (place, _) in drawn.items()), **choices
             )
         except Exception as error:
             raise AssertionError(f"FUZZ_SEED={SEED}, {described}") from error
-        expected = dequantize(*(place.view(arena) for place, arena in drawn.values()), *choices)
+        expected = dequantize(*(place.view(arena) for place, arena in drawn.values()), **choices)
         assert actual.shape == expected.shape and actual.stride() == expected.stride(), described
         assert actual.dtype == kernel.dtype, described
         results = (same_nan(storage_bits(t), kernel.dtype) for t in (actual, expected))
@@ -676,19 +693,9 @@ def test_the_cpu_against_the_oracle(kernel):
         if q.numel() and case.mn:
             counts = places["counts"].view(before["counts"]) if "counts" in places else None
             index = places["index"].view(before["index"]) if "index" in places else None
-            rows = from_operands(kernel.kind, counts, case.alignment)
+            rows = from_operands(RowOperands(kernel.kind, counts, case.alignment))
             sources, live = live_sources(x, rows, index)
-            floor = case.min_scale
-            if isinstance(floor, str):
-                floor = scale_floor(kernel.fmt, floor)
-                floor = 2.0 ** (floor - 127) if kernel.fmt.power_of_two and floor else float(floor)
-            choices = Choices(
-                **format_arguments(kernel.fmt),
-                min_scale=floor,
-                k=x.shape[-1],
-                sources=sources,
-                counts=live,
-            )
+            choices = oracle_choices(case.fmt, x.shape[-1], sources, live)
             first = places["sf"].start + places["sf"].offset * sf.element_size()
             stored = before["sf"][first : places["sf"].end]
             q_bytes, sf_bytes = expected_bytes(
@@ -705,10 +712,10 @@ def test_the_cpu_against_the_oracle(kernel):
 
 
 def test_the_generator_draws_everything():
-    """Each choice comes up, and rows start where the kernels' alignment says."""
+    """Each choice is drawn, and rows have exactly the alignment of their kernel."""
     assert {kernel.fmt for kernel in KERNELS_TO_FUZZ} == set(all_formats())
     assert {(k.kind, k.gathered, k.batched) for k in KERNELS_TO_FUZZ} == set(DOMAINS)
-    assert {kernel.fmt.dtype for kernel in FAKES_TO_FUZZ} == set(EVERY_DTYPE)
+    assert {kernel.fmt.values for kernel in FAKES_TO_FUZZ} == set(EVERY_DTYPE)
     seen = set()
     for kernel in [*KERNELS_TO_FUZZ, *FAKES_TO_FUZZ]:
         for number in range(4):

@@ -10,8 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cute_quant import Indexed, Masked, PrefixSum, dequantize, fake_quantize, quantize
-from cute_quant.contract.formats import Format, make_format
+from cute_quant import (
+    DEEP_GEMM,
+    DEEP_GEMM_32,
+    DEEP_GEMM_SM90,
+    GROUPWISE_FP8,
+    MXFP8,
+    Indexed,
+    Masked,
+    PrefixSum,
+    dequantize,
+    fake_quantize,
+    quantize,
+)
+from cute_quant.contract.formats import Format
 from tests.helpers import (
     EVERY_DTYPE,
     EVERY_LAYOUT,
@@ -22,25 +34,25 @@ from tests.helpers import (
     assert_same_bits,
     bits,
     check_against_reference,
-    format_arguments,
-    full_id,
     on_device,
+    oracle_choices,
     poisoned,
     poisoned_scales,
     poisoned_values,
     random_bits,
     storage_bits,
 )
-from tests.oracle import Choices, expected_bytes
+from tests.oracle import expected_bytes
 
-every_format = pytest.mark.parametrize("fmt", all_formats(), ids=full_id)
-formats_of_32 = pytest.mark.parametrize("fmt", all_formats(group_sizes=(32,)), ids=full_id)
-e4m3_of_32 = pytest.mark.parametrize("fmt", all_formats((torch.float8_e4m3fn,), (32,)), ids=full_id)
+every_format = pytest.mark.parametrize("fmt", all_formats(), ids=str)
+formats_of_32 = pytest.mark.parametrize("fmt", all_formats(group_sizes=(32,)), ids=str)
+e4m3_of_32 = pytest.mark.parametrize("fmt", all_formats((torch.float8_e4m3fn,), (32,)), ids=str)
 every_input_dtype = pytest.mark.parametrize("input_dtype", INPUT_DTYPES, ids=str)
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Rows that take turns: random bits, finite ones, a normal distribution, zeros, one special."""
+    """Return rows of five kinds, interleaved: random bits, finite bits, a normal distribution,
+    zeros of both signs, and a small normal distribution with one NaN or Inf."""
     x = random_bits(shape, dtype, seed)
     rows = x.view(-1, shape[-1])
     generator = torch.Generator().manual_seed(seed)
@@ -67,7 +79,7 @@ def int32(values: object, device: str = "cpu") -> torch.Tensor:
 def live_sources(
     x: torch.Tensor, rows: object, index: torch.Tensor | None
 ) -> tuple[list[list[list[float] | None]], list[int] | None]:
-    """What `rows` and `index` mean, one row at a time."""
+    """Return the source of each row that `rows` and `index` leave live, and masked counts."""
     if index is None:
         sources = [matrix.tolist() for matrix in x.reshape(-1, *x.shape[-2:])]
     else:
@@ -98,7 +110,6 @@ def check_against_oracle(
     fmt: Format,
     device: str,
     *,
-    min_scale: float = 1e-10,
     extra_rows: int = 0,
     last_padding: bool = True,
     rows: object = None,
@@ -107,19 +118,18 @@ def check_against_oracle(
     """Quantize into poisoned memory; every byte must be the oracle's."""
     *batch_shape, mn, k = x.shape if index is None else (*index.shape, x.shape[-1])
     batch_shape = tuple(batch_shape)
-    q = poisoned_values(mn + extra_rows, k, device, fmt.dtype, batch_shape)
+    q = poisoned_values(mn + extra_rows, k, device, fmt.values, batch_shape)
     sf = poisoned_scales(fmt, mn, k, device, last_padding, batch_shape)
     sources, counts = live_sources(x, rows, index)
     expected_q, expected_sf = expected_bytes(
-        Choices(**format_arguments(fmt), min_scale=min_scale, k=k, sources=sources, counts=counts),
+        oracle_choices(fmt, k, sources, counts),
         bytes([POISON]) * q.numel(),
         mn + extra_rows,
         bytes([POISON]) * sf.untyped_storage().nbytes(),
     )
     results = quantize(
         x.to(device),
-        **format_arguments(fmt),
-        min_scale=min_scale,
+        fmt,
         rows=on_device(rows, device),
         index=None if index is None else index.to(device),
         out=(q, sf),
@@ -130,12 +140,11 @@ def check_against_oracle(
     # What is allocated here holds the same, wherever it is defined.
     q, sf = quantize(
         x.to(device),
-        **format_arguments(fmt),
-        min_scale=min_scale,
+        fmt,
         rows=on_device(rows, device),
         index=None if index is None else index.to(device),
     )
-    assert q.shape == (*batch_shape, mn, k) and q.is_contiguous() and q.dtype is fmt.dtype
+    assert q.shape == (*batch_shape, mn, k) and q.is_contiguous() and q.dtype is fmt.values
     assert sf.shape == results[1].shape and sf.stride() == results[1].stride()
     if counts is None:
         assert_same_bits(q, results[0][..., :mn, :])
@@ -144,7 +153,7 @@ def check_against_oracle(
 
 @every_format
 def test_every_format(fmt, device):
-    """All value dtypes, groups and layouts, with short groups, batches and extra rows."""
+    """Cover all value dtypes, groups and layouts, with short groups, batches and extra rows."""
     seed = 7 * abs(fmt.group_size)
     check_against_oracle(inputs((6, 70), torch.bfloat16, seed), fmt, device)
     check_against_oracle(inputs((3, 33), torch.float16, 1), fmt, device, last_padding=False)
@@ -152,15 +161,17 @@ def test_every_format(fmt, device):
     check_against_oracle(
         inputs((2, 1, 2, 48), torch.float32, 4), fmt, device, last_padding=False, extra_rows=1
     )
-    check_against_oracle(inputs((5, 1), torch.float32, 5), fmt, device, min_scale=2.0**-60)
+    check_against_oracle(inputs((5, 1), torch.float32, 5), fmt.replace(min_scale=2.0**-60), device)
 
 
 @every_input_dtype
 @pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
 @pytest.mark.parametrize("min_scale", [0.0, 2.0**-149, 3e-39, 1e-4, 3.0, 2.0**100])
 def test_floors_of_exponents(input_dtype, dtype, min_scale, device):
-    fmt = make_format(16, "ue8m0_row_major", False, dtype)
-    check_against_oracle(inputs((12, 70), input_dtype, 3), fmt, device, min_scale=min_scale)
+    fmt = DEEP_GEMM.replace(
+        scale_layout="row_major", group_size=16, values=dtype, min_scale=min_scale
+    )
+    check_against_oracle(inputs((12, 70), input_dtype, 3), fmt, device)
 
 
 @every_input_dtype
@@ -168,13 +179,15 @@ def test_floors_of_exponents(input_dtype, dtype, min_scale, device):
 @pytest.mark.parametrize("round_scale", [False, True])
 @pytest.mark.parametrize("min_scale", [2.0**-126, 1e-4, 3.0, 2.0**100])
 def test_floors_of_floats(input_dtype, dtype, round_scale, min_scale, device):
-    fmt = make_format(16, "float32_row_major", round_scale, dtype)
-    check_against_oracle(inputs((12, 70), input_dtype, 3), fmt, device, min_scale=min_scale)
+    fmt = GROUPWISE_FP8.replace(
+        group_size=16, values=dtype, round_scale=round_scale, min_scale=min_scale
+    )
+    check_against_oracle(inputs((12, 70), input_dtype, 3), fmt, device)
 
 
 @pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
 def test_all_values_and_all_ties(dtype, device):
-    """In groups with scale 1: each code, the midpoint of each two, and the floats beside it."""
+    """Quantize with scale 1 each code, each midpoint of two codes, and the floats beside it."""
     largest = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}[dtype]
     if dtype is torch.int8:
         values = torch.arange(0.0, 128.0)
@@ -187,14 +200,14 @@ def test_all_values_and_all_ties(dtype, device):
     x = torch.cat([x, -x])
     x = torch.nn.functional.pad(x, (0, -len(x) % 15)).view(-1, 15)
     x = torch.cat([x, torch.full((len(x), 1), largest)], 1)
-    for layout in ("ue8m0_row_major", "float32_row_major"):
-        check_against_oracle(x, make_format(16, layout, False, dtype), device)
+    for fmt in (DEEP_GEMM.replace(scale_layout="row_major"), GROUPWISE_FP8):
+        check_against_oracle(x, fmt.replace(values=dtype, group_size=16), device)
 
 
 @every_input_dtype
 @pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
 def test_amax_beside_each_step_of_the_scale(input_dtype, dtype, device):
-    """M * 2^n, where an exponent changes, and the floats on both sides of it."""
+    """Quantize groups with amax M * 2^n, where the exponent steps, and the floats beside it."""
     largest = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}[dtype]
     limits = torch.finfo(input_dtype)
     steps = (largest * 2.0 ** torch.arange(-165.0, 122.0, dtype=torch.float64)).to(input_dtype)
@@ -206,16 +219,16 @@ def test_amax_beside_each_step_of_the_scale(input_dtype, dtype, device):
     amax = torch.cat([steps, steps.nextafter(up), steps.nextafter(down), extremes])
     amax = torch.cat([amax, down.nextafter(up)[None]])
     x = amax[:, None] * torch.tensor([1.0, -0.5, 0.3], dtype=input_dtype)
-    fmt = make_format(16, "ue8m0_row_major", False, dtype)
-    check_against_oracle(x, fmt, device, min_scale=0.0)
-    fmt = make_format(16, "float32_row_major", False, dtype)
-    check_against_oracle(x, fmt, device, min_scale=2.0**-126)
+    fmt = DEEP_GEMM.replace(scale_layout="row_major", group_size=16, values=dtype, min_scale=0.0)
+    check_against_oracle(x, fmt, device)
+    fmt = GROUPWISE_FP8.replace(group_size=16, values=dtype, min_scale=2.0**-126)
+    check_against_oracle(x, fmt, device)
 
 
 @every_input_dtype
 @formats_of_32
 def test_random_bits(input_dtype, fmt, device):
-    """More rows than the oracle has time for."""
+    """Compare with the reference: the oracle is too slow for so many rows."""
     check_against_reference(random_bits((2, 131, 333), input_dtype, 1).to(device), fmt)
 
 
@@ -250,10 +263,10 @@ def test_rows(name, fmt, device):
 
 @pytest.mark.parametrize("group_size", [16, 128, 256, -1])
 @pytest.mark.parametrize("name", ["masked", "psum", "indexed", "index-2d"])
-@pytest.mark.parametrize(("scale_format", "round_scale"), EVERY_LAYOUT[:-1])
-def test_rows_of_other_groups(name, scale_format, round_scale, group_size, device):
+@pytest.mark.parametrize("layout", EVERY_LAYOUT[:-1], ids=str)
+def test_rows_of_other_groups(name, layout, group_size, device):
     rows, shape, index = ROWS[name]
-    fmt = make_format(group_size, scale_format, round_scale)
+    fmt = layout.replace(group_size=group_size)
     x = inputs((*shape[:-1], 150), torch.float32, 1)
     check_against_oracle(x, fmt, device, rows=rows, index=index)
 
@@ -262,7 +275,7 @@ def test_rows_of_other_groups(name, scale_format, round_scale, group_size, devic
 @pytest.mark.parametrize("mn", [1, 127, 128, 129, 300])
 @pytest.mark.parametrize("k", [32, 127, 129, 160])
 def test_more_than_a_block(mn, k, fmt, device):
-    """Scales of 128 rows and more, where they are not computed alone: places against places."""
+    """Give each row and group a scale of its own, so that a scale in a wrong place shows."""
     x = torch.ones(2, mn, k) * 2.0 ** (torch.arange(mn)[:, None] % 97 - 40)
     x *= 2.0 ** (torch.arange(k) // 32)
     masked = Masked(int32([mn // 2, mn - mn // 3], device))
@@ -273,10 +286,12 @@ def test_more_than_a_block(mn, k, fmt, device):
 @pytest.mark.parametrize(("mn", "k"), [(1, 32), (5, 33), (128, 128), (130, 129), (300, 700)])
 @pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
 def test_blocked_scales_are_those_that_torch_makes(mn, k, dtype, device):
-    """The rearrangement that torch documents for ``_scaled_mm``, from row-major scales."""
+    """Rearrange row-major scales as torch documents for ``_scaled_mm``."""
     x = inputs((mn, k), torch.bfloat16).to(device)
-    _, row_major = quantize(x, 32, "ue8m0_row_major", dtype=dtype)
-    _, blocked = quantize(x, 32, "ue8m0_128x4", dtype=dtype)
+    _, row_major = quantize(
+        x, DEEP_GEMM.replace(scale_layout="row_major", group_size=32, values=dtype)
+    )
+    _, blocked = quantize(x, MXFP8.replace(values=dtype))
     groups = row_major.shape[1]
     row_blocks, column_blocks = -(-mn // 128), -(-groups // 4)
     padded = torch.zeros(128 * row_blocks, 4 * column_blocks, dtype=torch.uint8)
@@ -291,16 +306,17 @@ def test_blocked_scales_are_those_that_torch_makes(mn, k, dtype, device):
 @pytest.mark.parametrize("shape", [(5, 70), (1, 70), (4, 1, 300), (2, 3, 5, 33), (1, 7, 1, 16)])
 def test_shapes_and_strides(fmt, shape, device):
     *batch, mn, k = shape
-    q, sf = quantize(torch.ones(shape, device=device), **format_arguments(fmt))
-    assert q.shape == shape and q.is_contiguous() and q.dtype is fmt.dtype
+    q, sf = quantize(torch.ones(shape, device=device), fmt)
+    assert q.shape == shape and q.is_contiguous() and q.dtype is fmt.values
     groups = 1 if fmt.group_size == -1 else -(-k // fmt.group_size)
     aligned = -(-mn // 4) * 4
-    if fmt.scale_format == "ue8m0_128x4":
+    packed = fmt.scale_layout == "mn_major_packed"
+    if fmt.scale_layout == "128x4":
         expected = (*batch, -(-mn // 128) * 128 * (-(-groups // 4) * 4))
     else:
-        expected = (*batch, mn, -(-groups // 4) if fmt.scale_format == "ue8m0" else groups)
-    assert sf.shape == expected
-    if fmt.scale_format in ("ue8m0", "float32"):
+        expected = (*batch, mn, -(-groups // 4) if packed else groups)
+    assert sf.shape == expected and sf.dtype is (torch.int32 if packed else fmt.scale_dtype)
+    if fmt.scale_layout in ("mn_major", "mn_major_packed"):
         assert sf.stride()[-2:] == (1, aligned)
         stride = aligned * expected[-1]
         for size, actual in zip(reversed(batch), reversed(sf.stride()[:-2]), strict=True):
@@ -314,26 +330,29 @@ def test_shapes_and_strides(fmt, shape, device):
 def test_formats_share_their_values_and_numbers(device):
     x = inputs((3, 37, 300), torch.float32).to(device)
     for dtype in EVERY_DTYPE:
-        q, sf = quantize(x, 32, "ue8m0_row_major", dtype=dtype)
+        row_major = DEEP_GEMM.replace(scale_layout="row_major", group_size=32, values=dtype)
+        q, sf = quantize(x, row_major)
         exponents = bits(sf).view(3, 37, 10)
-        for scale_format in ("ue8m0", "ue8m0_128x4"):
-            other_q, other_sf = quantize(x, 32, scale_format, dtype=dtype)
+        for fmt in (DEEP_GEMM_32.replace(values=dtype), MXFP8.replace(values=dtype)):
+            other_q, other_sf = quantize(x, fmt)
             assert_same_bits(q, other_q)
             for out in (torch.float32, torch.bfloat16):
-                expected = dequantize(q, sf, 32, out)
-                assert_same_bits(dequantize(other_q, other_sf, 32, out), expected)
-        packed = quantize(x, 32, "ue8m0", dtype=dtype)[1]
+                expected = dequantize(q, sf, row_major, dtype=out)
+                assert_same_bits(dequantize(other_q, other_sf, fmt, dtype=out), expected)
+        packed = quantize(x, DEEP_GEMM_32.replace(values=dtype))[1]
         assert torch.equal(bits(packed).view(3, 37, 12)[..., :10], exponents)
-        rounded_q, rounded = quantize(x, 32, "float32_row_major", round_scale=True, dtype=dtype)
+        rounded_q, rounded = quantize(
+            x, GROUPWISE_FP8.replace(group_size=32, values=dtype, round_scale=True)
+        )
         assert_same_bits(rounded_q, q)
         finite = exponents != 255
         wanted = 2.0 ** (exponents.float() - 127)
         assert torch.equal(rounded.cpu()[finite], wanted[finite])
         assert rounded.cpu()[~finite].isnan().all()
         for round_scale in (False, True):
-            choices = {"dtype": dtype, "round_scale": round_scale}
-            q, sf = quantize(x, 32, "float32", **choices)
-            other_q, other_sf = quantize(x, 32, "float32_row_major", **choices)
+            choices = {"group_size": 32, "values": dtype, "round_scale": round_scale}
+            q, sf = quantize(x, DEEP_GEMM_SM90.replace(**choices))
+            other_q, other_sf = quantize(x, GROUPWISE_FP8.replace(**choices))
             assert_same_bits(q, other_q)
             assert_same_bits(sf, other_sf)
 
@@ -366,14 +385,12 @@ def strided_views(device: str) -> list[torch.Tensor]:
 def test_any_strides_of_the_input(case, fmt, device):
     x = strided_views(device)[case]
     before = bits(x)
-    results = quantize(x, **format_arguments(fmt))
-    expected = quantize(x.contiguous(), **format_arguments(fmt))
+    results = quantize(x, fmt)
+    expected = quantize(x.contiguous(), fmt)
     for result, wanted in zip(results, expected, strict=True):
         assert_same_bits(result, wanted)
         assert result.stride() == wanted.stride()
-    assert_same_bits(
-        fake_quantize(x, **format_arguments(fmt)), dequantize(*expected, 32, dtype=x.dtype)
-    )
+    assert_same_bits(fake_quantize(x, fmt), dequantize(*expected, fmt, dtype=x.dtype))
     assert torch.equal(bits(x), before)
 
 
@@ -394,13 +411,13 @@ def test_any_strides_of_the_input(case, fmt, device):
 )
 @pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
 def test_any_strides_of_the_values(shape, strides, dtype, device):
-    """Rows of a caller's q in larger memory: bytes before, between and after them stay."""
+    """Write rows to a strided q: bytes before, between and after the rows stay."""
     extra_rows = 2 if shape[-2] == 5 else 0
     storage = poisoned(4000, device)
     q = storage.view(dtype).as_strided(shape, strides, 13)
     x = inputs((*shape[:-2], shape[-2] - extra_rows, shape[-1]), torch.float16).to(device)
-    quantize(x, 16, dtype=dtype, out=(q, None))
-    values, _ = quantize(x, 16, dtype=dtype)
+    quantize(x, DEEP_GEMM.replace(group_size=16, values=dtype), out=(q, None))
+    values, _ = quantize(x, DEEP_GEMM.replace(group_size=16, values=dtype))
     expected = poisoned(4000, "cpu")
     expected_q = expected.view(dtype).as_strided(shape, strides, 13)
     expected_q.view(torch.uint8).zero_()
@@ -423,25 +440,27 @@ def test_nothing_outside_of_the_scales_is_touched(fmt, batch_shape, kind, device
     size = own.untyped_storage().nbytes() // own.element_size()
     arena = poisoned((size + 2 * guard) * own.element_size(), device)
     sf = arena.view(own.dtype).as_strided(own.shape, own.stride(), guard)
-    quantize(x, **format_arguments(fmt), rows=rows, out=(None, own))
-    quantize(x, **format_arguments(fmt), rows=rows, out=(None, sf))
+    quantize(x, fmt, rows=rows, out=(None, own))
+    quantize(x, fmt, rows=rows, out=(None, sf))
     at = guard * own.element_size()
     assert torch.equal(arena.cpu()[at:-at], storage_bits(own))
     assert arena[:at].eq(POISON).all() and arena[-at:].eq(POISON).all()
 
 
-@pytest.mark.parametrize("scale_format", ["ue8m0", "float32", "ue8m0_row_major"])
+@pytest.mark.parametrize(
+    "layout", [DEEP_GEMM, DEEP_GEMM_SM90, DEEP_GEMM.replace(scale_layout="row_major")], ids=str
+)
 @pytest.mark.parametrize(
     ("shape", "strides"), [((3, 1, 1), (4, 9, 9)), ((1, 6, 1), (5, 1, 77)), ((1, 1, 1), (3, 5, 7))]
 )
-def test_dimensions_of_size_one_have_any_stride(scale_format, shape, strides, device):
-    fmt = make_format(32, scale_format, False)
-    if scale_format == "ue8m0_row_major" and shape[0] > 1:
+def test_dimensions_of_size_one_have_any_stride(layout, shape, strides, device):
+    fmt = layout.replace(group_size=32)
+    if fmt.scale_layout == "row_major" and shape[0] > 1:
         strides = (1, 9, 9)
-    sf = poisoned(400, device).view(fmt.scale_dtype).as_strided(shape, strides)
+    sf = poisoned(400, device).view(fmt.sf_dtype).as_strided(shape, strides)
     x = inputs((*shape[:-1], 32), torch.bfloat16).to(device)
-    quantize(x, 32, scale_format, out=(None, sf))
-    assert_same_bits(sf, quantize(x, 32, scale_format)[1])
+    quantize(x, fmt, out=(None, sf))
+    assert_same_bits(sf, quantize(x, fmt)[1])
 
 
 def test_outputs_overlap_nothing(device):
@@ -451,19 +470,19 @@ def test_outputs_overlap_nothing(device):
     masked = Masked(arena[400:416].view(torch.int32))
     index = arena[416:464].view(torch.int32).view(4, 3)
     sf = arena[512:576].view(torch.int32).as_strided((4, 3, 1), (4, 1, 4))
-    quantize(x, 32, rows=masked, out=(q, sf))
-    quantize(x[0], 32, rows=masked, index=index, out=(q, sf))
+    quantize(x, DEEP_GEMM_32, rows=masked, out=(q, sf))
+    quantize(x[0], DEEP_GEMM_32, rows=masked, index=index, out=(q, sf))
     moved = arena[32:416].view(q.dtype).view(q.shape)
     with pytest.raises(ValueError, match=r"out q: .*overlaps rows.masked_m"):
-        quantize(x, 32, rows=masked, out=(moved, sf))
+        quantize(x, DEEP_GEMM_32, rows=masked, out=(moved, sf))
     moved = arena[448:512].view(torch.int32).as_strided((4, 3, 1), (4, 1, 4))
     with pytest.raises(ValueError, match=r"out sf: .*overlaps index"):
-        quantize(x[0], 32, rows=masked, index=index, out=(q, moved))
+        quantize(x[0], DEEP_GEMM_32, rows=masked, index=index, out=(q, moved))
     # The padding rows of the last matrix count as well.
     ends = arena[572:576].view(torch.int32)
     with pytest.raises(ValueError, match=r"out sf: .*overlaps rows.ends"):
         sf = arena[560:572].view(torch.int32).as_strided((3, 1), (1, 4))
-        quantize(x[0], 32, rows=PrefixSum(ends), out=(None, sf))
+        quantize(x[0], DEEP_GEMM_32, rows=PrefixSum(ends), out=(None, sf))
 
 
 # Empty inputs.
@@ -476,19 +495,19 @@ EMPTY = [(0, 70), (5, 0), (0, 0), (0, 5, 70), (2, 0, 70), (2, 5, 0), (3, 0, 2, 1
 def test_nothing(fmt, shape, device):
     *batch, mn, k = shape
     x = torch.empty(shape, dtype=torch.bfloat16, device=device)
-    q, sf = quantize(x, **format_arguments(fmt))
+    q, sf = quantize(x, fmt)
     groups = min(k, 1) if fmt.group_size == -1 else -(-k // fmt.group_size)
-    assert q.shape == shape and q.dtype is fmt.dtype
-    if fmt.scale_format == "ue8m0_128x4":
+    assert q.shape == shape and q.dtype is fmt.values
+    if fmt.scale_layout == "128x4":
         assert sf.shape == (*batch, -(-mn // 128) * 128 * (-(-groups // 4) * 4))
     else:
         assert sf.shape == (*batch, mn, -(-groups // 4) if fmt.packed else groups)
-    y = dequantize(q, sf, fmt.group_size)
+    y = dequantize(q, sf, fmt)
     assert y.shape == shape and y.dtype == torch.bfloat16
-    assert fake_quantize(x, **format_arguments(fmt)).shape == shape
-    own_q = poisoned_values(mn + 3, k, device, fmt.dtype, tuple(batch))
+    assert fake_quantize(x, fmt).shape == shape
+    own_q = poisoned_values(mn + 3, k, device, fmt.values, tuple(batch))
     own_sf = fmt.empty_scales(batch, mn, k, x.device)
-    quantize(x, **format_arguments(fmt), out=(own_q, own_sf))
+    quantize(x, fmt, out=(own_q, own_sf))
     assert bits(own_q).eq(0).all()
 
 
@@ -511,9 +530,9 @@ def test_no_rows_of_a_kind(fmt, device):
         (torch.ones(3, 0, device=device), None, int32([1, 1], device)),
     ]
     for x, rows, index in cases:
-        q, sf = quantize(x, **format_arguments(fmt), rows=rows, index=index)
+        q, sf = quantize(x, fmt, rows=rows, index=index)
         shape = x.shape if index is None else (*index.shape, x.shape[-1])
-        assert q.shape == shape and q.numel() == 0 and dequantize(q, sf, 32).shape == shape
+        assert q.shape == shape and q.numel() == 0 and dequantize(q, sf, fmt).shape == shape
 
 
 # Multiplying back.
@@ -523,15 +542,14 @@ def test_no_rows_of_a_kind(fmt, device):
 @every_input_dtype
 def test_fake_quantize(fmt, input_dtype, device):
     x = inputs((2, 6, 290), input_dtype).to(device)
-    arguments = format_arguments(fmt)
     for min_scale in (1e-10, 1.0, "deepgemm"):
-        y = fake_quantize(x, **arguments, min_scale=min_scale)
-        q, sf = quantize(x, **arguments, min_scale=min_scale)
-        assert_same_bits(y, dequantize(q, sf, fmt.group_size, input_dtype))
+        fmt = fmt.replace(min_scale=min_scale)
+        y = fake_quantize(x, fmt)
+        assert_same_bits(y, dequantize(*quantize(x, fmt), fmt, dtype=input_dtype))
         assert y.is_contiguous()
     storage = torch.zeros(2, 7, 300, dtype=input_dtype, device=device)
     out = storage[:, :6, :290]
-    assert fake_quantize(x, **arguments, min_scale="deepgemm", out=out) is out
+    assert fake_quantize(x, fmt, out=out) is out
     assert_same_bits(out, y)
     assert storage[:, 6].eq(0).all() and storage[:, :, 290:].eq(0).all()
 
@@ -539,8 +557,8 @@ def test_fake_quantize(fmt, input_dtype, device):
 @formats_of_32
 def test_dequantize_any_strides(fmt, device):
     x = inputs((2, 1, 6, 150), torch.float32).to(device)
-    q, sf = quantize(x, **format_arguments(fmt))
-    expected = dequantize(q, sf, 32, torch.float32)
+    q, sf = quantize(x, fmt)
+    expected = dequantize(q, sf, fmt, dtype=torch.float32)
     strided_q = torch.empty(6, 2, 150, 1, dtype=torch.uint8, device=device)
     strided_q = strided_q.permute(1, 3, 0, 2).view(q.dtype)
     strided_q.view(torch.uint8).copy_(q.view(torch.uint8))
@@ -548,18 +566,19 @@ def test_dequantize_any_strides(fmt, device):
     strided_sf.copy_(sf)
     if fmt.blocked:
         with pytest.raises(ValueError, match="sf: expected the bytes of blocks to be contiguous"):
-            dequantize(q, strided_sf, 32)
+            dequantize(q, strided_sf, fmt)
         strided_sf = sf
-    assert_same_bits(dequantize(strided_q, strided_sf, 32, torch.float32), expected)
+    assert_same_bits(dequantize(strided_q, strided_sf, fmt, dtype=torch.float32), expected)
 
 
 @pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float16, torch.float32])
 def test_dequantize_every_code_and_scale(dtype, out, device):
-    """All 256 x 256 products of values and UE8M0 bytes, in float64 for comparison."""
+    """Compare all 256 x 256 products of values and UE8M0 bytes with those in float64."""
     q = torch.arange(256, dtype=torch.uint8).view(dtype).expand(256, 256)
     sf = torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu)[:, None]
-    y = dequantize(q.to(device), sf.to(device), -1, out).cpu()
+    fmt = DEEP_GEMM.replace(values=dtype, group_size=-1, scale_layout="row_major")
+    y = dequantize(q.to(device), sf.to(device), fmt, dtype=out).cpu()
     scales = 2.0 ** (torch.arange(256, dtype=torch.float64) - 127)
     scales[255] = torch.nan
     expected = (q.double() * scales[:, None]).float().to(out)
@@ -571,9 +590,10 @@ def test_dequantize_every_code_and_scale(dtype, out, device):
 def test_dead_rows_multiply_back_to_zero(input_dtype, dtype, device):
     x = inputs((6, 70), input_dtype, 1).where(torch.tensor(True), 0).to(device)
     rows = Indexed(int32([0, -1, -1, 0, -1, 0], device))
-    for scale_format in ("ue8m0", "float32"):
-        q, sf = quantize(x, 32, scale_format, dtype=dtype, rows=rows)
-        y = dequantize(q, sf, 32, input_dtype)
+    for layout in (DEEP_GEMM, DEEP_GEMM_SM90):
+        fmt = layout.replace(group_size=32, values=dtype)
+        q, sf = quantize(x, fmt, rows=rows)
+        y = dequantize(q, sf, fmt, dtype=input_dtype)
         assert y[[1, 2, 4]].eq(0).all()
 
 
@@ -582,11 +602,11 @@ def test_dead_rows_multiply_back_to_zero(input_dtype, dtype, device):
 @every_input_dtype
 def test_one_special_value_poisons_its_group_alone(special, input_dtype, fmt, device):
     x = torch.randn(4, 150, generator=torch.Generator().manual_seed(0)).to(input_dtype)
-    clean = fake_quantize(x, **format_arguments(fmt))
+    clean = fake_quantize(x, fmt)
     x[0, 0], x[1, 149], x[2, 40] = special, special, special
-    q, sf = quantize(x.to(device), **format_arguments(fmt))
-    y = dequantize(q, sf, 32, input_dtype).cpu()
-    nan_byte = 0 if fmt.dtype is torch.int8 else 0x7F
+    q, sf = quantize(x.to(device), fmt)
+    y = dequantize(q, sf, fmt, dtype=input_dtype).cpu()
+    nan_byte = 0 if fmt.values is torch.int8 else 0x7F
     for row, group in ((0, slice(0, 32)), (1, slice(128, 150)), (2, slice(32, 64))):
         assert bits(q[row, group]).eq(nan_byte).all()
         clean[row, group] = math.nan
@@ -608,6 +628,7 @@ def test_hypothesis_on_gpu(data):
 
 def hypothesis_inputs(data, device):
     fmt = data.draw(st.sampled_from(all_formats()))
+    fmt = fmt.replace(min_scale=data.draw(st.sampled_from([1e-10, 2.0**-126, 1.0])))
     dtype = data.draw(st.sampled_from(INPUT_DTYPES))
     k = data.draw(st.integers(1, 70))
     kind = data.draw(st.sampled_from(["dense", "masked", "psum", "indexed"]))
@@ -640,7 +661,6 @@ def hypothesis_inputs(data, device):
         x,
         fmt,
         device,
-        min_scale=data.draw(st.sampled_from([1e-10, 2.0**-126, 1.0])),
         extra_rows=0 if kind == "masked" else data.draw(st.integers(0, 3)),
         last_padding=data.draw(st.booleans()),
         rows=rows,
@@ -649,7 +669,7 @@ def hypothesis_inputs(data, device):
 
 
 def test_rows_that_do_not_exist_may_hold_anything(device):
-    """It shows in no result, and theirs keep what they held."""
+    """NaN and Inf in dead rows show in no result; masked rows of q and sf keep their bytes."""
     x = torch.ones(2, 4, 64, device=device)
     x[0, 2:] = math.nan
     x[1] = math.inf

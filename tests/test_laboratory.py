@@ -11,8 +11,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-from cute_quant import lab
-from cute_quant.contract.formats import make_format
+from cute_quant import DEEP_GEMM_32, DEEP_GEMM_SM90, GROUPWISE_FP8, MXFP8, NAMED_FORMATS, lab
 from cute_quant.kernels.config import ALONG, DEFAULT_TILE, DOWN, LANES, QuantizeSpec
 from cute_quant.kernels.heuristics import TWO_ROWS
 from cute_quant.lab import (
@@ -29,11 +28,9 @@ from cute_quant.lab.examination import ELEMENTS
 from cute_quant.lab.layout import around_the_default
 from cute_quant.lab.machine_code import GPUS, MachineCode, machine_code
 from cute_quant.lab.sweep import Trial, from_json, to_json
-from tests.helpers import FLOAT32, UE8M0, format_id
+from tests.helpers import FLOAT32, UE8M0
 
-MXFP8 = make_format(32, "ue8m0", False)
-BLOCKED = make_format(32, "ue8m0_128x4", False)
-ROW_MAJOR = make_format(64, "float32_row_major", False)
+ROW_MAJOR = GROUPWISE_FP8.replace(group_size=64)
 SVG = "{http://www.w3.org/2000/svg}"
 
 LAYOUTS = {
@@ -45,12 +42,11 @@ LAYOUTS = {
     "2 by 2 warps": {"row_warps": 2, "column_warps": 2, "warp_order": DOWN},
 }
 every_layout = pytest.mark.parametrize("choices", LAYOUTS.values(), ids=LAYOUTS)
-every_format = pytest.mark.parametrize(
-    "fmt", [UE8M0, FLOAT32, MXFP8, BLOCKED, ROW_MAJOR], ids=format_id
-)
+FORMATS = (UE8M0, FLOAT32, DEEP_GEMM_32, MXFP8, ROW_MAJOR)
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
 
-# Who holds what
+# Thread-value layouts
 
 
 @every_layout
@@ -108,7 +104,7 @@ def test_scales_lie_where_the_format_puts_them(fmt):
     scales = assignment.scales(make_layout(fmt), mn, k)
     covered = [byte for s in scales for byte in range(s.offset, s.offset + s.nbytes)]
     assert sorted(covered) == list(range(sf.untyped_storage().nbytes()))
-    size, per_column = fmt.scale_dtype.itemsize, fmt.groups_per_column
+    size, per_column = fmt.sf_dtype.itemsize, fmt.groups_per_column
     for s in scales:
         assert s.padding == (s.row >= mn or s.group >= 5)
         if not fmt.blocked:
@@ -167,7 +163,7 @@ def test_names_tell_layouts_apart():
         ({"threads_per_group": 4, "rows_per_thread": 8}, "rows_per_thread: expected at most 4"),
         ({"load_bytes": 64}, "load_bytes: expected a power of two from 2 to 32"),
         ({"column_warps": 16}, "at most 1024 threads"),
-        ({"fmt": make_format(-1, "float32", False)}, "got whole rows"),
+        ({"fmt": DEEP_GEMM_SM90.replace(group_size=-1)}, "got whole rows"),
     ],
 )
 def test_refused_with_the_rule(choices, rule):
@@ -333,6 +329,14 @@ def test_no_plot_without_times():
         report.plot([Trial(make_layout())], "")
 
 
+@every_format
+def test_formats_of_the_command_line(fmt, capsys):
+    names = [name for name, named in NAMED_FORMATS.items() if named is fmt]
+    for text in (fmt.text, *names):
+        assert command.main(["show", "--format", text]) == 0
+        assert capsys.readouterr().out == draw(make_layout(fmt)) + "\n"
+
+
 def test_show(capsys, tmp_path):
     assert command.main(["show", "--threads-per-group", "4"]) == 0
     assert "4 threads share a group of 128" in capsys.readouterr().out
@@ -343,7 +347,7 @@ def test_show(capsys, tmp_path):
 
 def test_a_page_names_the_command_that_draws_it_again(capsys, tmp_path):
     path = tmp_path / "a layout.html"
-    choices = ["--column-warps", "2", "--group-size", "64", "--scale-format", "float32"]
+    choices = ["--column-warps", "2", "--format", "e4m3:64:float32:mn_major"]
     choices += ["--dtype", "fp32", "--mn", "6", "--k", "512"]
     assert command.main(["show", *choices, "-o", str(path)]) == 0
     page = path.read_text(encoding="utf-8")
@@ -363,6 +367,8 @@ def test_try(capsys):
 def test_refusals_of_the_command_line(capsys, tmp_path):
     assert command.main(["show", "--rows-per-thread", "9"]) == 2
     assert "rows_per_thread: expected at most 8" in capsys.readouterr().err
+    assert command.main(["show", "--format", "ue8m0"]) == 2
+    assert "fmt: expected one of DEEP_GEMM, " in capsys.readouterr().err
     assert command.main(["try", "--shapes", "4x"]) == 2
     assert "shapes: expected MNxK" in capsys.readouterr().err
     (tmp_path / "wrong.json").write_text("{}")
@@ -371,7 +377,7 @@ def test_refusals_of_the_command_line(capsys, tmp_path):
 
 
 def spoiled(path: tuple, value: object) -> object:
-    """What a sweep writes, with something else at a path; as a whole where the path is empty."""
+    """Return what a sweep writes, with `value` at a path; `value` itself if the path is empty."""
     found = trials(1.0, 1.25)
     for trial in found:
         trial.examine()
@@ -402,8 +408,9 @@ def spoiled(path: tuple, value: object) -> object:
         (("trials", 0, "choices", "values_per_thread"), 0),
         (("trials", 0, "times", 0, "ratio"), math.nan),
         (("trials", 0, "times", 0, "ratio"), None),
-        (("group_size",), "x"),
-        (("scale_format",), 3),
+        (("format",), "x"),
+        (("format",), 3),
+        (("format",), []),
         (("dtype",), "int3"),
     ],
 )
@@ -424,10 +431,10 @@ def test_report_of_what_is_not_json(content, capsys, tmp_path):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", [["report"], ["show", "-o"]])
-def test_files_that_cannot_be_used(command, capsys, tmp_path):
+@pytest.mark.parametrize("arguments", [["report"], ["show", "-o"]])
+def test_files_that_cannot_be_used(arguments, capsys, tmp_path):
     file = tmp_path / "none" / "layout.svg"
-    assert command.main([*command, str(file)]) == 1
+    assert command.main([*arguments, str(file)]) == 1
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1 and str(file) in err
 

@@ -24,10 +24,10 @@ def numbered(values: list) -> list[str]:
     return [f"{i}-{value[0]}" for i, value in enumerate(values)]
 
 
-@pytest.mark.parametrize(("command", "shown"), COMMANDS, ids=numbered(COMMANDS))
-def test_commands_print_what_is_shown(command, shown, capsys, monkeypatch):
+@pytest.mark.parametrize(("line", "shown"), COMMANDS, ids=numbered(COMMANDS))
+def test_commands_print_what_is_shown(line, shown, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    status = command.main(shlex.split(command))
+    status = command.main(shlex.split(line))
     out, err = capsys.readouterr()
     printed = iter((err if status else out).splitlines())
     for line in shown.splitlines():

@@ -3,32 +3,30 @@
 import pytest
 import torch
 
-from cute_quant.contract import reference
-from cute_quant.contract.formats import DEFAULT_MIN_SCALE, WHOLE_ROW, make_format, scale_floor
+from cute_quant import DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90, GROUPWISE_FP8, MXFP8
+from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.kernels.config import ALONG, DOWN, LOAD_HINTS, Access, Domain, QuantizeSpec, Tile
 from cute_quant.lab.machine_code import machine_code
 from tests.emulator.cases import ARCHITECTURES, assert_same_storage, special_groups
-from tests.helpers import FLOAT32, UE8M0, poisoned_scales, poisoned_values
+from tests.helpers import FLOAT32, UE8M0, poisoned_scales, poisoned_values, reference_into
 
 BF16, FP32 = torch.bfloat16, torch.float32
-MXFP8 = make_format(32, "ue8m0", False)
-BLOCKED = make_format(32, "ue8m0_128x4", False)
-ROW_MAJOR = make_format(64, "float32_row_major", False)
+ROW_MAJOR = GROUPWISE_FP8.replace(group_size=64)
 
 TILES = {
     "16 threads a group": (Tile(8), UE8M0, BF16, Access(16, 8)),
     "4 threads a group": (Tile(32), UE8M0, BF16, Access(32, 16)),
     "1 thread a group": (Tile(128, row_warps=1), UE8M0, BF16, Access(32, 32)),
     "32 threads a group": (Tile(4), UE8M0, BF16, Access(8, 4)),
-    "4 packs beside each other": (Tile(16, 1, 1, 4), UE8M0, BF16, Access()),
+    "4 packs along k": (Tile(16, 1, 1, 4), UE8M0, BF16, Access()),
     "2 packs, 2 rows, along": (Tile(16, 2, 2, 2, ALONG), UE8M0, BF16, Access()),
     "2 packs, float32": (Tile(16, 2, 1, 2, DOWN), FLOAT32, BF16, Access()),
-    "half a word a warp, 3 beside": (Tile(8, 2, 2, 3, ALONG, DOWN), UE8M0, BF16, Access(16, 8)),
+    "half a word a warp, 3 along k": (Tile(8, 2, 2, 3, ALONG, DOWN), UE8M0, BF16, Access(16, 8)),
     "CTAs down first": (Tile(16, 4, 1, 1, DOWN, DOWN), UE8M0, BF16, Access()),
     "8 rows a thread": (Tile(16, 2, 8), UE8M0, BF16, Access()),
     "narrow": (Tile(), UE8M0, BF16, Access(4, 2)),
-    "2 packs of 16 groups": (Tile(16, 2, 1, 2), MXFP8, BF16, Access()),
-    "2 blocks beside each other": (Tile(16, 2, 2, 2), BLOCKED, BF16, Access()),
+    "2 packs of 16 groups": (Tile(16, 2, 1, 2), DEEP_GEMM_32, BF16, Access()),
+    "2 blocks along k": (Tile(16, 2, 2, 2), MXFP8, BF16, Access()),
     "row-major": (Tile(8, 2, 1, 2), ROW_MAJOR, FP32, Access(32, 8)),
     **{hint: (Tile(), UE8M0, BF16, Access(load_hint=hint)) for hint in LOAD_HINTS},
 }
@@ -41,15 +39,14 @@ def check(kernels, arch, tile, fmt, dtype, access, mn, k, batch=()):
     x = special_groups(rows, k, dtype, k, fmt).view(*batch, mn, k)
     results = [
         (
-            poisoned_values(mn, k, "cpu", fmt.dtype, batch),
+            poisoned_values(mn, k, "cpu", fmt.values, batch),
             poisoned_scales(fmt, mn, k, "cpu", batch_shape=batch),
         )
         for _ in range(2)
     ]
     spec = QuantizeSpec(dtype, fmt, tile, Domain(batched=bool(batch)), access)
-    floor = scale_floor(fmt, DEFAULT_MIN_SCALE)
-    kernels.get(spec, arch)(x, *results[0], None, None, 0, 1, 1, floor, inputs=(x,))
-    reference.quantize_into(x, *results[1], fmt, floor)
+    kernels.get(spec, arch)(x, *results[0], None, None, 0, 1, 1, fmt.floor, inputs=(x,))
+    reference_into(x, *results[1], fmt)
     for name, actual, expected in zip(("q", "sf"), *results, strict=True):
         assert_same_storage(name, actual, expected)
 
@@ -84,17 +81,21 @@ def test_warps_past_the_columns_of_one_matrix_leave_the_next_alone(kernels, fmt)
 
 BROKEN = {
     "a power of two": (Tile(12), UE8M0, BF16, Access()),
-    "a divisor of group_size 16": (Tile(32), make_format(16, "ue8m0", False), BF16, Access()),
-    "at least 8 for group_size 256": (Tile(4), make_format(256, "ue8m0", False), BF16, Access(8)),
+    "a divisor of group_size 16": (Tile(32), DEEP_GEMM.replace(group_size=16), BF16, Access()),
+    "at least 8 for group_size 256": (Tile(4), DEEP_GEMM.replace(group_size=256), BF16, Access(8)),
     "row_warps: expected at least 1": (Tile(row_warps=0), UE8M0, BF16, Access()),
     "at most 1024 threads": (Tile(16, 8, 1, 8), UE8M0, BF16, Access()),
     "rows_per_thread: expected at most 8": (Tile(16, 4, 9), UE8M0, BF16, Access()),
-    "at most 512 bytes": (Tile(128, 1, 2), make_format(256, "ue8m0", False), FP32, Access()),
+    "at most 512 bytes": (Tile(128, 1, 2), DEEP_GEMM.replace(group_size=256), FP32, Access()),
     "load_bytes: expected a power of two from 2 to 16": (Tile(8), UE8M0, BF16, Access()),
     "store_bytes: expected a power of two from 1 to 16": (Tile(), UE8M0, BF16, Access(32, 32)),
     "load_hint: expected None": (Tile(), UE8M0, BF16, Access(load_hint="fast")),
     "warp_order: expected one of": (Tile(warp_order="up"), UE8M0, BF16, Access()),
-    "a row being one group": (Tile(column_warps=2), make_format(WHOLE_ROW, "float32", False), BF16),
+    "a row being one group": (
+        Tile(column_warps=2),
+        DEEP_GEMM_SM90.replace(group_size=WHOLE_ROW),
+        BF16,
+    ),
 }
 
 
@@ -106,6 +107,6 @@ def test_the_broken_rule_is_named(rule):
 
 
 def test_the_default_keeps_the_rules():
-    for fmt in (UE8M0, FLOAT32, MXFP8, make_format(WHOLE_ROW, "float32", False)):
+    for fmt in (UE8M0, FLOAT32, DEEP_GEMM_32, DEEP_GEMM_SM90.replace(group_size=WHOLE_ROW)):
         for dtype in (BF16, FP32):
             Tile().check(fmt, dtype, Access())

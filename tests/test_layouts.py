@@ -9,14 +9,22 @@ import pytest
 import torch
 from cutlass._mlir import ir
 
+from cute_quant import DEEP_GEMM_32, GROUPWISE_FP8, MXFP8
 from cute_quant.contract import reference
-from cute_quant.contract.formats import make_format
 from cute_quant.kernels import layouts
-from cute_quant.kernels.config import DEFAULT_TILE, LANES
-from tests.helpers import FLOAT32, UE8M0, format_id
+from cute_quant.kernels.config import DEFAULT_TILE, LANES, Tile
+from cute_quant.kernels.heuristics import TWO_ROWS
+from tests.helpers import FLOAT32, UE8M0
 
-BLOCKED = make_format(32, "ue8m0_128x4", False)
-ROW_MAJOR = make_format(128, "float32_row_major", False)
+BLOCKED = MXFP8
+EVERY_LAYOUT = (
+    UE8M0,
+    DEEP_GEMM_32,
+    FLOAT32,
+    GROUPWISE_FP8,
+    MXFP8.replace(scale_layout="row_major"),
+    BLOCKED,
+)
 
 every_size = pytest.mark.parametrize(("mn", "groups"), [(1, 1), (3, 4), (5, 7), (8, 56)])
 
@@ -29,46 +37,79 @@ def mlir() -> Iterator[None]:
             yield
 
 
-@every_size
-@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32], ids=format_id)
-def test_scales_by_column(mlir, mn, groups, fmt):
-    sf = fmt.empty_scales((), mn, 128 * groups, torch.device("cpu"))
-    layout = layouts.scales_by_column(fmt.scale_rows(mn), sf.shape[1])
-    for row, column in itertools.product(range(mn), range(sf.shape[1])):
-        assert layout((row, column)) == row * sf.stride(0) + column * sf.stride(1)
-    assert 4 * cute.cosize(layout) == sf.untyped_storage().nbytes()
+def addresses(fmt, mn, k):
+    """(row, group) -> byte of sf, padding included."""
+    rows, groups = fmt.scale_rows(mn), fmt.columns(k) * fmt.groups_per_column
+    layout = layouts.scales(fmt, rows, groups)
+    places = [layout(place) for place in itertools.product(range(rows), range(groups))]
+    size = fmt.sf_dtype.itemsize
+    return torch.tensor([element * size + byte for byte, element in places]).view(rows, groups)
 
 
 @every_size
-def test_scales_by_row(mlir, mn, groups):
-    sf = ROW_MAJOR.empty_scales((), mn, 128 * groups, torch.device("cpu"))
-    layout = layouts.scales_by_row(mn, groups)
+@pytest.mark.parametrize("fmt", EVERY_LAYOUT, ids=str)
+def test_scales_cover_their_storage_once(mlir, mn, groups, fmt):
+    k = fmt.group_size * groups
+    sf = fmt.empty_scales((), mn, k, torch.device("cpu"))
+    found = addresses(fmt, mn, k)
+    step = 1 if fmt.packed else fmt.sf_dtype.itemsize
+    assert torch.equal(found.flatten().sort()[0], torch.arange(found.numel()) * step)
+    assert found.numel() * step == sf.untyped_storage().nbytes()
+
+
+@every_size
+@pytest.mark.parametrize("fmt", [fmt for fmt in EVERY_LAYOUT if not fmt.blocked], ids=str)
+def test_scales_are_where_the_strides_say(mlir, mn, groups, fmt):
+    k = fmt.group_size * groups
+    sf = fmt.empty_scales((), mn, k, torch.device("cpu"))
+    found = addresses(fmt, mn, k)
     for row, group in itertools.product(range(mn), range(groups)):
-        assert layout((row, group)) == row * sf.stride(0) + group * sf.stride(1)
-    assert cute.cosize(layout) == sf.numel()
+        column, byte = divmod(group, fmt.groups_per_column)
+        element = row * sf.stride(0) + column * sf.stride(1)
+        assert found[row, group] == element * sf.itemsize + byte
 
 
 @pytest.mark.parametrize(("mn", "groups"), [(1, 1), (130, 7), (300, 8)])
-def test_scales_by_block(mlir, mn, groups):
-    rows, columns = BLOCKED.scale_rows(mn), BLOCKED.columns(32 * groups)
-    layout = layouts.scales_by_block(rows, columns)
-    places = torch.arange(rows * columns).view(1, rows, columns)
+def test_scales_in_blocks(mlir, mn, groups):
+    found = addresses(BLOCKED, mn, 32 * groups)
+    places = torch.arange(found.numel()).view(1, *found.shape)
     blocks = reference.to_blocks(places)[0]
-    for row, group in itertools.product(range(0, rows, 7), range(columns)):
-        assert blocks[layout((row, group))] == places[0, row, group]
-    assert cute.cosize(layout) == rows * columns
+    assert torch.equal(blocks[found], places[0])
 
 
-def test_lanes_and_values_cover_a_tile_of_a_row_once(mlir):
+@pytest.mark.parametrize("groups_per_tile", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("fmt", EVERY_LAYOUT, ids=str)
+def test_a_tile_has_the_groups_that_follow_each_other(mlir, fmt, groups_per_tile):
+    layout = layouts.scales(fmt, fmt.scale_rows(5), 32)
+    groups = layouts.groups_by_tile(layout, groups_per_tile)
+    for row, group in itertools.product((0, 3), range(32)):
+        tile, in_tile = divmod(group, groups_per_tile)
+        assert layout((row, groups((in_tile, tile)))) == layout((row, group))
+
+
+@pytest.mark.parametrize("size", [16, 32, 128, 256, -1])
+@pytest.mark.parametrize("tile", [DEFAULT_TILE, TWO_ROWS, Tile(8, rows_per_thread=2)])
+def test_lanes_and_values_cover_a_tile_once(mlir, tile, size):
     atom = cute.make_copy_atom(
-        cute.nvgpu.CopyUniversalOp(), cutlass.BFloat16, num_bits_per_copy=256
+        cute.nvgpu.CopyUniversalOp(), cutlass.BFloat16, num_bits_per_copy=128
     )
-    tile = DEFAULT_TILE
-    thread_value = layouts.tiled_copy(atom, tile.values_per_thread).layout_tv_tiled
-    columns = []
-    for lane, value in itertools.product(range(LANES), range(tile.values_per_thread)):
-        column = thread_value((lane, value))
-        assert column == 16 * lane + value, "a thread's values are neighbours"
-        assert column // 128 == lane // 8, "an octet of lanes holds a group"
-        columns.append(column)
-    assert columns == list(range(tile.columns))
+    lanes_per_group, values = tile.lanes_per_group(size), tile.values_per_thread
+    if tile.rows_per_thread > lanes_per_group:
+        pytest.skip("a tile that is not allowed")
+    columns = layouts.tiled_copy(atom, values).layout_tv_tiled
+    thread_value = layouts.thread_value(tile, size)
+    lanes = layouts.lanes(lanes_per_group)
+    places = []
+    for lane, value in itertools.product(range(LANES), range(values)):
+        in_group, group = lanes(lane)
+        assert lane == group * lanes_per_group + in_group, "adjacent lanes hold a group"
+        for i in range(tile.rows_per_thread):
+            row, column = thread_value((lane, (value, i)))
+            assert column == columns((lane, value)), "the copy moves what the layout says"
+            assert column == values * lane + value, "a thread's values are contiguous along k"
+            assert row == i, "a thread's rows follow each other"
+            if size != -1:
+                assert column // size == group
+            places.append((row, column))
+    every = itertools.product(range(tile.rows_per_thread), range(tile.columns))
+    assert sorted(places) == sorted(every)

@@ -1,14 +1,14 @@
-"""What the kernels compile to, on a machine without a GPU."""
+"""The machine code of the kernels, read without a GPU."""
 
 import pytest
 import torch
 
 from bench.sass import machine_code
-from cute_quant.contract.formats import make_format
+from cute_quant import DEEP_GEMM_SM90, MXFP8, ROWWISE_INT8
 from cute_quant.jit.lookup import ARCHITECTURES
 from cute_quant.kernels.config import DEFAULT_TILE, Access, Domain, QuantizeSpec
 from cute_quant.kernels.heuristics import TWO_ROWS
-from tests.helpers import FLOAT32, FLOAT32_ROUNDED, FORMATS, UE8M0, format_id
+from tests.helpers import FLOAT32, FLOAT32_ROUNDED, FORMATS, UE8M0
 
 MAX_INSTRUCTIONS = {
     (UE8M0, 1): 95,
@@ -22,9 +22,9 @@ MAX_INSTRUCTIONS = {
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TILES = {1: DEFAULT_TILE, 2: TWO_ROWS}
-BLOCKED = make_format(32, "ue8m0_128x4", False, torch.float8_e5m2)
-INT8_ROW = make_format(-1, "float32_row_major", False, torch.int8)
-SMALL_GROUPS = make_format(16, "float32", True, torch.int8)
+BLOCKED = MXFP8.replace(values=torch.float8_e5m2)
+INT8_ROW = ROWWISE_INT8
+SMALL_GROUPS = DEEP_GEMM_SM90.replace(group_size=16, values=torch.int8, round_scale=True)
 
 VARIANTS = {
     "fp32": (FP32, UE8M0, TWO_ROWS),
@@ -40,7 +40,7 @@ VARIANTS = {
 every_arch = pytest.mark.parametrize("arch", ARCHITECTURES.values())
 every_dtype = pytest.mark.parametrize("dtype", [BF16, FP16])
 every_number_of_rows = pytest.mark.parametrize("rows", [1, 2])
-every_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
 
 @every_arch

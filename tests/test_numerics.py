@@ -7,15 +7,15 @@ import torch
 from cutlass import Float32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from cute_quant.contract.formats import VALUE_TYPES
+from cute_quant.contract.dtypes import VALUE_TYPES
 from cute_quant.jit import lookup
-from cute_quant.kernels import numerics
+from cute_quant.kernels import arithmetic
 
 THREADS = 256
 
 
 class Apply:
-    """y = function(x), one element a thread."""
+    """Compute y = function(x), one element per thread."""
 
     def __init__(self, function):
         self.function = function
@@ -47,7 +47,7 @@ def apply(function, x):
 
 
 def every_mantissa(exponent):
-    """All 2^23 float32 from 2^exponent to the next power of two."""
+    """Return all 2^23 float32 from 2^exponent to the next power of two."""
     bits = torch.arange(2**23, dtype=torch.int32, device="cuda") | (exponent + 127) << 23
     return bits.view(torch.float32)
 
@@ -55,22 +55,22 @@ def every_mantissa(exponent):
 @pytest.mark.gpu
 @pytest.mark.parametrize("exponent", [-126, -125, -33, -1, 0, 1, 60, 119, 124])
 def test_reciprocal_has_ieee_rounding(exponent):
-    """Of scales, which are from 2^-126 to 2^121. In float64 no quotient comes close enough to
-    the middle of two float32 to be rounded there first."""
+    """Scales are from 2^-126 to 2^121. No quotient in float64 comes close enough to the middle of
+    two float32 to be rounded onto it first."""
     x = every_mantissa(exponent)
     expected = (1.0 / x.double()).float()
-    assert torch.equal(apply(numerics.reciprocal, x), expected)
+    assert torch.equal(apply(arithmetic.reciprocal, x), expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("largest", [t.max for t in VALUE_TYPES.values()])
 @pytest.mark.parametrize("exponent", [-110, -30, -1, 0, 1, 15, 100, 127])
 def test_quotient_has_ieee_rounding(largest, exponent):
-    """Where it is a normal number: others are below the least scale there is."""
+    """Normal quotients are rounded correctly; others are below the smallest scale."""
     x = every_mantissa(exponent)
     expected = (x.double() / largest).float()
 
     def quotient(a):
-        return numerics.quotient(a, largest)
+        return arithmetic.quotient(a, largest)
 
     assert torch.equal(apply(quotient, x), expected)

@@ -8,9 +8,9 @@ other in how they round; then scales are compared bit for bit, and values where 
 import pytest
 import torch
 
-from cute_quant import quantize
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, GROUPWISE_FP8, INT8, quantize
 from tests.helpers import INPUT_DTYPES, assert_same_bits, bits
-from tests.test_compat import finite_activations, power_of_two_at_least
+from tests.test_integrations import finite_activations, power_of_two_at_least
 
 every_input_dtype = pytest.mark.parametrize("input_dtype", INPUT_DTYPES, ids=str)
 every_group_size = pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -35,12 +35,15 @@ def divided(a: torch.Tensor, b: float) -> torch.Tensor:
 def check_powers_of_two(x, group_size, scales, min_scale, device):
     x_groups = x.double().unflatten(1, (-1, group_size))
     values = (x_groups / scales.double()[:, :, None]).float().to(torch.float8_e4m3fn).flatten(1)
-    q, sf = quantize(x.to(device), group_size, "ue8m0_row_major", min_scale=min_scale)
+    q, sf = quantize(
+        x.to(device),
+        DEEP_GEMM.replace(scale_layout="row_major", group_size=group_size, min_scale=min_scale),
+    )
     assert_same_bits(q, values)
     assert torch.equal(bits(sf).view(scales.shape), (scales.log2() + 127).to(torch.uint8))
     if min_scale != "ocp":
-        choices = {"round_scale": True, "min_scale": min_scale}
-        q, sf = quantize(x.to(device), group_size, "float32", **choices)
+        choices = {"group_size": group_size, "round_scale": True, "min_scale": min_scale}
+        q, sf = quantize(x.to(device), DEEP_GEMM_SM90.replace(**choices))
         assert_same_bits(q, values)
         assert_same_bits(sf, scales.float())
 
@@ -61,7 +64,9 @@ def test_deep_gemm(input_dtype, group_size, device):
     x = activations(input_dtype)
     scales = divided(group_amax(x, group_size).clamp(min=1e-4), E4M3_MAX)
     check_powers_of_two(x, group_size, power_of_two_at_least(scales), "deepgemm", device)
-    q, sf = quantize(x.to(device), group_size, "float32", min_scale="deepgemm")
+    q, sf = quantize(
+        x.to(device), DEEP_GEMM_SM90.replace(group_size=group_size, min_scale="deepgemm")
+    )
     assert_same_bits(sf, scales)
     values = x.float().unflatten(1, (-1, group_size)) * (1.0 / scales)[:, :, None]
     assert_same_bits(q, values.to(torch.float8_e4m3fn).flatten(1))
@@ -74,7 +79,7 @@ def test_sglang(input_dtype, group_size, device):
     x = activations(input_dtype)
     scales = divided(group_amax(x, group_size).clamp(min=1e-10), E4M3_MAX)
     check_powers_of_two(x, group_size, power_of_two_at_least(scales), "sglang", device)
-    _, sf = quantize(x.to(device), group_size, "float32_row_major", min_scale="sglang")
+    _, sf = quantize(x.to(device), GROUPWISE_FP8.replace(group_size=group_size, min_scale="sglang"))
     assert_same_bits(sf, scales)
 
 
@@ -89,7 +94,9 @@ def test_tile_kernels(input_dtype, group_size, device):
     amax = group_amax(x, group_size).clamp(min=1e-4)
     scales = divided(amax, E4M3_MAX)
     check_powers_of_two(x, group_size, power_of_two_at_least(scales), "deepgemm", device)
-    q, sf = quantize(x.to(device), group_size, "float32_row_major", min_scale="deepgemm")
+    q, sf = quantize(
+        x.to(device), GROUPWISE_FP8.replace(group_size=group_size, min_scale="deepgemm")
+    )
     assert_same_bits(sf, scales)
     values = x.float().unflatten(1, (-1, group_size)) * (E4M3_MAX / amax)[:, :, None]
     theirs = values.to(torch.float8_e4m3fn).flatten(1)
@@ -107,9 +114,7 @@ def test_ocp(input_dtype, device):
 
 
 def check_int8(x, group_size, amax, multipliers, round_, min_scale, device):
-    q, sf = quantize(
-        x.to(device), group_size, "float32_row_major", dtype=torch.int8, min_scale=min_scale
-    )
+    q, sf = quantize(x.to(device), INT8.replace(group_size=group_size, min_scale=min_scale))
     assert_same_bits(sf, divided(amax, INT8_MAX))
     size = x.shape[1] if group_size == -1 else group_size
     products = x.double().unflatten(1, (-1, size)) * multipliers.double()[:, :, None]

@@ -1,4 +1,4 @@
-"""What a terminal shows of long work, and that nothing else gets it."""
+"""Progress of long work: shown on a terminal, and nowhere else."""
 
 import io
 import time

@@ -9,8 +9,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cute_quant import Masked, quantize, rms_norm_quantize
-from cute_quant.contract.formats import Format, make_format, scale_floor
+from cute_quant import (
+    DEEP_GEMM,
+    DEEP_GEMM_32,
+    DEEP_GEMM_SM90,
+    INT8,
+    Format,
+    Masked,
+    quantize,
+    rms_norm_quantize,
+)
 from tests.helpers import (
     INPUT_DTYPES,
     UE8M0,
@@ -19,8 +27,6 @@ from tests.helpers import (
     assert_quantized_as,
     assert_same_bits,
     bits,
-    format_arguments,
-    full_id,
     in_order,
     moved,
     on_device,
@@ -32,14 +38,14 @@ from tests.helpers import (
 )
 from tests.test_inputs import ROWS, inputs, int32
 
-every_format = pytest.mark.parametrize("fmt", all_formats(), ids=full_id)
-e4m3_of_32 = pytest.mark.parametrize("fmt", all_formats((torch.float8_e4m3fn,), (32,)), ids=full_id)
+every_format = pytest.mark.parametrize("fmt", all_formats(), ids=str)
+e4m3_of_32 = pytest.mark.parametrize("fmt", all_formats((torch.float8_e4m3fn,), (32,)), ids=str)
 every_dtype = pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=str)
 both_roundings = pytest.mark.parametrize("rounding", ["fused", "unfused"])
 
 
 RELATIVE = 15 * 2.0**-24
-"""Of the square root of a sum that is 16 additions deep, an approximation and 5 roundings."""
+"""Relative error of the root of a sum 16 additions deep, an approximation and 5 roundings."""
 
 LARGEST = np.finfo(np.float32).max
 
@@ -49,8 +55,8 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> t
 
 
 def fused(total, weight, eps, offset) -> Bounds:
-    """Of the float32 sum, in numpy's long double; float64 makes another float32 of one in hundreds
-    of millions."""
+    """Normalize the float32 sum in numpy's long double: float64 rounds one in hundreds of millions
+    differently."""
     with np.errstate(all="ignore"):
         r = total.numpy().astype(np.longdouble)
         squares = (r * r).sum(-1, keepdims=True)
@@ -71,7 +77,7 @@ def fused(total, weight, eps, offset) -> Bounds:
 
 
 def unfused(total, weight, eps, offset, dtype) -> Bounds:
-    """Of the sum rounded to `dtype`, in torch's operations."""
+    """Normalize the sum, rounded to `dtype`, in torch's operations."""
     total = total.to(dtype).float()
     bounds = fused(total, weight, eps, offset)
     factor = weight.float() + offset if offset else weight.float()
@@ -95,7 +101,6 @@ def check(
     normalized: bool = True,
     rows: object = None,
     index: torch.Tensor | None = None,
-    min_scale: float = 1e-10,
     extra_rows: int = 0,
     last_padding: bool = True,
 ) -> tuple[torch.Tensor, ...]:
@@ -120,7 +125,7 @@ def check(
     else:
         bounds = unfused(total, weight, eps, weight_offset, x.dtype)
     *batch_shape, mn, k = total.shape
-    q = poisoned_values(mn + extra_rows, k, device, fmt.dtype, tuple(batch_shape))
+    q = poisoned_values(mn + extra_rows, k, device, fmt.values, tuple(batch_shape))
     sf = poisoned_scales(fmt, mn, k, device, last_padding, tuple(batch_shape))
     out, row, given, before = (q, sf), None, None, None
     if residual is not None:
@@ -134,13 +139,12 @@ def check(
     results = rms_norm_quantize(
         moved(x, device),
         weight.to(device),
-        eps,
-        given,
-        **format_arguments(fmt),
+        fmt,
+        eps=eps,
+        residual=given,
         weight_offset=weight_offset,
         rounding=rounding,
         normalized=False if row is None else row,
-        min_scale=min_scale,
         rows=on_device(rows, device),
         index=None if index is None else index.to(device),
         out=out,
@@ -161,7 +165,7 @@ def check(
         assert inside.all()
     if index is not None:
         bounds = Bounds(*(t.flatten(0, -2) for t in bounds))
-    assert_quantized_as(q, sf, fmt, bounds, scale_floor(fmt, min_scale), rows, places)
+    assert_quantized_as(q, sf, fmt, bounds, rows, places)
     return results
 
 
@@ -185,12 +189,16 @@ def test_unfused_is_what_torch_computes(dtype, shape, weight_dtype):
     if weight_dtype == "float32":
         weight = weight.float()
     updated = residual.clone()
-    results = rms_norm_quantize(x, weight, 1e-6, updated, 32, rounding="unfused", normalized=True)
+    results = rms_norm_quantize(
+        x, weight, DEEP_GEMM_32, eps=1e-6, residual=updated, rounding="unfused", normalized=True
+    )
     assert results[2] is updated
-    for result, expected in zip(results, (*quantize(y, 32), x + residual, y), strict=True):
+    for result, expected in zip(
+        results, (*quantize(y, DEEP_GEMM_32), x + residual, y), strict=True
+    ):
         assert_same_bits(result, expected)
     y = functional.rms_norm(x, shape[-1:], weight.to(dtype), 1e-3)
-    results = rms_norm_quantize(x, weight, 1e-3, rounding="unfused")
+    results = rms_norm_quantize(x, weight, eps=1e-3, rounding="unfused")
     for result, expected in zip(results, quantize(y), strict=True):
         assert_same_bits(result, expected)
 
@@ -227,7 +235,7 @@ def test_options(eps, weight_offset, place, weight_dtype, dtype, rounding, devic
     ):
         residual = None if place == "none" else residual
         check(x, UE8M0, device, rounding, residual=residual, **options)
-        fmt = make_format(16, "float32_row_major", False, torch.int8)
+        fmt = INT8.replace(group_size=16)
         check(x, fmt, device, rounding, residual=residual, **options, normalized=False)
 
 
@@ -235,11 +243,11 @@ def test_options(eps, weight_offset, place, weight_dtype, dtype, rounding, devic
 @every_dtype
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-3, 1e4, 1e18, 3e37])
 def test_magnitudes(scale, dtype, rounding, device):
-    """Squares whose sum is beyond float32, and below it."""
+    """Sums of squares overflow float32, and underflow it."""
     x = (normal(9, 512, dtype=torch.float32) * scale).to(dtype)
-    fmt = make_format(32, "float32", False)
+    fmt = DEEP_GEMM_SM90.replace(group_size=32, min_scale=2.0**-126)
     for eps in (0.0, 1e-6):
-        check(x, fmt, device, rounding, eps=eps, min_scale=2.0**-126)
+        check(x, fmt, device, rounding, eps=eps)
 
 
 @both_roundings
@@ -256,9 +264,9 @@ def test_rows(name, fmt, rounding, device):
 
 @both_roundings
 def test_strides(rounding, device):
-    """Of x; residuals and normalized rows have the same where these do not overlap."""
+    """x may have any strides; residual and normalized rows have its strides, without overlap."""
     wide = normal(4, 12, 300)
-    fmt = make_format(32, "float32", False)
+    fmt = DEEP_GEMM_SM90.replace(group_size=32)
     for view in (
         lambda t: t[0, :, 7:147],
         lambda t: t[:, 2:7, :140],
@@ -271,12 +279,12 @@ def test_strides(rounding, device):
         around = residual.clone(), row.clone()
         x = moved(view(wide), device)
         weight = normal(x.shape[-1], seed=3).to(device)
-        options = {"group_size": 32, "rounding": rounding}
+        options = {"fmt": DEEP_GEMM_32, "rounding": rounding}
         expected = rms_norm_quantize(
-            x, weight, 1e-6, view(residual).contiguous(), **options, normalized=True
+            x, weight, residual=view(residual).contiguous(), **options, normalized=True
         )
         results = rms_norm_quantize(
-            x, weight, 1e-6, view(residual), **options, normalized=view(row)
+            x, weight, residual=view(residual), **options, normalized=view(row)
         )
         for result, wanted in zip(results, expected, strict=True):
             assert_same_bits(result, wanted)
@@ -294,7 +302,9 @@ def test_strides(rounding, device):
 def test_nothing(shape, rounding, device):
     x, residual = (torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
     weight = x.new_empty(shape[-1])
-    results = rms_norm_quantize(x, weight, 1e-6, residual, rounding=rounding, normalized=True)
+    results = rms_norm_quantize(
+        x, weight, eps=1e-6, residual=residual, rounding=rounding, normalized=True
+    )
     assert results[2] is residual and results[3].shape == shape and results[3].dtype == x.dtype
     for result, wanted in zip(results[:2], quantize(x), strict=True):
         assert_same_bits(result, wanted)
@@ -305,7 +315,7 @@ def test_nothing(shape, rounding, device):
 @pytest.mark.parametrize("k", [1, 2, 16, 8192, 32767, 32768])
 def test_sizes_of_rows(k, rounding, device):
     check(normal(3, k), UE8M0, device, rounding, residual=normal(3, k, seed=1))
-    check(normal(3, k), make_format(-1, "float32", False), device, rounding)
+    check(normal(3, k), DEEP_GEMM_SM90.replace(group_size=-1), device, rounding)
 
 
 @pytest.mark.parametrize("given", ["both", "q", "sf", "neither"])
@@ -334,10 +344,13 @@ def test_what_is_returned(device):
     assert len(rms_norm_quantize(x, weight)) == 2
     assert len(rms_norm_quantize(x, weight, normalized=True)) == 3
     assert rms_norm_quantize(x, weight, residual=residual)[2] is residual
-    assert rms_norm_quantize(x, weight, 1e-6, residual, out=(None, None, other))[2] is other
-    results = rms_norm_quantize(x, weight, 1e-6, residual, normalized=row)
+    assert (
+        rms_norm_quantize(x, weight, eps=1e-6, residual=residual, out=(None, None, other))[2]
+        is other
+    )
+    results = rms_norm_quantize(x, weight, eps=1e-6, residual=residual, normalized=row)
     assert len(results) == 4 and results[2] is residual and results[3] is row
-    results = rms_norm_quantize(x, weight, 1e-6, residual, normalized=True)
+    results = rms_norm_quantize(x, weight, eps=1e-6, residual=residual, normalized=True)
     assert results[3].is_contiguous() and results[3].dtype == x.dtype
 
 
@@ -348,7 +361,7 @@ def test_special_values(special, where, rounding, device):
     """NaN makes its row NaN. Inf, over a root mean square of Inf, is NaN, and all else 0."""
     x, residual = normal(3, 70), normal(3, 70, seed=1)
     {"x": x, "residual": residual}[where][1, 35] = special
-    fmt = make_format(32, "float32", False)
+    fmt = DEEP_GEMM_SM90.replace(group_size=32)
     q, sf, updated, row = check(x, fmt, device, rounding, residual=residual)
     nan = torch.zeros(3, 3, dtype=torch.bool)
     nan[1] = torch.tensor([math.isnan(special), True, math.isnan(special)])
@@ -360,22 +373,24 @@ def test_special_values(special, where, rounding, device):
 
 
 def test_rows_of_zeros(device):
-    """With an eps they are zeros, as the default is; without one 0 / 0."""
+    """Rows of zeros stay zeros with an eps, such as the default; without one they are 0 / 0."""
     x = torch.zeros(2, 70, dtype=torch.bfloat16, device=device)
     weight = torch.ones(70, device=device)
     for rounding in ("fused", "unfused"):
-        q, sf = rms_norm_quantize(x, weight, rounding=rounding, scale_format="float32")
+        q, sf = rms_norm_quantize(x, weight, DEEP_GEMM_SM90, rounding=rounding)
         assert bits(q).eq(0).all() and sf.isfinite().all()
-        q, sf = rms_norm_quantize(x, weight, 0, rounding=rounding, scale_format="float32")
+        q, sf = rms_norm_quantize(x, weight, DEEP_GEMM_SM90, eps=0, rounding=rounding)
         assert sf.isnan().all()
 
 
 def test_numbers_are_float32(device):
     x = normal(5, 70, dtype=torch.float32).to(device)
     weight = normal(70, dtype=torch.float32, seed=1).to(device)
-    expected = rms_norm_quantize(x, weight, 0.1, weight_offset=0.3, normalized=True)
+    expected = rms_norm_quantize(x, weight, eps=0.1, weight_offset=0.3, normalized=True)
     for number in (lambda value: torch.tensor(value).item(), np.float32):
-        same = rms_norm_quantize(x, weight, number(0.1), weight_offset=number(0.3), normalized=True)
+        same = rms_norm_quantize(
+            x, weight, eps=number(0.1), weight_offset=number(0.3), normalized=True
+        )
         for result, wanted in zip(same, expected, strict=True):
             assert_same_bits(result, wanted)
 
@@ -388,7 +403,7 @@ def test_inputs_are_left_alone(rounding, device):
     before = x.clone(), weight.clone(), residual.clone()
     out = (None, None, torch.empty_like(x))
     rms_norm_quantize(
-        x, weight.float(), 1e-6, residual, weight_offset=1, rounding=rounding, out=out
+        x, weight.float(), eps=1e-6, residual=residual, weight_offset=1, rounding=rounding, out=out
     )
     for t, wanted in zip((x, weight, residual), before, strict=True):
         assert_same_bits(t, wanted)
@@ -396,7 +411,7 @@ def test_inputs_are_left_alone(rounding, device):
 
 @pytest.mark.parametrize("weight_offset", [0.0, 0.3])
 def test_bounds_hold_for_float32(weight_offset):
-    """What a GPU is held to leaves room for arithmetic in float32, and not much more."""
+    """The bounds for a GPU hold for arithmetic in float32, and are not much wider."""
     x, weight = normal(33, 4096, dtype=torch.float32), normal(4096, dtype=torch.float32, seed=1)
     bounds = fused(x, weight, 1e-6, weight_offset)
     y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (weight + weight_offset)
@@ -409,7 +424,7 @@ def test_failed_calls_leave_the_residual(device):
     residual = normal(5, 70, seed=2).to(device)
     before = residual.clone()
     with pytest.raises(ValueError, match="min_scale"):
-        rms_norm_quantize(x, weight, 1e-6, residual, min_scale=-1)
+        rms_norm_quantize(x, weight, DEEP_GEMM.replace(min_scale=-1), eps=1e-6, residual=residual)
     assert_same_bits(residual, before)
 
 
@@ -418,10 +433,10 @@ def test_parameters_without_gradients(device):
     x = normal(5, 70).to(device)
     weight = torch.nn.Parameter(normal(70, seed=1).to(device))
     residual = torch.nn.Parameter(normal(5, 70, seed=2).to(device))
-    expected = rms_norm_quantize(x, weight.detach(), 1e-6, residual.detach().clone())
+    expected = rms_norm_quantize(x, weight.detach(), eps=1e-6, residual=residual.detach().clone())
     with torch.no_grad():
         for result, wanted in zip(
-            rms_norm_quantize(x, weight, 1e-6, residual), expected, strict=True
+            rms_norm_quantize(x, weight, eps=1e-6, residual=residual), expected, strict=True
         ):
             assert_same_bits(result, wanted)
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cute_quant import dequantize, quantize
+from cute_quant import DEEP_GEMM, MXFP8, ROWWISE_FP8, dequantize, quantize
 from tests.helpers import bits, random_bits
 
 SHAPES = [(1, 32), (5, 33), (128, 128), (130, 129), (300, 704), (129, 7168)]
 MAX_RELATIVE_ERROR = 0.1
-"""Of a row or column of a product of e4m3 operands, few of whose columns or rows dominate it."""
+"""Bound for a row or column of a product of e4m3 operands that few of its terms dominate."""
 
 
 def to_blocked(scales):
-    """Scales (rows, groups) as bytes in blocks, by the steps of torchao's ``to_blocked``
+    """Return scales (rows, groups) as bytes in blocks, by the steps of torchao's ``to_blocked``
     (torchao/prototype/mx_formats/utils.py): padded to whole blocks, each block of 128x4 cut into
     four of 32x4, which come to lie side by side."""
     rows, groups = scales.shape
@@ -43,8 +43,10 @@ def offsets_128x4(rows, groups):
 def test_blocks_lie_where_their_readers_look(mn, k, dtype, device):
     x = random_bits((mn, k), torch.bfloat16, seed=3)
     x = x.where(x.isfinite(), 1.0).to(device)
-    q, row_major = quantize(x, 32, "ue8m0_row_major", dtype=dtype)
-    blocked_q, blocked = quantize(x, 32, "ue8m0_128x4", dtype=dtype)
+    q, row_major = quantize(
+        x, DEEP_GEMM.replace(scale_layout="row_major", group_size=32, values=dtype)
+    )
+    blocked_q, blocked = quantize(x, MXFP8.replace(values=dtype))
     assert torch.equal(bits(blocked_q), bits(q))
     groups = -(-k // 32)
     expected = bits(row_major).view(mn, groups)
@@ -58,14 +60,14 @@ def test_blocks_lie_where_their_readers_look(mn, k, dtype, device):
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 32), (300, 64, 640), (4096, 512, 7168)])
 def test_torch_takes_the_scales(m, n, k):
-    """Its checks of shapes, strides and dtypes, which need no GPU."""
+    """Run torch's checks of shapes, strides and dtypes, which need no GPU."""
     with FakeTensorMode():
         x = torch.empty(m, k, dtype=torch.bfloat16, device="cuda")
         w = torch.empty(n, k, dtype=torch.bfloat16, device="cuda")
-        for group_size, scale_format in ((32, "ue8m0_128x4"), (-1, "float32_row_major")):
-            q, sf = quantize(x, group_size, scale_format)
-            w8, sfw = quantize(w, group_size, scale_format)
-            sfw = sfw.t() if group_size == -1 else sfw
+        for fmt in (MXFP8, ROWWISE_FP8):
+            q, sf = quantize(x, fmt)
+            w8, sfw = quantize(w, fmt)
+            sfw = sfw.t() if fmt is ROWWISE_FP8 else sfw
             y = torch._scaled_mm(q, w8.t(), sf, sfw, out_dtype=torch.bfloat16)
             assert y.shape == (m, n) and y.dtype is torch.bfloat16
 
@@ -80,17 +82,18 @@ def operands(m, n, k, device):
 
 
 def row_errors(actual, expected):
-    """Relative to each row and column, whose magnitudes differ."""
+    """Return errors relative to each row and column, whose magnitudes differ."""
     difference = actual.double() - expected
     return torch.cat(
         [difference.norm(dim=d) / expected.norm(dim=d).clamp(min=1e-30) for d in (0, 1)]
     )
 
 
-def check_product(name, y, x, w, casts, group_size):
-    """Of the quantized operands, up to the rounding of the result, and nearly of those given."""
+def check_product(name, y, x, w, casts, fmt):
+    """Check that y is the product of the quantized operands, up to the rounding of the result, and
+    close to that of the operands given."""
     exact = x.double() @ w.double().t()
-    a, b = (dequantize(*cast, group_size, torch.float32).double() for cast in casts)
+    a, b = (dequantize(*cast, fmt, dtype=torch.float32).double() for cast in casts)
     worst = row_errors(y, exact).max().item()
     rounding = row_errors(y, a @ b.t()).max().item()
     print(f"{name}: relative error {worst:.4f}, beside the product of the casts {rounding:.5f}")
@@ -99,15 +102,15 @@ def check_product(name, y, x, w, casts, group_size):
 
 @pytest.mark.parametrize(("m", "n", "k"), [(256, 512, 1024), (1024, 256, 7168)])
 def test_row_wise(m, n, k, device):
-    """A scale (m, 1) a row, float32: what `quantize` makes of whole rows."""
+    """Row-wise scales are float32 (m, 1), as `quantize` returns them for whole rows."""
     if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("row-wise scales need SM90")
     x, w = operands(m, n, k, device)
-    cast = quantize(x, -1, "float32_row_major")
-    weights = quantize(w, -1, "float32_row_major")
+    cast = quantize(x, ROWWISE_FP8)
+    weights = quantize(w, ROWWISE_FP8)
     assert cast[1].shape == (m, 1) and cast[1].is_contiguous()
     y = torch._scaled_mm(cast[0], weights[0].t(), cast[1], weights[1].t(), out_dtype=torch.bfloat16)
-    check_product(f"row-wise {m} x {n} x {k}", y, x, w, (cast, weights), -1)
+    check_product(f"row-wise {m} x {n} x {k}", y, x, w, (cast, weights), ROWWISE_FP8)
 
 
 @pytest.mark.gpu
@@ -116,7 +119,7 @@ def test_mxfp8(m, n, k):
     if torch.cuda.get_device_capability() < (10, 0):
         pytest.skip("MXFP8 needs the tensor cores of SM100")
     x, w = operands(m, n, k, "cuda")
-    cast = quantize(x, 32, "ue8m0_128x4")
-    weights = quantize(w, 32, "ue8m0_128x4")
+    cast = quantize(x, MXFP8)
+    weights = quantize(w, MXFP8)
     y = torch._scaled_mm(cast[0], weights[0].t(), cast[1], weights[1], out_dtype=torch.bfloat16)
-    check_product(f"MXFP8 {m} x {n} x {k}", y, x, w, (cast, weights), 32)
+    check_product(f"MXFP8 {m} x {n} x {k}", y, x, w, (cast, weights), MXFP8)

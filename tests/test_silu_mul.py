@@ -9,8 +9,20 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cute_quant import Indexed, Masked, PrefixSum, quantize, silu_mul_quantize
-from cute_quant.contract.formats import Format, make_format, scale_floor
+from cute_quant import (
+    DEEP_GEMM,
+    DEEP_GEMM_32,
+    DEEP_GEMM_SM90,
+    GROUPWISE_FP8,
+    INT8,
+    ROWWISE_FP8,
+    Format,
+    Indexed,
+    Masked,
+    PrefixSum,
+    quantize,
+    silu_mul_quantize,
+)
 from tests.helpers import (
     DIFFERING_SHARE,
     INPUT_DTYPES,
@@ -20,8 +32,6 @@ from tests.helpers import (
     assert_quantized_as,
     assert_same_bits,
     bits,
-    format_arguments,
-    full_id,
     in_order,
     moved,
     on_device,
@@ -32,13 +42,13 @@ from tests.helpers import (
 )
 from tests.test_inputs import ROWS, inputs, int32
 
-every_format = pytest.mark.parametrize("fmt", all_formats(), ids=full_id)
-e4m3_of_32 = pytest.mark.parametrize("fmt", all_formats((torch.float8_e4m3fn,), (32,)), ids=full_id)
+every_format = pytest.mark.parametrize("fmt", all_formats(), ids=str)
+e4m3_of_32 = pytest.mark.parametrize("fmt", all_formats((torch.float8_e4m3fn,), (32,)), ids=str)
 every_dtype = pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=str)
 both_roundings = pytest.mark.parametrize("rounding", ["fused", "unfused"])
 
 RELATIVE = 13 * 2.0**-24
-"""Of the approximations of an exponential and a reciprocal, 2^-22 and 2^-23, and 7 roundings."""
+"""Relative error of an approximate exponential, 2^-22, a reciprocal, 2^-23, and 7 roundings."""
 
 GPT_OSS = {"clamp": 7, "alpha": 1.702, "beta": 1, "interleaved": True}
 OPTIONS = [
@@ -62,7 +72,7 @@ def split(gate_up: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch
 
 
 def fused(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=0.0) -> Bounds:
-    """In numpy's long double; float64 makes another float32 of one in hundreds of millions."""
+    """Compute in numpy's long double: float64 rounds one in hundreds of millions differently."""
     gate, up = (t.double().numpy().astype(np.longdouble) for t in split(gate_up, interleaved))
     with np.errstate(all="ignore"):
         if clamp is not None:
@@ -84,7 +94,7 @@ def fused(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=0.0) -
 
 
 def unfused(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=0.0) -> Bounds:
-    """In torch's operations, on a GPU none of them but the sigmoid inexact."""
+    """Compute in torch's operations, of which only the sigmoid is inexact on a GPU."""
     gate, up = split(gate_up, interleaved)
     dtype = gate.dtype
     alpha, beta = torch.tensor(alpha).float().item(), torch.tensor(beta).float().item()
@@ -116,7 +126,6 @@ def check(
     weight: torch.Tensor | None = None,
     rows: object = None,
     index: torch.Tensor | None = None,
-    min_scale: float = 1e-10,
     extra_rows: int = 0,
     last_padding: bool = True,
     share: float = DIFFERING_SHARE,
@@ -132,15 +141,14 @@ def check(
         place = torch.arange(index.numel(), dtype=torch.int32).view(index.shape).where(valid, -1)
     bounds = {"fused": fused, "unfused": unfused}[rounding](source, weight, **options)
     *batch_shape, mn, k = bounds.values.shape
-    q = poisoned_values(mn + extra_rows, k, device, fmt.dtype, tuple(batch_shape))
+    q = poisoned_values(mn + extra_rows, k, device, fmt.values, tuple(batch_shape))
     sf = poisoned_scales(fmt, mn, k, device, last_padding, tuple(batch_shape))
     results = silu_mul_quantize(
         moved(gate_up, device),
-        **format_arguments(fmt),
+        fmt,
         **options,
         weight=None if weight is None else weight.to(device),
         rounding=rounding,
-        min_scale=min_scale,
         rows=on_device(rows, device),
         index=None if index is None else index.to(device),
         out=(q, sf),
@@ -148,8 +156,7 @@ def check(
     assert results[0] is q and results[1] is sf
     if index is not None:
         bounds = Bounds(*(t.flatten(0, -2) for t in bounds))
-    floor = scale_floor(fmt, min_scale)
-    assert_quantized_as(q, sf, fmt, bounds, floor, rows, place, share)
+    assert_quantized_as(q, sf, fmt, bounds, rows, place, share)
     return q, sf
 
 
@@ -174,8 +181,8 @@ def test_unfused_is_what_torch_computes(dtype, shape):
         ),
     ]
     for options, y in pairs:
-        results = silu_mul_quantize(x, 32, rounding="unfused", **options)
-        for result, expected in zip(results, quantize(y, 32), strict=True):
+        results = silu_mul_quantize(x, DEEP_GEMM_32, rounding="unfused", **options)
+        for result, expected in zip(results, quantize(y, DEEP_GEMM_32), strict=True):
             assert_same_bits(result, expected)
 
 
@@ -194,7 +201,7 @@ def test_every_format(fmt, rounding, device):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_options(options, dtype, rounding, weighted, device):
     weight = weights(33) if weighted else None
-    fmt = make_format(16, "float32_row_major", False, torch.int8)
+    fmt = INT8.replace(group_size=16)
     for x in (random_bits((33, 192), dtype, 5), inputs((33, 192), dtype, 6)):
         check(x, UE8M0, device, rounding, weight=weight, **options)
         check(x, fmt, device, rounding, weight=weight, **options)
@@ -204,12 +211,14 @@ def test_options(options, dtype, rounding, weighted, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"alpha": 1.702}], ids=["silu", "gelu"])
 def test_every_gate(dtype, rounding, options, device):
-    """Beside ups of 1, in groups of neighbours, and so of about the same magnitude. Half a gate,
-    which is what becomes of small ones, often lies halfway between two values."""
+    """Quantize every gate beside an up of 1, in groups of consecutive gates, whose magnitudes are
+    about the same. The result of a small gate is half of it, which often lies halfway between two
+    values."""
     gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = torch.cat([gate.view(-1, 256), torch.ones(256, 256, dtype=dtype)], 1)
-    for fmt in (make_format(16, "ue8m0", False), make_format(16, "float32", False)):
-        check(x, fmt, device, rounding, min_scale=2.0**-126, share=0.02, **options)
+    for fmt in (DEEP_GEMM, DEEP_GEMM_SM90):
+        fmt = fmt.replace(group_size=16, min_scale=2.0**-126)
+        check(x, fmt, device, rounding, share=0.02, **options)
 
 
 @both_roundings
@@ -228,7 +237,7 @@ def test_rows(name, fmt, rounding, device):
 
 @pytest.mark.parametrize("name", ["masked", "psum", "indexed", "index-2d"])
 def test_weights_of_rows_that_do_not_exist(name, device):
-    """They are not used: NaN among them changes nothing."""
+    """Weights of rows that do not exist are not used: NaN among them changes nothing."""
     rows, shape, index = ROWS[name]
     x = inputs((*shape[:-1], 66), torch.bfloat16, 2).to(device)
     weight = weights(*(shape[:-1] if index is None else index.shape)).to(device)
@@ -244,7 +253,7 @@ def test_weights_of_rows_that_do_not_exist(name, device):
             live = rows.m_indices.to(device) >= 0
         case None:
             live = (index >= 0) & (index < shape[0])
-    choices = {"rows": on_device(rows, device), "index": index, "group_size": 32}
+    choices = {"fmt": DEEP_GEMM_32, "rows": on_device(rows, device), "index": index}
     results = []
     for w in (weight, weight.where(live, torch.nan)):
         out = poisoned_values(mn, 33, device, batch_shape=tuple(weight.shape[:-1])), None
@@ -268,7 +277,7 @@ def test_strides(rounding, device):
     ]
     for x in views:
         for options in ({}, GPT_OSS):
-            check(x, make_format(32, "float32", False), device, rounding, **options)
+            check(x, DEEP_GEMM_SM90.replace(group_size=32), device, rounding, **options)
 
 
 @both_roundings
@@ -278,9 +287,9 @@ def test_interleaving(dtype, rounding, device):
         pytest.skip("torch's float32 sigmoid on the CPU depends on the strides")
     x = inputs((9, 280), dtype, 4).to(device)
     gate, up = x.chunk(2, -1)
-    taken_in_turns = torch.stack([gate, up], -1).flatten(-2)
-    results = silu_mul_quantize(x, 32, rounding=rounding)
-    expected = silu_mul_quantize(taken_in_turns, 32, rounding=rounding, interleaved=True)
+    interleaved = torch.stack([gate, up], -1).flatten(-2)
+    results = silu_mul_quantize(x, DEEP_GEMM_32, rounding=rounding)
+    expected = silu_mul_quantize(interleaved, DEEP_GEMM_32, rounding=rounding, interleaved=True)
     for one, other in zip(results, expected, strict=True):
         assert_same_bits(one, other)
 
@@ -297,11 +306,11 @@ def test_nothing(shape, rounding, device):
 
 
 def test_largest_rows(device):
-    """k = 2^20, of rows twice as long."""
+    """Quantize k = 2^20 columns, from rows of 2^21."""
     x = torch.ones(1, 2**21, dtype=torch.bfloat16, device=device)
-    q, sf = silu_mul_quantize(x, scale_format="float32_row_major")
+    q, sf = silu_mul_quantize(x, GROUPWISE_FP8)
     assert q.shape == (1, 2**20) and sf.unique().numel() == 1
-    q, sf = silu_mul_quantize(x, -1, scale_format="float32_row_major")
+    q, sf = silu_mul_quantize(x, ROWWISE_FP8)
     assert q.float().unique().tolist() == [448.0]
 
 
@@ -326,12 +335,12 @@ def test_out(given, device):
 @pytest.mark.parametrize("column", [3, 131])
 @pytest.mark.parametrize("clamp", [None, 7.0])
 def test_special_values(special, column, clamp, rounding, device):
-    """NaN stays, and makes its group NaN alone. A clamp brings Inf back, but for gates of -Inf."""
+    """NaN makes its group NaN, and no other. A clamp makes Inf finite, except for gates of -Inf."""
     x = torch.randn(2, 256, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
     x[0, column] = special
     gate = column < 128
     finite = clamp is not None and not math.isnan(special) and not (gate and special < 0)
-    q, sf = check(x, make_format(32, "float32", False), device, rounding, clamp=clamp)
+    q, sf = check(x, DEEP_GEMM_SM90.replace(group_size=32), device, rounding, clamp=clamp)
     nan = torch.zeros(2, 4, dtype=torch.bool)
     nan[0, column % 128 // 32] = not finite
     assert torch.equal(sf.isnan().cpu(), nan)
@@ -341,12 +350,12 @@ def test_special_values(special, column, clamp, rounding, device):
 def test_zeros_keep_their_sign(device):
     x = torch.tensor([[1.0, -1.0, 1.0, -1.0, 0.0, 0.0, -0.0, -0.0]] * 4, device=device)
     for rounding in ("fused", "unfused"):
-        q, _ = silu_mul_quantize(x, 32, rounding=rounding)
+        q, _ = silu_mul_quantize(x, DEEP_GEMM_32, rounding=rounding)
         assert bits(q[0]).tolist() == [0x00, 0x80, 0x80, 0x00]
 
 
 def test_numbers_are_float32(device):
-    """The options are rounded first, and their types do not matter."""
+    """Options are rounded to float32 first, whatever their types are."""
     x = inputs((5, 140), torch.float32, 7).to(device)
     options = {"clamp": 0.1, "alpha": 0.3, "beta": 0.7}
     as_float32 = {name: torch.tensor(value).item() for name, value in options.items()}
@@ -359,7 +368,7 @@ def test_numbers_are_float32(device):
 
 
 def test_clamp_beyond_the_dtype():
-    """Rounded to the dtype it is Inf, and 70000 in float32 no number of float16."""
+    """A clamp beyond float16 rounds to Inf, and so clamps nothing."""
     x = torch.tensor([[65504.0, 1.0, math.inf, 2.0]], dtype=torch.float16)
     for result, wanted in zip(
         silu_mul_quantize(x, clamp=70000, rounding="unfused"),
@@ -372,8 +381,7 @@ def test_clamp_beyond_the_dtype():
 @pytest.mark.parametrize("options", OPTIONS[1:])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_bounds_hold_for_float32(dtype, options):
-    """What a GPU is held to leaves room for arithmetic in float32, of an argument of the
-    exponential that has more bits."""
+    """The bounds for a GPU hold for arithmetic in float32, with a float64 exponential."""
     for x in (
         random_bits((33, 512), dtype, 1),
         torch.linspace(-120, 120, 2**12).to(dtype).view(-1, 64).repeat(1, 2),

@@ -10,17 +10,30 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cute_quant import Indexed, Masked, PrefixSum, dequantize, fake_quantize, quantize
-from cute_quant.contract.formats import BLOCK_ROWS, SCALE_ROW_ALIGNMENT, Format, align, make_format
-from cute_quant.contract.tensors import MAX_COLUMNS, MAX_SIZE
+from cute_quant import (
+    DEEP_GEMM,
+    DEEP_GEMM_SM90,
+    GROUPWISE_FP8,
+    INT8,
+    MXFP8,
+    ROWWISE_FP8,
+    Indexed,
+    Masked,
+    PrefixSum,
+    dequantize,
+    fake_quantize,
+    quantize,
+)
+from cute_quant.contract.dtypes import BLOCK_ROWS, SCALE_ROW_ALIGNMENT, align
+from cute_quant.contract.format_choices import MAX_COLUMNS
+from cute_quant.contract.formats import Format
+from cute_quant.contract.tensors import MAX_SIZE
 from tests.helpers import (
     FLOAT32,
     POISON,
     UE8M0,
     assert_same_bits,
     check_against_reference,
-    format_arguments,
-    full_id,
     on_device,
     poisoned_scales,
     poisoned_values,
@@ -29,12 +42,13 @@ from tests.helpers import (
 pytestmark = pytest.mark.gpu
 
 PIECE_ROWS = 1024 * BLOCK_ROWS
-"""Of a piece: with 16 to 8192 columns less than 2^31 elements."""
+"""Rows of a piece: with 16 to 8192 columns less than 2^31 elements."""
 
-MXFP8 = make_format(32, "ue8m0_128x4", False)
-ROW_MAJOR = make_format(64, "float32_row_major", False, torch.int8)
-ROW_MAJOR_BYTES = make_format(256, "ue8m0_row_major", False, torch.float8_e5m2)
-WHOLE_ROW = make_format(-1, "float32_row_major", False)
+ROW_MAJOR = INT8.replace(group_size=64)
+ROW_MAJOR_BYTES = DEEP_GEMM.replace(
+    scale_layout="row_major", group_size=256, values=torch.float8_e5m2
+)
+WHOLE_ROW = ROWWISE_FP8
 FORMATS = (UE8M0, FLOAT32, MXFP8, ROW_MAJOR, ROW_MAJOR_BYTES, WHOLE_ROW)
 
 
@@ -58,14 +72,14 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def scales_of(sf: torch.Tensor, fmt: Format, k: int, start: int, end: int) -> torch.Tensor:
-    """Those of rows `start` to `end` of a matrix, `start` the first of a block."""
+    """Return the scales of rows `start` to `end`, where `start` is the first row of a block."""
     if fmt.blocked:
         return sf[start * fmt.columns(k) : fmt.scale_rows(end) * fmt.columns(k)]
     return sf[start:end]
 
 
 def interesting_rows(mn: int, k: int) -> list[int]:
-    """First ones of blocks: beside 2^31 and 2^32 elements and bytes, and the ends."""
+    """Return first rows of blocks: near 2^31 and 2^32 elements and bytes, and at both ends."""
     beside = (0, 2**30 // k, 2**31 // k, mn - 1)
     return sorted({row // BLOCK_ROWS * BLOCK_ROWS for row in beside if row < mn})
 
@@ -73,17 +87,17 @@ def interesting_rows(mn: int, k: int) -> list[int]:
 def check_rows(
     x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, fmt: Format, starts: list[int], rows: int
 ) -> None:
-    """Some rows of results against the reference; in blocks, all rows of one."""
+    """Compare some rows of the results with the reference; in blocks, all rows of a block."""
     mn, k = x.shape
     for start in starts:
         end = min(start + (BLOCK_ROWS if fmt.blocked else rows), mn)
-        expected_q, expected_sf = quantize(x[start:end].cpu(), **format_arguments(fmt))
+        expected_q, expected_sf = quantize(x[start:end].cpu(), fmt)
         assert_same_bits(q[start:end], expected_q)
         assert_same_bits(scales_of(sf, fmt, k, start, end), expected_sf)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether bytes are equal, without a copy to the CPU."""
+    """Return whether all bytes are equal, without a copy to the CPU."""
     return torch.equal(flat_bytes(a), flat_bytes(b))
 
 
@@ -93,24 +107,24 @@ def flat_bytes(t: torch.Tensor) -> torch.Tensor:
 
 
 def check_pieces(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, fmt: Format) -> None:
-    """All rows of results against those of pieces of the input."""
+    """Compare all rows of the results with those of pieces of the input."""
     mn, k = x.shape
     for start in range(0, mn, PIECE_ROWS):
         end = min(start + PIECE_ROWS, mn)
-        piece_q, piece_sf = quantize(x[start:end], **format_arguments(fmt))
+        piece_q, piece_sf = quantize(x[start:end], fmt)
         assert same(q[start:end], piece_q)
         assert same(scales_of(sf, fmt, k, start, end), piece_sf)
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=full_id)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_many_elements(fmt):
     """2.3e9 of them, 4.6 GB in and 2.3 GB out."""
     needs(20)
     mn, k = 300_000, 7680
     x = random(mn, k)
-    q = poisoned_values(mn + 3, k, "cuda", fmt.dtype)
+    q = poisoned_values(mn + 3, k, "cuda", fmt.values)
     sf = poisoned_scales(fmt, mn, k, "cuda")
-    quantize(x, **format_arguments(fmt), out=(q, sf))
+    quantize(x, fmt, out=(q, sf))
     assert q[mn:].view(torch.uint8).eq(0).all()
     check_rows(x, q, sf, fmt, interesting_rows(mn, k), 5)
     check_pieces(x, q[:mn], sf, fmt)
@@ -122,32 +136,31 @@ def test_many_float32_elements():
     mn, k = 290_000, 7690
     x = random(mn, k, dtype=torch.float32)
     for fmt in (UE8M0, MXFP8):
-        q, sf = quantize(x, **format_arguments(fmt))
+        q, sf = quantize(x, fmt)
         check_rows(x, q, sf, fmt, interesting_rows(mn, k), 3)
         check_pieces(x, q, sf, fmt)
 
 
-@pytest.mark.parametrize("fmt", [UE8M0, MXFP8, ROW_MAJOR], ids=full_id)
+@pytest.mark.parametrize("fmt", [UE8M0, MXFP8, ROW_MAJOR], ids=str)
 def test_multiplied_back(fmt):
     needs(30)
     mn, k = 300_000, 7680
     x = random(mn, k)
-    arguments = format_arguments(fmt)
-    q, sf = quantize(x, **arguments)
-    y = dequantize(q, sf, fmt.group_size)
+    q, sf = quantize(x, fmt)
+    y = dequantize(q, sf, fmt)
     for start in interesting_rows(mn, k):
         end = min(start + 5, mn)
-        assert_same_bits(y[start:end], fake_quantize(x[start:end].cpu(), **arguments))
+        assert_same_bits(y[start:end], fake_quantize(x[start:end].cpu(), fmt))
     for start in range(0, mn, PIECE_ROWS):
         end = start + PIECE_ROWS
-        assert same(y[start:end], fake_quantize(x[start:end], **arguments))
+        assert same(y[start:end], fake_quantize(x[start:end], fmt))
     del q, sf
-    assert same(fake_quantize(x, **arguments), y)
+    assert same(fake_quantize(x, fmt), y)
 
 
 @pytest.mark.parametrize("kind", ["index", "prefix_sum", "indexed"])
 def test_rows_beyond_32_bits(kind):
-    """Rows of x and of the results by their numbers, which times k exceed 2^31."""
+    """Address rows of x and of the results whose offsets, row times k, exceed 2^31."""
     needs(25)
     mn, k = 300_000, 7680
     x = random(mn, k)
@@ -186,15 +199,15 @@ def test_rows_beyond_32_bits(kind):
         assert torch.equal(sf[part], dense_sf)
 
 
-@pytest.mark.parametrize("fmt", [make_format(16, "ue8m0", False), WHOLE_ROW], ids=full_id)
+@pytest.mark.parametrize("fmt", [DEEP_GEMM.replace(group_size=16), WHOLE_ROW], ids=str)
 def test_most_rows(fmt):
     """2^31 - 1 rows of one column: 4.3 GB in, 2.1 and 8.6 GB out."""
     needs(25)
     mn = MAX_SIZE
     x = random(mn, 1)
-    q = poisoned_values(mn, 1, "cuda", fmt.dtype)
+    q = poisoned_values(mn, 1, "cuda", fmt.values)
     sf = poisoned_scales(fmt, mn, 1, "cuda")
-    quantize(x, **format_arguments(fmt), out=(q, sf))
+    quantize(x, fmt, out=(q, sf))
     starts = [0, 2**16 * 4, 2**16 * 8, 2**29, 2**30, 2**31 - BLOCK_ROWS]
     check_rows(x, q, sf, fmt, starts, 1000)
     if fmt.mn_major:
@@ -202,7 +215,7 @@ def test_most_rows(fmt):
         assert padding.tolist() == [0]
     for start in range(0, mn, 2**28):
         part = slice(start, start + 2**28)
-        piece_q, piece_sf = quantize(x[part], **format_arguments(fmt))
+        piece_q, piece_sf = quantize(x[part], fmt)
         assert same(q[part], piece_q)
         assert torch.equal(sf[part], piece_sf)
 
@@ -211,33 +224,33 @@ def test_most_rows(fmt):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("k", [MAX_COLUMNS, MAX_COLUMNS - 129])
 def test_most_columns(k, dtype, group_size):
-    for scale_format in ("ue8m0", "float32_row_major"):
+    for layout in (DEEP_GEMM, GROUPWISE_FP8):
         x = random(3, k, dtype=dtype)
-        check_against_reference(x, make_format(group_size, scale_format, False), extra_rows=1)
+        check_against_reference(x, layout.replace(group_size=group_size), extra_rows=1)
     if group_size == 32:
         check_against_reference(random(3, k, dtype=dtype), MXFP8)
 
 
-@pytest.mark.parametrize("fmt", [UE8M0, MXFP8, WHOLE_ROW], ids=full_id)
+@pytest.mark.parametrize("fmt", [UE8M0, MXFP8, WHOLE_ROW], ids=str)
 def test_most_columns_of_many_rows(fmt):
     """Few rows reach 2^31 elements."""
     needs(15)
     mn, k = 2051, MAX_COLUMNS
     x = random(mn, k)
-    q = poisoned_values(mn, k, "cuda", fmt.dtype)
+    q = poisoned_values(mn, k, "cuda", fmt.values)
     sf = poisoned_scales(fmt, mn, k, "cuda")
-    quantize(x, **format_arguments(fmt), out=(q, sf))
+    quantize(x, fmt, out=(q, sf))
     # A whole block of so many columns takes the reference too long; the last one has three rows.
     check_rows(x, q, sf, fmt, [2048] if fmt.blocked else [0, 1024, 1920, 2048], 3)
     for start in range(0, mn, 2 * BLOCK_ROWS):
         end = min(start + 2 * BLOCK_ROWS, mn)
-        piece_q, piece_sf = quantize(x[start:end], **format_arguments(fmt))
+        piece_q, piece_sf = quantize(x[start:end], fmt)
         assert same(q[start:end], piece_q)
         assert same(scales_of(sf, fmt, k, start, end), piece_sf)
 
 
 def test_most_bytes_between_rows():
-    """2^31 - 32 bytes: neighbours of 11 GB in, and as many bytes apart, 11 GB out."""
+    """2^31 - 32 bytes: rows of 11 GB in, and rows as many bytes apart of 11 GB out."""
     needs(30)
     mn, k = 5, 130
     stride = (2**31 - 32) // 2
@@ -247,9 +260,9 @@ def test_most_bytes_between_rows():
     size = (mn - 1) * (2**31 - 32) + k
     storage = torch.full((size,), POISON, dtype=torch.uint8, device="cuda")
     q = storage.view(torch.float8_e4m3fn).as_strided((mn, k), (2**31 - 32, 1))
-    for fmt in (UE8M0, make_format(-1, "float32", False)):
-        _, sf = quantize(x, **format_arguments(fmt), out=(q, None))
-        expected_q, expected_sf = quantize(x.cpu(), **format_arguments(fmt))
+    for fmt in (UE8M0, DEEP_GEMM_SM90.replace(group_size=-1)):
+        _, sf = quantize(x, fmt, out=(q, None))
+        expected_q, expected_sf = quantize(x.cpu(), fmt)
         assert_same_bits(q, expected_q)
         assert_same_bits(sf, expected_sf)
         for row in range(mn - 1):
@@ -257,7 +270,7 @@ def test_most_bytes_between_rows():
             assert between.eq(POISON).all()
 
 
-@pytest.mark.parametrize("fmt", [UE8M0, MXFP8, ROW_MAJOR], ids=full_id)
+@pytest.mark.parametrize("fmt", [UE8M0, MXFP8, ROW_MAJOR], ids=str)
 def test_matrices_far_apart(fmt):
     """More than 2^32 elements from a matrix to the next, in and out."""
     needs(40)
@@ -267,41 +280,38 @@ def test_matrices_far_apart(fmt):
     x.copy_(random(batch, mn, k))
     size = (batch - 1) * stride + mn * k
     storage = torch.full((size,), POISON, dtype=torch.uint8, device="cuda")
-    q = storage.view(fmt.dtype).as_strided((batch, mn, k), (stride, k, 1))
-    expected_q, expected_sf = quantize(x.cpu(), **format_arguments(fmt))
+    q = storage.view(fmt.values).as_strided((batch, mn, k), (stride, k, 1))
+    expected_q, expected_sf = quantize(x.cpu(), fmt)
     for matrices in (slice(None), slice(0, 3, 2)):
-        _, sf = quantize(x[matrices], **format_arguments(fmt), out=(q[matrices], None))
+        _, sf = quantize(x[matrices], fmt, out=(q[matrices], None))
         assert_same_bits(q[matrices], expected_q[matrices])
         assert_same_bits(sf, expected_sf[matrices])
     for matrix in range(batch - 1):
         between = storage[matrix * stride + mn * k : (matrix + 1) * stride]
         assert between.eq(POISON).all()
-    expected = dequantize(expected_q, expected_sf, fmt.group_size)
-    assert_same_bits(dequantize(q, sf_of(x, fmt), fmt.group_size), expected)
-    assert_same_bits(fake_quantize(x, **format_arguments(fmt)), expected)
+    expected = dequantize(expected_q, expected_sf, fmt)
+    _, sf = quantize(x, fmt)
+    assert_same_bits(dequantize(q, sf, fmt), expected)
+    assert_same_bits(fake_quantize(x, fmt), expected)
 
 
-def sf_of(x: torch.Tensor, fmt: Format) -> torch.Tensor:
-    return quantize(x, **format_arguments(fmt))[1]
-
-
-@pytest.mark.parametrize("fmt", [UE8M0, MXFP8], ids=full_id)
+@pytest.mark.parametrize("fmt", [UE8M0, MXFP8], ids=str)
 def test_large_batch(fmt):
     """2.4e9 elements in nine matrices."""
     needs(20)
     batch, mn, k = 9, 32_770, 8192
     x = random(batch, mn, k)
-    q = poisoned_values(mn, k, "cuda", fmt.dtype, (batch,))
+    q = poisoned_values(mn, k, "cuda", fmt.values, (batch,))
     sf = poisoned_scales(fmt, mn, k, "cuda", batch_shape=(batch,))
-    quantize(x, **format_arguments(fmt), out=(q, sf))
+    quantize(x, fmt, out=(q, sf))
     for matrix in range(batch):
-        one_q, one_sf = quantize(x[matrix], **format_arguments(fmt))
+        one_q, one_sf = quantize(x[matrix], fmt)
         assert same(q[matrix], one_q)
         assert same(sf[matrix], one_sf)
     check_rows(x[-1], q[-1], sf[-1], fmt, [0, mn // BLOCK_ROWS * BLOCK_ROWS], 5)
 
 
-@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32, MXFP8, WHOLE_ROW], ids=full_id)
+@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32, MXFP8, WHOLE_ROW], ids=str)
 def test_many_experts_of_many_rows(fmt):
     """256 of up to 4096, 2.4e9 elements in all; the counts of a skewed router, and senseless ones.
     Rows that do not exist hold NaN, and their results keep what they held."""
@@ -316,12 +326,12 @@ def test_many_experts_of_many_rows(fmt):
     x = random(experts, max_m, k)
     for expert, count in enumerate(counts.clamp(0, max_m).tolist()):
         x[expert, count:] = torch.nan
-    q = poisoned_values(max_m, k, "cuda", fmt.dtype, (experts,))
+    q = poisoned_values(max_m, k, "cuda", fmt.values, (experts,))
     sf = poisoned_scales(fmt, max_m, k, "cuda", batch_shape=(experts,))
-    quantize(x, **format_arguments(fmt), rows=masked, out=(q, sf))
+    quantize(x, fmt, rows=masked, out=(q, sf))
     for expert, count in enumerate(counts.clamp(0, max_m).tolist()):
         assert q[expert, count:].view(torch.uint8).eq(POISON).all()
-        one_q, one_sf = quantize(x[expert, :count], **format_arguments(fmt))
+        one_q, one_sf = quantize(x[expert, :count], fmt)
         assert same(q[expert, :count], one_q)
         if not fmt.blocked:
             assert same(sf[expert, :count], one_sf)
@@ -329,10 +339,10 @@ def test_many_experts_of_many_rows(fmt):
             assert flat_bytes(beyond).eq(POISON).all()
     # Scales of every kind, and what lies beyond them, of some experts.
     for expert in (0, 1, 2, 5, 100):
-        own_q = poisoned_values(max_m, k, "cpu", fmt.dtype, (1,))
+        own_q = poisoned_values(max_m, k, "cpu", fmt.values, (1,))
         own_sf = poisoned_scales(fmt, max_m, k, "cpu", batch_shape=(1,))
         own = on_device(Masked(masked.masked_m[expert : expert + 1]), "cpu")
         one = x[expert : expert + 1].cpu()
-        quantize(one, **format_arguments(fmt), rows=own, out=(own_q, own_sf))
+        quantize(one, fmt, rows=own, out=(own_q, own_sf))
         assert_same_bits(q[expert], own_q[0])
         assert_same_bits(sf[expert], own_sf[0])

@@ -1,5 +1,6 @@
-"""Under torch: the registered operators, compilation, graphs, streams, threads."""
+"""Under torch: the registered operators, compilation, export, graphs, streams, threads."""
 
+import io
 import math
 import subprocess
 import sys
@@ -7,10 +8,18 @@ import threading
 
 import pytest
 import torch
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cute_quant import (
+    DEEP_GEMM,
+    DEEP_GEMM_32,
+    DEEP_GEMM_SM90,
+    GROUPWISE_FP8,
+    INT8,
+    MXFP8,
     Indexed,
     Masked,
     PrefixSum,
@@ -20,12 +29,9 @@ from cute_quant import (
     rms_norm_quantize,
     silu_mul_quantize,
 )
-from cute_quant.contract.formats import make_format
-from cute_quant.contract.rows import to_operands
-from cute_quant.integrations.compat import (
-    per_token_cast_to_fp8,
-    per_token_group_quant_fp8_packed_for_deepgemm,
-)
+from cute_quant.contract.rows import from_operands, to_operands
+from cute_quant.integrations.deep_gemm import per_token_cast_to_fp8
+from cute_quant.integrations.vllm import per_token_group_quant_fp8_packed_for_deepgemm
 from tests.helpers import (
     EVERY_DTYPE,
     FORMATS,
@@ -33,29 +39,31 @@ from tests.helpers import (
     all_formats,
     assert_same_bits,
     bits,
-    format_arguments,
-    format_id,
-    full_id,
     poisoned_scales,
     poisoned_values,
     random_bits,
 )
 
-every_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 every_layout = pytest.mark.parametrize(
     "fmt",
     [*all_formats((torch.float8_e4m3fn,), (32,)), *all_formats((torch.int8,), (-1,))[:2]],
-    ids=full_id,
+    ids=str,
 )
 ROWS = [1, 3, 4, 5, 33]
 
 
-def keywords(fmt):
-    return {"scale_format": fmt.scale_format, "round_scale": fmt.round_scale}
+operators = torch.ops.cute_quant
 
 
-def operands(fmt, min_scale=1e-10):
-    return fmt.group_size, fmt.scale_format, fmt.dtype, fmt.round_scale, min_scale
+def end_of_operands(fmt, rows=None, index=None):
+    """The last positional arguments of an operator: format, counts and index."""
+    return str(fmt), to_operands(rows).row_data, index
+
+
+def row_keywords(rows=None):
+    kind, _, alignment = to_operands(rows)
+    return {"rows": kind, "alignment": alignment}
 
 
 def activations(mn, device, k=640, seed=0):
@@ -78,7 +86,7 @@ def test_opcheck(fmt, mn, device):
     # opcheck compares with allclose, to which a NaN differs from itself.
     x = torch.randn(mn, 640, generator=torch.Generator().manual_seed(mn)).to(torch.bfloat16)
     x = x.to(device)
-    torch.library.opcheck(torch.ops.cute_quant.quantize.default, (x, *operands(fmt)))
+    torch.library.opcheck(operators.quantize.default, (x, str(fmt)))
 
 
 @every_format
@@ -92,18 +100,18 @@ def test_opcheck_out(fmt, mn, device):
         poisoned_values(mn + 3, 640, device),
         poisoned_scales(fmt, mn, 640, device),
     )
-    operator = torch.ops.cute_quant.quantize_out.default
-    torch.library.opcheck(operator, (*args, *operands(fmt)), test_utils=utils)
+    operator = operators.quantize_out.default
+    torch.library.opcheck(operator, (*args, str(fmt)), test_utils=utils)
 
 
 @every_format
 @pytest.mark.parametrize("mn", [0, *ROWS])
 def test_fake_tensors_have_the_shapes_dtypes_and_strides(fmt, mn, device):
     x = activations(mn, device)
-    real = quantize(x, **keywords(fmt))
+    real = quantize(x, fmt)
     mode = FakeTensorMode()
-    fake = quantize(mode.from_tensor(x), **keywords(fmt))
-    meta = quantize(x.to("meta"), **keywords(fmt))
+    fake = quantize(mode.from_tensor(x), fmt)
+    meta = quantize(x.to("meta"), fmt)
     for results in (fake, meta):
         for result, expected in zip(results, real, strict=True):
             assert result.shape == expected.shape and result.dtype == expected.dtype
@@ -112,10 +120,10 @@ def test_fake_tensors_have_the_shapes_dtypes_and_strides(fmt, mn, device):
 
 
 def test_fake_tensors_are_checked():
-    with FakeTensorMode(), pytest.raises(ValueError, match="x: expected neighbours in a row"):
+    with FakeTensorMode(), pytest.raises(ValueError, match="x: expected rows contiguous along k"):
         quantize(torch.empty(128, 4, dtype=torch.bfloat16).t())
-    with FakeTensorMode(), pytest.raises(ValueError, match="min_scale"):
-        quantize(torch.empty(4, 128, dtype=torch.bfloat16), min_scale=-1.0)
+    with FakeTensorMode(), pytest.raises(TypeError, match="fmt: expected a Format"):
+        quantize(torch.empty(4, 128, dtype=torch.bfloat16), "e4m3:128")
 
 
 @every_format
@@ -125,12 +133,12 @@ def test_compile_gives_the_same_bits_and_strides(fmt, dynamic, device):
 
     @torch.compile(fullgraph=True, dynamic=dynamic)
     def compiled(x):
-        return quantize(x * 2, **keywords(fmt))
+        return quantize(x * 2, fmt)
 
     for mn in ROWS:
         x = activations(mn, device)
         q, sf = compiled(x)
-        expected_q, expected_sf = quantize(x * 2, **keywords(fmt))
+        expected_q, expected_sf = quantize(x * 2, fmt)
         assert_same_bits(q, expected_q)
         assert_same_bits(sf, expected_sf)
         assert q.stride() == expected_q.stride() and sf.stride() == expected_sf.stride()
@@ -143,20 +151,20 @@ def test_compile_with_out(fmt, given, device):
 
     @torch.compile(fullgraph=True)
     def compiled(x, q, sf):
-        q, sf = quantize(x, **keywords(fmt), out=(q, sf))
-        return q, sf, dequantize(q[: x.shape[0]], sf)
+        q, sf = quantize(x, fmt, out=(q, sf))
+        return q, sf, dequantize(q[: x.shape[0]], sf, fmt)
 
     for mn in ROWS:
         x = activations(mn, device)
         q = None if given == "sf" else poisoned_values(mn + 2, 640, device)
         sf = None if given == "q" else poisoned_scales(fmt, mn, 640, device)
         result_q, result_sf, y = compiled(x, q, sf)
-        expected_q, expected_sf = quantize(x, **keywords(fmt))
+        expected_q, expected_sf = quantize(x, fmt)
         assert_same_bits(result_q[:mn], expected_q)
         assert_same_bits(result_sf, expected_sf)
         assert result_sf.stride() == expected_sf.stride()
         assert bits(result_q[mn:]).eq(0).all()
-        torch.testing.assert_close(y, dequantize(expected_q, expected_sf), equal_nan=True)
+        torch.testing.assert_close(y, dequantize(expected_q, expected_sf, fmt), equal_nan=True)
         if q is not None:
             assert_same_bits(q[:mn], expected_q)
         if sf is not None:
@@ -169,14 +177,14 @@ def test_export_with_any_number_of_rows(fmt):
 
     class Module(torch.nn.Module):
         def forward(self, x):
-            return quantize(x, **keywords(fmt))
+            return quantize(x, fmt)
 
     rows = torch.export.Dim("rows", min=2, max=99)
     example = (torch.ones(8, 640, dtype=torch.bfloat16),)
     program = torch.export.export(Module(), example, dynamic_shapes=({0: rows},)).module()
     for mn in (4, 5, 33):
         x = activations(mn, "cpu")
-        for result, expected in zip(program(x), quantize(x, **keywords(fmt)), strict=True):
+        for result, expected in zip(program(x), quantize(x, fmt), strict=True):
             assert_same_bits(result, expected)
             assert result.stride() == expected.stride()
 
@@ -195,14 +203,16 @@ def test_compiled_once_for_any_number_of_rows(first, device):
             assert result.stride() == expected.stride()
 
 
-def test_compat_compiles(device):
+def test_integrations_compile(device):
     torch._dynamo.reset()
     x = torch.randn(5, 3, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     x = x.to(device)
     calls = [
         lambda x: per_token_group_quant_fp8_packed_for_deepgemm(x, 128),
         lambda x: per_token_group_quant_fp8_packed_for_deepgemm(x[:, :, 128:], 128, eps=1e-4),
+        lambda x: per_token_group_quant_fp8_packed_for_deepgemm(x, 32),
         lambda x: per_token_cast_to_fp8(x[0], True),
+        lambda x: per_token_cast_to_fp8(x[0, :, :200], True, gran_k=32),
         lambda x: per_token_cast_to_fp8(x[0], False),
         lambda x: per_token_cast_to_fp8(x[0], True, use_packed_ue8m0=True),
     ]
@@ -218,11 +228,11 @@ def test_compat_compiles(device):
 
 def test_global_defaults_do_not_matter():
     x = activations(5, "cpu")
-    expected = [quantize(x, **keywords(fmt)) for fmt in FORMATS]
+    expected = [quantize(x, fmt) for fmt in FORMATS]
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
     try:
-        results = [quantize(x, **keywords(fmt)) for fmt in FORMATS]
+        results = [quantize(x, fmt) for fmt in FORMATS]
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
@@ -240,6 +250,11 @@ def test_operator_has_no_gradient(device):
 
 def normal(*shape, device, dtype=torch.bfloat16):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+
+
+def as_stored(sf):
+    """Scales as operators take and return them."""
+    return sf.view(torch.uint8) if sf.dtype == torch.float8_e8m0fnu else sf
 
 
 def int32(values, device):
@@ -265,7 +280,7 @@ def test_opcheck_of_all_rows(case, fmt, device):
     if isinstance(rows, Masked) and fmt.blocked:
         pytest.skip("the rest of the last block keeps what it held")
     torch.library.opcheck(
-        torch.ops.cute_quant.quantize.default, (x, *operands(fmt), *to_operands(rows), index)
+        operators.quantize.default, (x, *end_of_operands(fmt, rows, index)), row_keywords(rows)
     )
 
 
@@ -275,10 +290,10 @@ def test_opcheck_dequantize(out, fmt, device):
     # The schema's test computes with its arguments, which float8 on the CPU cannot.
     utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for shape in ((5, 70), (2, 3, 70), (3, 0)):
-        q, sf = quantize(normal(*shape, device=device), **format_arguments(fmt))
-        args = (q, sf, fmt.group_size, out)
-        operator = torch.ops.cute_quant.dequantize.default
-        torch.library.opcheck(operator, args, test_utils=utils)
+        q, sf = quantize(normal(*shape, device=device), fmt)
+        for stored in (sf, as_stored(sf)):
+            args = (q, stored, str(fmt), out)
+            torch.library.opcheck(operators.dequantize.default, args, test_utils=utils)
 
 
 @every_layout
@@ -286,23 +301,21 @@ def test_opcheck_dequantize(out, fmt, device):
 def test_opcheck_fake_quantize(dtype, fmt, device):
     for shape in ((5, 70), (2, 3, 70), (3, 0)):
         x = normal(*shape, device=device, dtype=dtype)
-        torch.library.opcheck(torch.ops.cute_quant.fake_quantize.default, (x, *operands(fmt)))
+        torch.library.opcheck(operators.fake_quantize.default, (x, str(fmt)))
 
 
 @every_layout
 def test_fakes_of_all_rows(fmt, device):
     for x, rows, index in kinds_of_rows(device):
-        real = quantize(x, **format_arguments(fmt), rows=rows, index=index)
+        real = quantize(x, fmt, rows=rows, index=index)
         with FakeTensorMode() as mode:
             to_fake = lambda t: None if t is None else mode.from_tensor(t)  # noqa: E731
-            fake_rows = rows
-            if rows is not None:
-                _, data, alignment = to_operands(rows)
-                more = (alignment,) if isinstance(rows, PrefixSum) else ()
-                fake_rows = type(rows)(to_fake(data), *more)
-            choices = {"rows": fake_rows, "index": to_fake(index)}
-            fake = quantize(to_fake(x), **format_arguments(fmt), **choices)
-            y = dequantize(*fake, fmt.group_size)
+            row_operands = to_operands(rows)
+            fake_rows = from_operands(
+                row_operands._replace(row_data=to_fake(row_operands.row_data))
+            )
+            fake = quantize(to_fake(x), fmt, rows=fake_rows, index=to_fake(index))
+            y = dequantize(*fake, fmt)
         for result, expected in zip(fake, real, strict=True):
             assert result.shape == expected.shape and result.dtype == expected.dtype
             assert result.stride() == expected.stride()
@@ -314,23 +327,22 @@ def test_fakes_of_all_rows(fmt, device):
 def test_compile_all_rows(dynamic, fmt, device):
     """Rows are made inside of the graph and come from outside."""
     torch._dynamo.reset()
-    arguments = format_arguments(fmt)
 
     @torch.compile(fullgraph=True, dynamic=dynamic)
     def masked(x, counts):
-        q, sf = quantize(x, **arguments, rows=Masked(counts))
-        return q, sf, dequantize(q, sf, fmt.group_size)
+        q, sf = quantize(x, fmt, rows=Masked(counts))
+        return q, sf, dequantize(q, sf, fmt)
 
     @torch.compile(fullgraph=True, dynamic=dynamic)
     def routed(x, rows, index):
-        q, sf = quantize(x * 2, **arguments, rows=rows, index=index)
-        return q, sf, fake_quantize(x, **arguments)
+        q, sf = quantize(x * 2, fmt, rows=rows, index=index)
+        return q, sf, fake_quantize(x, fmt)
 
     for mn in (2, 5, 8):
         x = normal(3, mn, 70, device=device)
         counts = int32([mn] * 3, device)
-        q, sf = quantize(x, **arguments)
-        results = (q, sf, dequantize(q, sf, fmt.group_size))
+        q, sf = quantize(x, fmt)
+        results = (q, sf, dequantize(q, sf, fmt))
         for result, expected in zip(masked(x, counts), results, strict=True):
             if expected is not sf or not fmt.blocked:  # the rest of a block keeps what it held
                 assert_same_bits(result, expected)
@@ -338,8 +350,8 @@ def test_compile_all_rows(dynamic, fmt, device):
         x = x.flatten(0, 1)
         index = torch.arange(2 * mn, device=device, dtype=torch.int32) - 1
         rows = PrefixSum(int32([1, mn], device), 3)
-        q, sf = quantize(x * 2, **arguments, rows=rows, index=index)
-        results = (q, sf, fake_quantize(x, **arguments))
+        q, sf = quantize(x * 2, fmt, rows=rows, index=index)
+        results = (q, sf, fake_quantize(x, fmt))
         for result, expected in zip(routed(x, rows, index), results, strict=True):
             assert_same_bits(result, expected)
             assert result.stride() == expected.stride()
@@ -349,21 +361,20 @@ def test_compile_all_rows(dynamic, fmt, device):
 @pytest.mark.parametrize("given", ["both", "q", "sf"])
 def test_compile_with_any_out(given, fmt, device):
     torch._dynamo.reset()
-    arguments = format_arguments(fmt)
-    # On the CPU Inductor cannot write float8_e8m0fnu that come from outside.
-    limited = given != "q" and fmt.scale_dtype == torch.float8_e8m0fnu
+    # On the CPU Inductor has no code for float8_e8m0fnu that comes from outside of the graph.
+    limited = given != "q" and fmt.sf_dtype == torch.float8_e8m0fnu
 
     @torch.compile(fullgraph=True, backend="aot_eager" if limited else "inductor")
     def compiled(x, q, sf, y):
-        return *quantize(x, **arguments, out=(q, sf)), fake_quantize(x, **arguments, out=y)
+        return *quantize(x, fmt, out=(q, sf)), fake_quantize(x, fmt, out=y)
 
     for mn in (3, 4):
         x = normal(2, mn, 70, device=device)
-        q = poisoned_values(mn + 2, 70, device, fmt.dtype, (2,)) if given != "sf" else None
+        q = poisoned_values(mn + 2, 70, device, fmt.values, (2,)) if given != "sf" else None
         sf = poisoned_scales(fmt, mn, 70, device, batch_shape=(2,)) if given != "q" else None
         y = torch.zeros_like(x)
         result_q, result_sf, result_y = compiled(x, q, sf, y)
-        expected_q, expected_sf = quantize(x, **arguments)
+        expected_q, expected_sf = quantize(x, fmt)
         for out, result in ((q, result_q), (sf, result_sf), (y, result_y)):
             if out is not None:
                 assert_same_bits(out, result)
@@ -371,22 +382,21 @@ def test_compile_with_any_out(given, fmt, device):
         assert bits(result_q[:, mn:]).eq(0).all()
         assert_same_bits(result_sf, expected_sf)
         assert result_sf.stride() == expected_sf.stride()
-        assert_same_bits(y, fake_quantize(x, **arguments))
+        assert_same_bits(y, fake_quantize(x, fmt))
 
 
-@pytest.mark.parametrize("fmt", all_formats((torch.float8_e4m3fn,), (32,)), ids=full_id)
+@pytest.mark.parametrize("fmt", all_formats((torch.float8_e4m3fn,), (32,)), ids=str)
 def test_export_any_batch_and_rows(fmt):
     """Two columns of scales or more: torch asks whether one column of a batch is contiguous."""
-    arguments = format_arguments(fmt)
 
     class Module(torch.nn.Module):
         def forward(self, x, index):
-            q, sf = quantize(x, **arguments)
+            q, sf = quantize(x, fmt)
             return (
                 q,
                 sf,
-                dequantize(q, sf, fmt.group_size),
-                *quantize(x[0], **arguments, index=index),
+                dequantize(q, sf, fmt),
+                *quantize(x[0], fmt, index=index),
             )
 
     sizes = {
@@ -410,9 +420,9 @@ def test_export_any_batch_and_rows(fmt):
 def test_compiled_presets(min_scale, dtype, device):
     torch._dynamo.reset()
     x = normal(4, 70, device=device) * 1e-8
-    choices = {"min_scale": min_scale, "dtype": dtype}
-    compiled = torch.compile(lambda x: quantize(x, **choices), fullgraph=True)
-    for result, expected in zip(compiled(x), quantize(x, **choices), strict=True):
+    fmt = DEEP_GEMM.replace(values=dtype, min_scale=min_scale)
+    compiled = torch.compile(lambda x: quantize(x, fmt), fullgraph=True)
+    for result, expected in zip(compiled(x), quantize(x, fmt), strict=True):
         assert_same_bits(result, expected)
 
 
@@ -420,13 +430,16 @@ def test_compiled_presets(min_scale, dtype, device):
 some_layouts = pytest.mark.parametrize(
     "fmt",
     [
-        make_format(32, layout, False)
-        for layout in ("ue8m0", "float32_row_major", "ue8m0_row_major", "ue8m0_128x4")
+        DEEP_GEMM_32,
+        GROUPWISE_FP8.replace(group_size=32),
+        DEEP_GEMM_32.replace(scale_layout="row_major"),
+        MXFP8,
     ],
-    ids=full_id,
+    ids=str,
 )
-GPT_OSS = (True, 7.0, 1.702, 1.0, "fused")
-PLAIN = (False, None, 1.0, 0.0, "unfused")
+SILU_MUL_OPTIONS = ("interleaved", "clamp", "alpha", "beta", "rounding")
+GPT_OSS = dict(zip(SILU_MUL_OPTIONS, (True, 7.0, 1.702, 1.0, "fused"), strict=True))
+PLAIN = dict(zip(SILU_MUL_OPTIONS, (False, None, 1.0, 0.0, "unfused"), strict=True))
 
 
 @some_layouts
@@ -438,8 +451,9 @@ def test_opcheck_silu_mul(options, case, fmt, device):
         pytest.skip("the rest of the last block keeps what it held")
     weight = torch.ones(x.shape[:-1] if index is None else index.shape, device=device)
     for w in (None, weight):
-        args = (x, *operands(fmt), *options, w, *to_operands(rows), index)
-        torch.library.opcheck(torch.ops.cute_quant.silu_mul_quantize.default, args)
+        args = (x, w, *end_of_operands(fmt, rows, index))
+        operator = operators.silu_mul_quantize.default
+        torch.library.opcheck(operator, args, options | row_keywords(rows))
 
 
 # opcheck compares what is written with allclose, which float8 lacks, and clones its arguments.
@@ -449,9 +463,9 @@ OUT_UTILS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch
 @every_format
 def test_opcheck_silu_mul_out(fmt, device):
     out = poisoned_values(11, 320, device), poisoned_scales(fmt, 8, 320, device)
-    args = (activations(8, device), *out, *operands(fmt), *GPT_OSS, torch.ones(8, device=device))
-    operator = torch.ops.cute_quant.silu_mul_quantize_out.default
-    torch.library.opcheck(operator, args, test_utils=OUT_UTILS)
+    args = (activations(8, device), torch.ones(8, device=device), *out, str(fmt))
+    operator = operators.silu_mul_quantize_out.default
+    torch.library.opcheck(operator, args, GPT_OSS, test_utils=OUT_UTILS)
 
 
 @some_layouts
@@ -461,14 +475,27 @@ def test_opcheck_rms_norm(case, fmt, device):
     if isinstance(rows, Masked) and fmt.blocked:
         pytest.skip("the rest of the last block keeps what it held")
     weight = normal(70, device=device)
-    operator = torch.ops.cute_quant.rms_norm_quantize.default
-    choices = (*operands(fmt), 1e-6, 1.0, "fused")
-    nothing = (None, None, None)
-    torch.library.opcheck(operator, (x, weight, *nothing, *choices, *to_operands(rows), index))
-    if rows is None and index is None:
-        residual, other, row = (normal(*x.shape, device=device) for _ in range(3))
-        for more in ((None, residual, None), (residual, other, None), (residual, other, row)):
-            torch.library.opcheck(operator, (x, weight, *more, *choices))
+    options = {"eps": 1e-6, "weight_offset": 1.0, "rounding": "fused"}
+    torch.library.opcheck(
+        operators.rms_norm_quantize.default,
+        (x, weight, *end_of_operands(fmt, rows, index)),
+        options | row_keywords(rows),
+    )
+
+
+@some_layouts
+def test_opcheck_rms_norm_with_a_residual(fmt, device):
+    x, weight = normal(2, 3, 70, device=device), normal(70, device=device)
+    residual, other, row = (normal(*x.shape, device=device) for _ in range(3))
+    options = {"eps": 1e-6, "weight_offset": 1.0, "rounding": "fused"}
+    for rows in (
+        (None, residual, None),
+        (None, None, row),
+        (residual, other, None),
+        (residual, other, row),
+    ):
+        args = (x, weight, *rows, str(fmt))
+        torch.library.opcheck(operators.rms_norm_quantize_residual.default, args, options)
 
 
 @every_format
@@ -480,39 +507,38 @@ def test_opcheck_rms_norm_out(normalized, in_place, fmt, device):
     args = (
         x,
         normal(640, device=device),
+        poisoned_values(11, 640, device),
+        poisoned_scales(fmt, 8, 640, device),
         None if in_place else residual,
         residual if in_place else torch.empty_like(x),
         row,
-        poisoned_values(11, 640, device),
-        poisoned_scales(fmt, 8, 640, device),
-        *operands(fmt),
-        *(1e-6, 0.0, "unfused"),
+        str(fmt),
     )
-    operator = torch.ops.cute_quant.rms_norm_quantize_out.default
-    torch.library.opcheck(operator, args, test_utils=OUT_UTILS)
+    options = {"eps": 1e-6, "weight_offset": 0.0, "rounding": "unfused"}
+    operator = operators.rms_norm_quantize_out.default
+    torch.library.opcheck(operator, args, options, test_utils=OUT_UTILS)
 
 
 def prologue_calls(fmt):
     """Calls on x, a factor of each row, one of each column, and a residual."""
-    arguments = format_arguments(fmt)
     return [
-        lambda x, row, column, residual: silu_mul_quantize(x, **arguments),
+        lambda x, row, column, residual: silu_mul_quantize(x, fmt),
         lambda x, row, column, residual: silu_mul_quantize(
-            x, **arguments, weight=row, interleaved=True, clamp=7, alpha=1.702, beta=1
+            x, fmt, weight=row, interleaved=True, clamp=7, alpha=1.702, beta=1
         ),
-        lambda x, row, column, residual: rms_norm_quantize(x, column, **arguments),
+        lambda x, row, column, residual: rms_norm_quantize(x, column, fmt),
         lambda x, row, column, residual: rms_norm_quantize(
-            x, column, 1e-5, **arguments, weight_offset=1, normalized=True
+            x, column, fmt, eps=1e-5, weight_offset=1, normalized=True
         ),
-        lambda x, row, column, residual: rms_norm_quantize(x, column, 1e-6, residual, **arguments),
+        lambda x, row, column, residual: rms_norm_quantize(x, column, fmt, residual=residual),
         lambda x, row, column, residual: rms_norm_quantize(
-            x, column, 1e-6, residual, **arguments, rounding="unfused", normalized=True
-        ),
-        lambda x, row, column, residual: rms_norm_quantize(
-            x, column, 1e-6, residual, **arguments, out=(None, None, residual)
+            x, column, fmt, residual=residual, rounding="unfused", normalized=True
         ),
         lambda x, row, column, residual: rms_norm_quantize(
-            x, column, 1e-6, residual, **arguments, out=(None, None, torch.empty_like(x))
+            x, column, fmt, residual=residual, out=(None, None, residual)
+        ),
+        lambda x, row, column, residual: rms_norm_quantize(
+            x, column, fmt, residual=residual, out=(None, None, torch.empty_like(x))
         ),
     ]
 
@@ -582,24 +608,23 @@ def test_compiled_prologues(dynamic, fmt, call, device):
 @pytest.mark.parametrize("given", ["both", "q", "sf"])
 def test_compiled_prologues_with_out(given, fmt, device):
     torch._dynamo.reset()
-    arguments = format_arguments(fmt)
-    # On the CPU Inductor cannot write float8_e8m0fnu that come from outside.
-    limited = given != "q" and fmt.scale_dtype == torch.float8_e8m0fnu
+    # On the CPU Inductor has no code for float8_e8m0fnu that comes from outside of the graph.
+    limited = given != "q" and fmt.sf_dtype == torch.float8_e8m0fnu
+    backend = "aot_eager" if limited else "inductor"
 
     def silu_mul(x, out):
-        return silu_mul_quantize(torch.cat([x, x + 1], -1), **arguments, out=out)
+        return silu_mul_quantize(torch.cat([x, x + 1], -1), fmt, out=out)
 
     def rms_norm(x, column, residual, out, row):
-        return rms_norm_quantize(x, column, 1e-6, residual, **arguments, normalized=row, out=out)
+        return rms_norm_quantize(x, column, fmt, residual=residual, normalized=row, out=out)
 
-    backend = "aot_eager" if limited else "inductor"
     for mn in (3, 4):
         x, _, column, residual = prologue_inputs(2, mn, 70, device=device)
         for call, inputs, more in (
             (silu_mul, (x,), ()),
             (rms_norm, (x, column, residual), (torch.empty_like(x),)),
         ):
-            q = poisoned_values(mn + 2, 70, device, fmt.dtype, (2,)) if given != "sf" else None
+            q = poisoned_values(mn + 2, 70, device, fmt.values, (2,)) if given != "sf" else None
             sf = poisoned_scales(fmt, mn, 70, device, batch_shape=(2,)) if given != "q" else None
             expected = call(*(t.clone() for t in inputs), None, *map(torch.clone, more))
             compiled = torch.compile(call, fullgraph=True, backend=backend)
@@ -619,7 +644,7 @@ def test_compiled_residual_is_updated_in_place(device):
     torch._dynamo.reset()
 
     def call(x, weight, residual):
-        return rms_norm_quantize(x, weight, 1e-6, residual)
+        return rms_norm_quantize(x, weight, eps=1e-6, residual=residual)
 
     x, _, weight, residual = prologue_inputs(8, 256, device=device)
     expected = call(x, weight, residual.clone())
@@ -630,7 +655,7 @@ def test_compiled_residual_is_updated_in_place(device):
     assert results[2].data_ptr() == residual.data_ptr()
     assert_same_bits(residual, expected[2])
     code = code[code.index("def call(") : code.index("def get_args(")]
-    assert code.count("torch.ops.cute_quant.rms_norm_quantize.default(") == 1
+    assert code.count("torch.ops.cute_quant.rms_norm_quantize_residual.default(") == 1
     assert "empty_strided" not in code and "copy_(" not in code
 
 
@@ -669,6 +694,149 @@ def test_export_prologues_with_any_number_of_rows(call, fmt):
             assert result.stride() == wanted.stride()
 
 
+# What needs all of a format's text: other values, groups, scales, bounds and roundings.
+not_default = pytest.mark.parametrize(
+    "fmt",
+    [
+        DEEP_GEMM_32.replace(min_scale="ocp"),
+        DEEP_GEMM_SM90.replace(group_size=64, min_scale=0.1, numerics="deepgemm"),
+        GROUPWISE_FP8.replace(values=torch.float8_e5m2, group_size=16, round_scale=True),
+        DEEP_GEMM.replace(scale_layout="row_major"),
+        MXFP8,
+        INT8.replace(group_size=-1, min_scale="sglang"),
+    ],
+    ids=str,
+)
+
+
+@not_default
+@pytest.mark.parametrize("name", ["quantize", "silu_mul", "rms_norm", "residual", "dequantize"])
+def test_exported_programs_are_saved_and_loaded(name, fmt):
+    class Module(torch.nn.Module):
+        def forward(self, x, row, column, residual):
+            if name == "quantize":
+                return quantize(x, fmt)
+            if name == "dequantize":
+                return dequantize(*quantize(x, fmt), fmt, dtype=x.dtype), fake_quantize(x, fmt)
+            calls = prologue_calls(fmt)
+            return calls[{"silu_mul": 1, "rms_norm": 2, "residual": 5}[name]](
+                x, row, column, residual
+            )
+
+    program = torch.export.export(Module(), prologue_inputs(2, 5, 70, device="cpu"))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    inputs, others = ([t * 3 for t in prologue_inputs(2, 5, 70, device="cpu")] for _ in range(2))
+    for result, wanted in zip(loaded(*inputs), Module()(*others), strict=True):
+        assert_same_bits(result, wanted)
+        assert result.stride() == wanted.stride()
+    for t, wanted in zip(inputs, others, strict=True):
+        assert_same_bits(t, wanted)
+
+
+@pytest.mark.parametrize("fmt", [MXFP8, DEEP_GEMM.replace(scale_layout="row_major")], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_graphs_compute_with_bytes_of_scales(dynamic, fmt, device):
+    """Scales of float8_e8m0fnu stay inside of a graph, and bytes of them are used there."""
+
+    def call(x, row, column, residual):
+        results = (
+            quantize(x, fmt),
+            silu_mul_quantize(x, fmt, weight=row),
+            rms_norm_quantize(x, column, fmt),
+            rms_norm_quantize(x, column, fmt, residual=residual)[:2],
+        )
+        return [
+            (q.view(torch.uint8) + 0, sf.view(torch.uint8) + 0, dequantize(q, sf, fmt))
+            for q, sf in results
+        ]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic)
+    for mn in (5, 8):
+        inputs, others = (prologue_inputs(mn, 300, device=device) for _ in range(2))
+        for results, expected in zip(compiled(*inputs), call(*others), strict=True):
+            for result, wanted in zip(results, expected, strict=True):
+                assert_same_bits(result, wanted)
+
+
+def count_calls(graph, *names):
+    targets = [getattr(operators, name).default for name in names]
+    return sum(node.target in targets for node in graph.nodes)
+
+
+@some_layouts
+def test_equal_calls_are_merged(fmt):
+    """An operator that writes to no argument is a pure function to compilers."""
+    x, row, column, _ = prologue_inputs(5, 70, device="cpu")
+
+    def call(x, row, column):
+        results = [rms_norm_quantize(x, column, fmt) for _ in range(3)]
+        results += [silu_mul_quantize(x, fmt, weight=row) for _ in range(3)]
+        results += [quantize(x, fmt) for _ in range(3)]
+        return [q.view(torch.uint8) + 0 for q, _ in results]
+
+    names = "rms_norm_quantize", "silu_mul_quantize", "quantize"
+    graph = make_fx(call, tracing_mode="fake")(x, row, column).graph
+    assert [count_calls(graph, name) for name in names] == [3, 3, 3]
+    merged = fx_graph_cse(graph)
+    assert [count_calls(merged, name) for name in names] == [1, 1, 1]
+    module = torch.fx.GraphModule({}, merged)
+    for result, wanted in zip(module(x, row, column), call(x, row, column), strict=True):
+        assert_same_bits(result, wanted)
+
+
+def test_calls_that_write_are_not_merged():
+    x, _, column, residual = prologue_inputs(5, 70, device="cpu")
+
+    def call(x, column, residual):
+        results = [rms_norm_quantize(x, column, residual=residual)[:2] for _ in range(3)]
+        return [q.view(torch.uint8) + 0 for q, _ in results]
+
+    graph = fx_graph_cse(make_fx(call, tracing_mode="fake")(x, column, residual).graph)
+    assert count_calls(graph, "rms_norm_quantize_residual") == 3
+
+
+def calls_by_argument():
+    """Arguments that may be inside of a transform, and calls on them."""
+    x, row, column, residual = prologue_inputs(5, 70, device="cpu")
+    q, sf = quantize(x)
+    index = torch.arange(5, dtype=torch.int32)
+    return [
+        ("x", x, quantize),
+        ("x", x, fake_quantize),
+        ("x", x, lambda t: rms_norm_quantize(t, column)),
+        ("gate_up", x, silu_mul_quantize),
+        ("weight", column, lambda t: rms_norm_quantize(x, t, normalized=True)),
+        ("weight", row, lambda t: silu_mul_quantize(x, weight=t)),
+        ("residual", residual, lambda t: rms_norm_quantize(x, column, residual=t)),
+        ("normalized", residual, lambda t: rms_norm_quantize(x, column, normalized=t)),
+        ("index", index, lambda t: quantize(x, index=t)),
+        ("rows.m_indices", index, lambda t: quantize(x, rows=Indexed(t))),
+        ("out q", q, lambda t: quantize(x, out=(t, None))),
+        ("out", residual, lambda t: fake_quantize(x, out=t)),
+        ("q", q, lambda t: dequantize(t, sf)),
+        ("sf", sf, lambda t: dequantize(q, t)),
+    ]
+
+
+def test_vmap_is_refused():
+    for name, t, call in calls_by_argument():
+        message = rf"^{name}: expected a tensor outside of .* vmap is not supported; got one inside"
+        with pytest.raises(RuntimeError, match=message):
+            torch.vmap(call)(t.unsqueeze(0))
+
+
+def test_jit_trace_is_refused():
+    for _, t, call in calls_by_argument():
+        with pytest.raises(
+            RuntimeError, match=r"^torch.jit.trace is not supported, it would recor"
+        ):
+            torch.jit.trace(call, (t,))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_rows_of_prologues(dynamic, device):
     torch._dynamo.reset()
@@ -676,8 +844,8 @@ def test_compiled_rows_of_prologues(dynamic, device):
     @torch.compile(fullgraph=True, dynamic=dynamic)
     def routed(x, rows, index, weight, column):
         return (
-            *silu_mul_quantize(x, 32, rows=rows, index=index, weight=weight),
-            *rms_norm_quantize(x, column, group_size=32, rows=rows, index=index),
+            *silu_mul_quantize(x, DEEP_GEMM_32, rows=rows, index=index, weight=weight),
+            *rms_norm_quantize(x, column, DEEP_GEMM_32, rows=rows, index=index),
         )
 
     for mn in (2, 5, 8):
@@ -686,8 +854,8 @@ def test_compiled_rows_of_prologues(dynamic, device):
         weight = torch.linspace(-1, 1, 2 * mn, device=device)
         rows = PrefixSum(int32([1, mn], device), 3)
         expected = (
-            *silu_mul_quantize(x, 32, rows=rows, index=index, weight=weight),
-            *rms_norm_quantize(x, column, group_size=32, rows=rows, index=index),
+            *silu_mul_quantize(x, DEEP_GEMM_32, rows=rows, index=index, weight=weight),
+            *rms_norm_quantize(x, column, DEEP_GEMM_32, rows=rows, index=index),
         )
         for result, wanted in zip(routed(x, rows, index, weight, column), expected, strict=True):
             assert_same_bits(result, wanted)
@@ -703,7 +871,7 @@ def test_compiled_numbers_are_rounded(dynamic, device):
     def call(x, number):
         return (
             *silu_mul_quantize(x, clamp=number, alpha=number, beta=number),
-            *rms_norm_quantize(x, column, number, weight_offset=number),
+            *rms_norm_quantize(x, column, eps=number, weight_offset=number),
         )
 
     compiled = torch.compile(call, fullgraph=True, dynamic=dynamic)
@@ -712,45 +880,51 @@ def test_compiled_numbers_are_rounded(dynamic, device):
             assert_same_bits(result, wanted)
 
 
-WRITERS = ("quantize_out", "silu_mul_quantize_out", "rms_norm_quantize", "rms_norm_quantize_out")
+WRITERS = (
+    "quantize_out",
+    "silu_mul_quantize_out",
+    "rms_norm_quantize_residual",
+    "rms_norm_quantize_out",
+)
 """Operators that write to arguments."""
 
 
 def writer_arguments(name, device):
-    """Of an operator of `WRITERS`: its tensors by name, and the others."""
+    """Tensors by name, and options, of an operator of `WRITERS`."""
     q, sf = poisoned_values(4, 128, device), poisoned_scales(UE8M0, 4, 128, device)
     if name.startswith("rms_norm"):
         x, _, column, residual = prologue_inputs(4, 128, device=device)
-        tensors = {"x": x, "weight": column, "residual": residual}
-        tensors |= {"residual_out": torch.empty_like(x), "normalized": torch.empty_like(x)}
+        tensors = {"x": x, "weight": column}
         if name.endswith("_out"):
             tensors |= {"q": q, "sf": sf}
-        return tensors, (*operands(UE8M0), 1e-6, 0.0, "fused")
+        tensors |= {"residual": residual, "residual_out": torch.empty_like(x)}
+        tensors |= {"normalized": torch.empty_like(x)}
+        return tensors, {"eps": 1e-6, "weight_offset": 0.0, "rounding": "fused"}
     if name.startswith("silu_mul"):
         gate_up, row, *_ = prologue_inputs(4, 256, device=device)
-        others = (*operands(UE8M0), False, None, 1.0, 0.0, "fused", row)
-        return {"gate_up": gate_up, "q": q, "sf": sf}, others
-    return {"x": activations(4, device)[:, :128], "q": q, "sf": sf}, operands(UE8M0)
+        return {"gate_up": gate_up, "weight": row, "q": q, "sf": sf}, PLAIN
+    return {"x": activations(4, device)[:, :128], "q": q, "sf": sf}, {}
 
 
 @pytest.mark.parametrize("kind", ["real", "meta"])
 @pytest.mark.parametrize("name", WRITERS)
 def test_autograd_knows_what_operators_write(name, kind, device):
-    tensors, others = writer_arguments(name, device)
+    tensors, options = writer_arguments(name, device)
     if kind == "meta":
-        to_meta = lambda t: t.to("meta") if isinstance(t, torch.Tensor) else t  # noqa: E731
-        tensors, others = {n: to_meta(t) for n, t in tensors.items()}, tuple(map(to_meta, others))
+        tensors = {argument: t.to("meta") for argument, t in tensors.items()}
     before = {argument: t._version for argument, t in tensors.items()}
-    getattr(torch.ops.cute_quant, name)(*tensors.values(), *others)
+    getattr(operators, name)(*tensors.values(), str(UE8M0), **options)
     written = {argument for argument, t in tensors.items() if t._version > before[argument]}
     assert written == tensors.keys() - {"x", "gate_up", "weight", "residual"}
 
 
 def test_operators_take_a_residual_once(device):
     x, _, column, residual = prologue_inputs(4, 128, device=device)
-    others = (*operands(UE8M0), 1e-6, 0.0, "fused")
+    options = {"eps": 1e-6, "weight_offset": 0.0, "rounding": "fused"}
     with pytest.raises(ValueError, match="residual: expected None where residual_out is updated"):
-        torch.ops.cute_quant.rms_norm_quantize(x, column, residual, residual, None, *others)
+        operators.rms_norm_quantize_residual(
+            x, column, residual, residual, None, str(UE8M0), **options
+        )
 
 
 @pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
@@ -790,7 +964,7 @@ def test_dynamo_leaves_operators_alone(device):
     def call(x):
         # No graph goes through an open file: what is called in it is a frame of its own.
         with open("/dev/null"):
-            return torch.ops.cute_quant.quantize(x, *operands(UE8M0))
+            return operators.quantize(x, str(UE8M0))
 
     torch._dynamo.reset()
     x = activations(6, device)
@@ -800,22 +974,23 @@ def test_dynamo_leaves_operators_alone(device):
 
 def test_there_are_no_tangents(device):
     x, _, column, residual = (t.float() for t in prologue_inputs(4, 128, device=device))
-    q, sf = quantize(x, scale_format="float32")
-    operators = torch.ops.cute_quant
-    choices = operands(UE8M0)
+    q, sf = quantize(x, DEEP_GEMM_SM90)
     calls = {
         "x": (
             quantize,
             fake_quantize,
             lambda t: rms_norm_quantize(t, column),
-            lambda t: operators.quantize(t, *choices),
-            lambda t: operators.fake_quantize(t, *choices),
+            lambda t: operators.quantize(t, str(UE8M0)),
+            lambda t: operators.fake_quantize(t, str(UE8M0)),
             torch.compile(lambda t: t + fake_quantize(t), backend="eager", fullgraph=True),
         ),
         "gate_up": (silu_mul_quantize,),
         "weight": (lambda t: rms_norm_quantize(x, t), lambda t: silu_mul_quantize(x, weight=t)),
         "residual": (lambda t: rms_norm_quantize(x, column, residual=t),),
-        "sf": (lambda t: dequantize(q, t), lambda t: operators.dequantize(q, t, 128, x.dtype)),
+        "sf": (
+            lambda t: dequantize(q, t, DEEP_GEMM_SM90),
+            lambda t: operators.dequantize(q, t, str(DEEP_GEMM_SM90), x.dtype),
+        ),
         "out": (lambda t: fake_quantize(x, out=t),),
         "normalized": (lambda t: rms_norm_quantize(x, column, normalized=t),),
     }
@@ -861,24 +1036,34 @@ def test_checks_need_real_tensors(device):
 
 def test_operators_check_their_rows(device):
     x = normal(4, 70, device=device)
-    choices = (32, "ue8m0", torch.float8_e4m3fn, False, 1e-10)
     with pytest.raises(ValueError, match=r"rows: expected one of \('dense', 'masked', .*got 'no'"):
-        torch.ops.cute_quant.quantize(x, *choices, "no")
-    with pytest.raises(TypeError, match=r"rows.m_indices: expected a tensor of int32, got NoneTy"):
-        torch.ops.cute_quant.quantize(x, *choices, "indexed")
+        operators.quantize(x, str(UE8M0), rows="no")
+    with pytest.raises(ValueError, match=r"row_data: expected a tensor for rows='indexed', got N"):
+        operators.quantize(x, str(UE8M0), rows="indexed")
+    with pytest.raises(TypeError, match=r"rows.m_indices: expected a tensor of int32, got a tens"):
+        operators.quantize(x, str(UE8M0), x[0], rows="indexed")
+
+
+def test_operators_check_their_format(device):
+    x = normal(4, 70, device=device)
+    for text in ("", "ue8m0", "e4m3:128", "e4m3:127:e8m0:mn_major_packed", f"{UE8M0}:min_scale=x"):
+        with pytest.raises(ValueError, match=r"fmt: expected one of DEEP_GEMM, .*, got '"):
+            operators.quantize(x, text)
+    for result, wanted in zip(operators.quantize(x, "INT8"), quantize(x, INT8), strict=True):
+        assert_same_bits(result, wanted)
 
 
 @pytest.mark.gpu
 @every_format
 def test_cuda_graph(fmt):
     x = activations(37, "cuda")
-    expected = quantize(x, **keywords(fmt))
+    expected = quantize(x, fmt)
     q = poisoned_values(40, 640, "cuda")
     sf = poisoned_scales(fmt, 37, 640, "cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        quantize(x, **keywords(fmt), out=(q, sf))
-        own = quantize(x, **keywords(fmt))
+        quantize(x, fmt, out=(q, sf))
+        own = quantize(x, fmt)
     q.view(torch.uint8).fill_(1)
     graph.replay()
     for results in ((q[:37], sf), own):
@@ -886,7 +1071,7 @@ def test_cuda_graph(fmt):
             assert_same_bits(result, wanted)
     x.copy_(activations(37, "cuda", seed=1))
     graph.replay()
-    for result, wanted in zip(own, quantize(x, **keywords(fmt)), strict=True):
+    for result, wanted in zip(own, quantize(x, fmt), strict=True):
         assert_same_bits(result, wanted)
 
 
@@ -929,24 +1114,26 @@ def test_many_threads_and_first_calls():
     """A fresh process in which every thread's first call compiles."""
     program = """
 import threading, torch
-from cute_quant import quantize
-formats = [("ue8m0", False), ("float32", False), ("float32", True)]
-barrier, failures = threading.Barrier(12), []
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, quantize
+formats = [DEEP_GEMM, DEEP_GEMM_SM90, DEEP_GEMM_SM90.replace(round_scale=True)]
+barrier, done = threading.Barrier(12), []
+def content(t):
+    return t.cpu().contiguous().view(torch.uint8)
 def work(i):
     dtype = (torch.bfloat16, torch.float16)[i % 2]
-    fmt, rounded = formats[i % 3]
+    fmt = formats[i % 3]
     x = torch.randn(65 + i, 896, generator=torch.Generator().manual_seed(i)).to(dtype)
-    expected = quantize(x, scale_format=fmt, round_scale=rounded)
+    expected = quantize(x, fmt)
     barrier.wait()
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(50):
-            results = quantize(x.cuda(), scale_format=fmt, round_scale=rounded)
+            results = quantize(x.cuda(), fmt)
             for result, wanted in zip(results, expected):
-                if not torch.equal(result.cpu().view(torch.uint8), wanted.view(torch.uint8)):
-                    failures.append(i)
+                assert torch.equal(content(result), content(wanted))
+    done.append(i)
 threads = [threading.Thread(target=work, args=(i,)) for i in range(12)]
 [t.start() for t in threads]; [t.join() for t in threads]
-assert not failures, failures
+assert len(done) == 12, done
 print("ok")
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -957,15 +1144,15 @@ def test_compilation_from_many_threads():
     """Without a GPU: each of the threads gets the function of its own architecture."""
     program = """
 import threading, torch
-from cute_quant import compile
-from cute_quant.formats import make_format
-from cute_quant.specs import QuantizeSpec
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90
+from cute_quant.jit import lookup
+from cute_quant.kernels.config import QuantizeSpec
 host = "sm_100a"  # what the DSL takes for its host without a GPU, and so can be loaded
 barrier, functions = threading.Barrier(8), {}
 def work(i):
-    fmt = make_format(128, ("ue8m0", "float32")[i % 2], False)
+    fmt = (DEEP_GEMM, DEEP_GEMM_SM90)[i % 2]
     barrier.wait()
-    functions[i] = compile.function(QuantizeSpec(torch.bfloat16, fmt), host)
+    functions[i] = lookup.function(QuantizeSpec(torch.bfloat16, fmt), host)
 threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
 [t.start() for t in threads]; [t.join() for t in threads]
 assert len(functions) == 8

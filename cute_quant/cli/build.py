@@ -7,7 +7,7 @@ Kernels are named by a preset, or by patterns of names as --list prints them.
 
 examples:
   cute-quant build --preset deepgemm --arch sm_90a --arch sm_100a -o kernels
-  cute-quant build --kernel 'quantize-bfloat16-128-ue8m0-float8_e4m3fn*' -o kernels
+  cute-quant build --kernel 'quantize-bfloat16-e4m3_128_e8m0*' -o kernels
   cute-quant build --preset moe --list
   cute-quant build --host aarch64 --runtime libcute_dsl_runtime.so -o kernels
 """
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
 def _tasks(
     architectures: Iterable[str], names: list[str] | None, patterns: list[str] | None
 ) -> list[tuple[Spec, str]]:
-    """What to build, each once. What a preset has may depend on the architecture."""
+    """Return the specs to build, each once; those of a preset may depend on the architecture."""
     if not names and not patterns:
         names = ["deepgemm"]
     tasks = [

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 
 import cute_quant
-from cute_quant.contract.formats import Format, ceil_div
+from cute_quant.contract.dtypes import ceil_div
+from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED, UNFUSED
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.jit import aot_presets, keys, lookup
@@ -44,9 +45,9 @@ SEED = 0
 POISON = 0xA5
 
 ROUNDED_SHARE, ROUNDED_AT_LEAST = 1e-3, 2
-"""Of values, and of scales that are powers of two, how many may be rounded to the neighbour."""
+"""Share, and least number, of values and of power-of-two scales that may be off by one step."""
 SCALE_ERROR = 2.0**-18
-"""Of other scales, relative: 64 roundings of float32."""
+"""Relative error of other scales: 64 roundings of float32."""
 
 
 class WrongResult(Exception):
@@ -70,7 +71,7 @@ class Results(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one kernel.
+    """Outcome of the check of one kernel.
 
     Attributes:
         did: whether it was run or only compiled.
@@ -143,21 +144,39 @@ def _compare(spec: Spec, actual: Results, expected: Results) -> int | None:
     """
     if expected.residual is not None:
         # Of a NaN no more is promised than that it is one.
-        residuals = (r.residual.cpu().nan_to_num(nan=torch.inf) for r in (actual, expected))
-        _require_equal("the residual", *map(_bytes, residuals))
+        a, b = (_present("the residual", r.residual).cpu() for r in (actual, expected))
+        a, b = a.nan_to_num(nan=torch.inf), b.nan_to_num(nan=torch.inf)
+        _require_equal("the residual", _bytes(a), _bytes(b))
     if isinstance(spec, (SiluMulSpec, RmsNormSpec)):
-        count = _neighbouring_scales(actual.scales, expected.scales, spec.fmt)
+        count = _neighbouring_scales(_scales(actual), _scales(expected), spec.fmt)
         count += _neighbouring_values(actual, expected, spec.fmt)
         if expected.normalized is not None:
-            a, b = actual.normalized.cpu().float(), expected.normalized.float()
+            a = _present("normalized", actual.normalized).cpu().float()
+            b = expected.normalized.float()
             step = torch.maximum(a.abs(), b.abs()) * torch.finfo(spec.dtype).eps
             _require_near("normalized", a, b, step)
             count += _few("normalized", (a != b) & ~b.isnan())
         return count
     _require_equal("values", _bytes(actual.values), _bytes(expected.values))
     if expected.scales is not None:
-        _require_equal("scales", _storage(actual.scales).cpu(), _storage(expected.scales))
+        _require_equal("scales", _storage(_scales(actual)).cpu(), _storage(expected.scales))
     return None
+
+
+def _present(name: str, t: torch.Tensor | None) -> torch.Tensor:
+    """Return a result that the call has to have.
+
+    Raises:
+        WrongResult: it has none.
+    """
+    if t is None:
+        raise WrongResult(f"{name}: expected a tensor, got None")
+    return t
+
+
+def _scales(results: Results) -> torch.Tensor:
+    """Return the scales of a call that quantizes."""
+    return _present("scales", results.scales)
 
 
 def _require_equal(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -180,7 +199,7 @@ def _neighbouring_scales(actual: torch.Tensor, expected: torch.Tensor, fmt: Form
 def _neighbouring_values(actual: Results, expected: Results, fmt: Format) -> int:
     """How many values are the reference's neighbours, but for those under a scale that is."""
     (a, a_scales), (b, b_scales) = (_multiplied_back(r, fmt) for r in (actual, expected))
-    kind, largest = torch.finfo(fmt.dtype), torch.maximum(a.abs(), b.abs())
+    kind, largest = torch.finfo(fmt.values), torch.maximum(a.abs(), b.abs())
     smallest = torch.maximum(a_scales.abs(), b_scales.abs()) * (kind.smallest_normal * kind.eps)
     # Multiples of the smallest are as far apart as it, and as their scales put them.
     most = torch.maximum(largest * kind.eps, smallest + largest * SCALE_ERROR)
@@ -191,11 +210,9 @@ def _neighbouring_values(actual: Results, expected: Results, fmt: Format) -> int
 
 def _multiplied_back(results: Results, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """Values times scales, and the scale of each value, in float32 on the CPU."""
-    q, sf = results.values.cpu(), results.scales.cpu()
-    ones = torch.ones(q.shape).to(fmt.dtype)
-    values, scales = (
-        cute_quant.dequantize(t, sf, fmt.group_size, torch.float32) for t in (q, ones)
-    )
+    q, sf = results.values.cpu(), _scales(results).cpu()
+    ones = torch.ones(q.shape).to(fmt.values)
+    values, scales = (cute_quant.dequantize(t, sf, fmt, dtype=torch.float32) for t in (q, ones))
     return values, scales
 
 
@@ -224,14 +241,8 @@ def _few(name: str, differing: torch.Tensor) -> int:
 
 
 def _results(spec: Spec, device: str) -> Results:
-    """What a call writes that takes this kernel."""
+    """Return the results of a call that takes this kernel."""
     fmt = spec.fmt
-    choices = {
-        "group_size": fmt.group_size,
-        "scale_format": fmt.scale_format,
-        "dtype": fmt.dtype,
-        "round_scale": fmt.round_scale,
-    }
     generator = torch.Generator().manual_seed(SEED)
     domain = DENSE_ROWS if isinstance(spec, DequantizeSpec) else spec.domain
     batch_shape = (MATRICES,) if domain.batched else ()
@@ -244,29 +255,29 @@ def _results(spec: Spec, device: str) -> Results:
         shape = (*shape[:-1], 2 * k)
     x = _activations(shape, spec.dtype, generator).to(device)
     if isinstance(spec, QuantizeSpec) and spec.fake:
-        return Results(cute_quant.fake_quantize(x, **choices))
+        return Results(cute_quant.fake_quantize(x, fmt))
     if isinstance(spec, DequantizeSpec):
-        q, sf = cute_quant.quantize(x, **choices)
-        return Results(cute_quant.dequantize(q, sf, fmt.group_size, spec.dtype))
-    q = torch.empty((*batch_shape, mn, k), dtype=fmt.dtype, device=device)
+        q, sf = cute_quant.quantize(x, fmt)
+        return Results(cute_quant.dequantize(q, sf, fmt, dtype=spec.dtype))
+    q = torch.empty((*batch_shape, mn, k), dtype=fmt.values, device=device)
     q.view(torch.uint8).fill_(POISON)
     sf = fmt.empty_scales(batch_shape, mn, k, q.device)
     _storage(sf).fill_(POISON)
-    choices |= {
-        "rows": _rows(domain, mn, device, generator),
-        "index": None if index is None else index.to(device),
-    }
+    rows = _rows(domain, mn, device, generator)
+    index = None if index is None else index.to(device)
     residual = normalized = None
     match spec:
         case QuantizeSpec():
-            cute_quant.quantize(x, **choices, out=(q, sf))
+            cute_quant.quantize(x, fmt, rows=rows, index=index, out=(q, sf))
         case SiluMulSpec():
             weight = None
             if spec.weighted:
                 weight = torch.rand(q.shape[:-1], generator=generator).to(device)
             cute_quant.silu_mul_quantize(
                 x,
-                **choices,
+                fmt,
+                rows=rows,
+                index=index,
                 interleaved=spec.interleaved,
                 clamp=7.0 if spec.clamped else None,
                 alpha=1.702 if spec.scaled else 1.0,
@@ -282,8 +293,10 @@ def _results(spec: Spec, device: str) -> Results:
             written = cute_quant.rms_norm_quantize(
                 x,
                 weight,
+                fmt,
                 residual=residual,
-                **choices,
+                rows=rows,
+                index=index,
                 rounding=UNFUSED if spec.unfused else FUSED,
                 normalized=spec.normalized,
                 out=(q, sf),
@@ -330,7 +343,7 @@ def _rows(domain: Domain, mn: int, device: str, generator: torch.Generator) -> R
 
 
 def _bytes(t: torch.Tensor) -> torch.Tensor:
-    """Of the elements, on the CPU."""
+    """Return the bytes of the elements, on the CPU."""
     return t.cpu().contiguous().flatten().view(torch.uint8)
 
 

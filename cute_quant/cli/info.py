@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def describe() -> dict[str, str | list[str]]:
-    """What matters to this package of this machine, in words."""
+    """Describe this machine as far as the package depends on it."""
     versions = {name: version or "not installed" for name, version in toolchain.versions().items()}
     if toolchain.installed_dsl() is None:
         versions["nvidia-cutlass-dsl"] += ": only kernels built ahead of time run on a GPU"

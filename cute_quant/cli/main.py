@@ -1,8 +1,7 @@
 """The command line: ``python -m cute_quant COMMAND``, installed as ``cute-quant``.
 
 A command is a module with a docstring, its help, and two functions: ``add_arguments(parser)``, and
-``run(options) -> int``, the exit code. It is imported when it is asked for. One that sets a default
-for `passed_on` gets there the arguments that it does not know.
+``run(options) -> int``, the exit code. It is imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ COMMANDS = {
     "check": ("cute_quant.cli.check", "hold every kernel against the reference"),
     "build": ("cute_quant.cli.build", "compile kernels ahead of time into a directory"),
     "layout": ("cute_quant.lab.command", "draw layouts, try others"),
-    "bench": ("cute_quant.cli.bench", "measure on a GPU"),
     "cache": ("cute_quant.cli.cache", "list, size and clear the disk cache"),
 }
 """Modules and what they do, by the name of the command."""
@@ -64,11 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(parser)
-    options, others = parser.parse_known_args(arguments[1:])
-    if others and not hasattr(options, "passed_on"):
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
-    if others:
-        options.passed_on = others
+    options = parser.parse_args(arguments[1:])
     try:
         status = command.run(options)
         # What is still buffered may not be wanted either.

@@ -1,208 +1,275 @@
-"""Output and scale formats: shapes, strides, padding and allocation of the results.
+"""Formats: what a result looks like. Dtypes, group size, and how scales lie in memory.
 
-The one place that knows what a result looks like. Terms are DeepGEMM's: `mn` rows (tokens), `k`
-columns, `sf` scaling factors; a group is `group_size` neighbours in a row that share one factor.
+Terms are DeepGEMM's: `mn` rows (tokens), `k` columns, `sf` scaling factors. A group is `group_size`
+elements contiguous along k that share one scale.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-import numbers
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import functools
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-VALUE_DTYPE = torch.float8_e4m3fn
-"""What values are quantized to unless the caller says otherwise."""
-
-WHOLE_ROW = -1
-GROUP_SIZES = (16, 32, 64, 128, 256)
-BLOCKED_GROUP_SIZE = 32
-
-UE8M0_PACKED = "ue8m0"
-UE8M0_ROW_MAJOR = "ue8m0_row_major"
-UE8M0_BLOCKED = "ue8m0_128x4"
-FLOAT32 = "float32"
-FLOAT32_ROW_MAJOR = "float32_row_major"
-RECIPROCAL_FLOAT32 = "float32_reciprocal"
-"""float32 scales as torch on CUDA computes ``amax / 448.0``: amax times float32(1 / 448). They
-differ from the quotient in the last bit for half of all mantissas; `compat` needs them."""
-
-SCALE_FORMATS = (UE8M0_PACKED, FLOAT32, FLOAT32_ROW_MAJOR, UE8M0_ROW_MAJOR, UE8M0_BLOCKED)
-"""What `quantize` takes by name; ``RECIPROCAL_FLOAT32`` is not advertised."""
-
-MAX_MIN_SCALE = 2.0**100
-SMALLEST_NORMAL = 2.0**-126
-
-LOAD_BYTES = 32
-STORE_BYTES = 16
-"""What a thread of a GPU loads of x and stores of q at once, and so how rows are aligned."""
-
-E4M3_MAX = 448.0
-E5M2_MAX = 57344.0
-INT8_MAX = 127.0
-"""int8 is symmetric: -128 is not used."""
-
-FLOAT32_MANTISSA_BITS = 23
-UE8M0_BIAS = 127
-UE8M0_MAX = 254
-UE8M0_NAN = 255
-
-BYTES_PER_WORD = 4
-SCALE_ROW_ALIGNMENT = 4
-"""TMA's 16 bytes in words: a column of scales starts at a multiple of this many rows. The rows
-between a masked expert's count and the next multiple are its padding."""
-
-BLOCK_ROWS = 128
-BLOCK_GROUPS = 4
-"""A block of the 128x4 layout: 512 scale bytes in one piece, as cuBLAS and CUTLASS read them."""
+from cute_quant.contract.dtypes import (
+    BLOCK_GROUPS,
+    BLOCK_ROWS,
+    BYTES_PER_WORD,
+    SCALE_ROW_ALIGNMENT,
+    VALUE_TYPES,
+    ValueType,
+    align,
+    ceil_div,
+    dtype_name,
+)
+from cute_quant.contract.format_choices import (
+    BLOCKED,
+    BLOCKED_GROUP_SIZE,
+    DEEPGEMM,
+    DEFAULT_MIN_SCALE,
+    GROUP_SIZES,
+    IEEE,
+    MAX_COLUMNS,
+    MN_MAJOR,
+    MN_MAJOR_PACKED,
+    ROW_MAJOR,
+    SCALE_LAYOUTS,
+    WHOLE_ROW,
+    Choices,
+    check_choices,
+    check_numerics,
+    choices_text,
+    parse_choices,
+    scale_floor,
+)
+from cute_quant.contract.torch_private import constant_in_graphs
 
 
-def ceil_div(a: int, b: int) -> int:
-    return (a + b - 1) // b
+class Format:
+    """The format of a quantizer's results: one immutable object, checked where it is made.
 
+    Equal choices give the same object, so formats compare and hash by identity. Take a named one,
+    such as ``cute_quant.DEEP_GEMM``, or change one with :meth:`replace`.
 
-def align(a: int, b: int) -> int:
-    return ceil_div(a, b) * b
+    Args:
+        values: dtype of the values: float8_e4m3fn, float8_e5m2 or int8 (-127 to 127).
+        group_size: elements contiguous along k that share a scale: 16, 32, 64, 128, 256, or -1 for
+            the whole row.
+        scale_dtype: float8_e8m0fnu (UE8M0, powers of two) or float32.
+        scale_layout: how scales lie in memory. For (..., mn, k) values with g = ceil(k /
+            group_size) groups in a row, p columns and A = align(mn, 4):
 
+            "mn_major_packed" (UE8M0): int32 (..., mn, p = ceil(g / 4)), strides (p A, 1, A). Byte
+            j % 4 of word j / 4, the low one first, is the exponent of group j.
+            "mn_major" (float32): float32 (..., mn, p = g), strides (p A, 1, A).
+            "row_major": (..., mn, g), contiguous.
+            "128x4" (UE8M0, groups of 32): (..., align(mn, 128) align(g, 4)), contiguous blocks of
+            128 rows and 4 groups. The byte of (row, group) is ``((row // 128) * (align(g, 4) // 4)
+            + group // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + group % 4``.
 
-def to_float32(value: float) -> float:
-    """`value` rounded to float32, to nearest even; in arithmetic that a tracer can follow."""
-    _, exponent = math.frexp(value)
-    ulp = 2.0 ** max(exponent - 24, -149)
-    return round(value / ulp) * ulp
-
-
-class ValueType(NamedTuple):
-    """What a dtype of values is to the quantizer.
-
-    Attributes:
-        max: the largest finite value, to which the amax of a group is scaled.
-        nan_byte: each value of a group that is not finite.
-    """
-
-    max: float
-    nan_byte: int
-
-    @property
-    def max_exponent(self) -> int:
-        """p of max = 1.f * 2^p."""
-        return math.frexp(self.max)[1] - 1
-
-    @property
-    def max_mantissa(self) -> int:
-        """f of max = 1.f * 2^p, as the mantissa bits of a float32."""
-        return int((self.max / 2.0**self.max_exponent - 1.0) * 2**FLOAT32_MANTISSA_BITS)
-
-
-VALUE_TYPES = {
-    torch.float8_e4m3fn: ValueType(E4M3_MAX, 0x7F),
-    torch.float8_e5m2: ValueType(E5M2_MAX, 0x7F),
-    torch.int8: ValueType(INT8_MAX, 0),
-}
-
-DEFAULT_MIN_SCALE = 1e-10
-MIN_SCALES: dict[str, Callable[[float], float]] = {
-    "vllm": lambda largest: DEFAULT_MIN_SCALE,
-    "deepgemm": lambda largest: to_float32(1e-4) / largest,
-    "sglang": lambda largest: to_float32(1e-10) / largest,
-    "ocp": lambda largest: 0.0,
-}
-"""Lower bounds of the scales by the library that has them, from the largest value of the dtype.
-DeepGEMM and SGLang bound the amax, a float32, and divide it."""
-
-
-class Format(NamedTuple):
-    """What one call of the quantizer produces. Get one from :func:`make_format`.
-
-    Attributes:
-        group_size: neighbours in a row that share a scale, or ``WHOLE_ROW``.
-        scale_format: one of ``SCALE_FORMATS`` or ``RECIPROCAL_FLOAT32``.
+            Bytes past the last group and rows past mn are 0.
         round_scale: whether float32 scales are rounded up to powers of two.
-        dtype: of the values, a key of ``VALUE_TYPES``.
+        min_scale: the smallest scale, rounded to float32: a number from 0 (2^-126 for float32
+            scales) to 2^100, or the name of a library with that bound: "vllm" (1e-10), "deepgemm"
+            (1e-4 / M), "sglang" (1e-10 / M) or "ocp" (0), M being the largest value. The default
+            gives a group of zeros the UE8M0 byte 94, as vLLM does.
+        numerics: "ieee", or "deepgemm" for float32 scales as DeepGEMM's cast computes them on CUDA:
+            amax times float32(1 / M).
+
+    Attributes:
+        sf_dtype: dtype of the scale tensor: int32 if four exponents share a word, else
+            `scale_dtype`.
+        sf_shape_facts, readers: shape and strides of the scale tensor, and who reads the result, as
+            text for people.
+
+    Raises:
+        TypeError: `values`, `scale_dtype`, `round_scale` or `min_scale` has a wrong type.
+        ValueError: a choice is not supported, or two of them contradict each other.
     """
 
+    values: torch.dtype
     group_size: int
-    scale_format: str
+    scale_dtype: torch.dtype
+    scale_layout: str
     round_scale: bool
-    dtype: torch.dtype = VALUE_DTYPE
+    min_scale: float | str
+    numerics: str
+
+    # What follows from the fields, computed once.
+    value_type: ValueType
+    sf_dtype: torch.dtype
+    floor: int | float
+    """The smallest scale as kernels take it: its UE8M0 byte if scales are powers of two."""
+    whole_row: bool
+    packed: bool
+    """An int32 holds the exponents of four groups."""
+    blocked: bool
+    """Scales lie in blocks of 128 rows and 4 groups."""
+    mn_major: bool
+    """Scales of consecutive rows are contiguous, in columns aligned for TMA."""
+    ue8m0: bool
+    """Scales are stored as exponent bytes, packed or not."""
+    power_of_two: bool
+    reciprocal: bool
+    """float32 scales are products with 1 / M."""
+    groups_per_column: int
+    """Groups whose scales share a column of sf."""
+    groups_per_unit: int
+    """Groups whose scales are stored together, padding included: a word, or a block's row."""
+    kernel_format: Format
+    """This format with the default `min_scale`. Kernels take the smallest scale as an argument, so
+    formats that differ in nothing else share code."""
+    text: str
+    """The text that :meth:`parse` reads."""
+
+    def __new__(
+        cls,
+        values: torch.dtype = torch.float8_e4m3fn,
+        group_size: int = 128,
+        scale_dtype: torch.dtype = torch.float8_e8m0fnu,
+        scale_layout: str = MN_MAJOR_PACKED,
+        *,
+        round_scale: bool = False,
+        min_scale: float | str = DEFAULT_MIN_SCALE,
+        numerics: str = IEEE,
+    ) -> Format:
+        check_choices(values, group_size, scale_dtype, scale_layout)
+        check_numerics(scale_dtype, round_scale, numerics)
+        power_of_two = scale_dtype is torch.float8_e8m0fnu or round_scale
+        floor = scale_floor(min_scale, VALUE_TYPES[values].max, scale_dtype, power_of_two)
+        if not isinstance(min_scale, str):
+            min_scale = float(min_scale) + 0.0  # -0.0 becomes 0.0
+        choices = Choices(
+            values, group_size, scale_dtype, scale_layout, round_scale, min_scale, numerics
+        )
+        with _lock:
+            fmt = _formats.get(choices)
+            if fmt is None:
+                fmt = super().__new__(cls)
+                fmt.__dict__.update(choices._asdict(), floor=floor, power_of_two=power_of_two)
+                fmt._derive(choices)
+                _formats[choices] = fmt
+        return fmt
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("Format: expected no subclass, equal choices give one object")
+
+    def _derive(self, choices: Choices) -> None:
+        packed, blocked = self.scale_layout == MN_MAJOR_PACKED, self.scale_layout == BLOCKED
+        same_code = self.min_scale == DEFAULT_MIN_SCALE
+        self.__dict__.update(
+            value_type=VALUE_TYPES[self.values],
+            sf_dtype=torch.int32 if packed else self.scale_dtype,
+            whole_row=self.group_size == WHOLE_ROW,
+            packed=packed,
+            blocked=blocked,
+            mn_major=self.scale_layout in (MN_MAJOR, MN_MAJOR_PACKED),
+            ue8m0=self.scale_dtype is torch.float8_e8m0fnu,
+            reciprocal=self.numerics == DEEPGEMM,
+            groups_per_column=BYTES_PER_WORD if packed else 1,
+            groups_per_unit=BYTES_PER_WORD if packed else BLOCK_GROUPS if blocked else 1,
+            text=choices_text(choices),
+            kernel_format=self if same_code else self.replace(min_scale=DEFAULT_MIN_SCALE),
+        )
+
+    @constant_in_graphs
+    def replace(self, **choices: Any) -> Format:
+        """Return this format with other choices, which are keywords of the constructor.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        return Format(**({name: getattr(self, name) for name in Choices._fields} | choices))
+
+    @staticmethod
+    @constant_in_graphs
+    def parse(text: str) -> Format:
+        """Return the format that ``str`` made `text` of, or that has this name.
+
+        Raises:
+            TypeError: `text` is no string.
+            ValueError: it is neither.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"fmt: expected a str, got {type(text).__name__}")
+        try:
+            return _from_text(text)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"fmt: expected one of {', '.join(NAMED_FORMATS)}, or text such as "
+                f"{DEEP_GEMM.text!r}, got {text!r}: {error}"
+            ) from error
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        choices = f"{dtype_name(self.values)}, {self.group_size}, {dtype_name(self.scale_dtype)}"
+        options = "".join(
+            f", {name}={getattr(self, name)!r}"
+            for name, default in Choices._field_defaults.items()
+            if getattr(self, name) != default
+        )
+        name = "".join(f"{name} = " for name, fmt in NAMED_FORMATS.items() if fmt is self)
+        return (
+            f"<{name}Format({choices}, {self.scale_layout!r}{options}): "
+            f"sf {self.sf_shape_facts}; read by {self.readers}>"
+        )
 
     @property
-    def value_type(self) -> ValueType:
-        return VALUE_TYPES[self.dtype]
+    def sf_shape_facts(self) -> str:
+        size = self.group_size * self.groups_per_column
+        columns = "1" if self.whole_row else f"ceil(k/{size})"
+        facts = {
+            MN_MAJOR_PACKED: f"(mn, {columns}), strides (1, align(mn, 4))",
+            MN_MAJOR: f"(mn, {columns}), strides (1, align(mn, 4))",
+            ROW_MAJOR: f"(mn, {columns}), contiguous",
+            BLOCKED: f"(align(mn, 128) * align({columns}, 4),), contiguous blocks of 128x4",
+        }
+        return f"{dtype_name(self.sf_dtype)} {facts[self.scale_layout]}"
 
     @property
-    def packed(self) -> bool:
-        """Whether an int32 holds the exponents of four neighbouring groups."""
-        return self.scale_format == UE8M0_PACKED
+    def readers(self) -> str:
+        key = (self.values, self.group_size, self.scale_dtype, self.scale_layout)
+        return _READERS.get(key, "kernels of your own")
 
-    @property
-    def blocked(self) -> bool:
-        """Whether scales lie in blocks of 128 rows and 4 groups."""
-        return self.scale_format == UE8M0_BLOCKED
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Format.parse, (self.text,)
 
-    @property
-    def mn_major(self) -> bool:
-        """Whether the scales of neighbouring rows are neighbours, in columns aligned for TMA."""
-        return self.scale_format in (UE8M0_PACKED, FLOAT32, RECIPROCAL_FLOAT32)
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{name}: a Format does not change, use replace()")
 
-    @property
-    def ue8m0(self) -> bool:
-        """Whether scales are stored as bytes with an exponent, be they packed or not."""
-        return self.scale_format in (UE8M0_PACKED, UE8M0_ROW_MAJOR, UE8M0_BLOCKED)
-
-    @property
-    def power_of_two(self) -> bool:
-        return self.ue8m0 or self.round_scale
-
-    @property
-    def reciprocal(self) -> bool:
-        return self.scale_format == RECIPROCAL_FLOAT32
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        if self.packed:
-            return torch.int32
-        return torch.float8_e8m0fnu if self.ue8m0 else torch.float32
-
-    @property
-    def groups_per_column(self) -> int:
-        """Groups whose scales share a column of `sf`."""
-        return BYTES_PER_WORD if self.packed else 1
-
-    @property
-    def groups_per_unit(self) -> int:
-        """Groups whose scales are stored together, padding included: a word of them, or a block's
-        row."""
-        return BLOCK_GROUPS if self.blocked else self.groups_per_column
+    def __delattr__(self, name: str) -> None:
+        self.__setattr__(name, None)
 
     def groups(self, k: int) -> int:
-        """Groups in a row of `k`, of which the last may be short."""
-        return min(k, 1) if self.group_size == WHOLE_ROW else ceil_div(k, self.group_size)
+        """Return the number of groups in a row of `k`, of which the last may be short."""
+        # In arithmetic that symbolic sizes take without a branch.
+        return ceil_div(k, 2 * MAX_COLUMNS if self.whole_row else self.group_size)
 
     def columns(self, k: int) -> int:
-        """Columns of scales that the format stores of a row of `k`, padding included."""
+        """Return the columns of scales that are stored for a row of `k`, padding included."""
         if self.blocked:
             return align(self.groups(k), BLOCK_GROUPS)
         return ceil_div(self.groups(k), self.groups_per_column)
 
     def scale_rows(self, mn: int) -> int:
-        """Rows of scales that the format stores of `mn` rows, padding included."""
+        """Return the rows of scales that are stored for `mn` rows, padding included."""
         if self.mn_major:
             return align(mn, SCALE_ROW_ALIGNMENT)
         return align(mn, BLOCK_ROWS) if self.blocked else mn
 
     def scale_shape(self, batch_shape: Sequence[int], mn: int, k: int) -> tuple[int, ...]:
-        """Logical shape of the scales of an input (\\*batch_shape, mn, k)."""
+        """Return the shape of the scales of values (\\*batch_shape, mn, k)."""
         if self.blocked:
             return (*batch_shape, self.scale_rows(mn) * self.columns(k))
         return (*batch_shape, mn, self.columns(k))
 
     def scale_strides(self, batch_shape: Sequence[int], mn: int, k: int) -> tuple[int, ...]:
-        """Strides in elements: MN-major, each column aligned for TMA, or contiguous."""
+        """Return the strides of the scales of values (\\*batch_shape, mn, k), in elements."""
         rows, columns = self.scale_rows(mn), self.columns(k)
         if not self.mn_major:
             # Those of contiguous tensors, which torch computes as if no size were 0.
@@ -217,151 +284,72 @@ class Format(NamedTuple):
         return (*reversed(outer), *((1, rows) if self.mn_major else (columns, 1)))
 
     def empty_scales(
-        self, batch_shape: Sequence[int], mn: int, k: int, device: torch.device
+        self, batch_shape: Sequence[int], mn: int, k: int, device: torch.device | str | None
     ) -> torch.Tensor:
-        """Uninitialized scales whose storage holds all padding, that of the last column too."""
+        """Return uninitialized scales whose storage holds all padding, the last column's too."""
         shape = self.scale_shape(batch_shape, mn, k)
-        strides = self.scale_strides(batch_shape, mn, k)
         if not self.mn_major:
-            return torch.empty(shape, dtype=self.scale_dtype, device=device)
-        padded = torch.empty_strided(
-            (*batch_shape, self.scale_rows(mn), shape[-1]),
-            strides,
-            dtype=self.scale_dtype,
-            device=device,
-        )
+            return torch.empty(shape, dtype=self.sf_dtype, device=device)
+        strides = self.scale_strides(batch_shape, mn, k)
+        padded_shape = (*batch_shape, self.scale_rows(mn), shape[-1])
+        padded = torch.empty_strided(padded_shape, strides, dtype=self.sf_dtype, device=device)
         return padded[..., :mn, :]
 
 
-def _all_formats() -> dict[tuple[int, str, bool, torch.dtype], Format]:
-    formats = [Format(128, RECIPROCAL_FLOAT32, False, torch.float8_e4m3fn)]
-    for size, name, dtype in itertools.product(
-        (*GROUP_SIZES, WHOLE_ROW), SCALE_FORMATS, VALUE_TYPES
-    ):
-        if name == UE8M0_BLOCKED and size != BLOCKED_GROUP_SIZE:
-            continue
-        formats.append(Format(size, name, False, dtype))
-        if not formats[-1].ue8m0:
-            formats.append(Format(size, name, True, dtype))
-    return {(f.group_size, f.scale_format, f.round_scale, f.dtype): f for f in formats}
+_formats: weakref.WeakValueDictionary[Choices, Format] = weakref.WeakValueDictionary()
+_lock = threading.RLock()
 
 
-_FORMATS = _all_formats()
+@functools.lru_cache(1024)
+def _from_text(text: str) -> Format:
+    return NAMED_FORMATS.get(text) or Format(**parse_choices(text))
 
 
-def make_format(
-    group_size: int, scale_format: str, round_scale: bool, dtype: torch.dtype = VALUE_DTYPE
-) -> Format:
-    """The format of these choices.
+_E4M3, _E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
-    Raises:
-        TypeError: `dtype` is none of ``VALUE_TYPES``.
-        ValueError: another choice is not supported, or two of them contradict each other.
-    """
-    try:
-        # 1 is equal to True, and 128.0 to 128.
-        if isinstance(group_size, int) and isinstance(round_scale, bool):
-            return _FORMATS[group_size, scale_format, round_scale, dtype]
-    except (KeyError, TypeError):
-        pass
-    if not isinstance(group_size, int) or group_size not in (*GROUP_SIZES, WHOLE_ROW):
-        raise ValueError(
-            f"group_size: expected one of {GROUP_SIZES} or {WHOLE_ROW} for the whole row, "
-            f"got {group_size!r}"
-        )
-    if not isinstance(scale_format, str) or scale_format not in SCALE_FORMATS:
-        raise ValueError(f"scale_format: expected one of {SCALE_FORMATS}, got {scale_format!r}")
-    if not isinstance(dtype, torch.dtype) or dtype not in VALUE_TYPES:
-        raise TypeError(f"dtype: expected one of {tuple(VALUE_TYPES)}, got {dtype!r}")
-    if scale_format == UE8M0_BLOCKED and group_size != BLOCKED_GROUP_SIZE:
-        raise ValueError(
-            f"group_size: expected {BLOCKED_GROUP_SIZE} for scale_format={UE8M0_BLOCKED!r}, which "
-            f"cuBLAS, CUTLASS and torch._scaled_mm read for MXFP8 alone, got {group_size!r}"
-        )
-    raise ValueError(
-        f"round_scale: expected a bool, and True only for scale_format={FLOAT32!r} or "
-        f"{FLOAT32_ROW_MAJOR!r}, since the others' scales are powers of two anyway; "
-        f"got {round_scale!r} for {scale_format!r}"
-    )
+DEEP_GEMM = Format()
+DEEP_GEMM_32 = Format(group_size=32)
+DEEP_GEMM_SM90 = Format(_E4M3, 128, torch.float32, MN_MAJOR)
+MXFP8 = Format(_E4M3, 32, _E8M0, BLOCKED)
+GROUPWISE_FP8 = Format(_E4M3, 128, torch.float32, ROW_MAJOR)
+ROWWISE_FP8 = Format(_E4M3, WHOLE_ROW, torch.float32, ROW_MAJOR)
+INT8 = Format(torch.int8, 128, torch.float32, ROW_MAJOR)
+ROWWISE_INT8 = Format(torch.int8, WHOLE_ROW, torch.float32, ROW_MAJOR)
 
+NAMED_FORMATS: dict[str, Format] = {
+    "DEEP_GEMM": DEEP_GEMM,
+    "DEEP_GEMM_32": DEEP_GEMM_32,
+    "DEEP_GEMM_SM90": DEEP_GEMM_SM90,
+    "MXFP8": MXFP8,
+    "GROUPWISE_FP8": GROUPWISE_FP8,
+    "ROWWISE_FP8": ROWWISE_FP8,
+    "INT8": INT8,
+    "ROWWISE_INT8": ROWWISE_INT8,
+}
 
-def flat_batch(
-    name: str, shape: Sequence[int], strides: Sequence[int], inner: int = 2
-) -> tuple[int, int]:
-    """Size and stride of the one dimension that all but the `inner` last ones make.
-
-    Raises:
-        ValueError: no single stride walks them.
-    """
-    count, stride = 1, 0
-    for size, step in zip(reversed(shape[:-inner]), reversed(strides[:-inner]), strict=True):
-        if size == 1:
-            continue
-        if count == 1:
-            stride = step
-        elif size != 0 and count != 0 and step != count * stride:
-            raise ValueError(
-                f"{name}: expected leading dimensions that one stride walks, got shape "
-                f"{tuple(shape)}, strides {tuple(strides)}"
-            )
-        count = count * size
-    return count, stride
+_READERS = {
+    (_E4M3, 128, _E8M0, MN_MAJOR_PACKED): "DeepGEMM on SM100",
+    (_E4M3, 32, _E8M0, MN_MAJOR_PACKED): "DeepGEMM on SM100 with recipes of 32",
+    (_E4M3, 128, torch.float32, MN_MAJOR): "DeepGEMM on SM90",
+    (_E4M3, 32, _E8M0, BLOCKED): "cuBLAS, CUTLASS and torch._scaled_mm for MXFP8",
+    (torch.float8_e5m2, 32, _E8M0, BLOCKED): "cuBLAS and CUTLASS for MXFP8",
+    (_E4M3, 128, torch.float32, ROW_MAJOR): "Triton's block-scaled GEMMs in vLLM and SGLang",
+    (_E4M3, WHOLE_ROW, torch.float32, ROW_MAJOR): "torch._scaled_mm with row-wise scales",
+    (torch.int8, 128, torch.float32, ROW_MAJOR): "Triton's block-scaled int8 GEMMs",
+    (torch.int8, WHOLE_ROW, torch.float32, ROW_MAJOR): "int8 GEMMs with per-token scales",
+}
 
 
-def last_column_rows(sf: torch.Tensor) -> int:
-    """Rows of the last column of MN-major `sf` that its storage holds, padding rows included.
-
-    At least size(-2). A tensor of exactly the contract's strides that was allocated without the
-    last column's padding, as vLLM does, has no more. The columns before it always have theirs,
-    also those of the matrices before the last one.
-    """
-    mn = sf.shape[-2]
-    aligned = align(mn, SCALE_ROW_ALIGNMENT)
-    columns = math.prod(sf.shape[:-2]) * sf.shape[-1]
-    if mn == aligned or columns == 0:
-        return aligned
-    end = sf.untyped_storage().nbytes() // sf.element_size() - sf.storage_offset()
-    return min(aligned, end - (columns - 1) * aligned)
-
-
-def resolve_min_scale(fmt: Format, min_scale: float | str) -> float:
-    """The number that `min_scale` stands for, be it one or a key of ``MIN_SCALES``.
-
-    Raises:
-        TypeError: `min_scale` is neither a number nor a string.
-        ValueError: `min_scale` is no such key, or outside of what `fmt` can represent.
-    """
-    value = min_scale
-    if isinstance(min_scale, str):
-        if min_scale not in MIN_SCALES:
-            raise ValueError(
-                f"min_scale: expected a number or one of {tuple(MIN_SCALES)}, got {min_scale!r}"
-            )
-        value = MIN_SCALES[min_scale](fmt.value_type.max)
-    elif isinstance(min_scale, bool) or not isinstance(min_scale, numbers.Real):
-        raise TypeError(
-            f"min_scale: expected a number or one of {tuple(MIN_SCALES)}, got {min_scale!r}"
-        )
-    lowest = 0.0 if fmt.ue8m0 else SMALLEST_NORMAL
-    if not lowest <= value <= MAX_MIN_SCALE:
-        raise ValueError(
-            f"min_scale: expected {lowest} <= min_scale <= {MAX_MIN_SCALE} "
-            f"for scale_format={fmt.scale_format!r}, got {min_scale!r}"
-        )
-    return value
-
-
-def scale_floor(fmt: Format, min_scale: float | str) -> int | float:
-    """`min_scale` as the quantizer takes it: rounded to float32, and for scales that are powers
-    of two the UE8M0 byte of the smallest one that is not below it.
-
-    Raises:
-        TypeError, ValueError: as :func:`resolve_min_scale`.
-    """
-    floor = to_float32(resolve_min_scale(fmt, min_scale))
-    if not fmt.power_of_two:
-        return floor
-    if floor == 0.0:
-        return 0
-    mantissa, exponent = math.frexp(floor)
-    return max(0, exponent - (mantissa == 0.5) + UE8M0_BIAS)
+def all_formats() -> list[Format]:
+    """Return every format with the default smallest scale and numerics."""
+    formats = []
+    for values in VALUE_TYPES:
+        for group_size in (*GROUP_SIZES, WHOLE_ROW):
+            for scale_dtype, layouts in SCALE_LAYOUTS.items():
+                for layout in layouts:
+                    if layout == BLOCKED and group_size != BLOCKED_GROUP_SIZE:
+                        continue
+                    formats.append(Format(values, group_size, scale_dtype, layout))
+                    if scale_dtype is torch.float32:
+                        formats.append(formats[-1].replace(round_scale=True))
+    return formats

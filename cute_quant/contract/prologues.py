@@ -1,35 +1,40 @@
-"""What comes before the quantizer in the same kernel: operations whose results it takes.
+"""Prologues: operations before the quantizer in the same kernel, whose results it quantizes.
 
-A prologue holds the options and the further tensors of one call. What it computes is in
-`reference`, and what its tensors have to look like in `checks`.
+A prologue holds the options and the further tensors of one call. `reference` has what it computes,
+`checks` what its tensors have to look like.
 """
 
 from __future__ import annotations
 
-import numbers
 from typing import NamedTuple
 
 import torch
 
-from cute_quant.contract.formats import to_float32
+from cute_quant.contract.dtypes import FLOAT32_MAX, describe, is_number, to_float32
 
 FUSED = "fused"
 UNFUSED = "unfused"
 ROUNDINGS = (FUSED, UNFUSED)
-"""Whether values stay as exact as float32 until they are quantized, or are rounded to the input's
-dtype after each operation, as the same operations of torch do."""
+"""Rounding points: once to float32, or to the input's dtype after each operation, as torch does."""
 
-FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 MAX_ALPHA = 2.0**100
-"""Which leaves room for its product with log2(e)."""
+"""Leaves room for its product with log2(e)."""
+
+MAX_GATE_UP_COLUMNS = 2**21
+MAX_NORM_COLUMNS = 2**15
+"""Columns of the input of a prologue."""
+
+Option = bool | float | str | None
+"""A choice or a number of a prologue."""
 
 
 class SiluMul(NamedTuple):
-    """A gated activation: ``(up + beta) * gate * sigmoid(alpha * gate)``. Get one from
-    :func:`make_silu_mul`.
+    """A gated activation: ``(up + beta) * gate * sigmoid(alpha * gate)``.
+
+    :func:`make_silu_mul` makes one.
 
     Attributes:
-        interleaved: whether gates and ups take turns in a row, rather than follow each other.
+        interleaved: whether gates and ups alternate in a row, rather than lie in its halves.
         clamp: upper bound of gates and bound of the magnitudes of ups, or None.
         alpha, beta: numbers of the formula.
         rounding: one of ``ROUNDINGS``.
@@ -43,51 +48,59 @@ class SiluMul(NamedTuple):
     rounding: str
     weight: torch.Tensor | None
 
-    input_name = "gate_up"
-    max_columns = 2**21
+    @property
+    def input_name(self) -> str:
+        """Name of the argument that the input is given as."""
+        return "gate_up"
+
+    @property
+    def max_columns(self) -> int:
+        """The most columns that the input may have."""
+        return MAX_GATE_UP_COLUMNS
 
     def columns(self, columns: int) -> int:
-        """Columns of the result of an input that has so many."""
+        """Return the columns of the result for an input with this many."""
         return columns // 2
 
     @property
-    def options(self) -> tuple:
-        """All but the tensors, in the order that operators take them."""
+    def options(self) -> tuple[Option, ...]:
+        """All but the tensors; with their looks they decide which plan a call takes."""
         return self.interleaved, self.clamp, self.alpha, self.beta, self.rounding
 
     @property
     def tensors(self) -> dict[str, torch.Tensor | None]:
-        """All tensors of the call that are not the quantizer's, by the names of their arguments."""
+        """Further tensors of the call by the names of their arguments."""
         return {"weight": self.weight}
 
     @property
     def operands(self) -> tuple[torch.Tensor | None, ...]:
-        """They, in the order that the kernel takes them."""
+        """Further tensors in kernel-argument order."""
         return (self.weight,)
 
     @property
     def reads(self) -> dict[str, torch.Tensor]:
-        """Those that are read and not written."""
+        """Further tensors that are read and not written."""
         return {} if self.weight is None else {"weight": self.weight}
 
     @property
     def writes(self) -> dict[str, torch.Tensor]:
-        """Those that are written."""
+        """Further tensors that are written."""
         return {}
 
 
 class RmsNorm(NamedTuple):
-    """Rows over their root mean square, after a residual is added. Get one from
-    :func:`make_rms_norm`.
+    """Rows over their root mean square, after a residual is added.
+
+    :func:`make_rms_norm` makes one.
 
     Attributes:
         weight: (k,), a factor for each column.
-        eps: what is added to the mean of squares.
-        weight_offset: what is added to `weight`.
+        eps: added to the mean of squares.
+        weight_offset: added to `weight`.
         rounding: one of ``ROUNDINGS``.
-        residual: of x's shape and dtype, what is added to x, or None.
-        residual_out: where the sum goes: `residual` itself if in place, None if there is none.
-        normalized: of x's shape and dtype, where the values go that are quantized, or None.
+        residual: added to x, of its shape and dtype, or None.
+        residual_out: receives the sum: `residual` itself if in place, None if there is none.
+        normalized: receives the values that are quantized, of x's shape and dtype, or None.
     """
 
     weight: torch.Tensor
@@ -98,21 +111,28 @@ class RmsNorm(NamedTuple):
     residual_out: torch.Tensor | None
     normalized: torch.Tensor | None
 
-    input_name = "x"
-    max_columns = 2**15
+    @property
+    def input_name(self) -> str:
+        """Name of the argument that the input is given as."""
+        return "x"
+
+    @property
+    def max_columns(self) -> int:
+        """The most columns that the input may have."""
+        return MAX_NORM_COLUMNS
 
     def columns(self, columns: int) -> int:
-        """Columns of the result of an input that has so many."""
+        """Return the columns of the result for an input with this many."""
         return columns
 
     @property
-    def options(self) -> tuple:
-        """All but the tensors, in the order that operators take them."""
+    def options(self) -> tuple[Option, ...]:
+        """All but the tensors; with their looks they decide which plan a call takes."""
         return self.eps, self.weight_offset, self.rounding
 
     @property
     def tensors(self) -> dict[str, torch.Tensor | None]:
-        """All tensors of the call that are not the quantizer's, by the names of their arguments."""
+        """Further tensors of the call by the names of their arguments."""
         return {
             "weight": self.weight,
             "residual": self.residual,
@@ -122,13 +142,15 @@ class RmsNorm(NamedTuple):
 
     @property
     def operands(self) -> tuple[torch.Tensor | None, ...]:
-        """They, in the order that the kernel takes them."""
+        """Further tensors in kernel-argument order."""
         return self.weight, self.residual, self.residual_out, self.normalized
 
     @property
     def in_place(self) -> bool:
-        """Whether the sum replaces the residual, of a call on real tensors that has one."""
+        """True if there is a residual and the sum replaces it, in a call on real tensors."""
         old, new = self.residual, self.residual_out
+        if old is None or new is None:
+            return False
         return old is new or (
             old.data_ptr() == new.data_ptr()
             and old.shape == new.shape
@@ -137,14 +159,14 @@ class RmsNorm(NamedTuple):
 
     @property
     def reads(self) -> dict[str, torch.Tensor]:
-        """Those that are read and not written."""
+        """Further tensors that are read and not written."""
         if self.residual is None or self.in_place:
             return {"weight": self.weight}
         return {"weight": self.weight, "residual": self.residual}
 
     @property
     def writes(self) -> dict[str, torch.Tensor]:
-        """Those that are written."""
+        """Further tensors that are written."""
         name = "residual" if self.residual_out is self.residual else "out residual"
         outputs = {name: self.residual_out, "normalized": self.normalized}
         return {name: t for name, t in outputs.items() if t is not None}
@@ -154,6 +176,7 @@ Prologue = SiluMul | RmsNorm
 
 
 def make_silu_mul(
+    *,
     interleaved: bool,
     clamp: float | None,
     alpha: float,
@@ -161,7 +184,9 @@ def make_silu_mul(
     rounding: str,
     weight: torch.Tensor | None,
 ) -> SiluMul:
-    """A prologue of these options, its numbers rounded to float32. `weight` is not looked at.
+    """Return a prologue of these options, its numbers rounded to float32.
+
+    `weight` is left to ``checks``.
 
     Raises:
         TypeError: an option has a wrong type.
@@ -169,7 +194,7 @@ def make_silu_mul(
             `clamp` is not above 0.
     """
     if not isinstance(interleaved, bool):
-        raise TypeError(f"interleaved: expected a bool, got {interleaved!r}")
+        raise TypeError(f"interleaved: expected a bool, got {describe(interleaved)}")
     if clamp is not None:
         given, clamp = clamp, _number("clamp", clamp)
         if clamp <= 0:
@@ -183,6 +208,7 @@ def make_silu_mul(
 
 def make_rms_norm(
     weight: torch.Tensor,
+    *,
     eps: float,
     weight_offset: float,
     rounding: str,
@@ -190,15 +216,17 @@ def make_rms_norm(
     residual_out: torch.Tensor | None = None,
     normalized: torch.Tensor | None = None,
 ) -> RmsNorm:
-    """A prologue of these options, its numbers rounded to float32. Tensors are not looked at.
+    """Return a prologue of these options, its numbers rounded to float32.
+
+    Tensors are left to ``checks``.
 
     Args:
-        residual_out: where the updated residual goes, by default to `residual`.
+        residual_out: receives the updated residual, by default `residual`.
 
     Raises:
         TypeError: an option has a wrong type.
         ValueError: `rounding` is none of ``ROUNDINGS``, a number is not finite in float32, `eps` is
-            below 0, or there is nothing to write to `residual_out`.
+            below 0, or there is no residual for `residual_out`.
     """
     given, eps = eps, _number("eps", eps)
     if given < 0:
@@ -209,15 +237,14 @@ def make_rms_norm(
         residual_out = residual
     elif residual is None:
         raise ValueError(
-            f"out residual: expected None without a residual, got {type(residual_out).__name__}"
+            f"out residual: expected None without a residual, got {describe(residual_out)}"
         )
     return RmsNorm(weight, eps, weight_offset, rounding, residual, residual_out, normalized)
 
 
 def _number(name: str, value: object) -> float:
-    # True is a number, but a switch is not what these are.
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not is_number(value):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
     if not -FLOAT32_MAX <= value <= FLOAT32_MAX:
         raise ValueError(f"{name}: expected a number that is finite in float32, got {value!r}")
     return to_float32(float(value))
@@ -225,4 +252,4 @@ def _number(name: str, value: object) -> float:
 
 def _check_rounding(rounding: object) -> None:
     if not isinstance(rounding, str) or rounding not in ROUNDINGS:
-        raise ValueError(f"rounding: expected one of {ROUNDINGS}, got {rounding!r}")
+        raise ValueError(f"rounding: expected one of {ROUNDINGS}, got {describe(rounding)}")

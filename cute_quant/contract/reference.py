@@ -8,28 +8,30 @@ Here a batch is always there: tensors with other leading dimensions are flattene
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional
 from torch.nn.functional import pad
 
-from cute_quant.contract.formats import (
+from cute_quant.contract.calls import Call
+from cute_quant.contract.dtypes import (
     BLOCK_GROUPS,
     BLOCK_ROWS,
     BYTES_PER_WORD,
+    FLOAT32_MAX,
     INT8_MAX,
     SCALE_ROW_ALIGNMENT,
     SMALLEST_NORMAL,
     UE8M0_BIAS,
     UE8M0_MAX,
     UE8M0_NAN,
-    WHOLE_ROW,
-    Format,
     align,
-    flat_batch,
-    last_column_rows,
 )
-from cute_quant.contract.prologues import FLOAT32_MAX, FUSED, Prologue, RmsNorm, SiluMul
+from cute_quant.contract.formats import Format
+from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
+from cute_quant.contract.tensors import flat_batch, last_column_rows
 
 BLOCK_LANES = 32
 """Rows of a block whose scales are 16 bytes apart; the block's four times as many share those."""
@@ -42,22 +44,22 @@ def ue8m0_to_float32(exponents: torch.Tensor) -> torch.Tensor:
     return scales.where(exponents != UE8M0_NAN, torch.nan)
 
 
-def group_scales(x: torch.Tensor, fmt: Format, floor: int | float) -> torch.Tensor:
+def group_scales(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Scales of the groups of `x` (..., k), k > 0: (..., groups), int32 biased exponents where
     they are powers of two, else float32."""
     amax = _in_groups(x, fmt).abs().amax(-1)
     if not fmt.power_of_two:
         largest = amax.new_full((), fmt.value_type.max, dtype=torch.float32)
         scales = amax.float() * (1.0 / largest) if fmt.reciprocal else amax.float() / largest
-        return scales.clamp(min=floor).where(amax.isfinite(), torch.nan)
+        return scales.clamp(min=fmt.floor).where(amax.isfinite(), torch.nan)
     # In float64 no quotient of a float32 amax rounds onto a power of two that it is not.
     mantissa, exponent = torch.frexp(amax.double() / fmt.value_type.max)
     exponent = (exponent - (mantissa == 0.5).int() + UE8M0_BIAS).where(amax > 0, 0)
-    return exponent.clamp(min=floor).where(amax.isfinite(), UE8M0_NAN)
+    return exponent.clamp(min=fmt.floor).where(amax.isfinite(), UE8M0_NAN)
 
 
 def group_values(x: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Values of `x` (..., k) under the scales of its groups: (..., k), ``fmt.dtype``."""
+    """Values of `x` (..., k) under the scales of its groups: (..., k), ``fmt.values``."""
     if fmt.power_of_two:
         finite = scales != UE8M0_NAN
         multipliers = ue8m0_to_float32((UE8M0_MAX - scales).where(finite, UE8M0_NAN))
@@ -66,20 +68,20 @@ def group_values(x: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Te
         multipliers = 1.0 / scales
     k = x.shape[-1]
     values = _in_groups(x.float(), fmt) * multipliers.unsqueeze(-1)
-    if fmt.dtype is torch.int8:
+    if fmt.values is torch.int8:
         values = values.round().clamp(-INT8_MAX, INT8_MAX).where(finite.unsqueeze(-1), 0.0)
-    codes = values.to(fmt.dtype).view(torch.uint8)
+    codes = values.to(fmt.values).view(torch.uint8)
     return (
         codes.where(finite.unsqueeze(-1), fmt.value_type.nan_byte)
         .flatten(-2)[..., :k]
-        .view(fmt.dtype)
+        .view(fmt.values)
     )
 
 
 def _in_groups(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     """`x` (..., k) as (..., groups, group_size), the last group filled up with zeros."""
     k = x.shape[-1]
-    size = k if fmt.group_size == WHOLE_ROW else fmt.group_size
+    size = k if fmt.whole_row else fmt.group_size
     return pad(x, (0, -k % size)).unflatten(-1, (-1, size))
 
 
@@ -131,7 +133,7 @@ def silu_mul(gate_up: torch.Tensor, prologue: SiluMul) -> torch.Tensor:
     if weight is not None:
         weight = weight.view(*gate.shape[:-1], 1)
     # Adding 0 would make 0 of -0.
-    limit = None if prologue.clamp is None else clamp_limit(prologue, gate.dtype)
+    limit = clamp_limit(prologue, gate.dtype)
     if prologue.rounding == FUSED:
         gate, up = _clamp(gate.double(), up.double(), limit)
         up = up if beta == 0 else up + beta
@@ -145,17 +147,17 @@ def silu_mul(gate_up: torch.Tensor, prologue: SiluMul) -> torch.Tensor:
 
 
 def clamp_limit(prologue: SiluMul, dtype: torch.dtype) -> float:
-    """The bound of gates and ups of a dtype, to which it is rounded unless values are fused."""
+    """Return the bound of gates and ups, rounded to `dtype` unless they are fused; Inf if none."""
+    if prologue.clamp is None:
+        return math.inf
     if prologue.rounding == FUSED:
         return prologue.clamp
     return torch.tensor(prologue.clamp, dtype=torch.float64).to(dtype).item()
 
 
-def _clamp(
-    gate: torch.Tensor, up: torch.Tensor, limit: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _clamp(gate: torch.Tensor, up: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Gates up to `limit`, and ups from minus that to that."""
-    if limit is None:
+    if limit == math.inf:
         return gate, up
     return gate.clamp(max=limit), up.clamp(-limit, limit)
 
@@ -166,6 +168,7 @@ def rms_norm(x: torch.Tensor, prologue: RmsNorm) -> torch.Tensor:
     total = x.float()
     if prologue.residual is not None:
         total = total + prologue.residual.view(x.shape).float()
+    if prologue.residual_out is not None:
         prologue.residual_out.view(x.shape).copy_(total)
     weight = prologue.weight.float()
     if prologue.weight_offset != 0:
@@ -193,37 +196,25 @@ def _normalized(r: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
     return products / square.masked_fill(square < SMALLEST_NORMAL, 0.0).sqrt()
 
 
-def quantize_into(
-    x: torch.Tensor,
-    q: torch.Tensor,
-    sf: torch.Tensor,
-    fmt: Format,
-    floor: int | float,
-    rows: Rows | None = None,
-    index: torch.Tensor | None = None,
-    prologue: Prologue | None = None,
-) -> None:
-    """Quantize `x`, or what `prologue` makes of it, into `q` and `sf` and define their padding.
+def quantize_into(call: Call, q: torch.Tensor, sf: torch.Tensor) -> None:
+    """Quantize what `call` asks for into `q` and `sf`, and define their padding.
 
     Args:
-        x: (..., mn, k), or (T, k) with an index; (..., 2k) for ``SiluMul``.
-        q: (..., q_rows, k), ``fmt.dtype``, q_rows >= mn. Rows past mn become 0.
-        sf: scales as `fmt` lays them out. Padding rows become 0 where the storage has them.
-        floor: ``formats.scale_floor``.
-        rows: which rows exist; all of them by default.
-        index: rows of x by their place in the result, (mn,) or (batch, mn).
-        prologue: what comes before; what else it writes is written too.
+        call: a call that was checked. What else its prologue writes is written too.
+        q: (..., q_rows, k), q_rows >= mn. Rows past mn become 0.
+        sf: scales as the format lays them out. Padding rows become 0 if the storage has them.
     """
+    x, fmt, rows, prologue = call.x, call.fmt, call.rows, call.prologue
     if x.shape[-1] == 0:
         return
-    live, source = live_rows(x, rows, index)
+    live, source = live_rows(x, rows, call.index)
     match prologue:
         case SiluMul():
             source = silu_mul(source, prologue)
         case RmsNorm():
             source = rms_norm(source, prologue)
     batch, mn = live.shape
-    scales = group_scales(source, fmt, floor)
+    scales = group_scales(source, fmt)
     codes = group_values(source, scales, fmt).view(torch.uint8).where(live.unsqueeze(2), 0)
 
     bytes_ = q.view(torch.uint8).view(batch, *q.shape[-2:])
@@ -301,16 +292,22 @@ def from_blocks(t: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
 
 
 def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
-    """q · scale, multiplied in float32 and rounded to `dtype`; contiguous.
+    """Return q times scale, multiplied in float32 and rounded to `dtype`; contiguous.
 
     Args:
-        q: (..., mn, k), ``fmt.dtype``.
+        q: (..., mn, k), values of `fmt`.
         sf: the scales of `fmt` for q's shape.
     """
+    y = torch.empty(q.shape, dtype=dtype, device=q.device)
+    dequantize_into(q, sf, fmt, y)
+    return y
+
+
+def dequantize_into(q: torch.Tensor, sf: torch.Tensor, fmt: Format, y: torch.Tensor) -> None:
+    """Write what :func:`dequantize` returns to `y`, of q's shape."""
     mn, k = q.shape[-2:]
-    groups = fmt.groups(k)
     if q.numel() == 0:
-        return torch.empty(q.shape, dtype=dtype, device=q.device)
+        return
     if fmt.packed:
         shifts = torch.arange(0, 32, 8, device=sf.device)
         scales = ue8m0_to_float32((sf.unsqueeze(-1) >> shifts & 0xFF).flatten(-2))
@@ -320,23 +317,22 @@ def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtyp
         scales = ue8m0_to_float32(exponents[:, :mn]).view(*q.shape[:-1], columns)
     else:
         scales = ue8m0_to_float32(sf.view(torch.uint8)) if fmt.ue8m0 else sf
-    return multiply_back(q, scales[..., :groups], fmt, dtype)
+    y.copy_(multiply_back(q, scales[..., : fmt.groups(k)], fmt, y.dtype))
 
 
 def multiply_back(
     q: torch.Tensor, scales: torch.Tensor, fmt: Format, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`q` (..., k) times the float32 `scales` (..., groups) of its groups, rounded to `dtype`."""
+    """Return `q` (..., k) times the float32 `scales` (..., groups) of its groups, in `dtype`."""
     values = _in_groups(q.float(), fmt) * scales.unsqueeze(-1)
-    result = torch.empty(q.shape, dtype=dtype, device=q.device)
-    return result.copy_(values.to(dtype).flatten(-2)[..., : q.shape[-1]])
+    return values.to(dtype).flatten(-2)[..., : q.shape[-1]]
 
 
-def fake_quantize(x: torch.Tensor, fmt: Format, floor: int | float) -> torch.Tensor:
-    """`x` (..., mn, k) quantized and multiplied back, in x's dtype; contiguous."""
+def fake_quantize_into(x: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
+    """Write `x` (..., mn, k), quantized and multiplied back, to `out`, of x's shape."""
     if x.numel() == 0:
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    scales = group_scales(x, fmt, floor)
+        return
+    scales = group_scales(x, fmt)
     q = group_values(x, scales, fmt)
     scales = ue8m0_to_float32(scales) if fmt.power_of_two else scales
-    return multiply_back(q, scales, fmt, x.dtype)
+    out.copy_(multiply_back(q, scales, fmt, x.dtype))

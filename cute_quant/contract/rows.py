@@ -1,13 +1,13 @@
-"""Which rows of a result exist: what the GEMMs of a mixture of experts leave to a tensor to say.
+"""Row domains: which rows of a result exist, as in the grouped GEMMs of a mixture of experts.
 
-Each kind reads its counts on the device, so that nothing waits for them. Counts that make no sense
-are clamped; ``quantize(check=True)`` names them instead.
+Counts and indices are int32 tensors on the device; a call does not synchronize. Out-of-range
+entries are clamped. With ``check=True`` the call synchronizes and raises on them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -16,11 +16,11 @@ DENSE = "dense"
 
 @dataclass(frozen=True, eq=False)
 class Masked:
-    """The first rows of each expert exist, as DeepGEMM's masked grouped GEMM has them.
+    """The first rows of each expert exist, as in DeepGEMM's masked grouped GEMM.
 
-    Of q (E, max_m, k) the rows below ``clamp(masked_m[e], 0, max_m)`` are written; the others keep
-    what they held. Scale rows from the count to the next multiple of 4 become 0, as far as the
-    format has them; those after keep what they held.
+    Rows of q (E, max_m, k) below ``clamp(masked_m[e], 0, max_m)`` are written; the others keep what
+    their memory held. Scale rows from the count to the next multiple of 4 become 0, if the format
+    has them; later ones keep what their memory held.
 
     Attributes:
         masked_m: (E,), int32, contiguous, on the device of x: rows of each expert.
@@ -40,7 +40,7 @@ class Masked:
 
 @dataclass(frozen=True, eq=False)
 class PrefixSum:
-    """Groups of rows follow each other, each from an aligned start to an end of its own.
+    """Groups of rows stacked along M, each from an aligned start to an end of its own.
 
     A row exists where ``start[g] <= row < end[g]`` for some g, with ``end = clamp(ends, 0, M)``,
     ``start[0] = 0`` and ``start[g] = align(end[g - 1], alignment)``. All others, those between a
@@ -65,10 +65,9 @@ class PrefixSum:
 
 @dataclass(frozen=True, eq=False)
 class Indexed:
-    """Each row says whom it belongs to, as DeepGEMM's contiguous grouped GEMM has them.
+    """Each row carries the index of its group, as in DeepGEMM's contiguous grouped GEMM.
 
-    Rows whose index is negative are padding: values 0 and scales 0. Which group a row belongs to
-    does not matter here, so any other index goes.
+    Rows whose index is negative are padding: values 0 and scales 0. Any other index is accepted.
 
     Attributes:
         m_indices: (M,), int32, contiguous, on the device of x: the group of each row.
@@ -87,28 +86,41 @@ class Indexed:
 
 
 Rows = Masked | PrefixSum | Indexed
-KINDS = {Masked.kind: Masked, PrefixSum.kind: PrefixSum, Indexed.kind: Indexed}
+KINDS: dict[str, type[Rows]] = {
+    Masked.kind: Masked,
+    PrefixSum.kind: PrefixSum,
+    Indexed.kind: Indexed,
+}
 
 
-def to_operands(rows: Rows | None) -> tuple[str, torch.Tensor | None, int]:
-    """`rows` as the arguments of an operator: kind, tensor, alignment."""
-    if rows is None:
-        return DENSE, None, 1
-    return rows.kind, rows.data, rows.alignment
+class RowOperands(NamedTuple):
+    """A row domain as arguments of a torch operator."""
+
+    rows: str = DENSE
+    row_data: torch.Tensor | None = None
+    alignment: int = 1
 
 
-def from_operands(kind: str, data: torch.Tensor | None, alignment: int) -> Rows | None:
-    """The inverse of :func:`to_operands`.
+def to_operands(rows: Rows | None) -> RowOperands:
+    """Return a row domain as arguments of a torch operator."""
+    return RowOperands() if rows is None else RowOperands(rows.kind, rows.data, rows.alignment)
+
+
+def from_operands(operands: RowOperands) -> Rows | None:
+    """Invert :func:`to_operands`.
 
     Raises:
-        ValueError: there is no such kind, or it has no use for an argument.
+        ValueError: there is no such domain, or it has no use for an argument.
     """
-    if kind == DENSE and data is not None:
-        raise ValueError(f"row_data: expected None for rows={DENSE!r}, got {type(data).__name__}")
+    kind, data, alignment = operands
+    if kind not in (DENSE, *KINDS):
+        raise ValueError(f"rows: expected one of {(DENSE, *KINDS)}, got {kind!r}")
     if kind != PrefixSum.kind and alignment != 1:
         raise ValueError(f"alignment: expected 1 for rows={kind!r}, got {alignment}")
-    if kind == DENSE:
+    if (data is None) != (kind == DENSE):
+        expected = "None" if kind == DENSE else "a tensor"
+        got = "None" if data is None else "one"
+        raise ValueError(f"row_data: expected {expected} for rows={kind!r}, got {got}")
+    if data is None:
         return None
-    if kind not in KINDS:
-        raise ValueError(f"rows: expected one of {(DENSE, *KINDS)}, got {kind!r}")
     return PrefixSum(data, alignment) if kind == PrefixSum.kind else KINDS[kind](data)

@@ -1,155 +1,85 @@
-"""The operators that torch knows: their schemas, and what they return for fake tensors."""
+"""The operators that torch knows: schemas, what they run, and what they return for fake tensors.
+
+An operator carries its format as text and its row domain as a kind and a tensor. UE8M0 scales that
+are no words are bytes to it, since Inductor has no float8_e8m0fnu.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from cute_quant.contract import checks
-from cute_quant.contract.checks import Call
-from cute_quant.contract.formats import make_format
+from cute_quant.contract.calls import Call, ResultShape
+from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import RmsNorm, SiluMul, make_rms_norm, make_silu_mul
-from cute_quant.contract.rows import Rows, from_operands
-from cute_quant.dispatch import execution
+from cute_quant.contract.rows import RowOperands, from_operands, to_operands
+from cute_quant.dispatch import launch
 
-_CHOICES = "int group_size, str scale_format, ScalarType dtype, bool round_scale, float min_scale"
-_ROWS = 'str rows="dense", Tensor? row_data=None, int alignment=1, Tensor? index=None'
+Results = tuple[torch.Tensor, torch.Tensor]
+
+_ROW_TENSORS = "Tensor? row_data=None, Tensor? index=None"
+_ROWS = 'str rows="dense", int alignment=1'
+_OUT = "Tensor(a!) q, Tensor(b!) sf"
+_RESIDUAL = "Tensor? residual, Tensor(c!)? residual_out, Tensor(d!)? normalized"
+_SILU_MUL_OPTIONS = ("interleaved", "clamp", "alpha", "beta", "rounding")
+_RMS_NORM_OPTIONS = ("eps", "weight_offset", "rounding")
 
 
 def not_differentiable(function: str, name: str) -> str:
-    """What to say of an argument that requires a gradient."""
+    """Return what to say of an argument that requires a gradient."""
     return (
         f"{name}: expected a tensor that requires no gradient, since {function} is not "
         "differentiable; got one that does: detach it or call under torch.no_grad()"
     )
 
 
-def empty_values(x: torch.Tensor, call: Call) -> torch.Tensor:
-    """Values for the result of a call, real or fake as x is."""
-    return x.new_empty((*call.batch_shape, call.mn, call.k), dtype=call.fmt.dtype)
-
-
 def as_stored(sf: torch.Tensor) -> torch.Tensor:
-    """Scales as an operator that writes takes or returns them: float8_e8m0fnu, which Inductor
-    cannot hand to it or have of it, as bytes."""
+    """Return scales as an operator takes and returns them."""
     return sf.view(torch.uint8) if sf.dtype is torch.float8_e8m0fnu else sf
 
 
-def _rows_of(
+def as_scales(stored: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return scales that came as bytes in the dtype of their format."""
+    as_bytes = stored.dtype is torch.uint8 and fmt.sf_dtype is torch.float8_e8m0fnu
+    return stored.view(fmt.sf_dtype) if as_bytes else stored
+
+
+def _quantize_call(
+    *,
+    x: torch.Tensor,
+    fmt: str,
+    q: torch.Tensor | None = None,
+    sf: torch.Tensor | None = None,
     rows: str = "dense",
     row_data: torch.Tensor | None = None,
     alignment: int = 1,
     index: torch.Tensor | None = None,
-) -> tuple[Rows | None, torch.Tensor | None]:
-    return from_operands(rows, row_data, alignment), index
+) -> Call:
+    """Return the call that the arguments of an operator describe."""
+    parsed = Format.parse(fmt)
+    sf = None if sf is None else as_scales(sf, parsed)
+    return Call(x, parsed, q, sf, from_operands(RowOperands(rows, row_data, alignment)), index)
 
 
-def _typed(sf: torch.Tensor, choices: tuple) -> torch.Tensor:
-    """Scales that came as bytes, in the dtype of their format."""
-    group_size, scale_format, dtype, round_scale = choices[:4]
-    fmt = make_format(group_size, scale_format, round_scale, dtype)
-    as_bytes = sf.dtype is torch.uint8 and fmt.scale_dtype is torch.float8_e8m0fnu
-    return sf.view(fmt.scale_dtype) if as_bytes else sf
-
-
-def _fake_results(x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    fmt, batch_shape, mn, k = call
-    # Not `empty_scales`: its storage, which a fake has none of, depends on mn % 4.
-    shape = fmt.scale_shape(batch_shape, mn, k)
-    if fmt.mn_major:
-        strides = fmt.scale_strides(batch_shape, mn, k)
-        sf = x.new_empty_strided(shape, strides, dtype=fmt.scale_dtype)
-    else:
-        sf = x.new_empty(shape, dtype=fmt.scale_dtype)
-    return empty_values(x, call), sf
-
-
-@torch.library.custom_op(
-    "cute_quant::quantize",
-    mutates_args=(),
-    schema=f"(Tensor x, {_CHOICES}, {_ROWS}) -> (Tensor, Tensor)",
-)
-def _quantize_op(x: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return execution.quantize(x, None, None, operands[:5], *_rows_of(*operands[5:]))
-
-
-@_quantize_op.register_fake
-def _(x: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
-    call = checks.check_call(x, None, None, operands[:5], *_rows_of(*operands[5:]))
-    return _fake_results(x, call)
-
-
-@torch.library.custom_op(
-    "cute_quant::quantize_out",
-    mutates_args=("q", "sf"),
-    schema=f"(Tensor x, Tensor(a!) q, Tensor(b!) sf, {_CHOICES}, {_ROWS}) -> ()",
-)
-def _quantize_out_op(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object) -> None:
-    execution.quantize(x, q, _typed(sf, operands), operands[:5], *_rows_of(*operands[5:]))
-
-
-@_quantize_out_op.register_fake
-def _(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object) -> None:
-    checks.check_call(x, q, _typed(sf, operands), operands[:5], *_rows_of(*operands[5:]))
-
-
-_SILU_MUL = "bool interleaved, float? clamp, float alpha, float beta, str rounding, Tensor? weight"
-
-
-def _silu_mul_call(operands: tuple) -> tuple[tuple, Rows | None, torch.Tensor | None, SiluMul]:
-    """Choices, rows, index and prologue of the operands after the tensors."""
-    return operands[:5], *_rows_of(*operands[11:]), make_silu_mul(*operands[5:11])
-
-
-@torch.library.custom_op(
-    "cute_quant::silu_mul_quantize",
-    mutates_args=(),
-    schema=f"(Tensor gate_up, {_CHOICES}, {_SILU_MUL}, {_ROWS}) -> (Tensor, Tensor)",
-)
-def _silu_mul_quantize_op(
-    gate_up: torch.Tensor, *operands: object
-) -> tuple[torch.Tensor, torch.Tensor]:
-    choices, rows, index, prologue = _silu_mul_call(operands)
-    return execution.quantize(gate_up, None, None, choices, rows, index, prologue=prologue)
-
-
-@_silu_mul_quantize_op.register_fake
-def _(gate_up: torch.Tensor, *operands: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return _fake_results(gate_up, checks.check_call(gate_up, None, None, *_silu_mul_call(operands)))
-
-
-@torch.library.custom_op(
-    "cute_quant::silu_mul_quantize_out",
-    mutates_args=("q", "sf"),
-    schema=f"(Tensor gate_up, Tensor(a!) q, Tensor(b!) sf, {_CHOICES}, {_SILU_MUL}, {_ROWS}) -> ()",
-)
-def _silu_mul_quantize_out_op(
-    gate_up: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object
-) -> None:
-    choices, rows, index, prologue = _silu_mul_call(operands)
-    sf = _typed(sf, choices)
-    execution.quantize(gate_up, q, sf, choices, rows, index, prologue=prologue)
-
-
-@_silu_mul_quantize_out_op.register_fake
-def _(gate_up: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, *operands: object) -> None:
-    checks.check_call(gate_up, q, _typed(sf, operands), *_silu_mul_call(operands))
-
-
-_RMS_NORM = (
-    "Tensor x, Tensor weight, Tensor? residual, Tensor(a!)? residual_out, Tensor(b!)? normalized"
-)
-_RMS_NORM_OPTIONS = "float eps, float weight_offset, str rounding"
+def _silu_mul_call(*, gate_up: torch.Tensor, weight: torch.Tensor | None, **arguments: Any) -> Call:
+    options = {name: arguments.pop(name) for name in _SILU_MUL_OPTIONS}
+    prologue = make_silu_mul(weight=weight, **options)
+    return _quantize_call(x=gate_up, **arguments)._replace(prologue=prologue)
 
 
 def _rms_norm_call(
+    *,
     weight: torch.Tensor,
-    residual: torch.Tensor | None,
-    residual_out: torch.Tensor | None,
-    normalized: torch.Tensor | None,
-    operands: tuple,
-) -> tuple[tuple, Rows | None, torch.Tensor | None, RmsNorm]:
-    """Choices, rows, index and prologue. Without a `residual`, `residual_out` is the residual, to
-    be updated in place: what is written must not be an argument twice."""
+    residual: torch.Tensor | None = None,
+    residual_out: torch.Tensor | None = None,
+    normalized: torch.Tensor | None = None,
+    **arguments: Any,
+) -> Call:
+    """Return a call. Without a `residual`, `residual_out` is the residual, to be updated in place:
+    what is written must not be an argument twice."""
     if residual is None:
         residual = residual_out
     elif residual is residual_out:
@@ -158,111 +88,80 @@ def _rms_norm_call(
         raise ValueError(
             "residual_out: expected a tensor with a residual, which is only read, got None"
         )
-    options = *operands[5:8], residual, residual_out, normalized
-    return operands[:5], *_rows_of(*operands[8:]), make_rms_norm(weight, *options)
-
-
-@torch.library.custom_op(
-    "cute_quant::rms_norm_quantize",
-    mutates_args=("residual_out", "normalized"),
-    schema=f"({_RMS_NORM}, {_CHOICES}, {_RMS_NORM_OPTIONS}, {_ROWS}) -> (Tensor, Tensor)",
-)
-def _rms_norm_quantize_op(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor | None,
-    residual_out: torch.Tensor | None,
-    normalized: torch.Tensor | None,
-    *operands: object,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns q and sf, float8_e8m0fnu as bytes."""
-    choices, rows, index, prologue = _rms_norm_call(
-        weight, residual, residual_out, normalized, operands
+    prologue = make_rms_norm(
+        weight,
+        residual=residual,
+        residual_out=residual_out,
+        normalized=normalized,
+        **{name: arguments.pop(name) for name in _RMS_NORM_OPTIONS},
     )
-    q, sf = execution.quantize(x, None, None, choices, rows, index, prologue=prologue)
-    return q, as_stored(sf)
+    return _quantize_call(**arguments)._replace(prologue=prologue)
 
 
-@_rms_norm_quantize_op.register_fake
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor | None,
-    residual_out: torch.Tensor | None,
-    normalized: torch.Tensor | None,
-    *operands: object,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    call = _rms_norm_call(weight, residual, residual_out, normalized, operands)
-    q, sf = _fake_results(x, checks.check_call(x, None, None, *call))
-    return q, as_stored(sf)
+def _fake_results(call: Call) -> Results:
+    shape = checks.check_call(call)
+    q = call.x.new_empty(shape.values, dtype=call.fmt.values)
+    return q, _new_stored_scales(call.x, call.fmt, shape)
 
 
-@torch.library.custom_op(
-    "cute_quant::rms_norm_quantize_out",
-    mutates_args=("residual_out", "normalized", "q", "sf"),
-    schema=f"({_RMS_NORM}, Tensor(c!) q, Tensor(d!) sf, {_CHOICES}, {_RMS_NORM_OPTIONS}, {_ROWS})"
-    " -> ()",
-)
-def _rms_norm_quantize_out_op(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor | None,
-    residual_out: torch.Tensor | None,
-    normalized: torch.Tensor | None,
-    q: torch.Tensor,
-    sf: torch.Tensor,
-    *operands: object,
-) -> None:
-    choices, rows, index, prologue = _rms_norm_call(
-        weight, residual, residual_out, normalized, operands
+def _register(
+    name: str, arguments: str, options: str, make_call: Callable[..., Call]
+) -> torch.library.CustomOpDef:
+    """Register an operator that runs a call.
+
+    Args:
+        arguments: its positional arguments, as in a schema. Unless q and sf are among them, it
+            returns them.
+        options: its keywords.
+        make_call: takes both by name.
+    """
+    words = [argument.partition("=")[0].split() for argument in arguments.split(", ")]
+    names = [name for _, name in words]
+    mutated = tuple(name for kind, name in words if "!" in kind)
+    returns = "q" not in names
+    results = "(Tensor, Tensor)" if returns else "()"
+
+    def run(*positional: Any, **keywords: Any) -> Results | None:
+        call = make_call(**dict(zip(names, positional, strict=False)), **keywords)
+        q, sf = launch.quantize(call)
+        return (q, as_stored(sf)) if returns else None
+
+    def fake(*positional: Any, **keywords: Any) -> Results | None:
+        call = make_call(**dict(zip(names, positional, strict=False)), **keywords)
+        if returns:
+            return _fake_results(call)
+        checks.check_call(call)
+        return None
+
+    operator = torch.library.custom_op(
+        f"cute_quant::{name}",
+        run,
+        mutates_args=mutated,
+        schema=f"({arguments}, *, {options}) -> {results}",
     )
-    execution.quantize(x, q, _typed(sf, choices), choices, rows, index, prologue=prologue)
+    operator.register_fake(fake)
+    return operator
 
 
-@_rms_norm_quantize_out_op.register_fake
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor | None,
-    residual_out: torch.Tensor | None,
-    normalized: torch.Tensor | None,
-    q: torch.Tensor,
-    sf: torch.Tensor,
-    *operands: object,
-) -> None:
-    call = _rms_norm_call(weight, residual, residual_out, normalized, operands)
-    checks.check_call(x, q, _typed(sf, operands), *call)
+def _dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
+    parsed = Format.parse(fmt)
+    return launch.dequantize(q, as_scales(sf, parsed), parsed, dtype)
 
 
-@torch.library.custom_op(
-    "cute_quant::dequantize",
-    mutates_args=(),
-    schema="(Tensor q, Tensor sf, int group_size, ScalarType dtype) -> Tensor",
-)
-def _dequantize_op(
-    q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype
+def _dequantize_meta(
+    q: torch.Tensor, sf: torch.Tensor, fmt: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    return execution.dequantize(q, sf, group_size, dtype)
-
-
-@_dequantize_op.register_fake
-def _(q: torch.Tensor, sf: torch.Tensor, group_size: int, dtype: torch.dtype) -> torch.Tensor:
-    checks.check_dequantize_call(q, sf, group_size, dtype)
+    parsed = Format.parse(fmt)
+    checks.check_dequantize(q, as_scales(sf, parsed), parsed, dtype)
     return q.new_empty(q.shape, dtype=dtype)
 
 
-@torch.library.custom_op(
-    "cute_quant::fake_quantize",
-    mutates_args=(),
-    schema=f"(Tensor x, {_CHOICES}) -> Tensor",
-)
-def _fake_quantize_op(x: torch.Tensor, *choices: object) -> torch.Tensor:
-    return execution.fake_quantize(x, None, choices)
+def _fake_quantize(x: torch.Tensor, fmt: str) -> torch.Tensor:
+    return launch.fake_quantize(x, Format.parse(fmt), None)
 
 
-@_fake_quantize_op.register_fake
-def _(x: torch.Tensor, *choices: object) -> torch.Tensor:
-    checks.check_fake_call(x, None, choices)
+def _fake_quantize_meta(x: torch.Tensor, fmt: str) -> torch.Tensor:
+    checks.check_fake_quantize(x, None, Format.parse(fmt))
     return x.new_empty(x.shape)
 
 
@@ -273,7 +172,117 @@ def _refuse_gradients(operator: torch.library.CustomOpDef, function: str, name: 
     operator.register_autograd(refuse, setup_context=refuse)
 
 
-_refuse_gradients(_quantize_op, "quantize", "x")
-_refuse_gradients(_silu_mul_quantize_op, "silu_mul_quantize", "gate_up and weight")
-_refuse_gradients(_dequantize_op, "dequantize", "q and sf")
-_refuse_gradients(_fake_quantize_op, "fake_quantize", "x")
+def _refuse_vmap(operator: torch.library.CustomOpDef) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(
+            "torch.vmap is not supported: quantize the batch as leading dimensions instead"
+        )
+
+    operator.register_vmap(refuse)
+
+
+def _register_all() -> list[torch.library.CustomOpDef]:
+    gate_up, normed = "Tensor gate_up, Tensor? weight", "Tensor x, Tensor weight"
+    silu_mul = "bool interleaved, float? clamp, float alpha, float beta, str rounding, " + _ROWS
+    rms_norm = "float eps, float weight_offset, str rounding, " + _ROWS
+    end = f"str fmt, {_ROW_TENSORS}"
+    quantize = _register("quantize", f"Tensor x, {end}", _ROWS, _quantize_call)
+    silu_mul_quantize = _register(
+        "silu_mul_quantize", f"{gate_up}, {end}", silu_mul, _silu_mul_call
+    )
+    rms_norm_quantize = _register("rms_norm_quantize", f"{normed}, {end}", rms_norm, _rms_norm_call)
+    dequantize = torch.library.custom_op(
+        "cute_quant::dequantize",
+        _dequantize,
+        mutates_args=(),
+        schema="(Tensor q, Tensor sf, str fmt, ScalarType dtype) -> Tensor",
+    )
+    dequantize.register_fake(_dequantize_meta)
+    fake_quantize = torch.library.custom_op(
+        "cute_quant::fake_quantize",
+        _fake_quantize,
+        mutates_args=(),
+        schema="(Tensor x, str fmt) -> Tensor",
+    )
+    fake_quantize.register_fake(_fake_quantize_meta)
+    _refuse_gradients(quantize, "quantize", "x")
+    _refuse_gradients(silu_mul_quantize, "silu_mul_quantize", "gate_up and weight")
+    _refuse_gradients(rms_norm_quantize, "rms_norm_quantize", "x and weight")
+    _refuse_gradients(dequantize, "dequantize", "q and sf")
+    _refuse_gradients(fake_quantize, "fake_quantize", "x")
+    operators = [
+        quantize,
+        silu_mul_quantize,
+        rms_norm_quantize,
+        dequantize,
+        fake_quantize,
+        _register("quantize_out", f"Tensor x, {_OUT}, {end}", _ROWS, _quantize_call),
+        _register("silu_mul_quantize_out", f"{gate_up}, {_OUT}, {end}", silu_mul, _silu_mul_call),
+        _register(
+            "rms_norm_quantize_residual", f"{normed}, {_RESIDUAL}, {end}", rms_norm, _rms_norm_call
+        ),
+        _register(
+            "rms_norm_quantize_out",
+            f"{normed}, {_OUT}, {_RESIDUAL}, {end}",
+            rms_norm,
+            _rms_norm_call,
+        ),
+    ]
+    for operator in operators:
+        _refuse_vmap(operator)
+    return operators
+
+
+_operators = _register_all()
+"""torch keeps no operator that nobody holds."""
+
+
+def quantize(call: Call) -> Results:
+    """Hand a call to its operator, for a tracer to see."""
+    fmt, prologue, ops = call.fmt, call.prologue, torch.ops.cute_quant
+    checks.check_kinds(call)
+    rows = to_operands(call.rows)
+    options: dict[str, Any] = {"rows": rows.rows, "alignment": rows.alignment}
+    inputs: tuple[torch.Tensor | None, ...] = (call.x,)
+    extra: tuple[torch.Tensor | None, ...] = ()
+    operator, operator_out = ops.quantize, ops.quantize_out
+    if isinstance(prologue, SiluMul):
+        operator, operator_out = ops.silu_mul_quantize, ops.silu_mul_quantize_out
+        inputs = (call.x, prologue.weight)
+        options |= {name: getattr(prologue, name) for name in _SILU_MUL_OPTIONS}
+    elif isinstance(prologue, RmsNorm):
+        operator, operator_out = ops.rms_norm_quantize, ops.rms_norm_quantize_out
+        inputs = (call.x, prologue.weight)
+        residual = None if prologue.residual_out is prologue.residual else prologue.residual
+        extra = (residual, prologue.residual_out, prologue.normalized)
+        options |= {name: getattr(prologue, name) for name in _RMS_NORM_OPTIONS}
+    end = (fmt.text, rows.row_data, call.index)
+    if call.q is None and call.sf is None:
+        if any(t is not None for t in extra):
+            # Operators that write are no pure functions, which compilers merge and move.
+            q, stored = ops.rms_norm_quantize_residual(*inputs, *extra, *end, **options)
+        else:
+            q, stored = operator(*inputs, *end, **options)
+        return q, as_scales(stored, fmt)
+    q, sf = _allocate(call)
+    operator_out(*inputs, q, as_stored(sf), *extra, *end, **options)
+    return q, sf
+
+
+def _allocate(call: Call) -> Results:
+    """Return q and sf of a call that gives one of them."""
+    shape, fmt, q, sf = call.result_shape, call.fmt, call.q, call.sf
+    if q is None:
+        q = call.x.new_empty(shape.values, dtype=fmt.values)
+    if sf is None:
+        sf = as_scales(_new_stored_scales(call.x, fmt, shape), fmt)
+    return q, sf
+
+
+def _new_stored_scales(x: torch.Tensor, fmt: Format, shape: ResultShape) -> torch.Tensor:
+    """Return memory for scales without padding rows in the last column: whether there are any
+    depends on mn % 4, which must not become a guard."""
+    sf_shape = fmt.scale_shape(*shape)
+    if fmt.mn_major:
+        return x.new_empty_strided(sf_shape, fmt.scale_strides(*shape), dtype=fmt.sf_dtype)
+    return x.new_empty(sf_shape, dtype=torch.uint8 if fmt.ue8m0 else fmt.sf_dtype)

@@ -1,4 +1,4 @@
-"""What a directory of built kernels says it has, and files that nobody else may have written."""
+"""The manifest of a directory of built kernels, and files that nobody else may have written."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-"""Of the manifest."""
+"""Version of the manifest."""
 KERNEL_FIELDS = ("name", "spec", "arch", "file", "symbol")
-"""Of each kernel in it."""
+"""Fields of each kernel in the manifest."""
 
 
 def check_trusted(path: Path, status: os.stat_result) -> None:
@@ -108,7 +108,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _wrong_in_manifest(manifest: Any) -> str | None:
-    """What keeps a value from being a manifest, None if nothing does."""
+    """Return why a value is no manifest, None if it is one."""
     if not isinstance(manifest, dict):
         return f"expected an object, got {type(manifest).__name__}"
     types = {"format": int, "machine": str, "sources": str, "versions": dict, "kernels": list}

@@ -6,23 +6,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable
+from typing import TypedDict
 
 import torch
 
-from cute_quant.contract.formats import (
-    BLOCKED_GROUP_SIZE,
-    FLOAT32,
-    GROUP_SIZES,
-    INPUT_DTYPES,
-    SCALE_FORMATS,
-    UE8M0_BLOCKED,
-    UE8M0_PACKED,
-    VALUE_TYPES,
-    WHOLE_ROW,
-    Format,
-    make_format,
-)
-from cute_quant.contract.prologues import RmsNorm
+from cute_quant.contract.dtypes import INPUT_DTYPES
+from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90, Format, all_formats
+from cute_quant.contract.prologues import MAX_NORM_COLUMNS
 from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
 from cute_quant.kernels import heuristics
 from cute_quant.kernels.config import (
@@ -38,13 +28,9 @@ from cute_quant.kernels.config import (
     Tile,
 )
 
-DEEPGEMM_FORMATS = (
-    make_format(128, UE8M0_PACKED, False),
-    make_format(32, UE8M0_PACKED, False),
-    make_format(128, FLOAT32, False),
-)
+DEEPGEMM_FORMATS = (DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90)
 ROW_UNIT = 16
-"""What k is a multiple of."""
+"""Divisor of k."""
 
 BATCH = Domain(batched=True)
 EXPERTS = (
@@ -59,13 +45,23 @@ EXPERTS = (
 )
 """Rows of a mixture of experts, gathered from the tokens or not."""
 
-GPT_OSS = {"interleaved": True, "clamped": True, "scaled": True, "shifted": True}
-ACTIVATIONS = ({}, GPT_OSS)
-"""Choices of a `SiluMulSpec`, other than for weighted rows."""
+
+class Activation(TypedDict, total=False):
+    """Choices of a `SiluMulSpec`, other than for weighted rows."""
+
+    interleaved: bool
+    clamped: bool
+    scaled: bool
+    shifted: bool
+
+
+SWIGLU: Activation = {}
+GPT_OSS: Activation = {"interleaved": True, "clamped": True, "scaled": True, "shifted": True}
+ACTIVATIONS = (SWIGLU, GPT_OSS)
 
 
 def _tiles(fmt: Format, domain: Domain) -> list[Tile]:
-    """What `launch.shape` picks for small inputs and for large ones."""
+    """Return the tiles that `heuristics.shape` picks for small inputs and for large ones."""
     shapes = (
         heuristics.shape(1, rows, DEFAULT_TILE.columns, fmt, domain.masked, 1)
         for rows in (1, heuristics.TWO_ROWS_FROM)
@@ -75,12 +71,12 @@ def _tiles(fmt: Format, domain: Domain) -> list[Tile]:
 
 @functools.cache
 def norm_columns(fmt: Format) -> dict[tuple[Tile, int, int], int]:
-    """What `launch.norm_shape` picks, by tile, tiles_per_thread and max_warps: the most columns
-    that it picks each of them for."""
-    columns = {}
-    for k in range(ROW_UNIT, RmsNorm.max_columns + 1, ROW_UNIT):
+    """Return the most columns for each choice of `heuristics.norm_shape`, a tile with
+    tiles_per_thread and max_warps."""
+    columns: dict[tuple[Tile, int, int], int] = {}
+    for k in range(ROW_UNIT, MAX_NORM_COLUMNS + 1, ROW_UNIT):
         shape = heuristics.norm_shape(1, 1, k, fmt, False, 1)
-        columns[(shape.tile, *shape.warps)] = k
+        columns[shape.tile, shape.tiles_per_thread, shape.max_warps] = k
     return columns
 
 
@@ -92,7 +88,7 @@ def _quantize(
     dtypes: Iterable[torch.dtype], formats: Iterable[Format], domains: Iterable[Domain]
 ) -> list[Spec]:
     return [
-        QuantizeSpec(dtype, fmt, tile, domain, _written(tile, fmt.dtype))
+        QuantizeSpec(dtype, fmt, tile, domain, _written(tile, fmt.values))
         for dtype, fmt, domain in itertools.product(dtypes, formats, domains)
         for tile in _tiles(fmt, domain)
     ]
@@ -100,7 +96,7 @@ def _quantize(
 
 def _silu_mul(arch: str, fmt: Format, domain: Domain) -> list[Spec]:
     tile = heuristics.silu_shape(1, 1, DEFAULT_TILE.columns, fmt, domain.masked, 1, arch).tile
-    access = _written(tile, fmt.dtype)
+    access = _written(tile, fmt.values)
     return [
         SiluMulSpec(torch.bfloat16, fmt, tile, domain, access, **choices, weighted=weighted)
         for choices, weighted in itertools.product(ACTIVATIONS, (False, True))
@@ -113,7 +109,7 @@ def _rms_norm(fmt: Format) -> list[Spec]:
             torch.bfloat16,
             fmt,
             tile,
-            access=_written(tile, fmt.dtype),
+            access=_written(tile, fmt.values),
             tiles_per_thread=tiles_per_thread,
             max_warps=max_warps,
             weight_dtype=torch.bfloat16,
@@ -172,14 +168,7 @@ def of_each_kind(arch: str) -> list[Spec]:
 
 def all_kernels(arch: str) -> list[Spec]:
     """Every dtype and format of dense rows, there and back, and what the other presets have."""
-    formats = [
-        make_format(group_size, scale_format, round_scale, dtype)
-        for dtype, group_size, scale_format, round_scale in itertools.product(
-            VALUE_TYPES, (*GROUP_SIZES, WHOLE_ROW), SCALE_FORMATS, (False, True)
-        )
-        if (scale_format != UE8M0_BLOCKED or group_size == BLOCKED_GROUP_SIZE)
-        and (scale_format.startswith(FLOAT32) or not round_scale)
-    ]
+    formats = all_formats()
     dense = _quantize(INPUT_DTYPES, formats, (DENSE_ROWS,))
     others = _there_and_back(INPUT_DTYPES, formats)
     return list(dict.fromkeys([*of_each_kind(arch), *dense, *others]))
@@ -190,5 +179,5 @@ PRESETS: dict[str, Callable[[str], list[Spec]]] = {
     "moe": moe,
     "all": all_kernels,
 }
-"""Specs for an architecture, a value of `compile.ARCHITECTURES`, by the name of what they are
+"""Specs for an architecture, a value of `lookup.ARCHITECTURES`, by the name of what they are
 for."""

@@ -32,10 +32,10 @@ MODE_VARIABLE = "CUTE_QUANT_CACHE"
 MODES = ("on", "off", "readonly")
 
 MAX_BYTES = 256 * 2**20
-"""Of all entries together; those not used for longest go first."""
+"""Bound on the size of all entries together; the least recently used go first."""
 
 NEEDED = ("key", "name", "arch")
-"""What a record has at least."""
+"""Fields that every record has."""
 
 SUFFIX = ".so"
 LOCK_SUFFIX = ".lock"

@@ -1,4 +1,4 @@
-"""What identifies a spec and the sources its kernel is compiled from. Needs no CuTe DSL."""
+"""Text and digests that identify specs and sources of kernels. Needs no CuTe DSL."""
 
 from __future__ import annotations
 
@@ -10,12 +10,22 @@ from typing import Any
 
 import torch
 
-from cute_quant.contract.formats import WHOLE_ROW
+from cute_quant.contract.formats import Format
 from cute_quant.kernels.config import Spec
 
-SOURCES = ("kernels/*.py", "contract/formats.py", "contract/rows.py", "jit/shared_objects.py")
-"""What a compiled kernel depends on, in this package: the kernels, what they import, and how
-objects are made of them."""
+SOURCES = (
+    "kernels/*.py",
+    "contract/dtypes.py",
+    "contract/format_choices.py",
+    "contract/formats.py",
+    "contract/rows.py",
+    "contract/torch_private.py",
+    "jit/shared_objects.py",
+)
+"""Files that a compiled kernel depends on: the kernels, what they import, and how objects are made
+of them."""
+NOT_COMPILED = ("heuristics.py",)
+"""Files in the folder of the kernels that only choose among them."""
 
 
 def spec_text(spec: Spec) -> str:
@@ -32,6 +42,8 @@ def _text(value: Any) -> str:
         return f"({', '.join(f'{n}={_text(v)}' for n, v in value._asdict().items())})"
     if isinstance(value, tuple):
         return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, Format):
+        return value.text
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return repr(value)
     raise TypeError(
@@ -41,13 +53,13 @@ def _text(value: Any) -> str:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether it is a `NamedTuple`."""
+    """Return whether a value is a `NamedTuple`."""
     return hasattr(value, "_fields")
 
 
 def spec_name(spec: Spec) -> str:
-    """A short name of a spec, such as ``quantize-bfloat16-128-ue8m0-float8_e4m3fn``: its kernel
-    and those choices that have no default or differ from it."""
+    """Return a short name of a spec: its kernel and those choices that have no default or differ
+    from it, such as ``quantize-bfloat16-e4m3_128_e8m0_mn_major_packed``."""
     module, _ = spec.kernel.split(".")
     return re.sub(r"[^\w-]", "_", "-".join([module, *_distinctive(spec)]))
 
@@ -58,6 +70,8 @@ def _distinctive(record: Any) -> list[str]:
         has_default = name in record._field_defaults
         if _is_record(choice):
             words += _distinctive(choice)
+        elif isinstance(choice, Format):
+            words.append(choice.text)
         elif name == "dtype" or not has_default or choice != record._field_defaults[name]:
             words += _words(name, choice, record._field_defaults.get(name))
     return words
@@ -66,8 +80,6 @@ def _distinctive(record: Any) -> list[str]:
 def _words(name: str, choice: Any, default: Any) -> list[str]:
     if isinstance(choice, bool):
         return [name] if choice else [f"no_{name}"] if default is True else []
-    if name == "group_size":
-        return ["row" if choice == WHOLE_ROW else str(choice)]
     text = str(choice).removeprefix("torch.")
     plain = isinstance(choice, str) or name == "dtype"
     return [text] if plain else [f"{name}_{text}"]
@@ -84,6 +96,8 @@ def source_digest() -> str:
     digest = hashlib.sha256()
     for pattern in SOURCES:
         for path in sorted(package.glob(pattern)):
+            if path.name in NOT_COMPILED:
+                continue
             content = path.read_bytes()
             digest.update(f"{path.relative_to(package)} {len(content)}\n".encode())
             digest.update(content)

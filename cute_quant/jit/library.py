@@ -8,10 +8,13 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import torch
 
 
 def import_tvm_ffi() -> ModuleType:
-    """What loads functions. It takes 25 ms to import, and who only has CPUs need not have it.
+    """Import the loader of functions, which takes 25 ms. Without a GPU it need not be installed.
 
     Raises:
         ImportError: apache-tvm-ffi is not installed.
@@ -37,3 +40,16 @@ def load_runtime(path: Path) -> ctypes.CDLL:
         OSError: it is not there, or does not load here.
     """
     return ctypes.CDLL(str(path))
+
+
+def as_kernel_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return arguments of a function with tensors converted, which each of its calls does else.
+
+    The first stays a tensor of torch: from it the function has the current stream.
+    """
+    first, *others = arguments
+    from_dlpack = import_tvm_ffi().from_dlpack
+    return (
+        first,
+        *(from_dlpack(t.detach()) if isinstance(t, torch.Tensor) else t for t in others),
+    )

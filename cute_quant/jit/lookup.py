@@ -24,7 +24,7 @@ ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
 """Compute capability -> target of the kernels."""
 
 SYMBOL = "kernel"
-"""Of the function in objects of the disk cache."""
+"""Name of the function in objects of the disk cache."""
 
 # Two compilations at a time abort the process, or one silently builds for the other's target.
 # Kernels that others compile with the DSL, in another thread meanwhile, are not under this lock.
@@ -134,7 +134,7 @@ def _shown(spec: Spec, arch: str) -> contextlib.AbstractContextManager[None]:
 
 
 def missing_dsl(spec: Spec, arch: str) -> str:
-    """What to say where a kernel is asked for that cannot be compiled."""
+    """Return the message for a kernel that cannot be compiled."""
     directories = [str(directory.path) for directory in aot_load.loaded()]
     where = f"not among those of {', '.join(directories)}" if directories else "not built yet"
     return (
@@ -148,13 +148,14 @@ def _cached(spec: Spec, arch: str) -> Callable[..., None] | None:
 
     None if there is no cache or it fails: it must not be what breaks a call.
     """
-    if toolchain.installed_dsl() is None or toolchain.asks_for_output():
+    dsl = toolchain.installed_dsl()
+    if dsl is None or toolchain.asks_for_output():
         return None
     try:
         store = _cache()
         if store is None:
             return None
-        library.load_runtime(toolchain.installed_dsl().runtime)
+        library.load_runtime(dsl.runtime)
         key = disk_cache.key(spec, arch, compile_options(arch))
         found = _load(store, key)
         if found is None and store.writable and toolchain.this_host().linker() is not None:
@@ -196,8 +197,9 @@ def _added(store: disk_cache.Cache, key: str, spec: Spec, arch: str) -> Callable
 def _stored(store: disk_cache.Cache, key: str, spec: Spec, arch: str) -> Callable[..., None]:
     content = build_object(spec, arch, SYMBOL, toolchain.this_host())
     record = {"name": keys.spec_name(spec), "spec": keys.spec_text(spec), "arch": arch}
+    record |= {name: version for name, version in toolchain.versions().items() if version}
     try:
-        path = store.store(key, content, {**record, **toolchain.versions()})
+        path = store.store(key, content, record)
     except OSError as error:
         store.stop_writing(error)
         return _load_bytes(content)

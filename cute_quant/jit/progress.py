@@ -1,4 +1,4 @@
-"""What a terminal shows while something takes long. Elsewhere nothing is written."""
+"""Progress in a terminal while something takes long. Elsewhere nothing is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 QUIET_SECONDS = 1.0
-"""What is done by then shows nothing."""
+"""Work that is done by then shows nothing."""
 REFRESH_SECONDS = 0.1
 
 ERASE_LINE = "\r\x1b[2K"

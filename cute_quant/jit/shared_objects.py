@@ -46,7 +46,8 @@ def shared_object(compiled: Any, symbol: str, host: Host, dsl: Dsl) -> bytes:
         _emit(compiled, symbol, host, relocatable)
         exports = directory / "exports"
         exports.write_text(f"{{ global: __tvm_ffi_{symbol}; local: *; }};")
-        command = [linker, "-shared", "-z", "now", "-z", "noexecstack", "-o", result, relocatable]
+        command: list[str | Path] = [linker, "-shared", "-z", "now", "-z", "noexecstack"]
+        command += ["-o", result, relocatable]
         command += ["--version-script", exports, "-soname", f"{symbol}.so"]
         # The runtime is found beside the object, or is there already under its SONAME.
         command += ["--enable-new-dtags", "-rpath", "$ORIGIN", dsl.runtime_to_link(host)]

@@ -1,4 +1,4 @@
-"""What CuTe DSL is installed, and what else objects are made with; found without importing it."""
+"""The installed CuTe DSL and the other tools that make objects, found without importing it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 RUNTIME_NAME = "libcute_dsl_runtime.so"
-"""What objects call CUDA through; its name is also its SONAME, which they ask for."""
+"""Library through which objects call CUDA; its name is also its SONAME."""
 
 
 class Host(NamedTuple):
@@ -152,7 +152,7 @@ def dsl_variables() -> dict[str, str]:
 
 
 def asks_for_output() -> bool:
-    """Whether CuTe DSL is asked to keep, dump or print something: only compiling does that."""
+    """Return whether CuTe DSL is asked to keep, dump or print something: only compiling does."""
     asked = ("CUTE_DSL_KEEP", "CUTE_DSL_DUMP", "CUTE_DSL_PRINT")
     return any(
         name.startswith(asked) and value.strip().lower() not in ("", "0", "false", "off", "no")

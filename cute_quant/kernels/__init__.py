@@ -1,24 +1,36 @@
-"""What a kernel of your own needs to end in the quantizer; `stage` shows how. The kernels of this
-package end in the same stage.
+"""What a kernel of one's own needs to end in the quantizer; `stage` shows how.
 
-`Stage` takes registers and gives 8-bit registers and scales, `Tile` says who holds what, `Matrix`
-and `Params` are arguments of kernels, `load` and `store` move a lane's values, and `fake_matrix`
+The kernels of this package end in the same stage. `Stage` takes registers and returns 8-bit
+registers and scales. `Tile` is the thread-value layout, `Segment` a thread's part of a row.
+`Matrix` and `Params` are arguments of kernels. `load` and `store` move segments, and `fake_matrix`
 stands in for a tensor when a kernel is compiled.
+
+Names are loaded when they are first used, so this package does not import CuTe DSL by itself.
 """
 
-from cute_quant.kernels.config import LANES, Access, Tile
-from cute_quant.kernels.copy import fake_matrix, load, store, zeros
-from cute_quant.kernels.layouts import Matrix
-from cute_quant.kernels.numerics import registers, widen
-from cute_quant.kernels.params import Params
-from cute_quant.kernels.stage import Scales, Stage
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cute_quant.kernels.config import LANES, Access, Tile
+    from cute_quant.kernels.copy import Segment, fake_matrix, load, store
+    from cute_quant.kernels.encodings import registers, widen, zeros
+    from cute_quant.kernels.layouts import Matrix
+    from cute_quant.kernels.params import Params
+    from cute_quant.kernels.scales import GroupScale
+    from cute_quant.kernels.stage import Rows, Scales, Stage
 
 __all__ = [
     "LANES",
     "Access",
+    "GroupScale",
     "Matrix",
     "Params",
+    "Rows",
     "Scales",
+    "Segment",
     "Stage",
     "Tile",
     "fake_matrix",
@@ -28,3 +40,24 @@ __all__ = [
     "widen",
     "zeros",
 ]
+
+_MODULES = {
+    "config": ("LANES", "Access", "Tile"),
+    "copy": ("Segment", "fake_matrix", "load", "store"),
+    "encodings": ("registers", "widen", "zeros"),
+    "layouts": ("Matrix",),
+    "params": ("Params",),
+    "scales": ("GroupScale",),
+    "stage": ("Rows", "Scales", "Stage"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

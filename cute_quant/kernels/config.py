@@ -1,8 +1,7 @@
-"""What kernels are compiled for. Nothing here needs CuTe DSL.
+"""Compile-time choices of kernels: specs and tiles. Nothing here needs CuTe DSL.
 
-A spec names a kernel and all of its compile-time choices; two specs that are equal give the same
-code, and those of different kernels, being tuples, differ in the field `kernel`.
-`compile.function` makes a function of one.
+A spec names a kernel and all of its compile-time choices. Two specs that are equal give the same
+code. Specs are tuples; those of different kernels differ in the field `kernel`.
 """
 
 from __future__ import annotations
@@ -11,42 +10,47 @@ from typing import NamedTuple
 
 import torch
 
-from cute_quant.contract.formats import LOAD_BYTES, STORE_BYTES, WHOLE_ROW, Format
+from cute_quant.contract.dtypes import LOAD_BYTES, STORE_BYTES
+from cute_quant.contract.format_choices import WHOLE_ROW
+from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
 
 LANES = 32
 """Threads of a warp."""
 
 MIN_VALUES = 4
-"""Of a thread, whose 8-bit results fill a register."""
+"""Least values of a thread, whose 8-bit results fill a register."""
 
 MAX_THREADS = 1024
-"""Of a CTA."""
+"""Most threads of a CTA."""
+
+MAX_GRID_Y = 65535
+MAX_GRID_Z = 65535
+"""Most CTAs in the second and third dimension of a grid."""
 
 MAX_THREAD_BYTES = 512
-"""Of x that a thread holds: half of its 255 registers, so that there is room for the rest."""
+"""Most bytes of x that a thread holds: half of its 255 registers."""
 
 DOWN, ALONG = "down", "along"
 ORDERS = (DOWN, ALONG)
-"""Whether the next one has the next rows of the same columns, or the next columns of the same
-rows, until there are no more."""
+"""Rasterization order of warps or CTAs: along M (down) or along N (along) first."""
 
 LOAD_HINTS = ("no_allocate", "streaming", "prefetch_256")
-"""What a load may say of its data: not to keep it in the L1 cache, to give it up first, or to fetch
-256 bytes to the L2 cache."""
+"""Cache hints of a load: do not keep its data in the L1 cache, evict it first, or prefetch 256
+bytes to the L2 cache."""
 
 
 class Tile(NamedTuple):
-    """How the threads of a CTA lie over rows and columns.
+    """How the threads of a CTA tile rows and columns.
 
     Attributes:
-        values_per_thread: neighbours of a row that a thread holds.
-        row_warps: warps below each other, each with rows of its own.
+        values_per_thread: values of a row that a thread holds, contiguous along k.
+        row_warps: warps along M, each with rows of its own.
         rows_per_thread: rows whose loads are in flight at once, up to the lanes of a group; as
-            many lanes write their scales at once. k has to be a multiple of what these hold.
-        column_warps: warps beside each other, each with columns of its own.
-        warp_order: one of ``ORDERS``, the way in which warps of a CTA follow each other.
-        cta_order: the way in which CTAs do.
+            many lanes store their scales at once. k is a multiple of what these lanes hold.
+        column_warps: warps along N, each with columns of its own.
+        warp_order: rasterization order of the warps of a CTA, one of ``ORDERS``.
+        cta_order: rasterization order of CTAs.
     """
 
     values_per_thread: int = 16
@@ -58,29 +62,29 @@ class Tile(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Columns of a warp."""
+        """Return the columns of a warp."""
         return LANES * self.values_per_thread
 
     @property
     def rows(self) -> int:
-        """Rows of a CTA."""
+        """Return the rows of a CTA."""
         return self.row_warps * self.rows_per_thread
 
     def lanes_per_group(self, group_size: int) -> int:
-        """Neighbouring lanes that hold a group."""
+        """Return how many adjacent lanes hold a group."""
         return LANES if group_size == WHOLE_ROW else group_size // self.values_per_thread
 
     def groups(self, group_size: int) -> int:
-        """Groups of a warp."""
+        """Return the groups of a warp."""
         return LANES // self.lanes_per_group(group_size)
 
     def check(self, fmt: Format, dtype: torch.dtype, access: Access | None = None) -> None:
-        """Whether a kernel of this tile keeps the contract.
+        """Check that a kernel of this tile keeps the contract.
 
         Args:
             fmt: of the results.
             dtype: of x.
-            access: to the addresses of x and q, if that is known.
+            access: to x and q, if their addresses are known.
 
         Raises:
             ValueError: it does not, with the rule that is broken.
@@ -134,7 +138,7 @@ class Tile(NamedTuple):
         )
         if access is not None:
             _check_width("load_bytes", access.load_bytes, dtype.itemsize, values, "x")
-            _check_width("store_bytes", access.store_bytes, fmt.dtype.itemsize, values, "q")
+            _check_width("store_bytes", access.store_bytes, fmt.values.itemsize, values, "q")
             _require(
                 access.load_hint is None or access.load_hint in LOAD_HINTS,
                 f"load_hint: expected None or one of {LOAD_HINTS}, got {access.load_hint!r}",
@@ -143,18 +147,18 @@ class Tile(NamedTuple):
 
 DEFAULT_TILE = Tile()
 ONE_ROW = Tile(row_warps=1, cta_order=DOWN)
-"""Of a kernel whose CTAs have whole rows, of which the first dimension of a grid counts more."""
+"""Tile of a kernel whose CTAs have whole rows; a grid's first dimension counts most of them."""
 
 
 class Access(NamedTuple):
-    """What addresses allow.
+    """Widths of loads and stores that the addresses allow.
 
     Attributes:
-        load_bytes: at once, a power of two from the size of an element to 32: what every row of
-            the input starts at a multiple of.
+        load_bytes: bytes of a load, a power of two from the size of an element to 32. Every row of
+            the input starts at a multiple of it.
         store_bytes: the same for the output, up to 16, or 32 if its elements are x's.
         ragged: whether a row may end within a thread's values.
-        load_hint: one of ``LOAD_HINTS``.
+        load_hint: None or one of ``LOAD_HINTS``.
     """
 
     load_bytes: int = LOAD_BYTES
@@ -186,13 +190,13 @@ def _power_of_two(number: int) -> bool:
 
 
 class Domain(NamedTuple):
-    """Which rows there are.
+    """Which rows exist.
 
     Attributes:
         kind: of the rows, as `cute_quant.contract.rows` names it.
         gathered: whether an index names the rows of x.
-        batched: whether there are matrices, or more rows than one dimension of a grid counts;
-            the results of masked experts always are.
+        batched: whether there are several matrices, or more rows than one dimension of a grid
+            counts; the results of masked experts always are.
     """
 
     kind: str = DENSE
@@ -213,12 +217,12 @@ class Domain(NamedTuple):
 
     @property
     def counted(self) -> bool:
-        """Whether there is something to read."""
+        """Return whether the kernel reads counts."""
         return self.kind != DENSE
 
     @property
     def selects(self) -> bool:
-        """Whether the rows that exist are not just the first ones."""
+        """Return whether the rows that exist are not just the first ones."""
         return self.gathered or self.prefix_sum or self.indexed
 
 
@@ -231,10 +235,9 @@ class QuantizeSpec(NamedTuple):
     Attributes:
         dtype: of the elements of x.
         fmt: of the results.
-        fake: whether the result is not values and scales but their products, in x's dtype.
-        pdl: programmatic dependent launch: CTAs start while the kernel before still runs, wait for
-            its end before they touch memory, and let those of the next start as early, which have
-            to wait too.
+        fake: whether the result is the products of values and scales, in x's dtype.
+        pdl: programmatic dependent launch. CTAs start while the kernel before still runs, and wait
+            for its end before they touch memory. The next kernel may do the same.
     """
 
     dtype: torch.dtype
@@ -252,7 +255,7 @@ class SiluMulSpec(NamedTuple):
 
     Attributes:
         dtype, fmt, tile, domain, access, pdl: as of a `QuantizeSpec`, x being gates and ups.
-        interleaved: whether gates and ups take turns, or all gates come first.
+        interleaved: whether gates and ups alternate; if not, all gates come first.
         unfused: whether each step is rounded to x's dtype.
         clamped: whether there are bounds.
         scaled: whether the gate has a factor in the sigmoid.
@@ -280,8 +283,8 @@ class RmsNormSpec(NamedTuple):
 
     Attributes:
         dtype, fmt, tile, domain, access, pdl: as of a `QuantizeSpec`.
-        tiles_per_thread: of a row, in the registers of each thread.
-        max_warps: that share a row.
+        tiles_per_thread: tiles of a row in the registers of each thread.
+        max_warps: most warps that share a row.
         weight_dtype: of the weights.
         unfused: whether sum and product are rounded to x's dtype.
         residual: whether there is one to add.

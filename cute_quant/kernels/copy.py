@@ -1,4 +1,8 @@
-"""Copies between memory and the registers of a thread, as wide as alignment allows."""
+"""Copies between rows in memory and the registers of a thread, as wide as alignment allows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -13,11 +17,23 @@ HINTS = {
     "streaming": {"load_cache_mode": cute.nvgpu.LoadCacheMode.STREAMING},
     "prefetch_256": {"l2_prefetch_size": cute.nvgpu.L2PrefetchSize.SIZE_256B},
 }
-"""What the hints of `specs.LOAD_HINTS` are to a copy."""
+"""Arguments of a copy atom for each of `config.LOAD_HINTS`."""
+
+
+class Segment(NamedTuple):
+    """The part of a row that a thread holds: that of a lane in a warp's tile of the row.
+
+    Attributes:
+        tile: index of the warp's tile in the row.
+        lane: of the warp.
+    """
+
+    tile: Int32
+    lane: Int32
 
 
 def fake_matrix(dtype: type[cutlass.Numeric], shape: tuple, nbytes: int) -> cute.Tensor:
-    """A stand-in for an argument (..., rows, k) whose rows start at multiples of `nbytes`."""
+    """Return a stand-in for a tensor (..., rows, k) whose rows start at multiples of `nbytes`."""
     elements = nbytes // (dtype.width // 8)
     strides = (
         *(cute.sym_int64(divisibility=elements) for _ in shape[:-2]),
@@ -30,87 +46,95 @@ def fake_matrix(dtype: type[cutlass.Numeric], shape: tuple, nbytes: int) -> cute
 @cute.jit
 def load(
     gRow: cute.Tensor,  # (k,)
-    tile: Int32,
-    lane: Int32,
-    live: Boolean,
-    tXrX: cute.Tensor,  # (values,), kept where there is nothing to load
+    segment: Segment,
+    row_predicate: Boolean,
+    tXrX: cute.Tensor,  # (values,)
     access: cutlass.Constexpr[Access],
 ):
-    """A lane's values of a tile of a row, as many as there are registers for."""
-    values = cute.size(tXrX)
-    column = first_column(tile, lane, values)
-    tXgX = partition(gRow, tile, lane, values, access.load_bytes)
-    if const_expr(not access.ragged):
-        if live and column < cute.size(gRow):
-            cute.copy(load_atom(gRow, values, access), tXgX, like(tXrX, tXgX))
-    elif live and column + values <= cute.size(gRow):
-        cute.copy(load_atom(gRow, values, access), tXgX, like(tXrX, tXgX))
-    elif live:
-        for i in cutlass.range_constexpr(values):
-            if column + i < cute.size(gRow):
-                tXrX[i] = gRow[column + i]
+    """Load a thread's segment of a row; registers keep what they hold where there is nothing."""
+    atom = load_atom(gRow.element_type, cute.size(tXrX), access)
+    tXgX = partition(gRow, segment, atom, cute.size(tXrX))
+    tXcX = partition(cute.make_identity_tensor(cute.size(gRow)), segment, atom, cute.size(tXrX))
+    tXrX = cute.make_tensor(tXrX.iterator, tXgX.layout)
+    copy_in_bounds(atom, tXgX, tXrX, tXcX, cute.size(gRow), row_predicate, access.ragged)
 
 
 @cute.jit
 def store(
     tXrX: cute.Tensor,  # (values,)
     gRow: cute.Tensor,  # (k,)
-    tile: Int32,
-    lane: Int32,
-    live: Boolean,
+    segment: Segment,
+    row_predicate: Boolean,
     access: cutlass.Constexpr[Access],
 ):
-    """A lane's values to a tile of a row."""
-    values = cute.size(tXrX)
-    column = first_column(tile, lane, values)
-    tXgX = partition(gRow, tile, lane, values, access.store_bytes)
-    if const_expr(not access.ragged):
-        if live and column < cute.size(gRow):
-            cute.copy(atom(gRow, values, access.store_bytes), like(tXrX, tXgX), tXgX)
-    elif live and column + values <= cute.size(gRow):
-        cute.copy(atom(gRow, values, access.store_bytes), like(tXrX, tXgX), tXgX)
-    elif live:
-        for i in cutlass.range_constexpr(values):
-            if column + i < cute.size(gRow):
-                gRow[column + i] = tXrX[i]
+    """Store a thread's segment of a row."""
+    atom = store_atom(gRow.element_type, cute.size(tXrX), access.store_bytes)
+    tXgX = partition(gRow, segment, atom, cute.size(tXrX))
+    tXcX = partition(cute.make_identity_tensor(cute.size(gRow)), segment, atom, cute.size(tXrX))
+    tXrX = cute.make_tensor(tXrX.iterator, tXgX.layout)
+    copy_in_bounds(atom, tXrX, tXgX, tXcX, cute.size(gRow), row_predicate, access.ragged)
 
 
-def zeros(values: int, dtype: type[cutlass.Numeric]) -> cute.Tensor:
-    """Registers of a thread."""
-    tXrX = cute.make_rmem_tensor(values, dtype)
-    cute.recast_tensor(tXrX, cutlass.Uint32).fill(0)
-    return tXrX
+@cute.jit
+def copy_in_bounds(
+    atom: cute.CopyAtom,
+    src: cute.Tensor,  # (values,)
+    dst: cute.Tensor,  # (values,)
+    tXcX: cute.Tensor,  # (values,) column of each value
+    columns: Int32,
+    row_predicate: Boolean,
+    ragged: cutlass.Constexpr[bool],
+):
+    """Copy as one vector, or value by value where the row ends within it.
+
+    A row that does not end within a vector holds all of it or nothing.
+    """
+    deciding = cute.size(src) - 1 if const_expr(ragged) else 0
+    if row_predicate and tXcX[deciding] < columns:
+        cute.copy(atom, src, dst)
+    elif const_expr(ragged) and row_predicate:
+        for i in cutlass.range_constexpr(cute.size(src)):
+            if tXcX[i] < columns:
+                dst[i] = src[i]
 
 
-def first_column(tile: Int32, lane: Int32, values: int) -> Int32:
-    """Of a lane's values."""
-    return tile * (LANES * values) + lane * values
+def partition(
+    t: cute.Tensor,  # (k,)
+    segment: Segment,
+    atom: cute.CopyAtom,
+    values: int,
+) -> cute.Tensor:
+    """Return a thread's segment of a row, or of the coordinates of one, (values,)."""
+    tile = cute.local_tile(t, (LANES * values,), (segment.tile,))
+    return layouts.tiled_copy(atom, values).get_slice(segment.lane).partition_S(tile)
 
 
-def load_atom(m: cute.Tensor, values: int, access: Access) -> cute.CopyAtom:
+def column_coordinates(k: Int32, segment: Segment, values: int) -> cute.Tensor:
+    """Return the columns of a thread's values, (values,)."""
+    atom = store_atom(cutlass.Uint8, values, 1)
+    return partition(cute.make_identity_tensor(k), segment, atom, values)
+
+
+def tile_coordinates(k: Int32, tile: Int32, columns: int) -> cute.Tensor:
+    """Return the columns of a tile of a row, (columns,)."""
+    return cute.local_tile(cute.make_identity_tensor(k), (columns,), (tile,))
+
+
+def load_atom(dtype: type[cutlass.Numeric], values: int, access: Access) -> cute.CopyAtom:
+    """Return the copy of a thread's values from memory, with the hint of the access."""
     if access.load_hint is None:
-        return atom(m, values, access.load_bytes)
+        return store_atom(dtype, values, access.load_bytes)
     op, hint = cute.nvgpu.CopyG2ROp(), HINTS[access.load_hint]
-    bits = at_once(m, values, access.load_bytes)
-    return cute.make_copy_atom(op, m.element_type, num_bits_per_copy=bits, **hint)
+    bits = bits_per_copy(dtype, values, access.load_bytes)
+    return cute.make_copy_atom(op, dtype, num_bits_per_copy=bits, **hint)
 
 
-def at_once(m: cute.Tensor, values: int, nbytes: int) -> int:
-    """Bits of so many bytes, or of all values if they are fewer."""
-    return min(8 * nbytes, values * m.element_type.width)
+def store_atom(dtype: type[cutlass.Numeric], values: int, nbytes: int) -> cute.CopyAtom:
+    """Return the copy of a thread's values, `nbytes` at once."""
+    bits = bits_per_copy(dtype, values, nbytes)
+    return cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), dtype, num_bits_per_copy=bits)
 
 
-def atom(m: cute.Tensor, values: int, nbytes: int) -> cute.CopyAtom:
-    op, bits = cute.nvgpu.CopyUniversalOp(), at_once(m, values, nbytes)
-    return cute.make_copy_atom(op, m.element_type, num_bits_per_copy=bits)
-
-
-def partition(gRow: cute.Tensor, tile: Int32, lane: Int32, values: int, nbytes: int) -> cute.Tensor:
-    """A lane's part of a tile of a row, to be copied by `nbytes` at once."""
-    gX = cute.local_tile(gRow, (LANES * values,), (tile,))
-    return layouts.tiled_copy(atom(gRow, values, nbytes), values).get_slice(lane).partition_S(gX)
-
-
-def like(tXrX: cute.Tensor, tXgX: cute.Tensor) -> cute.Tensor:
-    """Registers in the order of a partition, whose values are neighbours too."""
-    return cute.make_tensor(tXrX.iterator, tXgX.layout)
+def bits_per_copy(dtype: type[cutlass.Numeric], values: int, nbytes: int) -> int:
+    """Return the bits of `nbytes`, or of all values if they are fewer."""
+    return min(8 * nbytes, values * dtype.width)

@@ -1,47 +1,75 @@
 """Multiply quantized values by their scales: load, widen, multiply, store.
 
-The layout is that of `quantize`: a thread holds 16 neighbours of a row, and reads the scale that
-they share.
+The thread-value layout is that of `quantize`: a thread holds 16 values of a row, contiguous along
+k, and reads the scale that they share.
 """
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import Float32, Int32, Uint8, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from cute_quant.contract.formats import BLOCK_GROUPS, BLOCK_ROWS, WHOLE_ROW
-from cute_quant.kernels import copy, layouts, numerics
-from cute_quant.kernels.config import DEFAULT_TILE, LANES, DequantizeSpec
-from cute_quant.kernels.heuristics import MAX_GRID_Y, MAX_GRID_Z
+from cute_quant.contract.dtypes import BLOCK_ROWS
+from cute_quant.contract.format_choices import WHOLE_ROW
+from cute_quant.kernels import copy, encodings, layouts
+from cute_quant.kernels import scales as scaling
+from cute_quant.kernels.config import (
+    DEFAULT_TILE,
+    LANES,
+    MAX_GRID_Y,
+    MAX_GRID_Z,
+    DequantizeSpec,
+)
+from cute_quant.kernels.copy import Segment
+from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
-from cute_quant.kernels.types import ELEMENT_TYPES
+from cute_quant.kernels.params import Params
 
-VALUES = DEFAULT_TILE.values_per_thread
+TILE = DEFAULT_TILE
+
+
+class Problem(Params):
+    """What the kernel reads and writes: a batch of matrices, or one of them.
+
+    Attributes:
+        q: (batch, mn, k).
+        scales: (batch, mn, groups).
+        y: (batch, mn, k).
+        num_rows: of each matrix.
+        num_row_tiles: tiles of these rows.
+    """
+
+    def __init__(self, q: Matrix, scales: cute.Tensor, y: Matrix):
+        self.q = q
+        self.scales = scales
+        self.y = y
+        self.num_rows = q.rows
+        self.num_row_tiles = Int32((self.num_rows + (TILE.rows - 1)) // TILE.rows)
+
+    def slice_batch(self, batch: Int32) -> "Problem":
+        scales = self.scales[batch, None, None]
+        return self.replace(q=self.q[batch], scales=scales, y=self.y[batch])
 
 
 class Dequantize:
-    """Launched as a programmatic dependent, as `Quantize` is."""
+    """Entry point: values and scales to their products."""
 
     def __init__(self, spec: DequantizeSpec):
         self.fmt = spec.fmt
         self.dtype = ELEMENT_TYPES[spec.dtype]
         self.access = spec.access
-        self.lanes_per_group = DEFAULT_TILE.lanes_per_group(spec.fmt.group_size)
 
     def signature(self) -> tuple:
-        """Stand-ins for the arguments: which sizes vary, and what alignment may be relied on."""
+        """Return stand-ins for the arguments, with the sizes that vary and the alignment."""
         fmt, access = self.fmt, self.access
         batch, mn = cute.sym_int32(), cute.sym_int32()
-        k = cute.sym_int32(divisibility=1 if access.ragged else VALUES)
+        k = cute.sym_int32(divisibility=1 if access.ragged else TILE.values_per_thread)
         scales = (batch, cute.sym_int32()) if fmt.blocked else (batch, mn, cute.sym_int32())
+        strides = tuple(cute.sym_int64() for _ in scales)
         return (
-            copy.fake_matrix(ELEMENT_TYPES[fmt.dtype], (batch, mn, k), access.load_bytes),
-            make_fake_tensor(
-                ELEMENT_TYPES[fmt.scale_dtype],
-                scales,
-                stride=tuple(cute.sym_int64() for _ in scales),
-            ),
+            copy.fake_matrix(encodings.value_type_of(fmt), (batch, mn, k), access.load_bytes),
+            make_fake_tensor(encodings.scale_type_of(fmt), scales, stride=strides),
             copy.fake_matrix(self.dtype, (batch, mn, k), access.store_bytes),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )
@@ -54,68 +82,67 @@ class Dequantize:
         mY: cute.Tensor,  # (batch, mn, k)
         stream: cuda.CUstream,
     ):
+        """Launch as a programmatic dependent."""
         batches, mn, k = mQ.shape
-        if const_expr(self.fmt.ue8m0 and not self.fmt.packed):
-            mS = cute.recast_tensor(mS, Uint8)
         if const_expr(self.fmt.blocked):
             groups = cute.ceil_div(k, self.fmt.group_size)
-            blocks = layouts.scales_by_block(
-                cute.round_up(mn, BLOCK_ROWS), cute.round_up(groups, BLOCK_GROUPS)
-            )
-            layout = cute.make_layout(
-                (batches, *blocks.shape), stride=(Int64(mS.stride[0]), *blocks.stride)
-            )
+            layout = layouts.batch_of_blocks(mS.layout, cute.round_up(mn, BLOCK_ROWS), groups)
             mS = cute.make_tensor(mS.iterator, layout)
-        rows = layouts.unsigned(mn)
-        row_tiles = Int32((rows + (DEFAULT_TILE.rows - 1)) // DEFAULT_TILE.rows)
-        self.kernel(Matrix(mQ), mS, Matrix(mY), rows, row_tiles).launch(
+        if const_expr(self.fmt.packed):
+            layout = layouts.bytes_of_words(mS.layout)
+            mS = cute.make_tensor(cute.recast_ptr(mS.iterator, dtype=Uint8), layout)
+        elif const_expr(self.fmt.ue8m0):
+            mS = cute.recast_tensor(mS, Uint8)
+        problem = Problem(Matrix(mQ), mS, Matrix(mY))
+        self.kernel(problem).launch(
             grid=[
-                cute.ceil_div(k, DEFAULT_TILE.columns),
-                cutlass.min(row_tiles, MAX_GRID_Y),
+                cute.ceil_div(k, TILE.columns),
+                cutlass.min(problem.num_row_tiles, MAX_GRID_Y),
                 cutlass.min(batches, MAX_GRID_Z),
             ],
-            block=[LANES, DEFAULT_TILE.rows, 1],
+            block=[LANES, TILE.rows, 1],
             stream=stream,
             use_pdl=True,
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        q: Matrix,
-        mS: cute.Tensor,  # (batch, mn, columns), also in blocks
-        y: Matrix,
-        mn: Uint32,
-        row_tiles: Int32,
-    ):
+    def kernel(self, problem: Problem):
         cute.arch.griddepcontrol_launch_dependents()
-        lane, warp, _ = cute.arch.thread_idx()
-        tile, first, z = cute.arch.block_idx()
-        _, ctas, depth = cute.arch.grid_dim()
+        _, first, z = cute.arch.block_idx()
+        _, num_row_ctas, depth = cute.arch.grid_dim()
         cute.arch.griddepcontrol_wait()
-        for batch in range(z, q.tensor.shape[0], depth):
-            for row_tile in range(first, row_tiles, ctas):
-                row = Uint32(row_tile) * DEFAULT_TILE.rows + warp
-                live = row < mn
-                gQ, gY = q[batch].row(row), y[batch].row(row)
-                tXrQ = copy.zeros(VALUES, q.tensor.element_type)
-                copy.load(gQ, tile, lane, live, tXrQ, self.access)
-                scale = Float32(0.0)
-                if live and copy.first_column(tile, lane, VALUES) < cute.size(gQ):
-                    scale = self.read_scale(mS[batch, None, None], Int32(row), tile, lane)
-                tXrY = numerics.round_to(numerics.multiply(tXrQ, scale), self.dtype)
-                copy.store(tXrY, gY, tile, lane, live, self.access)
+        for batch in range(z, problem.q.tensor.shape[0], depth):
+            for row_tile in range(first, problem.num_row_tiles, num_row_ctas):
+                self.dequantize_tile(row_tile, problem.slice_batch(batch))
 
     @cute.jit
-    def read_scale(self, mS: cute.Tensor, row: Int32, tile: Int32, lane: Int32) -> Float32:
-        """The scale of a lane's values, as float32."""
-        fmt = self.fmt
-        group = Int32(0)
-        if const_expr(fmt.group_size != WHOLE_ROW):
-            group = (tile * LANES + lane) // self.lanes_per_group
-        if const_expr(fmt.packed):
-            word = Uint32(mS[row, group // fmt.groups_per_column])
-            return numerics.float32_of_ue8m0(word >> Uint32(group % fmt.groups_per_column * 8))
-        if const_expr(fmt.ue8m0):
-            return numerics.float32_of_ue8m0(Uint32(mS[row, group]))
-        return mS[row, group]
+    def dequantize_tile(self, row_tile: Int32, problem: Problem):
+        """Load, widen, multiply and store a warp's part of a row."""
+        lane, warp, _ = cute.arch.thread_idx()
+        column_tile, _, _ = cute.arch.block_idx()
+        segment, row = Segment(column_tile, lane), Uint32(row_tile) * TILE.rows + warp
+        exists = row < problem.num_rows
+        gQ, gY = problem.q.row(row), problem.y.row(row)  # (k,) each
+
+        tXrQ = encodings.zeros(TILE.values_per_thread, gQ.element_type)  # (values,)
+        copy.load(gQ, segment, exists, tXrQ, self.access)
+        scale = Float32(0.0)
+        tXcX = copy.column_coordinates(cute.size(gQ), segment, TILE.values_per_thread)
+        if exists and tXcX[0] < cute.size(gQ):
+            scale = self.load_scale(problem.scales, Int32(row), segment)
+        tXrY = encodings.encode(encodings.multiply(tXrQ, scale), self.dtype)  # (values,)
+        copy.store(tXrY, gY, segment, exists, self.access)
+
+    @cute.jit
+    def load_scale(self, mS: cute.Tensor, row: Int32, segment: Segment) -> Float32:
+        """Load the scale of a thread's values as float32."""
+        size = self.fmt.group_size
+        if const_expr(size == WHOLE_ROW):
+            scale = mS[row, 0]
+        else:
+            _, group = layouts.lanes(TILE.lanes_per_group(size))(segment.lane)
+            groups = layouts.groups_by_tile(mS.layout, TILE.groups(size))
+            scale = mS[row, groups((group, segment.tile))]
+        if const_expr(self.fmt.ue8m0):
+            return scaling.float32_of_ue8m0(Uint32(scale))
+        return scale

@@ -1,4 +1,4 @@
-"""How a launch depends on the size of the input, by measurement.
+"""Launch shapes by the size of the input, as measured.
 
 On an H100 (132 SMs), k = 2048 and 7168, time over that of the streaming ceiling, both as
 programmatic dependents of the launch before:
@@ -20,37 +20,37 @@ from typing import NamedTuple
 
 import torch
 
-from cute_quant.contract.formats import LOAD_BYTES, WHOLE_ROW, Format, align, ceil_div
-from cute_quant.kernels.config import DEFAULT_TILE, ONE_ROW, Tile
+from cute_quant.contract.dtypes import LOAD_BYTES, align, ceil_div
+from cute_quant.contract.format_choices import WHOLE_ROW
+from cute_quant.contract.formats import Format
+from cute_quant.kernels.config import DEFAULT_TILE, MAX_GRID_Y, ONE_ROW, Tile
 
 TWO_ROWS = Tile(rows_per_thread=2)
 TWO_ROWS_FROM = 30_000
-"""Elements an SM."""
+"""Least elements for each SM from which a thread takes two rows."""
 
 SILU_TILES = {"sm_90a": Tile(values_per_thread=8, row_warps=8)}
-"""By architecture, where it is not the default. On an H100 threads of fewer values have a shorter
-way from load to store: 1.00 of the ceiling at 4096 x 2048, where the default has 1.04 and two rows
-a thread 1.08; 1.17 instead of 1.37 at one row. Blackwell loads the default's 32 bytes at once."""
+"""Tiles of gates and ups by architecture, where it is not the default. On an H100 threads of fewer
+values have a shorter way from load to store: 1.00 of the ceiling at 4096 x 2048, where the default
+has 1.04 and two rows a thread 1.08; 1.17 instead of 1.37 at one row. Blackwell loads the default's
+32 bytes at once."""
 
 MAX_WARPS = 16
-"""Of a CTA: with twice as many, threads would have too few registers for a tile and its sum."""
+"""Most warps of a CTA: with twice as many, a thread has too few registers for tile and sum."""
 WARPS_PER_NORM = 4
-"""Of a CTA at least, where rows are so short that it can have several."""
-
-MAX_GRID_Y = 65535
-MAX_GRID_Z = 65535
+"""Least warps of a CTA where rows are so short that it can have several."""
 
 RESIDENT_CTAS = 16
-"""Of an SM, which the CTAs that walk the experts of a batch should at least be."""
+"""CTAs for each SM that walk the experts of a batch, at least."""
 
 
 class Shape(NamedTuple):
-    """What a launch looks like.
+    """Shape of a launch.
 
     Attributes:
         tile: of a CTA.
         tall: whether rows are too many for one dimension of a grid.
-        row_ctas: CTAs that share the rows of all experts, where these are masked.
+        row_ctas: CTAs that share the rows of all masked experts.
     """
 
     tile: Tile
@@ -67,7 +67,7 @@ def shape(
     sms: int,
     tile: Tile | None = None,
 ) -> Shape:
-    """The launch for so many matrices of so many rows, on a GPU of so many multiprocessors.
+    """Return the launch for a batch of matrices, on a GPU with `sms` multiprocessors.
 
     Args:
         tile: the one to take, if it does not depend on the size.
@@ -90,27 +90,33 @@ def shape(
 def silu_shape(
     matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int, arch: str
 ) -> Shape:
-    """The same for gates and ups, on a GPU of this architecture."""
+    """Return the launch for gates and ups on an architecture."""
     tile = SILU_TILES.get(arch, DEFAULT_TILE)
     return shape(matrices, rows, k, fmt, masked, sms, tile)
 
 
 class NormShape(NamedTuple):
-    """The same of a launch whose CTAs hold whole rows, which are never too many.
+    """Shape of a launch whose CTAs hold whole rows, which are never too many.
 
     Attributes:
-        warps: tiles of a row in a thread, and the most warps that share a row.
+        tile, tall, row_ctas: as of a `Shape`.
+        tiles_per_thread: tiles of a row in the registers of a thread.
+        max_warps: the most warps that share a row.
     """
 
     tile: Tile
     tall: bool
     row_ctas: int
-    warps: tuple[int, int]
+    tiles_per_thread: int
+    max_warps: int
 
 
 def norm_shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int) -> NormShape:
-    """The same for rows that are normalized, by as many warps as their tiles: fewer warps with two
-    tiles each, or several rows in a CTA, were slower at every size (k = 2048 and 7168)."""
+    """Return the launch for rows that are normalized, by as many warps as a row has tiles.
+
+    Fewer warps with two tiles each, or several rows in a CTA, were slower at every size (k = 2048
+    and 7168).
+    """
     unit = 1 if fmt.group_size == WHOLE_ROW else fmt.group_size * fmt.groups_per_unit
     columns = ceil_div(align(k, unit), DEFAULT_TILE.columns)
     tiles_per_thread, max_warps = 1, MAX_WARPS
@@ -122,9 +128,9 @@ def norm_shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms:
     row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)
     slots = min(ceil_div(RESIDENT_CTAS * sms, max(matrices, 1)), row_tiles)
     row_ctas = min(matrices * slots, MAX_GRID_Y)
-    return NormShape(tile, False, row_ctas, (tiles_per_thread, max_warps))
+    return NormShape(tile, False, row_ctas, tiles_per_thread, max_warps)
 
 
 def store_bytes(tile: Tile, dtype: torch.dtype) -> int:
-    """What a thread stores at once of results of a dtype."""
+    """Return how many bytes of results of a dtype a thread stores at once."""
     return min(tile.values_per_thread * dtype.itemsize, LOAD_BYTES)

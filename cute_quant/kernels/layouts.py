@@ -1,9 +1,9 @@
 """Every layout of the package, as CuTe layout algebra.
 
-By default a thread holds 16 neighbours of a row (32 bytes of bf16 or fp16), so a group of 128 is an
-octet of lanes and a warp holds 512 columns of a row: four groups, whose four scale bytes make one
-packed word. A CTA stacks four warps, each with a row, or with some neighbouring rows, of its own.
-`specs.Tile` has these numbers.
+By default a thread holds 16 values of a row, contiguous along k (32 bytes of bf16 or fp16). So a
+group of 128 is held by 8 lanes, and a warp has 512 columns of a row: four groups, whose four scale
+bytes make one packed word. A CTA stacks four warps, each with a row, or with some rows that follow
+each other. `config.Tile` has these numbers.
 
     columns        0 .. 127      128 .. 255     256 .. 383     384 .. 511
     row 0    lane  0 ..   7      8 ..  15      16 ..  23      24 ..  31      warp 0
@@ -11,9 +11,8 @@ packed word. A CTA stacks four warps, each with a row, or with some neighbouring
     row 2    lane  0 ..   7      8 ..  15      16 ..  23      24 ..  31      warp 2
     row 3    lane  0 ..   7      8 ..  15      16 ..  23      24 ..  31      warp 3
 
-A group of another size takes as many lanes as hold it, a whole row all of them. A row's offset in
-memory is computed first, with 64 bits; within the row a tiled copy, lanes times values, says who
-holds what.
+A group of another size takes as many lanes as hold it, a whole row all of them. The offset of a row
+in memory is computed first, with 64 bits; within the row a tiled copy has lanes and values.
 
 These functions build layouts where a kernel is traced, or in any other MLIR context.
 """
@@ -23,7 +22,8 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint8, Uint32, Uint64
 
-from cute_quant.contract.formats import BLOCK_GROUPS, BLOCK_ROWS, BYTES_PER_WORD
+from cute_quant.contract.dtypes import BLOCK_GROUPS, BLOCK_ROWS, BYTES_PER_WORD
+from cute_quant.contract.formats import Format
 from cute_quant.kernels.config import DOWN, LANES, Tile
 from cute_quant.kernels.params import Params
 
@@ -32,14 +32,17 @@ BLOCK_LANES = 32
 
 
 def tiled_copy(atom: cute.CopyAtom, values_per_thread: int) -> cute.TiledCopy:
-    """A warp's copy of its part of a row: lane -> ``32 : values``, value -> ``values : 1``."""
+    """Return a warp's copy of its tile of a row: (lane, value) -> column, ``(32, v) : (v, 1)``.
+
+    These are the columns of `thread_value`, whatever the groups.
+    """
     return cute.make_tiled_copy_tv(
         atom, cute.make_layout(LANES), cute.make_layout(values_per_thread)
     )
 
 
 def warps(tile: Tile) -> cute.Layout:
-    """Warp of a CTA -> (its first row, its tile of columns) among those of the CTA.
+    """Return the layout warp of a CTA -> (its first row, its tile of columns), both in the CTA.
 
     ``(row_warps, column_warps) : (rows_per_thread@0, 1@1)``, in the order of the tile. A mode of
     one warp has stride 0: its index is not asked for.
@@ -52,30 +55,34 @@ def warps(tile: Tile) -> cute.Layout:
     return cute.make_layout(shape, stride=stride)
 
 
-def place_in_group(lane: Int32 | int, lanes_per_group: int) -> tuple:
-    """Which of its group's lanes a lane is, and which of the warp's groups that is."""
-    return lane % lanes_per_group, lane // lanes_per_group
+def thread_value(tile: Tile, group_size: int) -> cute.Layout:
+    """Return the layout (lane, value) -> (row, column) of a warp's tile.
+
+    ``((lanes of a group, groups), (values, rows)) : ((values@1, group_size@1), (1@1, 1@0))``
+    """
+    lanes, values = tile.lanes_per_group(group_size), tile.values_per_thread
+    return cute.make_layout(
+        ((lanes, tile.groups(group_size)), (values, tile.rows_per_thread)),
+        stride=((values * cute.E(1), lanes * values * cute.E(1)), (cute.E(1), cute.E(0))),
+    )
 
 
-def scale_unit(
-    tile: Int32 | int, group: Int32 | int, groups_per_tile: int, groups_per_column: int
-) -> tuple:
-    """Column and byte of the MN-major scale of a warp's group: a tile has some columns to itself,
-    or its share of one."""
-    if groups_per_tile % groups_per_column == 0:
-        column = tile * (groups_per_tile // groups_per_column) + group // groups_per_column
-        return column, group % groups_per_column
-    tiles_per_column = groups_per_column // groups_per_tile
-    return tile // tiles_per_column, tile % tiles_per_column * groups_per_tile + group
+def lanes(lanes_per_group: int) -> cute.Layout:
+    """Return the layout lane of a warp -> (lane of its group, group of the warp).
+
+    ``(lanes of a group, groups) : (1@0, 1@1)``. The scale of a thread's row i is stored by lane i
+    of the group, so this is also lane -> (row of the thread, group) of the scale that it stores.
+    """
+    shape = lanes_per_group, LANES // lanes_per_group
+    return cute.make_layout(shape, stride=(cute.E(0), cute.E(1)))
 
 
 class Matrix(Params):
     """A tensor (..., rows, columns), rows contiguous, as an argument of a kernel.
 
     Attributes:
-        tensor: the tensor.
-        row_bytes: from a row to the next. An argument of its own, so that it is computed once,
-            before a launch.
+        row_bytes: from a row to the next. It is an argument of its own, so that it is computed
+            once, before a launch.
     """
 
     def __init__(self, tensor: cute.Tensor, row_bytes: Uint32 | None = None):
@@ -89,20 +96,20 @@ class Matrix(Params):
         return unsigned(self.tensor.shape[-2])
 
     def __getitem__(self, batch: Int32) -> Matrix:
-        """One of a batch."""
+        """Return one matrix of a batch."""
         return Matrix(self.tensor[batch, None, None], self.row_bytes)
 
     def row(
-        self, number: Int32 | Uint32, columns: Int32 | None = None, first: Int32 | int = 0
+        self, index: Int32 | Uint32, columns: Int32 | None = None, first: Int32 | int = 0
     ) -> cute.Tensor:
-        """A row, (columns,), all of it by default; rows start and `first` lies at a multiple of the
-        alignment of the tensor.
+        """Return a row, (columns,), from column `first` on; all of it by default.
 
-        Its offset is one product of 32-bit numbers to 64 bits, where a layout would multiply
-        64-bit numbers or overflow 32.
+        Rows start, and `first` lies, at a multiple of the alignment of the tensor. The offset is
+        one product of 32-bit numbers to 64 bits. This saves 3 instructions over a layout's
+        ``m[index, None]``, which multiplies 64-bit numbers, or overflows 32.
         """
         m = self.tensor
-        offset = Int64(Uint64(Uint32(number)) * Uint64(self.row_bytes))
+        offset = Int64(Uint64(Uint32(index)) * Uint64(self.row_bytes))
         if not isinstance(first, int) or first:
             offset = offset + Int64(first) * (m.element_type.width // 8)
         offset = cute.assume(offset, divby=m.iterator.alignment)
@@ -114,57 +121,96 @@ class Matrix(Params):
 
 
 def unsigned(size: Int32 | int) -> Uint32:
-    """A size as a number of its own: sizes and strides of tensors, and what a layout gives, count
-    as signed in what is computed from them, and 2^31 rows, or one past them, are not."""
+    """Return a size or an index as unsigned.
+
+    Sizes and strides of tensors, and what a layout returns, make all that is computed from them
+    signed. 2^31 rows, or one past them, are not.
+    """
     return Uint32(Int64(size))
 
 
-def scales_by_column(rows: Int32 | int, columns: Int32 | int) -> cute.Layout:
-    """(row, column) -> element of MN-major scales: ``(rows, columns) : (1, rows)``.
+def scales(fmt: Format, rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
+    """Return the layout (row, group) -> (byte of an element, element) of a matrix's scales.
 
-    `rows` counts the padding. An element is a float32, or a word of four UE8M0 bytes.
+    Args:
+        rows: with padding.
+        groups: with the padding of blocks.
     """
-    return cute.make_layout((rows, columns), stride=(1, rows))
+    if fmt.mn_major:
+        columns = cute.ceil_div(groups, fmt.groups_per_column)
+        return scales_by_column(rows, columns, fmt.groups_per_column)
+    return scales_by_block(rows, groups) if fmt.blocked else scales_by_row(rows, groups)
 
 
-def scales_by_row(rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
-    """(row, group) -> element of row-major scales: ``(rows, groups) : (groups, 1)``."""
-    return cute.make_layout((rows, groups), stride=(_wide(groups), 1))
+def scales_by_column(
+    rows: Int32 | int, columns: Int32 | int, groups_per_column: int
+) -> cute.Layout:
+    """Return the layout (row, group) -> (byte of an element, element) of MN-major scales.
 
+    ``(rows, (groups_per_column, columns)) : (1@1, (1@0, rows@1))``
 
-def scales_by_block(rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
-    """(row, group) -> byte of scales in blocks of 128 rows and 4 groups.
-
-    ``((32, 4, rows / 128), (4, groups / 4)) : ((16, 4, 128 groups), (1, 512))``
+    An element is a float32, or a word of four UE8M0 bytes. Its index has 32 bits, which hold all
+    elements of a matrix (`checks` sees to it) but count as signed: see `unsigned`.
     """
-    block = BLOCK_ROWS * BLOCK_GROUPS
-    interleaved = BLOCK_ROWS // BLOCK_LANES
     return cute.make_layout(
-        (
-            (BLOCK_LANES, interleaved, rows // BLOCK_ROWS),
-            (BLOCK_GROUPS, groups // BLOCK_GROUPS),
-        ),
-        stride=(
-            (interleaved * BLOCK_GROUPS, BLOCK_GROUPS, BLOCK_ROWS * _wide(groups)),
-            (1, block),
-        ),
+        (rows, (groups_per_column, columns)),
+        stride=(cute.E(1), (cute.E(0), rows * cute.E(1))),
     )
 
 
-def scale_element(rows: Uint32, row: Uint32, column: Int32) -> Uint32:
-    """Index into MN-major scales of so many rows, as `scales_by_column` has it.
+def scales_by_row(rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
+    """Return the layout (row, group) -> (0, element) of row-major scales.
 
-    With 32 bits, which hold all indices into one matrix: `checks` sees to it.
+    ``(rows, groups) : (groups@1, 1@1)``
     """
-    return Uint32(column) * rows + row
+    return cute.make_layout((rows, groups), stride=(_wide(groups) * cute.E(1), cute.E(1)))
 
 
-def scale_bytes(m: cute.Tensor, element: Uint32) -> cute.Tensor:
-    """The bytes of one element of MN-major scales, (4,)."""
-    start = cute.recast_ptr(m.iterator + Int64(Uint64(element)), dtype=Uint8)
-    return cute.make_tensor(start, cute.make_layout(BYTES_PER_WORD))
+def scales_by_block(rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
+    """Return the layout (row, group) -> (0, byte) of scales in blocks of 128 rows and 4 groups.
+
+    ``((32, 4, rows / 128), (4, groups / 4)) : ((16@1, 4@1, 128 groups@1), (1@1, 512@1))``
+    """
+    shape, stride = blocks(rows, groups)
+    return cute.make_layout(shape, stride=tuple(tuple(s * cute.E(1) for s in m) for m in stride))
+
+
+def blocks(rows: Int32 | int, groups: Int32 | int) -> tuple[tuple, tuple]:
+    """Return shape and strides of scales in blocks of 128 rows and 4 groups."""
+    interleaved = BLOCK_ROWS // BLOCK_LANES
+    rows_shape = BLOCK_LANES, interleaved, rows // BLOCK_ROWS
+    rows_stride = interleaved * BLOCK_GROUPS, BLOCK_GROUPS, BLOCK_ROWS * _wide(groups)
+    groups_shape = BLOCK_GROUPS, groups // BLOCK_GROUPS
+    return (rows_shape, groups_shape), (rows_stride, (1, BLOCK_ROWS * BLOCK_GROUPS))
+
+
+def groups_by_tile(scales: cute.Layout, groups_per_tile: int) -> cute.Layout:
+    """Return the layout (group of a warp's tile, tile) -> coordinate of the group in `scales`.
+
+    Such as ``(4, columns) : (1@0, 1@1)``, to (byte, column), where a tile has a packed word. The
+    coordinate comes first, so that a column is multiplied with its stride once.
+    """
+    return cute.logical_divide(cute.make_identity_layout(scales.shape[1]), groups_per_tile)
+
+
+def bytes_of_words(words: cute.Layout) -> cute.Layout:
+    """Return (batch, row, group) -> byte for a layout (batch, row, column) -> word of four.
+
+    ``(batches, rows, (4, columns)) : (4 stride, 4 stride, (1, 4 stride))``
+    """
+    *shape, columns = words.shape
+    *strides, stride = (Int64(step) * BYTES_PER_WORD for step in words.stride)
+    return cute.make_layout((*shape, (BYTES_PER_WORD, columns)), stride=(*strides, (1, stride)))
+
+
+def batch_of_blocks(matrices: cute.Layout, rows: Int32, groups: Int32) -> cute.Layout:
+    """Return (batch, row, group) -> byte for a layout (batch, byte) of scales in blocks."""
+    groups = cute.round_up(groups, BLOCK_GROUPS)
+    shape, stride = blocks(rows, groups)
+    batches, batch_stride = matrices.shape[0], Int64(matrices.stride[0])
+    return cute.make_layout((batches, *shape), stride=(batch_stride, *stride))
 
 
 def _wide(size: Int32 | int) -> Int64 | int:
-    """A stride whose multiples exceed 32 bits; a static size stays static."""
+    """Return a size as a stride whose multiples exceed 32 bits; a static one stays static."""
     return size if isinstance(size, int) else Int64(size)

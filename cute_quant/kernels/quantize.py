@@ -1,12 +1,14 @@
 """Quantize rows in groups: load, reduce, scale, quantize, store.
 
-A thread holds 16 neighbours of a row in registers, from its load to its store, and as many of
-each of some rows that follow each other. Eight threads hold a group of 128 and find its amax in
-three shuffles; all of them know its scale, and one writes it. `layouts` draws who holds what.
-Where a whole row is the group, a warp goes over it twice.
+A thread holds 16 values of a row, contiguous along k, in registers from its load to its store, and
+as many of each of its other rows. Eight threads hold a group of 128 and find its amax in three
+shuffles; all of them know its scale, and one writes it. `layouts` draws the thread-value layout.
+Where a whole row is the group, a warp passes over it twice.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -14,146 +16,191 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
-from cute_quant.kernels import copy, layouts, numerics
-from cute_quant.kernels.config import LANES, QuantizeSpec
+from cute_quant.kernels import copy, encodings, layouts
+from cute_quant.kernels import scales as scaling
+from cute_quant.kernels.config import LANES, QuantizeSpec, SiluMulSpec
+from cute_quant.kernels.copy import Segment
+from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
-from cute_quant.kernels.scheduler import Results, RowKernel
-from cute_quant.kernels.stage import Stage
-from cute_quant.kernels.types import ELEMENT_TYPES
+from cute_quant.kernels.params import Params
+from cute_quant.kernels.problem import Operands, Problem
+from cute_quant.kernels.row_domains import Row, select_rows
+from cute_quant.kernels.scales import GroupScale
+from cute_quant.kernels.scheduler import Scheduler
+from cute_quant.kernels.stage import Rows, Stage
 
 
-class ColumnTiles(RowKernel):
-    """Warps that go their ways: each has a tile of the columns of its rows, or whole rows.
+class GroupQuantizer:
+    """Quantizes what a prologue yields; its warps tile rows and columns independently.
 
-    A subclass says in `load` what of a row a lane holds, and in `values` what it makes of that.
+    Args:
+        encode: (values, scale of their group) -> registers to be stored in q.
     """
 
-    def columns(self, k: Int32) -> tuple:
-        """CTAs beside each other, threads of a CTA, and further limits of the launch."""
-        tile = self.stage.tile
-        block = [LANES, *layouts.warps(tile).shape]
-        if const_expr(self.stage.whole_row):
-            return 1, block, {}
-        return cute.ceil_div(self.stage.tiles(k), tile.column_warps), block, {}
+    def __init__(
+        self,
+        spec: QuantizeSpec | SiluMulSpec,
+        stage: Stage,
+        encode: Callable[[cute.Tensor, GroupScale], cute.Tensor],
+    ):
+        self.spec = spec
+        self.stage = stage
+        self.encode = encode
+        self.scheduler = Scheduler(spec, stage)
+
+    def launch(self, prologue: Params, operands: Operands, stream: cuda.CUstream):
+        stage, tile = self.stage, self.stage.tile
+        problem = self.scheduler.problem(prologue, operands)
+        num_column_ctas = 1
+        if const_expr(not stage.whole_row):
+            num_column_ctas = cute.ceil_div(stage.tiles(problem.k), tile.column_warps)
+        self.kernel(problem).launch(
+            grid=self.scheduler.grid(problem, operands, num_column_ctas),
+            block=[LANES, *layouts.warps(tile).shape],
+            stream=stream,
+            use_pdl=self.spec.pdl,
+        )
+
+    @cute.kernel
+    def kernel(self, problem: Problem):
+        self.scheduler.for_each_tile(problem, self.quantize_tile)
 
     @cute.jit
-    def quantize_rows(
-        self,
-        row_tile: Int32,
-        inputs: tuple,
-        results: Results,
-        mCounts: cute.Tensor | None,
-        mIndex: cute.Tensor | None,
-        alignment: Int32,
-        limit: Uint32 | Float32,
-    ):
-        """A warp's rows of a tile of rows, and its tile of their columns."""
-        stage = self.stage
-        lane, *warp = cute.arch.thread_idx()
-        column_cta, _ = self.place()
-        row, tile = layouts.warps(stage.tile)(tuple(warp))
-        tile = column_cta * stage.tile.column_warps + Int32(layouts.unsigned(tile))
-        count = stage.tile.rows_per_thread
-        first_row = Uint32(row_tile) * stage.tile.rows + layouts.unsigned(row)
-        numbers = [first_row + i for i in range(count)]
-        tokens = inputs[0].rows
-        domain = results.live_rows, mCounts, mIndex, alignment
-        live, sources = self.select(numbers, tokens, *domain)
-        k = results.q.tensor.shape[1]
-        sources = [
-            self.source(inputs, of, number, here, k)
-            for of, number, here in zip(sources, numbers, live, strict=True)
-        ]
-        rows = [results.q.row(number) for number in numbers]
-        written = [number < results.q_rows for number in numbers]
-        scales = []
+    def quantize_tile(self, row_tile: Int32, problem: Problem):
+        """Load, reduce, scale, quantize and store a warp's part of a tile of rows."""
+        stage, k = self.stage, problem.k
+        segment, row_indices = self.thread_tile(row_tile)
+        rows = select_rows(problem, self.spec.domain, row_indices)
+        inputs = [problem.prologue.row(row, k) for row in rows]
+        gQ = [problem.q.row(row.index) for row in rows]  # (k,) each
+
+        row_scales = []
         if const_expr(stage.whole_row):
-            scales = [
-                self.quantize_row(inputs, sources[0], live[0], rows[0], written[0], lane, limit)
-            ]
+            row_scales = [self.quantize_row(rows[0], inputs[0], gQ[0], problem)]
         else:
-            raw = [self.load(sources[i], tile, lane, live[i]) for i in range(count)]
-            for i in cutlass.range_constexpr(count):
-                tXrX = self.values(inputs, sources[i], raw[i])
-                scale = stage.scale(stage.group_amax(numerics.amax(tXrX)), limit)
-                self.store(tXrX, scale, rows[i], tile, lane, written[i])
-                scales.append(scale)
-        if const_expr(results.scales is not None):
-            scale_rows = results.scale_rows
-            if const_expr(stage.tile.column_warps > 1):
-                # Some warps of the last CTA may be past all columns of scales.
-                if const_expr(scale_rows is None):
-                    scale_rows = results.scales.rows
-                scale_rows = scale_rows if tile < stage.tiles(k) else Uint32(0)
-            stage.store_scales(
-                results.scales,
-                scales,
-                numbers,
-                results.live_rows,
-                tile,
-                lane,
-                k,
-                live if const_expr(self.spec.domain.selects) else None,
-                scale_rows,
-            )
+            tXrX = [row.load(segment) for row in inputs]  # (values,) of each row
+            for i in cutlass.range_constexpr(len(rows)):
+                tXrV = inputs[i].values(tXrX[i])  # (values,)
+                amax = stage.group_amax(scaling.thread_amax(tXrV))
+                scale = stage.scale(amax, problem.scale_bound)
+                tXrQ = self.encode(tXrV, scale)  # (values,)
+                copy.store(tXrQ, gQ[i], segment, rows[i].in_bounds, self.spec.access)
+                row_scales.append(scale)
+        if const_expr(problem.scales is not None):
+            self.store_scales(rows, row_scales, segment, problem)
 
     @cute.jit
     def quantize_row(
-        self,
-        inputs: tuple,
-        source: tuple,
-        live: Boolean,
-        row: cute.Tensor,
-        written: Boolean,
-        lane: Int32,
-        limit: Uint32 | Float32,
-    ):
-        """All of a row, by one warp; returns its scale."""
-        stage = self.stage
-        tiles = cute.ceil_div(cute.size(row), stage.tile.columns)
+        self, row: Row, source: Params, gQ: cute.Tensor, problem: Problem
+    ) -> GroupScale:
+        """Do so for all of a row that is one group, by one warp, and return its scale."""
+        stage, lane = self.stage, cute.arch.lane_idx()
+        tiles = cute.ceil_div(problem.k, stage.tile.columns)
         amax = Uint32(0)
         for i in range(tiles):
-            tXrX = self.values(inputs, source, self.load(source, i, lane, live))
-            amax = numerics.max_of(stage.dtype)(amax, numerics.amax(tXrX))
-        scale = stage.scale(stage.group_amax(amax), limit)
+            tXrV = source.values(source.load(Segment(i, lane)))
+            amax = scaling.larger(stage.dtype)(amax, scaling.thread_amax(tXrV))
+        scale = stage.scale(stage.group_amax(amax), problem.scale_bound)
         for i in range(tiles):
-            tXrX = self.values(inputs, source, self.load(source, i, lane, live))
-            self.store(tXrX, scale, row, i, lane, written)
+            tXrV = source.values(source.load(Segment(i, lane)))
+            tXrQ = self.encode(tXrV, scale)
+            copy.store(tXrQ, gQ, Segment(i, lane), row.in_bounds, self.spec.access)
         return scale
 
+    def thread_tile(self, row_tile: Int32) -> tuple[Segment, list[Uint32]]:
+        """Return the thread's segment of its warp's tile, and the indices of its rows."""
+        tile = self.stage.tile
+        lane, *warp = cute.arch.thread_idx()
+        column_cta, _ = self.scheduler.cta_coordinates()
+        row, column_tile = layouts.warps(tile)(tuple(warp))
+        column_tile = column_cta * tile.column_warps + Int32(layouts.unsigned(column_tile))
+        first_row = Uint32(row_tile) * tile.rows + layouts.unsigned(row)
+        thread_value = layouts.thread_value(tile, self.spec.fmt.group_size)
+        rows = [thread_value((0, (0, i)))[0] for i in range(tile.rows_per_thread)]
+        return Segment(column_tile, lane), [first_row + row for row in rows]
+
     @cute.jit
-    def store(
-        self,
-        tXrX: cute.Tensor,
-        scale: Uint32 | Float32,
-        row: cute.Tensor,
-        tile: Int32,
-        lane: Int32,
-        written: Boolean,
+    def store_scales(
+        self, rows: list[Row], row_scales: list[GroupScale], segment: Segment, problem: Problem
     ):
-        """A lane's values over their scale to a tile of a row of the result."""
-        copy.store(self.stage.values(tXrX, scale), row, tile, lane, written, self.spec.access)
+        """Store the scales of the thread's rows."""
+        stage, scales = self.stage, problem.scales
+        if const_expr(stage.tile.column_warps > 1):
+            # Some warps of the last CTA may be past all columns of scales.
+            written_rows = scales.written_rows
+            if const_expr(written_rows is None):
+                written_rows = scales.rows
+            written_rows = written_rows if segment.tile < stage.tiles(problem.k) else Uint32(0)
+            scales = scales.replace(written_rows=written_rows)
+        exist = None
+        if const_expr(self.spec.domain.selects):
+            exist = [row.exists for row in rows]
+        scale_rows = Rows([row.index for row in rows], problem.num_rows, exist)
+        stage.store_scales(scales, scale_rows, row_scales, segment, problem.k)
 
 
-class Quantize(ColumnTiles):
-    """What a lane loads is what it quantizes."""
+class Input(Params):
+    """The prologue of values that are quantized as they are.
+
+    Attributes:
+        x: (mn, k) or (batch, mn, k), or (tokens, k) with an index.
+    """
+
+    static = ("spec",)
+
+    def __init__(self, x: Matrix, spec: QuantizeSpec):
+        self.x = x
+        self.spec = spec
+
+    def slice_batch(self, batch: Int32, gathered: bool) -> Input:
+        return self if gathered else self.replace(x=self.x[batch])
+
+    def row(self, row: Row, k: Int32) -> InputRow:
+        return InputRow(self.x.row(row.source, k), row.exists, self.spec)
+
+
+class InputRow(Params):
+    """A row of x, (k,)."""
+
+    static = ("spec",)
+
+    def __init__(self, gX: cute.Tensor, predicate: Boolean, spec: QuantizeSpec):
+        self.gX = gX
+        self.predicate = predicate
+        self.spec = spec
+
+    def load(self, segment: Segment) -> cute.Tensor:
+        """Load a thread's segment, (values,), zeros where there is nothing."""
+        tXrX = encodings.zeros(self.spec.tile.values_per_thread, self.gX.element_type)
+        copy.load(self.gX, segment, self.predicate, tXrX, self.spec.access)
+        return tXrX
+
+    def values(self, tXrX: cute.Tensor) -> cute.Tensor:
+        """Return the values to be quantized, (values,)."""
+        return tXrX
+
+
+class Quantize:
+    """Entry point: x to values and scales, or to their products in x's dtype."""
 
     def __init__(self, spec: QuantizeSpec):
-        super().__init__(spec, Stage(ELEMENT_TYPES[spec.dtype], spec.fmt, spec.tile))
+        self.spec = spec
+        self.dtype = ELEMENT_TYPES[spec.dtype]
+        self.stage = Stage(self.dtype, spec.fmt, spec.tile)
+        encode = self.encode_and_decode if spec.fake else self.stage.encode
+        self.quantizer = GroupQuantizer(spec, self.stage, encode)
 
     def signature(self) -> tuple:
-        """Stand-ins for the arguments: which sizes vary, and what alignment may be relied on."""
-        spec = self.spec
-        batch, mn, q_rows = self.batch(), cute.sym_int32(), cute.sym_int32()
-        tokens = cute.sym_int32() if spec.domain.gathered else mn
-        k = cute.sym_int32(divisibility=self.divisibility)
-        leading = () if spec.domain.gathered else batch
-        dtype = self.dtype if spec.fake else ELEMENT_TYPES[spec.fmt.dtype]
-        mX = copy.fake_matrix(self.dtype, (*leading, tokens, k), spec.access.load_bytes)
-        mQ = copy.fake_matrix(dtype, (*batch, q_rows, k), spec.access.store_bytes)
-        mS, *others = self.stand_ins(batch, mn)
-        scales = None if spec.fake else mS
-        return mX, mQ, scales, *others, make_fake_stream(use_tvm_ffi_env_stream=True)
+        """Return stand-ins for the arguments, with the sizes that vary and the alignment."""
+        spec, scheduler = self.spec, self.quantizer.scheduler
+        sizes = scheduler.symbolic_sizes()
+        shape = (*sizes.x_batch, sizes.tokens, sizes.k)
+        mX = copy.fake_matrix(self.dtype, shape, spec.access.load_bytes)
+        q_dtype = self.dtype if spec.fake else encodings.value_type_of(spec.fmt)
+        operands = scheduler.fake_operands(sizes, q_dtype)
+        if spec.fake:
+            operands = operands._replace(mS=None)
+        return mX, *operands, make_fake_stream(use_tvm_ffi_env_stream=True)
 
     @cute.jit
     def __call__(
@@ -169,38 +216,14 @@ class Quantize(ColumnTiles):
         floor: Int32 | Float32,
         stream: cuda.CUstream,
     ):
-        """See `RowKernel.launch` for what comes after x."""
-        numbers = missing_rows, alignment, row_ctas, floor
-        self.launch((Matrix(mX),), mQ, mS, mCounts, mIndex, *numbers, stream)
+        """Launch. `Operands` describes what comes after x."""
+        operands = Operands(mQ, mS, mCounts, mIndex, missing_rows, alignment, row_ctas, floor)
+        self.quantizer.launch(Input(Matrix(mX), self.spec), operands, stream)
 
-    def source(
-        self, inputs: tuple, row: Uint32, number: Uint32, live: Boolean, k: Int32
-    ) -> cute.Tensor:
-        """What `load` reads of a row of x, row `number` of the result."""
-        return inputs[0].row(row, k)
-
-    def load(self, source: cute.Tensor, tile: Int32, lane: Int32, live: Boolean) -> cute.Tensor:
-        """What a lane loads, zeros where there is nothing."""
-        tXrX = copy.zeros(self.stage.tile.values_per_thread, self.dtype)
-        copy.load(source, tile, lane, live, tXrX, self.spec.access)
-        return tXrX
-
-    def values(self, inputs: tuple, source: cute.Tensor, raw: cute.Tensor) -> cute.Tensor:
-        """What is quantized, (values,)."""
-        return raw
-
-    @cute.jit
-    def store(
-        self,
-        tXrX: cute.Tensor,
-        scale: Uint32 | Float32,
-        row: cute.Tensor,
-        tile: Int32,
-        lane: Int32,
-        written: Boolean,
-    ):
-        tXrQ = self.stage.values(tXrX, scale)
-        if const_expr(self.spec.fake):
-            products = numerics.multiply(tXrQ, numerics.float32_of(scale, self.spec.fmt))
-            tXrQ = numerics.round_to(products, self.dtype)
-        copy.store(tXrQ, row, tile, lane, written, self.spec.access)
+    def encode_and_decode(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
+        """Return the products of values and scale in x's dtype, (values,)."""
+        tXrQ = self.stage.encode(tXrX, scale)
+        factor = scale.scale
+        if self.spec.fmt.power_of_two:
+            factor = scaling.float32_of_multiplier(scale.multiplier, self.spec.fmt.ue8m0)
+        return encodings.encode(encodings.multiply(tXrQ, factor), self.dtype)

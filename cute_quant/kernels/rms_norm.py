@@ -1,9 +1,9 @@
 """RMSNorm of rows, quantized in the same registers: load, add, reduce, normalize, quantize, store.
 
-A row lies in the registers of the warps of a CTA, so memory is passed over once: a warp has a tile
-of its columns, or several, ``warps`` tiles apart. Each warp sums the squares of its values and
-leaves the sum in shared memory; behind the one barrier all of them add up the sums. With a
-residual, x + residual is what gets normalized, and is written.
+A row lies in the registers of the warps of a CTA, so memory is passed over once. A warp has a tile
+of the row's columns, or several, ``warps`` tiles apart. Each warp sums the squares of its values
+and stores this partial sum in shared memory; behind the one barrier all warps add up the partial
+sums. With a residual, x + residual is what gets normalized, and is written.
 """
 
 from __future__ import annotations
@@ -16,42 +16,94 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from cute_quant.kernels import copy, numerics
+from cute_quant.kernels import arithmetic, copy, encodings
+from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.config import LANES, RmsNormSpec
+from cute_quant.kernels.copy import Segment
+from cute_quant.kernels.encodings import ELEMENT_TYPES, registers
 from cute_quant.kernels.layouts import Matrix
-from cute_quant.kernels.scheduler import Results, RowKernel
-from cute_quant.kernels.stage import Stage
-from cute_quant.kernels.types import ELEMENT_TYPES
+from cute_quant.kernels.params import Params
+from cute_quant.kernels.problem import Operands, Problem
+from cute_quant.kernels.row_domains import Row, select_rows
+from cute_quant.kernels.scales import GroupScale
+from cute_quant.kernels.scheduler import Scheduler
+from cute_quant.kernels.stage import Rows, Stage
+
+EARLY_WEIGHTS = 2
+"""Tiles of a thread up to which it loads the weights with the row; more fill its registers."""
 
 
-class RmsNorm(RowKernel):
-    """What is quantized is ``r * rsqrt(mean(r^2) + eps) * (weight + offset)``."""
+class NormInput(Params):
+    """What RMSNorm reads, and what it writes beside the quantized values.
+
+    Attributes:
+        x: (mn, k) or (batch, mn, k), or (tokens, k) with an index.
+        residual: to be added to x, or None.
+        sum: takes x + residual, or None; may be the residual.
+        normalized: takes what gets quantized, or None.
+        weight: (k,).
+        eps: added to the mean of squares.
+        offset: added to the weight.
+        reciprocal: of k.
+    """
+
+    def __init__(
+        self,
+        *,
+        x: Matrix,
+        residual: Matrix | None,
+        sum: Matrix | None,
+        normalized: Matrix | None,
+        weight: cute.Tensor,
+        eps: Float32,
+        offset: Float32,
+        reciprocal: Float32,
+    ):
+        self.x = x
+        self.residual = residual
+        self.sum = sum
+        self.normalized = normalized
+        self.weight = weight
+        self.eps = eps
+        self.offset = offset
+        self.reciprocal = reciprocal
+
+    def slice_batch(self, batch: Int32, gathered: bool) -> NormInput:
+        if gathered:
+            return self
+        matrices = ("x", "residual", "sum", "normalized")
+        present = {name: getattr(self, name) for name in matrices}
+        return self.replace(**{name: m and m[batch] for name, m in present.items()})
+
+
+class RmsNorm:
+    """Entry point: x to values and scales of ``r * rsqrt(mean(r^2) + eps) * (weight + offset)``."""
 
     def __init__(self, spec: RmsNormSpec):
-        dtype = ELEMENT_TYPES[spec.dtype]
-        super().__init__(spec, Stage(dtype if spec.unfused else Float32, spec.fmt, spec.tile))
+        self.spec = spec
+        self.dtype = ELEMENT_TYPES[spec.dtype]
         self.weight_dtype = ELEMENT_TYPES[spec.weight_dtype]
+        self.stage = Stage(self.dtype if spec.unfused else Float32, spec.fmt, spec.tile)
+        self.scheduler = Scheduler(spec, self.stage)
 
     def signature(self) -> tuple:
-        """Stand-ins for the arguments: which sizes vary, and what alignment may be relied on."""
-        spec = self.spec
+        """Return stand-ins for the arguments, with the sizes that vary and the alignment."""
+        spec, sizes = self.spec, self.scheduler.symbolic_sizes()
         nbytes = spec.access.load_bytes
-        batch, mn, q_rows = self.batch(), cute.sym_int32(), cute.sym_int32()
-        tokens = cute.sym_int32() if spec.domain.gathered else mn
-        leading = () if spec.domain.gathered else batch
-        k = cute.sym_int32(divisibility=self.divisibility)
 
-        def matrix(there: bool = True) -> cute.Tensor | None:
-            return copy.fake_matrix(self.dtype, (*leading, tokens, k), nbytes) if there else None
+        def matrix(present: bool = True) -> cute.Tensor | None:
+            shape = (*sizes.x_batch, sizes.tokens, sizes.k)
+            return copy.fake_matrix(self.dtype, shape, nbytes) if present else None
 
-        dtype = ELEMENT_TYPES[spec.fmt.dtype]
-        mQ = copy.fake_matrix(dtype, (*batch, q_rows, k), spec.access.store_bytes)
+        operands = self.scheduler.fake_operands(sizes, encodings.value_type_of(spec.fmt))
         aligned = max(nbytes, self.weight_dtype.width // 8)
-        mWeight = make_fake_tensor(self.weight_dtype, (k,), stride=(1,), assumed_align=aligned)
+        mWeight = make_fake_tensor(
+            self.weight_dtype, (sizes.k,), stride=(1,), assumed_align=aligned
+        )
         others = matrix(spec.residual), matrix(spec.residual), matrix(spec.normalized)
-        numbers = Float32(0), Float32(0)
+        parameters = Float32(0), Float32(0)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return matrix(), mQ, *self.stand_ins(batch, mn), *numbers, mWeight, *others, stream
+        return matrix(), *operands, *parameters, mWeight, *others, stream
 
     @cute.jit
     def __call__(
@@ -73,160 +125,130 @@ class RmsNorm(RowKernel):
         mNormalized: cute.Tensor | None,  # as x, for what gets quantized
         stream: cuda.CUstream,
     ):
-        """See `RowKernel.launch` for what comes between x and the weight."""
-        matrices = [
-            Matrix(m) if const_expr(m is not None) else None
-            for m in (mX, mResidual, mSum, mNormalized)
-        ]
-        reciprocal = Float32(1.0) / Float32(mQ.shape[-1])
-        inputs = *matrices, mWeight, eps, offset, reciprocal
-        numbers = missing_rows, alignment, row_ctas, floor
-        self.launch(inputs, mQ, mS, mCounts, mIndex, *numbers, stream)
-
-    def columns(self, k: Int32) -> tuple:
-        """One CTA for all columns, its threads, and the bounds of these that the compiler may rely
-        on."""
-        warps = cute.ceil_div(self.stage.tiles(k), self.spec.tiles_per_thread)
+        """Launch. `Operands` and `NormInput` describe what comes after x."""
+        operands = Operands(mQ, mS, mCounts, mIndex, missing_rows, alignment, row_ctas, floor)
+        inputs = NormInput(
+            x=Matrix(mX),
+            residual=matrix_or_none(mResidual),
+            sum=matrix_or_none(mSum),
+            normalized=matrix_or_none(mNormalized),
+            weight=mWeight,
+            eps=eps,
+            offset=offset,
+            reciprocal=Float32(1.0) / Float32(mQ.shape[-1]),
+        )
+        problem = self.scheduler.problem(inputs, operands)
         rows = self.stage.tile.rows
-        bounds = {"max_number_threads": [LANES, self.spec.max_warps, rows]}
-        return 1, [LANES, warps, rows], bounds
+        warps = cute.ceil_div(self.stage.tiles(problem.k), self.spec.tiles_per_thread)
+        self.kernel(problem).launch(
+            grid=self.scheduler.grid(problem, operands, 1),
+            block=[LANES, warps, rows],
+            max_number_threads=[LANES, self.spec.max_warps, rows],
+            stream=stream,
+            use_pdl=self.spec.pdl,
+        )
+
+    @cute.kernel
+    def kernel(self, problem: Problem):
+        self.scheduler.for_each_tile(problem, self.normalize_tile)
 
     @cute.jit
-    def quantize_rows(
-        self,
-        row_tile: Int32,
-        inputs: tuple,
-        results: Results,
-        mCounts: cute.Tensor | None,
-        mIndex: cute.Tensor | None,
-        alignment: Int32,
-        limit: Uint32 | Float32,
-    ):
-        """A row of a tile of rows, by the warps that share it."""
-        x, residual, total, normalized, mWeight, eps, offset, reciprocal = inputs
-        spec, stage = self.spec, self.stage
+    def normalize_tile(self, row_tile: Int32, problem: Problem):
+        """Load, add, reduce, normalize, quantize and store a row by the warps that share it."""
+        spec, stage, inputs, k = self.spec, self.stage, problem.prologue, problem.k
+        row, segments = self.row_segments(row_tile, problem)
+        gX = inputs.x.row(row.source, k)  # (k,)
+
+        # Registers of each of the thread's tiles: (values,).
+        tXrX = [self.load(gX, segment, row) for segment in segments]
+        early = len(segments) <= EARLY_WEIGHTS
+        if const_expr(early):
+            tXrW = [self.load(inputs.weight, segment, row) for segment in segments]
+        if const_expr(spec.residual):
+            values = self.add_residual(tXrX, problem, row, segments)
+        else:
+            values = [encodings.widen(t).load() for t in tXrX]
+
+        # All that does not depend on the row's factor is done before the barrier. Rounding is
+        # monotonic: the largest product is that of the largest, whatever the factor.
+        square = warp_sum_of_squares(values)
+        if const_expr(not early):
+            tXrW = [self.load(inputs.weight, segment, row) for segment in segments]
+        offset = zero_unless(row.exists, inputs.offset)
+        weights = [encodings.widen(t).load() + offset for t in tXrW]
+        products = [value * weight for value, weight in zip(values, weights, strict=True)]
+        square, amaxes = self.reduce_over_warps(square, self.group_amaxes(products))
+        factor = arithmetic.rsqrt(square * inputs.reciprocal + inputs.eps)
+        factor = zero_unless(row.exists, factor)
+
+        gQ = problem.q.row(row.index)  # (k,)
+        scales = [self.normalized_scale(amax, factor, problem) for amax in amaxes]
+        for segment, product, scale in zip(segments, products, scales, strict=True):
+            value = self.round(product * factor)
+            if const_expr(spec.normalized):
+                self.store(value, inputs.normalized.row(row.index, k), segment, row)
+            tXrQ = stage.encode(registers(value.to(stage.dtype)), scale)
+            copy.store(tXrQ, gQ, segment, row.in_bounds, spec.access)
+        self.store_scales(row, scales, segments, problem)
+
+    def row_segments(self, row_tile: Int32, problem: Problem) -> tuple[Row, list[Segment]]:
+        """Return the warp's row, and the thread's segment of each of its tiles."""
         lane, warp, slot = cute.arch.thread_idx()
         _, warps, _ = cute.arch.block_dim()
-        number = Uint32(row_tile) * stage.tile.rows + slot
-        domain = results.live_rows, mCounts, mIndex, alignment
-        live, sources = self.select([number], x.rows, *domain)
-        live, source = live[0], sources[0]
-        written = number < results.q_rows
-        k = results.q.tensor.shape[1]
-        row = results.q.row(number)
-        tiles = [warp + i * warps for i in range(spec.tiles_per_thread)]
+        first_row = Uint32(row_tile) * self.stage.tile.rows + slot
+        (row,) = select_rows(problem, self.spec.domain, [first_row])
+        tiles = [warp + i * warps for i in range(self.spec.tiles_per_thread)]
+        return row, [Segment(tile, lane) for tile in tiles]
 
-        raw = [self.load(x.row(source, k), tile, lane, live) for tile in tiles]
-        # With all rows of x, unless they alone fill the registers.
-        early = spec.tiles_per_thread <= 2
-        if const_expr(early):
-            weights = [self.load(mWeight, tile, lane, live) for tile in tiles]
-        if const_expr(spec.residual):
-            others = [self.load(residual.row(number, k), tile, lane, live) for tile in tiles]
-        values = [numerics.widen(t).load() for t in raw]
-        if const_expr(spec.residual):
-            others = [numerics.widen(t).load() for t in others]
-            values = [a + b for a, b in zip(values, others, strict=True)]
-            for tile, value in zip(tiles, values, strict=True):
-                self.store(value, total.row(number, k), tile, lane, live)
-            values = [self.rounded(value) for value in values]
+    @cute.jit
+    def add_residual(
+        self, tXrX: list[cute.Tensor], problem: Problem, row: Row, segments: list[Segment]
+    ) -> list[cute.TensorSSA]:
+        """Return x + residual, and store the sum."""
+        # Columns are compared with the k of q everywhere: that of the weights, though the same,
+        # would be compared anew and take up to 22 registers of a thread with 4 tiles.
+        inputs, k = problem.prologue, problem.k
+        gR, gSum = inputs.residual.row(row.index, k), inputs.sum.row(row.index, k)
+        tXrR = [self.load(gR, segment, row) for segment in segments]
+        values = [encodings.widen(t).load() for t in tXrX]
+        residuals = [encodings.widen(t).load() for t in tXrR]
+        sums = [a + b for a, b in zip(values, residuals, strict=True)]
+        for segment, value in zip(segments, sums, strict=True):
+            self.store(value, gSum, segment, row)
+        return [self.round(value) for value in sums]
 
-        # What the factor of the row does not change is done before it is known. Rounding keeps
-        # order: the largest product is that of the largest, whatever they are multiplied by.
-        squares = values[0] * values[0]
-        for value in values[1:]:
-            squares = cute.math.fma(value, value, squares)
-        square = numerics.sum_of_lanes(numerics.sum_of(squares))
-        if const_expr(not early):
-            weights = [self.load(mWeight, tile, lane, live) for tile in tiles]
-        offset = zero_unless(live, offset)
-        weights = [numerics.widen(weight).load() + offset for weight in weights]
-        products = [value * weight for value, weight in zip(values, weights, strict=True)]
-        amaxes = [numerics.amax(numerics.registers(product)) for product in products]
-        if const_expr(stage.whole_row):
+    def group_amaxes(self, products: list[cute.TensorSSA]) -> list[Uint32]:
+        """Return the amax of the lane's group in each tile, or of all tiles if a row is a group."""
+        amaxes = [scaling.thread_amax(registers(product)) for product in products]
+        if self.stage.whole_row:
             amaxes = [functools.reduce(cutlass.max, amaxes)]
-        amaxes = [numerics.group_amax(amax, Float32, stage.lanes_per_group) for amax in amaxes]
+        lanes = self.stage.lanes_per_group
+        return [scaling.group_amax(amax, Float32, lanes) for amax in amaxes]
 
-        if const_expr(spec.domain.batched):
-            cute.arch.sync_threads()  # all have read what the row before left
-        sums = self.leave(square, warp, warps, lane, slot)
-        if const_expr(stage.whole_row):
-            maxima = self.leave(amaxes[0], warp, warps, lane, slot)
+    @cute.jit
+    def reduce_over_warps(self, square: Float32, amaxes: list[Uint32]) -> tuple:
+        """Return the sum of squares of the row, and the amax of the lane's group in each tile."""
+        if const_expr(self.spec.domain.batched):
+            cute.arch.sync_threads()  # all have read the partial results of the row before
+        squares = self.store_warp_partial(square)
+        if const_expr(self.stage.whole_row):
+            maxima = self.store_warp_partial(amaxes[0])
         cute.arch.sync_threads()
-        square = numerics.sum_of(sums.load())
-        if const_expr(stage.whole_row):
-            amaxes = [numerics.max_of_all(maxima.load())] * len(tiles)
-
-        factor = zero_unless(live, numerics.reciprocal_root(square * reciprocal + eps))
-        amaxes = [self.rounded(amax.bitcast(Float32) * factor) for amax in amaxes]
-        scales = [stage.scale(amax.bitcast(Uint32), limit) for amax in amaxes]
-        for tile, product, scale in zip(tiles, products, scales, strict=True):
-            value = self.rounded(product * factor)
-            if const_expr(spec.normalized):
-                self.store(value, normalized.row(number, k), tile, lane, live)
-            tXrQ = stage.values(numerics.registers(value.to(stage.dtype)), scale)
-            copy.store(tXrQ, row, tile, lane, written, spec.access)
-        last = stage.tiles(k)
-        for i in cutlass.range_constexpr(1 if stage.whole_row else len(tiles)):
-            takes_part = warp == 0 if const_expr(stage.whole_row) else tiles[i] < last
-            self.store_scale(results, scales[i], number, live, tiles[i], lane, takes_part)
+        square = arithmetic.thread_sum(squares.load())
+        if const_expr(self.stage.whole_row):
+            amaxes = [arithmetic.thread_max(maxima.load())] * self.spec.tiles_per_thread
+        return square, amaxes
 
     @cute.jit
-    def store_scale(
-        self,
-        results: Results,
-        scale: Uint32 | Float32,
-        number: Uint32,
-        live: Boolean,
-        tile: Int32,
-        lane: Int32,
-        takes_part: Boolean,  # the warp
-    ):
-        if takes_part:
-            self.stage.store_scales(
-                results.scales,
-                [scale],
-                [number],
-                results.live_rows,
-                tile,
-                lane,
-                results.q.tensor.shape[1],
-                [live] if const_expr(self.spec.domain.selects) else None,
-                results.scale_rows,
-            )
+    def store_warp_partial(self, value: Float32 | Uint32) -> cute.Tensor:
+        """Store a warp's partial result in shared memory.
 
-    def rounded(self, value: cute.TensorSSA | Float32) -> cute.TensorSSA | Float32:
-        """float32 rounded to x's dtype, if that is what is asked for."""
-        if not self.spec.unfused:
-            return value
-        if isinstance(value, Float32):
-            return value.to(self.dtype).to(Float32)
-        return numerics.rounded(value, self.dtype)
-
-    @cute.jit
-    def load(self, row: cute.Tensor, tile: Int32, lane: Int32, live: Boolean) -> cute.Tensor:
-        """A lane's values of a tile, zeros where there are none."""
-        tXrX = copy.zeros(self.stage.tile.values_per_thread, row.element_type)
-        # A weight may have wider elements than x.
-        nbytes = max(self.spec.access.load_bytes, row.element_type.width // 8)
-        access = self.spec.access._replace(load_bytes=nbytes)
-        copy.load(row, tile, lane, live, tXrX, access)
-        return tXrX
-
-    @cute.jit
-    def store(
-        self, values: cute.TensorSSA, row: cute.Tensor, tile: Int32, lane: Int32, live: Boolean
-    ):
-        """float32 values in x's dtype to a row beside x."""
-        access = self.spec.access._replace(store_bytes=self.spec.access.load_bytes)
-        copy.store(numerics.registers(values.to(self.dtype)), row, tile, lane, live, access)
-
-    @cute.jit
-    def leave(
-        self, value: Float32 | Uint32, warp: Int32, warps: Int32, lane: Int32, slot: Int32
-    ) -> cute.Tensor:
-        """Shared memory for what each warp of a row has, (max_warps,), 0 where there is none; the
-        warp's own is in it, that of all others behind a barrier."""
+        Returns:
+            The results of all warps of the row, (max_warps,), 0 of those that the launch does not
+            have. They are complete behind a barrier.
+        """
+        lane, warp, slot = cute.arch.thread_idx()
+        _, warps, _ = cute.arch.block_dim()
         size = self.spec.max_warps
         memory = cute.arch.alloc_smem(type(value), size * self.stage.tile.rows, alignment=16)
         shared = cute.make_tensor(memory + slot * size, cute.make_layout(size))
@@ -236,7 +258,63 @@ class RmsNorm(RowKernel):
             shared[lane] = type(value)(0)
         return shared
 
+    def normalized_scale(self, amax: Uint32, factor: Float32, problem: Problem) -> GroupScale:
+        """Return the scale of a group whose products with the row's factor get quantized."""
+        amax = self.round(amax.bitcast(Float32) * factor)
+        return self.stage.scale(amax.bitcast(Uint32), problem.scale_bound)
 
-def zero_unless(live: Boolean, value: Float32) -> Float32:
-    """What does not exist becomes 0, not the -0.0 or NaN that 0 times a number may be."""
-    return cutlass.select_(live, value, Float32(0.0))
+    @cute.jit
+    def store_scales(
+        self, row: Row, scales: list[GroupScale], segments: list[Segment], problem: Problem
+    ):
+        """Store the scales of the thread's tiles, or the one of a row that is one group."""
+        stage, k = self.stage, problem.k
+        exist = [row.exists] if const_expr(self.spec.domain.selects) else None
+        rows = Rows([row.index], problem.num_rows, exist)
+        _, warp, _ = cute.arch.thread_idx()
+        last = stage.tiles(k)
+        for i in cutlass.range_constexpr(1 if stage.whole_row else len(segments)):
+            takes_part = warp == 0 if const_expr(stage.whole_row) else segments[i].tile < last
+            if takes_part:
+                self.stage.store_scales(problem.scales, rows, [scales[i]], segments[i], k)
+
+    def round(self, value: cute.TensorSSA | Float32) -> cute.TensorSSA | Float32:
+        """Return float32 rounded to x's dtype, where torch's operations do."""
+        if not self.spec.unfused:
+            return value
+        if isinstance(value, Float32):
+            return value.to(self.dtype).to(Float32)
+        return encodings.round_to(value, self.dtype)
+
+    @cute.jit
+    def load(self, gX: cute.Tensor, segment: Segment, row: Row) -> cute.Tensor:
+        """Load a thread's segment, (values,), zeros where there is nothing."""
+        tXrX = encodings.zeros(self.stage.tile.values_per_thread, gX.element_type)
+        # A weight may have wider elements than x.
+        nbytes = max(self.spec.access.load_bytes, gX.element_type.width // 8)
+        access = self.spec.access._replace(load_bytes=nbytes)
+        copy.load(gX, segment, row.exists, tXrX, access)
+        return tXrX
+
+    @cute.jit
+    def store(self, values: cute.TensorSSA, gY: cute.Tensor, segment: Segment, row: Row):
+        """Store float32 values in x's dtype to a row beside x."""
+        access = self.spec.access._replace(store_bytes=self.spec.access.load_bytes)
+        copy.store(registers(values.to(self.dtype)), gY, segment, row.exists, access)
+
+
+def matrix_or_none(m: cute.Tensor | None) -> Matrix | None:
+    return None if m is None else Matrix(m)
+
+
+def warp_sum_of_squares(values: list[cute.TensorSSA]) -> Float32:
+    """Return the sum of squares over the tiles of a warp, in each of its lanes."""
+    squares = values[0] * values[0]
+    for value in values[1:]:
+        squares = cute.math.fma(value, value, squares)
+    return arithmetic.warp_sum(arithmetic.thread_sum(squares))
+
+
+def zero_unless(predicate: Boolean, value: Float32) -> Float32:
+    """Return 0 for a row that does not exist, not the -0.0 or NaN of a product with 0."""
+    return cutlass.select_(predicate, value, Float32(0.0))

@@ -4,15 +4,53 @@ What `contract.rows` describes, read where a kernel runs. Nothing here trusts wh
 counts are clamped, and an index that names no row of x makes a row that does not exist.
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, Uint32
+from cutlass import Boolean, Int32, Uint32, const_expr
 
-from cute_quant.kernels.config import LANES
+from cute_quant.kernels.config import LANES, Domain
+from cute_quant.kernels.problem import Problem
 
-EXPERTS_PER_LANE = 8
-EXPERTS_PER_CHUNK = LANES * EXPERTS_PER_LANE
-"""Experts whose counts a warp reads at once."""
+
+class Row(NamedTuple):
+    """A row of the results.
+
+    Attributes:
+        index: of the row in its matrix.
+        exists: whether there is such a row in the input; if not, it is quantized as zeros.
+        source: index of the row in x.
+        in_bounds: whether q has the row, and it is to be written.
+    """
+
+    index: Uint32
+    exists: Boolean
+    source: Uint32
+    in_bounds: Boolean
+
+
+@cute.jit
+def select_rows(
+    problem: Problem, domain: cutlass.Constexpr[Domain], indices: list[Uint32]
+) -> list[Row]:
+    """Return the rows of these indices; asked by whole warps."""
+    num_rows, sources = problem.num_rows, indices
+    exist = [index < num_rows for index in indices]
+    if const_expr(domain.prefix_sum):
+        exist = in_a_group(problem.counts, problem.alignment, num_rows, indices)
+    if const_expr(domain.indexed):
+        exist = [has_index(problem.counts, index, num_rows) for index in indices]
+    if const_expr(domain.gathered):
+        tokens = problem.prologue.x.rows
+        sources = [gather(problem.index, index, num_rows) for index in indices]
+        exist = [here and row < tokens for here, row in zip(exist, sources, strict=True)]
+    return [
+        Row(indices[i], exist[i], sources[i], indices[i] < problem.num_q_rows)
+        for i in range(len(indices))
+    ]
 
 
 @cute.jit
@@ -20,9 +58,12 @@ def in_a_group(
     mEnds: cute.Tensor,  # (groups,)
     alignment: Int32,
     mn: Uint32,
-    numbers: list,
+    indices: list,
 ) -> list:
-    """Of each of some rows, whether ``start <= row < end`` for a group; asked by whole warps."""
+    """Return for each of some rows whether ``start <= row < end`` for a group.
+
+    The lanes of a warp look at a group each, for all of its rows.
+    """
     lane = cute.arch.lane_idx()
     groups = mEnds.shape[0]
     found = Uint32(0)
@@ -33,15 +74,15 @@ def in_a_group(
             end = clamp(mEnds[group], mn)
             if group > 0:
                 start = next_multiple(clamp(mEnds[group - 1], mn), alignment)
-        for i in cutlass.range_constexpr(len(numbers)):
-            if start <= numbers[i] and numbers[i] < end:
+        for i in cutlass.range_constexpr(len(indices)):
+            if start <= indices[i] and indices[i] < end:
                 found = found | Uint32(1 << i)
-    return [cute.arch.vote_any_sync((found & Uint32(1 << i)) != 0) for i in range(len(numbers))]
+    return [cute.arch.vote_any_sync((found & Uint32(1 << i)) != 0) for i in range(len(indices))]
 
 
 @cute.jit
 def has_index(mIndices: cute.Tensor, row: Uint32, mn: Uint32) -> Boolean:
-    """Whether a row belongs to anyone."""
+    """Return whether a row belongs to an expert."""
     index = Int32(-1)
     if row < mn:
         index = mIndices[Int32(row)]
@@ -50,92 +91,11 @@ def has_index(mIndices: cute.Tensor, row: Uint32, mn: Uint32) -> Boolean:
 
 @cute.jit
 def gather(mIndex: cute.Tensor, row: Uint32, mn: Uint32) -> Uint32:
-    """The row of x that is a row of the result; past the last where there is none."""
+    """Return the row of x that is a row of the result; past the last where there is none."""
     index = Int32(-1)
     if row < mn:
         index = mIndex[Int32(row)]
     return Uint32(index)
-
-
-@cute.jit
-def read_experts(
-    mCounts: cute.Tensor,  # (experts,)
-    chunk: Int32,
-    first_tile: Int32,
-    max_m: Uint32,
-    slots: Int32,
-    rows_per_tile: cutlass.Constexpr[int],
-) -> tuple:
-    """How many tiles of rows past the first `slots` the experts from `chunk` on have, as a warp
-    reads them.
-
-    Returns:
-        The first tile of the lane's ``EXPERTS_PER_LANE`` experts, counted over all experts; that
-        after their last; and that after the last of the chunk.
-    """
-    lane = cute.arch.lane_idx()
-    total = Int32(0)
-    for i in cutlass.range_constexpr(EXPERTS_PER_LANE):
-        expert = chunk + lane * EXPERTS_PER_LANE + i
-        total += tiles_past(slots, read_count(mCounts, expert, max_m), rows_per_tile)
-    end = first_tile + running_sum(total, LANES)
-    return end - total, end, cute.arch.shuffle_sync(end, LANES - 1)
-
-
-@cute.jit
-def find_tile(
-    mCounts: cute.Tensor,  # (experts,)
-    chunk: Int32,
-    first: Int32,
-    end: Int32,
-    tile: Int32,
-    max_m: Uint32,
-    slots: Int32,
-    rows_per_tile: cutlass.Constexpr[int],
-) -> tuple:
-    """Of a tile of the chunk: its expert, its number among the expert's tiles, the expert's count.
-
-    Args:
-        first, end: of the lane's experts, as `read_experts` has them.
-    """
-    lane = cute.arch.lane_idx()
-    owner = lane_of(first <= tile and tile < end)
-    expert = chunk + owner * EXPERTS_PER_LANE + lane % EXPERTS_PER_LANE
-    count = read_count(mCounts, expert, max_m)
-    tiles = tiles_past(slots, count, rows_per_tile)
-    begin = cute.arch.shuffle_sync(first, owner) + running_sum(tiles, EXPERTS_PER_LANE) - tiles
-    here = lane_of(lane < EXPERTS_PER_LANE and begin <= tile and tile < begin + tiles)
-    number = tile - begin + slots
-    return tuple(cute.arch.shuffle_sync(value, here) for value in (expert, number, count))
-
-
-@cute.jit
-def read_count(mCounts: cute.Tensor, expert: Int32, max_m: Uint32) -> Int32:
-    count = Int32(0)
-    if expert < mCounts.shape[0]:
-        count = Int32(clamp(mCounts[expert], max_m))
-    return count
-
-
-def tiles_past(slots: Int32, rows: Int32, rows_per_tile: int) -> Int32:
-    tiles = Int32((Uint32(rows) + (rows_per_tile - 1)) // rows_per_tile)
-    return cutlass.max(tiles - slots, Int32(0))
-
-
-@cute.jit
-def running_sum(value: Int32, lanes: cutlass.Constexpr[int]) -> Int32:
-    """The sum of a lane's value and those before it, in each of so many neighbours."""
-    lane = cute.arch.lane_idx() % lanes
-    for i in cutlass.range_constexpr(lanes.bit_length() - 1):
-        below = cute.arch.shuffle_sync_up(value, offset=1 << i, mask_and_clamp=0)
-        value += below if lane >= 1 << i else 0
-    return value
-
-
-def lane_of(only: Boolean) -> Int32:
-    """The lane for which this holds, which is one."""
-    lanes_before = Uint32(cute.arch.vote_ballot_sync(only)) - 1
-    return Int32(cute.arch.popc(lanes_before))
 
 
 @cute.jit
@@ -145,6 +105,6 @@ def clamp(count: Int32, limit: Uint32) -> Uint32:
 
 @cute.jit
 def next_multiple(row: Uint32, alignment: Int32) -> Uint32:
-    """`row` rounded up to a multiple of `alignment`, both below 2^31."""
+    """Return `row` rounded up to a multiple of `alignment`, both below 2^31."""
     step = Uint32(alignment)
     return (row + step - 1) // step * step

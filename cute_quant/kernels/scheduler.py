@@ -1,266 +1,288 @@
-"""What all kernels that quantize rows share: which rows there are, and who takes them.
+"""Which tiles of rows a CTA takes: of one matrix, of a batch of matrices, or of masked experts.
 
-A kernel's own first step, and its story, stand in a subclass: `quantize_rows`, for a tile of rows.
+A kernel packs its arguments into a `Problem`, and processes one tile of the rows of one matrix.
+`Scheduler` says how many CTAs there are, and calls it for each tile that a CTA takes.
 """
 
 from __future__ import annotations
 
-import cuda.bindings.driver as cuda
+from collections.abc import Callable
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_tensor
 
-from cute_quant.contract.formats import SCALE_ROW_ALIGNMENT, Format
-from cute_quant.kernels import row_domains
-from cute_quant.kernels.config import DOWN, Spec
-from cute_quant.kernels.heuristics import MAX_GRID_Y, MAX_GRID_Z
-from cute_quant.kernels.layouts import Matrix, unsigned
+from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT
+from cute_quant.kernels import layouts
+from cute_quant.kernels.config import DOWN, LANES, MAX_GRID_Y, MAX_GRID_Z, Spec
+from cute_quant.kernels.copy import fake_matrix
+from cute_quant.kernels.encodings import scale_type_of
+from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
-from cute_quant.kernels.stage import Scales, Stage, round_up
-from cute_quant.kernels.types import ELEMENT_TYPES
+from cute_quant.kernels.problem import Operands, Problem
+from cute_quant.kernels.row_domains import clamp
+from cute_quant.kernels.stage import Stage
+
+EXPERTS_PER_LANE = 8
+EXPERTS_PER_CHUNK = LANES * EXPERTS_PER_LANE
+"""Experts whose counts a warp reads at once."""
 
 
-class Results(Params):
-    """What a kernel writes, of a batch or of one matrix, and which rows of it.
+class Sizes(NamedTuple):
+    """Symbolic sizes of a kernel's arguments.
 
     Attributes:
-        q: (q_rows, k), or (batch, q_rows, k).
-        scales: None where only values are wanted.
-        live_rows: the first ones exist.
-        q_rows, scale_rows: to be written, those that do not exist as 0; of scales, None for all.
+        batch: leading dimensions of the results.
+        x_batch: leading dimensions of x, none where an index names its rows.
+        mn, tokens, q_rows: rows of the results, of x, and of the tensor of values.
+        k: columns.
+        divisibility: of k.
     """
 
-    def __init__(
-        self,
-        q: Matrix,
-        scales: Scales | None,
-        live_rows: Uint32,
-        q_rows: Uint32,
-        scale_rows: Uint32 | None = None,
-    ):
-        self.q = q
-        self.scales = scales
-        self.live_rows = live_rows
-        self.q_rows = q_rows
-        self.scale_rows = scale_rows
-
-    def of(self, batch: Int32) -> Results:
-        """One matrix of a batch."""
-        scales = self.scales
-        if const_expr(scales is not None):
-            scales = scales.of(batch, batch == self.q.tensor.shape[0] - 1)
-        return Results(self.q[batch], scales, self.live_rows, self.q_rows, self.scale_rows)
-
-    def below(self, count: Int32) -> Results:
-        """Of an expert with so many rows."""
-        padded = cutlass.min(round_up(count, SCALE_ROW_ALIGNMENT), self.scales.rows)
-        return Results(self.q, self.scales, Uint32(count), Uint32(count), padded)
+    batch: tuple
+    x_batch: tuple
+    mn: Int32
+    tokens: Int32
+    q_rows: Int32
+    k: Int32
+    divisibility: int
 
 
-class RowKernel:
-    """Compile-time choices: those of the spec, and the stage that quantizes."""
+class Scheduler:
+    """Compile-time choices: tile and row domain of the spec, and the stage that quantizes."""
 
     def __init__(self, spec: Spec, stage: Stage):
         self.spec = spec
+        self.domain = spec.domain
         self.stage = stage
-        self.dtype = ELEMENT_TYPES[spec.dtype]
+        self.tile = stage.tile
 
-    @property
-    def divisibility(self) -> int:
-        """Of k."""
-        tile = self.stage.tile
-        return 1 if self.spec.access.ragged else tile.values_per_thread * tile.rows_per_thread
+    def symbolic_sizes(self) -> Sizes:
+        """Return sizes for a kernel's signature."""
+        tile, gathered = self.tile, self.domain.gathered
+        divisor = 1 if self.spec.access.ragged else tile.values_per_thread * tile.rows_per_thread
+        batch = (cute.sym_int32(),) if self.domain.batched else ()
+        mn, q_rows = cute.sym_int32(), cute.sym_int32()
+        return Sizes(
+            batch=batch,
+            x_batch=() if gathered else batch,
+            mn=mn,
+            tokens=cute.sym_int32() if gathered else mn,
+            q_rows=q_rows,
+            k=cute.sym_int32(divisibility=divisor),
+            divisibility=divisor,
+        )
 
-    def place(self) -> tuple:
-        """Which of the CTAs beside each other, and which of those below each other."""
-        x, y, _ = cute.arch.block_idx()
-        return (y, x) if const_expr(self.stage.tile.cta_order == DOWN) else (x, y)
-
-    def batch(self) -> tuple:
-        """Leading dimensions of the results, symbolic."""
-        return (cute.sym_int32(),) if self.spec.domain.batched else ()
-
-    def stand_ins(self, batch: tuple, mn: Int32) -> tuple:
-        """Stand-ins for the operands that all these kernels have, from the scales on."""
-        domain = self.spec.domain
+    def fake_operands(self, sizes: Sizes, q_dtype: type[cutlass.Numeric]) -> Operands:
+        """Return stand-ins for the operands that all these kernels have."""
+        fmt, domain, batch, mn = self.spec.fmt, self.domain, sizes.batch, sizes.mn
         index = counts = None
         if domain.counted:
             counts = make_fake_tensor(Int32, (cute.sym_int32(),), stride=(1,))
         if domain.gathered:
             strides = *(cute.sym_int64() for _ in batch), 1
             index = make_fake_tensor(Int32, (*batch, mn), stride=strides)
-        fmt: Format = self.spec.fmt
         columns = (cute.sym_int32(),) if fmt.blocked else (mn, cute.sym_int32())
         strides = tuple(cute.sym_int64() for _ in (*batch, *columns))
-        scales = make_fake_tensor(
-            ELEMENT_TYPES[fmt.scale_dtype], (*batch, *columns), stride=strides
+        return Operands(
+            mQ=fake_matrix(q_dtype, (*batch, sizes.q_rows, sizes.k), self.spec.access.store_bytes),
+            mS=make_fake_tensor(scale_type_of(fmt), (*batch, *columns), stride=strides),
+            mCounts=counts,
+            mIndex=index,
+            missing_rows=Int32(0),
+            alignment=Int32(0),
+            row_ctas=Int32(0),
+            floor=Int32(0) if fmt.power_of_two else Float32(0),
         )
-        floor = Int32(0) if fmt.power_of_two else Float32(0)
-        return scales, counts, index, Int32(0), Int32(0), Int32(0), floor
+
+    def problem(self, prologue: Params, operands: Operands) -> Problem:
+        """Return the problem of a launch."""
+        stage, q = self.stage, Matrix(operands.mQ)
+        mn = prologue.x.rows
+        if const_expr(self.domain.gathered):
+            mn = layouts.unsigned(operands.mIndex.shape[-1])
+        scales, rows_to_write = None, q.rows
+        if const_expr(operands.mS is not None):
+            k = operands.mQ.shape[-1]
+            scales = stage.scales(operands.mS, mn, k, operands.missing_rows)
+            rows_to_write = cutlass.max(rows_to_write, scales.rows)
+        dedicated_tiles = Int32(0)
+        if const_expr(self.domain.masked):
+            dedicated_tiles = self.num_expert_ctas(operands) // operands.mQ.shape[0]
+        return Problem(
+            prologue=prologue,
+            q=q,
+            scales=scales,
+            scale_bound=stage.scale_bound(operands.floor),
+            num_rows=mn,
+            num_q_rows=q.rows,
+            num_row_tiles=Int32((rows_to_write + (self.tile.rows - 1)) // self.tile.rows),
+            dedicated_tiles=dedicated_tiles,
+            counts=operands.mCounts,
+            index=operands.mIndex,
+            alignment=operands.alignment,
+        )
+
+    def num_expert_ctas(self, operands: Operands) -> Int32:
+        return cutlass.min(operands.row_ctas, MAX_GRID_Y)
+
+    def grid(self, problem: Problem, operands: Operands, num_column_ctas: Int32) -> list:
+        """Return the CTAs of a launch, by dimension of its grid."""
+        depth, num_row_ctas = 1, problem.num_row_tiles
+        if const_expr(self.domain.masked):
+            num_row_ctas = self.num_expert_ctas(operands)
+        elif const_expr(self.domain.batched):
+            depth = problem.batches
+        depth = cutlass.min(depth, MAX_GRID_Z)
+        if const_expr(self.tile.cta_order == DOWN):
+            return [num_row_ctas, num_column_ctas, depth]
+        return [num_column_ctas, cutlass.min(num_row_ctas, MAX_GRID_Y), depth]
+
+    def cta_coordinates(self) -> tuple[Int32, Int32]:
+        """Return the CTA's place along the columns and along the rows."""
+        x, y, _ = cute.arch.block_idx()
+        return (y, x) if const_expr(self.tile.cta_order == DOWN) else (x, y)
+
+    def num_row_ctas(self) -> Int32:
+        x, y, _ = cute.arch.grid_dim()
+        return x if const_expr(self.tile.cta_order == DOWN) else y
 
     @cute.jit
-    def launch(
-        self,
-        inputs: tuple,  # the kernel's own, a matrix first
-        mQ: cute.Tensor,  # (q_rows, k) or (batch, q_rows, k), q_rows >= mn
-        mS: cute.Tensor | None,  # as the format has it
-        mCounts: cute.Tensor | None,  # what the domain reads: (experts,), (groups,) or (mn,)
-        mIndex: cute.Tensor | None,  # (mn,) or (batch, mn)
-        missing_rows: Int32,  # padding rows of the last MN-major scale column without storage
-        alignment: Int32,  # of the first row of a group in a prefix sum
-        row_ctas: Int32,  # how many CTAs share the rows of experts
-        floor: Int32 | Float32,  # smallest scale, an exponent where scales are powers of two
-        stream: cuda.CUstream,
-    ):
-        domain, stage = self.spec.domain, self.stage
-        q = Matrix(mQ)
-        k = mQ.shape[-1]
-        mn = inputs[0].rows
-        if const_expr(domain.gathered):
-            mn = unsigned(mIndex.shape[-1])
-        q_rows, scales = q.rows, None
-        rows_to_write = q_rows
-        if const_expr(mS is not None):
-            scales = stage.scales(mS, mn, k, missing_rows)
-            rows_to_write = cutlass.max(rows_to_write, scales.rows)
-        row_tiles = Int32((rows_to_write + (stage.tile.rows - 1)) // stage.tile.rows)
-        depth, slots, ctas = 1, Int32(0), row_tiles
-        if const_expr(domain.masked):
-            ctas = cutlass.min(row_ctas, MAX_GRID_Y)
-            slots = ctas // mQ.shape[0]
-        elif const_expr(domain.batched):
-            depth = mQ.shape[0]
-        columns, block, bounds = self.columns(k)
-        grid = [columns, cutlass.min(ctas, MAX_GRID_Y)]
-        if const_expr(stage.tile.cta_order == DOWN):
-            grid = [ctas, columns]
-        self.kernel(
-            stage.limit(floor),
-            inputs,
-            Results(q, scales, mn, q_rows),
-            mCounts,
-            mIndex,
-            alignment,
-            row_tiles,
-            slots,
-        ).launch(
-            grid=[*grid, cutlass.min(depth, MAX_GRID_Z)],
-            block=block,
-            **bounds,
-            stream=stream,
-            use_pdl=self.spec.pdl,
-        )
+    def for_each_tile(self, problem: Problem, process: cutlass.Constexpr[Callable]):
+        """Call ``process(row_tile, problem)`` for each tile of rows that the CTA takes.
 
-    @cute.kernel
-    def kernel(
-        self,
-        limit: Uint32 | Float32,  # as `Stage.limit` has it
-        inputs: tuple,
-        results: Results,
-        mCounts: cute.Tensor | None,
-        mIndex: cute.Tensor | None,
-        alignment: Int32,
-        row_tiles: Int32,
-        slots: Int32,  # tiles of the rows of each expert that have CTAs to themselves
-    ):
-        domain = self.spec.domain
+        The problem that it gets is of one matrix.
+        """
         if const_expr(self.spec.pdl):
             cute.arch.griddepcontrol_launch_dependents()
-        _, y = self.place()
+        _, row_cta = self.cta_coordinates()
         _, _, z = cute.arch.block_idx()
-        *across, depth = cute.arch.grid_dim()
-        ctas = across[0 if self.stage.tile.cta_order == DOWN else 1]
+        num_row_ctas = self.num_row_ctas()
+        _, _, depth = cute.arch.grid_dim()
         if const_expr(self.spec.pdl):
+            # Nothing is read or written before: the kernel before may still write x, or read q.
             cute.arch.griddepcontrol_wait()
-        common = mCounts, mIndex, alignment, limit
-        if const_expr(domain.masked):
-            # The first tiles of each expert have CTAs to themselves, all share the others.
-            experts = results.q.tensor.shape[0]
-            limits = results.live_rows, slots, self.stage.tile.rows
-            row_tile = Int32(Uint32(y) // unsigned(experts))
-            expert = y - row_tile * experts
-            count = Int32(0)
-            if row_tile < slots:
-                count = row_domains.read_count(mCounts, expert, results.live_rows)
-            if row_tile * self.stage.tile.rows < count:
-                self.quantize_expert(expert, row_tile, count, inputs, results, *common)
-            next_tile, end = y, Int32(0)
-            for chunk in range(0, experts, row_domains.EXPERTS_PER_CHUNK):
-                lane_first, lane_end, end = row_domains.read_experts(mCounts, chunk, end, *limits)
-                while next_tile < end:
-                    expert, row_tile, count = row_domains.find_tile(
-                        mCounts, chunk, lane_first, lane_end, next_tile, *limits
-                    )
-                    self.quantize_expert(expert, row_tile, count, inputs, results, *common)
-                    next_tile += ctas
-        elif const_expr(domain.batched):
-            for batch in range(z, results.q.tensor.shape[0], depth):
-                for row_tile in range(y, row_tiles, ctas):
-                    self.quantize_matrix(batch, row_tile, inputs, results, *common)
+        if const_expr(self.domain.masked):
+            self.for_each_expert_tile(row_cta, num_row_ctas, problem, process)
+        elif const_expr(self.domain.batched):
+            for batch in range(z, problem.batches, depth):
+                for row_tile in range(row_cta, problem.num_row_tiles, num_row_ctas):
+                    process(row_tile, problem.slice_batch(batch))
         else:
-            self.quantize_rows(y, inputs, results, *common)
+            process(row_cta, problem)
 
     @cute.jit
-    def quantize_expert(
+    def for_each_expert_tile(
         self,
-        expert: Int32,
-        row_tile: Int32,
-        count: Int32,
-        inputs: tuple,
-        results: Results,
-        mCounts: cute.Tensor,
-        mIndex: cute.Tensor | None,
-        alignment: Int32,
-        limit: Uint32 | Float32,
+        row_cta: Int32,
+        num_row_ctas: Int32,
+        problem: Problem,
+        process: cutlass.Constexpr[Callable],
     ):
-        """A tile of the rows of an expert that has `count` of them."""
-        common = mCounts, mIndex, alignment, limit
-        self.quantize_matrix(expert, row_tile, inputs, results.below(count), *common)
+        """Do so for masked experts, whose counts are on the device.
+
+        The first tiles of each expert have CTAs to themselves, which find them without a search.
+        All CTAs share the other tiles.
+        """
+        experts = problem.batches
+        row_tile = Int32(Uint32(row_cta) // layouts.unsigned(experts))
+        expert = row_cta - row_tile * experts
+        count = Int32(0)
+        if row_tile < problem.dedicated_tiles:
+            count = read_count(problem, expert)
+        if Uint32(row_tile * self.tile.rows) < self.num_visited_rows(problem, count):
+            process(row_tile, problem.slice_expert(expert, count))
+        next_tile, end = row_cta, Int32(0)
+        for chunk in range(0, experts, EXPERTS_PER_CHUNK):
+            lane_first, lane_end, end = self.read_chunk(problem, chunk, end)
+            while next_tile < end:
+                owner = lane_where(lane_first <= next_tile and next_tile < lane_end)
+                first_tile = cute.arch.shuffle_sync(lane_first, owner)
+                expert, row_tile, count = self.find_tile(
+                    problem, chunk + owner * EXPERTS_PER_LANE, first_tile, next_tile
+                )
+                process(row_tile, problem.slice_expert(expert, count))
+                next_tile += num_row_ctas
 
     @cute.jit
-    def quantize_matrix(
-        self,
-        batch: Int32,
-        row_tile: Int32,
-        inputs: tuple,
-        results: Results,
-        mCounts: cute.Tensor | None,
-        mIndex: cute.Tensor | None,
-        alignment: Int32,
-        limit: Uint32 | Float32,
-    ):
-        """A tile of the rows of one of a batch."""
-        if const_expr(self.spec.domain.gathered):
-            mIndex = mIndex[batch, None]
-        inputs = self.of_batch(inputs, batch)
-        self.quantize_rows(row_tile, inputs, results.of(batch), mCounts, mIndex, alignment, limit)
+    def read_chunk(self, problem: Problem, chunk: Int32, first_tile: Int32) -> tuple:
+        """Read the counts of the experts from `chunk` on, as a warp, and number their tiles.
+
+        Args:
+            first_tile: number of the chunk's first tile past the dedicated ones.
+
+        Returns:
+            The first tile of the lane's ``EXPERTS_PER_LANE`` experts; that after their last; and
+            that after the last of the chunk.
+        """
+        lane = cute.arch.lane_idx()
+        total = Int32(0)
+        for i in cutlass.range_constexpr(EXPERTS_PER_LANE):
+            expert = chunk + lane * EXPERTS_PER_LANE + i
+            total += self.num_shared_tiles(problem, read_count(problem, expert))
+        end = first_tile + prefix_sum(total, LANES)
+        return end - total, end, cute.arch.shuffle_sync(end, LANES - 1)
 
     @cute.jit
-    def select(
-        self,
-        numbers: list,
-        tokens: Uint32,  # rows of x
-        live_rows: Uint32,
-        mCounts: cute.Tensor | None,
-        mIndex: cute.Tensor | None,
-        alignment: Int32,
+    def find_tile(
+        self, problem: Problem, first_expert: Int32, first_tile: Int32, tile: Int32
     ) -> tuple:
-        """Of each of some rows of the results, whether it exists, and which row of x it is."""
-        domain = self.spec.domain
-        live = [number < live_rows for number in numbers]
-        sources = numbers
-        if const_expr(domain.prefix_sum):
-            live = row_domains.in_a_group(mCounts, alignment, live_rows, numbers)
-        if const_expr(domain.indexed):
-            live = [row_domains.has_index(mCounts, number, live_rows) for number in numbers]
-        if const_expr(domain.gathered):
-            sources = [row_domains.gather(mIndex, number, live_rows) for number in numbers]
-            live = [here and of < tokens for here, of in zip(live, sources, strict=True)]
-        return live, sources
+        """Return the expert of a tile, its place among the expert's tiles, and the expert's count.
 
-    def of_batch(self, inputs: tuple, batch: Int32) -> tuple:
-        """What of the inputs belongs to one matrix of the results."""
-        if const_expr(self.spec.domain.gathered):
-            return inputs
-        return tuple(t[batch] if isinstance(t, Matrix) else t for t in inputs)
+        Args:
+            first_expert: the first of the ``EXPERTS_PER_LANE`` experts of which one has the tile.
+            first_tile: number of their first tile.
+            tile: number of the tile.
+        """
+        lane = cute.arch.lane_idx()
+        in_group, _ = layouts.lanes(EXPERTS_PER_LANE)(lane)
+        expert = first_expert + in_group
+        count = read_count(problem, expert)
+        tiles = self.num_shared_tiles(problem, count)
+        begin = first_tile + prefix_sum(tiles, EXPERTS_PER_LANE) - tiles
+        owner = lane_where(lane < EXPERTS_PER_LANE and begin <= tile and tile < begin + tiles)
+        row_tile = tile - begin + problem.dedicated_tiles
+        return tuple(cute.arch.shuffle_sync(value, owner) for value in (expert, row_tile, count))
+
+    def num_shared_tiles(self, problem: Problem, count: Int32) -> Int32:
+        """Return how many tiles an expert of `count` rows has past the dedicated ones."""
+        rows = self.num_visited_rows(problem, count)
+        tiles = Int32((rows + (self.tile.rows - 1)) // self.tile.rows)
+        return cutlass.max(tiles - problem.dedicated_tiles, Int32(0))
+
+    def num_visited_rows(self, problem: Problem, count: Int32) -> Uint32:
+        """Return how many rows the tiles of an expert of `count` rows have to reach.
+
+        Scales have padding up to the next multiple of 4, which a shorter tile may not reach by
+        itself.
+        """
+        if self.tile.rows % SCALE_ROW_ALIGNMENT == 0:
+            return Uint32(count)
+        return problem.scales.rows_to_write(count)
+
+
+@cute.jit
+def read_count(problem: Problem, expert: Int32) -> Int32:
+    """Return the rows of an expert, 0 of one past the last."""
+    count = Int32(0)
+    if expert < problem.counts.shape[0]:
+        count = Int32(clamp(problem.counts[expert], problem.num_rows))
+    return count
+
+
+@cute.jit
+def prefix_sum(value: Int32, lanes: cutlass.Constexpr[int]) -> Int32:
+    """Return the sum of a lane's value and those before it, in each of so many adjacent lanes."""
+    lane, _ = layouts.lanes(lanes)(cute.arch.lane_idx())
+    for i in cutlass.range_constexpr(lanes.bit_length() - 1):
+        before = cute.arch.shuffle_sync_up(value, offset=1 << i, mask_and_clamp=0)
+        value += before if lane >= 1 << i else 0
+    return value
+
+
+def lane_where(predicate: Boolean) -> Int32:
+    """Return the one lane of a warp in which a predicate holds."""
+    lanes_before = Uint32(cute.arch.vote_ballot_sync(predicate)) - 1
+    return Int32(cute.arch.popc(lanes_before))

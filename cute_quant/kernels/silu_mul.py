@@ -1,70 +1,188 @@
 """SiLU of gates times ups, quantized in the same registers: load both, activate, quantize, store.
 
-The layout is that of `quantize`, with two segments a lane instead of one: of a row (2 k,), the
-columns of its values among the gates, and as many among the ups; where these take turns, twice as
-many neighbours. The product stays in float32 until it is rounded to 8 bits, or takes the rounding
-points of torch's operations in the dtype of the input.
+The story is that of `quantize`; the prologue loads two segments a thread instead of one. Of a row
+(2 k,) these are the columns of its values among the gates, and as many among the ups, or, where
+gates and ups are interleaved, twice as many columns. The product stays in float32 until it is
+rounded to 8 bits, or is rounded where torch's operations in the dtype of the input round.
 """
 
 from __future__ import annotations
 
 import cuda.bindings.driver as cuda
-import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from cute_quant.kernels import copy, numerics
+from cute_quant.kernels import arithmetic, copy, encodings
 from cute_quant.kernels.config import SiluMulSpec
+from cute_quant.kernels.copy import Segment
+from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
-from cute_quant.kernels.quantize import ColumnTiles
+from cute_quant.kernels.problem import Operands
+from cute_quant.kernels.quantize import GroupQuantizer
+from cute_quant.kernels.row_domains import Row
 from cute_quant.kernels.stage import Stage
-from cute_quant.kernels.types import ELEMENT_TYPES
 
 
 class Activation(Params):
-    """The numbers of ``(up + beta) * gate * sigmoid(alpha * gate)``, as an argument of a kernel.
+    """The parameters of ``(up + beta) * gate * sigmoid(alpha * gate)``.
 
     Attributes:
         bound: of the gate from above, of the up from both sides.
         alpha: the gate's factor.
-        factor: the same, as `numerics.sigmoid` takes it.
-        beta: what is added to the up.
+        factor: the same, as `arithmetic.sigmoid` takes it.
+        beta: added to the up.
     """
 
     def __init__(self, bound: Float32, alpha: Float32, beta: Float32):
         self.bound = bound
         self.alpha = alpha
-        self.factor = numerics.Exponent(alpha)
+        self.factor = arithmetic.SigmoidFactor(alpha)
         self.beta = beta
 
 
-class SiluMul(ColumnTiles):
-    """What is quantized is the product of a gate's SiLU and an up."""
+class GatedInput(Params):
+    """The prologue of products of a gate's SiLU and an up.
+
+    Attributes:
+        x: (mn, 2 k) or (batch, mn, 2 k), or (tokens, 2 k) with an index.
+        weight: factors of rows, (mn,) or (batch, mn), or None.
+    """
+
+    static = ("spec",)
+
+    def __init__(
+        self, x: Matrix, weight: cute.Tensor | None, activation: Activation, spec: SiluMulSpec
+    ):
+        self.x = x
+        self.weight = weight
+        self.activation = activation
+        self.spec = spec
+
+    def slice_batch(self, batch: Int32, gathered: bool) -> GatedInput:
+        x = self.x if gathered else self.x[batch]
+        weight = self.weight[batch, None] if const_expr(self.weight is not None) else None
+        return self.replace(x=x, weight=weight)
+
+    @cute.jit
+    def row(self, row: Row, k: Int32) -> GatedRow:
+        weight, activation = Float32(0.0), self.activation
+        if const_expr(self.spec.weighted):
+            weight = load_weight(self.weight, row)
+        if const_expr(self.spec.shifted):
+            # Else a negative beta would make -0.0 of a row that does not exist.
+            beta = activation.beta if row.exists else Float32(0.0)
+            activation = activation.replace(beta=beta)
+        if const_expr(self.spec.interleaved):
+            parts = (self.x.row(row.source, 2 * k),)
+        else:
+            parts = self.x.row(row.source, k), self.x.row(row.source, k, k)
+        return GatedRow(parts, weight, activation, row.exists, self.spec)
+
+
+class GatedRow(Params):
+    """A row of x.
+
+    Attributes:
+        parts: gates (k,) and ups (k,), or (2 k,) where they are interleaved.
+        weight: the factor of the row.
+    """
+
+    static = ("spec",)
+
+    def __init__(
+        self,
+        parts: tuple[cute.Tensor, ...],
+        weight: Float32,
+        activation: Activation,
+        predicate: Boolean,
+        spec: SiluMulSpec,
+    ):
+        self.parts = parts
+        self.weight = weight
+        self.activation = activation
+        self.predicate = predicate
+        self.spec = spec
+
+    def load(self, segment: Segment) -> list[cute.Tensor]:
+        """Load a thread's segments of gates and ups, zeros where there is nothing."""
+        values = 2 * self.spec.tile.values_per_thread // len(self.parts)
+        tXrX = [encodings.zeros(values, gX.element_type) for gX in self.parts]
+        for gX, registers in zip(self.parts, tXrX, strict=True):
+            copy.load(gX, segment, self.predicate, registers, self.spec.access)
+        return tXrX
+
+    def values(self, tXrX: list[cute.Tensor]) -> cute.Tensor:
+        """Return (up + beta) * gate * sigmoid(alpha * gate), times the row's weight, (values,)."""
+        spec, activation = self.spec, self.activation
+        gate, up = self.gates_and_ups(tXrX)
+        if spec.clamped:
+            gate = arithmetic.minimum(gate, activation.bound)
+            up = arithmetic.minimum(up, activation.bound)
+            up = arithmetic.maximum(up, -activation.bound)
+        if spec.shifted:
+            up = self.round(up + activation.beta)
+        product = self.round(self.round(gate * self.sigmoid(gate)) * up)
+        if spec.weighted:
+            product = self.round(product * self.weight)
+        dtype = ELEMENT_TYPES[spec.dtype] if spec.unfused else Float32
+        return encodings.registers(product.to(dtype))
+
+    def gates_and_ups(self, tXrX: list[cute.Tensor]) -> tuple[cute.TensorSSA, cute.TensorSSA]:
+        wide = [encodings.widen(t) for t in tXrX]
+        if self.spec.interleaved:
+            every_other = cute.make_layout(self.spec.tile.values_per_thread, stride=2)
+            wide = [cute.make_tensor(wide[0].iterator + i, every_other) for i in range(2)]
+        gate, up = (t.load() for t in wide)
+        return gate, up
+
+    def sigmoid(self, gate: cute.TensorSSA) -> cute.TensorSSA:
+        if self.spec.unfused and self.spec.scaled:
+            argument = self.round(gate * self.activation.alpha)
+            return self.round(arithmetic.sigmoid(argument))
+        return arithmetic.sigmoid(gate, self.activation.factor if self.spec.scaled else None)
+
+    def round(self, values: cute.TensorSSA) -> cute.TensorSSA:
+        """Return float32 rounded to x's dtype, where torch's operations do."""
+        if not self.spec.unfused:
+            return values
+        return encodings.round_to(values, ELEMENT_TYPES[self.spec.dtype])
+
+
+@cute.jit
+def load_weight(mWeight: cute.Tensor, row: Row) -> Float32:
+    """Return the factor of a row, 0 of one that does not exist."""
+    weight = Float32(0.0)
+    if row.exists:
+        weight = mWeight[Int32(row.index)]
+    return weight
+
+
+class SiluMul:
+    """Entry point: gates and ups to values and scales of their products."""
 
     def __init__(self, spec: SiluMulSpec):
-        dtype = ELEMENT_TYPES[spec.dtype]
-        super().__init__(spec, Stage(dtype if spec.unfused else Float32, spec.fmt, spec.tile))
+        self.spec = spec
+        self.dtype = ELEMENT_TYPES[spec.dtype]
+        stage = Stage(self.dtype if spec.unfused else Float32, spec.fmt, spec.tile)
+        self.quantizer = GroupQuantizer(spec, stage, stage.encode)
 
     def signature(self) -> tuple:
-        """Stand-ins for the arguments: which sizes vary, and what alignment may be relied on."""
-        spec = self.spec
-        batch, mn, q_rows = self.batch(), cute.sym_int32(), cute.sym_int32()
-        tokens = cute.sym_int32() if spec.domain.gathered else mn
-        leading = () if spec.domain.gathered else batch
-        columns = cute.sym_int32(divisibility=2 * self.divisibility)
-        k = cute.sym_int32(divisibility=self.divisibility)
-        mX = copy.fake_matrix(self.dtype, (*leading, tokens, columns), spec.access.load_bytes)
-        dtype = ELEMENT_TYPES[spec.fmt.dtype]
-        mQ = copy.fake_matrix(dtype, (*batch, q_rows, k), spec.access.store_bytes)
+        """Return stand-ins for the arguments, with the sizes that vary and the alignment."""
+        spec, scheduler = self.spec, self.quantizer.scheduler
+        sizes = scheduler.symbolic_sizes()
+        columns = cute.sym_int32(divisibility=2 * sizes.divisibility)
+        shape = (*sizes.x_batch, sizes.tokens, columns)
+        mX = copy.fake_matrix(self.dtype, shape, spec.access.load_bytes)
         mWeight = None
         if spec.weighted:
-            strides = *(cute.sym_int64() for _ in batch), 1
-            mWeight = make_fake_tensor(Float32, (*batch, mn), stride=strides)
-        numbers = Float32(0), Float32(0), Float32(0)
+            strides = *(cute.sym_int64() for _ in sizes.batch), 1
+            mWeight = make_fake_tensor(Float32, (*sizes.batch, sizes.mn), stride=strides)
+        operands = scheduler.fake_operands(sizes, encodings.value_type_of(spec.fmt))
+        parameters = Float32(0), Float32(0), Float32(0)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-        return mX, mQ, *self.stand_ins(batch, mn), *numbers, mWeight, stream
+        return mX, *operands, *parameters, mWeight, stream
 
     @cute.jit
     def __call__(
@@ -84,76 +202,8 @@ class SiluMul(ColumnTiles):
         mWeight: cute.Tensor | None,  # (mn,) or (batch, mn), the factors of rows
         stream: cuda.CUstream,
     ):
-        """See `RowKernel.launch` for what comes after x, and `Activation` for the numbers."""
-        inputs = Matrix(mX), mWeight, Activation(bound, alpha, beta)
-        numbers = missing_rows, alignment, row_ctas, floor
-        self.launch(inputs, mQ, mS, mCounts, mIndex, *numbers, stream)
-
-    def of_batch(self, inputs: tuple, batch: Int32) -> tuple:
-        x, weight, activation = inputs
-        x = x if const_expr(self.spec.domain.gathered) else x[batch]
-        weight = weight[batch, None] if const_expr(weight is not None) else None
-        return x, weight, activation
-
-    @cute.jit
-    def source(self, inputs: tuple, row: Uint32, number: Uint32, live: Boolean, k: Int32) -> tuple:
-        """Gates and ups of a row of x; factor and beta of row `number` of the result."""
-        x, weight, activation = inputs
-        factor, beta = Float32(0.0), activation.beta
-        if const_expr(self.spec.weighted):
-            factor = self.factor(weight, number, live)
-        if const_expr(self.spec.shifted):
-            # Else a negative beta would make -0.0 of what does not exist.
-            beta = beta if live else Float32(0.0)
-        if const_expr(self.spec.interleaved):
-            return (x.row(row, 2 * k),), factor, beta
-        return (x.row(row, k), x.row(row, k, k)), factor, beta
-
-    @cute.jit
-    def factor(self, weight: cute.Tensor, number: Uint32, live: Boolean) -> Float32:
-        factor = Float32(0.0)
-        if live:
-            factor = weight[Int32(number)]
-        return factor
-
-    @cute.jit
-    def load(self, source: tuple, tile: Int32, lane: Int32, live: Boolean) -> list:
-        """Gates and ups, zeros where there is nothing."""
-        values = self.stage.tile.values_per_thread
-        rows, _, _ = source
-        raw = [copy.zeros(2 * values // len(rows), self.dtype) for _ in rows]
-        for i in cutlass.range_constexpr(len(rows)):
-            copy.load(rows[i], tile, lane, live, raw[i], self.spec.access)
-        return raw
-
-    @cute.jit
-    def values(self, inputs: tuple, source: tuple, raw: list) -> cute.Tensor:
-        """(up + beta) * gate * sigmoid(alpha * gate), times the factor of the row."""
-        spec = self.spec
-        _, _, activation = inputs
-        _, factor, beta = source
-        wide = [numerics.widen(t) for t in raw]
-        if const_expr(spec.interleaved):
-            turns = cute.make_layout(self.stage.tile.values_per_thread, stride=2)
-            wide = [cute.make_tensor(wide[0].iterator + i, turns) for i in range(2)]
-        gate, up = (t.load() for t in wide)
-        if const_expr(spec.clamped):
-            gate = numerics.minimum(gate, activation.bound)
-            up = numerics.minimum(up, activation.bound)
-            up = numerics.maximum(up, -activation.bound)
-        if const_expr(spec.shifted):
-            up = self.rounded(up + beta)
-        if const_expr(spec.unfused and spec.scaled):
-            sigmoid = self.rounded(numerics.sigmoid(self.rounded(gate * activation.alpha)))
-        elif const_expr(spec.scaled):
-            sigmoid = numerics.sigmoid(gate, activation.factor)
-        else:
-            sigmoid = numerics.sigmoid(gate)
-        product = self.rounded(self.rounded(gate * sigmoid) * up)
-        if const_expr(spec.weighted):
-            product = self.rounded(product * factor)
-        return numerics.registers(product.to(self.stage.dtype))
-
-    def rounded(self, values: cute.TensorSSA) -> cute.TensorSSA:
-        """float32 rounded to x's dtype, if that is what is asked for."""
-        return numerics.rounded(values, self.dtype) if self.spec.unfused else values
+        """Launch. `Operands` and `Activation` describe what comes after x."""
+        operands = Operands(mQ, mS, mCounts, mIndex, missing_rows, alignment, row_ctas, floor)
+        activation = Activation(bound, alpha, beta)
+        prologue = GatedInput(Matrix(mX), mWeight, activation, self.spec)
+        self.quantizer.launch(prologue, operands, stream)

@@ -1,66 +1,93 @@
 """The quantizer as a stage of any kernel.
 
-Registers with a segment of a row come in; registers with 8-bit values go out, and the scales of
-the segment's groups go to their places in memory, padding included:
+Registers with a segment of a row come in. Registers with 8-bit values go out, and the scales of
+the segment's groups go to memory, padding included:
 
-    stage = Stage(Float32, make_format(128, "ue8m0", False))   # compile-time choices
+    stage = Stage(Float32, DEEP_GEMM)   # compile-time choices
 
     scales = stage.scales(mS, mn, k, missing_rows)             # before the launch
-    limit = stage.limit(floor)
+    bound = stage.scale_bound(floor)
 
-    tXrQ, scale = stage.quantize(tXrX, limit)                  # in the kernel, by whole warps
-    stage.store_scales(scales, [scale], [row], mn, tile, lane, k)
+    tXrQ, scale = stage.quantize(tXrX, bound)                  # in the kernel, by whole warps
+    stage.store_scales(scales, Rows([row], mn), [scale], segment, k)
 
-Who holds what is said by `specs.Tile`: a lane of a warp has ``tile.values_per_thread`` neighbours
-of a row, the lanes of a warp follow each other, and a warp has tile number ``tile`` of its row.
-`copy.load` and `copy.store` move such segments. No shared memory, no barrier.
+`config.Tile` has the thread-value layout: a lane of a warp holds ``tile.values_per_thread``
+values of a row that are contiguous along k, the lanes of a warp follow each other, and a warp has
+one tile of its row. `copy.load` and `copy.store` move such segments. No shared memory, no barrier.
 
 Rows and groups past the input are quantized as if they were there and held nothing: values 0 and
-scales 0. That is how all padding gets defined, by the same stores. A word of packed scales has a
-byte for each group of a tile, so groups past the row own one; a float32 column they do not have.
+scales 0. The same stores so define all padding. A word of packed scales has a byte for each group
+of a tile, so groups past the row own one; a float32 column they do not have.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 
-from cute_quant.contract.formats import (
-    BLOCK_GROUPS,
-    BLOCK_ROWS,
-    SCALE_ROW_ALIGNMENT,
-    WHOLE_ROW,
-    Format,
-)
-from cute_quant.kernels import copy, layouts, numerics
+from cute_quant.contract.dtypes import BLOCK_GROUPS, BLOCK_ROWS, BYTES_PER_WORD, SCALE_ROW_ALIGNMENT
+from cute_quant.contract.format_choices import WHOLE_ROW
+from cute_quant.contract.formats import Format
+from cute_quant.kernels import copy, encodings, layouts
+from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.config import DEFAULT_TILE, Tile
+from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.params import Params
-from cute_quant.kernels.types import ELEMENT_TYPES, INPUT_TYPES
+from cute_quant.kernels.scales import GroupScale
 
 
 class Scales(Params):
     """Where scales go, as an argument of a kernel.
 
     Attributes:
-        tensor: (rows, columns) if MN-major, else (rows, groups), of one matrix.
+        start: of the scales of one matrix.
         rows: of a matrix, with padding.
         elements: of the last MN-major matrix that have storage, the first ones.
+        groups: of a row, with the padding of blocks.
         stride: elements from a matrix to the next.
+        written_rows: to be written, those that do not exist as 0; None for all.
     """
 
-    def __init__(self, tensor: cute.Tensor, rows: Uint32, elements: Uint32, stride: Int64):
-        self.tensor = tensor
+    def __init__(
+        self, start: cute.Pointer, rows: Uint32, elements: Uint32, groups: Int32, stride: Int64
+    ):
+        self.start = start
         self.rows = rows
         self.elements = elements
+        self.groups = groups
         self.stride = stride
+        self.written_rows = None
 
-    def of(self, batch: Int32, last: Boolean) -> Scales:
-        """Those of one of a batch."""
-        start = self.tensor.iterator + Int64(batch) * self.stride
+    def slice_batch(self, batch: Int32, last: Boolean) -> Scales:
+        """Return the scales of one matrix of a batch."""
+        start = self.start + Int64(batch) * self.stride
         elements = cutlass.select_(last, self.elements, Uint32(2**32 - 1))
-        tensor = cute.make_tensor(start, self.tensor.layout)
-        return Scales(tensor, self.rows, elements, self.stride)
+        return self.replace(start=start, elements=elements)
+
+    def slice_rows(self, count: Int32) -> Scales:
+        """Return the scales of the first rows, with their padding."""
+        return self.replace(written_rows=self.rows_to_write(count))
+
+    def rows_to_write(self, count: Int32) -> Uint32:
+        """Return how many scale rows `count` rows have, with padding up to a multiple of 4."""
+        return cutlass.min(round_up(count, SCALE_ROW_ALIGNMENT), self.rows)
+
+
+class Rows(NamedTuple):
+    """Rows of the results that follow each other.
+
+    Attributes:
+        indices: of the rows in their matrix.
+        num_rows: the first rows of the matrix exist.
+        exist: whether each of these rows exists, where those are not just the first ones.
+    """
+
+    indices: list[Uint32]
+    num_rows: Uint32
+    exist: list[Boolean] | None = None
 
 
 class Stage:
@@ -77,11 +104,12 @@ class Stage:
     """
 
     def __init__(self, dtype: type[cutlass.Numeric], fmt: Format, tile: Tile = DEFAULT_TILE):
-        if dtype not in INPUT_TYPES:
-            raise TypeError(f"dtype: expected one of {tuple(INPUT_TYPES)}, got {dtype!r}")
+        if dtype not in encodings.INPUT_TYPES:
+            expected = tuple(encodings.INPUT_TYPES)
+            raise TypeError(f"dtype: expected one of {expected}, got {dtype!r}")
         if not isinstance(fmt, Format):
             raise TypeError(f"fmt: expected a Format, got {fmt!r}")
-        tile.check(fmt, INPUT_TYPES[dtype])
+        tile.check(fmt, encodings.INPUT_TYPES[dtype])
         self.dtype = dtype
         self.fmt = fmt
         self.tile = tile
@@ -93,7 +121,7 @@ class Stage:
     def scales(
         self, mS: cute.Tensor, mn: Int32 | Uint32, k: Int32, missing_rows: Int32 | int = 0
     ) -> Scales:
-        """Where the scales of (mn, k) values, or of a batch of such, go.
+        """Return where the scales of (mn, k) values, or of a batch of such, go.
 
         Args:
             mS: as the format allocates it.
@@ -107,132 +135,144 @@ class Stage:
         if const_expr(fmt.mn_major):
             rows = round_up(mn, SCALE_ROW_ALIGNMENT)
             elements = layouts.unsigned(columns) * rows - Uint32(missing_rows)
-            layout = layouts.scales_by_column(Int32(rows), columns)
         elif const_expr(fmt.blocked):
             rows = round_up(mn, BLOCK_ROWS)
             groups = cute.round_up(groups, BLOCK_GROUPS)
-            layout = layouts.scales_by_block(Int32(rows), groups)
-        else:
-            layout = layouts.scales_by_row(Int32(rows), groups)
         stride = Int64(rows) * (columns if const_expr(fmt.packed) else groups)
         start = mS.iterator
         if const_expr(fmt.ue8m0 and not fmt.packed):
             start = cute.recast_ptr(start, dtype=Uint8)
-        return Scales(cute.make_tensor(start, layout), rows, elements, stride)
+        return Scales(start, rows, elements, Int32(groups), stride)
 
-    def limit(self, floor: Int32 | Float32) -> Uint32 | Float32:
-        """What `quantize` takes for the smallest scale `floor`, a UE8M0 exponent where scales are
-        powers of two, as ``formats.scale_floor`` gives it."""
-        return numerics.max_multiplier(floor) if const_expr(self.fmt.power_of_two) else floor
+    def scale_bound(self, floor: Int32 | Float32) -> Float32:
+        """Return the bound on scales: the largest multiplier (UE8M0) or the smallest scale.
+
+        Args:
+            floor: the smallest scale, a UE8M0 exponent where scales are powers of two, as
+                `Format.floor` has it.
+        """
+        return scaling.scale_bound(floor, self.fmt)
 
     def tiles(self, k: Int32) -> Int32:
-        """Of a row of k: as many as its values, and the scales of its padding, take."""
+        """Return how many tiles of a warp a row has, with the padding of its scales."""
         if const_expr(not self.whole_row and self.groups_per_tile < self.groups_per_unit):
             groups = cute.ceil_div(k, self.fmt.group_size)
             padded = cute.round_up(groups, self.groups_per_unit)
             return cute.ceil_div(padded, self.groups_per_tile)
         return cute.ceil_div(k, self.tile.columns)
 
-    def quantize(self, tXrX: cute.Tensor, limit: Uint32 | Float32) -> tuple:
-        """The values of a lane's segment, (values,), and the scale of its group, as `store_scales`
-        takes it. A group lies in neighbouring lanes, all of which take part.
+    def quantize(self, tXrX: cute.Tensor, bound: Float32) -> tuple[cute.Tensor, GroupScale]:
+        """Return a segment's 8-bit values, (values,), and the scale of its group.
 
-        Where a row is one group it takes all of its segments: the largest `numerics.amax` of these
-        to `group_amax`, that to `scale`, and each segment to `values`.
+        All lanes of a group take part. Where a row is one group, take the largest
+        `scales.thread_amax` of all of its segments to `group_amax`, that to `scale`, and each
+        segment to `encode`.
 
         Raises:
             ValueError: a row is one group.
         """
         if self.whole_row:
             raise ValueError("fmt: expected groups, which a warp has whole, got whole rows")
-        scale = self.scale(self.group_amax(numerics.amax(tXrX)), limit)
-        return self.values(tXrX, scale), scale
+        scale = self.scale(self.group_amax(scaling.thread_amax(tXrX)), bound)
+        return self.encode(tXrX, scale), scale
 
-    def group_amax(self, amax: Uint32) -> Uint32:
-        """The largest `numerics.amax` of the lanes of a group."""
-        return numerics.group_amax(amax, self.dtype, self.lanes_per_group)
+    def group_amax(self, thread_amax: Uint32) -> Uint32:
+        """Return the largest `scales.thread_amax` of the lanes of a group."""
+        return scaling.group_amax(thread_amax, self.dtype, self.lanes_per_group)
 
-    def scale(self, amax: Uint32, limit: Uint32 | Float32) -> Uint32 | Float32:
-        """The scale of a group of this `group_amax`."""
-        return numerics.group_scale(amax, self.dtype, limit, self.fmt)
+    def scale(self, amax: Uint32, bound: Float32) -> GroupScale:
+        """Return multiplier and scale of the group of a `group_amax`."""
+        return scaling.group_scale(amax, self.dtype, bound, self.fmt)
 
-    def values(self, tXrX: cute.Tensor, scale: Uint32 | Float32) -> cute.Tensor:
-        """A segment over its scale, rounded."""
-        scaled = numerics.scaled(tXrX, scale, self.fmt)
-        return numerics.round_to(scaled, ELEMENT_TYPES[self.fmt.dtype])
+    def encode(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
+        """Return a segment times its multiplier in 8 bits, (values,)."""
+        exact = self.fmt.power_of_two
+        multiply = encodings.multiply_power_of_two if exact else encodings.multiply
+        return encodings.encode(multiply(tXrX, scale.multiplier), encodings.value_type_of(self.fmt))
 
     @cute.jit
     def store_scales(
         self,
         scales: Scales,
-        row_scales: list,  # of a lane's group in each of some rows that follow each other
-        rows: list,  # their numbers
-        live_rows: Uint32,
-        tile: Int32,
-        lane: Int32,
+        rows: Rows,
+        row_scales: list[GroupScale],
+        segment: Segment,
         k: Int32,
-        live: list | None = None,
-        written: Uint32 | None = None,
     ):
-        """Write the scales of a warp's groups: of each row another lane of the group.
+        """Store the scales of a warp's groups: of each row another lane of the group.
 
         Args:
-            live_rows: the first rows exist; those after get scales 0.
-            live: of each row whether it exists, if those are not just the first ones.
-            written: rows of scales to be written, with padding; all of them by default.
+            row_scales: of a lane's group in each of the rows.
         """
-        fmt = self.fmt
-        count = len(rows)
-        written = scales.rows if const_expr(written is None) else written
-        row, scale = rows[0], row_scales[0]
+        fmt, tile = self.fmt, self.tile
+        num_rows, groups_per_tile = len(row_scales), self.groups_per_tile
+        row, scale = rows.indices[0], row_scales[0].scale
         if const_expr(self.whole_row):
-            # The other groups of a word, or of a block, which have to become 0.
-            group, in_group = lane, Int32(0)
-            group_live, exists = lane == 0, lane < self.groups_per_unit
+            # The other groups of a word, or of a block, have to become 0.
+            lane_row, group, groups_per_tile = Int32(0), segment.lane, self.groups_per_unit
         else:
-            in_group, group = layouts.place_in_group(lane, self.lanes_per_group)
-            column = copy.first_column(tile, lane, self.tile.values_per_thread)
-            if const_expr(count > 1):
+            lane_row, group = layouts.lanes(self.lanes_per_group)(segment.lane)
+        layout = layouts.scales(fmt, Int32(scales.rows), scales.groups)
+        group = layouts.groups_by_tile(layout, groups_per_tile)((group, segment.tile))
+        if const_expr(self.whole_row):
+            group_exists, predicate = segment.lane == 0, segment.lane < self.groups_per_unit
+        else:
+            if const_expr(num_rows > 1):
                 # The lane's own column tells too: k is a multiple of all that these lanes hold.
-                row = row + in_group
-                scale = pick(row_scales, in_group)
-            group_live = column < k
-            exists = in_group < count
+                row = row + layouts.unsigned(lane_row)
+                scale = pick([scale.scale for scale in row_scales], lane_row)
+            group_exists = copy.column_coordinates(k, segment, tile.values_per_thread)[0] < k
+            predicate = lane_row < num_rows
             if const_expr(self.groups_per_unit == 1):
-                exists = exists and group_live
+                predicate = predicate and group_exists
             elif const_expr(self.groups_per_tile > self.groups_per_unit):
-                unit = group // self.groups_per_unit * self.groups_per_unit
-                first = unit * self.lanes_per_group
-                first = copy.first_column(tile, first, self.tile.values_per_thread)
-                exists = exists and first < k
-        exists = exists and row < written
+                # A unit is written if its first group exists.
+                _, unit = group
+                unit_columns = fmt.group_size * self.groups_per_unit
+                predicate = predicate and copy.tile_coordinates(k, unit, unit_columns)[0] < k
+        written_rows = scales.rows
+        if const_expr(scales.written_rows is not None):
+            written_rows = scales.written_rows
+        predicate = predicate and row < written_rows
+        coordinate = Int32(row), group
         if const_expr(fmt.mn_major):
-            per_tile, per_column = self.groups_per_tile, fmt.groups_per_column
-            column, byte = layouts.scale_unit(tile, group, per_tile, per_column)
-            element = layouts.scale_element(scales.rows, row, column)
-            exists = exists and element < scales.elements
-        row_live = row < live_rows if const_expr(live is None) else pick(live, in_group)
-        if exists:
-            stored = numerics.stored_scale(scale, fmt)
-            stored = stored if row_live and group_live else type(stored)(0)
-            if const_expr(fmt.packed):
-                layouts.scale_bytes(scales.tensor, element)[byte] = stored.to(Uint8)
-            elif const_expr(fmt.mn_major):
-                cute.recast_tensor(layouts.scale_bytes(scales.tensor, element), Float32)[0] = stored
-            else:
-                group = tile * self.groups_per_tile + group
-                scales.tensor[Int32(row), group] = stored.to(scales.tensor.element_type)
+            predicate = predicate and layouts.unsigned(layout(coordinate)[1]) < scales.elements
+        row_exists = row < rows.num_rows
+        if const_expr(rows.exist is not None):
+            row_exists = pick(rows.exist, lane_row)
+        if predicate:
+            scale = scale if row_exists and group_exists else type(scale)(0)
+            byte, element = layout(coordinate)
+            carried = scales.written_rows is not None and self.dtype is Float32
+            if const_expr(fmt.packed and not self.whole_row and carried):
+                # Read the lane anew: the loop over experts would carry the byte of the lane that
+                # came in, and with it 5 to 22 registers where float32 values fill most of them.
+                _, group = layouts.lanes(self.lanes_per_group)(cute.arch.lane_idx())
+                group = layouts.groups_by_tile(layout, groups_per_tile)((group, segment.tile))
+                byte, _ = layout((Int32(row), group))
+            if const_expr(fmt.mn_major):
+                element = layouts.unsigned(element)
+            store_scale(scale, scales.start + Int64(element), byte)
+
+
+def store_scale(scale: Uint32 | Float32, element: cute.Pointer, byte: Int32):
+    """Store a float32, or a byte of an element."""
+    if isinstance(scale, Float32):
+        cute.make_tensor(element, 1)[0] = scale
+    else:
+        bytes_of_element = cute.make_tensor(cute.recast_ptr(element, dtype=Uint8), BYTES_PER_WORD)
+        bytes_of_element[byte] = scale.to(Uint8)
 
 
 @cute.jit
-def pick(choices: list, number: Int32) -> Boolean | Uint32 | Float32:
-    """The choice of this number; the first if there is none."""
+def pick(choices: list, index: Int32) -> Boolean | Uint32 | Float32:
+    """Return the choice of this index; the first if there is none."""
     result = choices[0]
     for i in cutlass.range_constexpr(1, len(choices)):
-        result = choices[i] if number == i else result
+        result = choices[i] if index == i else result
     return result
 
 
 def round_up(rows: Int32 | Uint32, multiple: int) -> Uint32:
-    """Of up to 2^31 - 1 rows, which may make 2^31."""
+    """Return up to 2^31 - 1 rows rounded up, which may make 2^31."""
     return (Uint32(rows) + (multiple - 1)) // multiple * multiple

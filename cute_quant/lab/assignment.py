@@ -1,7 +1,8 @@
-"""Who holds what: the layouts of `kernels.layouts`, evaluated on the host for one CTA.
+"""Layouts of `kernels.layouts`, evaluated on the host for one CTA.
 
-Nothing here computes a place of its own. Columns come from the tiled copy that moves a row, rows
-and tiles from the layout of the warps, scales from the layouts that their format has in memory.
+Nothing here computes an address of its own. Columns come from the tiled copy that moves a row, rows
+and groups from the thread-value layout and that of the warps, scales from the layout of their
+format in memory.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cute_quant.contract.formats import BLOCK_GROUPS
+from cute_quant.contract.dtypes import BLOCK_GROUPS
 from cute_quant.kernels.config import LANES
 from cute_quant.lab.layout import Layout
 from cute_quant.lab.machine_code import GPUS
 
 SECTOR_BYTES = 32
-"""What memory and the caches move at least."""
+"""Least bytes that memory and the caches move."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class ScaleByte:
 
 @dataclass(frozen=True)
 class Thread:
-    """What a thread of a CTA has to do with.
+    """Values, groups and scales of a thread of a CTA.
 
     Attributes:
         number: in the CTA.
@@ -77,7 +78,7 @@ class Thread:
 
 @dataclass(frozen=True)
 class Request:
-    """What one instruction of a warp moves, in bytes from the start of the warp's columns.
+    """Bytes that one instruction of a warp moves, from the start of the warp's columns.
 
     Attributes:
         ranges: of each lane, its first byte and the one after its last.
@@ -122,7 +123,7 @@ def columns_of_lanes(layout: Layout) -> list[list[int]]:
     import cutlass.cute as cute
 
     from cute_quant.kernels import layouts
-    from cute_quant.kernels.types import ELEMENT_TYPES
+    from cute_quant.kernels.encodings import ELEMENT_TYPES
 
     values = layout.tile.values_per_thread
     with evaluated():
@@ -143,31 +144,50 @@ def places_of_warps(layout: Layout) -> list[tuple[int, int]]:
 
 
 def threads(layout: Layout) -> list[Thread]:
-    """Those of a CTA, in order."""
-    from cute_quant.kernels import layouts
-
+    """Threads of a CTA, in order."""
     tile, lanes = layout.tile, layout.lanes_per_group
-    columns, found = columns_of_lanes(layout), []
+    groups = tile.groups(layout.fmt.group_size)
+    held, writers = rows_and_columns(layout), scale_writers(layout)
+    found = []
     for warp, (first_row, column_tile) in enumerate(places_of_warps(layout)):
         for lane in range(LANES):
-            in_group, group = layouts.place_in_group(lane, lanes)
-            group += column_tile * tile.groups(layout.fmt.group_size)
-            first = column_tile * tile.columns + columns[lane][0]
-            rows = [first_row + i for i in range(tile.rows_per_thread)]
+            writer, group = writers[lane]
+            group += column_tile * groups
+            places = [(first_row + row, column_tile * tile.columns + c) for row, c in held[lane]]
+            rows = [row for row, _ in places]
             found.append(
                 Thread(
                     number=LANES * warp + lane,
                     warp=warp,
                     lane=lane,
-                    segments=tuple(Segment(row, first, len(columns[lane])) for row in rows),
+                    segments=tuple(Segment(*place, tile.values_per_thread) for place in places),
                     partners=tuple(
                         LANES * warp + (lane ^ 1 << i) for i in range(lanes.bit_length() - 1)
                     ),
                     groups=tuple((row, group) for row in rows),
-                    writes=((rows[in_group], group),) if in_group < len(rows) else (),
+                    writes=((rows[writer], group),) if writer < len(rows) else (),
                 )
             )
     return found
+
+
+def rows_and_columns(layout: Layout) -> list[list[tuple[int, int]]]:
+    """Lane -> row and column, in a warp's tile, of the first value of each of its segments."""
+    from cute_quant.kernels import layouts
+
+    with evaluated():
+        thread_value = layouts.thread_value(layout.tile, layout.fmt.group_size)
+        rows = range(layout.tile.rows_per_thread)
+        return [[thread_value((lane, (0, row))) for row in rows] for lane in range(LANES)]
+
+
+def scale_writers(layout: Layout) -> list[tuple[int, int]]:
+    """Lane -> which of its rows it stores the scale of, if there is such a row, and its group."""
+    from cute_quant.kernels import layouts
+
+    with evaluated():
+        lanes = layouts.lanes(layout.lanes_per_group)
+        return [lanes(lane) for lane in range(LANES)]
 
 
 def scales(layout: Layout, mn: int, k: int) -> list[ScaleByte]:
@@ -176,30 +196,21 @@ def scales(layout: Layout, mn: int, k: int) -> list[ScaleByte]:
 
     fmt = layout.fmt
     rows, groups = fmt.scale_rows(mn), fmt.groups(k)
-    per_tile = layout.tile.groups(fmt.group_size)
     per_unit = BLOCK_GROUPS if fmt.blocked else fmt.groups_per_column
     padded = fmt.columns(k) * fmt.groups_per_column
-    size = fmt.scale_dtype.itemsize
+    size = fmt.sf_dtype.itemsize
     found = []
     with evaluated():
-        if fmt.mn_major:
-            layout_of_sf = layouts.scales_by_column(rows, fmt.columns(k))
-        elif fmt.blocked:
-            layout_of_sf = layouts.scales_by_block(rows, padded)
-        else:
-            layout_of_sf = layouts.scales_by_row(rows, padded)
+        layout_of_sf = layouts.scales(fmt, rows, padded)
         for row in range(rows):
             for group in range(padded):
-                column, byte = group, 0
-                if fmt.mn_major:
-                    at = group // per_tile, group % per_tile
-                    column, byte = layouts.scale_unit(*at, per_tile, fmt.groups_per_column)
+                byte, element = layout_of_sf((row, group))
                 found.append(
                     ScaleByte(
                         row=row,
                         group=group,
                         unit=group // per_unit,
-                        offset=layout_of_sf((row, column)) * size + byte,
+                        offset=element * size + byte,
                         nbytes=1 if fmt.packed else size,
                         padding=row >= mn or group >= groups,
                     )
@@ -208,7 +219,7 @@ def scales(layout: Layout, mn: int, k: int) -> list[ScaleByte]:
 
 
 def loads(layout: Layout, arch: str) -> list[Request]:
-    """Of a row of a warp's tile, as the instructions of an architecture take them."""
+    """Return the loads of a row of a warp's tile, one for each instruction of an architecture."""
     widest = min(layout.access.load_bytes, GPUS[arch].widest_load)
     return _requests(layout, layout.dtype.itemsize, widest)
 
@@ -216,7 +227,7 @@ def loads(layout: Layout, arch: str) -> list[Request]:
 def stores(layout: Layout, arch: str) -> list[Request]:
     """The same of a row of 8-bit values."""
     widest = min(layout.access.store_bytes, GPUS[arch].widest_load)
-    return _requests(layout, layout.fmt.dtype.itemsize, widest)
+    return _requests(layout, layout.fmt.values.itemsize, widest)
 
 
 def _requests(layout: Layout, itemsize: int, nbytes: int) -> list[Request]:

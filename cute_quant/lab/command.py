@@ -27,11 +27,11 @@ WORDS = {
     "load_hint": ("what a load says of its data", LOAD_HINTS),
 }
 PROGRAM = "python -m cute_quant layout"
-FORMAT = {"group_size": 128, "scale_format": "ue8m0", "dtype": "bf16"}
+FORMAT = {"format": "DEEP_GEMM", "dtype": "bf16"}
 """Defaults."""
 BAR = 30
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What reading a file raises that no sweep wrote."""
+"""Errors of reading a file that no sweep wrote."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,8 +72,9 @@ def _add_choices(parser: argparse.ArgumentParser, many: bool) -> None:
             flag, type=_words if many else str, metavar="NAME" + suffix, help=help_text
         )
     group = parser.add_argument_group("format")
-    group.add_argument("--group-size", type=int, metavar="N")
-    group.add_argument("--scale-format", metavar="NAME")
+    group.add_argument(
+        "--format", metavar="FORMAT", help="name or text of a format, by default DEEP_GEMM"
+    )
     group.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of x")
     parser.set_defaults(**FORMAT)
 
@@ -237,9 +238,9 @@ def _chosen(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _format(options: argparse.Namespace) -> Any:
-    from cute_quant.contract.formats import make_format
+    from cute_quant.contract.formats import Format
 
-    return make_format(options.group_size, options.scale_format, False)
+    return Format.parse(options.format)
 
 
 def _layout(options: argparse.Namespace) -> Any:

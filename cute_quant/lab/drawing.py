@@ -89,7 +89,7 @@ class Words:
 
 @dataclass
 class Drawing:
-    """What is drawn, in order.
+    """Shapes of a picture, in the order of drawing.
 
     Attributes:
         title: for who does not see it.

@@ -1,4 +1,4 @@
-"""What can be said of a layout without a GPU: from its machine code and from the layout itself."""
+"""Facts about a layout without a GPU: from its machine code and from the layout itself."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def examine(layout: Layout, arch: str) -> Examination:
     code = machine_code(layout.spec, arch)
     tile, fmt = layout.tile, layout.fmt
     elements = tile.columns * tile.rows_per_thread
-    scale_bytes = 1 if fmt.ue8m0 else fmt.scale_dtype.itemsize
-    moved = layout.dtype.itemsize + fmt.dtype.itemsize + scale_bytes / fmt.group_size
+    scale_bytes = 1 if fmt.ue8m0 else fmt.sf_dtype.itemsize
+    moved = layout.dtype.itemsize + fmt.values.itemsize + scale_bytes / fmt.group_size
     warps = code.resident_warps(layout.warps)
     loads, stores = assignment.loads(layout, arch), assignment.stores(layout, arch)
     return Examination(

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from cute_quant.contract.formats import STORE_BYTES, WHOLE_ROW, Format, make_format
+from cute_quant.contract.dtypes import STORE_BYTES
+from cute_quant.contract.format_choices import WHOLE_ROW
+from cute_quant.contract.formats import DEEP_GEMM, Format
 from cute_quant.kernels.config import (
     ALONG,
     DEFAULT_TILE,
@@ -41,7 +43,7 @@ class Layout:
 
     @property
     def spec(self) -> QuantizeSpec:
-        return QuantizeSpec(self.dtype, self.fmt, self.tile, access=self.access)
+        return QuantizeSpec(self.dtype, self.fmt.kernel_format, self.tile, access=self.access)
 
     @property
     def lanes_per_group(self) -> int:
@@ -49,7 +51,7 @@ class Layout:
 
     @property
     def warps(self) -> int:
-        """Of a CTA."""
+        """Warps of a CTA."""
         return self.tile.row_warps * self.tile.column_warps
 
     @property
@@ -64,7 +66,7 @@ class Layout:
 
     @property
     def thread_bytes(self) -> int:
-        """Of x, in the registers of a thread."""
+        """Bytes of x in the registers of a thread."""
         return self.tile.values_per_thread * self.tile.rows_per_thread * self.dtype.itemsize
 
     @property
@@ -74,7 +76,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """What differs from the default, in words."""
+        """Differences from the default, in words."""
         default = self.default
         named = [
             text
@@ -85,7 +87,7 @@ class Layout:
 
     @property
     def column_multiple(self) -> int:
-        """What k has to be a multiple of."""
+        """Divisor of k."""
         return self.tile.values_per_thread * self.tile.rows_per_thread
 
     def choices(self) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def _words(layout: Layout) -> list[tuple[str, str]]:
 
 
 def make_layout(
-    fmt: Format | None = None,
+    fmt: Format = DEEP_GEMM,
     dtype: torch.dtype = torch.bfloat16,
     *,
     threads_per_group: int | None = None,
@@ -122,18 +124,17 @@ def make_layout(
     """The layout of these choices; what is not chosen is as by default.
 
     Args:
-        fmt: of the results; packed UE8M0 scales of 128 by default.
+        fmt: of the results.
         dtype: of x.
         threads_per_group, values_per_thread: either says what the other is.
         load_bytes: as many as a thread has, 32 at most, by default.
-        load_hint: one of ``specs.LOAD_HINTS``.
-        tile: other attributes of `specs.Tile`.
+        load_hint: one of ``config.LOAD_HINTS``.
+        tile: other attributes of `config.Tile`.
 
     Raises:
         TypeError: `tile` has an unknown name.
         ValueError: the choices break a rule of the contract, which the message names.
     """
-    fmt = make_format(128, "ue8m0", False) if fmt is None else fmt
     if fmt.group_size == WHOLE_ROW:
         raise ValueError(
             "group_size: expected groups that lie in a warp, to be drawn and tried, got whole rows"
@@ -156,7 +157,7 @@ def make_layout(
     widest = min(values * dtype.itemsize, Access().load_bytes)
     access = Access(
         widest if load_bytes is None else load_bytes,
-        min(values * fmt.dtype.itemsize, STORE_BYTES),
+        min(values * fmt.values.itemsize, STORE_BYTES),
         load_hint=load_hint,
     )
     layout = Layout(Tile(values, **tile), access, fmt, dtype)

@@ -21,12 +21,12 @@ WARPS_PER_SM = 64
 CTAS_PER_SM = 32
 REGISTERS_PER_SM = 65536
 REGISTERS_AT_ONCE = 8
-"""Of a thread; as many are allocated as a multiple of these."""
+"""Registers of a thread are allocated in multiples of these."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a GPU of an architecture can do, from its data sheet.
+    """Limits of a GPU of an architecture, from its data sheet.
 
     Attributes:
         clock: cycles a second under load.
@@ -92,7 +92,7 @@ def machine_code(spec: Spec, arch: str) -> MachineCode:
 
 
 def disassemble(kernel: Any, arch: str) -> MachineCode:
-    """The same for a kernel as `compile.build` takes it.
+    """The same for a kernel as `lookup.build` takes it.
 
     Raises:
         FileNotFoundError: nvdisasm or cuobjdump is not installed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from cute_quant.contract.dtypes import dtype_name
 from cute_quant.kernels.config import LANES
 from cute_quant.lab import assignment
 from cute_quant.lab.assignment import SECTOR_BYTES, Request, ScaleByte, Thread
@@ -181,9 +182,9 @@ def scale_picture(layout: Layout, scales: list[ScaleByte], mn: int, k: int) -> D
     cell = max(26.0, min(44.0, (WIDTH - 2 * MARGIN - label - units * gap) / (units * per_unit)))
     width = max(WIDTH, 2 * MARGIN + label + units * (per_unit * cell + gap))
     drawing = Drawing(f"Scales of an ({mn}, {k}) input in memory", width)
-    what = {True: "packed words of four UE8M0 bytes", False: f"{fmt.scale_format} scales"}[
-        fmt.packed
-    ]
+    what = "packed words of four UE8M0 bytes"
+    if not fmt.packed:
+        what = f"{dtype_name(fmt.scale_dtype)} scales, {fmt.scale_layout}"
     drawing.add(
         Words(MARGIN, 26, "Where the scales lie", 16, bold=True),
         Words(

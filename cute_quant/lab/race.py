@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from cute_quant.contract.formats import DEFAULT_MIN_SCALE, ceil_div, scale_floor
+from cute_quant.contract.dtypes import ceil_div
 from cute_quant.jit import lookup
-from cute_quant.kernels.heuristics import MAX_GRID_Y
+from cute_quant.kernels.config import MAX_GRID_Y
 from cute_quant.lab import timing
 from cute_quant.lab.layout import Layout
 
@@ -23,7 +23,7 @@ class WrongResultError(RuntimeError):
 
 @dataclass(frozen=True)
 class Time:
-    """Of a call, in seconds.
+    """Time of a call, in seconds.
 
     Attributes:
         seconds: of the layout, the median of the replays.
@@ -49,12 +49,12 @@ class Track:
     def __init__(self, default: Layout, mn: int, k: int):
         self.default, self.mn, self.k = default, mn, k
         fmt, device = default.fmt, torch.device(DEVICE)
-        moved = mn * k * (default.dtype.itemsize + fmt.dtype.itemsize)
+        moved = mn * k * (default.dtype.itemsize + fmt.values.itemsize)
         self.launches = timing.launch_count(moved)
         self.buffers = [
             (
                 torch.randn(mn, k, device=device).to(default.dtype),
-                torch.empty(mn, k, dtype=fmt.dtype, device=device),
+                torch.empty(mn, k, dtype=fmt.values, device=device),
                 fmt.empty_scales((), mn, k, device),
             )
             for _ in range(timing.buffer_count(moved))
@@ -84,9 +84,8 @@ class Track:
 
     def _calls(self, layout: Layout) -> list[Callable[[], None]]:
         function = lookup.function(layout.spec, lookup.architecture(torch.cuda.current_device()))
-        floor = scale_floor(layout.fmt, DEFAULT_MIN_SCALE)
         return [
-            lambda operands=operands: function(*operands, None, None, 0, 1, 1, floor)
+            lambda operands=operands: function(*operands, None, None, 0, 1, 1, layout.fmt.floor)
             for operands in self.buffers
         ]
 

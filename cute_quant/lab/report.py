@@ -1,4 +1,4 @@
-"""What trials say: a table for a terminal or for Markdown, and a plot."""
+"""Report of trials: a table for a terminal or for Markdown, and a plot."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def shapes_of(trials: Sequence[Trial]) -> list[tuple[int, int]]:
 
 
 def legend(trials: Sequence[Trial]) -> str:
-    """What the columns of the table mean."""
+    """Return the meaning of the table's columns."""
     parts = [
         "Layouts by what differs from the default. Issue slots: instructions for 512 elements, in "
         "brackets their share of what the GPU issues while memory moves these. Sectors: of 32 "
@@ -110,7 +110,7 @@ def _value(trial: Trial, value: float | None) -> str:
 
 
 def _plotted(trials: Sequence[Trial]) -> tuple[str, list[float | None]]:
-    """What is plotted, and its values; None where a trial has none."""
+    """Return the plotted quantities and their values, None where a trial has none."""
     shapes = shapes_of(trials)
     if shapes:
         mn, k = shapes[-1]

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from cute_quant.contract.formats import Format, make_format
+from cute_quant.contract.formats import Format
 from cute_quant.lab import race, timing
 from cute_quant.lab.examination import Examination, examine
 from cute_quant.lab.layout import DTYPES, Layout, make_layout
 from cute_quant.lab.machine_code import GPUS
 
 SHAPES = ((256, 7168), (2048, 7168), (16384, 7168))
-"""Of inputs: buffers of each together exceed the L2 cache of an H100."""
+"""Shapes of inputs whose buffers together exceed the L2 cache of an H100."""
 
 Progress = Callable[[int, int, str], None]
 """Told of how many of how many are done, and what comes next."""
@@ -25,7 +25,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclasses.dataclass
 class Trial:
-    """What is known of a layout.
+    """Facts about a layout.
 
     Attributes:
         layout: the layout.
@@ -101,16 +101,14 @@ def _race(trial: Trial, tracks: Sequence[race.Track]) -> None:
 
 
 def to_json(trials: Sequence[Trial]) -> dict[str, Any]:
-    """What `from_json` reads."""
+    """Return trials as `from_json` reads them."""
     fmt, dtype = trials[0].layout.fmt, trials[0].layout.dtype
     names = {value: name for name, value in DTYPES.items()}
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "group_size": fmt.group_size,
-        "scale_format": fmt.scale_format,
-        "round_scale": fmt.round_scale,
+        "format": fmt.text,
         "dtype": names[dtype],
         "trials": [
             {
@@ -136,7 +134,7 @@ def from_json(data: dict[str, Any]) -> list[Trial]:
         data[name]  # A plot names them.
     if not data["trials"]:
         raise ValueError("trials: expected at least one, got none")
-    fmt: Format = make_format(data["group_size"], data["scale_format"], data["round_scale"])
+    fmt = Format.parse(data["format"])
     trials = []
     for entry in data["trials"]:
         trial = Trial(make_layout(fmt, DTYPES[data["dtype"]], **entry["choices"]))

@@ -20,7 +20,7 @@
 
 namespace ffi = tvm::ffi;
 
-constexpr char kKernel[] = "quantize-bfloat16-128-ue8m0-float8_e4m3fn";
+constexpr char kKernel[] = "quantize-bfloat16-e4m3_128_e8m0_mn_major_packed";
 constexpr int64_t kRows = 1000, kColumns = 7168, kGroup = 128;
 constexpr int64_t kGroups = kColumns / kGroup, kWords = (kGroups + 3) / 4;
 constexpr int64_t kAlignedRows = (kRows + 3) / 4 * 4;

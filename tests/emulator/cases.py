@@ -7,29 +7,25 @@ import math
 import torch
 
 from cute_quant.contract import reference
-from cute_quant.contract.formats import (
-    DEFAULT_MIN_SCALE,
-    INT8_MAX,
-    RECIPROCAL_FLOAT32,
-    WHOLE_ROW,
-    Format,
-    make_format,
-    scale_floor,
-)
+from cute_quant.contract.dtypes import INT8_MAX
+from cute_quant.contract.format_choices import DEEPGEMM, WHOLE_ROW
+from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import Rows
 from tests.emulator.intervals import Interval
 from tests.emulator.quantizer import Gpu
 from tests.helpers import (
+    FLOAT32,
     FORMATS,
     poisoned,
     poisoned_scales,
     random_bits,
+    reference_into,
     storage_bits,
 )
 
 ARCHITECTURES = ("sm_100a", "sm_90a")
 DTYPES = (torch.bfloat16, torch.float16)
-EVERY_FORMAT = (*FORMATS, make_format(128, RECIPROCAL_FLOAT32, False))
+EVERY_FORMAT = (*FORMATS, FLOAT32.replace(numerics=DEEPGEMM))
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -101,7 +97,6 @@ def check(
     *,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
-    min_scale: float = DEFAULT_MIN_SCALE,
     extra_rows: int = 0,
     last_padding: bool = True,
     q_strides: tuple[int, ...] | None = None,
@@ -119,15 +114,15 @@ def check(
         q_strides = torch.empty(q_shape, device="meta").stride()[:-1]
     results = [
         (
-            poisoned_matrix(q_shape, (*q_strides, 1), fmt.dtype, q_offset),
+            poisoned_matrix(q_shape, (*q_strides, 1), fmt.values, q_offset),
             poisoned_scales(fmt, mn, k, "cpu", last_padding, tuple(batch_shape)),
         )
         for _ in range(2)
     ]
     inputs = [t for t in (x, None if rows is None else rows.data, index) if t is not None]
     before = [storage_bits(t).clone() for t in inputs]
-    gpu.quantize(x, *results[0], fmt, rows, index, min_scale, **options)
-    reference.quantize_into(x, *results[1], fmt, scale_floor(fmt, min_scale), rows, index)
+    gpu.quantize(x, *results[0], fmt, rows, index, **options)
+    reference_into(x, *results[1], fmt, rows, index)
     for name, actual, expected in zip(("q", "sf"), *results, strict=True):
         assert_same_storage(name, actual, expected)
     for t, bits in zip(inputs, before, strict=True):
@@ -139,15 +134,14 @@ def check_fake(
     x: torch.Tensor,
     fmt: Format,
     *,
-    min_scale: float = DEFAULT_MIN_SCALE,
     strides: tuple[int, ...] | None = None,
     offset: int = 0,
 ) -> None:
     """The same for a call of `fake_quantize`."""
     strides = (strides or x.contiguous().stride()[:-1]) + (1,)
     actual, expected = (poisoned_matrix(tuple(x.shape), strides, x.dtype, offset) for _ in range(2))
-    gpu.fake_quantize(x, actual, fmt, min_scale)
-    expected.copy_(reference.fake_quantize(x, fmt, scale_floor(fmt, min_scale)))
+    gpu.fake_quantize(x, actual, fmt)
+    reference.fake_quantize_into(x, fmt, expected)
     assert_same_products("out", actual, expected)
 
 
@@ -164,7 +158,6 @@ def assert_quantized_within(
     sf: torch.Tensor,
     fmt: Format,
     values: Interval,
-    min_scale: float = DEFAULT_MIN_SCALE,
 ) -> None:
     """Every byte of poisoned memory into which values between two ends were quantized.
 
@@ -177,7 +170,6 @@ def assert_quantized_within(
     """
     low, high = values
     mn = low.shape[-2]
-    floor = scale_floor(fmt, min_scale)
     magnitudes = low.abs(), high.abs()
     straddles = (low < 0) & (high > 0)
     bounds = []
@@ -185,7 +177,7 @@ def assert_quantized_within(
         nbytes = sf.untyped_storage().nbytes()
         scales = poisoned(nbytes, "cpu").view(sf.dtype)
         scales = scales.as_strided(sf.shape, sf.stride(), sf.storage_offset())
-        reference.quantize_into(end.float(), torch.empty_like(q), scales, fmt, floor)
+        reference_into(end.float(), torch.empty_like(q), scales, fmt)
         bounds.append(scales)
     # As integers float32 are in order, above all of them NaN.
     kind = torch.uint8 if fmt.ue8m0 else torch.int32
@@ -196,7 +188,7 @@ def assert_quantized_within(
         got, ends = int(stored[at]), (int(least[at]), int(most[at]))
         raise AssertionError(f"sf: element {at} of its storage is {got:#x}, expected {ends}")
 
-    ones = torch.ones(low.shape).to(fmt.dtype)
+    ones = torch.ones(low.shape).to(fmt.values)
     scale = reference.dequantize(ones, sf, fmt, torch.float32)
     expected = [_rounded(end.float() * (1.0 / scale), fmt) for end in (low, high)]
     actual = q.narrow(-2, 0, mn)
@@ -215,10 +207,10 @@ def assert_quantized_within(
 
 def _rounded(values: torch.Tensor, fmt: Format) -> torch.Tensor:
     """To nearest even, saturated."""
-    if fmt.dtype is torch.int8:
+    if fmt.values is torch.int8:
         return values.round().clamp(-INT8_MAX, INT8_MAX).nan_to_num(0.0).to(torch.int8)
     largest = fmt.value_type.max
-    return values.clamp(-largest, largest).to(fmt.dtype)
+    return values.clamp(-largest, largest).to(fmt.values)
 
 
 def assert_same_products(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -19,15 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cute_quant import quantize
-from cute_quant.contract.formats import Format, make_format
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_INT8, quantize
+from cute_quant.contract.formats import Format
 from tests.emulator import machine, probes, ptx
 from tests.emulator.cases import DTYPES, EVERY_FORMAT
 from tests.emulator.memory import Memory
 from tests.helpers import (
-    format_arguments,
-    format_id,
-    full_id,
     poisoned_scales,
     poisoned_values,
     storage_bits,
@@ -44,17 +41,19 @@ MN, K, EXTRA_ROWS = 131, 640, 3
 
 CONFIGURATIONS = [(dtype, fmt) for dtype in DTYPES for fmt in EVERY_FORMAT]
 CONFIGURATIONS += [
-    (torch.float32, make_format(32, "ue8m0_128x4", False, torch.float8_e5m2)),
-    (torch.float32, make_format(128, "float32", False)),
-    (torch.bfloat16, make_format(16, "float32", True, torch.int8)),
-    (torch.float16, make_format(-1, "float32_row_major", False, torch.int8)),
-    (torch.bfloat16, make_format(256, "ue8m0_row_major", False, torch.float8_e5m2)),
+    (torch.float32, MXFP8.replace(values=torch.float8_e5m2)),
+    (torch.float32, DEEP_GEMM_SM90),
+    (torch.bfloat16, DEEP_GEMM_SM90.replace(group_size=16, values=torch.int8, round_scale=True)),
+    (torch.float16, ROWWISE_INT8),
+    (
+        torch.bfloat16,
+        DEEP_GEMM.replace(scale_layout="row_major", group_size=256, values=torch.float8_e5m2),
+    ),
 ]
 
 
 def configuration_id(dtype: torch.dtype, fmt: Format) -> str:
-    name = format_id(fmt) if fmt in EVERY_FORMAT else full_id(fmt)
-    return f"{str(dtype).removeprefix('torch.')}-{name}"
+    return f"{str(dtype).removeprefix('torch.')}-{fmt}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def kernel_input(dtype: torch.dtype) -> torch.Tensor:
 
 def run_kernel(function, dtype: torch.dtype, fmt: Format, device: str) -> dict[str, Result]:
     """Call ``function(x, q, sf, fmt)`` on poisoned results."""
-    q = poisoned_values(MN + EXTRA_ROWS, K, device, fmt.dtype)
+    q = poisoned_values(MN + EXTRA_ROWS, K, device, fmt.values)
     sf = poisoned_scales(fmt, MN, K, device)
     function(kernel_input(dtype).to(device), q, sf, fmt)
     values = storage_bits(q).numpy().reshape(MN + EXTRA_ROWS, K)
@@ -173,7 +172,7 @@ class Gpu:
 
     def kernel(self, dtype: torch.dtype, fmt: Format) -> dict[str, Result]:
         def call(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, fmt: Format) -> None:
-            quantize(x, **format_arguments(fmt), out=(q, sf))
+            quantize(x, fmt, out=(q, sf))
             torch.cuda.synchronize()
 
         return run_kernel(call, dtype, fmt, "cuda")

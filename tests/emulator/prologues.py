@@ -7,6 +7,7 @@ import math
 import torch
 
 from cute_quant.contract.formats import Format
+from cute_quant.contract.rows import Masked
 from tests.emulator.cases import (
     assert_quantized_within,
     assert_same_storage,
@@ -15,7 +16,7 @@ from tests.emulator.cases import (
 )
 from tests.emulator.intervals import Interval
 from tests.emulator.quantizer import Gpu
-from tests.helpers import poisoned_scales, poisoned_values, storage_bits
+from tests.helpers import poisoned, poisoned_scales, poisoned_values, storage_bits
 
 RELATIVE_ERROR = 1e-6
 """What a few roundings of float32, and the errors of exponential, reciprocal and root, stay below.
@@ -90,7 +91,7 @@ def check_silu_mul(
     factors = torch.linspace(-2, 3, rows) if weighted else None
     x = torch.stack((gate, up), 2).flatten(1) if interleaved else torch.cat((gate, up), 1)
     x = strided(x.view(*batch, mn, 2 * k), 2 * k)
-    q = poisoned_values(mn + extra_rows, k, "cpu", fmt.dtype, batch)
+    q = poisoned_values(mn + extra_rows, k, "cpu", fmt.values, batch)
     sf = poisoned_scales(fmt, mn, k, "cpu", last_padding, batch)
     weight = None if factors is None else factors.view(*batch, mn)
     gpu.silu_mul_quantize(x, q, sf, fmt, weight=weight, interleaved=interleaved, **variant)
@@ -155,7 +156,7 @@ def check_rms_norm(
         rows = rows.to(dtype) if unfused else rows
     if normalized:
         outputs["normalized"] = poisoned_matrix(shape, strides, dtype)
-    q = poisoned_values(mn + extra_rows, k, "cpu", fmt.dtype, batch)
+    q = poisoned_values(mn + extra_rows, k, "cpu", fmt.values, batch)
     sf = poisoned_scales(fmt, mn, k, "cpu", last_padding, batch)
     numbers = {"eps": eps, "offset": offset, "unfused": unfused}
     gpu.rms_norm_quantize(strided(x, k), weight, q, sf, fmt, **outputs, **numbers, **launch)
@@ -174,3 +175,57 @@ def check_rms_norm(
         assert len(storage_bits(result)) > result.nbytes
         padding = storage_bits(result)[result.nbytes :]
         assert (padding == padding[0]).all(), "normalized: written past its end"
+
+
+def check_masked_rms_norm(
+    gpu: Gpu,
+    counts: torch.Tensor,
+    max_m: int,
+    k: int,
+    fmt: Format,
+    dtype: torch.dtype,
+    index: torch.Tensor | None = None,
+    **launch,
+) -> None:
+    """Run the norm of masked experts: rows that exist are those of a dense call.
+
+    Scale rows from a count to the next multiple of 4 are 0; all else keeps what it held.
+
+    Args:
+        index: row of x of each row, (experts, max_m), or -1.
+    """
+    experts, scale_rows = len(counts), fmt.scale_rows(max_m)
+    tokens = rows_of(experts * max_m, k, dtype, seed=max_m + k)
+    x = tokens.view(experts, max_m, k)
+    exists = torch.arange(max_m) < counts[:, None]
+    if index is not None:
+        x = tokens[index.clamp(0)]
+        exists &= index >= 0
+    weight = torch.linspace(-1.5, 2, k).to(dtype)
+    results = []
+    for rows in (Masked(counts), None):
+        q = poisoned_values(max_m, k, "cpu", fmt.values, (experts,))
+        sf = poisoned_scales(fmt, max_m, k, "cpu", True, (experts,))
+        masked = rows is not None
+        source = tokens if masked and index is not None else x
+        choices = {"rows": rows, "index": index} if masked else {}
+        gpu.rms_norm_quantize(
+            strided(source, k), weight, q, sf, fmt, eps=1e-6, offset=0.0, **choices, **launch
+        )
+        padded = sf.as_strided((experts, scale_rows, sf.shape[-1]), sf.stride())
+        results.append((q, padded.clone()))
+    (q, sf), (expected_q, expected_sf) = results
+    poison = poisoned(4, "cpu")
+    row = torch.arange(scale_rows)
+    counts = counts.clamp(0, max_m)[:, None]
+    kept = row >= ((counts + 3) // 4 * 4).clamp(max=scale_rows)
+    gone = torch.ones(experts, scale_rows, dtype=torch.bool)
+    gone[:, :max_m] = ~exists
+    expected_sf[gone] = 0
+    expected_sf[kept] = poison.view(sf.dtype)
+    unwritten = torch.arange(max_m) >= counts
+    integers = expected_q.view(torch.uint8)
+    integers[~exists] = 0
+    integers[unwritten] = poison[0]
+    assert torch.equal(q.view(torch.uint8), integers)
+    assert torch.equal(sf.view(torch.int32), expected_sf.view(torch.int32))

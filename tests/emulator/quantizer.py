@@ -1,8 +1,7 @@
 """The package on an emulated GPU: its own calls choose, compile and launch kernels on CPU tensors.
 
-`dispatch.execution` runs as it is. It is told of an architecture, and that a
-tensor is on a GPU;
-what it gets for a compiled function launches the kernel in the emulator.
+`dispatch.launch` runs as it is. It is told of an architecture, and that a tensor is on a GPU; what
+it gets for a compiled function launches the kernel in the emulator.
 """
 
 from __future__ import annotations
@@ -16,15 +15,12 @@ from unittest import mock
 
 import torch
 
-from cute_quant.contract.formats import (
-    DEFAULT_MIN_SCALE,
-    LOAD_BYTES,
-    Format,
-    last_column_rows,
-    scale_floor,
-)
-from cute_quant.contract.rows import Rows
-from cute_quant.dispatch import execution
+from cute_quant.contract.calls import Call
+from cute_quant.contract.dtypes import LOAD_BYTES
+from cute_quant.contract.formats import Format
+from cute_quant.contract.rows import DENSE, Masked, Rows
+from cute_quant.contract.tensors import last_column_rows
+from cute_quant.dispatch import launch
 from cute_quant.jit import lookup
 from cute_quant.kernels import dequantize, heuristics, scheduler
 from cute_quant.kernels.config import WIDEST, Access, Domain, RmsNormSpec, SiluMulSpec, Spec, Tile
@@ -142,33 +138,30 @@ class Gpu:
         fmt: Format,
         rows: Rows | None = None,
         index: torch.Tensor | None = None,
-        min_scale: float = DEFAULT_MIN_SCALE,
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``cute_quant.quantize`` into `q` and `sf`; `options` are those of ``machine.run``."""
         counts = None if rows is None else rows.data
         with self._present((x, counts, index), options):
-            choices = _choices(fmt, min_scale)
-            return execution.quantize(x.as_subclass(OnGpu), q, sf, choices, rows, index)
+            return launch.quantize(Call(x.as_subclass(OnGpu), fmt, q, sf, rows, index))
 
     def fake_quantize(
         self,
         x: torch.Tensor,
         out: torch.Tensor,
         fmt: Format,
-        min_scale: float = DEFAULT_MIN_SCALE,
         **options: Any,
     ) -> torch.Tensor:
         """``cute_quant.fake_quantize`` into `out`."""
         with self._present((x,), options):
-            return execution.fake_quantize(x.as_subclass(OnGpu), out, _choices(fmt, min_scale))
+            return launch.fake_quantize(x.as_subclass(OnGpu), fmt, out)
 
     def dequantize(
         self, q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype, **options: Any
     ) -> torch.Tensor:
         """``cute_quant.dequantize``."""
         with self._present((q, sf), options):
-            return execution.dequantize(q.as_subclass(OnGpu), sf, fmt.group_size, dtype)
+            return launch.dequantize(q.as_subclass(OnGpu), sf, fmt, dtype)
 
     def silu_mul_quantize(
         self,
@@ -183,13 +176,12 @@ class Gpu:
         weight: torch.Tensor | None = None,
         interleaved: bool = False,
         unfused: bool = False,
-        min_scale: float = DEFAULT_MIN_SCALE,
         **options: Any,
     ) -> None:
         """``(up + beta) * gate * sigmoid(alpha * gate)`` of x (..., mn, 2 k), quantized."""
         spec = SiluMulSpec(
             x.dtype,
-            fmt,
+            fmt.kernel_format,
             domain=Domain(batched=x.ndim > 2),
             access=_access(q.shape[-1], x.dtype),
             interleaved=interleaved,
@@ -200,7 +192,7 @@ class Gpu:
             weighted=weight is not None,
         )
         numbers = {"bound": clamp or 0.0, "alpha": alpha, "beta": beta}
-        operands = _operands(x, q, sf, fmt, min_scale) | numbers | {"mWeight": weight}
+        operands = _operands(x, q, sf, fmt) | numbers | {"mWeight": weight}
         self._run(spec, operands, (x, weight), options)
 
     def rms_norm_quantize(
@@ -220,21 +212,25 @@ class Gpu:
         tile: Tile = ONE_ROW,
         tiles_per_thread: int = 1,
         max_warps: int = 16,
-        min_scale: float = DEFAULT_MIN_SCALE,
+        rows: Masked | None = None,
+        index: torch.Tensor | None = None,
+        row_ctas: int = 1,
         **options: Any,
     ) -> None:
         """RMSNorm of x (..., mn, k), quantized.
 
         Args:
+            rows, index: which rows there are, x being (tokens, k) with an index.
+            row_ctas: blocks that share the rows of all experts.
             total: takes x + residual; may be the residual.
             normalized: takes what is quantized.
             tile, tiles_per_thread, max_warps: as of an `RmsNormSpec`.
         """
         spec = RmsNormSpec(
             x.dtype,
-            fmt,
+            fmt.kernel_format,
             tile,
-            Domain(batched=x.ndim > 2),
+            Domain(DENSE if rows is None else rows.kind, index is not None, q.ndim > 2),
             _access(q.shape[-1], x.dtype),
             tiles_per_thread,
             max_warps,
@@ -243,7 +239,11 @@ class Gpu:
             residual is not None,
             normalized is not None,
         )
-        operands = _operands(x, q, sf, fmt, min_scale) | {
+        counts = None if rows is None else rows.data
+        operands = _operands(x, q, sf, fmt) | {
+            "mCounts": counts,
+            "mIndex": index,
+            "row_ctas": row_ctas,
             "mWeight": weight,
             "mResidual": residual,
             "mSum": total,
@@ -251,7 +251,7 @@ class Gpu:
             "eps": eps,
             "offset": offset,
         }
-        self._run(spec, operands, (x, weight, residual), options)
+        self._run(spec, operands, (x, weight, residual, counts, index), options)
 
     def _run(
         self, spec: Spec, operands: dict[str, Any], inputs: tuple, options: dict[str, Any]
@@ -280,16 +280,12 @@ class Gpu:
                 multiprocessors=lambda device: self.sms,
                 function=function,
             ),
-            mock.patch.multiple(heuristics, TWO_ROWS_FROM=two_rows_from, **limits),
+            mock.patch.multiple(heuristics, TWO_ROWS_FROM=two_rows_from, MAX_GRID_Y=self.max_grid),
             mock.patch.multiple(scheduler, **limits),
             mock.patch.multiple(dequantize, **limits),
-            mock.patch.object(execution, "_plans", {}),
+            mock.patch.object(launch, "_plans", {}),
         ):
             yield
-
-
-def _choices(fmt: Format, min_scale: float) -> tuple:
-    return fmt.group_size, fmt.scale_format, fmt.dtype, fmt.round_scale, min_scale
 
 
 def _access(k: int, dtype: torch.dtype) -> Access:
@@ -298,11 +294,9 @@ def _access(k: int, dtype: torch.dtype) -> Access:
     return WIDEST if whole else Access(dtype.itemsize, 1, True)
 
 
-def _operands(
-    x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, fmt: Format, min_scale: float
-) -> dict[str, Any]:
+def _operands(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, fmt: Format) -> dict[str, Any]:
     """Those that all kernels have which quantize dense rows."""
-    mn = x.shape[-2]
+    mn = q.shape[-2] if fmt.blocked else sf.shape[-2]
     return {
         "mX": x,
         "mQ": q,
@@ -312,5 +306,5 @@ def _operands(
         "missing_rows": fmt.scale_rows(mn) - last_column_rows(sf) if fmt.mn_major else 0,
         "alignment": 1,
         "row_ctas": 1,
-        "floor": scale_floor(fmt, min_scale),
+        "floor": fmt.floor,
     }

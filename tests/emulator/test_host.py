@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cute_quant.contract.formats import VALUE_DTYPE, last_column_rows
+from cute_quant.contract.tensors import last_column_rows
 from cute_quant.kernels.config import QuantizeSpec
 from tests.emulator.cases import special_groups
 from tests.emulator.errors import MemoryFault
@@ -120,7 +120,7 @@ def test_errors_of_the_kernel_come_through_the_host_code(call):
 
 
 def test_no_write_to_x_or_past_q(call):
-    call.tensors["q"] = torch.empty(0, dtype=VALUE_DTYPE).set_(
+    call.tensors["q"] = torch.empty(0, dtype=torch.float8_e4m3fn).set_(
         call.tensors["q"].untyped_storage(), 0, (5, 640), (640, 1)
     )
     call()

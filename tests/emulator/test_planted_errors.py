@@ -8,22 +8,22 @@ from unittest import mock
 import pytest
 import torch
 
-from cute_quant.contract.formats import make_format
+from cute_quant import INT8
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
 from tests.emulator.cases import check, special_groups
 from tests.emulator.errors import EmulatorError
 from tests.emulator.prologues import check_rms_norm, check_silu_mul
 from tests.emulator.quantizer import H100_SMS, Gpu, Kernel, load
-from tests.helpers import FLOAT32, FLOAT32_ROUNDED, UE8M0, format_id
+from tests.helpers import FLOAT32, FLOAT32_ROUNDED, UE8M0
 
 BF16 = torch.bfloat16
 SCALE_STORE = r"(@!?%p\d+ )?st\.global\.(b8|b32)\s+\[(%rd\d+)\], (%\w+);"
 VALUE_STORE = r"(st\.global\.v4\.b32\s+\[%rd\d+)\]"
 COMPARISON = r"setp\.(?:lt|le|gt|ge)\.[su]32\s+%p\d+, .*;"
 SWAPPED = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
-ROW_MAJOR = make_format(16, "float32_row_major", False, torch.int8)
+ROW_MAJOR = INT8.replace(group_size=16)
 
-packed_and_float32 = pytest.mark.parametrize("fmt", [UE8M0, FLOAT32], ids=format_id)
+packed_and_float32 = pytest.mark.parametrize("fmt", [UE8M0, FLOAT32], ids=str)
 
 
 def dense(gpu: Gpu, fmt=UE8M0) -> None:
@@ -182,7 +182,7 @@ def test_swapped_scales(plant, fmt):
     assert plant(partial(dense, fmt=fmt), SCALE_STORE, swap, ".reg .b64 %swapped;")
 
 
-@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32_ROUNDED], ids=format_id)
+@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32_ROUNDED], ids=str)
 def test_dropped_padding(plant, fmt):
     """The scales that are 0 are those of the padding."""
     width = 16 if fmt.packed else 32

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from cute_quant.contract.formats import Format, make_format
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8
 from cute_quant.kernels.config import Tile
 from tests.emulator.errors import EmulatorError
-from tests.emulator.prologues import check_rms_norm
+from tests.emulator.prologues import check_masked_rms_norm, check_rms_norm
 from tests.emulator.quantizer import Gpu
-from tests.helpers import FLOAT32, UE8M0, full_id
+from tests.helpers import FLOAT32, UE8M0
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -27,11 +27,11 @@ FORMATS = (
     (BF16, FLOAT32, 640),
     (FP16, UE8M0, 640),
     (FP32, UE8M0, 640),
-    (FP32, make_format(16, "float32", True, torch.int8), 130),
-    (BF16, make_format(32, "ue8m0_128x4", False, torch.float8_e5m2), 416),
-    (BF16, make_format(256, "ue8m0_row_major", False), 640),
-    (BF16, make_format(-1, "float32_row_major", False), 1040),
-    (FP16, make_format(-1, "ue8m0", False), 520),
+    (FP32, DEEP_GEMM_SM90.replace(group_size=16, values=torch.int8, round_scale=True), 130),
+    (BF16, MXFP8.replace(values=torch.float8_e5m2), 416),
+    (BF16, DEEP_GEMM.replace(scale_layout="row_major", group_size=256), 640),
+    (BF16, ROWWISE_FP8, 1040),
+    (FP16, DEEP_GEMM.replace(group_size=-1), 520),
 )
 WIDE = {"tiles_per_thread": 2, "max_warps": 32}
 """Rows of many warps, each with two tiles."""
@@ -73,18 +73,38 @@ def test_more_threads_than_compiled_for(gpu):
         check_rms_norm(gpu, 1, 1040, UE8M0, max_warps=2)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "fmt", "k"), FORMATS, ids=lambda v: full_id(v) if isinstance(v, Format) else str(v)
-)
+@pytest.mark.parametrize(("dtype", "fmt", "k"), FORMATS, ids=str)
 def test_formats(gpu, dtype, fmt, k):
     for name in ("fused", "all"):
         check_rms_norm(gpu, 5, k, fmt, dtype, extra_rows=1, last_padding=False, **VARIANTS[name])
 
 
-@pytest.mark.parametrize("fmt", [UE8M0, make_format(-1, "float32_row_major", False)], ids=full_id)
+@pytest.mark.parametrize("fmt", [UE8M0, ROWWISE_FP8], ids=str)
 def test_batches(kernels, arch, fmt):
     """Also of more rows and matrices than the grid counts, for which a block goes round a loop
     with its barriers."""
     for max_grid in (65535, 2):
         gpu = Gpu(kernels, arch, max_grid=max_grid)
         check_rms_norm(gpu, 5, 1040, fmt, batch=(5,), extra_rows=1, **VARIANTS["all"])
+
+
+MASKED = {
+    "4 rows": ([2, -(2**31), 5], 4, False),
+    "1 row": ([1, 0, -(2**31), 2**31 - 1, 1], 1, False),
+    "5 rows": ([5, 1, 4], 5, False),
+    "gathered": ([2, -(2**31), 5], 5, True),
+}
+
+
+@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32], ids=str)
+@pytest.mark.parametrize(("counts", "max_m", "gathered"), MASKED.values(), ids=MASKED)
+@pytest.mark.parametrize("row_warps", [1, 2])
+def test_masked_experts(gpu, fmt, counts, max_m, gathered, row_warps):
+    """Also of fewer rows a tile than the padding of an expert's scales has."""
+    counts, index = torch.tensor(counts, dtype=torch.int32), None
+    if gathered:
+        index = torch.arange(len(counts) * max_m, dtype=torch.int32).flip(0).view(-1, max_m)
+        index[0, 1] = -1
+    for row_ctas in (1, 2 * len(counts)):
+        launch = {"tile": Tile(row_warps=row_warps), "max_warps": 2, "row_ctas": row_ctas}
+        check_masked_rms_norm(gpu, counts, max_m, 640, fmt, FP16, index, **launch)

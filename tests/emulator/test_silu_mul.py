@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from cute_quant.contract.formats import Format, make_format
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8
 from tests.emulator.prologues import check_silu_mul
 from tests.emulator.quantizer import Gpu
-from tests.helpers import FLOAT32, UE8M0, full_id
+from tests.helpers import FLOAT32, UE8M0
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -27,11 +27,11 @@ FORMATS = (
     (BF16, FLOAT32, 640),
     (FP16, UE8M0, 640),
     (FP32, UE8M0, 640),
-    (FP32, make_format(16, "float32", True, torch.int8), 130),
-    (BF16, make_format(32, "ue8m0_128x4", False, torch.float8_e5m2), 416),
-    (BF16, make_format(-1, "float32_row_major", False), 1040),
-    (FP16, make_format(-1, "ue8m0", False), 520),
-    (BF16, make_format(256, "ue8m0_row_major", False), 640),
+    (FP32, DEEP_GEMM_SM90.replace(group_size=16, values=torch.int8, round_scale=True), 130),
+    (BF16, MXFP8.replace(values=torch.float8_e5m2), 416),
+    (BF16, ROWWISE_FP8, 1040),
+    (FP16, DEEP_GEMM.replace(group_size=-1), 520),
+    (BF16, DEEP_GEMM.replace(scale_layout="row_major", group_size=256), 640),
 )
 
 
@@ -51,9 +51,7 @@ def test_long_rows(gpu):
     check_silu_mul(gpu, 5, 7168, UE8M0)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "fmt", "k"), FORMATS, ids=lambda v: full_id(v) if isinstance(v, Format) else str(v)
-)
+@pytest.mark.parametrize(("dtype", "fmt", "k"), FORMATS, ids=str)
 def test_formats(gpu, dtype, fmt, k):
     for variant in ("weighted", "all"):
         check_silu_mul(gpu, 5, k, fmt, dtype, extra_rows=1, last_padding=False, **VARIANTS[variant])

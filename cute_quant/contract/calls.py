@@ -1,0 +1,77 @@
+"""One call of a quantizer: its tensors, its format and its rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from cute_quant.contract.formats import Format
+from cute_quant.contract.prologues import Prologue
+from cute_quant.contract.rows import Rows
+
+
+class ResultShape(NamedTuple):
+    """Leading dimensions, rows and columns of the values of a call."""
+
+    batch_shape: tuple[int, ...]
+    mn: int
+    k: int
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Shape of q."""
+        return (*self.batch_shape, self.mn, self.k)
+
+
+class Call(NamedTuple):
+    """A call of ``cute_quant.quantize``, or of a fused operation that ends in it.
+
+    Attributes:
+        x: the input, (..., mn, k), or (T, k) with an index; (..., 2 k) for SiLU.
+        fmt: what the result looks like.
+        q, sf: the caller's memory for values and scales, None to allocate it.
+        rows: which rows exist; None for all of them.
+        index: row of x for each row of the result, None for its own.
+        prologue: the operation before the quantizer, with its tensors.
+    """
+
+    x: torch.Tensor
+    fmt: Format
+    q: torch.Tensor | None = None
+    sf: torch.Tensor | None = None
+    rows: Rows | None = None
+    index: torch.Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
+    prologue: Prologue | None = None
+
+    @property
+    def input_name(self) -> str:
+        """Name of the argument that `x` was given as."""
+        return "x" if self.prologue is None else self.prologue.input_name
+
+    @property
+    def is_plain(self) -> bool:
+        """True if all rows of x are quantized, in their order, without a prologue."""
+        return self.rows is None and self.index is None and self.prologue is None
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """All tensors by the names of their arguments."""
+        tensors = {
+            self.input_name: self.x,
+            "out q": self.q,
+            "out sf": self.sf,
+            "index": self.index,
+        }
+        if self.rows is not None:
+            tensors[f"rows.{self.rows.data_name}"] = self.rows.data
+        return tensors if self.prologue is None else tensors | self.prologue.tensors
+
+    @property
+    def result_shape(self) -> ResultShape:
+        """Shape of the values, computed without a look at what is wrong with the call."""
+        leading = self.x.shape[:-1] if self.index is None else self.index.shape
+        k = self.x.shape[-1]
+        if self.prologue is not None:
+            k = self.prologue.columns(k)
+        return ResultShape(tuple(leading[:-1]), leading[-1], k)

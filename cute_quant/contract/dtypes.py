@@ -1,0 +1,121 @@
+"""Dtypes of inputs, values and scales, and the constants of the contract. Needs torch alone."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeGuard, TypeVar
+
+import torch
+
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+E4M3_MAX = 448.0
+E5M2_MAX = 57344.0
+INT8_MAX = 127.0
+"""int8 is symmetric: -128 is not used."""
+
+FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
+FLOAT32_MANTISSA_BITS = 23
+SMALLEST_NORMAL = 2.0**-126
+UE8M0_BIAS = 127
+UE8M0_MAX = 254
+UE8M0_NAN = 255
+
+LOAD_BYTES = 32
+STORE_BYTES = 16
+"""Bytes that a thread of a GPU loads of x and stores of q at once."""
+
+BYTES_PER_WORD = 4
+SCALE_ROW_ALIGNMENT = 4
+"""TMA's 16 bytes in words: a column of MN-major scales starts at a multiple of this many rows. The
+rows between a masked expert's count and the next multiple are its padding."""
+
+BLOCK_ROWS = 128
+BLOCK_GROUPS = 4
+"""A block of the 128x4 layout: 512 contiguous scale bytes, as cuBLAS and CUTLASS read them."""
+
+
+class ValueType(NamedTuple):
+    """Facts about a dtype of values.
+
+    Attributes:
+        max: the largest finite value, to which the amax of a group is scaled.
+        nan_byte: the code of every value in a group that is not finite.
+    """
+
+    max: float
+    nan_byte: int
+
+    @property
+    def max_exponent(self) -> int:
+        """p of max = 1.f * 2^p."""
+        return math.frexp(self.max)[1] - 1
+
+    @property
+    def max_mantissa(self) -> int:
+        """f of max = 1.f * 2^p, as the mantissa bits of a float32."""
+        return int((self.max / 2.0**self.max_exponent - 1.0) * 2**FLOAT32_MANTISSA_BITS)
+
+
+VALUE_TYPES = {
+    torch.float8_e4m3fn: ValueType(E4M3_MAX, 0x7F),
+    torch.float8_e5m2: ValueType(E5M2_MAX, 0x7F),
+    torch.int8: ValueType(INT8_MAX, 0),
+}
+
+VLLM_MIN_SCALE = 1e-10
+MAX_MIN_SCALE = 2.0**100
+MIN_SCALES: dict[str, Callable[[float], float]] = {
+    "vllm": lambda largest: VLLM_MIN_SCALE,
+    "deepgemm": lambda largest: to_float32(1e-4) / largest,
+    "sglang": lambda largest: to_float32(1e-10) / largest,
+    "ocp": lambda largest: 0.0,
+}
+"""Lower bounds of scales as libraries have them, computed from the largest value of the dtype.
+DeepGEMM and SGLang bound the amax, a float32, and divide it."""
+
+Counts = TypeVar("Counts", int, torch.Tensor)
+"""A count, or a tensor of counts."""
+
+
+def to_float32(value: float) -> float:
+    """Round `value` to float32, to nearest even, in plain Python arithmetic."""
+    _, exponent = math.frexp(value)
+    ulp = 2.0 ** max(exponent - 24, -149)
+    return round(value / ulp) * ulp
+
+
+def ceil_div(a: Counts, b: int) -> Counts:
+    """Return a / b, rounded up."""
+    return (a + b - 1) // b
+
+
+def align(a: Counts, b: int) -> Counts:
+    """Return `a` rounded up to a multiple of `b`."""
+    return ceil_div(a, b) * b
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether an argument is a real number of any type; a bool is not."""
+    # An exact float is found before the abstract class is asked, which takes longer.
+    return isinstance(value, (float, numbers.Real)) and not isinstance(value, bool)
+
+
+def describe(value: object) -> str:
+    """Describe a wrong argument in a message, without a look into a tensor."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {dtype_name(value.dtype)}"
+    plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+    return repr(value) if plain else type(value).__name__
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without that of its module."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
+    """Return the names of dtypes for a message."""
+    return " or ".join(map(dtype_name, dtypes))

@@ -1,0 +1,207 @@
+"""The choices that make a format: what there is, what fits together, and how they read as text."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from cute_quant.contract.dtypes import (
+    MAX_MIN_SCALE,
+    MIN_SCALES,
+    SMALLEST_NORMAL,
+    UE8M0_BIAS,
+    VALUE_TYPES,
+    describe,
+    dtype_name,
+    dtype_names,
+    is_number,
+    to_float32,
+)
+
+WHOLE_ROW = -1
+GROUP_SIZES = (16, 32, 64, 128, 256)
+MAX_COLUMNS = 2**20
+"""Columns of a result."""
+
+MN_MAJOR = "mn_major"
+MN_MAJOR_PACKED = "mn_major_packed"
+ROW_MAJOR = "row_major"
+BLOCKED = "128x4"
+BLOCKED_GROUP_SIZE = 32
+"""The one group size of the 128x4 layout, which its readers know for MXFP8 alone."""
+
+SCALE_LAYOUTS = {
+    torch.float8_e8m0fnu: (MN_MAJOR_PACKED, ROW_MAJOR, BLOCKED),
+    torch.float32: (MN_MAJOR, ROW_MAJOR),
+}
+"""Layouts by the dtype of scales."""
+
+IEEE = "ieee"
+DEEPGEMM = "deepgemm"
+NUMERICS = (IEEE, DEEPGEMM)
+"""How float32 scales are computed: as the correctly rounded quotient amax / M, or as in DeepGEMM's
+cast on CUDA, where torch computes ``amax / 448.0`` as amax times float32(1 / 448). The two differ
+in the last bit for half of all mantissas."""
+
+DEFAULT_MIN_SCALE = "vllm"
+
+_SHORT_NAMES = {
+    torch.float8_e4m3fn: "e4m3",
+    torch.float8_e5m2: "e5m2",
+    torch.int8: "int8",
+    torch.float8_e8m0fnu: "e8m0",
+    torch.float32: "float32",
+}
+_DTYPES = {name: dtype for dtype, name in _SHORT_NAMES.items()}
+_ROW = "row"
+"""The group size of whole rows in the text of a format."""
+_SEPARATOR = ":"
+
+
+class Choices(NamedTuple):
+    """The fields of a format, by which it is found again."""
+
+    values: torch.dtype
+    group_size: int
+    scale_dtype: torch.dtype
+    scale_layout: str
+    round_scale: bool = False
+    min_scale: float | str = DEFAULT_MIN_SCALE
+    numerics: str = IEEE
+
+
+def check_choices(
+    values: object, group_size: object, scale_dtype: object, scale_layout: object
+) -> None:
+    """Check the dtypes, the size of a group and the layout.
+
+    Raises:
+        TypeError, ValueError: one of them is not supported, or they contradict each other.
+    """
+    if not isinstance(values, torch.dtype) or values not in VALUE_TYPES:
+        raise TypeError(
+            f"values: expected one of {dtype_names(VALUE_TYPES)}, got {describe(values)}"
+        )
+    # 128.0 and True are equal to ints, and no group sizes.
+    if type(group_size) is not int or group_size not in (*GROUP_SIZES, WHOLE_ROW):
+        raise ValueError(
+            f"group_size: expected one of {GROUP_SIZES} or {WHOLE_ROW} for the whole row, "
+            f"got {describe(group_size)}"
+        )
+    if not isinstance(scale_dtype, torch.dtype) or scale_dtype not in SCALE_LAYOUTS:
+        raise TypeError(
+            f"scale_dtype: expected {dtype_names(SCALE_LAYOUTS)}, got {describe(scale_dtype)}"
+        )
+    layouts = SCALE_LAYOUTS[scale_dtype]
+    if not isinstance(scale_layout, str) or scale_layout not in layouts:
+        raise ValueError(
+            f"scale_layout: expected one of {layouts} for {dtype_name(scale_dtype)} scales, "
+            f"got {describe(scale_layout)}"
+        )
+    if scale_layout == BLOCKED and group_size != BLOCKED_GROUP_SIZE:
+        raise ValueError(
+            f"group_size: expected {BLOCKED_GROUP_SIZE} for scale_layout={BLOCKED!r}, which "
+            f"cuBLAS, CUTLASS and torch read for MXFP8 alone, got {group_size!r}"
+        )
+
+
+def check_numerics(scale_dtype: torch.dtype, round_scale: object, numerics: object) -> None:
+    """Check how scales are computed.
+
+    Raises:
+        TypeError, ValueError: a choice is not supported for scales of this dtype.
+    """
+    if not isinstance(round_scale, bool):
+        raise TypeError(f"round_scale: expected a bool, got {describe(round_scale)}")
+    if round_scale and scale_dtype is not torch.float32:
+        raise ValueError(
+            f"round_scale: expected False for {dtype_name(scale_dtype)} scales, which are powers "
+            f"of two anyway, got True"
+        )
+    if not isinstance(numerics, str) or numerics not in NUMERICS:
+        raise ValueError(f"numerics: expected one of {NUMERICS}, got {describe(numerics)}")
+    if numerics == DEEPGEMM and (scale_dtype is not torch.float32 or round_scale):
+        raise ValueError(
+            f"numerics: expected {IEEE!r} for scales that are powers of two, which are exact, "
+            f"got {numerics!r}"
+        )
+
+
+def scale_floor(
+    min_scale: object, largest: float, scale_dtype: torch.dtype, power_of_two: bool
+) -> int | float:
+    """Return `min_scale` rounded to float32, as a UE8M0 byte if scales are powers of two: that of
+    the smallest one that is not below it.
+
+    Raises:
+        TypeError, ValueError: it is no number or name, or beyond what scales can be.
+    """
+    if isinstance(min_scale, str):
+        if min_scale not in MIN_SCALES:
+            raise ValueError(
+                f"min_scale: expected a number or one of {tuple(MIN_SCALES)}, got {min_scale!r}"
+            )
+        value = MIN_SCALES[min_scale](largest)
+    elif is_number(min_scale):
+        value = min_scale
+    else:
+        raise TypeError(
+            f"min_scale: expected a number or one of {tuple(MIN_SCALES)}, got {describe(min_scale)}"
+        )
+    lowest = 0.0 if scale_dtype is torch.float8_e8m0fnu else SMALLEST_NORMAL
+    if not lowest <= value <= MAX_MIN_SCALE:
+        raise ValueError(
+            f"min_scale: expected {lowest} <= min_scale <= {MAX_MIN_SCALE} for "
+            f"{dtype_name(scale_dtype)} scales, got {min_scale!r}"
+        )
+    floor = to_float32(float(value))
+    if not power_of_two:
+        return floor
+    if floor == 0.0:
+        return 0
+    mantissa, exponent = math.frexp(floor)
+    return max(0, exponent - (mantissa == 0.5) + UE8M0_BIAS)
+
+
+def choices_text(choices: Choices) -> str:
+    """Return choices as text, such as ``e4m3:128:e8m0:mn_major_packed``."""
+    size = _ROW if choices.group_size == WHOLE_ROW else str(choices.group_size)
+    values, scales = _SHORT_NAMES[choices.values], _SHORT_NAMES[choices.scale_dtype]
+    words = [values, size, scales, choices.scale_layout]
+    words += ["round_scale"] if choices.round_scale else []
+    for name in ("min_scale", "numerics"):
+        value = getattr(choices, name)
+        if value != Choices._field_defaults[name]:
+            words.append(f"{name}={value}")
+    return _SEPARATOR.join(words)
+
+
+def parse_choices(text: str) -> dict[str, Any]:
+    """Invert :func:`choices_text`.
+
+    Raises:
+        KeyError, ValueError: `text` is none of its results.
+    """
+    values, size, scales, layout, *options = text.split(_SEPARATOR)
+    choices: dict[str, Any] = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        if name in choices:
+            raise ValueError(f"{name}: given twice")
+        choices[name] = value
+    if "round_scale" in choices:
+        if "round_scale" not in options:
+            raise ValueError("round_scale: expected no value")
+        choices["round_scale"] = True
+    if "min_scale" in choices and choices["min_scale"] not in MIN_SCALES:
+        choices["min_scale"] = float(choices["min_scale"])
+    group_size = WHOLE_ROW if size == _ROW else int(size)
+    fields = {
+        "values": _DTYPES[values],
+        "group_size": group_size,
+        "scale_dtype": _DTYPES[scales],
+        "scale_layout": layout,
+    }
+    return fields | choices

@@ -1,0 +1,404 @@
+"""Calls on real tensors: kept plans and kernels on a GPU, the reference on the CPU.
+
+A warm call goes through `quantize_again` or `quantize_into_again` alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from cute_quant.contract import checks, reference
+from cute_quant.contract.calls import Call
+from cute_quant.contract.dtypes import LOAD_BYTES, STORE_BYTES
+from cute_quant.contract.formats import Format
+from cute_quant.contract.tensors import (
+    Region,
+    check_disjoint,
+    check_no_tangents,
+    check_real,
+    last_column_rows,
+    region,
+    span,
+)
+from cute_quant.contract.torch_private import (
+    in_dual_level,
+    increment_version,
+    is_fake,
+    look_alike_check,
+    num_dispatch_modes,
+    outside_of_graphs,
+)
+from cute_quant.dispatch.plan import (
+    Destination,
+    Function,
+    Kernel,
+    Plan,
+    View,
+    choose_dequantize_kernel,
+    choose_kernel,
+    make_plan,
+)
+from cute_quant.jit import library
+
+# Checking and choosing anew took half the time of a call.
+_plans: dict[tuple[object, ...], Plan] = {}
+_MAX_PLANS = 4096
+
+
+class _Recent(NamedTuple):
+    """A plan of a recent call without rows, index and prologue, found again without a key.
+
+    Attributes:
+        matches: whether x, or x, q and sf, look like those of that call.
+        x_offset, q_offset: their addresses over the alignment that loads and stores need.
+    """
+
+    fmt: Format
+    matches: Callable[..., bool]
+    x_offset: int
+    q_offset: int
+    plan: Plan
+    function: Function
+    numbers: tuple[int | float, ...]
+
+
+_recent: list[_Recent] = []
+"""Those that allocate, the last one first."""
+_recent_out: list[_Recent] = []
+"""Those into memory of the caller."""
+_MAX_RECENT = 8
+"""A call that finds none has looked at them for a microsecond, a third of what a key takes."""
+
+
+class Launch:
+    """An operation bound to its memory: everything was checked, only the launch is left.
+
+    Calling it runs the operation again on what its tensors hold now, on the current stream, and
+    returns `results`. It may be captured in a CUDA graph.
+
+    Attributes:
+        results: what the operation returns, the same tensors at every launch.
+    """
+
+    __slots__ = ("_function", "_written", "results")
+
+    results: Any
+
+    def __init__(
+        self, results: Any, function: Callable[[], object], written: list[torch.Tensor]
+    ) -> None:
+        self.results = results
+        self._function = function
+        self._written = written
+
+    @outside_of_graphs
+    def __call__(self) -> Any:
+        self._function()
+        increment_version(self._written)
+        return self.results
+
+
+class _Capture(NamedTuple):
+    """A launch that was left to the thread that binds."""
+
+    function: Callable[[], object]
+    written: list[torch.Tensor]
+
+
+_captures: dict[int, list[_Capture]] = {}
+"""Launches that threads are binding, by thread."""
+
+
+def bind(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Launch:
+    """Run an operation up to its launch, and return that.
+
+    Raises:
+        TypeError: its tensors have no memory, or are of a subclass; else as it raises.
+    """
+    thread = threading.get_ident()
+    captured = _captures[thread] = []
+    try:
+        results = operation(*args, **kwargs)
+    finally:
+        del _captures[thread]
+    tensors = results if isinstance(results, tuple) else (results,)
+    # Without elements there is nothing to launch.
+    expected = 0 if all(t.numel() == 0 for t in tensors) else 1
+    if len(captured) > 1 or len(captured) < expected or any(map(is_fake, tensors)):
+        kinds = {type(t).__name__ for t in tensors}
+        raise TypeError(
+            f"bind: expected plain tensors with memory, outside of a dispatch mode, got a call "
+            f"that makes {len(captured)} launches and returns {', '.join(sorted(kinds))}"
+        )
+    if not captured:
+        return Launch(results, _nothing, [])
+    return Launch(results, captured[0].function, captured[0].written)
+
+
+def _nothing() -> None:
+    """Launch nothing, for results without elements."""
+
+
+def _run(
+    function: Callable[..., object], arguments: tuple[Any, ...], written: list[torch.Tensor]
+) -> None:
+    """Call a function that writes to tensors, or leave it to the launch that the thread binds."""
+    if _captures and (captured := _captures.get(threading.get_ident())) is not None:
+        if written and written[0].is_cuda:
+            arguments = library.as_kernel_arguments(arguments)
+        captured.append(_Capture(functools.partial(function, *arguments), written))
+        return
+    # Autograd refuses to use what it saved of them.
+    increment_version(written)
+    function(*arguments)
+
+
+def quantize_again(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Allocate and launch, for an x that looks like that of a recent call.
+
+    None where there was none, or anything else is unusual: `quantize` then looks closer.
+    """
+    if num_dispatch_modes() or in_dual_level() or _captures:
+        return None
+    for recent in _recent:
+        if recent.fmt is fmt and recent.matches(x) and recent.x_offset == x.data_ptr() % LOAD_BYTES:
+            break
+    else:
+        return None
+    plan = recent.plan
+    q, sf = plan.new_q(), plan.new_sf()
+    recent.function(x, q, sf, None, None, 0, *recent.numbers)
+    return q, sf
+
+
+def quantize_into_again(
+    x: torch.Tensor, fmt: Format, q: torch.Tensor, sf: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Do the same into memory of the caller."""
+    if num_dispatch_modes() or in_dual_level() or _captures:
+        return None
+    for recent in _recent_out:
+        if (
+            recent.fmt is fmt
+            and recent.matches(x, q, sf)
+            and recent.x_offset == x.data_ptr() % LOAD_BYTES
+            and recent.q_offset == q.data_ptr() % STORE_BYTES
+        ):
+            break
+    else:
+        return None
+    plan = recent.plan
+    start, q_start, sf_start = x.data_ptr(), q.data_ptr(), sf.data_ptr()
+    end, q_end, sf_end = start + plan.x_bytes, q_start + plan.q_bytes, sf_start + plan.sf_bytes
+    if (
+        (q_start < end and start < q_end)
+        or (sf_start < end and start < sf_end)
+        or (sf_start < q_end and q_start < sf_end)
+    ):
+        return None
+    missing_rows = 0
+    if plan.scale_rows > plan.mn:
+        missing_rows = plan.scale_rows - last_column_rows(sf)
+    increment_version((q, sf))
+    recent.function(x, q, sf, None, None, missing_rows, *recent.numbers)
+    return q, sf
+
+
+def quantize(
+    call: Call, *, check: bool = False, remember: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a call on tensors with memory.
+
+    Args:
+        call: not checked yet.
+        check: read counts and indices, which synchronizes, and raise on those out of range.
+        remember: have `quantize_again` find the plan.
+    """
+    if in_dual_level():
+        check_no_tangents(call.tensors)
+    if not call.x.is_cuda:
+        return _quantize_on_cpu(call, check=check)
+    key = _key(call)
+    plan = _plans.get(key) if key else None
+    if plan is None:
+        plan = make_plan(call)
+        if plan.kernel is not None and key:
+            if len(_plans) >= _MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+    if check:
+        checks.check_counts(call.rows, call.index, call.x.shape[-2], plan.mn)
+    result = _execute(plan, call)
+    if remember and key and plan.kernel is not None and not _captures:
+        _remember(plan, plan.kernel, call)
+    return result
+
+
+def _remember(plan: Plan, kernel: Kernel, call: Call) -> None:
+    """Put a plan where `quantize_again` finds it, if the call is of its kind."""
+    x, fmt, q, sf = call.x, call.fmt, call.q, call.sf
+    plain = call.is_plain and kernel.views is None and type(x) is torch.Tensor
+    # Whether gradients are recorded is no part of its looks.
+    if not plain or x.requires_grad:
+        return
+    recent, q_offset, tensors = _recent, 0, [x]
+    if q is not None and sf is not None:
+        recent, q_offset, tensors = _recent_out, q.data_ptr() % STORE_BYTES, [x, q, sf]
+    elif q is not None or sf is not None:
+        return
+    # One that is there was passed over for something else, and will be again.
+    if any(other.plan is plan for other in recent):
+        return
+    found = _Recent(
+        fmt,
+        look_alike_check(*tensors),
+        x.data_ptr() % LOAD_BYTES,
+        q_offset,
+        plan,
+        kernel.function,
+        kernel.numbers,
+    )
+    recent[:] = [found, *recent[: _MAX_RECENT - 1]]
+
+
+def _execute(plan: Plan, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Allocate what a call does not give, and launch its kernel."""
+    x, rows, prologue = call.x, call.rows, call.prologue
+    q = plan.new_q() if call.q is None else call.q
+    sf = plan.new_sf() if call.sf is None else call.sf
+    missing_rows = 0
+    if plan.scale_rows > plan.mn:
+        missing_rows = plan.scale_rows - last_column_rows(sf)
+    further_written = () if prologue is None else tuple(prologue.writes.values())
+    if call.q is not None or call.sf is not None or further_written:
+        sf_bytes = plan.sf_bytes - missing_rows * sf.element_size()
+        q_region = Region("out q", q.data_ptr(), plan.q_bytes)
+        _check_regions(call, q_region, Region("out sf", sf.data_ptr(), sf_bytes))
+    kernel = plan.kernel
+    if kernel is None:
+        return q, sf
+    row_data = None if rows is None else rows.data
+    operands: tuple[torch.Tensor | None, ...] = (x, q, sf, row_data, call.index)
+    further: tuple[torch.Tensor | None, ...] = () if prologue is None else prologue.operands
+    written = [q, sf, *further_written]
+    if kernel.views is not None:
+        operands, further = _viewed(kernel.views, operands, further)
+    try:
+        _run(kernel.function, (*operands, missing_rows, *kernel.numbers, *further), written)
+    except (TypeError, ValueError):
+        # The kernel refuses dtypes and devices that do not fit. Say so by name.
+        checks.check_real_call(call)
+        raise
+    return q, sf
+
+
+def _key(call: Call) -> tuple[object, ...]:
+    """Return all that a plan depends on, () if a call cannot have one."""
+    x, fmt, q, sf, rows, index, prologue = call
+    try:
+        key: tuple[object, ...] = (fmt, *map(_looks, (x, q, sf, index)))
+        if rows is not None:
+            # 128.0 is equal to 128, but refused.
+            alignment = rows.alignment
+            key += (rows.kind, alignment, type(alignment), _looks(rows.data))
+        if prologue is not None:
+            tensors = prologue.tensors.values()
+            key += (type(prologue), prologue.options, *map(_looks, tensors))
+        hash(key)
+        return key
+    except (AttributeError, RuntimeError, TypeError, UserWarning):
+        # No tensor, no strides, no hash; torch warns of fakes, which have no address.
+        return ()
+
+
+def _looks(t: torch.Tensor | None) -> tuple[object, ...] | None:
+    """Return all that a plan depends on of a tensor."""
+    if t is None:
+        return None
+    aligned = t.data_ptr() % LOAD_BYTES
+    return type(t), t.shape, t.stride(), t.dtype, t.device, t.is_neg(), t.requires_grad, aligned
+
+
+def _viewed(
+    views: tuple[View | None, ...],
+    operands: tuple[torch.Tensor | None, ...],
+    further: tuple[torch.Tensor | None, ...],
+) -> tuple[tuple[torch.Tensor | None, ...], tuple[torch.Tensor | None, ...]]:
+    """Return the tensors of a call, and those of its prologue, as a kernel takes them."""
+    viewed = [
+        t if view is None else view.of(t)
+        for view, t in zip(views, (*operands, *further), strict=True)
+    ]
+    return tuple(viewed[: len(operands)]), tuple(viewed[len(operands) :])
+
+
+def _check_regions(call: Call, q: Region, sf: Region) -> None:
+    """Check that the memory that a call writes overlaps nothing else of it."""
+    reads = [region(call.input_name, call.x)]
+    writes = [q, sf]
+    if call.index is not None:
+        reads.append(region("index", call.index))
+    if call.rows is not None:
+        reads.append(region(f"rows.{call.rows.data_name}", call.rows.data))
+    if call.prologue is not None:
+        reads += (region(name, t) for name, t in call.prologue.reads.items())
+        writes += (region(name, t) for name, t in call.prologue.writes.items())
+    check_disjoint(reads, writes)
+
+
+def _quantize_on_cpu(call: Call, *, check: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = checks.check_real_call(call)
+    x, fmt = call.x, call.fmt
+    if check:
+        checks.check_counts(call.rows, call.index, x.shape[-2], shape.mn)
+    q = x.new_empty(shape.values, dtype=fmt.values) if call.q is None else call.q
+    sf = fmt.empty_scales(*shape, x.device) if call.sf is None else call.sf
+    if call.q is not None or call.sf is not None or call.prologue is not None:
+        padding_rows = last_column_rows(sf) - shape.mn if fmt.mn_major and sf.numel() else 0
+        sf_bytes = span(sf) + padding_rows * sf.element_size()
+        sf_region = Region("out sf", sf.data_ptr(), sf_bytes)
+        _check_regions(call, region("out q", q), sf_region)
+    _run(reference.quantize_into, (call, q, sf), [])
+    return q, sf
+
+
+def fake_quantize(x: torch.Tensor, fmt: Format, out: torch.Tensor | None) -> torch.Tensor:
+    """Run ``cute_quant.fake_quantize`` on tensors with memory."""
+    checks.check_fake_quantize(x, out, fmt)
+    check_real({"x": x, "out": out})
+    if in_dual_level():
+        check_no_tangents({"x": x, "out": out})
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    else:
+        check_disjoint([region("x", x)], [region("out", out)])
+    if not x.is_cuda:
+        _run(reference.fake_quantize_into, (x, fmt, out), [])
+    elif x.numel():
+        result = Destination(View(tuple(out.shape), out.stride()), out.data_ptr(), x.dtype)
+        kernel = choose_kernel(Call(x, fmt), result, None)
+        operands: tuple[torch.Tensor | None, ...] = (x, out, None, None, None)
+        if kernel.views is not None:
+            operands, _ = _viewed(kernel.views, operands, ())
+        _run(kernel.function, (*operands, 0, *kernel.numbers), [out])
+    return out
+
+
+def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
+    """Run ``cute_quant.dequantize`` on tensors with memory."""
+    checks.check_dequantize(q, sf, fmt, dtype)
+    check_real({"q": q, "sf": sf})
+    if in_dual_level():
+        check_no_tangents({"q": q, "sf": sf})
+    y = torch.empty(q.shape, dtype=dtype, device=q.device)
+    if not q.is_cuda:
+        _run(reference.dequantize_into, (q, sf, fmt, y), [])
+    elif q.numel():
+        kernel = choose_dequantize_kernel(q, sf, y, fmt)
+        _run(kernel.function, (kernel.q.of(q), kernel.sf.of(sf), kernel.result.of(y)), [y])
+    return y

@@ -1,0 +1,339 @@
+"""Plans: which kernel a call takes, how the kernel views its tensors, and with which numbers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from cute_quant.contract import checks, reference
+from cute_quant.contract.calls import Call, ResultShape
+from cute_quant.contract.dtypes import LOAD_BYTES, align
+from cute_quant.contract.formats import Format
+from cute_quant.contract.prologues import UNFUSED, RmsNorm, SiluMul
+from cute_quant.contract.rows import DENSE, Masked
+from cute_quant.contract.tensors import MAX_SIZE, flat_batch, span
+from cute_quant.jit import lookup
+from cute_quant.kernels import heuristics
+from cute_quant.kernels.config import (
+    DEFAULT_TILE,
+    Access,
+    DequantizeSpec,
+    Domain,
+    QuantizeSpec,
+    RmsNormSpec,
+    SiluMulSpec,
+)
+
+Function = Callable[..., None]
+"""A compiled kernel, called on torch tensors and numbers."""
+
+
+class View(NamedTuple):
+    """Shape and strides that a kernel takes a tensor with."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def of(self, t: torch.Tensor | None) -> torch.Tensor | None:
+        """Return a tensor so viewed."""
+        return None if t is None else t.as_strided(self.shape, self.strides)
+
+
+class Destination(NamedTuple):
+    """Memory that a kernel writes values to.
+
+    Attributes:
+        address: 0 for memory that torch is about to allocate, which is aligned.
+        dtype: of the values: the format's, or x's for fake quantization.
+    """
+
+    view: View
+    address: int
+    dtype: torch.dtype
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel and how it takes a call.
+
+    Attributes:
+        function: called on x, q, sf, counts, index, the missing rows of the last scale column, the
+            `numbers`, and the tensors of the prologue.
+        views: of the tensors of a call, in this order, None for those it takes as they are.
+        numbers: alignment of row groups, CTAs that share masked rows, smallest scale, and those of
+            the prologue.
+    """
+
+    function: Function
+    views: tuple[View | None, ...] | None
+    numbers: tuple[int | float, ...]
+
+
+class Plan(NamedTuple):
+    """The part of a call that depends on shapes, strides and alignment alone.
+
+    Attributes:
+        kernel: None where there is nothing to write.
+        scale_rows: rows of a column of MN-major scales, padding included; mn in other layouts.
+        new_q, new_sf: allocate results, the scales with all padding in their storage.
+        x_bytes, q_bytes, sf_bytes: from the first element to the last, for memory of the caller;
+            of sf with all padding.
+    """
+
+    kernel: Kernel | None
+    mn: int
+    scale_rows: int
+    new_q: Callable[[], torch.Tensor]
+    new_sf: Callable[[], torch.Tensor]
+    x_bytes: int
+    q_bytes: int
+    sf_bytes: int
+
+
+def make_plan(call: Call) -> Plan:
+    """Check a call on a GPU, and choose its kernel.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+        RuntimeError: the GPU is not supported.
+    """
+    shape = checks.check_real_call(call)
+    fmt = call.fmt
+    q_view = View(shape.values, contiguous_strides(shape.values))
+    sf_view = View(fmt.scale_shape(*shape), fmt.scale_strides(*shape))
+    given, address = q_view, 0
+    if call.q is not None:
+        given, address = View(tuple(call.q.shape), call.q.stride()), call.q.data_ptr()
+    kernel = None
+    if math.prod(given.shape):
+        kernel = choose_kernel(call, Destination(given, address, fmt.values), sf_view)
+    scale_rows = fmt.scale_rows(shape.mn) if fmt.mn_major else shape.mn
+    padded = sf_view.shape
+    if fmt.mn_major:
+        padded = (*shape.batch_shape, scale_rows, padded[-1])
+    device = call.x.device
+    # Partial functions take less time than calls with keywords.
+    empty_q = functools.partial(torch.empty_strided, *q_view, dtype=fmt.values, device=device)
+    empty_sf = functools.partial(
+        torch.empty_strided, padded, sf_view.strides, dtype=fmt.sf_dtype, device=device
+    )
+    return Plan(
+        kernel,
+        shape.mn,
+        scale_rows,
+        empty_q,
+        empty_sf if scale_rows == shape.mn else lambda: empty_sf().narrow(-2, 0, shape.mn),
+        x_bytes=span(call.x),
+        q_bytes=math.prod(shape.values) * fmt.values.itemsize if call.q is None else span(call.q),
+        sf_bytes=math.prod(padded) * fmt.sf_dtype.itemsize,
+    )
+
+
+class _Prologue(NamedTuple):
+    """The part of a kernel's choice that depends on the prologue of a call.
+
+    Attributes:
+        spec_class: names the kernel.
+        choices: fields of the spec besides those that all specs have.
+        numbers: what the kernel takes after the smallest scale.
+        views: of the prologue's tensors, None for those that the kernel takes as they are.
+        load_bytes: what the rows of its tensors, and the ups of a row, are aligned to.
+    """
+
+    spec_class: type[QuantizeSpec] | type[SiluMulSpec] | type[RmsNormSpec]
+    choices: dict[str, Any]
+    numbers: tuple[float, ...] = ()
+    views: tuple[View | None, ...] = ()
+    load_bytes: int = LOAD_BYTES
+
+
+def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kernel:
+    """Choose the kernel for a call, as ``heuristics`` has it for its size.
+
+    Args:
+        result: memory for the values of the call.
+        scales: of the scales; None for fake quantization, which stores none.
+    """
+    x, rows, index = call.x, call.rows, call.index
+    arch = lookup.architecture(x.get_device())
+    kind = DENSE if rows is None else rows.kind
+    *batch_shape, q_rows, k = result.view.shape
+    shape = ResultShape(tuple(batch_shape), q_rows, k)
+    launch = _launch_shape(call, shape, arch)
+    domain = Domain(kind, index is not None, bool(batch_shape) or launch.tall)
+    batched = domain.batched
+    match call.prologue:
+        case None:
+            prologue = _Prologue(QuantizeSpec, {"fake": scales is None})
+        case SiluMul() as silu_mul:
+            prologue = _silu_mul(silu_mul, x.dtype, k, batched=batched)
+        case RmsNorm() as rms_norm:
+            prologue = _rms_norm(rms_norm, launch, batched=batched)
+    x_view = matrix_view(x, batched=batched and index is None)
+    q_view = view_as_matrices(result.view, result.dtype.itemsize, batched=batched)
+    index_view = None
+    if index is not None and batched and index.ndim == 1:
+        index_view = View((1, *index.shape), (0, 1))
+    views = (
+        None if x_view == (x.shape, x.stride()) else x_view,
+        None if q_view == result.view else q_view,
+        _scales_view(scales, call.fmt, shape) if batched else None,
+        None,
+        index_view,
+        *prologue.views,
+    )
+    store_bytes = heuristics.store_bytes(launch.tile, result.dtype)
+    access = Access(
+        alignment(x.data_ptr(), x_view, x.element_size(), prologue.load_bytes),
+        alignment(result.address, q_view, result.dtype.itemsize, store_bytes),
+        ragged=k % launch.tile.values_per_thread != 0,
+    )
+    fmt = call.fmt.kernel_format
+    spec = prologue.spec_class(x.dtype, fmt, launch.tile, domain, access, **prologue.choices)
+    row_alignment = 1 if rows is None else rows.alignment
+    numbers = row_alignment, launch.row_ctas, call.fmt.floor, *prologue.numbers
+    return Kernel(lookup.function(spec, arch), views if any(views) else None, numbers)
+
+
+def _launch_shape(
+    call: Call, shape: ResultShape, arch: str
+) -> heuristics.Shape | heuristics.NormShape:
+    """Return tile and grid for the size of a call."""
+    sms = lookup.multiprocessors(call.x.get_device())
+    masked = isinstance(call.rows, Masked)
+    size = math.prod(shape.batch_shape), shape.mn, shape.k, call.fmt, masked, sms
+    match call.prologue:
+        case None:
+            return heuristics.shape(*size)
+        case SiluMul():
+            return heuristics.silu_shape(*size, arch)
+        case RmsNorm():
+            return heuristics.norm_shape(*size)
+
+
+def _silu_mul(prologue: SiluMul, dtype: torch.dtype, k: int, *, batched: bool) -> _Prologue:
+    choices = {
+        "interleaved": prologue.interleaved,
+        "unfused": prologue.rounding == UNFUSED,
+        "clamped": prologue.clamp is not None,
+        "scaled": prologue.alpha != 1.0,
+        "shifted": prologue.beta != 0.0,
+        "weighted": prologue.weight is not None,
+    }
+    # The bound as the reference rounds it.
+    bound = 0.0 if prologue.clamp is None else reference.clamp_limit(prologue, dtype)
+    numbers = bound, prologue.alpha, prologue.beta
+    views = (_factors_view(prologue.weight, batched=batched),)
+    # The ups of a row start k elements after its gates.
+    load_bytes = LOAD_BYTES if prologue.interleaved else math.gcd(LOAD_BYTES, k * dtype.itemsize)
+    return _Prologue(SiluMulSpec, choices, numbers, views, load_bytes)
+
+
+def _rms_norm(
+    prologue: RmsNorm, launch: heuristics.Shape | heuristics.NormShape, *, batched: bool
+) -> _Prologue:
+    choices = {
+        "weight_dtype": prologue.weight.dtype,
+        "unfused": prologue.rounding == UNFUSED,
+        "residual": prologue.residual is not None,
+        "normalized": prologue.normalized is not None,
+    }
+    if isinstance(launch, heuristics.NormShape):
+        choices |= {"tiles_per_thread": launch.tiles_per_thread, "max_warps": launch.max_warps}
+    # Adding -0.0 keeps a weight of -0.0.
+    numbers = prologue.eps, prologue.weight_offset or -0.0
+    load_bytes = math.gcd(LOAD_BYTES, prologue.weight.data_ptr())
+    views: list[View | None] = [None]
+    for t in (prologue.residual, prologue.residual_out, prologue.normalized):
+        view = None
+        if t is not None:
+            view = matrix_view(t, batched=batched)
+            load_bytes = alignment(t.data_ptr(), view, t.element_size(), load_bytes)
+        views.append(view)
+    return _Prologue(RmsNormSpec, choices, numbers, tuple(views), load_bytes)
+
+
+class Dequantization(NamedTuple):
+    """A compiled kernel and how it takes q, sf and the result."""
+
+    function: Function
+    q: View
+    sf: View
+    result: View
+
+
+def choose_dequantize_kernel(
+    q: torch.Tensor, sf: torch.Tensor, y: torch.Tensor, fmt: Format
+) -> Dequantization:
+    """Choose the kernel that multiplies values by their scales."""
+    values = DEFAULT_TILE.values_per_thread
+    q_view, y_view = matrix_view(q, batched=True), matrix_view(y, batched=True)
+    inner = 1 if fmt.blocked else 2
+    batch, stride = flat_batch("sf", sf.shape, sf.stride(), inner)
+    sf_view = View((batch, *sf.shape[-inner:]), (stride, *sf.stride()[-inner:]))
+    store_bytes = heuristics.store_bytes(DEFAULT_TILE, y.dtype)
+    access = Access(
+        alignment(q.data_ptr(), q_view, q.element_size(), values),
+        alignment(y.data_ptr(), y_view, y.element_size(), store_bytes),
+        ragged=q.shape[-1] % values != 0,
+    )
+    spec = DequantizeSpec(fmt.kernel_format, y.dtype, access)
+    function = lookup.function(spec, lookup.architecture(q.get_device()))
+    return Dequantization(function, q_view, sf_view, y_view)
+
+
+def _scales_view(scales: View | None, fmt: Format, shape: ResultShape) -> View | None:
+    """Return the view of scales with one batch dimension, None if they have it."""
+    if scales is None or len(shape.batch_shape) == 1:
+        return None
+    inner = 1 if fmt.blocked else 2
+    stride = scales.strides[-inner - 1] if shape.batch_shape else 0
+    matrices = math.prod(shape.batch_shape)
+    return View((matrices, *scales.shape[-inner:]), (stride, *scales.strides[-inner:]))
+
+
+def _factors_view(weight: torch.Tensor | None, *, batched: bool) -> View | None:
+    """Return the view (batch, mn), or (mn,), of contiguous factors of rows (..., mn)."""
+    if weight is None or weight.ndim == 1 + batched:
+        return None
+    mn = weight.shape[-1]
+    return View((math.prod(weight.shape[:-1]), mn), (mn, 1))
+
+
+def matrix_view(t: torch.Tensor, *, batched: bool) -> View:
+    """Return the view (rows, k) or (batch, rows, k) of a tensor (..., rows, k)."""
+    return view_as_matrices(View(tuple(t.shape), t.stride()), t.element_size(), batched=batched)
+
+
+def view_as_matrices(view: View, itemsize: int, *, batched: bool) -> View:
+    """Return `view`, (..., rows, k), with one leading dimension or none.
+
+    The stride of a dimension of size 1 or less does not matter, but kernels check it.
+    """
+    *batch_shape, rows, k = view.shape
+    unused = align(k, LOAD_BYTES)
+    row_stride = view.strides[-2]
+    if rows <= 1 and (row_stride * itemsize % LOAD_BYTES or row_stride * itemsize > MAX_SIZE):
+        row_stride = unused
+    if not batched:
+        return View((rows, k), (row_stride, 1))
+    count, batch_stride = flat_batch("", *view)
+    if len(batch_shape) == 1 and count <= 1 and view.strides[0] * itemsize % LOAD_BYTES == 0:
+        batch_stride = view.strides[0]
+    return View((count, rows, k), (batch_stride, row_stride, 1))
+
+
+def alignment(address: int, view: View, itemsize: int, limit: int) -> int:
+    """Return the largest power of two up to `limit` that divides the address of each row."""
+    return math.gcd(limit, address, *(stride * itemsize for stride in view.strides[:-1]))
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides))

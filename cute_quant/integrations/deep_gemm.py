@@ -1,0 +1,57 @@
+"""Calls of DeepGEMM with its names, lower bounds and, on finite input, its bits."""
+
+from __future__ import annotations
+
+import torch
+
+from cute_quant.contract.dtypes import INPUT_DTYPES, describe
+from cute_quant.contract.format_choices import DEEPGEMM, IEEE
+from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90
+from cute_quant.contract.tensors import check_tensor
+from cute_quant.ops import quantize
+
+GROUP_SIZES = (32, 128)
+
+
+def per_token_cast_to_fp8(
+    x: torch.Tensor, use_ue8m0: bool, gran_k: int = 128, use_packed_ue8m0: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize as DeepGEMM's cast does, equal to it to the bit on finite input.
+
+    The scales come MN-major and aligned for TMA, so that DeepGEMM takes them as they are; its own
+    cast returns them row-major and its GEMM transposes them first. Packed words have 0 in the bytes
+    of groups past the last, where DeepGEMM's have 127.
+
+    Args:
+        x: (m, n), bfloat16, float16 or float32, contiguous along n. The last group may be short.
+        use_ue8m0: round scales up to powers of two.
+        gran_k: elements that share a scale, 128 or 32.
+        use_packed_ue8m0: pack the exponents of four scales to an int32; needs `use_ue8m0`.
+
+    Returns:
+        q: float8_e4m3fn, (m, n).
+        sf: float32 (m, ceil(n / gran_k)) or int32 (m, ceil(n / gran_k / 4)).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`cute_quant.quantize`.
+    """
+    for name, flag in (("use_ue8m0", use_ue8m0), ("use_packed_ue8m0", use_packed_ue8m0)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {describe(flag)}")
+    check_tensor("x", x, INPUT_DTYPES)
+    if x.ndim != 2:
+        raise ValueError(f"x: expected 2 dimensions (m, n), got shape {tuple(x.shape)}")
+    if type(gran_k) is not int or gran_k not in GROUP_SIZES:
+        raise ValueError(f"gran_k: expected one of {GROUP_SIZES}, got {describe(gran_k)}")
+    if use_packed_ue8m0 and not use_ue8m0:
+        raise ValueError("use_packed_ue8m0: expected False where use_ue8m0 is False, got True")
+    if use_packed_ue8m0:
+        return quantize(x, DEEP_GEMM.replace(group_size=gran_k, min_scale="deepgemm"))
+    fmt = DEEP_GEMM_SM90.replace(
+        group_size=gran_k,
+        round_scale=use_ue8m0,
+        min_scale="deepgemm",
+        # The cast divides by 448 in torch, which on CUDA multiplies by the rounded reciprocal.
+        numerics=DEEPGEMM if x.is_cuda and not use_ue8m0 else IEEE,
+    )
+    return quantize(x, fmt)

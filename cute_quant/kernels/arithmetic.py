@@ -1,0 +1,129 @@
+"""float32 arithmetic of the kernels: quotients, sums, sigmoid, and bounds."""
+
+import math
+from collections.abc import Callable
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Uint32
+
+from cute_quant.contract.dtypes import to_float32
+from cute_quant.kernels.config import LANES
+from cute_quant.kernels.encodings import registers
+from cute_quant.kernels.params import Params
+
+LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
+LARGEST_EXPONENT = 127.99
+"""Largest exponent of 2 in `sigmoid`, whose power is finite."""
+
+
+def quotient(a: Float32, b: float) -> Float32:
+    """Return a / b with IEEE rounding, by Markstein's theorem.
+
+    `b` is normal and its mantissa not all ones. Subnormal results are not exact.
+    """
+    reciprocal = Float32(1.0 / b)
+    estimate = a * reciprocal
+    remainder = cute.math.fma(Float32(-b), estimate, a)
+    return cute.math.fma(remainder, reciprocal, estimate)
+
+
+def reciprocal(a: Float32) -> Float32:
+    """Return 1 / a with IEEE rounding, for normal results: one step of Newton's method."""
+    estimate = cute.arch.rcp_approx(a)
+    error = cute.math.fma(Float32(0.0) - a, estimate, Float32(1.0))
+    return cute.math.fma(error, estimate, estimate)
+
+
+def rsqrt(x: Float32) -> Float32:
+    """Return 1 / sqrt(x), with a relative error of 2^-22.4 at most."""
+    return cute.math.rsqrt(x, approx=True, ftz=True)
+
+
+class SigmoidFactor(Params):
+    """A factor of the argument of `sigmoid`, as an argument of a kernel.
+
+    Attributes:
+        high, low: float32 whose sum is ``-factor * log2(e)``.
+        bound: on the magnitude of the argument.
+    """
+
+    def __init__(self, factor: Float32):
+        self.high = Float32(-LOG2_E) * factor
+        error = cute.math.fma(Float32(-LOG2_E), factor, Float32(0.0) - self.high)
+        self.low = cute.math.fma(Float32(to_float32(LOG2_E) - LOG2_E), factor, error)
+        magnitude = cutlass.max(self.high, Float32(0.0) - self.high)
+        self.bound = Float32(LARGEST_EXPONENT) / magnitude
+
+
+def sigmoid(x: cute.TensorSSA, factor: SigmoidFactor | None = None) -> cute.TensorSSA:
+    """Return ``1 / (1 + e^-(factor * x))`` of float32, at most 1, also of a NaN.
+
+    The exponent of 2 has more bits than a float32: what its rounding leaves is made up for by
+    ``2^rest = 1 + rest * ln(2)``. So the relative error is that of two approximations and three
+    roundings, 2^-22 + 2^-23 + 3 * 2^-24 at most, however large x; below 2^-126 it may be 0.
+    """
+    high, low = Float32(-LOG2_E), Float32(to_float32(LOG2_E) - LOG2_E)
+    bound = Float32(LARGEST_EXPONENT / LOG2_E)
+    if factor is not None:
+        high, low, bound = factor.high, factor.low, factor.bound
+    x = elementwise(lambda value: cute.arch.fmin(value, bound, abs=True), x)
+    high, low = (cute.full_like(x, part) for part in (high, low))
+    power = x * high
+    rest = cute.math.fma(x, low, cute.math.fma(x, high, -power))
+    exponential = cute.math.exp2(power, fastmath=True)
+    exponential = cute.math.fma(exponential, rest * LN_2, exponential)
+    return elementwise(cute.arch.rcp_approx, exponential + 1.0)
+
+
+def minimum(x: cute.TensorSSA, bound: Float32) -> cute.TensorSSA:
+    """Return the smaller of each element and a bound; NaN if one is."""
+    return elementwise(lambda value: cute.arch.fmin(value, bound, nan=True), x)
+
+
+def maximum(x: cute.TensorSSA, bound: Float32) -> cute.TensorSSA:
+    """Return the larger of each element and a bound; NaN if one is."""
+    return elementwise(lambda value: cute.arch.fmax(value, bound, nan=True), x)
+
+
+def elementwise(function: Callable[[Float32], Float32], x: cute.TensorSSA) -> cute.TensorSSA:
+    """Apply a function to every element.
+
+    SM100 computes two elements at once where the DSL has an operation for vectors instead.
+    """
+    rX = registers(x)
+    for i in range(cute.size(rX)):
+        rX[i] = function(rX[i])
+    return rX.load()
+
+
+def thread_sum(x: cute.TensorSSA) -> Float32:
+    """Return the sum of a thread's float32, a power of two of them.
+
+    Sums are of pairs, so roundings are as deep as the logarithm of their number.
+    """
+    return _reduce_in_pairs(lambda a, b: a + b, x)
+
+
+def thread_max(x: cute.TensorSSA) -> Uint32:
+    """Return the maximum of a thread's integers, a power of two of them."""
+    return Uint32(_reduce_in_pairs(cutlass.max, x))
+
+
+def _reduce_in_pairs(function: Callable, x: cute.TensorSSA) -> cutlass.Numeric:
+    rX = registers(x)
+    values = [rX[i] for i in range(cute.size(rX))]
+    while len(values) > 1:
+        half = len(values) // 2
+        values = [function(a, b) for a, b in zip(values[:half], values[half:], strict=True)]
+    return values[0]
+
+
+def warp_sum(value: Float32) -> Float32:
+    """Return the sum over a warp in each of its lanes; 5 roundings deep.
+
+    The order of additions is part of the result, so it is not left to `cute.arch.warp_reduction`.
+    """
+    for i in range(LANES.bit_length() - 1):
+        value = value + cute.arch.shuffle_sync_bfly(value, offset=1 << i)
+    return value

@@ -1,0 +1,69 @@
+"""Instructions that the DSL has no name for, each as a typed function of one.
+
+All inline PTX and all private names of the DSL that the kernels use stand here.
+"""
+
+import cutlass
+from cutlass import BFloat16, Float16, Float32, Uint16, Uint32
+from cutlass._mlir.dialects import llvm
+from cutlass.base_dsl import BaseDSL
+from cutlass.base_dsl.enums import Arch
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+
+@dsl_user_op
+def _binary(instruction: str, a: Uint32, b: Uint32, *, loc=None, ip=None) -> Uint32:
+    """Emit an instruction from two 32-bit registers to one."""
+    operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (a, b)]
+    ptx = f"{instruction} $0, $1, $2;"
+    return Uint32(llvm.inline_asm(T.i32(), operands, ptx, "=r,r,r", loc=loc, ip=ip))
+
+
+def max_magnitude(a: Uint32, b: Uint32, dtype: type[cutlass.Numeric]) -> Uint32:
+    """Return the larger magnitudes of two float32, or of two pairs of halves, under some sign.
+
+    NaN is larger than all. An integer maximum would have to mask the signs of its operands first.
+    """
+    kind = {BFloat16: "bf16x2", Float16: "f16x2", Float32: "f32"}[dtype]
+    return _binary(f"max.NaN.xorsign.abs.{kind}", a, b)
+
+
+def max_u16x2(a: Uint32, b: Uint32) -> Uint32:
+    """Return the maxima of two pairs of 16-bit integers."""
+    return _binary("max.u16x2", a, b)
+
+
+def mul_bf16x2(a: Uint32, b: Uint32) -> Uint32:
+    """Return the products of two pairs of bfloat16; the DSL has them only as part of a sum."""
+    return _binary("mul.rn.bf16x2", a, b)
+
+
+@dsl_user_op
+def mul_bf16_to_f32(a: Uint16, b: Uint16, *, loc=None, ip=None) -> Float32:
+    """Return the product of two bfloat16 as float32: one fused multiply-add of -0 on SM100."""
+    # As bits: the DSL takes -0.0 for the 0.0 that a kernel may have had before.
+    negative_zero = Uint32(0x80000000).bitcast(Float32)
+    operands = [v.ir_value(loc=loc, ip=ip) for v in (a, b, negative_zero)]
+    ptx = "fma.rn.f32.bf16 $0, $1, $2, $3;"
+    return Float32(llvm.inline_asm(T.f32(), operands, ptx, "=f,h,h,f", loc=loc, ip=ip))
+
+
+def has_mul_bf16_to_f32() -> bool:
+    """Return whether the target of the compilation has `mul_bf16_to_f32`."""
+    return BaseDSL._get_dsl().get_arch_enum() >= Arch.sm_100
+
+
+@dsl_user_op
+def pack_int8(a: Float32, b: Float32, upper: Uint32, *, loc=None, ip=None) -> Uint32:
+    """Return ``upper << 16`` over two values as int8, rounded to nearest even and saturated.
+
+    NaN gives 0. The DSL's own conversion truncates.
+    """
+    words = []
+    for value in (a, b):
+        operand = [value.ir_value(loc=loc, ip=ip)]
+        ptx = "cvt.rni.s32.f32 $0, $1;"
+        words.append(llvm.inline_asm(T.i32(), operand, ptx, "=r,f", loc=loc, ip=ip))
+    ptx = "cvt.pack.sat.s8.s32.b32 $0, $1, $2, $3;"
+    operands = [words[1], words[0], Uint32(upper).ir_value(loc=loc, ip=ip)]
+    return Uint32(llvm.inline_asm(T.i32(), operands, ptx, "=r,r,r,r", loc=loc, ip=ip))

@@ -1,0 +1,193 @@
+"""Scales of groups: amax, multiplier and the scale that is stored.
+
+A scale has two forms. The *multiplier* is what values are multiplied with, a float32; the *scale*
+is what is stored, a UE8M0 byte or a float32. Magnitudes travel as the bits of a float32, in which
+a comparison of integers orders them: NaN above Inf above every finite value.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Uint16, Uint32, const_expr
+
+from cute_quant.contract.dtypes import FLOAT32_MANTISSA_BITS, UE8M0_MAX, UE8M0_NAN, ValueType
+from cute_quant.contract.formats import Format
+from cute_quant.kernels import arithmetic, ptx
+
+FLOAT32_INFINITY = 0x7F800000
+FLOAT32_NAN = 0x7FC00000
+SMALLEST_UE8M0 = 0x400000
+"""2^-127, the only UE8M0 scale that is a subnormal float32."""
+MANTISSA_MASK = 0x7FFFFF
+EXPONENT_MASK = 0xFF800000
+MAGNITUDE_MASK = 0x7FFFFFFF
+MAGNITUDE_MASK_X2 = 0x7FFF7FFF
+
+BELOW_PRECISION = {BFloat16: 0xFFFF, Float16: 0x1FFF, Float32: 0}
+"""Bits of a float32's mantissa that the type does not have."""
+
+
+class GroupScale(NamedTuple):
+    """The two forms of the scale of a group.
+
+    Attributes:
+        multiplier: what values are multiplied with: the scale's reciprocal, NaN where the group
+            is not finite.
+        scale: what is stored: a UE8M0 byte in the low bits, or a float32.
+    """
+
+    multiplier: Float32
+    scale: Uint32 | Float32
+
+
+@cute.jit
+def thread_amax(rX: cute.Tensor) -> Uint32:
+    """Return the largest magnitude of a thread's values.
+
+    The bits of a float32, or of a pair of halves that `group_amax` joins.
+    """
+    words = cute.recast_tensor(rX, Uint32)
+    result = ptx.max_magnitude(words[0], words[1], rX.element_type)
+    for i in cutlass.range_constexpr(2, cute.size(words), 2):
+        pair = ptx.max_magnitude(words[i], words[i + 1], rX.element_type)
+        result = ptx.max_magnitude(result, pair, rX.element_type)
+    single = rX.element_type is Float32
+    return result & Uint32(MAGNITUDE_MASK if single else MAGNITUDE_MASK_X2)
+
+
+def larger(dtype: type[cutlass.Numeric]) -> Callable[[Uint32, Uint32], Uint32]:
+    """Return the function that takes the larger of two of `thread_amax`."""
+    return cutlass.max if dtype is Float32 else ptx.max_u16x2
+
+
+@cute.jit
+def group_amax(
+    amax: Uint32, dtype: cutlass.Constexpr[type], lanes: cutlass.Constexpr[int]
+) -> Uint32:
+    """Return the largest `thread_amax` of a group held by adjacent lanes, as a float32.
+
+    Bits below the precision of `dtype` have no meaning.
+    """
+    result = cute.arch.warp_reduction(amax, larger(dtype), threads_in_group=lanes)
+    if const_expr(dtype is Float32):
+        return result
+    result = ptx.max_u16x2(result, result << 16 | result >> 16)
+    if const_expr(dtype is Float16):
+        return Float32(Uint16(result).bitcast(Float16)).bitcast(Uint32)
+    return result
+
+
+@cute.jit
+def is_finite(amax: Uint32) -> Boolean:
+    """Return whether the group of this amax holds neither NaN nor Inf."""
+    return amax < Uint32(FLOAT32_INFINITY)
+
+
+@cute.jit
+def group_scale(
+    amax: Uint32,
+    dtype: cutlass.Constexpr[type],
+    bound: Float32,
+    fmt: cutlass.Constexpr[Format],
+) -> GroupScale:
+    """Return multiplier and scale of a group.
+
+    Args:
+        amax: of the group, as `group_amax` returns it.
+        bound: as `scale_bound` returns it.
+    """
+    if const_expr(fmt.power_of_two):
+        multiplier = power_of_two_multiplier(amax, dtype, fmt.value_type, bound)
+        if const_expr(fmt.ue8m0):
+            return GroupScale(multiplier, ue8m0_scale(multiplier))
+        return GroupScale(multiplier, float32_of_multiplier(multiplier, False))
+    scale = float32_scale(amax, dtype, fmt.value_type, bound, fmt.reciprocal)
+    return GroupScale(arithmetic.reciprocal(scale), scale)
+
+
+def scale_bound(floor: Int32 | Float32, fmt: Format) -> Float32:
+    """Return the bound on a scale: its smallest value, or its largest multiplier.
+
+    Args:
+        floor: the smallest scale, a UE8M0 exponent where scales are powers of two.
+    """
+    if fmt.power_of_two:
+        return Uint32((UE8M0_MAX - floor) << FLOAT32_MANTISSA_BITS).bitcast(Float32)
+    return floor
+
+
+@cute.jit
+def power_of_two_multiplier(
+    amax: Uint32,
+    dtype: cutlass.Constexpr[type],
+    values: cutlass.Constexpr[ValueType],
+    max_multiplier: Float32,
+) -> Float32:
+    """Return the largest power of two m with ``amax * m <= values.max``, at most `max_multiplier`.
+
+    It is the reciprocal of the UE8M0 scale. Its exponent is that of ``values.max`` less that of
+    amax, less one where the mantissa of amax is above that of the maximum. Subtracting amax from
+    the maximum as integers does all of this: the mantissa borrows from the exponent exactly there.
+    NaN where amax is not finite.
+    """
+    minuend = UE8M0_MAX + values.max_exponent << FLOAT32_MANTISSA_BITS | values.max_mantissa
+    bits = (Uint32(minuend | BELOW_PRECISION[dtype]) - amax) & Uint32(EXPONENT_MASK)
+    bits = cutlass.min(bits, max_multiplier.bitcast(Uint32))
+    # Zero times amax is NaN where amax is not finite, and one instruction.
+    return amax.bitcast(Float32) * Float32(0.0) + bits.bitcast(Float32)
+
+
+@cute.jit
+def ue8m0_scale(multiplier: Float32) -> Uint32:
+    """Return the UE8M0 byte of a multiplier's reciprocal: 254 less its exponent, 255 of a NaN."""
+    bits = Uint32(UE8M0_MAX << FLOAT32_MANTISSA_BITS | MANTISSA_MASK) - multiplier.bitcast(Uint32)
+    return bits >> FLOAT32_MANTISSA_BITS
+
+
+@cute.jit
+def float32_of_multiplier(multiplier: Float32, subnormal: cutlass.Constexpr[bool]) -> Float32:
+    """Return the reciprocal of a power of two, NaN of a NaN.
+
+    The exponents of both add up to 254. A NaN, which is above 254 << 23, wraps around to a number
+    above all finite ones.
+
+    Args:
+        subnormal: whether it may be 2^-127.
+    """
+    bits = Uint32(UE8M0_MAX << FLOAT32_MANTISSA_BITS) - multiplier.bitcast(Uint32)
+    if const_expr(subnormal):
+        bits = cutlass.max(bits, Uint32(SMALLEST_UE8M0))
+    return cutlass.min(bits, Uint32(FLOAT32_NAN)).bitcast(Float32)
+
+
+@cute.jit
+def float32_of_ue8m0(exponent: Uint32) -> Float32:
+    """Return the scale of a UE8M0 byte, the low one: 2^(byte - 127), NaN of 255."""
+    byte = exponent & Uint32(0xFF)
+    bits = cutlass.max(byte << FLOAT32_MANTISSA_BITS, Uint32(SMALLEST_UE8M0))
+    bits = bits if byte != Uint32(UE8M0_NAN) else Uint32(FLOAT32_NAN)
+    return bits.bitcast(Float32)
+
+
+@cute.jit
+def float32_scale(
+    amax: Uint32,
+    dtype: cutlass.Constexpr[type],
+    values: cutlass.Constexpr[ValueType],
+    min_scale: Float32,
+    reciprocal_of_max: cutlass.Constexpr[bool],
+) -> Float32:
+    """Return ``max(amax / values.max, min_scale)``, NaN where amax is not finite.
+
+    The quotient has IEEE rounding; with `reciprocal_of_max` it is amax times the rounded
+    reciprocal.
+    """
+    scale = (amax & Uint32(0xFFFFFFFF ^ BELOW_PRECISION[dtype])).bitcast(Float32)
+    if const_expr(reciprocal_of_max):
+        scale = scale * (1.0 / values.max)
+    else:
+        scale = arithmetic.quotient(scale, values.max)
+    scale = cutlass.max(scale, min_scale)
+    return scale if is_finite(amax) else Uint32(FLOAT32_NAN).bitcast(Float32)
