@@ -31,8 +31,9 @@ def test_the_table_of_formats():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_code_runs(page):
+def test_code_runs(page, tmp_path, monkeypatch):
     """All Python blocks of a page, one after the other; those with a GPU are in other tests."""
+    monkeypatch.chdir(tmp_path)  # Some write files.
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     namespace: dict[str, object] = {}
     for block in blocks:

@@ -1,4 +1,4 @@
-"""What a kernel of one's own needs to end in the quantizer; `stage` shows how.
+"""The parts of a kernel of one's own that ends in the quantizer; `stage` shows how.
 
 The kernels of this package end in the same stage. `Stage` takes registers and returns 8-bit
 registers and scales. `Tile` is the thread-value layout, `Segment` a thread's part of a row.

@@ -30,7 +30,7 @@ TILE = DEFAULT_TILE
 
 
 class Problem(Params):
-    """What the kernel reads and writes: a batch of matrices, or one of them.
+    """Arguments of the kernel, for a batch of matrices or one of them.
 
     Attributes:
         q: (batch, mn, k).

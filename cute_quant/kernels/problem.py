@@ -37,7 +37,7 @@ class Operands(NamedTuple):
 
 
 class Problem(Params):
-    """What a kernel reads and writes: a batch of matrices, or one of them.
+    """Arguments of a kernel, for a batch of matrices or one of them.
 
     Attributes:
         prologue: yields the values that are quantized.

@@ -34,7 +34,7 @@ EARLY_WEIGHTS = 2
 
 
 class NormInput(Params):
-    """What RMSNorm reads, and what it writes beside the quantized values.
+    """Tensors and numbers of RMSNorm, besides the quantized values.
 
     Attributes:
         x: (mn, k) or (batch, mn, k), or (tokens, k) with an index.
