@@ -1,16 +1,18 @@
-"""Devices: every contract test runs on the CPU, and on a GPU where there is one. The user's disk
-cache is left alone."""
+"""Devices, emulated GPUs, and a disk cache that is not the user's."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from tests.helpers import ARCHITECTURES
+
 if TYPE_CHECKING:
-    from tests.emulator.quantizer import Kernels
+    from tests.kernels.emulated_gpu import Gpu, Kernels
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -20,17 +22,20 @@ def pytest_configure() -> None:
     os.environ["CUTE_QUANT_CACHE"] = "off"
 
 
-def pytest_report_header() -> str:
+def pytest_report_header() -> list[str]:
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    gpu = torch.cuda.get_device_name() if HAS_GPU else "none, so tests marked gpu are deselected"
+    linked = f"host code linked by {compiler}" if compiler else "skipped, there is no C compiler"
+    return [f"GPU: {gpu}", f"emulated kernels: {linked}"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if HAS_GPU:
-        return f"GPU: {torch.cuda.get_device_name()}"
-    return "GPU: none, so the tests marked gpu are skipped; the emulator runs the kernels"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    no_gpu = pytest.mark.skip(reason="needs a CUDA GPU")
-    for item in items:
-        if not HAS_GPU and item.get_closest_marker("gpu"):
-            item.add_marker(no_gpu)
+        return
+    deselected = [item for item in items if item.get_closest_marker("gpu")]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -38,13 +43,26 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=ARCHITECTURES)
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """What the emulator runs, each compiled once in a session."""
     # CuTe DSL takes a second to import, and most tests need none of it.
-    from tests.emulator.host import C_COMPILER
-    from tests.emulator.quantizer import Kernels
+    from cute_quant.emulator.host import C_COMPILER
+    from tests.kernels.emulated_gpu import Kernels
 
     if C_COMPILER is None:
         pytest.skip("needs a C compiler")
     return Kernels(lambda: tmp_path_factory.mktemp("kernel"))
+
+
+@pytest.fixture
+def gpu(kernels: Kernels, arch: str) -> Gpu:
+    """An emulated GPU of each architecture."""
+    from tests.kernels.emulated_gpu import Gpu
+
+    return Gpu(kernels, arch)

@@ -15,6 +15,9 @@ from tests.oracle import Choices, exact_min_scale, scale_offset
 
 POISON = 0xA5
 
+ARCHITECTURES = ("sm_100a", "sm_90a")
+"""Targets of the emulated kernels."""
+
 UE8M0 = DEEP_GEMM
 FLOAT32 = DEEP_GEMM_SM90
 FLOAT32_ROUNDED = DEEP_GEMM_SM90.replace(round_scale=True)

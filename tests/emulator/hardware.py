@@ -21,14 +21,15 @@ import torch
 
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_INT8, quantize
 from cute_quant.contract.formats import Format
-from tests.emulator import machine, probes, ptx
-from tests.emulator.cases import DTYPES, EVERY_FORMAT
-from tests.emulator.memory import Memory
+from cute_quant.emulator import machine, ptx
+from cute_quant.emulator.memory import Memory
+from tests.emulator import probes
 from tests.helpers import (
     poisoned_scales,
     poisoned_values,
     storage_bits,
 )
+from tests.kernels.cases import DTYPES, EVERY_FORMAT
 
 ARCH = "sm_90a"
 RECORDING = Path(__file__).parent / "vectors" / f"{ARCH}.npz"

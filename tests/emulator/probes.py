@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.emulator import isa
+from cute_quant.emulator import isa
 
 THREADS = 256
 CHUNK = 512  # inputs of one checksum

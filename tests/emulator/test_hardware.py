@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.emulator import hardware, isa, probes
-from tests.emulator.quantizer import Gpu
+from cute_quant.emulator import isa
+from tests.emulator import hardware, probes
+from tests.kernels.emulated_gpu import Gpu
 
 PROBES = {
     family: list(members)

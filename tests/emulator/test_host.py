@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from cute_quant.contract.tensors import last_column_rows
+from cute_quant.emulator.errors import MemoryFault
+from cute_quant.emulator.host import DeviceTensor
+from cute_quant.emulator.memory import Memory
 from cute_quant.kernels.config import QuantizeSpec
-from tests.emulator.cases import special_groups
-from tests.emulator.errors import MemoryFault
-from tests.emulator.host import DeviceTensor
-from tests.emulator.memory import Memory
-from tests.emulator.quantizer import Gpu
 from tests.helpers import UE8M0, poisoned_scales, poisoned_values
+from tests.kernels.cases import special_groups
+from tests.kernels.emulated_gpu import Gpu
 
 BF16 = torch.bfloat16
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.emulator import floats, isa, probes
+from cute_quant.emulator import floats, isa
+from tests.emulator import probes
 from tests.oracle import exact_e4m3
 
 ALL_16 = np.arange(1 << 16, dtype=np.uint16)

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.emulator import machine, ptx
-from tests.emulator.errors import (
+from cute_quant.emulator import machine, ptx
+from cute_quant.emulator.errors import (
     Deadlock,
     EmulatorError,
     MemoryFault,
     UndefinedValue,
     UnknownInstruction,
 )
-from tests.emulator.memory import Memory
+from cute_quant.emulator.memory import Memory
 
 LANE = "mov.u32 %r0, %tid.x;"
 STORE = "mul.wide.u32 %w1, %r0, 4; add.s64 %w1, %w0, %w1; st.global.b32 [%w1], %r1;"

@@ -10,11 +10,14 @@ import torch
 
 from cute_quant import INT8
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
-from tests.emulator.cases import check, special_groups
-from tests.emulator.errors import EmulatorError
-from tests.emulator.prologues import check_rms_norm, check_silu_mul
-from tests.emulator.quantizer import H100_SMS, Gpu, Kernel, load
+from cute_quant.emulator import EmulatedKernel as Kernel
+from cute_quant.emulator import EmulatorError
+from cute_quant.emulator.kernel import load
+from cute_quant.kernels.config import ONE_ROW
 from tests.helpers import FLOAT32, FLOAT32_ROUNDED, UE8M0
+from tests.kernels.cases import check, special_groups
+from tests.kernels.emulated_gpu import H100_SMS, Gpu
+from tests.kernels.prologues import check_rms_norm, check_silu_mul
 
 BF16 = torch.bfloat16
 SCALE_STORE = r"(@!?%p\d+ )?st\.global\.(b8|b32)\s+\[(%rd\d+)\], (%\w+);"
@@ -78,12 +81,14 @@ def silu_mul(gpu: Gpu) -> None:
 
 def rms_norm(gpu: Gpu) -> None:
     """Of rows that three warps share, amid some that one has to itself."""
+    wide = Gpu(gpu.kernels, gpu.arch, tile=ONE_ROW, max_warps=16)
     for mn, k in ((1, 128), (5, 1040)):
-        check_rms_norm(gpu, mn, k, UE8M0, residual=True, in_place=True)
+        check_rms_norm(wide, mn, k, UE8M0, residual=True, in_place=True)
+    gpu.launched += wide.launched
 
 
 def rms_norm_in_a_loop(gpu: Gpu) -> None:
-    few = Gpu(gpu.kernels, gpu.arch, max_grid=2)
+    few = Gpu(gpu.kernels, gpu.arch, max_grid=2, tile=ONE_ROW, max_warps=16)
     check_rms_norm(few, 9, 1040, UE8M0, batch=(1,))
     gpu.launched += few.launched
 

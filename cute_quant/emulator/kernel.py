@@ -1,0 +1,105 @@
+"""A kernel compiled for one architecture, launched by its own host code on CPU tensors."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cute_quant.contract.dtypes import LOAD_BYTES
+from cute_quant.emulator import machine, ptx
+from cute_quant.emulator.errors import EmulatorError
+from cute_quant.emulator.host import C_COMPILER, DeviceTensor, HostFunction
+from cute_quant.emulator.memory import Memory
+from cute_quant.jit import lookup
+
+
+class EmulatedKernel:
+    """A compiled kernel whose calls run in the emulator.
+
+    Attributes:
+        kernel: The kernel that was compiled.
+        text: Its PTX.
+        program: The decoded PTX that a call runs. Assign another one to run changed code.
+        names: Names of the kernel's arguments, in their order, without the stream.
+        host: The exported host function. `host.launches` lists grids, blocks and arguments.
+    """
+
+    def __init__(self, kernel: Any, arch: str, directory: Path):
+        self.kernel = kernel
+        options = ("--keep-ptx", "--keep-cubin", f"--dump-dir {directory}")
+        compiled = lookup.build(kernel, arch, *options)
+        self.text = compiled.__ptx__
+        self.program = load(self.text)
+        *self.names, _ = list(inspect.signature(type(kernel).__call__).parameters)[1:]
+        self.host = HostFunction(compiled, directory)
+
+    def __call__(self, *arguments: Any, outputs: Sequence[torch.Tensor] = (), **options: Any):
+        """Launch the kernel and run its grid to the end.
+
+        Args:
+            arguments: The kernel's arguments without the stream. CPU tensors stand for tensors on
+                the device; results are written into them.
+            outputs: Those of the tensors, or views of them, that hold nothing before the launch.
+                A kernel that reads their memory before it has written there is in error.
+            options: Of :func:`machine.run`.
+
+        Raises:
+            MemoryFault: A thread accesses memory outside of every tensor, misaligned, undefined,
+                or memory that another thread accesses without an order between them.
+            UndefinedValue: A result depends on a register that nothing has defined.
+            Deadlock: Threads wait for others that never come.
+            UnknownInstruction: The emulator has no semantics for an instruction.
+            ValueError, TypeError: The host code refuses an argument.
+        """
+        memory = Memory()
+        unwritten = {t.untyped_storage().data_ptr() for t in outputs}
+        on_device = []
+        for name, argument in zip(self.names, arguments, strict=True):
+            if isinstance(argument, torch.Tensor):
+                storage = argument.untyped_storage().data_ptr()
+                address = memory.add(name, argument, storage not in unwritten)
+                if (address - argument.data_ptr()) % LOAD_BYTES:
+                    raise EmulatorError(f"{name}: aligned otherwise than on the host")
+                argument = DeviceTensor(argument, address)
+            on_device.append(argument)
+        self.host(self.program, memory, *on_device, **options)
+
+
+def load(text: str) -> machine.Program:
+    """Decode PTX that holds one kernel."""
+    (kernel,) = ptx.parse(text).values()
+    return machine.Program(kernel)
+
+
+def compile(kernel: Any, arch: str = "sm_100a") -> EmulatedKernel:
+    """Compile a kernel and return it as a function of CPU tensors, run by the emulator.
+
+    Neither a GPU nor its driver is needed. A C compiler is, for the kernel's host code, which
+    checks the arguments and computes the grid as it does on a GPU.
+
+    Args:
+        kernel: As the compiler of `cute_quant` takes it: `signature()` returns stand-ins for the
+            arguments, `__call__` is jitted and launches, and the stream comes last.
+        arch: The target, such as "sm_90a" or "sm_100a".
+
+    Raises:
+        RuntimeError: There is no C compiler.
+        UnknownInstruction: The emulator has no semantics for an instruction of the kernel.
+
+    Example:
+        >>> kernel = emulator.compile(RopeQuantize(), "sm_90a")
+        >>> kernel(x, cos, sin, q, sf, missing_rows, outputs=(q, sf))
+    """
+    if C_COMPILER is None:
+        raise RuntimeError(
+            "emulator: expected a C compiler, to link the host code of the kernel, got none; "
+            "install gcc or clang"
+        )
+    # What is loaded stays when its file is gone.
+    with tempfile.TemporaryDirectory(prefix="cute_quant_") as directory:
+        return EmulatedKernel(kernel, arch, Path(directory))

@@ -1,0 +1,230 @@
+"""What the emulated quantizer is run on, and the comparison of every byte with the reference."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from cute_quant.contract import reference
+from cute_quant.contract.dtypes import INT8_MAX
+from cute_quant.contract.format_choices import DEEPGEMM, WHOLE_ROW
+from cute_quant.contract.formats import Format
+from cute_quant.contract.rows import Rows
+from tests.helpers import (
+    FLOAT32,
+    FORMATS,
+    poisoned,
+    poisoned_scales,
+    random_bits,
+    reference_into,
+    storage_bits,
+)
+from tests.kernels.emulated_gpu import Gpu
+from tests.kernels.intervals import Interval
+
+DTYPES = (torch.bfloat16, torch.float16)
+EVERY_FORMAT = (*FORMATS, FLOAT32.replace(numerics=DEEPGEMM))
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def special_groups(
+    mn: int, k: int, dtype: torch.dtype, seed: int, fmt: Format = FORMATS[0]
+) -> torch.Tensor:
+    """An input whose groups take turns at everything that needs care, from random bits."""
+    size = max(k, 1) if fmt.group_size == WHOLE_ROW else fmt.group_size
+    groups = math.ceil(k / size)
+    generator = torch.Generator().manual_seed(seed)
+    bits = random_bits((mn, groups, size), dtype, seed).view(INTEGERS[dtype.itemsize])
+
+    def pattern(value: float) -> int:
+        return torch.tensor(value, dtype=dtype).view(bits.dtype).item()
+
+    infinity, one, largest = (pattern(v) for v in (torch.inf, 1.0, fmt.value_type.max))
+    sign = torch.iinfo(bits.dtype).min
+    here = torch.randint(min(size, k), (mn, groups, 1), generator=generator)
+    here = here.where(here < k - torch.arange(groups).view(-1, 1) * size, 0)
+    at = torch.arange(size) == here  # one value of each group
+    finite = torch.where((bits & infinity) == infinity, bits ^ infinity, bits)
+    small = (torch.randn(bits.shape, generator=generator) * 1e-7).to(dtype).view(bits.dtype)
+    choices = (
+        bits,  # NaN and Inf among them
+        finite,
+        torch.zeros_like(bits),
+        torch.full_like(bits, sign),  # -0.0
+        # One NaN, of any payload and either sign.
+        torch.where(at, bits | infinity | 1, finite),
+        torch.where(at, infinity, finite),
+        torch.where(at, infinity | sign, finite),
+        bits & ~infinity,  # subnormals: the exponent is cleared
+        torch.where(at, infinity - 1, finite),  # the largest finite value
+        bits & ~infinity | one & infinity,  # one binade, where every rounding counts
+        # amax at or beside the largest value times a power of two, where the scale steps
+        torch.where(at, largest + here % 3 - 1, one // 2).to(bits.dtype),
+        small,  # against the floor
+    )
+    turn = torch.arange(mn).view(-1, 1, 1) + torch.arange(groups).view(-1, 1) + seed
+    assert all(c.dtype == bits.dtype for c in choices)
+    chosen = torch.stack(choices).gather(0, (turn % len(choices)).expand_as(bits)[None])[0]
+    return chosen.view(dtype).flatten(1)[:, :k].contiguous()
+
+
+def strided(t: torch.Tensor, row_stride: int, offset: int = 0) -> torch.Tensor:
+    """The same rows with a stride, `offset` elements past an aligned address, amid poison."""
+    strides = [row_stride, 1]
+    for size in reversed(t.shape[1:-1]):
+        strides.insert(0, strides[0] * size)
+    result = poisoned_matrix(tuple(t.shape), tuple(strides), t.dtype, offset)
+    integer = INTEGERS[t.itemsize]
+    result.view(integer).copy_(t.view(integer))
+    return result
+
+
+def poisoned_matrix(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, offset: int = 0
+) -> torch.Tensor:
+    """Poison all over, at its place in a storage of its own that ends a bit later."""
+    extent = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    storage = poisoned((offset + max(extent, 0) + 3) * dtype.itemsize, "cpu")
+    return storage.view(dtype).as_strided(shape, strides, offset)
+
+
+def check(
+    gpu: Gpu,
+    x: torch.Tensor,
+    fmt: Format,
+    *,
+    rows: Rows | None = None,
+    index: torch.Tensor | None = None,
+    extra_rows: int = 0,
+    last_padding: bool = True,
+    q_strides: tuple[int, ...] | None = None,
+    q_offset: int = 0,
+    **options,
+) -> None:
+    """Run a call into poisoned memory; every byte of it must be the reference's.
+
+    Args:
+        q_strides: of all dimensions but the last, in elements.
+    """
+    *batch_shape, mn, k = x.shape if index is None else (*index.shape, x.shape[-1])
+    q_shape = (*batch_shape, mn + extra_rows, k)
+    if q_strides is None:
+        q_strides = torch.empty(q_shape, device="meta").stride()[:-1]
+    results = [
+        (
+            poisoned_matrix(q_shape, (*q_strides, 1), fmt.values, q_offset),
+            poisoned_scales(fmt, mn, k, "cpu", last_padding, tuple(batch_shape)),
+        )
+        for _ in range(2)
+    ]
+    inputs = [t for t in (x, None if rows is None else rows.data, index) if t is not None]
+    before = [storage_bits(t).clone() for t in inputs]
+    gpu.quantize(x, *results[0], fmt, rows, index, **options)
+    reference_into(x, *results[1], fmt, rows, index)
+    for name, actual, expected in zip(("q", "sf"), *results, strict=True):
+        assert_same_storage(name, actual, expected)
+    for t, bits in zip(inputs, before, strict=True):
+        assert torch.equal(storage_bits(t), bits), "an input was written"
+
+
+def check_fake(
+    gpu: Gpu,
+    x: torch.Tensor,
+    fmt: Format,
+    *,
+    strides: tuple[int, ...] | None = None,
+    offset: int = 0,
+) -> None:
+    """The same for a call of `fake_quantize`."""
+    strides = (strides or x.contiguous().stride()[:-1]) + (1,)
+    actual, expected = (poisoned_matrix(tuple(x.shape), strides, x.dtype, offset) for _ in range(2))
+    gpu.fake_quantize(x, actual, fmt)
+    reference.fake_quantize_into(x, fmt, expected)
+    assert_same_products("out", actual, expected)
+
+
+def check_dequantize(
+    gpu: Gpu, q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype
+) -> None:
+    """The same for a call of `dequantize`."""
+    actual = gpu.dequantize(q, sf, fmt, dtype)
+    assert_same_products("y", actual, reference.dequantize(q, sf, fmt, dtype))
+
+
+def assert_quantized_within(
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    values: Interval,
+) -> None:
+    """Every byte of poisoned memory into which values between two ends were quantized.
+
+    A scale lies between those of the least and the largest magnitudes, a value between what the
+    ends become under the scale that is stored. All padding is the reference's.
+
+    Args:
+        q, sf: (..., q_rows, k), q_rows >= mn; as the format has them.
+        values: (..., mn, k).
+    """
+    low, high = values
+    mn = low.shape[-2]
+    magnitudes = low.abs(), high.abs()
+    straddles = (low < 0) & (high > 0)
+    bounds = []
+    for end in (torch.minimum(*magnitudes).masked_fill(straddles, 0.0), torch.maximum(*magnitudes)):
+        nbytes = sf.untyped_storage().nbytes()
+        scales = poisoned(nbytes, "cpu").view(sf.dtype)
+        scales = scales.as_strided(sf.shape, sf.stride(), sf.storage_offset())
+        reference_into(end.float(), torch.empty_like(q), scales, fmt)
+        bounds.append(scales)
+    # As integers float32 are in order, above all of them NaN.
+    kind = torch.uint8 if fmt.ue8m0 else torch.int32
+    stored, least, most = (storage_bits(t).view(kind) for t in (sf, *bounds))
+    outside = ((stored < least) | (stored > most)).nonzero().flatten()
+    if len(outside):
+        at = int(outside[0])
+        got, ends = int(stored[at]), (int(least[at]), int(most[at]))
+        raise AssertionError(f"sf: element {at} of its storage is {got:#x}, expected {ends}")
+
+    ones = torch.ones(low.shape).to(fmt.values)
+    scale = reference.dequantize(ones, sf, fmt, torch.float32)
+    expected = [_rounded(end.float() * (1.0 / scale), fmt) for end in (low, high)]
+    actual = q.narrow(-2, 0, mn)
+    inside = (actual.float() >= expected[0].float()) & (actual.float() <= expected[1].float())
+    codes, *ends = (t.view(torch.uint8) for t in (actual, *expected))
+    inside &= (ends[0] != ends[1]) | (codes == ends[0])  # the sign of a zero too
+    inside = inside.where(~scale.isnan(), codes == fmt.value_type.nan_byte)
+    if not inside.all():
+        at = tuple((~inside).nonzero()[0].tolist())
+        got, *ends = (int(t[at]) for t in (codes, *ends))
+        raise AssertionError(
+            f"q{list(at)} is {got:#04x}, expected {ends[0]:#04x} to {ends[1]:#04x}"
+        )
+    assert not q.narrow(-2, mn, q.shape[-2] - mn).contiguous().view(torch.uint8).any(), "q: padding"
+
+
+def _rounded(values: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """To nearest even, saturated."""
+    if fmt.values is torch.int8:
+        return values.round().clamp(-INT8_MAX, INT8_MAX).nan_to_num(0.0).to(torch.int8)
+    largest = fmt.value_type.max
+    return values.clamp(-largest, largest).to(fmt.values)
+
+
+def assert_same_products(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Of a NaN no more is promised than that it is one."""
+    for t in (actual, expected):
+        t.masked_fill_(t.isnan(), torch.nan)
+    assert_same_storage(name, actual, expected)
+
+
+def assert_same_storage(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    differ = storage_bits(actual) != storage_bits(expected)
+    if differ.any():
+        at = int(differ.nonzero()[0])
+        got, want = storage_bits(actual)[at], storage_bits(expected)[at]
+        raise AssertionError(
+            f"{name}: {int(differ.sum())} bytes differ from the reference, the first at byte "
+            f"{at} of its storage: {got:#04x}, expected {want:#04x}"
+        )

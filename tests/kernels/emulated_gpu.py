@@ -1,0 +1,152 @@
+"""The package on an emulated GPU: its own calls choose, compile and launch kernels on CPU tensors.
+
+`dispatch.launch` runs as it is. It is told of an architecture, and that a tensor is on a GPU; what
+it gets for a compiled function launches the kernel in the emulator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from cute_quant.contract.calls import Call
+from cute_quant.contract.formats import Format
+from cute_quant.contract.prologues import Prologue
+from cute_quant.contract.rows import Rows
+from cute_quant.dispatch import launch, plan
+from cute_quant.emulator import EmulatedKernel
+from cute_quant.jit import lookup
+from cute_quant.kernels import dequantize, heuristics, scheduler
+from cute_quant.kernels.config import Spec
+
+H100_SMS = 132
+
+
+class Kernels:
+    """All that were compiled, each once."""
+
+    def __init__(self, new_directory: Callable[[], Path]):
+        self._new_directory = new_directory
+        self._kernels: dict[Hashable, EmulatedKernel] = {}
+
+    def get(self, spec: Spec, arch: str) -> EmulatedKernel:
+        # The limit is a constant of the code.
+        key = (spec, arch, heuristics.MAX_GRID_Y)
+        if key not in self._kernels:
+            kernel = EmulatedKernel(lookup.kernel(spec), arch, self._new_directory())
+            self._kernels[key] = kernel
+        return self._kernels[key]
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = True
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+class Gpu:
+    """What calls are told of the GPU, and what they did.
+
+    Attributes:
+        rows_per_thread: of launches where there is a choice.
+        sms: its multiprocessors.
+        max_grid: blocks that a dimension of a grid counts, but for the first.
+        shape: fields of the launch shape that replace what the heuristics choose.
+        launched: the kernels, in order.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        arch: str,
+        rows_per_thread: int = 1,
+        sms: int = H100_SMS,
+        max_grid: int = heuristics.MAX_GRID_Y,
+        **shape: Any,
+    ):
+        self.kernels = kernels
+        self.arch = arch
+        self.rows_per_thread = rows_per_thread
+        self.sms = sms
+        self.max_grid = max_grid
+        self.shape = shape
+        self.launched: list[EmulatedKernel] = []
+
+    def quantize(
+        self,
+        x: torch.Tensor,
+        q: torch.Tensor | None,
+        sf: torch.Tensor | None,
+        fmt: Format,
+        rows: Rows | None = None,
+        index: torch.Tensor | None = None,
+        prologue: Prologue | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``cute_quant.quantize``, or what ends in it; `options` are those of ``machine.run``."""
+        call = Call(x.as_subclass(OnGpu), fmt, q, sf, rows, index, prologue)
+        reads = [x, index, *(() if rows is None else [rows.data])]
+        reads += [] if prologue is None else prologue.reads.values()
+        if prologue is not None and getattr(prologue, "in_place", False):
+            reads.append(prologue.residual)
+        with self._present(reads, options):
+            return launch.quantize(call)
+
+    def fake_quantize(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        fmt: Format,
+        **options: Any,
+    ) -> torch.Tensor:
+        """``cute_quant.fake_quantize`` into `out`."""
+        with self._present([x], options):
+            return launch.fake_quantize(x.as_subclass(OnGpu), fmt, out)
+
+    def dequantize(
+        self, q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype, **options: Any
+    ) -> torch.Tensor:
+        """``cute_quant.dequantize``."""
+        with self._present([q, sf], options):
+            return launch.dequantize(q.as_subclass(OnGpu), sf, fmt, dtype)
+
+    @contextlib.contextmanager
+    def _present(self, reads: list[torch.Tensor | None], options: dict[str, Any]) -> Iterator[None]:
+        """Put the emulated GPU in place; only the memory of `reads` holds values."""
+        storages = {t.untyped_storage().data_ptr() for t in reads if t is not None}
+        choose_shape = plan._launch_shape
+
+        def function(spec: Spec, arch: str) -> Callable[..., None]:
+            def run(*operands: Any) -> None:
+                self.launched.append(kernel)
+                tensors = [t for t in operands if isinstance(t, torch.Tensor)]
+                outputs = [t for t in tensors if t.untyped_storage().data_ptr() not in storages]
+                kernel(*operands, outputs=outputs, **options)
+
+            kernel = self.kernels.get(spec, arch)
+            return run
+
+        limits = {"MAX_GRID_Y": self.max_grid, "MAX_GRID_Z": self.max_grid}
+        two_rows_from = 0 if self.rows_per_thread == 2 else torch.inf
+        with (
+            mock.patch.multiple(
+                lookup,
+                architecture=lambda device: self.arch,
+                multiprocessors=lambda device: self.sms,
+                function=function,
+            ),
+            mock.patch.multiple(heuristics, TWO_ROWS_FROM=two_rows_from, MAX_GRID_Y=self.max_grid),
+            mock.patch.multiple(scheduler, **limits),
+            mock.patch.multiple(dequantize, **limits),
+            mock.patch.object(
+                plan, "_launch_shape", lambda *size: choose_shape(*size)._replace(**self.shape)
+            ),
+            mock.patch.object(launch, "_plans", {}),
+        ):
+            yield

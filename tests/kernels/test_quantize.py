@@ -1,0 +1,392 @@
+"""The quantizer's kernels against the reference, every byte, for both architectures."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8, quantize
+from cute_quant.contract.formats import Format
+from cute_quant.contract.rows import Indexed, Masked, PrefixSum
+from cute_quant.kernels.config import MAX_GRID_Y
+from tests.helpers import (
+    ARCHITECTURES,
+    EVERY_DTYPE,
+    EVERY_GROUP_SIZE,
+    EVERY_LAYOUT,
+    FLOAT32,
+    INPUT_DTYPES,
+    POISON,
+    UE8M0,
+    all_formats,
+    poisoned_scales,
+    poisoned_values,
+    random_bits,
+    reference_into,
+    storage_bits,
+)
+from tests.kernels.cases import (
+    DTYPES,
+    EVERY_FORMAT,
+    check,
+    check_dequantize,
+    check_fake,
+    special_groups,
+    strided,
+)
+from tests.kernels.emulated_gpu import Gpu
+
+BF16, FP16, FP32 = INPUT_DTYPES
+E4M3, E5M2, INT8 = EVERY_DTYPE
+
+# Of each dtype, group size and layout some, of k that are and are not multiples of everything.
+MIXED = (
+    (BF16, DEEP_GEMM.replace(values=E4M3), 640),
+    (FP32, MXFP8.replace(values=E5M2), 130),
+    (FP16, DEEP_GEMM_SM90.replace(group_size=16, values=INT8, round_scale=True), 100),
+    (BF16, DEEP_GEMM.replace(scale_layout="row_major", group_size=256, values=E4M3), 544),
+    (FP32, ROWWISE_FP8.replace(values=INT8), 1000),
+    (BF16, DEEP_GEMM.replace(group_size=-1, values=E5M2), 7),
+    (FP16, DEEP_GEMM.replace(group_size=64, values=E4M3), 520),
+    (FP32, DEEP_GEMM_SM90.replace(values=E5M2), 513),
+)
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_format = pytest.mark.parametrize("fmt", EVERY_FORMAT, ids=str)
+
+
+def mixed_id(mixed: tuple) -> str:
+    dtype, fmt, k = mixed
+    return f"{str(dtype).removeprefix('torch.')}-{fmt!s}-{k}"
+
+
+def on_mixed(first: int, mixed: tuple = MIXED):
+    """Half of `mixed` for an architecture, the other half for the other."""
+    cases = [(ARCHITECTURES[(i + first) % 2], case) for i, case in enumerate(mixed)]
+    ids = [f"{arch}-{mixed_id(case)}" for arch, case in cases]
+    return pytest.mark.parametrize(("arch", "mixed"), cases, ids=ids)
+
+
+@pytest.fixture(params=[1, 2], ids=["one row a thread", "two rows a thread"])
+def any_rows_gpu(request, kernels, arch) -> Gpu:
+    return Gpu(kernels, arch, request.param)
+
+
+def batch(shape: tuple[int, ...], k: int, dtype: torch.dtype, fmt: Format, seed=1) -> torch.Tensor:
+    return special_groups(math.prod(shape), k, dtype, seed, fmt).view(*shape, k)
+
+
+def numbers(shape: tuple[int, ...], low: int, high: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int32)
+
+
+# Dense rows
+
+
+@pytest.mark.parametrize(("dtype", "rows_per_thread"), [(BF16, 1), (BF16, 2), (FP16, 1)], ids=str)
+@every_format
+def test_shapes(kernels, arch, dtype, rows_per_thread, fmt):
+    gpu = Gpu(kernels, arch, rows_per_thread)
+    for mn, groups in ((1, 1), (3, 2), (4, 4), (5, 5), (31, 8), (33, 9), (6, 3)):
+        x = special_groups(mn, 128 * groups, dtype, groups)
+        check(gpu, x, fmt, last_padding=groups > 3)
+
+
+@every_format
+def test_more_rows_of_q(any_rows_gpu, fmt):
+    for mn, extra in ((1, 1), (1, 4), (3, 1), (4, 1), (5, 3), (5, 32), (33, 7)):
+        x = special_groups(mn, 640, BF16, extra)
+        check(any_rows_gpu, x, fmt, extra_rows=extra)
+        check(any_rows_gpu, x, fmt, extra_rows=extra, last_padding=False)
+
+
+@every_dtype
+@every_format
+@pytest.mark.parametrize("min_scale", [2.0**-126, 2.0**-40, 1.0, 2.0**100])
+def test_min_scale(gpu, dtype, fmt, min_scale):
+    check(gpu, special_groups(13, 512, dtype, 3), fmt.replace(min_scale=min_scale))
+
+
+@every_dtype
+def test_no_min_scale(gpu, dtype):
+    check(gpu, special_groups(13, 512, dtype, 3), UE8M0.replace(min_scale=0.0))
+
+
+@every_dtype
+@every_format
+def test_every_pattern_as_amax(gpu, dtype, fmt):
+    magnitudes = torch.arange(2**15, dtype=torch.int32).to(torch.int16)
+    x = torch.zeros(2**15, 128, dtype=torch.int16)
+    lanes = torch.arange(128)
+    # Neighbours below the amax, of all magnitudes and both signs; amax moves along the group.
+    x[:] = magnitudes[:, None] * lanes // 128
+    x[torch.arange(2**15), torch.arange(2**15) % 128] = magnitudes
+    x[:, ::3] |= -(2**15)
+    check(gpu, x.view(dtype).view(-1, 1024), fmt)
+
+
+@pytest.mark.parametrize("fmt", all_formats(group_sizes=[16])[::3], ids=str)
+def test_every_exponent_of_float32(gpu, fmt):
+    """As amax, with the mantissas at which a scale or the rounding to the float32 scale steps."""
+    exponents = torch.arange(256, dtype=torch.int32).view(-1, 1) << 23
+    largest = torch.tensor(fmt.value_type.max).view(torch.int32) & 0x7FFFFF
+    mantissas = [0, 1, largest - 1, largest, largest + 1, 0x7FFFFF, 0x555555, 0x400001]
+    amax = (exponents | torch.tensor(mantissas)).to(torch.int32).view(128, -1, 1)
+    x = random_bits((128, amax.shape[1], 16), FP32, seed=4).view(torch.int32)
+    x = torch.minimum(x & 0x7FFFFFFF, amax) | x & -(2**31)
+    x[:, :, 5] = amax[:, :, 0]
+    check(gpu, x.view(FP32).flatten(1), fmt)
+
+
+@every_dtype
+@every_format
+def test_random_bits(gpu, dtype, fmt):
+    check(gpu, random_bits((130, 1536), dtype, seed=5), fmt)
+
+
+# Every format
+
+
+def _rotated() -> list[tuple]:
+    """Each group size with each layout; dtypes, results, k and architectures take turns."""
+    aligned, ragged = (512, 1040, 2064, 96, 16), (1, 7, 100, 130, 513, 1000, 2047)
+    cases = []
+    for (g, size), (i, layout) in itertools.product(
+        enumerate(EVERY_GROUP_SIZE), enumerate(EVERY_LAYOUT)
+    ):
+        if layout is MXFP8 and size != 32:
+            continue
+        ks = (aligned, ragged)[(g + i) % 2]
+        fmt = layout.replace(group_size=size, values=EVERY_DTYPE[(g + 2 * i) % 3])
+        mixed = INPUT_DTYPES[(g + i) % 3], fmt, ks[(g + 3 * i) % len(ks)]
+        cases.append((ARCHITECTURES[(g + i // 2) % 2], mixed))
+    return cases
+
+
+@pytest.mark.parametrize(
+    ("arch", "mixed"), _rotated(), ids=lambda v: mixed_id(v) if isinstance(v, tuple) else v
+)
+def test_formats(gpu, mixed):
+    dtype, fmt, k = mixed
+    for mn, extra_rows in ((1, 0), (5, 2), (12, 0)):
+        x = special_groups(mn, k, dtype, mn, fmt)
+        check(gpu, x, fmt, extra_rows=extra_rows, last_padding=mn != 5)
+
+
+TWO_ROWS = [(INPUT_DTYPES[i % 3], fmt, 0) for i, fmt in enumerate(all_formats([E4M3], [32, 256]))]
+
+
+@on_mixed(0, TWO_ROWS)
+def test_two_rows_a_thread(kernels, arch, mixed):
+    dtype, fmt, _ = mixed
+    gpu = Gpu(kernels, arch, rows_per_thread=2)
+    for mn, k in ((1, 32), (5, 544), (12, 1280), (7, 96)):
+        check(gpu, special_groups(mn, k, dtype, mn, fmt), fmt, last_padding=False)
+        assert gpu.launched[-1].kernel.spec.tile.rows_per_thread == 2
+
+
+# Addresses
+
+
+@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32], ids=str)
+def test_strided_rows(any_rows_gpu, fmt):
+    rows = special_groups(5, 640, BF16, seed=0)
+    for x_stride, q_stride in ((656, 640), (640, 656), (1280, 1024), (704, 768)):
+        check(any_rows_gpu, strided(rows, x_stride), fmt, q_strides=(q_stride,))
+
+
+@on_mixed(0, MIXED[:4])
+def test_every_width_of_access(gpu, mixed):
+    """Rows that start at multiples of fewer bytes, for their stride or the first one's place."""
+    dtype, fmt, k = mixed
+    rows = special_groups(5, k, dtype, 2, fmt)
+    k = 2 * k if k % 16 else k
+    widest = 32 // dtype.itemsize
+    seen = set()
+    for i in range(6):
+        step = 1 << i
+        for x_offset, x_stride, q_offset, q_stride in (
+            (step, 32, 16, step),
+            (32, step, step, 16),
+        ):
+            x = strided(rows, k // 32 * 32 + 32 + x_stride % 32, x_offset % (2 * widest))
+            q_row = k // 32 * 32 + 32 + q_stride % 16
+            check(gpu, x, fmt, q_strides=(q_row,), q_offset=q_offset % 32)
+            access = gpu.launched[-1].kernel.spec.access
+            seen |= {("load", access.load_bytes), ("store", access.store_bytes)}
+    loads = {("load", dtype.itemsize << i) for i in range(6) if dtype.itemsize << i <= 32}
+    assert seen == loads | {("store", 1 << i) for i in range(5)}
+
+
+def test_offsets_past_32_bits(any_rows_gpu):
+    """Rows and matrices gigabytes apart: offsets in elements do not fit 32 bits, signed or not."""
+    stride = 2**30 - 16
+    rows = special_groups(6, 128, BF16, 1)
+    for shape, strides in (((6, 128), (stride, 1)), ((2, 3, 128), (3 * stride, stride, 1))):
+        x = torch.empty(5 * stride + 128, dtype=BF16).as_strided(shape, strides)
+        x.copy_(rows.view(shape))
+        batch_shape, mn = shape[:-2], shape[-2]
+        q, expected_q = (poisoned_values(mn, 128, "cpu", E4M3, batch_shape) for _ in range(2))
+        sf, expected_sf = (
+            poisoned_scales(UE8M0, mn, 128, "cpu", batch_shape=batch_shape) for _ in range(2)
+        )
+        any_rows_gpu.quantize(x, q, sf, UE8M0)
+        reference_into(x.clone(), expected_q, expected_sf, UE8M0)
+        assert torch.equal(q.view(torch.uint8), expected_q.view(torch.uint8))
+        assert torch.equal(storage_bits(sf), storage_bits(expected_sf))
+
+
+# Batches
+
+
+@on_mixed(1, MIXED[:6])
+def test_batches(kernels, arch, mixed):
+    dtype, fmt, k = mixed
+    for rows_per_thread in (1, 2) if k % 32 == 0 else (1,):
+        gpu = Gpu(kernels, arch, rows_per_thread)
+        x = batch((3, 9), k, dtype, fmt)
+        check(gpu, x, fmt)
+        check(gpu, x, fmt, extra_rows=3, last_padding=False)
+        check(gpu, x[:, :5], fmt, last_padding=False)
+        check(gpu, x[1:2, :1], fmt)
+        check(gpu, batch((9, 3), k, dtype, fmt).transpose(0, 1), fmt)
+        check(gpu, batch((2, 2, 3), k, dtype, fmt), fmt)
+        step = k + -k % 16
+        check(gpu, x, fmt, q_strides=(10 * step, step))
+
+
+@on_mixed(0, MIXED[1:5])
+def test_more_rows_and_matrices_than_the_grid_counts(kernels, arch, mixed):
+    dtype, fmt, k = mixed
+    gpu = Gpu(kernels, arch, rows_per_thread=1, max_grid=2)
+    check(gpu, special_groups(21, k, dtype, 1, fmt), fmt, extra_rows=1, last_padding=False)
+    assert gpu.launched[-1].host.launches[-1].grid[1:] == (2, 1)
+    check(gpu, batch((5, 9), k, dtype, fmt), fmt)
+    assert gpu.launched[-1].host.launches[-1].grid[1:] == (2, 2)
+    check(gpu, special_groups(9, k, dtype, 1, fmt), fmt, index=numbers((21,), -3, 12, seed=1))
+
+
+@pytest.mark.parametrize(("arch", "rows_per_thread"), [("sm_100a", 2), ("sm_90a", 1)])
+def test_more_rows_than_the_grid_counts(kernels, arch, rows_per_thread):
+    """The limit that is: run blocks whose rows lie at the edges."""
+    gpu = Gpu(kernels, arch, rows_per_thread)
+    rows_per_cta = 4 * rows_per_thread
+    mn = MAX_GRID_Y * rows_per_cta + 5
+    x = random_bits((mn, 128), BF16, seed=2)
+    q, expected_q = (poisoned_values(mn, 128, "cpu") for _ in range(2))
+    sf, expected_sf = (poisoned_scales(UE8M0, mn, 128, "cpu", False) for _ in range(2))
+    blocks = [(0, y, 0) for y in (0, 1, 2, MAX_GRID_Y - 1)]
+    gpu.quantize(x, q, sf, UE8M0, only=blocks)
+    reference_into(x, expected_q, expected_sf, UE8M0)
+    ran = torch.zeros(mn, dtype=torch.bool)
+    for first in (rows_per_cta * (y + more) for _, y, _ in blocks for more in (0, MAX_GRID_Y)):
+        ran[first : first + rows_per_cta] = True
+    for actual, expected in ((q, expected_q), (sf, expected_sf)):
+        actual, expected = (storage_bits(t).view(mn, -1) for t in (actual, expected))
+        assert torch.equal(actual[ran], expected[ran])
+        assert (actual[~ran] == POISON).all()
+
+
+# Rows that a tensor names
+
+
+@on_mixed(1, MIXED[:6])
+def test_gathered(gpu, mixed):
+    """Indices that repeat, that are negative, and that are past the rows of x."""
+    dtype, fmt, k = mixed
+    x = special_groups(11, k, dtype, 1, fmt)
+    extremes = torch.tensor([-1, 0, 10, 11, -(2**31), 2**31 - 1, 5], dtype=torch.int32)
+    for index in (extremes, numbers((9,), -2, 13, 1), extremes[:1]):
+        check(gpu, x, fmt, index=index, extra_rows=2, last_padding=False)
+    check(gpu, x, fmt, index=numbers((3, 5), -2, 13, 2))
+    check(gpu, x[:0], fmt, index=extremes)
+
+
+@on_mixed(0)
+def test_masked(kernels, arch, mixed):
+    """On one multiprocessor, whose few CTAs walk over all experts, and on many."""
+    dtype, fmt, k = mixed
+    gathered = MIXED.index(mixed) % 4 > 1
+    gpus = [Gpu(kernels, arch, sms=sms) for sms in (1, 132)]
+    extremes = torch.tensor([9, -(2**31), 1, 2**31 - 1, 0], dtype=torch.int32)
+    for turn, (experts, max_m, counts) in enumerate(
+        (
+            (5, 9, extremes),
+            (1, 9, extremes[:1]),
+            (2, 4, extremes[1:3]),
+            (40, 3, numbers((40,), -1, 4, seed=1)),
+            (5, 2, extremes.new_zeros(5)),
+        )
+    ):
+        index = numbers((experts, max_m), -2, 12, turn) if gathered else None
+        x = batch((11,) if gathered else (experts, max_m), k, dtype, fmt)
+        for gpu in gpus:
+            check(gpu, x, fmt, rows=Masked(counts), index=index, last_padding=bool(turn % 2))
+
+
+def test_masked_experts_of_several_chunks(kernels, arch):
+    counts = numbers((600,), -1, 6, seed=3).where(numbers((600,), 0, 3, seed=4) == 0, 0)
+    x = batch((600, 5), 128, BF16, UE8M0)
+    for sms in (1, 132):
+        check(Gpu(kernels, arch, sms=sms), x, UE8M0, rows=Masked(counts))
+    for last in (256, 257, 512):
+        check(Gpu(kernels, arch, sms=2), x[:last], UE8M0, rows=Masked(counts[:last]))
+
+
+@on_mixed(1)
+def test_prefix_sums(kernels, arch, mixed):
+    """Ends that are in no order, negative, or past the rows; none at all, and more than a warp."""
+    dtype, fmt, k = mixed
+    gathered = MIXED.index(mixed) % 4 < 2
+    m = 21
+    x = batch((11 if gathered else m,), k, dtype, fmt)
+    index = numbers((m,), -2, 12, 5) if gathered else None
+    gpu = Gpu(kernels, arch, rows_per_thread=2)
+    for alignment, ends in (
+        (1, numbers((40,), 0, m, 1).sort()[0]),
+        (4, torch.tensor([3, 3, 9, 14], dtype=torch.int32)),
+        (8, torch.tensor([2, 17, -3, 40, 9, -(2**31), 2**31 - 1], dtype=torch.int32)),
+        (128, torch.tensor([5, 21], dtype=torch.int32)),
+        (4, numbers((40,), -2, m + 5, 2)),
+        (2**31 - 1, torch.tensor([5, 21], dtype=torch.int32)),
+        (1, numbers((0,), 0, 1, 1)),
+    ):
+        rows = PrefixSum(ends, alignment)
+        check(gpu, x, fmt, rows=rows, index=index, extra_rows=3, last_padding=False)
+
+
+@on_mixed(0)
+def test_indexed(kernels, arch, mixed):
+    dtype, fmt, k = mixed
+    gathered = MIXED.index(mixed) % 4 < 2
+    x = batch((11 if gathered else 21,), k, dtype, fmt)
+    index = numbers((21,), -2, 12, 5) if gathered else None
+    gpu = Gpu(kernels, arch, rows_per_thread=2)
+    for indices in (numbers((21,), -1, 1, 1), numbers((21,), -(2**31), 2**31 - 1, 2)):
+        check(gpu, x, fmt, rows=Indexed(indices), index=index, extra_rows=1, last_padding=False)
+
+
+# Values times scales
+
+
+@on_mixed(1)
+def test_fake_quantize(kernels, arch, mixed):
+    dtype, fmt, k = mixed
+    gpu = Gpu(kernels, arch, rows_per_thread=2)
+    check_fake(gpu, special_groups(7, k, dtype, 1, fmt), fmt)
+    check_fake(gpu, batch((3, 5), k, dtype, fmt), fmt, strides=(6 * k + 6, k + 1), offset=1)
+    check_fake(gpu, batch((5, 3), k, dtype, fmt).transpose(0, 1), fmt.replace(min_scale=1.0))
+
+
+@on_mixed(0)
+def test_dequantize(kernels, arch, mixed):
+    """Rows that are aligned and that are not, columns of scales without their padding."""
+    dtype, fmt, k = mixed
+    for shape, max_grid in (((5,), 65535), ((2, 3, 9), 2)):
+        gpu = Gpu(kernels, arch, max_grid=max_grid)
+        x = batch(shape, k, dtype, fmt)
+        q, sf = quantize(x, fmt)
+        check_dequantize(gpu, q, sf, fmt, dtype)
+        check_dequantize(gpu, strided(q, k + 3, offset=1), sf, fmt, FP32)

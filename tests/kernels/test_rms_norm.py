@@ -1,0 +1,114 @@
+"""RMSNorm into the quantizer: its kernels against float64, every byte of all that they write."""
+
+import pytest
+import torch
+
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8
+from cute_quant.emulator.errors import EmulatorError
+from cute_quant.kernels.config import Tile
+from tests.helpers import FLOAT32, UE8M0
+from tests.kernels.emulated_gpu import Gpu
+from tests.kernels.prologues import check_masked_rms_norm, check_rms_norm
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+VARIANTS = {
+    "fused": {},
+    "unfused": {"unfused": True},
+    "offset": {"offset": 1.0, "eps": 0.1},
+    "float32 weight": {"weight_dtype": FP32},
+    "residual": {"residual": True},
+    "residual in place": {"residual": True, "in_place": True},
+    "normalized": {"normalized": True},
+    "all": {"residual": True, "normalized": True, "unfused": True, "offset": 1.0},
+}
+SHAPES = [(mn, k) for k in (16, 128, 640) for mn in (1, 3, 5, 33)]
+FORMATS = (
+    (BF16, FLOAT32, 640),
+    (FP16, UE8M0, 640),
+    (FP32, UE8M0, 640),
+    (FP32, DEEP_GEMM_SM90.replace(group_size=16, values=torch.int8, round_scale=True), 130),
+    (BF16, MXFP8.replace(values=torch.float8_e5m2), 416),
+    (BF16, DEEP_GEMM.replace(scale_layout="row_major", group_size=256), 640),
+    (BF16, ROWWISE_FP8, 1040),
+    (FP16, DEEP_GEMM.replace(group_size=-1), 520),
+)
+WIDE = {"tiles_per_thread": 2, "max_warps": 32}
+"""Rows of many warps, each with two tiles."""
+SHORT = {"tile": Tile(row_warps=4), "max_warps": 1}
+"""Four rows a block, each of one warp."""
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_variants(gpu, variant):
+    for mn, k in SHAPES:
+        check_rms_norm(gpu, mn, k, UE8M0, extra_rows=mn % 3, last_padding=k != 128, **variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_ragged_rows(gpu, variant):
+    for mn in (1, 5):
+        check_rms_norm(gpu, mn, 520, UE8M0, extra_rows=2, **variant)
+
+
+@pytest.mark.parametrize("name", ["fused", "all"])
+def test_long_rows(gpu, name):
+    """Also in blocks of more than 128 threads, of a number that is known at launch alone."""
+    check_rms_norm(gpu, 5, 7168, UE8M0, **VARIANTS[name])
+    assert gpu.launched[-1].host.launches[-1].block == (32, 14, 1)
+    gpu = Gpu(gpu.kernels, gpu.arch, **WIDE)
+    check_rms_norm(gpu, 5, 7168, UE8M0, **VARIANTS[name])
+    assert gpu.launched[-1].host.launches[-1].block == (32, 7, 1)
+
+
+@pytest.mark.parametrize("name", ["fused", "all"])
+@pytest.mark.parametrize("launch", [WIDE, SHORT], ids=["wide", "short"])
+def test_shapes_of_blocks(kernels, arch, launch, name):
+    gpu = Gpu(kernels, arch, **launch)
+    for mn in (1, 3, 5, 33):
+        for k in (16, 128, 512) if launch is SHORT else (16, 640, 1536):
+            check_rms_norm(gpu, mn, k, UE8M0, extra_rows=mn % 3, **VARIANTS[name])
+
+
+def test_more_threads_than_compiled_for(kernels, arch):
+    gpu = Gpu(kernels, arch, max_warps=2, tiles_per_thread=1)
+    with pytest.raises(EmulatorError, match=r"block \(32, 3, 1\), at most 64 threads"):
+        check_rms_norm(gpu, 1, 1040, UE8M0)
+
+
+@pytest.mark.parametrize(("dtype", "fmt", "k"), FORMATS, ids=str)
+def test_formats(gpu, dtype, fmt, k):
+    for name in ("fused", "all"):
+        check_rms_norm(gpu, 5, k, fmt, dtype, extra_rows=1, last_padding=False, **VARIANTS[name])
+
+
+@pytest.mark.parametrize("fmt", [UE8M0, ROWWISE_FP8], ids=str)
+def test_batches(kernels, arch, fmt):
+    """Also of more rows and matrices than the grid counts, for which a block goes round a loop
+    with its barriers."""
+    for max_grid in (65535, 2):
+        gpu = Gpu(kernels, arch, max_grid=max_grid)
+        check_rms_norm(gpu, 5, 1040, fmt, batch=(5,), extra_rows=1, **VARIANTS["all"])
+
+
+MASKED = {
+    "4 rows": ([2, -(2**31), 5], 4, False),
+    "1 row": ([1, 0, -(2**31), 2**31 - 1, 1], 1, False),
+    "5 rows": ([5, 1, 4], 5, False),
+    "gathered": ([2, -(2**31), 5], 5, True),
+}
+
+
+@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32], ids=str)
+@pytest.mark.parametrize(("counts", "max_m", "gathered"), MASKED.values(), ids=MASKED)
+@pytest.mark.parametrize("row_warps", [1, 2])
+def test_masked_experts(kernels, arch, fmt, counts, max_m, gathered, row_warps):
+    """Also of fewer rows a tile than the padding of an expert's scales has."""
+    counts, index = torch.tensor(counts, dtype=torch.int32), None
+    if gathered:
+        index = torch.arange(len(counts) * max_m, dtype=torch.int32).flip(0).view(-1, max_m)
+        index[0, 1] = -1
+    for row_ctas in (1, 2 * len(counts)):
+        tile = Tile(row_warps=row_warps)
+        gpu = Gpu(kernels, arch, tile=tile, max_warps=2, row_ctas=row_ctas)
+        check_masked_rms_norm(gpu, counts, max_m, 640, fmt, FP16, index)

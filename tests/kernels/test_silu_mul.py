@@ -1,0 +1,64 @@
+"""SiLU times up into the quantizer: its kernels against float64, every byte."""
+
+import pytest
+import torch
+
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8
+from tests.helpers import FLOAT32, UE8M0
+from tests.kernels.emulated_gpu import Gpu
+from tests.kernels.prologues import check_silu_mul
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+VARIANTS = {
+    "fused": {},
+    "unfused": {"unfused": True},
+    "clamped": {"clamp": 2.5},
+    "scaled": {"alpha": 1.702},
+    "shifted": {"beta": -1.0},
+    "weighted": {"weighted": True},
+    "interleaved": {"interleaved": True},
+    "gpt-oss": {"clamp": 7.0, "alpha": 1.702, "beta": 1.0, "interleaved": True},
+    "scaled unfused": {"alpha": -0.7, "beta": 0.3, "unfused": True},
+    "all": {"clamp": 7.0, "alpha": 1.702, "beta": 1.0, "weighted": True, "unfused": True},
+}
+SHAPES = [(mn, k) for k in (16, 128, 640) for mn in (1, 3, 5, 33)]
+FORMATS = (
+    (BF16, FLOAT32, 640),
+    (FP16, UE8M0, 640),
+    (FP32, UE8M0, 640),
+    (FP32, DEEP_GEMM_SM90.replace(group_size=16, values=torch.int8, round_scale=True), 130),
+    (BF16, MXFP8.replace(values=torch.float8_e5m2), 416),
+    (BF16, ROWWISE_FP8, 1040),
+    (FP16, DEEP_GEMM.replace(group_size=-1), 520),
+    (BF16, DEEP_GEMM.replace(scale_layout="row_major", group_size=256), 640),
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_variants(gpu, variant):
+    for mn, k in SHAPES:
+        check_silu_mul(gpu, mn, k, UE8M0, extra_rows=mn % 3, last_padding=k != 128, **variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_ragged_rows(gpu, variant):
+    for mn in (1, 5):
+        check_silu_mul(gpu, mn, 520, UE8M0, extra_rows=2, **variant)
+
+
+def test_long_rows(gpu):
+    check_silu_mul(gpu, 5, 7168, UE8M0)
+
+
+@pytest.mark.parametrize(("dtype", "fmt", "k"), FORMATS, ids=str)
+def test_formats(gpu, dtype, fmt, k):
+    for variant in ("weighted", "all"):
+        check_silu_mul(gpu, 5, k, fmt, dtype, extra_rows=1, last_padding=False, **VARIANTS[variant])
+
+
+def test_batches(kernels, arch):
+    """Also of more rows and matrices than the grid counts."""
+    for max_grid in (65535, 2):
+        gpu = Gpu(kernels, arch, max_grid=max_grid)
+        check_silu_mul(gpu, 33, 640, UE8M0, batch=(5,), extra_rows=1, **VARIANTS["weighted"])
