@@ -8,10 +8,8 @@ from typing import NamedTuple
 import torch
 
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, GROUPWISE_FP8, MXFP8, Format, quantize
-from cute_quant.contract import reference
-from cute_quant.contract.calls import Call
-from cute_quant.contract.rows import Rows, from_operands, to_operands
-from tests.oracle import Choices, exact_min_scale, scale_offset
+from cute_quant.contract.rows import Masked, Rows, from_operands, to_operands
+from tests import oracle
 
 POISON = 0xA5
 
@@ -101,39 +99,7 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(bits(actual), bits(expected), rtol=0, atol=0)
 
 
-def reference_into(
-    x: torch.Tensor,
-    q: torch.Tensor,
-    sf: torch.Tensor,
-    fmt: Format,
-    rows: Rows | None = None,
-    index: torch.Tensor | None = None,
-) -> None:
-    """Quantize x into `q` and `sf` with the reference."""
-    reference.quantize_into(Call(x, fmt, rows=rows, index=index), q, sf)
-
-
-def oracle_choices(
-    fmt: Format,
-    k: int,
-    sources: list[list[list[float] | None]],
-    counts: list[int] | None = None,
-) -> Choices:
-    """Return a call with this format as the oracle takes it."""
-    return Choices(
-        fmt.values,
-        fmt.group_size,
-        fmt.scale_layout,
-        fmt.scale_dtype,
-        fmt.round_scale,
-        exact_min_scale(fmt.min_scale, fmt.values),
-        k,
-        sources,
-        counts,
-    )
-
-
-def check_against_reference(
+def check_every_byte(
     x: torch.Tensor,
     fmt: Format,
     extra_rows: int = 0,
@@ -141,7 +107,10 @@ def check_against_reference(
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize x on its device into poisoned memory; every byte must be the reference's."""
+    """Quantize x on its device into poisoned memory; every byte must be the oracle's.
+
+    What a call allocates holds the same, wherever it is defined.
+    """
     *batch_shape, mn, k = x.shape if index is None else (*index.shape, x.shape[-1])
     batch_shape = tuple(batch_shape)
     (q, sf), (expected_q, expected_sf) = (
@@ -153,10 +122,16 @@ def check_against_reference(
     )
     result = quantize(x, fmt, rows=rows, index=index, out=(q, sf))
     assert result[0] is q and result[1] is sf
-    index = None if index is None else index.cpu()
-    reference_into(x.cpu(), expected_q, expected_sf, fmt, on_device(rows, "cpu"), index)
+    oracle.quantize_into(x, expected_q, expected_sf, fmt, rows, index)
     assert_same_bits(q, expected_q)
     torch.testing.assert_close(storage_bits(sf), storage_bits(expected_sf), rtol=0, atol=0)
+    own_q, own_sf = quantize(x, fmt, rows=rows, index=index)
+    assert own_q.shape == (*batch_shape, mn, k) and own_q.is_contiguous()
+    assert own_q.dtype is fmt.values
+    assert own_sf.shape == sf.shape and own_sf.stride() == sf.stride()
+    if not isinstance(rows, Masked):
+        assert_same_bits(own_q, q[..., :mn, :])
+        assert_same_bits(own_sf, sf)
     return q, sf
 
 
@@ -203,7 +178,7 @@ def assert_quantized_within(
 
     Each scale lies between those of the least and the largest amax that its group may have. Each
     value lies between what the two ends become under the scale that is stored. All other bytes,
-    padding and those of rows that do not exist, are the reference's.
+    padding and those of rows that do not exist, are the oracle's.
 
     Args:
         q, sf: of `poisoned_values` and `poisoned_scales`, on any device, with or without more rows
@@ -221,7 +196,7 @@ def assert_quantized_within(
     least = torch.minimum(*magnitudes).where((low < 0) == (high < 0), 0.0)
     least = least.where(~low.isnan(), torch.nan)
     (expected_q, expected_sf), (_, least_sf), (_, most_sf) = (
-        _reference_in_poison(x, q, sf, fmt, rows, index)
+        _expected_in_poison(x, q, sf, fmt, rows, index)
         for x in (values, least, torch.maximum(*magnitudes))
     )
     kind = torch.uint8 if fmt.ue8m0 else torch.float32
@@ -232,10 +207,16 @@ def assert_quantized_within(
     outside = ((stored < least_sf) | (stored > most_sf)).nonzero().flatten()
     assert not len(outside), f"scales: {stored[outside[0]]} at {outside[0]} of the storage"
 
-    live, low = reference.live_rows(low, rows, index)
-    _, high = reference.live_rows(high, rows, index)
-    batch, mn, k = low.shape
-    scales = _stored_scales(storage_bits(sf), fmt, batch, mn, k)
+    leading = (low if index is None else index).shape[: -1 if index is not None else -2]
+    batch = math.prod(leading)
+    k, mn = low.shape[-1], low.shape[-2] if index is None else index.shape[-1]
+    low, high = (t.reshape(-1, k) for t in (low, high))
+    sources = torch.from_numpy(oracle.live_rows(rows, index, batch, mn, len(low)))
+    live = sources >= 0
+    low, high = (torch.cat([t, t.new_zeros(1, k)])[sources] for t in (low, high))
+    scales = torch.from_numpy(oracle.stored_scales(sf, fmt, batch, mn, k)).float()
+    size = k if fmt.group_size == -1 else fmt.group_size
+    scales = scales.repeat_interleave(max(size, 1), 2)[..., :k]
     if fmt.power_of_two:
         mantissas = torch.frexp(scales[live])[0].nan_to_num(0.5)
         assert (mantissas == 0.5).all(), "scales: not powers of two"
@@ -255,7 +236,7 @@ def assert_quantized_within(
     return count
 
 
-def _reference_in_poison(
+def _expected_in_poison(
     x: torch.Tensor,
     q: torch.Tensor,
     sf: torch.Tensor,
@@ -263,26 +244,12 @@ def _reference_in_poison(
     rows: Rows | None,
     index: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the reference's results for `x` in poisoned memory that looks like `q` and `sf`."""
+    """Return the oracle's results for `x` in poisoned memory that looks like `q` and `sf`."""
     expected_q = poisoned(q.numel(), "cpu").view(fmt.values).view(q.shape)
     storage = poisoned(sf.untyped_storage().nbytes(), "cpu").view(fmt.sf_dtype)
     expected_sf = storage.as_strided(sf.shape, sf.stride())
-    reference_into(x, expected_q, expected_sf, fmt, rows, index)
+    oracle.quantize_into(x, expected_q, expected_sf, fmt, rows, index)
     return expected_q, expected_sf
-
-
-def _stored_scales(storage: torch.Tensor, fmt: Format, batch: int, mn: int, k: int) -> torch.Tensor:
-    """Return the scale of each value, (batch, mn, k), float32, from the bytes of all scales."""
-    groups = fmt.groups(k)
-    places = torch.meshgrid(*map(torch.arange, (batch, mn, groups)), indexing="ij")
-    offsets = scale_offset(fmt.scale_layout, 1 if fmt.ue8m0 else 4, *places, mn, groups)
-    if fmt.ue8m0:
-        exponents = storage[offsets].double()
-        scales = torch.exp2(exponents - 127).where(exponents != 255, torch.nan).float()
-    else:
-        scales = storage.view(torch.float32)[offsets // 4]
-    size = k if fmt.group_size == -1 else fmt.group_size
-    return scales.repeat_interleave(max(size, 1), 2)[..., :k]
 
 
 def _rounded(values: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Tensor:

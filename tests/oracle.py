@@ -1,154 +1,139 @@
-"""An oracle that shares no line and no method with the package: exact rational arithmetic.
+"""What every byte of a call is, computed on numpy arrays by other methods than the package's.
 
-It works on lists of Python floats, one element at a time, and places each byte by arithmetic.
+Codes come from a search in the table of all magnitudes, exponents from a search in the table of all
+powers of two, and every byte goes to an offset of its own. Products and quotients are those of
+float64, rounded once to float32: float64 has more than twice its bits, so that this is what one
+rounding of the exact result gives. `test_oracle` holds it to `exact`, which works in fractions.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import math
-import struct
-from dataclasses import dataclass
-from fractions import Fraction
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
-LARGEST = {E4M3: 448, E5M2: 57344, INT8: 127}
+from cute_quant import Format, Indexed, Masked, PrefixSum
+from cute_quant.contract.rows import Rows
+from tests.exact import LARGEST, MAGNITUDES, exact_min_scale, nan_byte
+
+POWERS = 2.0 ** np.arange(-127, 128)
+"""Scales by their UE8M0 byte; the last byte is NaN's."""
+NAN_EXPONENT = 255
+TABLES = {dtype: np.array([float(m) for m in table]) for dtype, table in MAGNITUDES.items()}
+FLOAT32_NAN = np.uint32(0x7FC00000)
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+ROWS_OF_LAYOUT = {"row_major": 1, "128x4": 128}
+"""Rows to whose multiple scales are padded, where it is not 4."""
 
 
-def _float8_magnitudes(mantissa_bits: int, bias: int, codes: int) -> list[Fraction]:
-    """Return the magnitudes in the order of their codes, which is ascending."""
-    magnitudes = []
-    for code in range(codes):
-        exponent, mantissa = code >> mantissa_bits, code & ((1 << mantissa_bits) - 1)
-        fraction = Fraction(mantissa, 1 << mantissa_bits)
-        if exponent == 0:
-            magnitudes.append(fraction * Fraction(2) ** (1 - bias))
-        else:
-            magnitudes.append((1 + fraction) * Fraction(2) ** (exponent - bias))
-    return magnitudes
-
-
-MAGNITUDES = {
-    E4M3: _float8_magnitudes(3, 7, 0x7F),
-    E5M2: _float8_magnitudes(2, 15, 0x7C),
-    INT8: [Fraction(code) for code in range(128)],
-}
-
-
-def exact_code(magnitude: Fraction, dtype: torch.dtype) -> int:
-    """Return the code of the nearest magnitude, ties to the even code, saturating."""
-    table = MAGNITUDES[dtype]
-    below = bisect.bisect_right(table, magnitude) - 1
-    if below == len(table) - 1:
-        return below
-    to_low, to_high = magnitude - table[below], table[below + 1] - magnitude
-    if to_low == to_high:
-        return below + (below & 1)
-    return below if to_low < to_high else below + 1
-
-
-def exact_e4m3(magnitude: Fraction) -> int:
-    return exact_code(magnitude, E4M3)
-
-
-def with_sign(code: int, negative: bool, dtype: torch.dtype) -> int:
-    """Return the byte of a magnitude's code and a sign."""
-    if dtype is INT8:
-        return (-code if negative else code) & 0xFF
-    return code | (0x80 if negative else 0)
-
-
-def nan_byte(dtype: torch.dtype) -> int:
-    return 0 if dtype is INT8 else 0x7F
-
-
-def exact_exponent(group: list[float], min_scale: float, dtype: torch.dtype = E4M3) -> int:
-    """Return the UE8M0 byte, found by search for the smallest power of two, not by logarithm."""
-    if not all(map(math.isfinite, group)):
-        return 255
-    target = max(Fraction(max(map(abs, group))) / LARGEST[dtype], Fraction(min_scale))
-    return next(e for e in itertools.count() if POWERS[e] >= target)
-
-
-POWERS = [Fraction(2) ** (e - 127) for e in range(255)]
-
-
-def exact_group(
-    group: list[float], min_scale: float = 0.0, dtype: torch.dtype = E4M3
-) -> tuple[list[int], int]:
-    """Return the bytes of the values, and the UE8M0 byte, of one group."""
-    exponent = exact_exponent(group, min_scale, dtype)
-    if exponent == 255:
-        return [nan_byte(dtype)] * len(group), exponent
-    return _exact_bytes(group, 1 / POWERS[exponent], dtype), exponent
-
-
-def exact_float32(value: Fraction) -> Fraction:
-    """Return the nearest normal float32, ties to even."""
-    exponent = value.numerator.bit_length() - value.denominator.bit_length()
-    if value < Fraction(2) ** exponent:
-        exponent -= 1
-    ulp = Fraction(2) ** (exponent - 23)
-    return round(value / ulp) * ulp
-
-
-def exact_float32_group(
-    group: list[float], min_scale: float, dtype: torch.dtype = E4M3
-) -> tuple[list[int], float]:
-    """Return the bytes of the values, and the float32 scale, of one group."""
-    if not all(map(math.isfinite, group)):
-        return [nan_byte(dtype)] * len(group), math.nan
-    amax = max(map(abs, map(Fraction, group)))
-    quotient = exact_float32(amax / LARGEST[dtype]) if amax else Fraction(0)
-    scale = max(quotient, Fraction(min_scale))
-    return _exact_bytes(group, exact_float32(1 / scale), dtype), float(scale)
-
-
-def _exact_bytes(group: list[float], multiplier: Fraction, dtype: torch.dtype) -> list[int]:
-    codes = []
-    for value in group:
-        product = abs(Fraction(value)) * multiplier
-        code = exact_code(exact_float32(product), dtype) if product else 0
-        codes.append(with_sign(code, math.copysign(1.0, value) < 0, dtype))
-    return codes
-
-
-def exact_min_scale(min_scale: float | str, dtype: torch.dtype) -> float:
-    """Return a smallest scale, a number or a library's name for one, as a number.
-
-    DeepGEMM and SGLang bound the amax by a float32 and divide it by the largest value.
-    """
-    if not isinstance(min_scale, str):
-        return min_scale
-    amax = {"deepgemm": 1e-4, "sglang": 1e-10}
-    if min_scale in amax:
-        rounded = exact_float32(Fraction(amax[min_scale]))
-        return float(exact_float32(rounded / LARGEST[dtype]))
-    return {"vllm": 1e-10, "ocp": 0.0}[min_scale]
-
-
-@dataclass
-class Choices:
-    """A call of `quantize`, its live rows and their sources as Python lists.
+class Scales(NamedTuple):
+    """Scales of groups.
 
     Attributes:
-        sources: for each matrix of the batch and each of its rows the row of values, or None where
-            the row does not exist.
-        counts: of masked matrices, the rows of each that are written; None where all are.
+        exponents: UE8M0 bytes, or None where scales are no powers of two.
+        floats: float64; NaN for groups that are not finite.
     """
 
-    dtype: torch.dtype
-    group_size: int
-    scale_layout: str
-    scale_dtype: torch.dtype
-    round_scale: bool
-    min_scale: float
-    k: int
-    sources: list[list[list[float] | None]]
-    counts: list[int] | None = None
+    exponents: np.ndarray | None
+    floats: np.ndarray
+
+
+def to_array(t: torch.Tensor) -> np.ndarray:
+    """Return the values of a floating-point tensor as float64."""
+    return t.detach().cpu().double().numpy()
+
+
+def in_groups(x: np.ndarray, fmt: Format) -> np.ndarray:
+    """Return (..., k) as (..., groups, group_size), short groups filled up with zeros."""
+    k = x.shape[-1]
+    size = k if fmt.group_size == -1 else fmt.group_size
+    padded = np.zeros((*x.shape[:-1], -(-k // size) * size))
+    padded[..., :k] = x
+    return padded.reshape(*x.shape[:-1], -1, size)
+
+
+def scales_of(x: np.ndarray, fmt: Format) -> Scales:
+    """Return the scales of the groups of x (..., k), k > 0."""
+    groups = in_groups(x, fmt)
+    finite = np.isfinite(groups).all(-1)
+    amax = np.abs(np.where(finite[..., None], groups, 0.0)).max(-1)
+    largest = LARGEST[fmt.values]
+    floor = np.float64(np.float32(exact_min_scale(fmt.min_scale, fmt.values)))
+    if fmt.scale_dtype is torch.float32 and not fmt.round_scale:
+        if fmt.numerics == "deepgemm":
+            quotients = amax * np.float64(np.float32(1 / largest))
+        else:
+            quotients = amax / largest
+        floats = np.maximum(quotients.astype(np.float32).astype(np.float64), floor)
+        return Scales(None, np.where(finite, floats, np.nan))
+    # The first power of which M times is no less than amax, and which is no less than the floor.
+    exponents = np.maximum(
+        np.searchsorted(largest * POWERS, amax), np.searchsorted(POWERS, floor)
+    ).astype(np.uint8)
+    exponents = np.where(finite, exponents, NAN_EXPONENT).astype(np.uint8)
+    return Scales(exponents, floats_of(exponents))
+
+
+def floats_of(exponents: np.ndarray) -> np.ndarray:
+    """Return the scales of UE8M0 bytes as float64."""
+    return np.append(POWERS, np.nan)[exponents]
+
+
+def codes_of(x: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
+    """Return the bytes of the values of x (..., k) under scales (..., groups)."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        multipliers = (1.0 / scales).astype(np.float32).astype(np.float64)
+        products = (in_groups(x, fmt) * multipliers[..., None]).astype(np.float32)
+    magnitudes = np.abs(products.astype(np.float64))
+    table = TABLES[fmt.values]
+    middles = (table[:-1] + table[1:]) / 2
+    codes = np.searchsorted(middles, magnitudes)  # a tie is below the middle
+    tied = middles[np.minimum(codes, len(middles) - 1)] == magnitudes
+    codes += tied & (codes % 2 == 1)
+    negative = np.signbit(products)
+    if fmt.values is torch.int8:
+        codes = np.where(negative, -codes, codes)
+    else:
+        codes = np.where(negative, codes | 0x80, codes)
+    codes = np.where(np.isnan(scales)[..., None], nan_byte(fmt.values), codes)
+    return codes.astype(np.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+
+
+def live_rows(
+    rows: Rows | None, index: torch.Tensor | None, matrices: int, mn: int, tokens: int
+) -> np.ndarray:
+    """Return the row of the input, all leading dimensions flattened, for each row of the result.
+
+    Args:
+        tokens: rows of the input.
+
+    Returns:
+        (matrices, mn), -1 where the row does not exist.
+    """
+    if index is None:
+        sources = np.arange(matrices * mn)
+    else:
+        sources = index.cpu().numpy().astype(np.int64).flatten()
+        sources[(sources < 0) | (sources >= tokens)] = -1
+    sources = sources.reshape(matrices, mn)
+    match rows:
+        case Masked():
+            for expert, count in enumerate(rows.masked_m.tolist()):
+                sources[expert, max(count, 0) :] = -1
+        case PrefixSum():
+            live, start = np.zeros(mn, bool), 0
+            for end in rows.ends.tolist():
+                end = min(max(end, 0), mn)
+                live[start:end] = True
+                start = -(-end // rows.alignment) * rows.alignment
+            sources[:, ~live] = -1
+        case Indexed():
+            for row, group in enumerate(rows.m_indices.tolist()):
+                if group < 0:
+                    sources[:, row] = -1
+    return sources
 
 
 def scale_offset(
@@ -170,55 +155,159 @@ def scale_offset(
     return batch * stored_rows * stored_groups + block * 512 + inside
 
 
-def expected_bytes(
-    choices: Choices, q_before: bytes, q_rows: int, sf_before: bytes
-) -> tuple[bytes, bytes]:
-    """Return contiguous q (batch, q_rows, k), and the storage of sf, after the call."""
-    c = choices
-    q, sf = bytearray(q_before), bytearray(sf_before)
-    mn = len(c.sources[0])
-    size = c.k if c.group_size == -1 else c.group_size
-    groups = -(-c.k // size)
+def quantize_into(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    rows: Rows | None = None,
+    index: torch.Tensor | None = None,
+) -> None:
+    """Write what ``quantize`` writes to `q` and to the storage of `sf`, both on the CPU.
+
+    Args:
+        x: (..., mn, k), or (tokens, k) with an index; of any floating-point dtype.
+        q: (..., q_rows, k), q_rows >= mn, of any strides.
+        sf: of the shape of the format, its elements where the format has them.
+    """
+    k = x.shape[-1]
+    leading = (x if index is None else index).shape[: -1 if index is not None else -2]
+    matrices, q_rows = math.prod(leading), q.shape[-2]
+    mn = x.shape[-2] if index is None else index.shape[-1]
+    if not k or not matrices:
+        return
+    flat = to_array(x).reshape(-1, k)
+    sources = live_rows(rows, index, matrices, mn, len(flat))
+    exists = sources >= 0
+    values = np.zeros((matrices, mn, k))
+    values[exists] = flat[sources[exists]]
+
+    scales = scales_of(values, fmt) if mn else Scales(None, np.zeros((matrices, 0, 1)))
+    codes = np.zeros((matrices, q_rows, k), np.uint8)
+    if mn:
+        codes[:, :mn] = codes_of(values, scales.floats, fmt)
+        codes[:, :mn][~exists] = 0
+    counts = np.full(matrices, q_rows)
+    if isinstance(rows, Masked):
+        counts = rows.masked_m.cpu().numpy().clip(0, mn)
+    written = np.arange(q_rows) < counts[:, None]
+    target = q.view(torch.uint8)
+    new = torch.from_numpy(codes).view(q.shape)
+    target.copy_(new.where(torch.from_numpy(written).view(*q.shape[:-1], 1), target))
+    if mn:
+        _store_scales(scales, exists, counts if isinstance(rows, Masked) else None, sf, fmt)
+
+
+def _store_scales(
+    scales: Scales, exists: np.ndarray, counts: np.ndarray | None, sf: torch.Tensor, fmt: Format
+) -> None:
+    """Write all scales of rows that exist and 0 to all padding, as far as the storage goes.
+
+    Args:
+        counts: rows of each masked matrix; scales past the next multiple of 4 stay.
+    """
+    matrices, mn = exists.shape
+    groups = scales.floats.shape[-1]
     stored_groups = groups
-    if c.scale_layout in ("mn_major_packed", "128x4"):
+    if fmt.scale_layout in ("mn_major_packed", "128x4"):
         stored_groups = (groups + 3) // 4 * 4
-    stored_rows = {"row_major": 1, "128x4": 128}.get(c.scale_layout, 4)
-    stored_rows = (mn + stored_rows - 1) // stored_rows * stored_rows
-    nbytes = c.scale_dtype.itemsize
-
-    def put_scale(batch: int, row: int, group: int, content: bytes) -> None:
-        at = scale_offset(c.scale_layout, nbytes, batch, row, group, mn, groups)
-        if at < len(sf):
-            sf[at : at + nbytes] = content
-
-    for batch, rows in enumerate(c.sources):
-        count = q_rows if c.counts is None else c.counts[batch]
-        zeroed = stored_rows if c.counts is None else min((count + 3) // 4 * 4, stored_rows)
-        for row in range(zeroed):
-            for group in range(stored_groups):
-                put_scale(batch, row, group, bytes(nbytes))
-        for row in range(count):
-            source = rows[row] if row < mn else None
-            codes = [0] * c.k
-            if source is not None:
-                codes = []
-                for group in range(groups):
-                    part, scale = _scaled(source[group * size : (group + 1) * size], c)
-                    codes += part
-                    put_scale(batch, row, group, scale)
-            q[(batch * q_rows + row) * c.k : (batch * q_rows + row + 1) * c.k] = bytes(codes)
-    return bytes(q), bytes(sf)
+    unit = ROWS_OF_LAYOUT.get(fmt.scale_layout, 4)
+    stored_rows = (mn + unit - 1) // unit * unit
+    if fmt.scale_dtype is torch.float32:
+        stored = scales.floats.astype(np.float32).view(np.uint32)
+        stored = np.where(np.isnan(scales.floats), FLOAT32_NAN, stored)
+    else:
+        stored = scales.exponents
+    padded = np.zeros((matrices, stored_rows, stored_groups), stored.dtype)
+    padded[:, :mn, :groups] = np.where(exists[..., None], stored, 0)
+    limits = np.full(matrices, stored_rows)
+    if counts is not None:
+        limits = np.minimum((counts + 3) // 4 * 4, stored_rows)
+    batch, row, group = np.nonzero(
+        np.broadcast_to(np.arange(stored_rows)[None, :, None] < limits[:, None, None], padded.shape)
+    )
+    nbytes = padded.itemsize
+    offsets = scale_offset(fmt.scale_layout, nbytes, batch, row, group, mn, groups)
+    offsets += sf.storage_offset() * sf.element_size()
+    storage = torch.empty(0, dtype=torch.uint8).set_(sf.untyped_storage()).numpy()
+    inside = offsets < len(storage)
+    places = offsets[inside, None] + np.arange(nbytes)
+    storage[places] = padded[batch, row, group][inside, None].view(np.uint8).reshape(-1, nbytes)
 
 
-def _scaled(group: list[float], c: Choices) -> tuple[list[int], bytes]:
-    min_scale = struct.unpack("f", struct.pack("f", c.min_scale))[0]
-    if c.scale_dtype is torch.float32 and not c.round_scale:
-        codes, scale = exact_float32_group(group, min_scale, c.dtype)
-        return codes, FLOAT32_NAN if math.isnan(scale) else struct.pack("<f", scale)
-    codes, exponent = exact_group(group, min_scale, c.dtype)
-    if not c.round_scale:
-        return codes, bytes([exponent])
-    return codes, FLOAT32_NAN if exponent == 255 else struct.pack("<f", 2.0 ** (exponent - 127))
+def stored_scales(sf: torch.Tensor, fmt: Format, matrices: int, mn: int, k: int) -> np.ndarray:
+    """Return the scales (matrices, mn, groups) that lie in the storage of `sf`, as float64."""
+    size = k if fmt.group_size == -1 else fmt.group_size
+    shape = matrices, mn, -(-k // max(size, 1))
+    batch, row, group = np.indices(shape)
+    nbytes = fmt.scale_dtype.itemsize
+    offsets = scale_offset(fmt.scale_layout, nbytes, batch, row, group, mn, shape[2])
+    offsets += sf.storage_offset() * sf.element_size()
+    storage = torch.empty(0, dtype=torch.uint8, device=sf.device).set_(sf.untyped_storage())
+    content = storage.cpu().numpy()[offsets[..., None] + np.arange(nbytes)]
+    if fmt.scale_dtype is torch.float32:
+        return content.copy().view(np.float32)[..., 0].astype(np.float64)
+    return floats_of(content[..., 0])
 
 
-FLOAT32_NAN = bytes.fromhex("0000c07f")
+def values_of(codes: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Return the values of bytes as float64."""
+    if dtype is torch.int8:
+        return codes.view(np.int8).astype(np.float64)
+    table = TABLES[dtype]
+    magnitudes = np.full(128, np.nan)
+    magnitudes[: len(table)] = table
+    if dtype is torch.float8_e5m2:
+        magnitudes[0x7C] = np.inf
+    return np.where(codes & 0x80, -1.0, 1.0) * magnitudes[codes & 0x7F]
+
+
+def products(codes: np.ndarray, scales: np.ndarray, fmt: Format, dtype: torch.dtype):
+    """Return values times scales, rounded to float32 and then to `dtype`, as a tensor.
+
+    Args:
+        codes: (..., k), bytes.
+        scales: (..., groups), float64.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        exact = in_groups(values_of(codes, fmt.values), fmt) * scales[..., None]
+        rounded = exact.astype(np.float32).reshape(*codes.shape[:-1], -1)[..., : codes.shape[-1]]
+    return _rounded(np.ascontiguousarray(rounded), dtype)
+
+
+def _rounded(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """Round float32 to `dtype`, to nearest even; each NaN becomes the same one."""
+    if dtype is torch.float16:
+        with np.errstate(over="ignore"):
+            return torch.from_numpy(np.where(np.isnan(x), np.nan, x).astype(np.float16))
+    if dtype is torch.float32:
+        return torch.from_numpy(np.where(np.isnan(x), np.float32(np.nan), x))
+    bits = x.view(np.uint32).astype(np.uint64)
+    bits += 0x7FFF + (bits >> 16 & 1)
+    halves = np.where(np.isnan(x), 0x7FC0, bits >> 16).astype(np.uint16)
+    return torch.from_numpy(halves.view(np.int16)).view(torch.bfloat16)
+
+
+def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
+    """Return what ``dequantize`` does, of scales with any strides; each NaN is the same one."""
+    *batch_shape, mn, k = q.shape
+    if q.numel() == 0:
+        return torch.empty(q.shape, dtype=dtype)
+    codes = q.contiguous().view(torch.uint8).numpy().reshape(-1, mn, k)
+    # Scales in a storage of their own, as the format has them.
+    own = torch.zeros(len(codes) * fmt.scale_rows(mn) * fmt.columns(k) + 1, dtype=fmt.sf_dtype)
+    size = fmt.scale_shape(tuple(batch_shape), mn, k), fmt.scale_strides(tuple(batch_shape), mn, k)
+    own = own.as_strided(*size)
+    integer = INTEGERS[own.element_size()]
+    own.view(integer).copy_(sf.view(integer))
+    scales = stored_scales(own, fmt, len(codes), mn, k)
+    return products(codes, scales, fmt, dtype).view(q.shape)
+
+
+def fake_quantize(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return what ``fake_quantize`` does; each NaN is the same one."""
+    if x.numel() == 0:
+        return x.clone()
+    values = to_array(x)
+    scales = scales_of(values, fmt).floats
+    return products(codes_of(values, scales, fmt), scales, fmt, x.dtype)

@@ -28,9 +28,9 @@ from cute_quant import (
     quantize,
 )
 from cute_quant.contract.formats import all_formats
+from tests.exact import POWERS, exact_min_scale
 from tests.helpers import EVERY_DTYPE, assert_same_bits, random_bits
 from tests.helpers import all_formats as combinations
-from tests.oracle import POWERS, exact_min_scale
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 

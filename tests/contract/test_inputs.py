@@ -1,6 +1,6 @@
 """Every input: dtypes, groups, formats, batches, short groups, rows and indices.
 
-The expected bytes are those of `oracle`, which computes them one by one in fractions.
+The expected bytes are those of `oracle`.
 """
 
 import math
@@ -24,6 +24,7 @@ from cute_quant import (
     quantize,
 )
 from cute_quant.contract.formats import Format
+from cute_quant.contract.rows import Rows
 from tests.helpers import (
     EVERY_DTYPE,
     EVERY_LAYOUT,
@@ -33,16 +34,14 @@ from tests.helpers import (
     all_formats,
     assert_same_bits,
     bits,
-    check_against_reference,
+    check_every_byte,
     on_device,
-    oracle_choices,
     poisoned,
     poisoned_scales,
     poisoned_values,
     random_bits,
     storage_bits,
 )
-from tests.oracle import expected_bytes
 
 every_format = pytest.mark.parametrize("fmt", all_formats(), ids=str)
 formats_of_32 = pytest.mark.parametrize("fmt", all_formats(group_sizes=(32,)), ids=str)
@@ -76,92 +75,29 @@ def int32(values: object, device: str = "cpu") -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def live_sources(
-    x: torch.Tensor, rows: object, index: torch.Tensor | None
-) -> tuple[list[list[list[float] | None]], list[int] | None]:
-    """Return the source of each row that `rows` and `index` leave live, and masked counts."""
-    if index is None:
-        sources = [matrix.tolist() for matrix in x.reshape(-1, *x.shape[-2:])]
-    else:
-        tokens = x.tolist()
-        sources = [
-            [tokens[i] if 0 <= i < len(tokens) else None for i in row]
-            for row in index.reshape(-1, index.shape[-1]).tolist()
-        ]
-    mn = len(sources[0])
-    match rows:
-        case Masked():
-            return sources, [min(max(count, 0), mn) for count in rows.masked_m.tolist()]
-        case PrefixSum():
-            live, start = set(), 0
-            for end in rows.ends.tolist():
-                end = min(max(end, 0), mn)
-                live |= set(range(start, end))
-                start = -(-end // rows.alignment) * rows.alignment
-        case Indexed():
-            live = {row for row, group in enumerate(rows.m_indices.tolist()) if group >= 0}
-        case None:
-            live = set(range(mn))
-    return [[s if i in live else None for i, s in enumerate(m)] for m in sources], None
-
-
-def check_against_oracle(
+def check_on(
     x: torch.Tensor,
     fmt: Format,
     device: str,
     *,
-    extra_rows: int = 0,
-    last_padding: bool = True,
-    rows: object = None,
+    rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    **places: bool | int,
 ) -> None:
-    """Quantize into poisoned memory; every byte must be the oracle's."""
-    *batch_shape, mn, k = x.shape if index is None else (*index.shape, x.shape[-1])
-    batch_shape = tuple(batch_shape)
-    q = poisoned_values(mn + extra_rows, k, device, fmt.values, batch_shape)
-    sf = poisoned_scales(fmt, mn, k, device, last_padding, batch_shape)
-    sources, counts = live_sources(x, rows, index)
-    expected_q, expected_sf = expected_bytes(
-        oracle_choices(fmt, k, sources, counts),
-        bytes([POISON]) * q.numel(),
-        mn + extra_rows,
-        bytes([POISON]) * sf.untyped_storage().nbytes(),
-    )
-    results = quantize(
-        x.to(device),
-        fmt,
-        rows=on_device(rows, device),
-        index=None if index is None else index.to(device),
-        out=(q, sf),
-    )
-    assert results[0] is q and results[1] is sf
-    assert bytes(bits(q).tolist()) == expected_q
-    assert bytes(storage_bits(sf).tolist()) == expected_sf
-    # What is allocated here holds the same, wherever it is defined.
-    q, sf = quantize(
-        x.to(device),
-        fmt,
-        rows=on_device(rows, device),
-        index=None if index is None else index.to(device),
-    )
-    assert q.shape == (*batch_shape, mn, k) and q.is_contiguous() and q.dtype is fmt.values
-    assert sf.shape == results[1].shape and sf.stride() == results[1].stride()
-    if counts is None:
-        assert_same_bits(q, results[0][..., :mn, :])
-        assert_same_bits(sf, results[1])
+    """Compare every byte of a call on a device, whose tensors are on the CPU, with the oracle."""
+    index = None if index is None else index.to(device)
+    check_every_byte(x.to(device), fmt, rows=on_device(rows, device), index=index, **places)
 
 
 @every_format
 def test_every_format(fmt, device):
     """Cover all value dtypes, groups and layouts, with short groups, batches and extra rows."""
     seed = 7 * abs(fmt.group_size)
-    check_against_oracle(inputs((6, 70), torch.bfloat16, seed), fmt, device)
-    check_against_oracle(inputs((3, 33), torch.float16, 1), fmt, device, last_padding=False)
-    check_against_oracle(inputs((2, 3, 290), torch.float32, 2), fmt, device, extra_rows=2)
-    check_against_oracle(
-        inputs((2, 1, 2, 48), torch.float32, 4), fmt, device, last_padding=False, extra_rows=1
-    )
-    check_against_oracle(inputs((5, 1), torch.float32, 5), fmt.replace(min_scale=2.0**-60), device)
+    check_on(inputs((6, 70), torch.bfloat16, seed), fmt, device)
+    check_on(inputs((3, 33), torch.float16, 1), fmt, device, last_padding=False)
+    check_on(inputs((2, 3, 290), torch.float32, 2), fmt, device, extra_rows=2)
+    check_on(inputs((2, 1, 2, 48), torch.float32, 4), fmt, device, last_padding=False, extra_rows=1)
+    check_on(inputs((5, 1), torch.float32, 5), fmt.replace(min_scale=2.0**-60), device)
 
 
 @every_input_dtype
@@ -171,7 +107,7 @@ def test_floors_of_exponents(input_dtype, dtype, min_scale, device):
     fmt = DEEP_GEMM.replace(
         scale_layout="row_major", group_size=16, values=dtype, min_scale=min_scale
     )
-    check_against_oracle(inputs((12, 70), input_dtype, 3), fmt, device)
+    check_on(inputs((12, 70), input_dtype, 3), fmt, device)
 
 
 @every_input_dtype
@@ -182,7 +118,7 @@ def test_floors_of_floats(input_dtype, dtype, round_scale, min_scale, device):
     fmt = GROUPWISE_FP8.replace(
         group_size=16, values=dtype, round_scale=round_scale, min_scale=min_scale
     )
-    check_against_oracle(inputs((12, 70), input_dtype, 3), fmt, device)
+    check_on(inputs((12, 70), input_dtype, 3), fmt, device)
 
 
 @pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
@@ -201,7 +137,7 @@ def test_all_values_and_all_ties(dtype, device):
     x = torch.nn.functional.pad(x, (0, -len(x) % 15)).view(-1, 15)
     x = torch.cat([x, torch.full((len(x), 1), largest)], 1)
     for fmt in (DEEP_GEMM.replace(scale_layout="row_major"), GROUPWISE_FP8):
-        check_against_oracle(x, fmt.replace(values=dtype, group_size=16), device)
+        check_on(x, fmt.replace(values=dtype, group_size=16), device)
 
 
 @every_input_dtype
@@ -220,16 +156,15 @@ def test_amax_beside_each_step_of_the_scale(input_dtype, dtype, device):
     amax = torch.cat([amax, down.nextafter(up)[None]])
     x = amax[:, None] * torch.tensor([1.0, -0.5, 0.3], dtype=input_dtype)
     fmt = DEEP_GEMM.replace(scale_layout="row_major", group_size=16, values=dtype, min_scale=0.0)
-    check_against_oracle(x, fmt, device)
+    check_on(x, fmt, device)
     fmt = GROUPWISE_FP8.replace(group_size=16, values=dtype, min_scale=2.0**-126)
-    check_against_oracle(x, fmt, device)
+    check_on(x, fmt, device)
 
 
 @every_input_dtype
 @formats_of_32
 def test_random_bits(input_dtype, fmt, device):
-    """Compare with the reference: the oracle is too slow for so many rows."""
-    check_against_reference(random_bits((2, 131, 333), input_dtype, 1).to(device), fmt)
+    check_every_byte(random_bits((2, 131, 333), input_dtype, 1).to(device), fmt)
 
 
 ROWS = {
@@ -257,8 +192,8 @@ def test_rows(name, fmt, device):
     rows, shape, index = ROWS[name]
     x = inputs(shape, torch.bfloat16, 2) if shape[0] else torch.empty(shape)
     extra_rows = 0 if isinstance(rows, Masked) else 3
-    check_against_oracle(x, fmt, device, rows=rows, index=index, extra_rows=extra_rows)
-    check_against_oracle(x, fmt, device, rows=rows, index=index, last_padding=False)
+    check_on(x, fmt, device, rows=rows, index=index, extra_rows=extra_rows)
+    check_on(x, fmt, device, rows=rows, index=index, last_padding=False)
 
 
 @pytest.mark.parametrize("group_size", [16, 128, 256, -1])
@@ -268,7 +203,7 @@ def test_rows_of_other_groups(name, layout, group_size, device):
     rows, shape, index = ROWS[name]
     fmt = layout.replace(group_size=group_size)
     x = inputs((*shape[:-1], 150), torch.float32, 1)
-    check_against_oracle(x, fmt, device, rows=rows, index=index)
+    check_on(x, fmt, device, rows=rows, index=index)
 
 
 @e4m3_of_32
@@ -280,7 +215,7 @@ def test_more_than_a_block(mn, k, fmt, device):
     x *= 2.0 ** (torch.arange(k) // 32)
     masked = Masked(int32([mn // 2, mn - mn // 3], device))
     for rows in (None, masked):
-        check_against_reference(x.to(device), fmt, rows=rows)
+        check_every_byte(x.to(device), fmt, rows=rows)
 
 
 @pytest.mark.parametrize(("mn", "k"), [(1, 32), (5, 33), (128, 128), (130, 129), (300, 700)])
@@ -657,7 +592,7 @@ def hypothesis_inputs(data, device):
         tokens = data.draw(st.integers(1, 5))
         index = numbers(math.prod(shape), -2, tokens + 1).view(shape)
         x = inputs((tokens, k), dtype, seed)
-    check_against_oracle(
+    check_on(
         x,
         fmt,
         device,
@@ -674,6 +609,6 @@ def test_rows_that_do_not_exist_may_hold_anything(device):
     x[0, 2:] = math.nan
     x[1] = math.inf
     rows = Masked(int32([2, 0], device))
-    q, sf = check_against_reference(x, UE8M0, rows=rows)
+    q, sf = check_every_byte(x, UE8M0, rows=rows)
     assert bits(q[0, 2:]).eq(POISON).all() and bits(q[1]).eq(POISON).all()
     assert bits(sf[1]).eq(POISON).all()

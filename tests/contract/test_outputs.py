@@ -12,7 +12,7 @@ from tests.helpers import (
     UE8M0,
     assert_same_bits,
     bits,
-    check_against_reference,
+    check_every_byte,
     poisoned,
     poisoned_scales,
     poisoned_values,
@@ -52,13 +52,13 @@ def test_every_byte_of_caller_memory(fmt, mn, k, extra_rows, last_padding, devic
     if mn == 0 and not last_padding:
         last_padding = True  # nothing to leave out
     x = random_bits((mn, k), torch.bfloat16, seed=mn * k).to(device)
-    check_against_reference(x, fmt, extra_rows=extra_rows, last_padding=last_padding)
+    check_every_byte(x, fmt, extra_rows=extra_rows, last_padding=last_padding)
 
 
 @pytest.mark.parametrize("k", COLUMNS)
 def test_bytes_past_the_last_group_are_zero(k, device):
     x = torch.ones(5, k, dtype=torch.bfloat16, device=device)
-    _, sf = check_against_reference(x, UE8M0)
+    _, sf = check_every_byte(x, UE8M0)
     groups = k // 128
     by_group = bits(sf).view(5, -1)
     assert by_group[:, :groups].eq(119).all() and by_group[:, groups:].eq(0).all()
@@ -121,18 +121,18 @@ def test_input_is_left_alone(device):
 def test_strided_rows(fmt, row_stride, device):
     storage = random_bits((40 * 4096,), torch.bfloat16, seed=10).to(device)
     x = storage.as_strided((37, 1024), (row_stride, 1), 32)
-    check_against_reference(x, fmt, extra_rows=2)
+    check_every_byte(x, fmt, extra_rows=2)
 
 
 def test_one_row_has_no_row_stride(device):
     x = random_bits((2048,), torch.bfloat16, seed=11).to(device).as_strided((1, 1024), (7, 1))
-    check_against_reference(x, UE8M0)
+    check_every_byte(x, UE8M0)
 
 
 @pytest.mark.parametrize("extra_rows", [0, 3])
 def test_no_rows(extra_rows, device):
     x = torch.empty(0, 256, dtype=torch.bfloat16, device=device)
-    q, sf = check_against_reference(x, UE8M0, extra_rows=extra_rows)
+    q, sf = check_every_byte(x, UE8M0, extra_rows=extra_rows)
     assert q.shape == (extra_rows, 256) and sf.shape == (0, 1)
     assert bits(q).eq(0).all()
 
@@ -164,7 +164,7 @@ def hypothesis_shapes(data, device):
     offset = 16 * data.draw(st.integers(0, 4))
     storage = random_bits((mn * row_stride + offset + 1,), dtype, data.draw(st.integers(0, 2**31)))
     x = storage.to(device).as_strided((mn, k), (row_stride, 1), offset)
-    check_against_reference(
+    check_every_byte(
         x,
         fmt,
         extra_rows=data.draw(st.integers(0, 9)),

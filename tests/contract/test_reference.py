@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, dequantize, quantize
 from cute_quant.contract.dtypes import to_float32
+from tests.exact import LARGEST, exact_float32, exact_float32_group, exact_group
 from tests.helpers import (
     EVERY_DTYPE,
     FLOAT32,
@@ -19,10 +20,9 @@ from tests.helpers import (
     UE8M0,
     assert_same_bits,
     bits,
-    check_against_reference,
+    check_every_byte,
     random_bits,
 )
-from tests.oracle import LARGEST, exact_float32, exact_float32_group, exact_group
 
 DTYPES = [torch.bfloat16, torch.float16]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -48,20 +48,20 @@ def groups_with_amax(magnitudes: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("min_scale", [1e-10, 2.0**-126])
 def test_every_pattern_as_amax(dtype, fmt, min_scale, device):
     x = groups_with_amax(all_patterns(dtype)).view(-1, 1024).to(device)
-    check_against_reference(x, fmt.replace(min_scale=min_scale))
+    check_every_byte(x, fmt.replace(min_scale=min_scale))
 
 
 @every_dtype
 def test_every_pattern_as_amax_without_floor(dtype, device):
     x = groups_with_amax(all_patterns(dtype)).view(-1, 1024).to(device)
-    check_against_reference(x, UE8M0.replace(min_scale=0.0))
+    check_every_byte(x, UE8M0.replace(min_scale=0.0))
 
 
 @every_dtype
 @every_format
 def test_random_bits(dtype, fmt, device):
     x = random_bits((257, 1280), dtype, seed=1).to(device)
-    check_against_reference(x, fmt)
+    check_every_byte(x, fmt)
 
 
 @every_dtype
@@ -69,7 +69,7 @@ def test_random_bits(dtype, fmt, device):
 def test_random_finite_bits(dtype, fmt, device):
     x = random_bits((130, 1280), dtype, seed=2)
     x = x.where(x.isfinite(), 0.75).to(device)
-    q, sf = check_against_reference(x, fmt)
+    q, sf = check_every_byte(x, fmt)
     assert q.float().isfinite().all() and sf.float().isfinite().all()
 
 
@@ -129,7 +129,7 @@ def test_float32_scale_of_deepgemm_is_a_rounded_product(values, dtype, device):
     x = groups_with_amax(all_patterns(dtype))
     x = x.where(x.isfinite(), 1.0).view(-1, 1024)
     choices = {"values": values, "numerics": "deepgemm", "min_scale": 2.0**-126}
-    q, sf = check_against_reference(x.to(device), DEEP_GEMM_SM90.replace(**choices))
+    q, sf = check_every_byte(x.to(device), DEEP_GEMM_SM90.replace(**choices))
     inverse = float(exact_float32(Fraction(1, LARGEST[values])))
     amax = x.double().unflatten(1, (8, 128)).abs().amax(2)
     # Both factors have 24 bits, so that their product is exact in float64.
@@ -175,7 +175,7 @@ def test_one_special_value_poisons_its_group_alone(dtype, fmt, special, device):
     positions = [(row, 131 * row % 1024) for row in range(8)]
     for position in positions:
         x[position] = special
-    q, sf = check_against_reference(x.to(device), fmt)
+    q, sf = check_every_byte(x.to(device), fmt)
     y = dequantize(q, sf, fmt, dtype=torch.float32).cpu()
     for row, column in positions:
         group = slice(column // 128 * 128, column // 128 * 128 + 128)
@@ -189,7 +189,7 @@ def test_nan_payloads_and_signs_do_not_matter(device):
     x = torch.zeros(patterns.numel(), 128, dtype=torch.int32)
     x[:, 5] = patterns
     x = x.to(torch.int16).view(torch.bfloat16)
-    q, sf = check_against_reference(x.to(device), UE8M0)
+    q, sf = check_every_byte(x.to(device), UE8M0)
     assert bits(q).eq(0x7F).all() and ue8m0_bytes(sf, 1).eq(255).all()
 
 
@@ -200,7 +200,7 @@ def test_each_group_has_its_scale(fmt, device):
     exponents = torch.arange(6)[:, None] * 13 + torch.arange(13)
     x = x.unflatten(1, (13, 128)) * 2.0 ** (exponents - 40)[:, :, None]
     x = x.to(torch.bfloat16).flatten(1)
-    q, sf = check_against_reference(x.to(device), fmt)
+    q, sf = check_every_byte(x.to(device), fmt)
     assert torch.equal(dequantize(q, sf, fmt).cpu(), x) == fmt.power_of_two
 
 
@@ -279,7 +279,7 @@ def hypothesis_values(fmt, data, device):
     lowest = 0.0 if fmt.packed else 2.0**-126
     min_scale = data.draw(st.floats(lowest, 2.0**100, allow_nan=False))
     x = torch.tensor([patterns], dtype=torch.int16).view(dtype)
-    q, sf = check_against_reference(x.to(device), fmt.replace(min_scale=min_scale))
+    q, sf = check_every_byte(x.to(device), fmt.replace(min_scale=min_scale))
     if fmt.packed:
         codes, exponent = exact_group(x[0].tolist(), struct_float32(min_scale))
         assert ue8m0_bytes(sf, 1).item() == exponent and bits(q).tolist() == codes

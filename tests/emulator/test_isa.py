@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cute_quant.emulator import floats, isa
 from tests.emulator import probes
-from tests.oracle import exact_e4m3
+from tests.exact import exact_e4m3
 
 ALL_16 = np.arange(1 << 16, dtype=np.uint16)
 WORDS = probes.words("isa", 1 << 16)

@@ -145,7 +145,7 @@ def test_shuffle_mask_without_the_thread(plant):
 
 def test_shuffle_across_groups(plant):
     said = plant(dense, r"(shfl\.sync\.bfly\.b32 [^;]*), 4, 31, -1;", r"\1, 8, 31, -1;")
-    assert "differ from the reference" in said
+    assert "differ from the oracle" in said
 
 
 def test_shuffle_by_some_lanes(plant):

@@ -36,6 +36,7 @@ from cute_quant.kernels.config import DEFAULT_TILE, MAX_GRID_Y, MAX_GRID_Z
 from cute_quant.kernels.heuristics import TWO_ROWS_FROM
 from cute_quant.kernels.scheduler import EXPERTS_PER_CHUNK
 from tests.contract.test_inputs import live_sources
+from tests.exact import expected_bytes
 from tests.helpers import (
     EVERY_DTYPE,
     INPUT_DTYPES,
@@ -45,7 +46,6 @@ from tests.helpers import (
     random_bits,
     storage_bits,
 )
-from tests.oracle import expected_bytes
 
 SEED = int(os.environ.get("FUZZ_SEED", 0))
 CASES = int(os.environ.get("FUZZ_CASES", 4000))

@@ -1,4 +1,4 @@
-"""What the emulated quantizer is run on, and the comparison of every byte with the reference."""
+"""What the emulated quantizer is run on, and the comparison of every byte with the oracle."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import math
 
 import torch
 
-from cute_quant.contract import reference
 from cute_quant.contract.dtypes import INT8_MAX
 from cute_quant.contract.format_choices import DEEPGEMM, WHOLE_ROW
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import Rows
+from tests import oracle
 from tests.helpers import (
     FLOAT32,
     FORMATS,
     poisoned,
     poisoned_scales,
     random_bits,
-    reference_into,
     storage_bits,
 )
 from tests.kernels.emulated_gpu import Gpu
 from tests.kernels.intervals import Interval
+from tests.oracle import INTEGERS
 
 DTYPES = (torch.bfloat16, torch.float16)
 EVERY_FORMAT = (*FORMATS, FLOAT32.replace(numerics=DEEPGEMM))
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def special_groups(
@@ -102,7 +101,7 @@ def check(
     q_offset: int = 0,
     **options,
 ) -> None:
-    """Run a call into poisoned memory; every byte of it must be the reference's.
+    """Run a call into poisoned memory; every byte of it must be the oracle's.
 
     Args:
         q_strides: of all dimensions but the last, in elements.
@@ -121,7 +120,7 @@ def check(
     inputs = [t for t in (x, None if rows is None else rows.data, index) if t is not None]
     before = [storage_bits(t).clone() for t in inputs]
     gpu.quantize(x, *results[0], fmt, rows, index, **options)
-    reference_into(x, *results[1], fmt, rows, index)
+    oracle.quantize_into(x, *results[1], fmt, rows, index)
     for name, actual, expected in zip(("q", "sf"), *results, strict=True):
         assert_same_storage(name, actual, expected)
     for t, bits in zip(inputs, before, strict=True):
@@ -140,7 +139,8 @@ def check_fake(
     strides = (strides or x.contiguous().stride()[:-1]) + (1,)
     actual, expected = (poisoned_matrix(tuple(x.shape), strides, x.dtype, offset) for _ in range(2))
     gpu.fake_quantize(x, actual, fmt)
-    reference.fake_quantize_into(x, fmt, expected)
+    integer = INTEGERS[x.itemsize]
+    expected.view(integer).copy_(oracle.fake_quantize(x, fmt).view(integer))
     assert_same_products("out", actual, expected)
 
 
@@ -149,7 +149,7 @@ def check_dequantize(
 ) -> None:
     """The same for a call of `dequantize`."""
     actual = gpu.dequantize(q, sf, fmt, dtype)
-    assert_same_products("y", actual, reference.dequantize(q, sf, fmt, dtype))
+    assert_same_products("y", actual, oracle.dequantize(q, sf, fmt, dtype))
 
 
 def assert_quantized_within(
@@ -161,7 +161,7 @@ def assert_quantized_within(
     """Every byte of poisoned memory into which values between two ends were quantized.
 
     A scale lies between those of the least and the largest magnitudes, a value between what the
-    ends become under the scale that is stored. All padding is the reference's.
+    ends become under the scale that is stored. All padding is the oracle's.
 
     Args:
         q, sf: (..., q_rows, k), q_rows >= mn; as the format has them.
@@ -176,7 +176,7 @@ def assert_quantized_within(
         nbytes = sf.untyped_storage().nbytes()
         scales = poisoned(nbytes, "cpu").view(sf.dtype)
         scales = scales.as_strided(sf.shape, sf.stride(), sf.storage_offset())
-        reference_into(end.float(), torch.empty_like(q), scales, fmt)
+        oracle.quantize_into(end.float(), torch.empty_like(q), scales, fmt)
         bounds.append(scales)
     # As integers float32 are in order, above all of them NaN.
     kind = torch.uint8 if fmt.ue8m0 else torch.int32
@@ -187,8 +187,10 @@ def assert_quantized_within(
         got, ends = int(stored[at]), (int(least[at]), int(most[at]))
         raise AssertionError(f"sf: element {at} of its storage is {got:#x}, expected {ends}")
 
-    ones = torch.ones(low.shape).to(fmt.values)
-    scale = reference.dequantize(ones, sf, fmt, torch.float32)
+    k = low.shape[-1]
+    scale = torch.from_numpy(oracle.stored_scales(sf, fmt, math.prod(low.shape[:-2]), mn, k))
+    size = k if fmt.group_size == WHOLE_ROW else fmt.group_size
+    scale = scale.float().repeat_interleave(size, 2)[..., :k].view(low.shape)
     expected = [_rounded(end.float() * (1.0 / scale), fmt) for end in (low, high)]
     actual = q.narrow(-2, 0, mn)
     inside = (actual.float() >= expected[0].float()) & (actual.float() <= expected[1].float())
@@ -225,6 +227,6 @@ def assert_same_storage(name: str, actual: torch.Tensor, expected: torch.Tensor)
         at = int(differ.nonzero()[0])
         got, want = storage_bits(actual)[at], storage_bits(expected)[at]
         raise AssertionError(
-            f"{name}: {int(differ.sum())} bytes differ from the reference, the first at byte "
+            f"{name}: {int(differ.sum())} bytes differ from the oracle, the first at byte "
             f"{at} of its storage: {got:#04x}, expected {want:#04x}"
         )

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from cute_quant import dequantize, quantize
-from tests.helpers import FORMATS, check_against_reference
-from tests.oracle import exact_group
+from tests.exact import exact_group
+from tests.helpers import FORMATS, check_every_byte
 
 PATH = Path(__file__).parents[2] / "bench" / "data" / "activations.safetensors"
 ACTIVATIONS = load_file(PATH)
@@ -17,7 +17,7 @@ ACTIVATIONS = load_file(PATH)
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_byte(name, fmt, device):
-    check_against_reference(ACTIVATIONS[name].to(device), fmt)
+    check_every_byte(ACTIVATIONS[name].to(device), fmt)
 
 
 @pytest.mark.parametrize(("name", "columns"), [("intermediate", 3), ("residual", 1)])

@@ -1,4 +1,4 @@
-"""The quantizer's kernels against the reference, every byte, for both architectures."""
+"""The quantizer's kernels against the oracle, every byte, for both architectures."""
 
 import itertools
 import math
@@ -10,6 +10,7 @@ from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8, quantize
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
 from cute_quant.kernels.config import MAX_GRID_Y
+from tests import oracle
 from tests.helpers import (
     ARCHITECTURES,
     EVERY_DTYPE,
@@ -23,7 +24,6 @@ from tests.helpers import (
     poisoned_scales,
     poisoned_values,
     random_bits,
-    reference_into,
     storage_bits,
 )
 from tests.kernels.cases import (
@@ -233,7 +233,7 @@ def test_offsets_past_32_bits(any_rows_gpu):
             poisoned_scales(UE8M0, mn, 128, "cpu", batch_shape=batch_shape) for _ in range(2)
         )
         any_rows_gpu.quantize(x, q, sf, UE8M0)
-        reference_into(x.clone(), expected_q, expected_sf, UE8M0)
+        oracle.quantize_into(x.clone(), expected_q, expected_sf, UE8M0)
         assert torch.equal(q.view(torch.uint8), expected_q.view(torch.uint8))
         assert torch.equal(storage_bits(sf), storage_bits(expected_sf))
 
@@ -279,7 +279,7 @@ def test_more_rows_than_the_grid_counts(kernels, arch, rows_per_thread):
     sf, expected_sf = (poisoned_scales(UE8M0, mn, 128, "cpu", False) for _ in range(2))
     blocks = [(0, y, 0) for y in (0, 1, 2, MAX_GRID_Y - 1)]
     gpu.quantize(x, q, sf, UE8M0, only=blocks)
-    reference_into(x, expected_q, expected_sf, UE8M0)
+    oracle.quantize_into(x, expected_q, expected_sf, UE8M0)
     ran = torch.zeros(mn, dtype=torch.bool)
     for first in (rows_per_cta * (y + more) for _, y, _ in blocks for more in (0, MAX_GRID_Y)):
         ran[first : first + rows_per_cta] = True

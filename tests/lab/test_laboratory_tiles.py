@@ -1,4 +1,4 @@
-"""Kernels of other tiles than the default, in the emulator against the reference."""
+"""Kernels of other tiles than the default, in the emulator against the oracle."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from cute_quant import DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90, GROUPWISE_FP8, M
 from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.kernels.config import ALONG, DOWN, LOAD_HINTS, Access, Domain, QuantizeSpec, Tile
 from cute_quant.lab.machine_code import machine_code
+from tests import oracle
 from tests.helpers import (
     ARCHITECTURES,
     FLOAT32,
     UE8M0,
     poisoned_scales,
     poisoned_values,
-    reference_into,
 )
 from tests.kernels.cases import assert_same_storage, special_groups
 
@@ -40,7 +40,7 @@ TILES = {
 
 
 def check(kernels, arch, tile, fmt, dtype, access, mn, k, batch=()):
-    """Run a kernel into poisoned memory; every byte of it must be the reference's."""
+    """Run a kernel into poisoned memory; every byte of it must be the oracle's."""
     tile.check(fmt, dtype, access)
     rows = mn * (batch[0] if batch else 1)
     x = special_groups(rows, k, dtype, k, fmt).view(*batch, mn, k)
@@ -53,7 +53,7 @@ def check(kernels, arch, tile, fmt, dtype, access, mn, k, batch=()):
     ]
     spec = QuantizeSpec(dtype, fmt, tile, Domain(batched=bool(batch)), access)
     kernels.get(spec, arch)(x, *results[0], None, None, 0, 1, 1, fmt.floor, outputs=results[0])
-    reference_into(x, *results[1], fmt)
+    oracle.quantize_into(x, *results[1], fmt)
     for name, actual, expected in zip(("q", "sf"), *results, strict=True):
         assert_same_storage(name, actual, expected)
 
