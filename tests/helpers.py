@@ -3,13 +3,13 @@
 import itertools
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, GROUPWISE_FP8, MXFP8, Format, quantize
 from cute_quant.contract.rows import Masked, Rows, from_operands, to_operands
 from tests import oracle
+from tests.prologues import Bounds
 
 POISON = 0xA5
 
@@ -135,18 +135,6 @@ def check_every_byte(
     return q, sf
 
 
-class Bounds(NamedTuple):
-    """Values to be quantized, on the CPU, and the bounds of what a GPU computes for them."""
-
-    values: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
-
-
-def in_order(values: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> Bounds:
-    return Bounds(values, torch.minimum(one, other), torch.maximum(one, other))
-
-
 def assert_quantized_as(
     q: torch.Tensor,
     sf: torch.Tensor,
@@ -247,7 +235,7 @@ def _expected_in_poison(
     """Return the oracle's results for `x` in poisoned memory that looks like `q` and `sf`."""
     expected_q = poisoned(q.numel(), "cpu").view(fmt.values).view(q.shape)
     storage = poisoned(sf.untyped_storage().nbytes(), "cpu").view(fmt.sf_dtype)
-    expected_sf = storage.as_strided(sf.shape, sf.stride())
+    expected_sf = storage.as_strided(sf.shape, sf.stride(), sf.storage_offset())
     oracle.quantize_into(x, expected_q, expected_sf, fmt, rows, index)
     return expected_q, expected_sf
 

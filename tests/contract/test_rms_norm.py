@@ -23,12 +23,10 @@ from tests.contract.test_inputs import ROWS, inputs, int32
 from tests.helpers import (
     INPUT_DTYPES,
     UE8M0,
-    Bounds,
     all_formats,
     assert_quantized_as,
     assert_same_bits,
     bits,
-    in_order,
     moved,
     on_device,
     poisoned,
@@ -37,6 +35,7 @@ from tests.helpers import (
     random_bits,
     storage_bits,
 )
+from tests.prologues import Bounds, gathered, norm_bounds
 
 every_format = pytest.mark.parametrize("fmt", all_formats(), ids=str)
 e4m3_of_32 = pytest.mark.parametrize("fmt", all_formats((torch.float8_e4m3fn,), (32,)), ids=str)
@@ -44,47 +43,8 @@ every_dtype = pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=str)
 both_roundings = pytest.mark.parametrize("rounding", ["fused", "unfused"])
 
 
-RELATIVE = 15 * 2.0**-24
-"""Relative error of the root of a sum 16 additions deep, an approximation and 5 roundings."""
-
-LARGEST = np.finfo(np.float32).max
-
-
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def fused(total, weight, eps, offset) -> Bounds:
-    """Normalize the float32 sum in numpy's long double: float64 rounds one in hundreds of millions
-    differently."""
-    with np.errstate(all="ignore"):
-        r = total.numpy().astype(np.longdouble)
-        squares = (r * r).sum(-1, keepdims=True)
-        squares = np.where(squares > LARGEST, np.inf, squares)
-        mean = squares / r.shape[-1] + np.longdouble(np.float32(eps))
-        mean = np.where(mean < np.finfo(np.float32).tiny, 0, mean)
-        factor = weight.float().numpy()
-        factor = factor + np.float32(offset) if offset else factor
-        products = r * factor.astype(np.longdouble)
-        products = np.where(np.abs(products) > LARGEST, np.sign(products) * np.inf, products)
-        exact = products / np.sqrt(mean)
-        # A product below the normal numbers is rounded to a multiple of the smallest.
-        error = np.abs(exact) * RELATIVE + 2.0**-149 / np.sqrt(mean) + 2.0**-126
-        error = np.where(np.isfinite(exact), error, 0)
-        values = torch.from_numpy(exact.astype(np.float32))
-        low, high = (torch.from_numpy((exact + e).astype(np.float64)) for e in (-error, error))
-    return in_order(values, low, high)
-
-
-def unfused(total, weight, eps, offset, dtype) -> Bounds:
-    """Normalize the sum, rounded to `dtype`, in torch's operations."""
-    total = total.to(dtype).float()
-    bounds = fused(total, weight, eps, offset)
-    factor = weight.float() + offset if offset else weight.float()
-    eps = torch.tensor(eps).float().item()
-    values = functional.rms_norm(total, total.shape[-1:], factor, eps)
-    values = values.where(bounds.values.isfinite(), bounds.values)
-    return in_order(*(t.to(dtype) for t in (values, bounds.low, bounds.high)))
 
 
 def check(
@@ -111,19 +71,10 @@ def check(
         place: where the updated residual goes: to "residual" in place, which is "same" as a third
             of `out`, "alias" as another tensor of its memory, or to "other" memory.
     """
-    source, places = x, None
-    if index is not None:
-        tokens = x.shape[0]
-        valid = (index >= 0) & (index < tokens)
-        padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
-        source = padded[index.long().where(valid, tokens)]
-        places = torch.arange(index.numel(), dtype=torch.int32).view(index.shape).where(valid, -1)
+    source, places = gathered(x, index)
     weight = normal(x.shape[-1], dtype=x.dtype, seed=9) if weight is None else weight
     total = source.float() if residual is None else source.float() + residual.float()
-    if rounding == "fused":
-        bounds = fused(total, weight, eps, weight_offset)
-    else:
-        bounds = unfused(total, weight, eps, weight_offset, x.dtype)
+    bounds = norm_bounds(total, weight, eps, weight_offset, rounding, x.dtype)
     *batch_shape, mn, k = total.shape
     q = poisoned_values(mn + extra_rows, k, device, fmt.values, tuple(batch_shape))
     sf = poisoned_scales(fmt, mn, k, device, last_padding, tuple(batch_shape))
@@ -413,7 +364,7 @@ def test_inputs_are_left_alone(rounding, device):
 def test_bounds_hold_for_float32(weight_offset):
     """The bounds for a GPU hold for arithmetic in float32, and are not much wider."""
     x, weight = normal(33, 4096, dtype=torch.float32), normal(4096, dtype=torch.float32, seed=1)
-    bounds = fused(x, weight, 1e-6, weight_offset)
+    bounds = norm_bounds(x, weight, 1e-6, weight_offset, "fused", x.dtype)
     y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (weight + weight_offset)
     assert ((bounds.low <= y) & (y <= bounds.high)).all()
     assert ((bounds.high - bounds.low) <= bounds.values.abs() * 2.0**-16 + 2.0**-100).all()

@@ -28,12 +28,10 @@ from tests.helpers import (
     DIFFERING_SHARE,
     INPUT_DTYPES,
     UE8M0,
-    Bounds,
     all_formats,
     assert_quantized_as,
     assert_same_bits,
     bits,
-    in_order,
     moved,
     on_device,
     poisoned_scales,
@@ -41,14 +39,12 @@ from tests.helpers import (
     random_bits,
     storage_bits,
 )
+from tests.prologues import Bounds, gathered, silu_bounds, split_halves
 
 every_format = pytest.mark.parametrize("fmt", all_formats(), ids=str)
 e4m3_of_32 = pytest.mark.parametrize("fmt", all_formats((torch.float8_e4m3fn,), (32,)), ids=str)
 every_dtype = pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=str)
 both_roundings = pytest.mark.parametrize("rounding", ["fused", "unfused"])
-
-RELATIVE = 13 * 2.0**-24
-"""Relative error of an approximate exponential, 2^-22, a reciprocal, 2^-23, and 7 roundings."""
 
 GPT_OSS = {"clamp": 7, "alpha": 1.702, "beta": 1, "interleaved": True}
 OPTIONS = [
@@ -62,59 +58,6 @@ OPTIONS = [
 every_option = pytest.mark.parametrize(
     "options", OPTIONS, ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items()) or "plain"
 )
-
-
-def split(gate_up: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    if interleaved:
-        return gate_up[..., ::2], gate_up[..., 1::2]
-    k = gate_up.shape[-1] // 2
-    return gate_up[..., :k], gate_up[..., k:]
-
-
-def fused(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=0.0) -> Bounds:
-    """Compute in numpy's long double: float64 rounds one in hundreds of millions differently."""
-    gate, up = (t.double().numpy().astype(np.longdouble) for t in split(gate_up, interleaved))
-    with np.errstate(all="ignore"):
-        if clamp is not None:
-            limit = np.longdouble(np.float32(clamp))
-            gate, up = np.minimum(gate, limit), np.maximum(np.minimum(up, limit), -limit)
-        up = up + np.longdouble(np.float32(beta)) if beta else up
-        argument = np.longdouble(np.float32(alpha)) * gate
-        small = np.exp(-np.abs(argument))
-        exact = up * gate * (np.where(argument >= 0, 1, small) / (1 + small))
-        error = np.abs(exact) * RELATIVE
-        # A sigmoid below the normal floats may be 0 on a GPU.
-        error += np.abs(up * gate) * 2.0**-125 + 2.0**-126
-        values = torch.from_numpy(exact.astype(np.float32))
-        low, high = (torch.from_numpy((exact + e).astype(np.float64)) for e in (-error, error))
-    if weight is not None:
-        # Rounded before, and beyond float32 already Inf then.
-        values, low, high = (t.float() * weight.unsqueeze(-1) for t in (values, low, high))
-    return in_order(values, low, high)
-
-
-def unfused(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=0.0) -> Bounds:
-    """Compute in torch's operations, of which only the sigmoid is inexact on a GPU."""
-    gate, up = split(gate_up, interleaved)
-    dtype = gate.dtype
-    alpha, beta = torch.tensor(alpha).float().item(), torch.tensor(beta).float().item()
-    if clamp is not None:
-        limit = torch.tensor(clamp).float().to(dtype).item()
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    up = (up.float() + beta).to(dtype) if beta else up
-    argument = alpha * gate
-    exact = torch.sigmoid(argument.double())
-    error = exact * RELATIVE + 2.0**-126
-    if alpha == 1:
-        activation = functional.silu(gate)
-        ends = [(gate * (exact + e)).to(dtype) for e in (-error, error)]
-    else:
-        activation = gate * torch.sigmoid(argument)
-        ends = [gate * (exact + e).to(dtype) for e in (-error, error)]
-    values = [a * up for a in (activation, *ends)]
-    if weight is not None:
-        values = [(t.float() * weight.unsqueeze(-1)).to(dtype) for t in values]
-    return in_order(*values)
 
 
 def check(
@@ -132,14 +75,8 @@ def check(
     **options: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize into poisoned memory, and compare every byte; on a GPU a `share` may differ."""
-    source, place = gate_up, None
-    if index is not None:
-        tokens = gate_up.shape[0]
-        valid = (index >= 0) & (index < tokens)
-        padded = torch.cat([gate_up, gate_up.new_zeros(1, gate_up.shape[1])])
-        source = padded[index.long().where(valid, tokens)]
-        place = torch.arange(index.numel(), dtype=torch.int32).view(index.shape).where(valid, -1)
-    bounds = {"fused": fused, "unfused": unfused}[rounding](source, weight, **options)
+    source, place = gathered(gate_up, index)
+    bounds = silu_bounds(source, weight, rounding, **options)
     *batch_shape, mn, k = bounds.values.shape
     q = poisoned_values(mn + extra_rows, k, device, fmt.values, tuple(batch_shape))
     sf = poisoned_scales(fmt, mn, k, device, last_padding, tuple(batch_shape))
@@ -387,15 +324,15 @@ def test_bounds_hold_for_float32(dtype, options):
         torch.linspace(-120, 120, 2**12).to(dtype).view(-1, 64).repeat(1, 2),
     ):
         x = x.where((x.abs() < 1e4) & (x.abs() > 1e-18), 1.0)
-        gate, up = split(x.float(), options.get("interleaved", False))
+        gate, up = split_halves(x.float(), options.get("interleaved", False))
         clamp, alpha, beta = (options.get(o) for o in ("clamp", "alpha", "beta"))
         if clamp is not None:
             gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
         alpha = torch.tensor(1.0 if alpha is None else alpha).item()
         y = gate / (1 + torch.exp(-alpha * gate.double()).float()) * (up + (beta or 0.0))
-        bounds = fused(x, None, **options)
+        bounds = silu_bounds(x, **options)
         assert ((bounds.low <= y) & (y <= bounds.high)).all()
-        bounds = unfused(x, None, **options)
+        bounds = silu_bounds(x, None, "unfused", **options)
         assert ((bounds.low <= bounds.values) & (bounds.values <= bounds.high)).all()
 
 

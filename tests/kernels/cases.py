@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from cute_quant.contract.dtypes import INT8_MAX
 from cute_quant.contract.format_choices import DEEPGEMM, WHOLE_ROW
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import Rows
@@ -20,7 +19,6 @@ from tests.helpers import (
     storage_bits,
 )
 from tests.kernels.emulated_gpu import Gpu
-from tests.kernels.intervals import Interval
 from tests.oracle import INTEGERS
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -150,68 +148,6 @@ def check_dequantize(
     """The same for a call of `dequantize`."""
     actual = gpu.dequantize(q, sf, fmt, dtype)
     assert_same_products("y", actual, oracle.dequantize(q, sf, fmt, dtype))
-
-
-def assert_quantized_within(
-    q: torch.Tensor,
-    sf: torch.Tensor,
-    fmt: Format,
-    values: Interval,
-) -> None:
-    """Every byte of poisoned memory into which values between two ends were quantized.
-
-    A scale lies between those of the least and the largest magnitudes, a value between what the
-    ends become under the scale that is stored. All padding is the oracle's.
-
-    Args:
-        q, sf: (..., q_rows, k), q_rows >= mn; as the format has them.
-        values: (..., mn, k).
-    """
-    low, high = values
-    mn = low.shape[-2]
-    magnitudes = low.abs(), high.abs()
-    straddles = (low < 0) & (high > 0)
-    bounds = []
-    for end in (torch.minimum(*magnitudes).masked_fill(straddles, 0.0), torch.maximum(*magnitudes)):
-        nbytes = sf.untyped_storage().nbytes()
-        scales = poisoned(nbytes, "cpu").view(sf.dtype)
-        scales = scales.as_strided(sf.shape, sf.stride(), sf.storage_offset())
-        oracle.quantize_into(end.float(), torch.empty_like(q), scales, fmt)
-        bounds.append(scales)
-    # As integers float32 are in order, above all of them NaN.
-    kind = torch.uint8 if fmt.ue8m0 else torch.int32
-    stored, least, most = (storage_bits(t).view(kind) for t in (sf, *bounds))
-    outside = ((stored < least) | (stored > most)).nonzero().flatten()
-    if len(outside):
-        at = int(outside[0])
-        got, ends = int(stored[at]), (int(least[at]), int(most[at]))
-        raise AssertionError(f"sf: element {at} of its storage is {got:#x}, expected {ends}")
-
-    k = low.shape[-1]
-    scale = torch.from_numpy(oracle.stored_scales(sf, fmt, math.prod(low.shape[:-2]), mn, k))
-    size = k if fmt.group_size == WHOLE_ROW else fmt.group_size
-    scale = scale.float().repeat_interleave(size, 2)[..., :k].view(low.shape)
-    expected = [_rounded(end.float() * (1.0 / scale), fmt) for end in (low, high)]
-    actual = q.narrow(-2, 0, mn)
-    inside = (actual.float() >= expected[0].float()) & (actual.float() <= expected[1].float())
-    codes, *ends = (t.view(torch.uint8) for t in (actual, *expected))
-    inside &= (ends[0] != ends[1]) | (codes == ends[0])  # the sign of a zero too
-    inside = inside.where(~scale.isnan(), codes == fmt.value_type.nan_byte)
-    if not inside.all():
-        at = tuple((~inside).nonzero()[0].tolist())
-        got, *ends = (int(t[at]) for t in (codes, *ends))
-        raise AssertionError(
-            f"q{list(at)} is {got:#04x}, expected {ends[0]:#04x} to {ends[1]:#04x}"
-        )
-    assert not q.narrow(-2, mn, q.shape[-2] - mn).contiguous().view(torch.uint8).any(), "q: padding"
-
-
-def _rounded(values: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """To nearest even, saturated."""
-    if fmt.values is torch.int8:
-        return values.round().clamp(-INT8_MAX, INT8_MAX).nan_to_num(0.0).to(torch.int8)
-    largest = fmt.value_type.max
-    return values.clamp(-largest, largest).to(fmt.values)
 
 
 def assert_same_products(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -1,26 +1,26 @@
-"""RMSNorm into the quantizer: its kernels against float64, every byte of all that they write."""
+"""RMSNorm into the quantizer: its kernels against long double, every byte that they write."""
 
 import pytest
 import torch
 
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8, Masked
 from cute_quant.emulator.errors import EmulatorError
 from cute_quant.kernels.config import Tile
 from tests.helpers import FLOAT32, UE8M0
 from tests.kernels.emulated_gpu import Gpu
-from tests.kernels.prologues import check_masked_rms_norm, check_rms_norm
+from tests.kernels.prologues import check_rms_norm
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 VARIANTS = {
     "fused": {},
-    "unfused": {"unfused": True},
+    "unfused": {"rounding": "unfused"},
     "offset": {"offset": 1.0, "eps": 0.1},
     "float32 weight": {"weight_dtype": FP32},
     "residual": {"residual": True},
     "residual in place": {"residual": True, "in_place": True},
     "normalized": {"normalized": True},
-    "all": {"residual": True, "normalized": True, "unfused": True, "offset": 1.0},
+    "all": {"residual": True, "normalized": True, "rounding": "unfused", "offset": 1.0},
 }
 SHAPES = [(mn, k) for k in (16, 128, 640) for mn in (1, 3, 5, 33)]
 FORMATS = (
@@ -111,4 +111,6 @@ def test_masked_experts(kernels, arch, fmt, counts, max_m, gathered, row_warps):
     for row_ctas in (1, 2 * len(counts)):
         tile = Tile(row_warps=row_warps)
         gpu = Gpu(kernels, arch, tile=tile, max_warps=2, row_ctas=row_ctas)
-        check_masked_rms_norm(gpu, counts, max_m, 640, fmt, FP16, index)
+        check_rms_norm(
+            gpu, max_m, 640, fmt, FP16, rows=Masked(counts), index=index, batch=(len(counts),)
+        )

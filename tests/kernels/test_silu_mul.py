@@ -1,4 +1,4 @@
-"""SiLU times up into the quantizer: its kernels against float64, every byte."""
+"""SiLU times up into the quantizer: its kernels against long double, every byte."""
 
 import pytest
 import torch
@@ -12,15 +12,15 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 VARIANTS = {
     "fused": {},
-    "unfused": {"unfused": True},
+    "unfused": {"rounding": "unfused"},
     "clamped": {"clamp": 2.5},
     "scaled": {"alpha": 1.702},
     "shifted": {"beta": -1.0},
     "weighted": {"weighted": True},
     "interleaved": {"interleaved": True},
     "gpt-oss": {"clamp": 7.0, "alpha": 1.702, "beta": 1.0, "interleaved": True},
-    "scaled unfused": {"alpha": -0.7, "beta": 0.3, "unfused": True},
-    "all": {"clamp": 7.0, "alpha": 1.702, "beta": 1.0, "weighted": True, "unfused": True},
+    "scaled unfused": {"alpha": -0.7, "beta": 0.3, "rounding": "unfused"},
+    "all": {"clamp": 7.0, "alpha": 1.702, "beta": 1.0, "weighted": True, "rounding": "unfused"},
 }
 SHAPES = [(mn, k) for k in (16, 128, 640) for mn in (1, 3, 5, 33)]
 FORMATS = (

@@ -1,0 +1,165 @@
+"""What prologues hand to the quantizer, and the bounds of what a GPU computes for it.
+
+The exact values are those of numpy's long double, or of torch's operations where results are
+rounded after each. The bounds allow for approximate exponentials, reciprocals and roots of kernels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+SILU_ERROR = 13 * 2.0**-24
+"""Relative error of an approximate exponential, 2^-22, a reciprocal, 2^-23, and 7 roundings."""
+NORM_ERROR = 15 * 2.0**-24
+"""Relative error of the root of a sum 16 additions deep, an approximation and 5 roundings."""
+LARGEST = np.finfo(np.float32).max
+
+
+class Bounds(NamedTuple):
+    """Values to be quantized, on the CPU, and the bounds of what a GPU computes for them."""
+
+    values: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+def in_order(values: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> Bounds:
+    return Bounds(values, torch.minimum(one, other), torch.maximum(one, other))
+
+
+def split_halves(gate_up: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if interleaved:
+        return gate_up[..., ::2], gate_up[..., 1::2]
+    k = gate_up.shape[-1] // 2
+    return gate_up[..., :k], gate_up[..., k:]
+
+
+def _silu_fused(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=0.0) -> Bounds:
+    """Compute in numpy's long double: float64 rounds one in hundreds of millions differently."""
+    gate, up = (
+        t.double().numpy().astype(np.longdouble) for t in split_halves(gate_up, interleaved)
+    )
+    with np.errstate(all="ignore"):
+        if clamp is not None:
+            limit = np.longdouble(np.float32(clamp))
+            gate, up = np.minimum(gate, limit), np.maximum(np.minimum(up, limit), -limit)
+        up = up + np.longdouble(np.float32(beta)) if beta else up
+        argument = np.longdouble(np.float32(alpha)) * gate
+        small = np.exp(-np.abs(argument))
+        exact = up * gate * (np.where(argument >= 0, 1, small) / (1 + small))
+        error = np.abs(exact) * SILU_ERROR
+        # A sigmoid below the normal floats may be 0 on a GPU.
+        error += np.abs(up * gate) * 2.0**-125 + 2.0**-126
+        values = torch.from_numpy(exact.astype(np.float32))
+        low, high = (torch.from_numpy((exact + e).astype(np.float64)) for e in (-error, error))
+    if weight is not None:
+        # Rounded before, and beyond float32 already Inf then.
+        values, low, high = (t.float() * weight.unsqueeze(-1) for t in (values, low, high))
+    return in_order(values, low, high)
+
+
+def _silu_unfused(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=0.0) -> Bounds:
+    """Compute in torch's operations, of which only the sigmoid is inexact on a GPU."""
+    gate, up = split_halves(gate_up, interleaved)
+    dtype = gate.dtype
+    alpha, beta = torch.tensor(alpha).float().item(), torch.tensor(beta).float().item()
+    if clamp is not None:
+        limit = torch.tensor(clamp).float().to(dtype).item()
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    up = (up.float() + beta).to(dtype) if beta else up
+    argument = alpha * gate
+    exact = torch.sigmoid(argument.double())
+    error = exact * SILU_ERROR + 2.0**-126
+    if alpha == 1:
+        activation = functional.silu(gate)
+        ends = [(gate * (exact + e)).to(dtype) for e in (-error, error)]
+    else:
+        activation = gate * torch.sigmoid(argument)
+        ends = [gate * (exact + e).to(dtype) for e in (-error, error)]
+    values = [a * up for a in (activation, *ends)]
+    if weight is not None:
+        values = [(t.float() * weight.unsqueeze(-1)).to(dtype) for t in values]
+    return in_order(*values)
+
+
+def _norm_fused(total, weight, eps, offset) -> Bounds:
+    """Normalize the float32 sum in numpy's long double: float64 rounds one in hundreds of millions
+    differently."""
+    with np.errstate(all="ignore"):
+        r = total.numpy().astype(np.longdouble)
+        squares = (r * r).sum(-1, keepdims=True)
+        squares = np.where(squares > LARGEST, np.inf, squares)
+        mean = squares / r.shape[-1] + np.longdouble(np.float32(eps))
+        mean = np.where(mean < np.finfo(np.float32).tiny, 0, mean)
+        factor = weight.float().numpy()
+        factor = factor + np.float32(offset) if offset else factor
+        products = r * factor.astype(np.longdouble)
+        products = np.where(np.abs(products) > LARGEST, np.sign(products) * np.inf, products)
+        exact = products / np.sqrt(mean)
+        # A product below the normal numbers is rounded to a multiple of the smallest.
+        error = np.abs(exact) * NORM_ERROR + 2.0**-149 / np.sqrt(mean) + 2.0**-126
+        error = np.where(np.isfinite(exact), error, 0)
+        values = torch.from_numpy(exact.astype(np.float32))
+        low, high = (torch.from_numpy((exact + e).astype(np.float64)) for e in (-error, error))
+    return in_order(values, low, high)
+
+
+def _norm_unfused(total, weight, eps, offset, dtype) -> Bounds:
+    """Normalize the sum, rounded to `dtype`, in torch's operations."""
+    total = total.to(dtype).float()
+    bounds = _norm_fused(total, weight, eps, offset)
+    factor = weight.float() + offset if offset else weight.float()
+    eps = torch.tensor(eps).float().item()
+    values = functional.rms_norm(total, total.shape[-1:], factor, eps)
+    values = values.where(bounds.values.isfinite(), bounds.values)
+    return in_order(*(t.to(dtype) for t in (values, bounds.low, bounds.high)))
+
+
+def silu_bounds(
+    gate_up: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    rounding: str = "fused",
+    **options: object,
+) -> Bounds:
+    """Return the gated activation of (..., mn, 2 k), with the options of ``silu_mul_quantize``."""
+    return {"fused": _silu_fused, "unfused": _silu_unfused}[rounding](gate_up, weight, **options)
+
+
+def norm_bounds(
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    weight_offset: float,
+    rounding: str,
+    dtype: torch.dtype,
+) -> Bounds:
+    """Return the norm of the rows of `total`, (..., mn, k), float32, for an input of `dtype`."""
+    if rounding == "fused":
+        return _norm_fused(total, weight, eps, weight_offset)
+    return _norm_unfused(total, weight, eps, weight_offset, dtype)
+
+
+class Gathered(NamedTuple):
+    """Rows of an input in the places that an index gives them.
+
+    Attributes:
+        rows: (..., mn, k), 0 where there is none.
+        index: the rows of those, flattened, for each row of the result, or -1.
+    """
+
+    rows: torch.Tensor
+    index: torch.Tensor | None
+
+
+def gathered(x: torch.Tensor, index: torch.Tensor | None) -> Gathered:
+    """Return the rows of x that an index names, x itself without one."""
+    if index is None:
+        return Gathered(x, None)
+    valid = (index >= 0) & (index < len(x))
+    rows = torch.cat([x, x.new_zeros(1, x.shape[1])])[index.long().where(valid, len(x))]
+    own = torch.arange(index.numel(), dtype=torch.int32).view(index.shape)
+    return Gathered(rows, own.where(valid, -1))
