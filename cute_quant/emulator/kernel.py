@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from cute_quant.contract.dtypes import LOAD_BYTES
 from cute_quant.emulator import machine, ptx
-from cute_quant.emulator.errors import EmulatorError
 from cute_quant.emulator.host import C_COMPILER, DeviceTensor, HostFunction
 from cute_quant.emulator.memory import Memory
 from cute_quant.jit import lookup
@@ -62,9 +60,9 @@ class EmulatedKernel:
         for name, argument in zip(self.names, arguments, strict=True):
             if isinstance(argument, torch.Tensor):
                 storage = argument.untyped_storage().data_ptr()
-                address = memory.add(name, argument, storage not in unwritten)
-                if (address - argument.data_ptr()) % LOAD_BYTES:
-                    raise EmulatorError(f"{name}: aligned otherwise than on the host")
+                # torch gives a tensor without elements the null pointer.
+                written = storage not in unwritten
+                address = memory.add(name, argument, written) if argument.numel() else 0
                 argument = DeviceTensor(argument, address)
             on_device.append(argument)
         self.host(self.program, memory, *on_device, **options)

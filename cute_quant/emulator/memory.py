@@ -23,6 +23,9 @@ from cute_quant.emulator.errors import MemoryFault
 DEVICE_SPACING_BITS = 40
 SHARED_SPACING_BITS = 20
 
+ALIGNMENT = 256
+"""Of what a CUDA allocator returns, and so all that a kernel can know of an address."""
+
 MAP_NORESERVE = 0x4000
 """Of Linux; Python names it from 3.11 on, and not everywhere."""
 
@@ -230,9 +233,10 @@ class Memory(_Space):
         data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
         allocation = self._of(data)
         if allocation is None:
-            # Half a spacing above its multiple, so that one below the base is told apart too.
+            # Half a spacing above its multiple, so that one below the base is told apart too, and
+            # aligned as the storage is on the host.
             number, bits = len(self.allocations) + 1, self.spacing_bits
-            base = number << bits | 1 << (bits - 1)
+            base = number << bits | 1 << (bits - 1) | storage.data_ptr() % ALIGNMENT
             allocation = Allocation(name, base, len(data), data, np.zeros(len(data), bool))
             self.allocations.append(allocation)
         if written:
