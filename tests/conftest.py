@@ -14,6 +14,7 @@ from tests.helpers import ARCHITECTURES
 if TYPE_CHECKING:
     from tests.kernels.emulated_gpu import Gpu, Kernels
 
+FIRST, *OTHERS = ARCHITECTURES
 HAS_GPU = torch.cuda.is_available()
 
 
@@ -43,7 +44,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=[FIRST, *(pytest.param(arch, marks=pytest.mark.slow) for arch in OTHERS)])
 def arch(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -149,6 +149,8 @@ class _Compute(_Step):
         super().__init__(instruction)
         self.operation = isa.OPERATIONS[instruction.opcode]
         self.target, *self.sources = self.operands(1 + len(self.operation.operands))
+        types = {self.operation.result, *self.operation.operands}
+        self.packed = len(types) == 1 and self.operation.result.endswith("x2")
         vectors = instruction.opcode.startswith("mov.")
         first = self.target
         if isinstance(first, ptx.Pair) and instruction.opcode.startswith("setp."):
@@ -168,6 +170,11 @@ class _Compute(_Step):
                 bits = [batch.undefined_bits(s, t) for s, t in moved]
                 undefined = self.operation.compute(*bits, *rest)
             sources = [*(batch.read(s, t, batch.nobody) for s, t in moved), *rest]
+        elif self.packed and any(map(batch.is_undefined, self.sources)):
+            # Each half is computed from its own halves: compilers leave one open
+            # that nobody uses.
+            undefined = _undefined_halves(batch, typed)
+            sources = [batch.read(s, t, batch.nobody) for s, t in typed]
         else:
             sources = [batch.read(s, t, chosen) for s, t in typed]
         result = self.operation.compute(*sources)
@@ -177,6 +184,14 @@ class _Compute(_Step):
             batch.write(self.target.second, ~result, chosen)
         else:
             batch.write(self.target, result, chosen, undefined)
+
+
+def _undefined_halves(batch: Batch, typed: list[tuple[object, str]]) -> np.ndarray:
+    """Ones for each half of a packed result that some undefined bit of the operands goes into."""
+    bits = [batch.undefined_bits(source, type_) for source, type_ in typed]
+    half = UNSIGNED[4 * bits[0].itemsize]
+    undefined = np.bitwise_or.reduce(bits).view(half) != 0
+    return np.where(undefined, ~half(0), half(0)).view(bits[0].dtype)
 
 
 def _check_width(operand: object, type_: str, resizes: bool, vectors: bool) -> None:
