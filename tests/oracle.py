@@ -246,7 +246,8 @@ def stored_scales(sf: torch.Tensor, fmt: Format, matrices: int, mn: int, k: int)
     storage = torch.empty(0, dtype=torch.uint8, device=sf.device).set_(sf.untyped_storage())
     content = storage.cpu().numpy()[offsets[..., None] + np.arange(nbytes)]
     if fmt.scale_dtype is torch.float32:
-        return content.copy().view(np.float32)[..., 0].astype(np.float64)
+        with np.errstate(invalid="ignore"):  # signaling NaN
+            return content.copy().view(np.float32)[..., 0].astype(np.float64)
     return floats_of(content[..., 0])
 
 
