@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from difflib import SequenceMatcher
@@ -145,8 +146,11 @@ def test_the_reference_has_every_public_name():
     for module_name, module in modules.items():
         prefix = "cute_quant" if module is cq else f"cute_quant.{module_name}"
         for name in module.__all__:
-            entry = f"`{name}`" if name in constants else f"::: {prefix}.{name}\n"
-            assert entry in text
+            if name in constants:
+                assert f"`{name}`" in text
+            else:  # A module of the same name would be shown in place of the function.
+                module_too = importlib.util.find_spec(f"{prefix}.{name}") is not None
+                assert f"::: {prefix}.{name}{f'.{name}' if module_too else ''}\n" in text
     for function in (
         deep_gemm.per_token_cast_to_fp8,
         vllm.per_token_group_quant_fp8_packed_for_deepgemm,
@@ -156,6 +160,10 @@ def test_the_reference_has_every_public_name():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_changelog_has_the_version():
+    assert f"## [{cq.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 # Messages of the page on errors
