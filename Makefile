@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := .venv-docs
 
-.PHONY: demo test test-all fuzz lint bench sass sass-diff clean
+.PHONY: demo test test-all fuzz lint docs bench sass sass-diff clean
 
 demo: $(READY)
 	@$(BIN)/python -m bench.demo
@@ -25,6 +26,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# Needs neither torch nor CuTe DSL: the reference is read from the source.
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/mkdocs build --strict --quiet
+	@echo site/index.html
+
+$(DOCS)/.ready: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --requirement docs/requirements.txt
+	@touch $@
+
 bench: $(READY)
 	@$(BIN)/python -m bench $(ARGS)
 
@@ -36,7 +47,7 @@ sass-diff: $(READY)
 	@$(BIN)/python -m bench.sass_diff $(BASE) $(if $(ALL),--all) $(ARGS)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(DOCS) site
 
 $(READY): tests/requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

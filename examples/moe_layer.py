@@ -8,16 +8,17 @@ CUDA graph captures the layer, the permutation of tokens included.
 
     python examples/moe_layer.py
 
-prints errors against a layer in bf16, and times beside unfused quantization. It takes a GPU and
-DeepGEMM, which compiles each of its kernels for some seconds when it is first called.
+prints errors against a layer in bf16, and times beside unfused quantization. DeepGEMM compiles each
+of its kernels for some seconds when it is first called. Without a GPU or DeepGEMM it says so, and
+prints the errors of a small layer on the CPU, whose GEMMs are torch's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import statistics
-import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import cute_quant as cq
-from cute_quant.jit.lookup import ARCHITECTURES
+from cute_quant.integrations.deep_gemm import per_token_cast_to_fp8
 
 try:
     import deep_gemm
@@ -235,6 +236,58 @@ def torch_silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+# Without DeepGEMM
+
+
+class TorchDeepGemm:
+    """The DeepGEMM calls of the layer, in torch. A GEMM reads and writes whole blocks of rows, and
+    skips blocks without a token.
+    """
+
+    def __init__(self) -> None:
+        self.utils = SimpleNamespace(
+            layout=SimpleNamespace(get_mk_alignment_for_contiguous_layout=lambda: BLOCK_M),
+            math=SimpleNamespace(
+                per_token_cast_to_fp8=per_token_cast_to_fp8,
+                per_block_cast_to_fp8=per_block_cast_to_fp8,
+            ),
+        )
+
+    def m_grouped_fp8_gemm_nt_contiguous(self, a: Fp8, b: Fp8, d: Tensor, m_indices: Tensor):
+        x, weights = dequantize_rows(*a), dequantize_blocks(*b)
+        blocks = zip(x.split(BLOCK_M), d.split(BLOCK_M), m_indices.split(BLOCK_M), strict=True)
+        for rows, result, indices in blocks:
+            if indices[0] >= 0:
+                result.copy_(rows @ weights[indices[0]].t())
+
+    def m_grouped_fp8_gemm_nt_masked(
+        self, a: Fp8, b: Fp8, d: Tensor, masked_m: Tensor, expected_m: int
+    ):
+        x, weights = dequantize_rows(*a), dequantize_blocks(*b)
+        for expert, count in enumerate(masked_m.tolist()):
+            rows = slice(-(-count // BLOCK_M) * BLOCK_M)
+            d[expert, rows] = (x[expert, rows] @ weights[expert].t()).to(d.dtype)
+
+
+def per_block_cast_to_fp8(w: Tensor, use_ue8m0: bool) -> Fp8:
+    """Cast (n, k) with a scale for each block, (n / 128, k / 128), as DeepGEMM's tests do."""
+    by_block = w.float().unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
+    sf = by_block.abs().amax((1, 3)).clamp(1e-4) / 448
+    sf = sf.log2().ceil().exp2() if use_ue8m0 else sf
+    q = (by_block / sf[:, None, :, None]).to(torch.float8_e4m3fn)
+    return q.flatten(2, 3).flatten(0, 1), sf
+
+
+def dequantize_rows(q: Tensor, sf: Tensor) -> Tensor:
+    """Return activations in float32, whether their scales are packed or float32."""
+    fmt = cq.DEEP_GEMM if sf.dtype is torch.int32 else cq.DEEP_GEMM_SM90
+    return cq.dequantize(q, sf, fmt, dtype=torch.float32)
+
+
+def dequantize_blocks(q: Tensor, sf: Tensor) -> Tensor:
+    return q.float() * sf.repeat_interleave(128, -2).repeat_interleave(128, -1)
+
+
 # Inputs, errors, times
 
 
@@ -323,14 +376,26 @@ def table_row(forward: Callable, *inputs: object) -> str:
     return "".join(f"{cell:>14}" for cell in cells)
 
 
-def main() -> None:
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    if capability not in ARCHITECTURES:
-        supported = ", ".join(f"{major}.{minor}" for major, minor in ARCHITECTURES)
-        sys.exit(f"moe_layer: expected a GPU of compute capability {supported}, found {capability}")
+def missing() -> str | None:
+    """Return what the layer lacks to run on DeepGEMM; None if it lacks nothing."""
+    if not torch.cuda.is_available():
+        return "There is no GPU"
+    try:
+        cq.deep_gemm_format()
+    except RuntimeError:
+        return f"DeepGEMM has no GEMMs for {torch.cuda.get_device_name()}"
     if deep_gemm is None:
-        sys.exit("moe_layer: expected DeepGEMM (github.com/deepseek-ai/DeepGEMM), not installed")
+        return "DeepGEMM (github.com/deepseek-ai/DeepGEMM) is not installed"
+    return None
+
+
+def main() -> None:
     torch.manual_seed(0)
+    lacking = missing()
+    if lacking is not None:
+        print(f"{lacking}, so this is a small layer on the CPU, with GEMMs of torch.")
+        print_errors_on_cpu()
+        return
     layer = random_layer(HIDDEN, INTERMEDIATE, EXPERTS, cq.deep_gemm_format(), "cuda")
     print(f"{torch.cuda.get_device_name()}; hidden {HIDDEN}, intermediate {INTERMEDIATE},")
     print(f"{EXPERTS} experts, {TOP_K} a token; errors against bf16, times of a CUDA graph\n")
@@ -341,6 +406,23 @@ def main() -> None:
         scores = torch.randn(tokens, EXPERTS, device="cuda") + torch.randn(EXPERTS, device="cuda")
         for forward in (contiguous, masked):
             print(table_row(forward, layer, x, route(scores, TOP_K)), flush=True)
+
+
+def print_errors_on_cpu() -> None:
+    global deep_gemm
+    deep_gemm = TorchDeepGemm()
+    hidden, intermediate, experts, top_k, tokens = 512, 256, 6, 2, 64
+    print(f"hidden {hidden}, intermediate {intermediate}, {experts} experts, {top_k} a token\n")
+    print("".join(f"{title:>14}" for title in ("format", "layout", "fused", "DeepGEMM cast")))
+    for name in ("DEEP_GEMM_SM90", "DEEP_GEMM"):
+        layer = random_layer(hidden, intermediate, experts, cq.NAMED_FORMATS[name], "cpu")
+        x = torch.randn(tokens, hidden, dtype=torch.bfloat16)
+        routing = route(torch.randn(tokens, experts), top_k)
+        reference = bf16(layer, x, routing)
+        for forward in (contiguous, masked):
+            results = (forward(layer, x, routing, each) for each in (Fused(), DeepGemmCasts()))
+            errors = (f"{100 * relative_error(result, reference):.3f} %" for result in results)
+            print("".join(f"{cell:>14}" for cell in (name, forward.__name__, *errors)))
 
 
 if __name__ == "__main__":

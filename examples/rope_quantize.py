@@ -2,9 +2,15 @@
 
 A head of 128 of the queries of FP8 attention is a group: eight lanes hold it, 16 columns each, and
 a column's partner, 64 further or before, is with the fourth lane after or before.
+
+    python examples/rope_quantize.py
+
+runs the kernel, on a GPU if there is one, else its PTX in the emulator, and compares the result
+with the rotation in float64.
 """
 
 import functools
+from collections.abc import Callable
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
@@ -13,9 +19,8 @@ from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Uint32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant import DEEP_GEMM as FORMAT
+from cute_quant import dequantize, emulator, jit, quantize
 from cute_quant import kernels as cq
-from cute_quant.contract.tensors import last_column_rows
-from cute_quant.jit import lookup
 
 HEAD, HALF = 128, 64
 
@@ -66,14 +71,65 @@ class RopeQuantize:
 
 @functools.cache
 def compiled(device: int):
-    return lookup.build(RopeQuantize(), lookup.architecture(device))
+    return jit.build(RopeQuantize(), jit.architecture(device))
 
 
-def rope_quantize(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
-    """x (tokens, heads * 128), bfloat16; cos, sin (tokens, 64), float32. Returns q, sf."""
+def rope_quantize(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    run: Callable[..., None] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate and quantize heads.
+
+    Args:
+        x: (tokens, heads * 128), bfloat16.
+        cos, sin: (tokens, 64), float32.
+        run: the kernel, by default compiled for the GPU of x.
+
+    Returns:
+        q and sf of `FORMAT`.
+    """
     q = torch.empty(x.shape, dtype=FORMAT.values, device=x.device)
     sf = FORMAT.empty_scales((), *x.shape, x.device)
     if x.numel():
-        missing_rows = FORMAT.scale_rows(x.shape[0]) - last_column_rows(sf)
-        compiled(x.get_device())(x, cos, sin, q, sf, missing_rows)
+        missing_rows = FORMAT.scale_rows(x.shape[0]) - cq.last_column_rows(sf)
+        run = compiled(x.get_device()) if run is None else run
+        run(x, cos, sin, q, sf, missing_rows)
     return q, sf
+
+
+def emulated(arch: str) -> Callable[..., None]:
+    """Return the kernel for `arch` as a function of CPU tensors."""
+    kernel = emulator.compile(RopeQuantize(), arch)
+    return lambda *arguments: kernel(*arguments, outputs=arguments[3:5])
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return the rotation of x in float64."""
+    cos, sin = cos.double()[:, None], sin.double()[:, None]
+    first, second = x.double().unflatten(1, (-1, HEAD)).chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).flatten(1)
+
+
+def main() -> None:
+    tokens, heads = 5, 8
+    x = torch.randn(tokens, heads * HEAD).to(torch.bfloat16)
+    angles = torch.rand(tokens, HALF) * 2 * torch.pi
+    operands, exact = (x, angles.cos(), angles.sin()), rotated(x, angles.cos(), angles.sin())
+    if torch.cuda.is_available():
+        on_gpu = rope_quantize(*(t.cuda() for t in operands))
+        results = {torch.cuda.get_device_name(): tuple(t.cpu() for t in on_gpu)}
+    else:
+        archs = "sm_90a", "sm_100a"
+        results = {f"{arch}, emulated": rope_quantize(*operands, emulated(arch)) for arch in archs}
+    for name, (q, sf) in results.items():
+        error = dequantize(q, sf, FORMAT, dtype=torch.float32).double() - exact
+        print(f"{name}: error {100 * (error.norm() / exact.norm()).item():.2f} % of the rotation")
+    q, sf = quantize(exact.float(), FORMAT)
+    error = dequantize(q, sf, FORMAT, dtype=torch.float32).double() - exact
+    print(f"quantize after it: error {100 * (error.norm() / exact.norm()).item():.2f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -34,7 +34,7 @@ _functions: dict[tuple[Spec, str], Callable[..., None]] = {}
 
 @functools.cache
 def architecture(device_index: int) -> str:
-    """The target for a CUDA device.
+    """Return the target of kernels for a CUDA device.
 
     Raises:
         RuntimeError: no kernel is built for the device.
@@ -69,9 +69,12 @@ def compile_options(arch: str) -> str:
 
 
 def build(kernel: Any, arch: str, *options: str, engine: bool = True) -> Any:
-    """Compile a kernel for `arch`, a value of ``ARCHITECTURES``; works without a GPU.
+    """Compile a kernel for an architecture; works without a GPU.
 
     Args:
+        kernel: an object whose ``signature()`` returns stand-ins for the arguments, and whose
+            jitted ``__call__`` launches.
+        arch: a value of ``ARCHITECTURES``, such as "sm_90a".
         options: further options of ``cute.compile``.
         engine: whether the result is to be called in this process, or only to be written.
     """

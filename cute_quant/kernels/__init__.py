@@ -1,9 +1,9 @@
-"""The parts of a kernel of one's own that ends in the quantizer; `stage` shows how.
+"""The parts of a kernel of your own that ends in quantized results.
 
 The kernels of this package end in the same stage. `Stage` takes registers and returns 8-bit
 registers and scales. `Tile` is the thread-value layout, `Segment` a thread's part of a row.
 `Matrix` and `Params` are arguments of kernels. `load` and `store` move segments, and `fake_matrix`
-stands in for a tensor when a kernel is compiled.
+describes a tensor to the compiler, which is `cute_quant.jit.build`.
 
 Names are loaded when they are first used, so this package does not import CuTe DSL by itself.
 """
@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cute_quant.contract.tensors import last_column_rows
     from cute_quant.kernels.config import LANES, Access, Tile
     from cute_quant.kernels.copy import Segment, fake_matrix, load, store
     from cute_quant.kernels.encodings import registers, widen, zeros
@@ -34,6 +35,7 @@ __all__ = [
     "Stage",
     "Tile",
     "fake_matrix",
+    "last_column_rows",
     "load",
     "registers",
     "store",
@@ -42,13 +44,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "config": ("LANES", "Access", "Tile"),
-    "copy": ("Segment", "fake_matrix", "load", "store"),
-    "encodings": ("registers", "widen", "zeros"),
-    "layouts": ("Matrix",),
-    "params": ("Params",),
-    "scales": ("GroupScale",),
-    "stage": ("Rows", "Scales", "Stage"),
+    "cute_quant.contract.tensors": ("last_column_rows",),
+    "cute_quant.kernels.config": ("LANES", "Access", "Tile"),
+    "cute_quant.kernels.copy": ("Segment", "fake_matrix", "load", "store"),
+    "cute_quant.kernels.encodings": ("registers", "widen", "zeros"),
+    "cute_quant.kernels.layouts": ("Matrix",),
+    "cute_quant.kernels.params": ("Params",),
+    "cute_quant.kernels.scales": ("GroupScale",),
+    "cute_quant.kernels.stage": ("Rows", "Scales", "Stage"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -56,7 +59,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, Format, deep_gemm_format, dequantize, emulator
-from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT, align
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, Format, deep_gemm_format
+from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT
 from cute_quant.emulator.host import C_COMPILER
-from cute_quant.integrations.deep_gemm import per_token_cast_to_fp8
 from cute_quant.jit import lookup
-from examples import moe_layer, rope_quantize
+from examples import moe_layer, relu_squared, rope_quantize
 from examples.moe_layer import DeepGemmCasts, Fused, Unfused, relative_error
 from tests.helpers import (
     DIFFERING_SHARE,
@@ -23,6 +23,7 @@ from tests.helpers import (
     assert_quantized_within,
     assert_same_bits,
     bits,
+    random_bits,
 )
 from tests.integrations.test_deep_gemm import with_deep_gemm
 
@@ -41,72 +42,38 @@ every_quantizer = pytest.mark.parametrize(
 )
 
 
-class EmulatedDeepGemm:
-    """The DeepGEMM calls of the layer, in torch. A GEMM reads and writes whole blocks of rows, and
-    skips blocks without a token.
+class CheckedDeepGemm(moe_layer.TorchDeepGemm):
+    """Checks what the GEMMs are given, and keeps it.
 
     Attributes:
         calls: the activations of each GEMM, and the layout of its rows.
     """
 
     def __init__(self):
+        super().__init__()
         self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self.utils = SimpleNamespace(
-            layout=SimpleNamespace(get_mk_alignment_for_contiguous_layout=lambda: BLOCK),
-            math=SimpleNamespace(
-                per_token_cast_to_fp8=per_token_cast_to_fp8,
-                per_block_cast_to_fp8=per_block_cast_to_fp8,
-            ),
-        )
 
     def m_grouped_fp8_gemm_nt_contiguous(self, a, b, d, m_indices):
         self.calls.append((*a, m_indices))
-        x, weights = products(*a), block_products(*b)
-        assert m_indices.shape == x.shape[:1] and len(x) % BLOCK == 0
-        for rows, indices in zip(blocks(len(x)), m_indices.split(BLOCK), strict=True):
+        q, _ = a
+        assert m_indices.shape == q.shape[:1] and len(q) % BLOCK == 0
+        for indices in m_indices.split(BLOCK):
             expert = indices[0]
-            assert ((indices == expert) | (indices == -1)).all()
-            if expert >= 0:
-                d[rows] = (x[rows] @ weights[expert].t()).to(d.dtype)
+            assert ((indices == expert) | ((indices == -1) & (expert >= 0))).all()
+        super().m_grouped_fp8_gemm_nt_contiguous(a, b, d, m_indices)
 
     def m_grouped_fp8_gemm_nt_masked(self, a, b, d, masked_m, expected_m):
         self.calls.append((*a, masked_m))
-        x, weights = products(*a), block_products(*b)
-        experts, max_m, _ = x.shape
+        experts, max_m, _ = a[0].shape
         # A block that crosses into the next expert would be written there too.
         assert max_m % BLOCK == 0 and masked_m.shape == (experts,) and masked_m.max() <= max_m
         assert expected_m > 0
-        for expert, count in enumerate(masked_m.tolist()):
-            rows = slice(align(count, BLOCK))
-            d[expert, rows] = (x[expert, rows] @ weights[expert].t()).to(d.dtype)
-
-
-def blocks(rows: int) -> list[slice]:
-    return [slice(start, start + BLOCK) for start in range(0, rows, BLOCK)]
-
-
-def per_block_cast_to_fp8(w: torch.Tensor, use_ue8m0: bool) -> moe_layer.Fp8:
-    """(n, k), with a scale for each block, (n / 128, k / 128), as DeepGEMM's tests have it."""
-    by_block = w.float().unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-    sf = by_block.abs().amax((1, 3)).clamp(1e-4) / 448
-    sf = sf.log2().ceil().exp2() if use_ue8m0 else sf
-    q = (by_block / sf[:, None, :, None]).to(torch.float8_e4m3fn)
-    return q.flatten(2, 3).flatten(0, 1), sf
-
-
-def products(q: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
-    """Return activations, their scales packed or float32, in float32."""
-    fmt = DEEP_GEMM if sf.dtype is torch.int32 else DEEP_GEMM_SM90
-    return dequantize(q, sf, fmt, dtype=torch.float32)
-
-
-def block_products(q: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
-    return q.float() * sf.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
+        super().m_grouped_fp8_gemm_nt_masked(a, b, d, masked_m, expected_m)
 
 
 @pytest.fixture
-def deep_gemm(monkeypatch) -> EmulatedDeepGemm:
-    emulated = EmulatedDeepGemm()
+def deep_gemm(monkeypatch) -> CheckedDeepGemm:
+    emulated = CheckedDeepGemm()
     monkeypatch.setattr(moe_layer, "deep_gemm", emulated)
     return emulated
 
@@ -265,18 +232,23 @@ def test_sizes_are_known_before(quantizers, forward, deep_gemm, monkeypatch):
     assert result.shape == x.shape
 
 
-def test_what_is_missing_is_said(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="expected a GPU"):
-        moe_layer.main()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    with pytest.raises(SystemExit, match=r"\(8, 0\)"):
-        moe_layer.main()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+def test_what_is_missing_is_said(monkeypatch, capsys):
+    """The example then prints errors of a layer on the CPU."""
     monkeypatch.setattr(moe_layer, "deep_gemm", None)
-    with pytest.raises(SystemExit, match="DeepGEMM"):
-        moe_layer.main()
+    for there, capability, said in [
+        (False, None, "There is no GPU"),
+        (True, (8, 0), "DeepGEMM has no GEMMs for a GPU"),
+        (True, (9, 0), "DeepGEMM (github.com/deepseek-ai/DeepGEMM) is not installed"),
+    ]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert moe_layer.missing() == said
+    moe_layer.main()
+    shown = capsys.readouterr().out
+    assert shown.startswith(said)
+    errors = [float(error) for error in re.findall(r"(\S+) %", shown)]
+    assert len(errors) == 8 and all(0 < error < 9 for error in errors)
 
 
 @with_deep_gemm
@@ -307,11 +279,15 @@ def test_layer_on_deep_gemm(tokens, top_k, forward):
         x.copy_(x.flip(0))
 
 
-# A user's kernel
+# Kernels of a user
+
+EMULATED_ARCHITECTURES = ["sm_90a", "sm_100a"]
 
 
 def test_rope_is_short():
-    assert len(Path(rope_quantize.__file__).read_text().splitlines()) < 80
+    text = Path(rope_quantize.__file__).read_text()
+    kernel = text[text.index("class RopeQuantize") : text.index("@functools.cache")]
+    assert len(kernel.splitlines()) < 50
 
 
 @pytest.mark.parametrize("arch", lookup.ARCHITECTURES.values())
@@ -321,11 +297,11 @@ def test_rope_compiles(arch, tmp_path):
     assert f".target {arch}" in built.__ptx__
 
 
-@pytest.fixture(scope="module", params=["sm_90a", "sm_100a"])
-def emulated(request) -> emulator.EmulatedKernel:
+@pytest.fixture(scope="module", params=EMULATED_ARCHITECTURES)
+def emulated(request) -> Callable[..., None]:
     if C_COMPILER is None:
         pytest.skip("needs a C compiler")
-    return emulator.compile(rope_quantize.RopeQuantize(), request.param)
+    return rope_quantize.emulated(request.param)
 
 
 def rope_inputs(tokens: int, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -342,10 +318,10 @@ def rope_inputs(tokens: int, heads: int) -> tuple[torch.Tensor, torch.Tensor, to
 
 def check_rope(q: torch.Tensor, sf: torch.Tensor, x, cos, sin) -> None:
     """Hold results against the rotation in float64, within 4 float32 ulps of the two products."""
+    exact = rope_quantize.rotated(x, cos, sin)
     cos, sin = cos.double()[:, None], sin.double()[:, None]
     first, second = x.double().unflatten(1, (-1, rope_quantize.HEAD)).chunk(2, -1)
     products = first * cos, -second * sin, second * cos, first * sin
-    exact = torch.cat((products[0] + products[1], products[2] + products[3]), -1).flatten(1)
     sizes = [product.abs() for product in products]
     error = 2.0**-22 * torch.cat((sizes[0] + sizes[1], sizes[2] + sizes[3]), -1).flatten(1)
     differing = assert_quantized_within(q, sf, UE8M0, exact, exact - error, exact + error)
@@ -358,14 +334,9 @@ every_size = pytest.mark.parametrize(
 
 
 @every_size
-def test_rope_in_the_emulator(tokens, heads, emulated, monkeypatch):
+def test_rope_in_the_emulator(tokens, heads, emulated):
     operands = rope_inputs(tokens, heads)
-
-    def run(*arguments):
-        emulated(*arguments, outputs=arguments[3:5])
-
-    monkeypatch.setattr(rope_quantize, "compiled", lambda device: run)
-    check_rope(*rope_quantize.rope_quantize(*operands), *operands)
+    check_rope(*rope_quantize.rope_quantize(*operands, emulated), *operands)
 
 
 @pytest.mark.gpu
@@ -375,3 +346,47 @@ def test_rope(tokens, heads):
     with moe_layer.poisoned_memory():
         q, sf = rope_quantize.rope_quantize(*(t.cuda() for t in operands))
     check_rope(q, sf, *operands)
+
+
+def relu_inputs(mn: int, k: int) -> torch.Tensor:
+    x = random_bits((mn, k), torch.bfloat16, seed=mn + k)
+    x[0, :7] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, -1.0, 3e38])
+    return x
+
+
+@pytest.mark.parametrize("arch", EMULATED_ARCHITECTURES)
+def test_relu_squared_in_the_emulator(arch):
+    if C_COMPILER is None:
+        pytest.skip("needs a C compiler")
+    for x in (relu_inputs(7, 1296), torch.randn(7, 1296).to(torch.bfloat16)):
+        for ours, theirs in zip(
+            relu_squared.emulated(x, arch), relu_squared.expected(x), strict=True
+        ):
+            assert_same_bits(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("mn", "k"), [(1, 16), (7, 1296), (4099, 7168)])
+def test_relu_squared(mn, k):
+    x = relu_inputs(mn, k)
+    results = relu_squared.relu_squared_quantize(x.cuda())
+    for ours, theirs in zip(results, relu_squared.expected(x), strict=True):
+        assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("example", "last_line"),
+    [
+        (relu_squared, r"sm_100a, emulated: 0 of 9072 values and 0 of 21 words differ"),
+        (rope_quantize, r"quantize after it: error 2\.\d\d %"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_examples_run_without_a_gpu(example, last_line, monkeypatch, capsys):
+    if C_COMPILER is None:
+        pytest.skip("needs a C compiler")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    example.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if "emulated" in line]) == 2
+    assert re.fullmatch(last_line, lines[-1])
