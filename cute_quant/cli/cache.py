@@ -16,6 +16,7 @@ import json
 import time
 
 from cute_quant.jit import disk_cache
+from cute_quant.jit.trusted_files import Untrusted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    store = disk_cache.open_cache()
+    try:
+        store = disk_cache.open_cache()
+    except Untrusted as error:  # Nothing is wrong with the arguments.
+        raise RuntimeError(str(error)) from error
     if store is None:
         raise RuntimeError(f"there is no cache: {disk_cache.why_none()}")
     report = _REPORTS[options.action](store)

@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from cute_quant.jit import keys, shared_objects, toolchain
-from cute_quant.jit.aot_manifest import MANIFEST, identity, read_manifest
+from cute_quant.jit import keys, shared_objects, toolchain, trusted_files
+from cute_quant.jit.aot_manifest import MANIFEST, identity, parse_manifest
 from cute_quant.kernels.config import Spec
 
 ELF_SHARED = 3
@@ -138,8 +138,10 @@ def _files_built(path: Path) -> list[Path]:
     files = sorted(path.iterdir()) if path.exists() else []
     if not files:
         return []
+    manifest = path / MANIFEST
     try:
-        kernels = read_manifest(path)["kernels"]
+        with trusted_files.open_file(manifest) as file:
+            kernels = parse_manifest(file.read(), manifest)["kernels"]
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(
             f"{path}: expected a new directory or one built before, got "

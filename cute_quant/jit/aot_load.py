@@ -17,14 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cute_quant.jit import keys, library, shared_objects, toolchain
-from cute_quant.jit.aot_manifest import (
-    check_parents,
-    check_trusted,
-    identity,
-    open_trusted,
-    read_manifest,
-    read_trusted,
-)
+from cute_quant.jit.aot_manifest import MANIFEST, identity, parse_manifest
+from cute_quant.jit.trusted_files import TrustedDirectory
 from cute_quant.kernels.config import Spec
 
 log = logging.getLogger("cute_quant")
@@ -38,64 +32,71 @@ class Directory(NamedTuple):
     """A directory whose manifest was checked.
 
     Attributes:
+        files: the directory itself, held open.
         kernels: their entries in the manifest, by the text of the spec and the architecture.
         runtime_digest: SHA-256 of the runtime library in it, None if it was built without.
     """
 
-    path: Path
+    files: TrustedDirectory
     kernels: dict[tuple[str, str], dict[str, str]]
     runtime_digest: str | None
 
+    @property
+    def path(self) -> Path:
+        return self.files.path
+
     def find(self, spec: Spec, arch: str) -> Callable[..., None] | None:
         """The function of a kernel, None if the directory does not have it."""
+        if self.files.is_lost():  # As where it was built again.
+            return open_directory(self.path).find(spec, arch)
         kernel = self.kernels.get((keys.spec_text(spec), arch))
         if kernel is None:
             return None
-        path = self.path / kernel["file"]
-        record = shared_objects.read_record(read_trusted(path))
+        record = shared_objects.read_record(self.files.read(kernel["file"]))
         if record != kernel:
             raise shared_objects.CorruptObject("it holds another kernel than the manifest says")
         if self.runtime_digest is not None:
-            _load_runtime(self.path / toolchain.RUNTIME_NAME, self.runtime_digest)
+            _load_runtime(self.files, self.runtime_digest)
         else:
             _load_installed_runtime()
-        return library.load_function(path, kernel["symbol"])
+        return library.load_function(self.files.loadable(kernel["file"]), kernel["symbol"])
 
 
 @functools.cache
-def _load_runtime(path: Path, digest: str) -> None:
+def _load_runtime(files: TrustedDirectory, digest: str) -> None:
     """Load the runtime library of a directory.
 
     Raises:
         ValueError: it has another digest.
         OSError: it is not there, or does not load here.
     """
-    if _digest_beside_import(path) != digest:
+    if _digest_beside_import(files) != digest:
+        path = files.path / toolchain.RUNTIME_NAME
         raise ValueError(f"{path}: expected the digest that the manifest has, got another")
-    library.load_runtime(path)
+    library.load_runtime(files.loadable(toolchain.RUNTIME_NAME))
 
 
-def _digest_beside_import(path: Path) -> str:
-    """The SHA-256 of a file that is loaded, whose 43 MB take as long as what is imported for it
+def _digest_beside_import(files: TrustedDirectory) -> str:
+    """The SHA-256 of a runtime library, whose 43 MB take as long as what is imported for it
     anyway, and need no lock of the interpreter.
 
     Raises:
-        ValueError, OSError: as of `open_trusted`.
+        ValueError, OSError: as of `TrustedDirectory.open`.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         try:
-            digest = thread.submit(_digest, path)
+            digest = thread.submit(_digest, files)
         except RuntimeError:
             # There are no more threads to be had, or the interpreter is about to end.
-            return _digest(path)
+            return _digest(files)
         library.import_tvm_ffi()
         return digest.result()
 
 
-def _digest(path: Path) -> str:
+def _digest(files: TrustedDirectory) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(DIGEST_BYTES))
-    with open_trusted(path) as file:
+    with files.open(toolchain.RUNTIME_NAME) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
@@ -125,7 +126,7 @@ def load(directory: str | os.PathLike) -> None:
         FileNotFoundError: there is no manifest in it, or no such directory.
         ValueError: it was built from other sources, for another processor, or with another
             apache-tvm-ffi; its manifest is damaged; or others than root and
-            the user may write to it.
+            the user may write to it or replace it.
         TypeError: it is not a path.
         OSError: it cannot be read.
     """
@@ -179,14 +180,19 @@ def _of_environment() -> tuple[Directory | None, str | None]:
 
 
 def open_directory(path: Path) -> Directory:
-    """Check the manifest of a directory.
+    """Open a directory, and check who may have written it and its manifest.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load`.
     """
-    manifest = read_manifest(path)
-    check_trusted(path, path.stat())
-    check_parents(path)
+    try:
+        files = TrustedDirectory(path)
+        content = files.read(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"{path}: expected a directory made by python -m cute_quant build, got no {MANIFEST}"
+        ) from None
+    manifest = parse_manifest(content, path / MANIFEST)
     for name, expected in identity(platform.machine(), keys.source_digest()).items():
         if manifest[name] != expected:
             raise ValueError(
@@ -200,7 +206,7 @@ def open_directory(path: Path) -> Directory:
             f"{path}: expected kernels built with apache-tvm-ffi {_minor(own)}, got {tvm_ffi}"
         )
     kernels = {(kernel["spec"], kernel["arch"]): kernel for kernel in manifest["kernels"]}
-    return Directory(path, kernels, manifest.get("runtime"))
+    return Directory(files, kernels, manifest.get("runtime"))
 
 
 def _minor(version: str) -> str:

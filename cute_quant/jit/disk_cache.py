@@ -1,28 +1,28 @@
 """The disk cache of built objects, which fresh processes load in place of compiling.
 
-What lies in it gets executed. So the directory belongs to the user alone, objects carry a digest
-over all their bytes, and whatever does not look as it should is refused or built anew. Entries are
-written under a temporary name and renamed; a lock a key, which the kernel of the operating system
-drops when its process ends, lets processes that start together compile once.
+What lies in it gets executed. So the directory belongs to the user alone and is held open, objects
+carry a digest over all their bytes, and whatever does not look as it should is refused or built
+anew. Entries are written under a temporary name and renamed; a lock a key, which the kernel of the
+operating system drops when its process ends, lets processes that start together compile once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import secrets
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from cute_quant.jit import keys, shared_objects, toolchain
+from cute_quant.jit.trusted_files import TrustedDirectory, Untrusted
 from cute_quant.kernels.config import Spec
 
 log = logging.getLogger("cute_quant")
@@ -49,10 +49,6 @@ POLL_SECONDS = 0.01
 
 STALE_SECONDS = 3600.0
 """After which a temporary file or a lock has surely lost its process."""
-
-
-class CacheRefused(RuntimeError):
-    """A directory that code must not be loaded from."""
 
 
 class Entry(NamedTuple):
@@ -122,7 +118,7 @@ def open_cache() -> Cache | None:
     """The cache that the environment asks for; None if that is none.
 
     Raises:
-        CacheRefused: its directory must not be trusted.
+        Untrusted: others may have written to its directory, or may replace it.
         OSError: it cannot be looked at.
         ValueError: ``CUTE_QUANT_CACHE`` or ``CUTE_QUANT_CACHE_DIR`` makes no sense.
     """
@@ -130,15 +126,16 @@ def open_cache() -> Cache | None:
     if chosen == "off":
         return None
     directory = default_directory().absolute()
-    if not os.path.lexists(directory):
+    try:
+        files = open_directory(directory)
+    except FileNotFoundError:
         existing = next(parent for parent in directory.parents if parent.exists())
         if chosen == "readonly" or not os.access(existing, os.W_OK | os.X_OK):
             return None
-        check_parents(directory)
         return Cache(directory, True)
-    check_directory(directory)
-    writable = bool(directory.stat().st_mode & stat.S_IWUSR) and os.access(directory, os.W_OK)
-    return Cache(directory, writable and chosen == "on")
+    own = bool(os.fstat(files.descriptor).st_mode & stat.S_IWUSR)
+    writable = own and os.access(".", os.W_OK, dir_fd=files.descriptor)
+    return Cache(directory, writable and chosen == "on", files)
 
 
 def why_none() -> str:
@@ -148,102 +145,92 @@ def why_none() -> str:
     return f"{default_directory()} does not exist, and may not be made"
 
 
-def check_directory(directory: Path) -> None:
-    """Refuse a directory whose content somebody else may have written.
+def open_directory(directory: Path, make: bool = False) -> TrustedDirectory:
+    """Open a directory that is the user's alone.
+
+    Args:
+        make: whether it is made if it is missing, whatever the umask is.
 
     Raises:
-        CacheRefused: which of the rules is broken, and what to do.
-        OSError: it cannot be looked at.
+        Untrusted: which of the rules is broken, and what to do.
+        OSError: there is no such directory, or it cannot be opened or made.
     """
-    status = directory.lstat()
-    if stat.S_ISLNK(status.st_mode):
-        raise CacheRefused(f"{directory} is a symbolic link: name the directory itself")
-    if not stat.S_ISDIR(status.st_mode):
-        raise CacheRefused(f"{directory} is not a directory")
+    if directory.is_symlink():
+        raise Untrusted(f"{directory} is a symbolic link: name the directory itself")
+    return TrustedDirectory(directory, _check_private, make)
+
+
+def _check_private(directory: Path, status: os.stat_result) -> None:
     if status.st_uid != os.geteuid():
-        raise CacheRefused(f"{directory} belongs to user {status.st_uid}: use one of your own")
+        raise Untrusted(f"{directory} belongs to user {status.st_uid}: use one of your own")
     if status.st_mode & 0o077:
         permissions = stat.S_IMODE(status.st_mode)
-        raise CacheRefused(f"{directory} has mode {permissions:04o}: chmod 700 it")
-    check_parents(directory)
-
-
-def check_parents(directory: Path) -> None:
-    """Refuse a directory, which need not exist yet, that somebody else may replace.
-
-    Raises:
-        CacheRefused, OSError: as of `check_directory`.
-    """
-    # Both as it was named and as it is: either chain decides what the name will stand for. In a
-    # directory with the sticky bit, such as /tmp, others cannot rename what is not theirs.
-    for parent in filter(Path.exists, (*directory.resolve().parents, *directory.parents)):
-        status = parent.stat()
-        if status.st_uid not in (0, os.geteuid()):
-            raise CacheRefused(
-                f"{directory} lies in {parent}, which belongs to user {status.st_uid}: "
-                f"use another directory"
-            )
-        if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
-            who = "anybody" if status.st_mode & stat.S_IWOTH else f"group {status.st_gid}"
-            raise CacheRefused(
-                f"{directory} lies in {parent}, which {who} may write to: use another directory"
-            )
-
-
-def make_directory(directory: Path) -> None:
-    """Make a directory and its parents for the user alone, whatever the umask is.
-
-    Raises:
-        CacheRefused, OSError: as of `check_directory`, or it cannot be made.
-    """
-    missing = [path for path in (directory, *directory.parents) if not os.path.lexists(path)]
-    for path in reversed(missing):
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-    if missing:
-        check_directory(directory)
+        raise Untrusted(f"{directory} has mode {permissions:04o}: chmod 700 it")
 
 
 class Cache:
     """A directory of objects."""
 
-    def __init__(self, directory: Path, writable: bool):
+    def __init__(self, directory: Path, writable: bool, files: TrustedDirectory | None = None):
         """
         Args:
-            directory: that `check_directory` has found to be safe.
+            directory: an absolute path; it is made when something is written.
             writable: whether entries may be added and removed.
+            files: the directory if it is open by now.
         """
         self.directory = directory
         self.writable = writable
+        self._held = files
         self._patience = LOCK_SECONDS
+
+    def _files(self, make: bool = False) -> TrustedDirectory:
+        """The open directory, opened anew if it was removed.
+
+        Raises:
+            Untrusted, OSError: as of `open_directory`.
+        """
+        if self._held is None or self._held.is_lost():
+            self._held = None
+            self._held = open_directory(self.directory, make)
+        return self._held
 
     def path(self, key: str) -> Path:
         """Where the entry of a key is, if there is one."""
         return self.directory / (key + SUFFIX)
 
-    def find(self, key: str) -> Path | None:
-        """An entry that was checked, None if there is none that is good."""
-        path = self.path(key)
+    def find(self, key: str) -> str | None:
+        """Check the entry of a key; return a path to load it by, None if there is none that is
+        good.
+
+        Raises:
+            Untrusted, OSError: the directory is not to be trusted any more.
+        """
+        name = key + SUFFIX
         try:
-            record = _record(path)
-            if record.get("key") != key:
+            files = self._files()
+        except FileNotFoundError:
+            return None
+        try:
+            record = _record(files, name)
+            if record["key"] != key:
                 raise shared_objects.CorruptObject("it was built under another key")
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            self.discard(path, error)
+            self.discard(key, error)
             return None
         if self.writable:
             with contextlib.suppress(OSError):
-                os.utime(path)
-        return path
+                os.utime(name, dir_fd=files.descriptor, follow_symlinks=False)
+        return files.loadable(name)
 
-    def discard(self, path: Path, reason: Exception) -> None:
+    def discard(self, key: str, reason: Exception) -> None:
         """Remove an entry that is no good, with a line in the log."""
-        log.warning("%s is discarded and built anew: %s", path, " ".join(str(reason).split()))
+        path, text = self.path(key), " ".join(str(reason).split())
+        log.warning("%s is discarded and built anew: %s", path, text)
         if self.writable:
             with contextlib.suppress(OSError):
-                path.unlink()
+                os.unlink(path.name, dir_fd=self._files().descriptor)
 
     def stop_writing(self, reason: Exception) -> None:
         """Only read from now on, with a line in the log."""
@@ -254,20 +241,22 @@ class Cache:
         """Add an entry; returns where it is.
 
         Raises:
+            Untrusted: the directory is not to be trusted any more.
             OSError: it cannot be written.
         """
         sealed = shared_objects.seal(content, {**record, "key": key})
-        make_directory(self.directory)
-        descriptor, name = tempfile.mkstemp(TEMPORARY_SUFFIX, key + ".", self.directory)
+        directory = self._files(make=True).descriptor
+        name = f"{key}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with open(os.open(name, flags, 0o600, dir_fd=directory), "wb") as file:
                 file.write(sealed)
-            os.replace(name, self.path(key))
+            os.replace(name, key + SUFFIX, src_dir_fd=directory, dst_dir_fd=directory)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(name)
+                os.unlink(name, dir_fd=directory)
             raise
-        self._trim(keep=self.path(key))
+        self._trim(keep=key + SUFFIX)
         return self.path(key)
 
     @contextlib.contextmanager
@@ -279,30 +268,30 @@ class Cache:
 
         Raises:
             TimeoutError: another process holds it for too long.
+            Untrusted: the directory is not to be trusted any more.
             OSError: the file system has no locks.
         """
-        make_directory(self.directory)
-        path = self.directory / (key + LOCK_SUFFIX)
+        files, name = self._files(make=True), key + LOCK_SUFFIX
         deadline = time.monotonic() + (self._patience if wait else 0.0)
         while True:
             flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(path, flags, 0o600)
+            descriptor = os.open(name, flags, 0o600, dir_fd=files.descriptor)
             try:
-                self._wait(descriptor, path, deadline, wait)
+                self._wait(descriptor, name, deadline, wait)
                 # Whoever held it may have removed the file, and a third made another.
                 if os.fstat(descriptor).st_nlink:
-                    for left in self.directory.glob(f"{key}.*{TEMPORARY_SUFFIX}"):
-                        left.unlink(missing_ok=True)
+                    for left, _ in files.entries():
+                        if left.startswith(f"{key}.") and left.endswith(TEMPORARY_SUFFIX):
+                            _unlink(files, left)
                     try:
                         yield
                     finally:
-                        with contextlib.suppress(OSError):
-                            path.unlink()
+                        _unlink(files, name)
                     return
             finally:
                 os.close(descriptor)
 
-    def _wait(self, descriptor: int, path: Path, deadline: float, wait: bool) -> None:
+    def _wait(self, descriptor: int, name: str, deadline: float, wait: bool) -> None:
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -310,7 +299,7 @@ class Cache:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     waited, self._patience = self._patience, 0.0 if wait else self._patience
-                    message = f"another process held {path} for {waited:.0f} s"
+                    message = f"another process held {self.directory / name} for {waited:.0f} s"
                     if waited and wait:
                         log.warning("compiled without the disk cache: %s", message)
                     raise TimeoutError(message) from None
@@ -319,14 +308,16 @@ class Cache:
     def entries(self) -> list[Entry]:
         """All of them, the one that was used last first."""
         found = []
-        for path in self.directory.glob("*" + SUFFIX):
+        for name, status in self._entries():
+            if not name.endswith(SUFFIX):
+                continue
             try:
-                status = path.lstat()
-                record = _record(path)
+                record = _record(self._files(), name)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError):
                 record = None
+            path = self.directory / name
             found.append(Entry(path, status.st_size, status.st_mtime, record))
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
@@ -338,45 +329,46 @@ class Cache:
         Raises:
             OSError: it cannot be written.
         """
-        names = [entry.name for entry in self._files() if entry.name.endswith(OURS)]
+        names = [name for name, _ in self._regular_files() if name.endswith(OURS)]
         return sum(self._remove(key) for key in sorted({name.split(".")[0] for name in names}))
 
     def _remove(self, key: str) -> bool:
         """Remove the files of a key unless its lock is held; returns whether there was an entry."""
         try:
             with self.lock(key, wait=False):
-                path = self.path(key)
-                if not path.is_file() or path.is_symlink():
+                name, directory = key + SUFFIX, self._files().descriptor
+                status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                if not stat.S_ISREG(status.st_mode):
                     return False
-                path.unlink()
+                os.unlink(name, dir_fd=directory)
                 return True
         except (TimeoutError, FileNotFoundError, IsADirectoryError):
             return False
 
-    def _files(self) -> list[os.DirEntry]:
-        """The regular files."""
+    def _entries(self) -> list[tuple[str, os.stat_result]]:
         try:
-            with os.scandir(self.directory) as entries:
-                return [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+            return self._files().entries()
         except FileNotFoundError:
             return []
 
-    def _trim(self, keep: Path) -> None:
+    def _regular_files(self) -> list[tuple[str, os.stat_result]]:
+        return [(name, status) for name, status in self._entries() if stat.S_ISREG(status.st_mode)]
+
+    def _trim(self, keep: str) -> None:
         """Remove what was not used for longest, as far as there is too much."""
         total, files = 0, []
         stale = time.time() - STALE_SECONDS
-        for entry in self._files():
+        for name, status in self._regular_files():
             with contextlib.suppress(OSError):
-                status = entry.stat(follow_symlinks=False)
-                if entry.name.endswith(SUFFIX):
+                if name.endswith(SUFFIX):
                     total += status.st_size
-                    files.append((status.st_mtime, status.st_size, entry.name))
-                elif entry.name.endswith(LEFT_BY_CRASHES) and status.st_mtime < stale:
-                    self._remove_stale(entry.name)
+                    files.append((status.st_mtime, status.st_size, name))
+                elif name.endswith(LEFT_BY_CRASHES) and status.st_mtime < stale:
+                    self._remove_stale(name)
         for _, size, name in sorted(files):
             if total <= MAX_BYTES:
                 break
-            if name != keep.name:
+            if name != keep:
                 with contextlib.suppress(OSError):
                     total -= size * self._remove(name.split(".")[0])
 
@@ -386,34 +378,14 @@ class Cache:
             pass
 
 
-def _record(path: Path) -> dict[str, str]:
-    record = shared_objects.read_record(_read(path))
-    missing = [name for name in NEEDED if name not in record]
+def _unlink(files: TrustedDirectory, name: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(name, dir_fd=files.descriptor)
+
+
+def _record(files: TrustedDirectory, name: str) -> dict[str, str]:
+    record = shared_objects.read_record(files.read(name))
+    missing = [field for field in NEEDED if field not in record]
     if missing:
         raise shared_objects.CorruptObject(f"record: expected {NEEDED}, got none of {missing}")
     return record
-
-
-def _read(path: Path) -> bytes:
-    """The content of a file that belongs to the user alone.
-
-    Raises:
-        CorruptObject: it is no such file.
-        OSError: it cannot be read.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise shared_objects.CorruptObject("it is a symbolic link") from None
-        raise
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise shared_objects.CorruptObject("it is no regular file")
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise shared_objects.CorruptObject("others may write to it")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(descriptor)

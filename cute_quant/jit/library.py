@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,7 @@ def import_tvm_ffi() -> ModuleType:
     return importlib.import_module("tvm_ffi")
 
 
-def load_function(path: Path, symbol: str) -> Callable[..., None]:
+def load_function(path: str, symbol: str) -> Callable[..., None]:
     """The function of a shared object, to be called on torch tensors.
 
     Raises:
@@ -32,8 +33,31 @@ def load_function(path: Path, symbol: str) -> Callable[..., None]:
     return import_tvm_ffi().load_module(path)[symbol]
 
 
+def load_bytes(content: bytes, symbol: str) -> Callable[..., None]:
+    """The function of a shared object in memory, which needs room on no disk.
+
+    Raises:
+        ImportError, RuntimeError, AttributeError: as of `load_function`.
+        OSError: there is no memory for it.
+    """
+    # It stays open, as the dynamic linker takes a path that it has loaded before for the same
+    # object, and the number of a closed descriptor is given again.
+    descriptor = os.memfd_create(f"{symbol}.so")
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(content)
+    # `load_module` asks for a path that ends in .so.
+    load = import_tvm_ffi().get_global_func("ffi.Module.load_from_file.so")
+    module = load(f"/proc/self/fd/{descriptor}", "so")
+    _in_memory.append(module)
+    return module[symbol]
+
+
+_in_memory: list[Any] = []
+"""Modules whose functions must outlive them."""
+
+
 @functools.cache
-def load_runtime(path: Path) -> ctypes.CDLL:
+def load_runtime(path: str | Path) -> ctypes.CDLL:
     """Load what objects call CUDA through. They find it under its SONAME, wherever it came from.
 
     Raises:

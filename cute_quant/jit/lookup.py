@@ -7,10 +7,8 @@ import contextlib
 import functools
 import importlib
 import logging
-import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,7 +174,7 @@ def _load(store: disk_cache.Cache, key: str) -> Callable[..., None] | None:
     try:
         return library.load_function(path, SYMBOL)
     except (AttributeError, RuntimeError) as error:
-        store.discard(path, error)
+        store.discard(key, error)
         return None
 
 
@@ -202,19 +200,15 @@ def _stored(store: disk_cache.Cache, key: str, spec: Spec, arch: str) -> Callabl
     record = {"name": keys.spec_name(spec), "spec": keys.spec_text(spec), "arch": arch}
     record |= {name: version for name, version in toolchain.versions().items() if version}
     try:
-        path = store.store(key, content, record)
+        store.store(key, content, record)
     except OSError as error:
         store.stop_writing(error)
-        return _load_bytes(content)
-    return library.load_function(path, SYMBOL)
-
-
-def _load_bytes(content: bytes) -> Callable[..., None]:
-    # What is loaded stays when its file is gone.
-    with tempfile.TemporaryDirectory(prefix="cute_quant_") as directory:
-        path = Path(directory) / "kernel.so"
-        path.write_bytes(content)
-        return library.load_function(path, SYMBOL)
+    else:
+        # Loaded as any entry is: checked, from the open directory.
+        found = _load(store, key)
+        if found is not None:
+            return found
+    return library.load_bytes(content, SYMBOL)
 
 
 @functools.cache

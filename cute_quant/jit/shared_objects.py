@@ -7,11 +7,13 @@ record and digest as one file, which a rename puts in place at once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import struct
 import subprocess
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +42,63 @@ def shared_object(compiled: Any, symbol: str, host: Host, dsl: Dsl) -> bytes:
     linker = host.linker()
     if linker is None:
         raise RuntimeError(f"no linker for {host.machine}: install binutils or lld")
-    with tempfile.TemporaryDirectory(prefix="cute_quant_") as name:
-        directory = Path(name)
-        relocatable, result = directory / "kernel.o", directory / "kernel.so"
+    exports = f"{{ global: __tvm_ffi_{symbol}; local: *; }};".encode()
+    with _memory_file("kernel.o") as relocatable, _memory_file("exports", exports) as script:
         _emit(compiled, symbol, host, relocatable)
-        exports = directory / "exports"
-        exports.write_text(f"{{ global: __tvm_ffi_{symbol}; local: *; }};")
         command: list[str | Path] = [linker, "-shared", "-z", "now", "-z", "noexecstack"]
-        command += ["-o", result, relocatable]
-        command += ["--version-script", exports, "-soname", f"{symbol}.so"]
+        command += [_path(relocatable), "--version-script", _path(script), "-soname"]
         # The runtime is found beside the object, or is there already under its SONAME.
-        command += ["--enable-new-dtags", "-rpath", "$ORIGIN", dsl.runtime_to_link(host)]
+        command += [f"{symbol}.so", "--enable-new-dtags", "-rpath", "$ORIGIN"]
+        return _link([*command, dsl.runtime_to_link(host)], (relocatable, script))
+
+
+def _link(command: list[str | Path], inputs: tuple[int, ...]) -> bytes:
+    """Return what a linker makes of objects in memory.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    with _memory_file("kernel.so") as result:
+        # LLD puts a file beside its output and renames it, which does not work here.
+        output = "-" if "lld" in Path(command[0]).resolve().name else _path(result)
         try:
             subprocess.run(
-                command, check=True, capture_output=True, text=True, timeout=LINK_SECONDS
+                [*command, "-o", output],
+                check=True,
+                stdout=result if output == "-" else subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=LINK_SECONDS,
+                pass_fds=(*inputs, result),
             )
         except subprocess.CalledProcessError as error:
             lines = error.stderr.strip().splitlines() or ["no message"]
-            raise RuntimeError(f"{linker} failed: {lines[0]}") from error
-        return result.read_bytes()
+            raise RuntimeError(f"{command[0]} failed: {lines[0]}") from error
+        with open(_path(result), "rb") as file:
+            return file.read()
 
 
-def _emit(compiled: Any, symbol: str, host: Host, path: Path) -> None:
+@contextlib.contextmanager
+def _memory_file(name: str, content: bytes = b"") -> Iterator[int]:
+    """A file that is on no disk, which may be full, and under no name that others may use."""
+    descriptor = os.memfd_create(name)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _path(descriptor: int) -> str:
+    """The path of an open file, in this process and in those that inherit it."""
+    return f"/proc/self/fd/{descriptor}"
+
+
+def _emit(compiled: Any, symbol: str, host: Host, file: int) -> None:
     """Write a relocatable object with host code for the oldest processor of a kind.
+
+    The file is one in memory: LLVM ends the process if it cannot write all of it.
 
     ``compiled.export_to_c`` does the same for the processor that it runs on, AVX-512 included, and
     takes no other.
@@ -79,7 +115,7 @@ def _emit(compiled: Any, symbol: str, host: Host, path: Path) -> None:
     rename_tvm_ffi_function(module, original, symbol)
     compiled.export_provider.mlirExecutionEngine.dump_object_file_pic(
         module,
-        str(path),
+        _path(file),
         f"__tvm_ffi_{symbol}",
         host_triple=host.triple,
         host_cpu=host.cpu,

@@ -20,7 +20,8 @@ import torch
 
 import cute_quant
 from cute_quant.jit import disk_cache, keys, lookup, shared_objects, toolchain
-from cute_quant.jit.disk_cache import Cache, CacheRefused
+from cute_quant.jit.disk_cache import Cache
+from cute_quant.jit.trusted_files import Untrusted
 from cute_quant.kernels.config import Access, Domain, QuantizeSpec, SiluMulSpec, Tile
 from tests.helpers import FLOAT32, UE8M0
 
@@ -182,7 +183,8 @@ DAMAGES = {
     "truncated": lambda data: data[:-1],
     "empty": lambda data: b"",
     "foreign": lambda data: b"\x7fELF" + bytes(1000),
-    "another key": lambda data: shared_objects.seal(b"\x7fELF", {"key": "other"}),
+    "another key": lambda data: shared_objects.seal(b"\x7fELF", {**RECORD, "key": "other"}),
+    "name in the record": lambda data: data.replace(b"some-kernel", b"same-kernel"),
     "record": lambda data: shared_objects.seal(data, {}),
     "record without a name": lambda data: shared_objects.seal(data, {"key": KEY}),
     "record of numbers": lambda data: shared_objects.seal(data, {**RECORD, "key": KEY, "name": 1}),
@@ -196,7 +198,7 @@ DAMAGES = {
 def test_damaged_entries_are_discarded(directory, damage, caplog):
     store = Cache(directory, True)
     path = store.store(KEY, b"content", RECORD)
-    assert store.find(KEY) == path and not caplog.records
+    assert store.find(KEY) is not None and not caplog.records
     path.write_bytes(damage(path.read_bytes()))
     assert store.find(KEY) is None
     (record,) = caplog.records
@@ -229,7 +231,7 @@ def test_entries_that_others_may_write(directory, caplog):
     store = Cache(directory, True)
     store.store(KEY, b"content", RECORD).chmod(0o620)
     assert store.find(KEY) is None
-    assert "others may write to it" in caplog.text
+    assert "expected that only its owner may write to it, got mode 0620" in caplog.text
 
 
 def test_entries_that_are_links(directory, tmp_path, caplog):
@@ -238,7 +240,7 @@ def test_entries_that_are_links(directory, tmp_path, caplog):
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     assert store.find(KEY) is None
-    assert "it is a symbolic link" in caplog.text
+    assert "expected a regular file, got a symbolic link" in caplog.text
     assert (tmp_path / "elsewhere").exists()
 
 
@@ -253,27 +255,27 @@ def test_entries_that_are_no_files(directory, make, caplog):
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o1777])
 def test_directories_of_others_are_refused(directory, mode):
     directory.chmod(mode)
-    with pytest.raises(CacheRefused, match=f"has mode {mode:04o}: chmod 700 it"):
-        disk_cache.check_directory(directory)
+    with pytest.raises(Untrusted, match=f"has mode {mode:04o}: chmod 700 it"):
+        disk_cache.open_directory(directory)
 
 
 def test_directory_of_another_user(directory, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(CacheRefused, match=f"belongs to user {os.getuid()}: use one of your own"):
-        disk_cache.check_directory(directory)
+    with pytest.raises(Untrusted, match=f"belongs to user {os.getuid()}: use one of your own"):
+        disk_cache.open_directory(directory)
 
 
 def test_link_to_a_directory(directory, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(directory)
-    with pytest.raises(CacheRefused, match="is a symbolic link: name the directory itself"):
-        disk_cache.check_directory(link)
+    with pytest.raises(Untrusted, match="is a symbolic link: name the directory itself"):
+        disk_cache.open_directory(link)
 
 
 def test_file_instead_of_a_directory(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(CacheRefused, match="is not a directory"):
-        disk_cache.check_directory(tmp_path / "file")
+    with pytest.raises(NotADirectoryError, match="is not a directory"):
+        disk_cache.open_directory(tmp_path / "file")
 
 
 @pytest.mark.parametrize("through_link", [False, True])
@@ -285,12 +287,12 @@ def test_parents_that_anybody_may_write_to(tmp_path, through_link):
     if through_link:
         (tmp_path / "link").symlink_to(parent)
         named = tmp_path / "link" / "mine"
-    disk_cache.check_directory(named)
+    disk_cache.open_directory(named)
     parent.chmod(0o777)
-    with pytest.raises(CacheRefused, match=f"lies in {parent}, which anybody may write to"):
-        disk_cache.check_directory(named)
+    with pytest.raises(Untrusted, match=f"lies in {parent}, which anybody may write to"):
+        disk_cache.open_directory(named)
     parent.chmod(0o1777)
-    disk_cache.check_directory(named)
+    disk_cache.open_directory(named)
 
 
 def test_default_directory(monkeypatch, tmp_path):
@@ -322,8 +324,8 @@ def test_parents_that_others_may_change(tmp_path, change):
     if os.geteuid():
         pytest.skip("needs root")
     change(inner.parent)
-    with pytest.raises(CacheRefused, match=f"lies in {inner.parent}, which"):
-        disk_cache.check_directory(inner)
+    with pytest.raises(Untrusted, match=f"lies in {inner.parent}, which"):
+        disk_cache.open_directory(inner)
 
 
 @pytest.mark.parametrize("name", ["CUTE_DSL_KEEP", "CUTE_DSL_KEEP_PTX", "CUTE_DSL_PRINT_IR"])
@@ -457,7 +459,7 @@ def test_held_lock_stalls_no_call(directory):
 def test_failed_store_compiles_once(directory):
     full = """
 import errno, os
-def no_space(*arguments):
+def no_space(*arguments, **directories):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 os.replace = no_space
 """
