@@ -13,7 +13,10 @@ from cute_quant.jit.lookup import build, kernel
 from cute_quant.kernels.config import LANES, Spec
 from cute_quant.lab import binary_utilities
 
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)(.*?);", re.M)
+INSTRUCTION = re.compile(
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P(?:\d+|T)\s+)?([A-Z][\w.]*).*?;", re.MULTILINE
+)
+"""A line of SASS: address, predicate if any, mnemonic. PT and UPT are the constant predicates."""
 RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 
 SCHEDULERS_PER_SM = 4
@@ -104,13 +107,18 @@ def disassemble(kernel: Any, arch: str) -> MachineCode:
         text = binary_utilities.run("nvdisasm", "-c", cubin)
         usage = binary_utilities.run("cuobjdump", "--dump-resource-usage", cubin)
     resources = dict(RESOURCE.findall(usage))
-    opcodes = [op for op, _ in INSTRUCTION.findall(text)]
-    while opcodes[-1] == "NOP" or opcodes[-1] == "BRA":  # what pads the end to a cache line
-        opcodes.pop()
     return MachineCode(
-        tuple(opcodes),
+        opcodes(text),
         text,
         int(resources["REG"]),
         int(resources["STACK"]),
         int(resources["SHARED"]),
     )
+
+
+def opcodes(text: str) -> tuple[str, ...]:
+    """Return the mnemonics of a listing with their modifiers, without the padding at its end."""
+    found = INSTRUCTION.findall(text)
+    while found and found[-1] in ("NOP", "BRA"):  # the end is padded to a cache line
+        found.pop()
+    return tuple(found)
