@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import environment, stage_report, stream
+from bench import demo, environment, stage_report, stream
 from bench.names import CUTE_QUANT, PLAIN, STREAM, of_operation
 from bench.results import Result, Results
 from bench.run import Check, Run
@@ -180,3 +180,19 @@ def test_run_raises_our_errors(make_run):
     run = make_run(Provider(CUTE_QUANT, error=RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
         run.measure(ROWS, COLUMNS, run.providers)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.000412, "0.000412"), (0.0412, "0.0412"), (4.0, "4.00"), (23.45, "23.4"), (2345.6, "2,346")],
+)
+def test_significant_digits(number, text):
+    assert demo.significant(number) == text
+
+
+def test_the_demo_never_prints_a_time_of_nothing(monkeypatch, capsys):
+    seconds = iter(range(0, 1000, 50))
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: float(next(seconds)))
+    demo.call_time(torch.ones(4, 128, dtype=torch.bfloat16))
+    out = capsys.readouterr().out
+    assert "50,000,000 us, 0.0000000" in out and out.endswith(" GB/s\n")
