@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         names = ", ".join(architectures)
         task = "comparing with the reference" if gpu else "no GPU: compiling only"
         print(f"{len(kernels)} kernels for {names}, {task}", flush=True)
-    outcomes = []
+    outcomes: list[Outcome] = []
     for spec, arch in kernels:
         progress.bar(len(outcomes), len(kernels), f"{arch} {keys.spec_name(spec)}")
         outcomes.append(_outcome(spec, arch, gpu))

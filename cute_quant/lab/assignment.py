@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from cute_quant.contract.dtypes import BLOCK_GROUPS
 from cute_quant.kernels.config import LANES
@@ -22,7 +23,7 @@ SECTOR_BYTES = 32
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbours of a row that a thread holds.
+    """Values of a row that a thread holds, contiguous along k.
 
     Attributes:
         row, column: of the first one, in the CTA's tile.
@@ -120,17 +121,21 @@ def evaluated() -> Iterator[None]:
 
 def columns_of_lanes(layout: Layout) -> list[list[int]]:
     """(lane, value) -> column of the warp's tile, of the tiled copy that loads it."""
+    with evaluated():
+        columns, values = copy_layout(layout), layout.tile.values_per_thread
+        return [[columns((lane, v)) for v in range(values)] for lane in range(LANES)]
+
+
+def copy_layout(layout: Layout) -> Any:
+    """Return the CuTe layout of `columns_of_lanes`, where layouts are `evaluated`."""
     import cutlass.cute as cute
 
     from cute_quant.kernels import layouts
     from cute_quant.kernels.encodings import ELEMENT_TYPES
 
-    values = layout.tile.values_per_thread
-    with evaluated():
-        op, bits = cute.nvgpu.CopyUniversalOp(), 8 * layout.access.load_bytes
-        atom = cute.make_copy_atom(op, ELEMENT_TYPES[layout.dtype], num_bits_per_copy=bits)
-        thread_value = layouts.tiled_copy(atom, values).layout_tv_tiled
-        return [[thread_value((lane, v)) for v in range(values)] for lane in range(LANES)]
+    op, bits = cute.nvgpu.CopyUniversalOp(), 8 * layout.access.load_bytes
+    atom = cute.make_copy_atom(op, ELEMENT_TYPES[layout.dtype], num_bits_per_copy=bits)
+    return layouts.tiled_copy(atom, layout.tile.values_per_thread).layout_tv_tiled
 
 
 def places_of_warps(layout: Layout) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""python -m cute_quant layout: show a layout, try one, sweep over many, report what came of it."""
+"""python -m cute_quant layout: show a layout, try one, sweep over many, report a sweep."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from cute_quant.kernels.config import LOAD_HINTS, ORDERS
 
 SHAPES = "256x7168,2048x7168,16384x7168"
 NUMBERS = {
-    "threads_per_group": "threads that share a group of values and its scale",
-    "values_per_thread": "neighbours of a row that a thread holds, group_size / threads_per_group",
-    "rows_per_thread": "rows of a thread, their loads in flight at once",
-    "row_warps": "warps of a CTA below each other, each with rows of its own",
-    "column_warps": "warps of a CTA beside each other, each with columns of its own",
-    "load_bytes": "bytes that a thread loads at once",
+    "threads_per_group": "threads that hold a group of values",
+    "values_per_thread": "values of a thread, contiguous along k, group_size / threads_per_group",
+    "rows_per_thread": "rows of a thread, whose loads are in flight together",
+    "row_warps": "warps of a CTA along M, each with rows of its own",
+    "column_warps": "warps of a CTA along N, each with columns of its own",
+    "load_bytes": "bytes of a load of a thread",
 }
 WORDS = {
-    "warp_order": ("which way the warps of a CTA follow each other", ORDERS),
-    "cta_order": ("which way CTAs follow each other", ORDERS),
-    "load_hint": ("what a load says of its data", LOAD_HINTS),
+    "warp_order": ("rasterization order of the warps of a CTA", ORDERS),
+    "cta_order": ("rasterization order of CTAs", ORDERS),
+    "load_hint": ("cache hint of the loads", LOAD_HINTS),
 }
 PROGRAM = "python -m cute_quant layout"
 FORMAT = {"format": "DEEP_GEMM", "dtype": "bf16"}
@@ -37,7 +37,7 @@ MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``layout``, for `run`."""
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    show = commands.add_parser("show", help="draw who holds what")
+    show = commands.add_parser("show", help="draw a thread-value layout")
     _add_choices(show, many=False)
     show.add_argument("--output", "-o", metavar="FILE", help=".txt, .svg, .png or .html")
     show.add_argument("--mn", type=int, help="rows of the input whose scales are drawn")

@@ -1,4 +1,4 @@
-"""A layout to try: all choices of a kernel that concern who holds what, and how it is moved."""
+"""A layout: the choices of a kernel for its threads, values and memory accesses."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Layout:
 
     @property
     def packs(self) -> float:
-        """Columns of scales that a CTA writes beside each other: packed words, or float32."""
+        """Return the columns of scales that a CTA stores: packed words, or float32."""
         groups = self.tile.column_warps * self.tile.groups(self.fmt.group_size)
         return groups / self.fmt.groups_per_column
 

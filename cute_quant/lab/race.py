@@ -1,4 +1,4 @@
-"""Time layouts on a GPU beside the default: the same memory, in turn, the same bits."""
+"""Time layouts on a GPU relative to the default: same memory, interleaved replays, same bits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Time:
 
     Attributes:
         seconds: of the layout, the median of the replays.
-        default_seconds: of the default, measured in turn with it.
+        default_seconds: of the default, its replays interleaved with the layout's.
     """
 
     seconds: float

@@ -1,4 +1,4 @@
-"""Try many layouts: what their machine code says, and on a GPU their time beside the default's."""
+"""Try many layouts: read their machine code, and on a GPU time them relative to the default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time GPU work: CUDA graphs of launches over rotating buffers, replayed in turn."""
+"""Time GPU work: CUDA graphs of launches over rotating buffers, with interleaved replays."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def launch_count(bytes_per_call: int) -> int:
 
 
 def capture(calls: Sequence[Callable[[], object]], launches: int = MIN_LAUNCHES) -> Graph:
-    """A graph that runs `calls` in turn, `launches` of them.
+    """Capture a graph of `launches` calls that cycles through `calls`.
 
     Each runs once before: a first call may compile or load a module, which no capture allows.
     """
@@ -94,7 +94,7 @@ def warm_up() -> None:
 
 
 def measure(graphs: Mapping[Hashable, Graph], replays: int = REPLAYS) -> dict[Hashable, Timing]:
-    """Time graphs, alternating between them; each round starts with the next."""
+    """Time graphs with interleaved replays; each round starts with another graph."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     seconds: dict[Hashable, list[float]] = {key: [] for key in graphs}
     keys = list(graphs)

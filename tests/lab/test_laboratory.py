@@ -339,7 +339,7 @@ def test_formats_of_the_command_line(fmt, capsys):
 
 def test_show(capsys, tmp_path):
     assert command.main(["show", "--threads-per-group", "4"]) == 0
-    assert "4 threads share a group of 128" in capsys.readouterr().out
+    assert "4 threads hold a group of 128" in capsys.readouterr().out
     path = tmp_path / "layout.html"
     assert command.main(["show", "--column-warps", "2", "-o", str(path)]) == 0
     assert "layout show --column-warps 2 -o " in path.read_text()
@@ -351,7 +351,7 @@ def test_a_page_names_the_command_that_draws_it_again(capsys, tmp_path):
     choices += ["--dtype", "fp32", "--mn", "6", "--k", "512"]
     assert command.main(["show", *choices, "-o", str(path)]) == 0
     page = path.read_text(encoding="utf-8")
-    (line,) = re.findall(r"compiled with: <code>(.*)</code>", page)
+    (line,) = re.findall(r"Written by <code>(.*)</code>", page)
     program, arguments = command.PROGRAM.split(), shlex.split(html.unescape(line))
     assert arguments == [*program, "show", *choices, "-o", str(path)]
     assert command.main(arguments[len(program) :]) == 0
