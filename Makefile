@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench sass sass-diff clean
+.PHONY: demo test lint bench figures sass sass-diff clean
 
 demo: $(READY)
 	@$(BIN)/python -m bench.demo
@@ -20,6 +20,10 @@ lint: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m bench $(ARGS)
+
+# Every figure and table of the documents, from bench/results and docs/layouts. No GPU needed.
+figures: $(READY)
+	@$(BIN)/python -m bench.figures
 
 sass: $(READY)
 	@$(BIN)/python -m bench.sass

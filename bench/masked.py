@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import environment, stream
+from bench import environment, report, stream
 from bench.problem import FLOAT32, POISON, UE8M0
 from bench.shapes import MAIN_COLUMN
 from cute_quant import (
@@ -411,6 +411,18 @@ def line(result: Result) -> str:
     )
 
 
+def table_row(result: Result) -> str:
+    """Return a row of a table for Markdown."""
+    own, baseline = result.seconds, result.dense_seconds
+    cells = [result.name, str(result.rows), report.microseconds(own)]
+    if baseline is None:
+        cells += ["", ""]
+    else:
+        cells += [report.microseconds(baseline), f"{own / baseline:.2f}"]
+    cells.append(f"{own / result.stream_seconds:.2f}")
+    return f"| {' | '.join(cells)} |"
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.masked",
@@ -422,6 +434,7 @@ def parse() -> argparse.Namespace:
     add("--rows", type=_numbers, default=ROWS, metavar="M,...", help="of calls without experts")
     add("--experts", type=_pairs, default=EXPERTS, metavar="E:MAX_M,...", help="default: all")
     add("--output", type=Path, metavar="FILE", help="JSON lines: the machine, then the results")
+    add("--commit", help="name of the measured version, where there is no git to ask")
     return parser.parse_args()
 
 
@@ -438,7 +451,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("bench.masked: needs a CUDA GPU of compute capability 9.0, 10.0 or 10.3")
     torch.manual_seed(0)
-    machine = environment.describe()
+    machine = environment.describe("python -m bench.masked", options.commit)
     print(f"{machine['gpu']}, {machine['commit']}, k = {options.columns}, microseconds a call")
     cases = [
         *(case for pair in options.experts for case in masked_cases(*pair, options.columns)),

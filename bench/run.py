@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -75,11 +73,7 @@ class Run:
         """
         self.make_problem = make_problem
         self.providers = list(providers)
-        machine = environment.describe()
-        # Paths on the machine are not part of the measurement.
-        machine["command"] = " ".join([program, *(Path(word).name for word in sys.argv[1:])])
-        machine["commit"] = commit or machine["commit"]
-        self.results = Results(machine)
+        self.results = Results(environment.describe(program, commit))
         self.wrong = False
 
     def measure(self, mn: int, k: int, providers: Iterable[Provider]) -> None:

@@ -149,7 +149,7 @@ def main() -> None:
         sys.exit("bench.tune_stages: needs a CUDA GPU of compute capability 9.0, 10.0 or 10.3")
     torch.manual_seed(0)
     start = time.perf_counter()
-    machine = environment.describe()
+    machine = environment.describe("python -m bench.tune_stages", None)
     print(f"{machine['gpu']}, {machine['commit']}, {options.launch}", flush=True)
     pdl = options.launch == PDL
     timing.warm_up()

@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     many.add_argument("--shapes", default=SHAPES, help="MNxK,... of the inputs to time")
     many.add_argument("--json", metavar="FILE", type=Path, help="write what `report` reads")
     many.add_argument("--plot", metavar="FILE", type=Path, help="write a plot, .svg or .png")
+    many.add_argument("--commit", metavar="NAME", help="name of the measured version, for reports")
     report = commands.add_parser("report", help="print what a sweep wrote")
     report.add_argument("file", metavar="FILE", type=Path)
     report.add_argument("--markdown", action="store_true", help="print a table for Markdown")
@@ -158,7 +159,7 @@ def _sweep(options: argparse.Namespace) -> None:
     else:
         found = layout.around_the_default(fmt, dtype)
     trials = sweep(found, shapes, _progress)
-    data = to_json(trials)
+    data = to_json(trials, options.commit)
     if options.json:
         options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     _print(trials, data, options.plot, markdown=False)
@@ -183,6 +184,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _print(trials: list, data: dict[str, Any], plot: Path | None, markdown: bool) -> None:
     from cute_quant.lab import report
+    from cute_quant.lab.sweep import origin
 
     if markdown:
         print(report.markdown_table(trials))
@@ -192,7 +194,7 @@ def _print(trials: list, data: dict[str, Any], plot: Path | None, markdown: bool
         )
     if plot is None:
         return
-    drawing = report.plot(trials, f"{data['gpu']}, torch {data['torch']}, {data['date']}")
+    drawing = report.plot(trials, origin(data))
     if plot.suffix == ".svg":
         plot.write_text(drawing.svg(), encoding="utf-8")
     else:

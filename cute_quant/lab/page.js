@@ -320,8 +320,9 @@ function fillChoices() {
   const refused = change => !Array.isArray(data.tiles[tileKey({...chosen, ...change})]);
   const fill = (name, options, current) => {
     select[name].replaceChildren(...options.map(([value, change]) => {
-      const option = new Option(value + (refused(change) ? " (refused)" : ""), value);
-      option.selected = value === current;
+      const other = value !== current;
+      const option = new Option(value + (other && refused(change) ? " (refused)" : ""), value);
+      option.selected = !other;
       return option;
     }));
   };

@@ -64,7 +64,7 @@ def tile_picture(layout: Layout, threads: list[Thread]) -> Drawing:
         Words(
             MARGIN,
             62,
-            f"{layout.tile.row_warps} warps along M, {layout.tile.column_warps} along N. In a box: "
+            f"Warps along M: {layout.tile.row_warps}, N: {layout.tile.column_warps}. In a box: "
             f"warp and lane. Ticks: {layout.access.load_bytes} bytes, one load where the GPU has "
             "it.",
             12,

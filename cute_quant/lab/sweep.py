@@ -100,12 +100,18 @@ def _race(trial: Trial, tracks: Sequence[race.Track]) -> None:
         trial.microseconds[track.mn, track.k] = time.seconds * 1e6
 
 
-def to_json(trials: Sequence[Trial]) -> dict[str, Any]:
-    """Return trials as `from_json` reads them."""
+def to_json(trials: Sequence[Trial], commit: str | None = None) -> dict[str, Any]:
+    """Return trials as `from_json` reads them.
+
+    Args:
+        trials: at least one.
+        commit: name of the measured version.
+    """
     fmt, dtype = trials[0].layout.fmt, trials[0].layout.dtype
     names = {value: name for name, value in DTYPES.items()}
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": commit,
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "format": fmt.text,
@@ -123,6 +129,12 @@ def to_json(trials: Sequence[Trial]) -> dict[str, Any]:
             for t in trials
         ],
     }
+
+
+def origin(data: dict[str, Any]) -> str:
+    """Return where, when and of which version the trials of `to_json` were measured."""
+    commit = data.get("commit") or "not recorded"
+    return f"{data['gpu']}, torch {data['torch']}, {data['date']}, commit {commit}"
 
 
 def from_json(data: dict[str, Any]) -> list[Trial]:

@@ -1,5 +1,7 @@
 """Benchmarks: checks of results, and verdicts on targets."""
 
+import types
+
 import pytest
 import torch
 
@@ -135,7 +137,7 @@ class Provider:
 @pytest.fixture
 def make_run(monkeypatch):
     """Make runs that capture and measure nothing."""
-    monkeypatch.setattr(environment, "describe", lambda: {"commit": None})
+    monkeypatch.setattr(environment, "describe", lambda program, commit: {"commit": commit})
     monkeypatch.setattr(timing, "capture", lambda calls, launches: timing.Graph(None, launches, ()))
     monkeypatch.setattr(
         timing, "measure", lambda graphs: {key: timing.Timing((1.0, 2.0, 3.0)) for key in graphs}
@@ -145,8 +147,19 @@ def make_run(monkeypatch):
     )
 
 
-def test_run_measures_what_is_right(make_run, monkeypatch, capsys):
+def test_a_machine_names_its_commit_and_the_command_without_paths(monkeypatch):
+    properties = types.SimpleNamespace(name="GPU", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr("sys.argv", ["bench", "--rows", "1,2", "--output", "some/place/out"])
+    machine = environment.describe("python -m bench", "abc")
+    assert (machine["gpu"], machine["commit"]) == ("GPU", "abc")
+    assert machine["command"] == "python -m bench --rows 1,2 --output out"
+    monkeypatch.setattr(environment, "current_commit", lambda: "def")
+    assert environment.describe("python -m bench", None)["commit"] == "def"
+
+
+def test_run_measures_what_is_right(make_run, capsys):
     wrong, fails = Provider("a", "1 value"), Provider("b", error=RuntimeError("no\nmore"))
     right, ours = Provider(STREAM), Provider(CUTE_QUANT)
     run = make_run(wrong, fails, right, ours)
@@ -154,7 +167,6 @@ def test_run_measures_what_is_right(make_run, monkeypatch, capsys):
         run.measure(ROWS, k, run.providers)
     assert run.providers == [wrong, right, ours] and not run.wrong
     assert run.results.machine["commit"] == "abc"
-    assert run.results.machine["command"] == "bench --rows 1,2 --output out"
     for k in (128, 256):
         found = {result.provider: result for result in run.results if result.k == k}
         assert list(found) == ["a", STREAM, CUTE_QUANT]

@@ -24,10 +24,11 @@ from cute_quant.lab import (
     pictures,
     report,
 )
+from cute_quant.lab.drawing import Box, Words
 from cute_quant.lab.examination import ELEMENTS
 from cute_quant.lab.layout import around_the_default
 from cute_quant.lab.machine_code import GPUS, MachineCode, machine_code
-from cute_quant.lab.sweep import Trial, from_json, to_json
+from cute_quant.lab.sweep import Trial, from_json, origin, to_json
 from tests.helpers import FLOAT32, UE8M0
 
 ROW_MAJOR = GROUPWISE_FP8.replace(group_size=64)
@@ -277,6 +278,20 @@ def trials(*ratios: float) -> list[Trial]:
         trial.ratios[256, 7168] = ratio
         trial.microseconds[256, 7168] = 4.0 * ratio
     return found
+
+
+def test_the_legend_of_a_plot_lies_below_its_source():
+    source = "a GPU of some length, torch 2.11.0+cu130, 2026-11-26, commit 0123456789ab"
+    drawing = report.plot(trials(1.0, 1.25), source)
+    text = next(p for p in drawing.parts if isinstance(p, Words) and p.text == source)
+    legend = next(p for p in drawing.parts if isinstance(p, Box))
+    assert legend.y > text.y and legend.y + legend.height < report.PLOT_HEADER - 20
+
+
+def test_a_sweep_names_its_version():
+    data = to_json(trials(1.0), "0123456789ab")
+    assert origin(data).endswith(", commit 0123456789ab")
+    assert origin(to_json(trials(1.0))).endswith(", commit not recorded")
 
 
 def test_json_keeps_trials():
