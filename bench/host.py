@@ -28,7 +28,7 @@ WARM_UP_BATCHES = 5
 
 
 def measure() -> dict[str, float]:
-    """Seconds a call on a small input, whose kernels never hold the host up."""
+    """Return the seconds of a call on a small input, whose kernels never hold the host up."""
     x = torch.randn(SHAPE, dtype=torch.bfloat16, device="cuda")
     out = quantize(x)
     functions: dict[str, Callable[[], object]] = {

@@ -61,7 +61,7 @@ HOST_TARGETS = (
 
 
 def verdicts(results: Results) -> list[str]:
-    """A line for each target that the results can judge, those of the host too."""
+    """Return a line for each target that the results can judge, those of the host too."""
     lines = target_verdicts(results, TARGETS)
     for name, base, bound in HOST_TARGETS:
         if name in results.host and base in results.host:
@@ -77,8 +77,8 @@ def header_line(providers: Sequence[str]) -> str:
 
 
 def result_line(results: Results, mn: int, k: int, launch: str, providers: Sequence[str]) -> str:
-    """Microseconds of each provider and, but for the ceiling, times of the ceiling; bytes a
-    second of cute_quant."""
+    """Return microseconds of each provider, their ratios to the ceiling's, and the bytes a second
+    of cute_quant."""
     found = [results.get(name, launch, mn, k) for name in providers]
     cells = "".join(f"{_cell(results, r):>{CELL}}" for r in found)
     spread = max((r.spread for r in found if r), default=0)
@@ -109,7 +109,7 @@ def markdown(results: Results) -> str:
 
 
 def origin_lines(machine: dict) -> list[str]:
-    """Where and how results were measured, for a document."""
+    """Return where and how results were measured, for a document."""
     return [*machine_lines(machine), f"`{machine.get('command')}`", ""]
 
 
@@ -135,7 +135,7 @@ def table_lines(results: Results, columns: Sequence[int] | None = None) -> list[
 
 
 def _quantizers(results: Results) -> list[str]:
-    """Providers of the packed bf16 quantizer, and the ceiling."""
+    """Return providers of the packed bf16 quantizer, and the ceiling."""
     return [n for n in results.providers() if n not in (FLOAT16_INPUT, FLOAT32_SCALES)]
 
 
@@ -178,7 +178,7 @@ def draw(results: Results, path: Path, k: int) -> None:
 
 
 def origin(machine: dict) -> str:
-    """Where and when a plot's results were measured."""
+    """Return where and when a plot's results were measured."""
     date = str(machine.get("date")).split(" ")[0]
     return f"{machine.get('gpu')}, {date}, commit {machine.get('commit') or 'unknown'}"
 
@@ -238,7 +238,7 @@ def panels(results: Results, k: int, time: Axes, share: Axes) -> None:
 
 
 def _sparse(rows: Sequence[int]) -> list[int]:
-    """Rows far enough from each other that their labels do not touch."""
+    """Return rows far enough from each other that their labels do not touch."""
     kept: list[int] = []
     for mn in rows:
         if not kept or mn >= 4 * kept[-1]:

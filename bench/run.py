@@ -46,13 +46,13 @@ class Provider(Protocol):
     ours: bool
 
     def calls(self, problem: Problem) -> list[Callable[[], object]]:
-        """A call on each buffer."""
+        """Return a call on each buffer."""
 
     def check(self, problem: Problem) -> Check:
         """Run on poisoned outputs, and compare with the reference."""
 
     def bytes_moved(self, problem: Problem) -> int:
-        """By one call."""
+        """Return the bytes that one call moves."""
 
 
 class Run:
@@ -135,6 +135,6 @@ def say(*lines: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
+    """Return the kind of an error and the first line of what it says."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{len(kernels)} kernels for {names}, {task}", flush=True)
     outcomes: list[Outcome] = []
     for spec, arch in kernels:
-        progress.bar(len(outcomes), len(kernels), f"{arch} {keys.spec_name(spec)}")
+        progress.bar(len(outcomes), len(kernels), f"{arch} {spec.kernel}")
         outcomes.append(_outcome(spec, arch, gpu))
         progress.end_bar()
         if not options.json:

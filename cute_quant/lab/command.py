@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_choices(parser: argparse.ArgumentParser, many: bool) -> None:
-    """Options for what `make_layout` takes; `many` of each, separated by commas."""
+    """Add options for what `make_layout` takes; `many` of each, separated by commas."""
     suffix = ",..." if many else ""
     group = parser.add_argument_group("layout")
     for name, what in NUMBERS.items():
@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The same for a command line of its own."""
+    """Run a command line."""
     parser = argparse.ArgumentParser(PROGRAM, description=__doc__)
     add_arguments(parser)
     return run(parser.parse_args(arguments))
@@ -116,7 +116,7 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """That draws the same again, without what is as by default."""
+    """Return the command that draws the same again, without the defaults."""
     given = _chosen(options)
     for name in (*FORMAT, "mn", "k"):
         value = getattr(options, name)
@@ -202,9 +202,11 @@ def _print(trials: list, data: dict[str, Any], plot: Path | None, markdown: bool
 
 
 def _check_plot(path: Path | None) -> None:
-    """Raises:
-    ModuleNotFoundError: it is to be a PNG, and matplotlib is not installed.
-    ValueError: it is to be something else.
+    """Check that a plot can be written.
+
+    Raises:
+        ModuleNotFoundError: it is to be a PNG, and matplotlib is not installed.
+        ValueError: it is to be something else.
     """
     if path is None:
         return
@@ -215,7 +217,7 @@ def _check_plot(path: Path | None) -> None:
 
 
 def _check_writable(path: Path | None) -> None:
-    """Before minutes of work, raise the OSError that writing a file would raise after them."""
+    """Raise the OSError that writing a file would raise after minutes of work."""
     if path is None:
         return
     existed = path.exists() or path.is_symlink()
@@ -225,7 +227,7 @@ def _check_writable(path: Path | None) -> None:
 
 
 def _progress(done: int, of: int, name: str) -> None:
-    """A bar in a terminal, else a line for each layout."""
+    """Show a bar in a terminal, elsewhere a line for each layout."""
     filled = BAR * done // of
     bar = f"[{'#' * filled}{'.' * (BAR - filled)}] {done}/{of} {name}"
     if sys.stderr.isatty():

@@ -118,7 +118,7 @@ class Drawing:
         return "\n".join(lines) + "\n"
 
     def png(self) -> bytes:
-        """The drawing as PNG, on light paper.
+        """Return the drawing as PNG, on light paper.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
@@ -168,7 +168,7 @@ def stacked(title: str, drawings: Iterable[Drawing], gap: float = 18) -> Drawing
 
 
 def style_sheet(scope: str) -> str:
-    """CSS that gives the names of colours in `scope` their values, as the reader prefers them."""
+    """Return CSS that defines the colours in `scope`, light or dark as the reader prefers."""
     light, dark = (
         "".join(f"--{name}:{value};" for name, value in colours.items())
         for colours in (LIGHT, DARK)

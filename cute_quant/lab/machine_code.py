@@ -44,7 +44,7 @@ class Gpu:
     widest_load: int
 
     def issue_budget(self, bytes_per_warp: float) -> int:
-        """Instructions that a warp may issue in the time its bytes take, all warps together."""
+        """Return how many instructions a warp may issue while memory moves its bytes."""
         warps = self.bandwidth / bytes_per_warp
         return round(self.sms * SCHEDULERS_PER_SM * self.clock / warps)
 
@@ -74,7 +74,7 @@ class MachineCode:
     shared: int
 
     def count(self, *prefixes: str) -> int:
-        """Instructions whose mnemonic is a prefix or goes on after it with a dot."""
+        """Return how many instructions have a prefix as mnemonic, or before a dot."""
         return sum(
             op == prefix or op.startswith(prefix + ".")
             for op in self.opcodes
@@ -82,7 +82,7 @@ class MachineCode:
         )
 
     def resident_warps(self, warps_per_cta: int) -> int:
-        """Warps of such CTAs that an SM has registers and places for at once."""
+        """Return the warps of such CTAs that an SM has registers and places for."""
         registers = -(-self.registers // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
         warps = min(WARPS_PER_SM, REGISTERS_PER_SM // (registers * LANES))
         return min(warps // warps_per_cta, CTAS_PER_SM) * warps_per_cta
@@ -95,7 +95,7 @@ def machine_code(spec: Spec, arch: str) -> MachineCode:
 
 
 def disassemble(kernel: Any, arch: str) -> MachineCode:
-    """The same for a kernel as `lookup.build` takes it.
+    """Compile and disassemble a kernel as `lookup.build` takes it.
 
     Raises:
         FileNotFoundError: nvdisasm or cuobjdump is not installed.

@@ -25,12 +25,12 @@ MAX_STRIPS = 16
 
 
 def example_rows(layout: Layout) -> int:
-    """Rows of an input that show one CTA, some rows of the next, and padding."""
+    """Return the rows of an input that show a CTA, some rows of the next, and padding."""
     return layout.tile.rows + 2
 
 
 def example_columns(layout: Layout) -> int:
-    """Columns of an input that show one CTA, a group of the next, and unused bytes of a word."""
+    """Return the columns of an input that show a CTA, a group of the next, and unused bytes."""
     multiple = max(layout.column_multiple, layout.fmt.group_size)
     return layout.cta_columns + multiple
 

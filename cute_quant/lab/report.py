@@ -17,7 +17,7 @@ PLOT_WIDTH, PLOT_LABEL, PLOT_ROW, PLOT_HEADER = 1000, 330, 28, 108
 
 
 def columns(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a row of cells for each trial."""
+    """Return headings, and a row of cells for each trial."""
     architectures = [arch for arch in SHORT if any(arch in t.code for t in trials)]
     shapes = shapes_of(trials)
     headings = ["layout", "rows x packs a CTA"]
@@ -55,7 +55,7 @@ def _code_cells(trial: Trial, architectures: Sequence[str]) -> list[str]:
 
 
 def shapes_of(trials: Sequence[Trial]) -> list[tuple[int, int]]:
-    """That anything was timed with, in order."""
+    """Return the shapes that anything was timed with, in order."""
     return list(dict.fromkeys(shape for t in trials for shape in t.ratios))
 
 
@@ -92,7 +92,7 @@ def markdown_table(trials: Sequence[Trial]) -> str:
 
 
 def text_plot(trials: Sequence[Trial]) -> str:
-    """Bars of the time for the last shape, or without times of the issue slots on SM100."""
+    """Return bars of the time for the last shape, or without times of the issue slots on SM100."""
     title, values = _plotted(trials)
     width = max(len(t.layout.name) for t in trials)
     top = max((value for value in values if value), default=1.0)

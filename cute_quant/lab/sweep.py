@@ -20,7 +20,7 @@ SHAPES = ((256, 7168), (2048, 7168), (16384, 7168))
 """Shapes of inputs whose buffers together exceed the L2 cache of an H100."""
 
 Progress = Callable[[int, int, str], None]
-"""Told of how many of how many are done, and what comes next."""
+"""Callback with the count of done layouts, that of all, and the name of the next one."""
 
 
 @dataclasses.dataclass
@@ -83,7 +83,7 @@ def sweep(
         try:
             _race(trial, tracks)
         except (RuntimeError, ValueError) as error:
-            # Of one layout: others may do.
+            # One layout fails; others may not.
             trial.failure = " ".join(str(error).split()) or type(error).__name__
     progress(len(trials), len(trials), "done")
     return trials
@@ -138,9 +138,11 @@ def origin(data: dict[str, Any]) -> str:
 
 
 def from_json(data: dict[str, Any]) -> list[Trial]:
-    """Raises:
-    ArithmeticError, AttributeError, LookupError, TypeError, ValueError: `data` is not what
-        `to_json` makes.
+    """Return the trials that `to_json` wrote.
+
+    Raises:
+        ArithmeticError, AttributeError, LookupError, TypeError, ValueError: `data` is not what
+            `to_json` makes.
     """
     for name in ("gpu", "torch", "date"):
         data[name]  # A plot names them.

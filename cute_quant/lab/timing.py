@@ -58,13 +58,13 @@ class Timing:
 
 
 def buffer_count(bytes_per_call: int) -> int:
-    """Buffers to rotate so that a call finds none of its data in the L2 cache, as far as
+    """Return buffers to rotate so that a call finds none of its data in the L2 cache, as far as
     ``MAX_BUFFERS`` go: small activations come from the L2 cache in a model too."""
     return max(2, min(MAX_BUFFERS, -(-ROTATION_BYTES // bytes_per_call)))
 
 
 def launch_count(bytes_per_call: int) -> int:
-    """Calls to capture in one graph."""
+    """Return calls to capture in one graph."""
     seconds = ASSUMED_LAUNCH_SECONDS + bytes_per_call / ASSUMED_BYTES_PER_SECOND
     return max(MIN_LAUNCHES, min(MAX_LAUNCHES, round(GRAPH_SECONDS / seconds)))
 
@@ -111,5 +111,5 @@ def measure(graphs: Mapping[Hashable, Graph], replays: int = REPLAYS) -> dict[Ha
 
 
 def median_seconds(graphs: Mapping[Hashable, Graph]) -> dict[Hashable, float]:
-    """Seconds a call for each graph, the median over replays that alternate between them."""
+    """Return seconds a call for each graph, the median over replays that alternate between them."""
     return {key: timing.median for key, timing in measure(graphs).items()}
