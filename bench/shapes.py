@@ -26,7 +26,7 @@ QUICK_COLUMNS = (MAIN_COLUMN,)
 
 
 def bytes_moved(mn: int, k: int, fmt: Format) -> int:
-    """Return the bytes that a quantizer reads and writes for an (mn, k) input of 16-bit elements."""
+    """Return the bytes that a quantizer moves for an (mn, k) input of 16-bit elements."""
     return mn * k * 3 + mn * (k // fmt.group_size) * fmt.scale_dtype.itemsize
 
 

@@ -360,6 +360,11 @@ def test_fits_and_is_legible(chromium, files, view, lanes):
         "/ n.ownerSVGElement.viewBox.baseVal.width)"
     )
     assert min(sizes) >= 9
+    narrowest = chromium.evaluate(
+        "Math.min(...[...document.querySelectorAll('[data-t]')]"
+        ".map(n => n.getBoundingClientRect().width))"
+    )
+    assert narrowest >= 18, "a box has room for its lane"
     colours = chromium.evaluate(
         "['--ink', '--muted', '--paper', '--a0', '--b0', '--a1', '--b1', '--a2', '--b2', '--a3',"
         "'--b3'].map(n => getComputedStyle(document.documentElement).getPropertyValue(n))"
