@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS := .venv-docs
 
-.PHONY: demo test test-all fuzz lint docs bench sass sass-diff clean
+.PHONY: demo test test-all fuzz lint docs bench figures sass sass-diff clean
 
 demo: $(READY)
 	@$(BIN)/python -m bench.demo
@@ -38,6 +38,10 @@ $(DOCS)/.ready: docs/requirements.txt
 
 bench: $(READY)
 	@$(BIN)/python -m bench $(ARGS)
+
+# Every figure and table of the documents, from bench/results and docs/layouts. No GPU needed.
+figures: $(READY)
+	@$(BIN)/python -m bench.figures
 
 sass: $(READY)
 	@$(BIN)/python -m bench.sass

@@ -1,9 +1,10 @@
 """Measure the quantizer beside its peers and the ceiling.
 
-    python -m bench [--quick] [--vllm WHEEL_OR_DIRECTORY]... [--output DIR]
+    python -m bench [--quick] [--vllm WHEEL_OR_DIRECTORY]... [--output FILE]
 
-Prints a table as it goes, then the verdict on each target, and writes results.jsonl and
-results.png. Every provider's output is compared with the reference to the bit before it is timed.
+Prints a table as it goes, then the verdict on each target, and writes the results as JSON lines.
+`make figures` draws those of bench/results and renews the tables of the documents. Every provider's
+output is compared with the reference to the bit before it is timed.
 A time is that of one call in a CUDA graph of calls over rotating buffers, the median over replays
 that alternate between providers; spread is the widest interquartile range in the row.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from bench import host, report, shapes
+from bench import report, shapes
 from bench.names import LAUNCHES
 from bench.problem import Problem
 from bench.providers import NAMES, create
@@ -27,7 +28,7 @@ from bench.run import Run, first_line, say
 from bench.shapes import positive_numbers
 from cute_quant.lab import timing
 
-DEFAULT_OUTPUT = Path("build/bench")
+DEFAULT_OUTPUT = Path("build/bench.jsonl")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -67,7 +68,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="a vLLM wheel, a site-packages that has it, or what bench.vllm_wheel extracted; "
         "may be repeated",
     )
-    add("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default: %(default)s")
+    add("--output", type=Path, default=DEFAULT_OUTPUT, metavar="FILE", help="default: %(default)s")
     add("--commit", help="name of the measured version, where there is no git to ask")
     options = parser.parse_args(arguments)
     unknown = set(options.providers or ()) - set(NAMES)
@@ -104,7 +105,7 @@ def main() -> None:
         "microseconds a call, and how many times those of the kernel that only moves the bytes "
         "(stream)",
     )
-    path = options.output / "results.jsonl"
+    path = options.output
     names = list(dict.fromkeys(provider.name for provider in providers))
     everywhere = options.providers is not None or len(columns) == 1
     timing.warm_up()
@@ -115,17 +116,8 @@ def main() -> None:
             run.measure(mn, k, [p for p in run.providers if all_of_them or p.everywhere])
             say(*(report.result_line(results, mn, k, launch, names) for launch in launches))
             results.write(path)
-    results.host = host.measure()
-    results.write(path)
-    say("", *host.lines(results.host), "", *report.verdicts(results))
+    say("", *report.verdicts(results))
     say("", f"{time.perf_counter() - start:.0f} s", str(path))
-    columns = results.columns()
-    k = shapes.MAIN_COLUMN if shapes.MAIN_COLUMN in columns else columns[-1]
-    try:
-        report.draw(results, path.with_suffix(".png"), k)
-        say(str(path.with_suffix(".png")))
-    except ImportError:
-        say(f"no matplotlib here; draw the plot anywhere with python -m bench.report {path}")
     if run.wrong:
         sys.exit("bench: cute_quant differs from the reference")
 

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -20,8 +21,13 @@ PACKAGES = (
 )
 
 
-def describe() -> dict[str, object]:
-    """The current GPU and everything else that a number depends on."""
+def describe(program: str, commit: str | None) -> dict[str, object]:
+    """Return the current GPU and everything else that a number depends on.
+
+    Args:
+        program: how the benchmark is called, without its arguments.
+        commit: name of the measured version, where there is no git to ask.
+    """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "gpu": properties.name,
@@ -32,7 +38,9 @@ def describe() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "versions": {name: package_version(name) for name in PACKAGES},
-        "commit": commit(),
+        "commit": commit or current_commit(),
+        # Paths on the machine are not part of the measurement.
+        "command": " ".join([program, *(Path(word).name for word in sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -51,8 +59,8 @@ def driver_version() -> str | None:
     return versions.splitlines()[0] if versions else None
 
 
-def commit() -> str | None:
-    """The commit of this checkout, marked where files differ from it."""
+def current_commit() -> str | None:
+    """Return the commit of this checkout, marked where files differ from it."""
     root = Path(__file__).parent
     head = _output(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])
     changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])

@@ -1,20 +1,24 @@
 """Host time of a call: what the CPU spends before the GPU has work.
 
-    python -m bench.host
+    python -m bench.host [--output FILE]
 
-Batches of calls alternate between the functions; each number is the median batch.
+Batches of the functions are interleaved; each number is the median batch.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from bench import environment, report
 from bench.names import EMPTY_LIKE, LAUNCH, NEG, QUANTIZE, QUANTIZE_OUT
+from bench.results import Results, machine_lines
 from cute_quant import bind, quantize
 
 SHAPE = (16, 7168)
@@ -24,7 +28,7 @@ WARM_UP_BATCHES = 5
 
 
 def measure() -> dict[str, float]:
-    """Seconds a call on a small input, whose kernels never hold the host up."""
+    """Return the seconds of a call on a small input, whose kernels never hold the host up."""
     x = torch.randn(SHAPE, dtype=torch.bfloat16, device="cuda")
     out = quantize(x)
     functions: dict[str, Callable[[], object]] = {
@@ -49,7 +53,7 @@ def measure() -> dict[str, float]:
 
 
 def lines(seconds: dict[str, float]) -> list[str]:
-    """A small table."""
+    """Return a small table."""
     return [f"host time of a call, x {SHAPE} bf16, median of {BATCHES} batches of {CALLS}"] + [
         f"  {name:42} {s * 1e6:6.2f} us  {s / seconds[NEG]:5.2f} x {NEG}"
         for name, s in seconds.items()
@@ -57,10 +61,17 @@ def lines(seconds: dict[str, float]) -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.host")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines")
+    parser.add_argument("--commit", help="name of the measured version, where there is no git")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench.host: needs a CUDA GPU of compute capability 9.0, 10.0 or 10.3")
-    print(torch.cuda.get_device_name())
-    print("\n".join(lines(measure())))
+    results = Results(environment.describe("python -m bench.host", options.commit), host=measure())
+    print(*machine_lines(results.machine), *lines(results.host), sep="\n")
+    print(*report.verdicts(results), sep="\n")
+    if options.output:
+        results.write(options.output)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import environment, stream
+from bench import environment, report, stream
 from bench.problem import FLOAT32, POISON, UE8M0
 from bench.shapes import MAIN_COLUMN
 from cute_quant import (
@@ -127,7 +127,7 @@ def poison(*tensors: torch.Tensor) -> None:
 
 
 def sample(live: torch.Tensor) -> torch.Tensor:
-    """Numbers of some rows, of those that are live: (rows,), the first and the last among them."""
+    """Return the indices of some live rows, (rows,), the first and the last among them."""
     numbers = live.flatten().nonzero().flatten()
     picked = torch.linspace(0, len(numbers) - 1, min(SAMPLED_ROWS, len(numbers)))
     return numbers[picked.round().long().to(numbers.device)].unique()
@@ -149,7 +149,7 @@ def difference(
     numbers: torch.Tensor,
     source: torch.Tensor,
 ) -> str:
-    """How results differ from those of the reference for `source`, which belong to the rows
+    """Return how results differ from those of the reference for `source`, which belong to the rows
     `numbers`, counted over all matrices."""
     mn, k = q.shape[-2:]
     expected_q, expected_sf = quantize(source.cpu(), fmt)
@@ -170,7 +170,7 @@ def quantizing(
     rows: Masked | PrefixSum | Indexed | None = None,
     index: torch.Tensor | None = None,
 ) -> Call:
-    """A call of `quantize` on these, into memory of its own.
+    """Return a call of `quantize` on these, into memory of its own.
 
     Args:
         live: (..., mn), which rows exist; all by default.
@@ -207,7 +207,7 @@ def dense(mn: int, k: int) -> Call:
 
 
 def streaming(nbytes: int) -> Call:
-    """As many bytes in all, a third of them written."""
+    """Return a call that moves as many bytes in all, a third of them written."""
     threads = -(-nbytes // (4 * (stream.WORDS_IN + stream.WORDS_OUT)))
     x = torch.randint(2**31 - 1, (threads * stream.WORDS_IN,), dtype=torch.int32, device=DEVICE)
     y = torch.empty(threads * stream.WORDS_OUT, dtype=torch.int32, device=DEVICE)
@@ -226,7 +226,7 @@ def streaming(nbytes: int) -> Call:
 
 
 def masked_cases(experts: int, max_m: int, k: int) -> Iterator[Case]:
-    """As many rows of each expert, and uneven ones."""
+    """Yield cases with as many rows of each expert, and with uneven ones."""
     generator = torch.Generator().manual_seed(0)
     alone = torch.zeros(experts, dtype=torch.int64)
     alone[experts // 2] = max_m
@@ -289,7 +289,7 @@ def dense_call(mn: int, k: int, fmt: Format = UE8M0, dtype: torch.dtype = torch.
 
 
 def transposed(mn: int, k: int) -> Call:
-    """Tokens, each with a row for every matrix, as a batch of matrices."""
+    """Return a call on tokens, each with a row for every matrix, as a batch of matrices."""
     return quantizing(random(mn // MATRICES, MATRICES, k).transpose(0, 1), UE8M0)
 
 
@@ -299,7 +299,7 @@ def gathered(mn: int, k: int, tokens: int) -> Call:
 
 
 def groups_of(mn: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ends of groups that start at multiples of the alignment, and which rows are in one."""
+    """Return ends of groups that start at multiples of the alignment, and which rows are in one."""
     generator = torch.Generator().manual_seed(0)
     step = mn // GROUPS // ALIGNMENT * ALIGNMENT
     starts = torch.arange(GROUPS) * step
@@ -335,7 +335,8 @@ def faked(mn: int, k: int) -> Call:
 
 
 def multiplied_back(mn: int, k: int) -> Call:
-    """Each result is kept until the next of the same buffer, so that all have other memory."""
+    """Return a call of `dequantize`. Each result is kept until the next of the same buffer, so
+    that all have memory of their own."""
     q, sf = quantize(random(mn, k))
     kept: list[torch.Tensor] = []
 
@@ -350,7 +351,7 @@ def multiplied_back(mn: int, k: int) -> Call:
 
 
 def different_rows(y: torch.Tensor, function: Callable, *inputs: torch.Tensor) -> str:
-    """How some rows of `y` differ from what the reference makes of the same rows of `inputs`."""
+    """Return how some rows of `y` differ from the reference's for the same rows of `inputs`."""
     numbers = sample(torch.ones(len(y), dtype=torch.bool, device=y.device))
     rows = []
     for t in inputs:
@@ -411,6 +412,18 @@ def line(result: Result) -> str:
     )
 
 
+def table_row(result: Result) -> str:
+    """Return a row of a table for Markdown."""
+    own, baseline = result.seconds, result.dense_seconds
+    cells = [result.name, str(result.rows), report.microseconds(own)]
+    if baseline is None:
+        cells += ["", ""]
+    else:
+        cells += [report.microseconds(baseline), f"{own / baseline:.2f}"]
+    cells.append(f"{own / result.stream_seconds:.2f}")
+    return f"| {' | '.join(cells)} |"
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.masked",
@@ -422,6 +435,7 @@ def parse() -> argparse.Namespace:
     add("--rows", type=_numbers, default=ROWS, metavar="M,...", help="of calls without experts")
     add("--experts", type=_pairs, default=EXPERTS, metavar="E:MAX_M,...", help="default: all")
     add("--output", type=Path, metavar="FILE", help="JSON lines: the machine, then the results")
+    add("--commit", help="name of the measured version, where there is no git to ask")
     return parser.parse_args()
 
 
@@ -438,7 +452,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("bench.masked: needs a CUDA GPU of compute capability 9.0, 10.0 or 10.3")
     torch.manual_seed(0)
-    machine = environment.describe()
+    machine = environment.describe("python -m bench.masked", options.commit)
     print(f"{machine['gpu']}, {machine['commit']}, k = {options.columns}, microseconds a call")
     cases = [
         *(case for pair in options.experts for case in masked_cases(*pair, options.columns)),

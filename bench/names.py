@@ -23,5 +23,5 @@ before the quantizer, which follows as a kernel of its own."""
 
 
 def of_operation(operation: str, provider: str) -> str:
-    """The name of a provider where there are several operations."""
+    """Return the name of a provider where there are several operations."""
     return f"{operation}: {provider}"

@@ -74,13 +74,13 @@ class Problem:
 
     @functools.cached_property
     def rows(self) -> torch.Tensor:
-        """The rows that checks look at."""
+        """Return the rows that checks look at."""
         return sampled_rows(self.mn).cuda()
 
     def expected(
         self, index: int, dtype: torch.dtype, fmt: Format
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The reference's values and scales for ``rows`` of a buffer, on the CPU."""
+        """Return the reference's values and scales for ``rows`` of a buffer, on the CPU."""
         key = (index, dtype, fmt)
         if key in self._expected:
             return self._expected[key]

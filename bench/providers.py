@@ -66,7 +66,7 @@ class Provider(abc.ABC):
         self.fmt = fmt
 
     def calls(self, problem: Problem) -> list[Callable[[], object]]:
-        """A call on each buffer."""
+        """Return a call on each buffer."""
         return [self.bind(buffer) for buffer in problem.buffers]
 
     def check(self, problem: Problem) -> Check:
@@ -74,12 +74,12 @@ class Provider(abc.ABC):
         return Check(self.difference(problem))
 
     def bytes_moved(self, problem: Problem) -> int:
-        """By a quantizer."""
+        """Return the bytes that a quantizer moves."""
         return problem.bytes
 
     @abc.abstractmethod
     def bind(self, buffer: Buffer) -> Callable[[], tuple[torch.Tensor, torch.Tensor] | None]:
-        """A call on a buffer. It returns (q, sf) where it does not write those of the buffer."""
+        """Return a call on a buffer, which returns (q, sf) unless it writes the buffer's."""
 
     def difference(self, problem: Problem) -> str:
         """Run on poisoned outputs, first and last buffer, and say how results are not right."""
@@ -197,7 +197,7 @@ class Triton(Provider):
 
 
 def formula(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor) -> None:
-    """The contract in plain torch for a compiler to fuse, into `q` and packed `sf`."""
+    """Compute the contract in plain torch for a compiler to fuse, into `q` and packed `sf`."""
     groups = x.unflatten(1, (-1, UE8M0.group_size)).float()
     amax = groups.abs().amax(2)
     carried = (amax.view(torch.int32) + 0x1FFFFF) >> 23
@@ -253,7 +253,7 @@ class DeepGemm(Provider):
 def create(
     names: Sequence[str], launches: Sequence[str], wheels: Sequence[Path]
 ) -> tuple[list[Provider], list[str]]:
-    """The providers of `names` that can run here, and a line for each that cannot.
+    """Return the providers of `names` that can run here, and a line for each that cannot.
 
     The streaming ceiling is always among them, since everything is measured against it.
     """
@@ -282,7 +282,7 @@ def create(
 def _factories(
     launches: Sequence[str], wheels: Sequence[Path]
 ) -> list[tuple[str, Callable[[], list[Provider]]]]:
-    """Names with functions that make providers, each on its own: one may fail alone."""
+    """Return names with functions that make providers, each on its own: one may fail alone."""
     factories = [
         (STREAM, lambda: [Stream(launch) for launch in launches]),
         (CUTE_QUANT, lambda: [CuteQuant(launch=launch) for launch in launches]),
@@ -310,5 +310,5 @@ def _vllm(wheel: Path, launches: Sequence[str]) -> list[Provider]:
 
 
 def architecture() -> str:
-    """The target for the current device."""
+    """Return the target for the current device."""
     return lookup.architecture(torch.cuda.current_device())

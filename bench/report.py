@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CELL = 12
+DASHES = (0, (3, 1.5))
+"""Line style of launches with PDL."""
 
 TARGETS = (
     Target(CUTE_QUANT, STREAM, LAUNCHES, (4096, ANY[1]), 1.02),
@@ -59,7 +61,7 @@ HOST_TARGETS = (
 
 
 def verdicts(results: Results) -> list[str]:
-    """A line for each target that the results can judge, those of the host too."""
+    """Return a line for each target that the results can judge, those of the host too."""
     lines = target_verdicts(results, TARGETS)
     for name, base, bound in HOST_TARGETS:
         if name in results.host and base in results.host:
@@ -75,8 +77,8 @@ def header_line(providers: Sequence[str]) -> str:
 
 
 def result_line(results: Results, mn: int, k: int, launch: str, providers: Sequence[str]) -> str:
-    """Microseconds of each provider and, but for the ceiling, times of the ceiling; bytes a
-    second of cute_quant."""
+    """Return microseconds of each provider, their ratios to the ceiling's, and the bytes a second
+    of cute_quant."""
     found = [results.get(name, launch, mn, k) for name in providers]
     cells = "".join(f"{_cell(results, r):>{CELL}}" for r in found)
     spread = max((r.spread for r in found if r), default=0)
@@ -88,34 +90,35 @@ def result_line(results: Results, mn: int, k: int, launch: str, providers: Seque
 def _cell(results: Results, result: Result | None) -> str:
     if result is None:
         return "-"
-    time = ("!" if result.difference else "") + _microseconds(result)
+    time = ("!" if result.difference else "") + microseconds(result.seconds)
     ratio = results.ratio(result.provider, STREAM, result.launch, result.mn, result.k)
     if result.provider == STREAM or ratio is None:
         return time
     return f"{time} {ratio:4.2f}" if ratio < 10 else f"{time} {ratio:4.1f}"
 
 
-def _microseconds(result: Result) -> str:
-    us = result.seconds * 1e6
+def microseconds(seconds: float) -> str:
+    """Return a time with three significant digits."""
+    us = seconds * 1e6
     return f"{us:.2f}" if us < 9.995 else f"{us:.1f}" if us < 99.95 else f"{us:.0f}"
 
 
 def markdown(results: Results) -> str:
-    """The machine, the command and the tables, for a document."""
+    """Return the machine, the command and the tables, for a document."""
     return "\n".join((*origin_lines(results.machine), *table_lines(results)))
 
 
 def origin_lines(machine: dict) -> list[str]:
-    """Where and how results were measured, for a document."""
+    """Return where and how results were measured, for a document."""
     return [*machine_lines(machine), f"`{machine.get('command')}`", ""]
 
 
-def table_lines(results: Results) -> list[str]:
-    """Tables, one for each k: microseconds and ratios, in brackets those with programmatic
+def table_lines(results: Results, columns: Sequence[int] | None = None) -> list[str]:
+    """Return tables, one for each k: microseconds and ratios, in brackets those with programmatic
     dependent launch."""
     names = _quantizers(results)
     lines = []
-    for k in results.columns():
+    for k in results.columns() if columns is None else columns:
         present = [n for n in names if any(r.provider == n and r.k == k for r in results)]
         titles = [f"M, k = {k}", *(f"{n} µs" for n in present), f"{CUTE_QUANT} / {STREAM}"]
         lines += [f"| {' | '.join(titles)} |", "| ---: " * len(titles) + "|"]
@@ -123,7 +126,7 @@ def table_lines(results: Results) -> list[str]:
             cells = [str(mn)]
             for name in present:
                 found = [results.get(name, launch, mn, k) for launch in LAUNCHES]
-                cells.append(_with_pdl(*(_microseconds(r) if r else "" for r in found)))
+                cells.append(_with_pdl(*(microseconds(r.seconds) if r else "" for r in found)))
             ratios = [results.ratio(CUTE_QUANT, STREAM, launch, mn, k) for launch in LAUNCHES]
             cells.append(_with_pdl(*(f"{r:.2f}" if r else "" for r in ratios)))
             lines.append(f"| {' | '.join(cells)} |")
@@ -132,7 +135,7 @@ def table_lines(results: Results) -> list[str]:
 
 
 def _quantizers(results: Results) -> list[str]:
-    """Providers of the packed bf16 quantizer, and the ceiling."""
+    """Return providers of the packed bf16 quantizer, and the ceiling."""
     return [n for n in results.providers() if n not in (FLOAT16_INPUT, FLOAT32_SCALES)]
 
 
@@ -153,7 +156,7 @@ COLORS = {
 
 
 def draw(results: Results, path: Path, k: int) -> None:
-    """Time, and share of the ceiling's speed, over M, one line per provider.
+    """Draw `panels` of one k.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -175,16 +178,21 @@ def draw(results: Results, path: Path, k: int) -> None:
 
 
 def origin(machine: dict) -> str:
-    """Where and when a plot's results were measured."""
+    """Return where and when a plot's results were measured."""
     date = str(machine.get("date")).split(" ")[0]
     return f"{machine.get('gpu')}, {date}, commit {machine.get('commit') or 'unknown'}"
 
 
 def panels(results: Results, k: int, time: Axes, share: Axes) -> None:
-    """Draw microseconds, and percent of the ceiling's speed, over M, one line per provider."""
+    """Draw microseconds, and percent of the ceiling's speed, over M, one line per provider.
+
+    The ceiling is one for all lines of a panel: the stream kernel with PDL, which is the fastest,
+    or without where that was not measured.
+    """
     names = [n for n in _quantizers(results) if any(r.provider == n and r.k == k for r in results)]
     colors = _colors(names)
     rows = results.rows(k)
+    ceiling = PDL if any(r.provider == STREAM and r.launch == PDL for r in results) else PLAIN
     for name in names:
         for launch in LAUNCHES:
             found = [r for mn in rows if (r := results.get(name, launch, mn, k))]
@@ -193,7 +201,7 @@ def panels(results: Results, k: int, time: Axes, share: Axes) -> None:
             x = [r.mn for r in found]
             style = {
                 "color": colors[name],
-                "linestyle": "-" if launch == PLAIN else (0, (3, 1.5)),
+                "linestyle": "-" if launch == PLAIN else DASHES,
                 "linewidth": 2.2 if name == CUTE_QUANT else 1.4,
                 "marker": "o" if launch == PLAIN else None,
                 "markersize": 3.5,
@@ -201,16 +209,22 @@ def panels(results: Results, k: int, time: Axes, share: Axes) -> None:
             }
             label = name + (", PDL" if launch == PDL else "")
             time.plot(x, [r.seconds * 1e6 for r in found], label=label, **style)
-            if name == STREAM:
+            if (name, launch) == (STREAM, ceiling):
                 continue
-            ratios = [results.ratio(STREAM, name, launch, r.mn, k) for r in found]
-            share.plot(x, [100 * ratio if ratio else float("nan") for ratio in ratios], **style)
+            streams = (results.get(STREAM, ceiling, r.mn, k) for r in found)
+            shares = [
+                100 * stream.seconds / r.seconds if stream else float("nan")
+                for r, stream in zip(found, streams, strict=True)
+            ]
+            share.plot(x, shares, **style)
     time.set_yscale("log")
     time.yaxis.set_major_formatter("{x:g}")
     time.set_title("time, µs", loc="left")
-    share.axhline(100, color=colors.get(STREAM, "gray"), linewidth=1.4)
+    dashes = "-" if ceiling == PLAIN else DASHES
+    share.axhline(100, color=colors.get(STREAM, "gray"), linestyle=dashes, linewidth=1.4)
     share.set_ylim(0, 108)
-    share.set_title("speed, % of a kernel that only moves the bytes", loc="left")
+    with_pdl = " with PDL" if ceiling == PDL else ""
+    share.set_title(f"speed, % of {STREAM}{with_pdl}, which only moves the bytes", loc="left")
     ticks = _sparse(rows)
     for axes in (time, share):
         axes.set_xscale("log", base=2)
@@ -224,7 +238,7 @@ def panels(results: Results, k: int, time: Axes, share: Axes) -> None:
 
 
 def _sparse(rows: Sequence[int]) -> list[int]:
-    """Rows far enough from each other that their labels do not touch."""
+    """Return rows far enough from each other that their labels do not touch."""
     kept: list[int] = []
     for mn in rows:
         if not kept or mn >= 4 * kept[-1]:

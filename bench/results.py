@@ -42,7 +42,7 @@ class Result:
 
     @property
     def spread(self) -> float:
-        """Interquartile range over the median."""
+        """Return the interquartile range over the median."""
         return (self.quartiles[1] - self.quartiles[0]) / self.seconds
 
 
@@ -68,7 +68,7 @@ class Results:
         return over.seconds / under.seconds if over and under else None
 
     def providers(self, launch: str | None = None) -> list[str]:
-        """Names in the order in which they came."""
+        """Return names in the order in which they came."""
         return list(dict.fromkeys(r.provider for r in self if launch in (None, r.launch)))
 
     def launches(self) -> list[str]:
@@ -108,7 +108,7 @@ class Results:
 
 
 def machine_lines(machine: dict) -> list[str]:
-    """The GPU, its driver, and versions, in words."""
+    """Return the GPU, its driver, and versions, in words."""
     versions = {n: v for n, v in machine.get("versions", {}).items() if v}
     return [
         f"{machine.get('gpu')}, driver {machine.get('driver')}, CUDA {machine.get('cuda')}, "

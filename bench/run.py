@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -48,13 +46,13 @@ class Provider(Protocol):
     ours: bool
 
     def calls(self, problem: Problem) -> list[Callable[[], object]]:
-        """A call on each buffer."""
+        """Return a call on each buffer."""
 
     def check(self, problem: Problem) -> Check:
         """Run on poisoned outputs, and compare with the reference."""
 
     def bytes_moved(self, problem: Problem) -> int:
-        """By one call."""
+        """Return the bytes that one call moves."""
 
 
 class Run:
@@ -75,11 +73,7 @@ class Run:
         """
         self.make_problem = make_problem
         self.providers = list(providers)
-        machine = environment.describe()
-        # Paths on the machine are not part of the measurement.
-        machine["command"] = " ".join([program, *(Path(word).name for word in sys.argv[1:])])
-        machine["commit"] = commit or machine["commit"]
-        self.results = Results(machine)
+        self.results = Results(environment.describe(program, commit))
         self.wrong = False
 
     def measure(self, mn: int, k: int, providers: Iterable[Provider]) -> None:
@@ -141,6 +135,6 @@ def say(*lines: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
+    """Return the kind of an error and the first line of what it says."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -38,14 +38,14 @@ from cute_quant.lab.machine_code import GPUS, Gpu, MachineCode, disassemble, mac
 
 ELEMENTS_PER_WARP = 32 * 16
 BYTES_PER_WARP = ELEMENTS_PER_WARP * 3 + ELEMENTS_PER_WARP // 128
-"""Of the quantizer, for a row."""
+"""Bytes that the quantizer moves for a row."""
 
 WIDTH = 100
 INDENT = " " * 4
 
 
 def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
-    """Name, rows or tiles of a warp, and compile-time choices of each kernel."""
+    """Yield name, rows or tiles of a warp, and compile-time choices of each kernel."""
     bf16 = torch.bfloat16
     packed = DEEP_GEMM
     for dtype, name, fmt in (
@@ -87,8 +87,8 @@ def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
 
 
 def bytes_per_warp(spec: Spec | Stream) -> int:
-    """Bytes that a warp moves for each of its rows or tiles, but for weights, which stay in the
-    caches."""
+    """Return the bytes that a warp moves for each of its rows or tiles, without weights, which
+    stay in the caches."""
     if isinstance(spec, Stream):
         return ELEMENTS_PER_WARP * (2 * spec.loads + spec.stores)
     halves = 1
@@ -106,7 +106,7 @@ def report(
     gpu: Gpu | None,
     nbytes: int = BYTES_PER_WARP,
 ) -> list[str]:
-    """Lines about a kernel: one of numbers, then the instructions by kind.
+    """Return lines about a kernel: one of numbers, then the instructions by kind.
 
     Args:
         rows: of a warp, or its tiles of one row.
@@ -134,7 +134,7 @@ def report(
 
 
 def _counted(names: Iterator[str]) -> str:
-    """Each name once, the most frequent first, with how often it came."""
+    """Return each name once, the most frequent first, with how often it came."""
     counts = collections.Counter(names).most_common()
     return ", ".join(f"{n} {name}" for name, n in counts)
 

@@ -89,7 +89,7 @@ def presets() -> dict[str, Any]:
 
 
 def kernels(every: bool, arch: str) -> Iterator[tuple[str, Any]]:
-    """Names that are stable between commits, and specs, of this process's tree."""
+    """Return names that are stable between commits, and specs, of this process's tree."""
     from bench import sass
 
     for name, _, spec in sass.reported():
@@ -137,7 +137,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def parse(text: str) -> dict[tuple[str, str], Code]:
-    """Kernels of a dump, by name and architecture."""
+    """Return the kernels of a dump, by name and architecture."""
     records = map(json.loads, text.splitlines())
     return {(name, arch): Code(*code) for name, arch, *code in records}
 

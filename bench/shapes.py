@@ -26,7 +26,7 @@ QUICK_COLUMNS = (MAIN_COLUMN,)
 
 
 def bytes_moved(mn: int, k: int, fmt: Format) -> int:
-    """Bytes that a quantizer must read and write for an (mn, k) input of 16-bit elements."""
+    """Return the bytes that a quantizer moves for an (mn, k) input of 16-bit elements."""
     return mn * k * 3 + mn * (k // fmt.group_size) * fmt.scale_dtype.itemsize
 
 
@@ -50,7 +50,7 @@ class Operation:
     stores: int
 
     def bytes_moved(self, mn: int, k: int) -> int:
-        """Bytes that it must read and write for an (mn, k) result with a byte for each scale."""
+        """Return the bytes to read and write for an (mn, k) result with a byte for each scale."""
         return mn * k * (2 * self.loads + self.stores) + mn * (k // GROUP_SIZE)
 
 
@@ -62,7 +62,7 @@ OPERATIONS = (SILU_MUL_QUANTIZE, RMS_NORM_QUANTIZE, QUANTIZE_ALONE)
 
 
 def positive_numbers(text: str) -> tuple[int, ...]:
-    """An argument such as ``1,16,64``.
+    """Parse an argument such as ``1,16,64``.
 
     Raises:
         ValueError: it is none.

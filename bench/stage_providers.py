@@ -71,16 +71,16 @@ class StageProvider(abc.ABC):
         self.error = EXACT if operation is QUANTIZE_ALONE else error
 
     def bytes_moved(self, problem: StageProblem) -> int:
-        """By its operation."""
+        """Return the bytes that its operation moves."""
         return self.operation.bytes_moved(problem.mn, problem.k)
 
     def calls(self, problem: StageProblem) -> list[Callable[[], None]]:
-        """A call on each buffer, with what suits the shape."""
+        """Return a call on each buffer, with what suits the shape."""
         return [self.bind(buffer) for buffer in problem.buffers]
 
     @abc.abstractmethod
     def bind(self, buffer: StageBuffer) -> Callable[[], None]:
-        """A call on a buffer."""
+        """Return a call on a buffer."""
 
     def check(self, problem: StageProblem) -> Check:
         """Run on poisoned outputs, first and last buffer, and compare with the reference."""
@@ -122,7 +122,7 @@ def norm_spec(tile: Tile, tiles_per_thread: int, max_warps: int, pdl: bool) -> R
 
 
 def bind_spec(spec: Spec, buffer: StageBuffer) -> Callable[[], None]:
-    """The compiled kernel on a buffer, without the checks of a public call."""
+    """Return the compiled kernel on a buffer, without the checks of a public call."""
 
     def matrix(t: torch.Tensor) -> torch.Tensor:
         return t.unsqueeze(0) if spec.domain.batched else t
@@ -238,13 +238,13 @@ class Triton(StageProvider):
 
 
 def silu_mul(gate_up: torch.Tensor, y: torch.Tensor) -> None:
-    """SiLU of gates times ups, (mn, 2 k) to (mn, k), for a compiler to fuse."""
+    """Compute SiLU of gates times ups, (mn, 2 k) to (mn, k), for a compiler to fuse."""
     gate, up = gate_up.chunk(2, 1)
     y.copy_(functional.silu(gate) * up)
 
 
 def silu_mul_formula(gate_up: torch.Tensor, q: torch.Tensor, sf: torch.Tensor) -> None:
-    """The same, quantized into `q` and packed `sf`."""
+    """Compute the same, quantized into `q` and packed `sf`."""
     gate, up = gate_up.chunk(2, 1)
     formula(functional.silu(gate) * up, q, sf)
 
@@ -256,7 +256,7 @@ def add_rms_norm(
     residual_out: torch.Tensor,
     y: torch.Tensor,
 ) -> None:
-    """The sum, and its rows normalized, all (mn, k), for a compiler to fuse."""
+    """Compute the sum and its normalized rows, all (mn, k), for a compiler to fuse."""
     total = x + residual
     residual_out.copy_(total)
     y.copy_(functional.rms_norm(total, weight.shape, weight, EPS))
@@ -270,7 +270,7 @@ def add_rms_norm_formula(
     q: torch.Tensor,
     sf: torch.Tensor,
 ) -> None:
-    """The same, quantized into `q` and packed `sf`."""
+    """Compute the same, quantized into `q` and packed `sf`."""
     total = x + residual
     residual_out.copy_(total)
     formula(functional.rms_norm(total, weight.shape, weight, EPS), q, sf)
@@ -300,7 +300,7 @@ class Compiled(StageProvider):
         return self.bind_function(buffer, buffer.q, buffer.sf)
 
     def bind_function(self, buffer: StageBuffer, *results: torch.Tensor) -> Callable[[], None]:
-        """The compiled function on the inputs of a buffer and some results."""
+        """Return the compiled function on the inputs of a buffer and some results."""
         if self.operation is SILU_MUL_QUANTIZE:
             tensors = buffer.gate_up, *results
         else:
@@ -336,7 +336,7 @@ class TwoKernels(Compiled):
 
 
 def create() -> tuple[list[StageProvider], list[str]]:
-    """All providers that can run here, and a line for each that cannot."""
+    """Return all providers that can run here, and a line for each that cannot."""
     providers: list[StageProvider] = []
     absent: list[str] = []
     for operation in OPERATIONS:
@@ -353,7 +353,7 @@ def create() -> tuple[list[StageProvider], list[str]]:
 
 
 def others(operation: Operation) -> Sequence[tuple[str, Callable[[], list[StageProvider]]]]:
-    """Names with functions that make providers, each on its own: one may fail alone."""
+    """Return names with functions that make providers, each on its own: one may fail alone."""
     return (
         (TWO_KERNELS, lambda: [TwoKernels(operation, launch) for launch in LAUNCHES]),
         (COMPILED, lambda: [Compiled(operation)]),

@@ -83,7 +83,7 @@ def header_line() -> str:
 
 
 def shape_lines(results: Results, mn: int, k: int) -> list[str]:
-    """A line for each operation and way to launch, as `report.result_line` has it."""
+    """Return a line for each operation and way to launch, as `report.result_line` has it."""
     lines = []
     for operation in OPERATIONS:
         part = of(results, operation)
@@ -94,7 +94,7 @@ def shape_lines(results: Results, mn: int, k: int) -> list[str]:
 
 
 def differing_lines(results: Results) -> list[str]:
-    """A line for each provider: how much of its output is not the reference's to the bit."""
+    """Return a line for each provider: how much of its output is not the reference's to the bit."""
     largest: dict[str, float] = {}
     for r in results:
         largest[r.provider] = max(r.differing, largest.get(r.provider, 0.0))
@@ -108,7 +108,7 @@ def judge(results: Results) -> list[str]:
 
 
 def markdown(results: Results) -> str:
-    """The machine, the command, and tables for each operation, for a document."""
+    """Return the machine, the command, and tables for each operation, for a document."""
     lines = report.origin_lines(results.machine)
     for operation in OPERATIONS:
         lines += [operation, "", *report.table_lines(of(results, operation))]
@@ -143,7 +143,7 @@ def draw(results: Results, path: Path, k: int) -> None:
 
 
 def main_column(results: Results) -> int:
-    """The k to draw."""
+    """Return the k to draw."""
     columns = results.columns()
     return MAIN_COLUMN if MAIN_COLUMN in columns else columns[-1]
 

@@ -1,6 +1,6 @@
 """Measure the operations that end with the quantizer beside their peers and ceilings.
 
-    python -m bench.stages [--quick] [--rows M,...] [--columns K,...] [--output DIR]
+    python -m bench.stages [--quick] [--rows M,...] [--columns K,...] [--output FILE]
 
 Each operation has a ceiling, stream, a kernel that only moves its bytes. "two kernels" is what
 torch.compile makes of the prologue, followed by the quantizer's kernel,
@@ -35,7 +35,7 @@ from bench.shapes import (
 from bench.stage_problem import StageProblem
 from cute_quant.lab import timing
 
-DEFAULT_OUTPUT = Path("build/bench-stages")
+DEFAULT_OUTPUT = Path("build/bench-stages.jsonl")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"of the results; default: {columns}",
     )
     add("--quick", action="store_true", help="fewer rows, unless they are given")
-    add("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default: %(default)s")
+    add("--output", type=Path, default=DEFAULT_OUTPUT, metavar="FILE", help="default: %(default)s")
     add("--commit", help="name of the measured version, where there is no git to ask")
     options = parser.parse_args(arguments)
     options.rows = options.rows or (QUICK_STAGE_ROWS if options.quick else STAGE_ROWS)
@@ -80,7 +80,7 @@ def main() -> None:
     say(*(f"absent: {line}" for line in absent))
     results = run.results
     say(*machine_lines(results.machine))
-    path = options.output / "results.jsonl"
+    path = options.output
     timing.warm_up()
     for k in options.columns:
         say("", stage_report.header_line())
@@ -92,12 +92,6 @@ def main() -> None:
     say(*stage_report.differing_lines(results))
     say("", *stage_report.judge(results))
     say("", f"{time.perf_counter() - start:.0f} s", str(path))
-    try:
-        drawing = path.with_suffix(".png")
-        stage_report.draw(results, drawing, stage_report.main_column(results))
-        say(str(drawing))
-    except ImportError:
-        say(f"no matplotlib here; draw the plot anywhere with python -m bench.stage_report {path}")
     if run.wrong:
         sys.exit("bench.stages: cute_quant differs from the reference")
 

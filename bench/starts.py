@@ -56,7 +56,7 @@ Start = tuple[float, float, bool]
 
 
 def measure(variables: list[dict[str, str]]) -> list[Start]:
-    """Starts of a process for each set of environment variables."""
+    """Start a process for each set of environment variables and time it."""
     with contextlib.ExitStack() as stack:
         processes = [
             stack.enter_context(

@@ -112,13 +112,13 @@ class Stream:
 
 
 def in_parts(m: cute.Tensor, parts: int, divisibility: int) -> cute.Tensor:
-    """A vector as (size / parts, parts), its parts behind each other."""
+    """Return a vector as (size / parts, parts), its parts stacked."""
     size = cute.assume(m.shape[0] // parts, divby=divisibility)
     return cute.make_tensor(m.iterator, cute.make_layout((size, parts), stride=(1, size)))
 
 
 def joined(tensors: list[cute.Tensor], number: int) -> Int32:
-    """The exclusive or of a word of each."""
+    """Return the exclusive or of a word of each."""
     result = tensors[0][number]
     for t in tensors[1:]:
         result = result ^ t[number]
@@ -126,7 +126,7 @@ def joined(tensors: list[cute.Tensor], number: int) -> Int32:
 
 
 def expected(x: torch.Tensor, loads: int, stores: int) -> torch.Tensor:
-    """What the kernel writes for the int32 words `x` (loads 8 n,): (stores, 4 n)."""
+    """Return what the kernel writes for the int32 words `x` (loads 8 n,): (stores, 4 n)."""
     words = functools.reduce(torch.bitwise_xor, x.view(loads, -1))
     first, second = words.view(-1, 2, WORDS_OUT).unbind(1)
     return torch.stack((first ^ second, first, second)[:stores]).flatten(1)
@@ -134,5 +134,5 @@ def expected(x: torch.Tensor, loads: int, stores: int) -> torch.Tensor:
 
 @functools.cache
 def function(spec: Stream, arch: str) -> Callable[..., None]:
-    """The compiled kernel, to be called on torch tensors."""
+    """Return the compiled kernel, to be called on torch tensors."""
     return lookup.build(spec, arch)._tvm_ffi_function

@@ -49,7 +49,7 @@ class Target:
 
 
 def verdicts(results: Results, targets: Sequence[Target]) -> list[str]:
-    """A line for each target that the results can judge, with its worst shape."""
+    """Return a line for each target that the results can judge, with its worst shape."""
     lines = []
     for target in targets:
         for launch in target.launches:
@@ -67,7 +67,7 @@ def verdicts(results: Results, targets: Sequence[Target]) -> list[str]:
 
 
 def verdict(label: str, ratio: float, bound: float, at_most: bool, where: str = "") -> str:
-    """A line about one ratio."""
+    """Return a line about one ratio."""
     met = ratio <= bound if at_most else ratio >= bound
     sign = "<=" if at_most else ">="
     word = "met   " if met else "MISSED"

@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def candidates(operation: Operation, mn: int, k: int, pdl: bool) -> Iterator[Spec]:
-    """Launches that there are for a shape."""
+    """Return launches that there are for a shape."""
     for row_warps in ROW_WARPS:
         if operation is SILU_MUL_QUANTIZE:
             for values, rows in itertools.product(VALUES_PER_THREAD, ROWS_PER_THREAD):
@@ -102,7 +102,7 @@ def describe(spec: Spec) -> str:
 
 
 def ratios(operation: Operation, mn: int, k: int, pdl: bool, ceiling: Ceiling) -> dict[str, float]:
-    """Times of the default and of all candidates over that of the ceiling; of wrong ones NaN."""
+    """Return times of the default and of all candidates over the ceiling's, NaN for wrong ones."""
     problem = StageProblem(mn, k)
     launches = timing.launch_count(operation.bytes_moved(mn, k))
     graphs = {STREAM: timing.capture(ceiling.calls(problem), launches)}
@@ -128,8 +128,8 @@ def table(
     found: dict[int, dict[str, float]],  # M -> candidate -> ratio
     defaults: dict[int, str],
 ) -> Iterator[str]:
-    """A line for each candidate, the best average first, and last those that are wrong, or were
-    not tried, for some M."""
+    """Yield a line for each candidate, the best average first, and last those that are wrong, or
+    were not tried, for some M."""
     names = dict.fromkeys(name for column in found.values() for name in column)
     nan = float("nan")
     means = {n: statistics.fmean(column.get(n, nan) for column in found.values()) for n in names}
@@ -149,7 +149,7 @@ def main() -> None:
         sys.exit("bench.tune_stages: needs a CUDA GPU of compute capability 9.0, 10.0 or 10.3")
     torch.manual_seed(0)
     start = time.perf_counter()
-    machine = environment.describe()
+    machine = environment.describe("python -m bench.tune_stages", None)
     print(f"{machine['gpu']}, {machine['commit']}, {options.launch}", flush=True)
     pdl = options.launch == PDL
     timing.warm_up()

@@ -52,7 +52,7 @@ class Module:
     def bind(
         self, x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, pdl: bool
     ) -> Callable[[], None]:
-        """A launch on torch's current stream.
+        """Return a launch on torch's current stream.
 
         Args:
             x: (mn, k), bf16 or fp16, contiguous.

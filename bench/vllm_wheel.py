@@ -93,7 +93,7 @@ class Found:
 
 
 def find(source: Path, arch: str) -> Found:
-    """The quantizer for `arch` in a wheel, an installed or unpacked package, or a library.
+    """Return the quantizer for `arch` in a wheel, an installed or unpacked package, or a library.
 
     Raises:
         FileNotFoundError: it is not there, for any architecture or for this one.
@@ -153,7 +153,7 @@ def load(source: Path, arch: str) -> Found:
 
 
 def _libraries(source: Path, directory: Path) -> Iterator[tuple[str, Path]]:
-    """Names and files of the libraries that may hold kernels of vLLM's own."""
+    """Return names and files of the libraries that may hold kernels of vLLM's own."""
     if source.suffix == ".whl":
         with zipfile.ZipFile(source) as wheel:
             for name in wheel.namelist():
@@ -178,7 +178,7 @@ def _version(source: Path) -> str:
 
 
 def _cubins(library: Path, arch: str, directory: Path) -> Iterator[Path]:
-    """Files of a library's machine code for one architecture that name the kernel."""
+    """Return files of a library's machine code for one architecture that name the kernel."""
     with tempfile.TemporaryDirectory(dir=directory) as target:
         arguments = ("-arch", arch, "-xelf", "all", library)
         binary_utilities.run("cuobjdump", *arguments, directory=Path(target))
@@ -207,7 +207,7 @@ def _kernels(cubin: Path) -> Iterator[Kernel]:
 
 
 def _sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the sections of a 64-bit ELF file."""
+    """Return names and contents of the sections of a 64-bit ELF file."""
     (table,) = struct.unpack_from("<Q", elf, 0x28)
     entry_size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
     headers = [
@@ -221,7 +221,7 @@ def _sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _parameters(info: bytes) -> tuple[tuple[int, int], ...]:
-    """Byte offset and size of each parameter, from the attributes of a kernel."""
+    """Return byte offset and size of each parameter, from the attributes of a kernel."""
     parameters = {}
     i = 0
     while i < len(info):

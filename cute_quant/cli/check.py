@@ -2,8 +2,8 @@
 
 Every byte has to be the reference's. Activations and norms compute in float32, the reference in
 float64: there the line says how many values and scales are rounded to the neighbour, of which few
-may be. Without a GPU, see that each kernel compiles for each architecture. Kernels are those of
-bf16 and the formats of DeepGEMM, or of a preset.
+may be. Without a GPU, compile each kernel for each architecture; nothing is run, and no result is
+compared. Kernels are those of bf16 and the formats of DeepGEMM, or of a preset.
 
 examples:
   cute-quant check
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from cute_quant.contract.dtypes import ceil_div
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED, UNFUSED
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
-from cute_quant.jit import aot_presets, keys, lookup
+from cute_quant.jit import aot_presets, keys, lookup, progress
 from cute_quant.kernels.config import (
     DENSE_ROWS,
     DequantizeSpec,
@@ -101,39 +100,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     preset = aot_presets.PRESETS[options.preset] if options.preset else aot_presets.of_each_kind
-    outcomes = []
-    for outcome in _outcomes(preset):
-        outcomes.append(outcome)
-        if not options.json:
-            print(outcome, flush=True)
-    failed = sum(outcome.error is not None for outcome in outcomes)
-    if options.json:
-        print(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
-    else:
-        print(f"{len(outcomes) - failed} of {len(outcomes)} are right")
-    return 1 if failed else 0
-
-
-def _outcomes(preset: Callable[[str], list[Spec]]) -> Iterator[Outcome]:
     gpu = torch.cuda.is_available()
     if gpu:
         architectures = [lookup.architecture(torch.cuda.current_device())]
     else:
         architectures = list(lookup.ARCHITECTURES.values())
-    for arch in architectures:
-        for spec in preset(arch):
-            rounded = error = None
-            try:
-                if gpu:
-                    rounded = _compare(spec, _results(spec, "cuda"), _results(spec, "cpu"))
-                else:
-                    lookup.build(lookup.kernel(spec), arch)
-            except WrongResult as raised:
-                error = str(raised)
-            except Exception as raised:
-                error = " ".join(f"{type(raised).__name__}: {raised}".split())
-            did = "ran" if gpu else "compiled"
-            yield Outcome(keys.spec_name(spec), arch, did, rounded, error)
+    kernels = [(spec, arch) for arch in architectures for spec in preset(arch)]
+    if not options.json:
+        names = ", ".join(architectures)
+        task = "comparing with the reference" if gpu else "no GPU: compiling only"
+        print(f"{len(kernels)} kernels for {names}, {task}", flush=True)
+    outcomes: list[Outcome] = []
+    for spec, arch in kernels:
+        progress.bar(len(outcomes), len(kernels), f"{arch} {spec.kernel}")
+        outcomes.append(_outcome(spec, arch, gpu))
+        progress.end_bar()
+        if not options.json:
+            print(outcomes[-1], flush=True)
+    failed = sum(outcome.error is not None for outcome in outcomes)
+    if options.json:
+        print(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+    else:
+        verdict = "kernels match the reference" if gpu else "kernels compiled, none was run"
+        print(f"{len(outcomes) - failed} of {len(outcomes)} {verdict}")
+    return 1 if failed else 0
+
+
+def _outcome(spec: Spec, arch: str, gpu: bool) -> Outcome:
+    """Run a kernel and compare its results, or compile it where there is no GPU."""
+    rounded = error = None
+    try:
+        if gpu:
+            rounded = _compare(spec, _results(spec, "cuda"), _results(spec, "cpu"))
+        else:
+            lookup.build(lookup.kernel(spec), arch)
+    except WrongResult as raised:
+        error = str(raised)
+    except Exception as raised:
+        error = " ".join(f"{type(raised).__name__}: {raised}".split())
+    return Outcome(keys.spec_name(spec), arch, "ran" if gpu else "compiled", rounded, error)
 
 
 def _compare(spec: Spec, actual: Results, expected: Results) -> int | None:

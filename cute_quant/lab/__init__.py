@@ -1,4 +1,4 @@
-"""A laboratory for layouts: see who holds what, try other choices, learn what they cost.
+"""Draw thread-value layouts, examine their machine code, and time them.
 
 layout = make_layout(threads_per_group=4, rows_per_thread=2)
 print(draw(layout))                      # in a terminal

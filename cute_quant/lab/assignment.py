@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from cute_quant.contract.dtypes import BLOCK_GROUPS
 from cute_quant.kernels.config import LANES
@@ -22,7 +23,7 @@ SECTOR_BYTES = 32
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbours of a row that a thread holds.
+    """Values of a row that a thread holds, contiguous along k.
 
     Attributes:
         row, column: of the first one, in the CTA's tile.
@@ -88,7 +89,7 @@ class Request:
 
     @property
     def sectors(self) -> tuple[int, ...]:
-        """Those that it touches, ascending."""
+        """Return the sectors that it accesses, ascending."""
         touched = {
             sector
             for first, end in self.ranges
@@ -102,13 +103,13 @@ class Request:
 
     @property
     def efficiency(self) -> float:
-        """The part of the sectors that is asked for."""
+        """Return the part of the sectors' bytes that is requested."""
         return self.nbytes / (SECTOR_BYTES * len(self.sectors))
 
 
 @contextlib.contextmanager
 def evaluated() -> Iterator[None]:
-    """Where layouts can be built and evaluated, without a kernel."""
+    """Make a context where layouts can be built and evaluated, without a kernel."""
     # It takes a second to import, and who asks for help need not have it.
     from cutlass._mlir import ir
 
@@ -119,22 +120,26 @@ def evaluated() -> Iterator[None]:
 
 
 def columns_of_lanes(layout: Layout) -> list[list[int]]:
-    """(lane, value) -> column of the warp's tile, of the tiled copy that loads it."""
+    """Return (lane, value) -> column of the warp's tile, of the tiled copy that loads it."""
+    with evaluated():
+        columns, values = copy_layout(layout), layout.tile.values_per_thread
+        return [[columns((lane, v)) for v in range(values)] for lane in range(LANES)]
+
+
+def copy_layout(layout: Layout) -> Any:
+    """Return the CuTe layout of `columns_of_lanes`, where layouts are `evaluated`."""
     import cutlass.cute as cute
 
     from cute_quant.kernels import layouts
     from cute_quant.kernels.encodings import ELEMENT_TYPES
 
-    values = layout.tile.values_per_thread
-    with evaluated():
-        op, bits = cute.nvgpu.CopyUniversalOp(), 8 * layout.access.load_bytes
-        atom = cute.make_copy_atom(op, ELEMENT_TYPES[layout.dtype], num_bits_per_copy=bits)
-        thread_value = layouts.tiled_copy(atom, values).layout_tv_tiled
-        return [[thread_value((lane, v)) for v in range(values)] for lane in range(LANES)]
+    op, bits = cute.nvgpu.CopyUniversalOp(), 8 * layout.access.load_bytes
+    atom = cute.make_copy_atom(op, ELEMENT_TYPES[layout.dtype], num_bits_per_copy=bits)
+    return layouts.tiled_copy(atom, layout.tile.values_per_thread).layout_tv_tiled
 
 
 def places_of_warps(layout: Layout) -> list[tuple[int, int]]:
-    """Warp -> its first row and its tile of columns, in the CTA."""
+    """Return warp -> its first row and its tile of columns, in the CTA."""
     from cute_quant.kernels import layouts
 
     with evaluated():
@@ -144,7 +149,7 @@ def places_of_warps(layout: Layout) -> list[tuple[int, int]]:
 
 
 def threads(layout: Layout) -> list[Thread]:
-    """Threads of a CTA, in order."""
+    """Return the threads of a CTA, in order."""
     tile, lanes = layout.tile, layout.lanes_per_group
     groups = tile.groups(layout.fmt.group_size)
     held, writers = rows_and_columns(layout), scale_writers(layout)
@@ -172,7 +177,7 @@ def threads(layout: Layout) -> list[Thread]:
 
 
 def rows_and_columns(layout: Layout) -> list[list[tuple[int, int]]]:
-    """Lane -> row and column, in a warp's tile, of the first value of each of its segments."""
+    """Return lane -> (row, column) in a warp's tile of the first value of each segment."""
     from cute_quant.kernels import layouts
 
     with evaluated():
@@ -182,7 +187,7 @@ def rows_and_columns(layout: Layout) -> list[list[tuple[int, int]]]:
 
 
 def scale_writers(layout: Layout) -> list[tuple[int, int]]:
-    """Lane -> which of its rows it stores the scale of, if there is such a row, and its group."""
+    """Return lane -> (row of the thread whose scale it stores, if there is such a row, group)."""
     from cute_quant.kernels import layouts
 
     with evaluated():
@@ -191,7 +196,7 @@ def scale_writers(layout: Layout) -> list[tuple[int, int]]:
 
 
 def scales(layout: Layout, mn: int, k: int) -> list[ScaleByte]:
-    """All that sf of an (mn, k) input has in memory, padding included, by row and group."""
+    """Return every scale of an (mn, k) input in memory, padding included, by row and group."""
     from cute_quant.kernels import layouts
 
     fmt = layout.fmt
@@ -225,7 +230,7 @@ def loads(layout: Layout, arch: str) -> list[Request]:
 
 
 def stores(layout: Layout, arch: str) -> list[Request]:
-    """The same of a row of 8-bit values."""
+    """Return the stores of a row of 8-bit values of a warp's tile, as `loads` does."""
     widest = min(layout.access.store_bytes, GPUS[arch].widest_load)
     return _requests(layout, layout.fmt.values.itemsize, widest)
 

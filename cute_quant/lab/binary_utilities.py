@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def run(tool: str, *arguments: str | Path, directory: Path | None = None) -> str:
-    """Output of a tool, from its PyPI package or else from the search path.
+    """Return the output of a tool, from its PyPI package or else from the search path.
 
     Raises:
         FileNotFoundError: it is in neither place.

@@ -1,4 +1,4 @@
-"""python -m cute_quant layout: show a layout, try one, sweep over many, report what came of it."""
+"""python -m cute_quant layout: show a layout, try one, sweep over many, report a sweep."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from cute_quant.kernels.config import LOAD_HINTS, ORDERS
 
 SHAPES = "256x7168,2048x7168,16384x7168"
 NUMBERS = {
-    "threads_per_group": "threads that share a group of values and its scale",
-    "values_per_thread": "neighbours of a row that a thread holds, group_size / threads_per_group",
-    "rows_per_thread": "rows of a thread, their loads in flight at once",
-    "row_warps": "warps of a CTA below each other, each with rows of its own",
-    "column_warps": "warps of a CTA beside each other, each with columns of its own",
-    "load_bytes": "bytes that a thread loads at once",
+    "threads_per_group": "threads that hold a group of values",
+    "values_per_thread": "values of a thread, contiguous along k, group_size / threads_per_group",
+    "rows_per_thread": "rows of a thread, whose loads are in flight together",
+    "row_warps": "warps of a CTA along M, each with rows of its own",
+    "column_warps": "warps of a CTA along N, each with columns of its own",
+    "load_bytes": "bytes of a load of a thread",
 }
 WORDS = {
-    "warp_order": ("which way the warps of a CTA follow each other", ORDERS),
-    "cta_order": ("which way CTAs follow each other", ORDERS),
-    "load_hint": ("what a load says of its data", LOAD_HINTS),
+    "warp_order": ("rasterization order of the warps of a CTA", ORDERS),
+    "cta_order": ("rasterization order of CTAs", ORDERS),
+    "load_hint": ("cache hint of the loads", LOAD_HINTS),
 }
 PROGRAM = "python -m cute_quant layout"
 FORMAT = {"format": "DEEP_GEMM", "dtype": "bf16"}
@@ -37,7 +37,7 @@ MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeE
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``layout``, for `run`."""
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    show = commands.add_parser("show", help="draw who holds what")
+    show = commands.add_parser("show", help="draw a thread-value layout")
     _add_choices(show, many=False)
     show.add_argument("--output", "-o", metavar="FILE", help=".txt, .svg, .png or .html")
     show.add_argument("--mn", type=int, help="rows of the input whose scales are drawn")
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     many.add_argument("--shapes", default=SHAPES, help="MNxK,... of the inputs to time")
     many.add_argument("--json", metavar="FILE", type=Path, help="write what `report` reads")
     many.add_argument("--plot", metavar="FILE", type=Path, help="write a plot, .svg or .png")
+    many.add_argument("--commit", metavar="NAME", help="name of the measured version, for reports")
     report = commands.add_parser("report", help="print what a sweep wrote")
     report.add_argument("file", metavar="FILE", type=Path)
     report.add_argument("--markdown", action="store_true", help="print a table for Markdown")
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_choices(parser: argparse.ArgumentParser, many: bool) -> None:
-    """Options for what `make_layout` takes; `many` of each, separated by commas."""
+    """Add options for what `make_layout` takes; `many` of each, separated by commas."""
     suffix = ",..." if many else ""
     group = parser.add_argument_group("layout")
     for name, what in NUMBERS.items():
@@ -100,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The same for a command line of its own."""
+    """Run a command line."""
     parser = argparse.ArgumentParser(PROGRAM, description=__doc__)
     add_arguments(parser)
     return run(parser.parse_args(arguments))
@@ -115,7 +116,7 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """That draws the same again, without what is as by default."""
+    """Return the command that draws the same again, without the defaults."""
     given = _chosen(options)
     for name in (*FORMAT, "mn", "k"):
         value = getattr(options, name)
@@ -158,7 +159,7 @@ def _sweep(options: argparse.Namespace) -> None:
     else:
         found = layout.around_the_default(fmt, dtype)
     trials = sweep(found, shapes, _progress)
-    data = to_json(trials)
+    data = to_json(trials, options.commit)
     if options.json:
         options.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     _print(trials, data, options.plot, markdown=False)
@@ -183,6 +184,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _print(trials: list, data: dict[str, Any], plot: Path | None, markdown: bool) -> None:
     from cute_quant.lab import report
+    from cute_quant.lab.sweep import origin
 
     if markdown:
         print(report.markdown_table(trials))
@@ -192,7 +194,7 @@ def _print(trials: list, data: dict[str, Any], plot: Path | None, markdown: bool
         )
     if plot is None:
         return
-    drawing = report.plot(trials, f"{data['gpu']}, torch {data['torch']}, {data['date']}")
+    drawing = report.plot(trials, origin(data))
     if plot.suffix == ".svg":
         plot.write_text(drawing.svg(), encoding="utf-8")
     else:
@@ -200,9 +202,11 @@ def _print(trials: list, data: dict[str, Any], plot: Path | None, markdown: bool
 
 
 def _check_plot(path: Path | None) -> None:
-    """Raises:
-    ModuleNotFoundError: it is to be a PNG, and matplotlib is not installed.
-    ValueError: it is to be something else.
+    """Check that a plot can be written.
+
+    Raises:
+        ModuleNotFoundError: it is to be a PNG, and matplotlib is not installed.
+        ValueError: it is to be something else.
     """
     if path is None:
         return
@@ -213,7 +217,7 @@ def _check_plot(path: Path | None) -> None:
 
 
 def _check_writable(path: Path | None) -> None:
-    """Before minutes of work, raise the OSError that writing a file would raise after them."""
+    """Raise the OSError that writing a file would raise after minutes of work."""
     if path is None:
         return
     existed = path.exists() or path.is_symlink()
@@ -223,7 +227,7 @@ def _check_writable(path: Path | None) -> None:
 
 
 def _progress(done: int, of: int, name: str) -> None:
-    """A bar in a terminal, else a line for each layout."""
+    """Show a bar in a terminal, elsewhere a line for each layout."""
     filled = BAR * done // of
     bar = f"[{'#' * filled}{'.' * (BAR - filled)}] {done}/{of} {name}"
     if sys.stderr.isatty():

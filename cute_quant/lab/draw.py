@@ -11,7 +11,7 @@ from cute_quant.lab.page import page
 
 SUFFIXES = (".txt", ".svg", ".png", ".html")
 MAX_SCALES = 1 << 15
-"""That are drawn: some seconds, and as much as a browser shows at ease."""
+"""Most scales that are drawn: more take seconds, and slow a browser down."""
 
 
 def draw(
@@ -21,12 +21,12 @@ def draw(
     k: int | None = None,
     command: str = "",
 ) -> str:
-    """Draw who holds what, a warp's walk of addresses, and the scales in memory.
+    """Draw the thread-value layout, the memory accesses of a warp, and the scales in memory.
 
     Args:
         path: a file to write, whose name ends in one of ``SUFFIXES``; none by default.
         mn, k: shape of the input whose scales are drawn; by default a little more than a CTA's.
-        command: that a page names as its source.
+        command: command line that a page names as its source.
 
     Returns:
         The drawing as text.

@@ -55,7 +55,7 @@ class Box:
     Attributes:
         x, y, width, height: in pixels, from the upper left corner.
         fill, stroke: names of colours; None for none.
-        data: attributes ``data-...`` for a page to find it by.
+        data: attributes ``data-...`` of what the box stands for.
     """
 
     x: float
@@ -92,7 +92,7 @@ class Drawing:
     """Shapes of a picture, in the order of drawing.
 
     Attributes:
-        title: for who does not see it.
+        title: text for a screen reader.
         width, height: in pixels.
     """
 
@@ -104,26 +104,21 @@ class Drawing:
     def add(self, *parts: Box | Words) -> None:
         self.parts.extend(parts)
 
-    def svg(self, alone: bool = True) -> str:
-        """The drawing as SVG.
-
-        Args:
-            alone: whether it brings its colours; else the page around it has them.
-        """
-        style = f"<style>{style_sheet('svg')}</style>" if alone else ""
+    def svg(self) -> str:
+        """Return the drawing as SVG, which defines its colours."""
         size = f'width="{self.width:g}" height="{self.height:g}"'
         lines = [
             f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {self.width:g} '
             f'{self.height:g}" role="img" aria-label={quoteattr(self.title)} class="drawing">',
-            style,
+            f"<style>{style_sheet('svg')}</style>",
             _svg_box(Box(0, 0, self.width, self.height, "paper")),
             *(_svg_box(p) if isinstance(p, Box) else _svg_words(p) for p in self.parts),
             "</svg>",
         ]
-        return "\n".join(line for line in lines if line) + "\n"
+        return "\n".join(lines) + "\n"
 
     def png(self) -> bytes:
-        """The drawing as PNG, on light paper.
+        """Return the drawing as PNG, on light paper.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
@@ -160,7 +155,7 @@ class Drawing:
 
 
 def stacked(title: str, drawings: Iterable[Drawing], gap: float = 18) -> Drawing:
-    """Drawings below each other as one."""
+    """Return drawings stacked as one."""
     drawings = list(drawings)
     result = Drawing(title, max(d.width for d in drawings))
     for d in drawings:
@@ -173,7 +168,7 @@ def stacked(title: str, drawings: Iterable[Drawing], gap: float = 18) -> Drawing
 
 
 def style_sheet(scope: str) -> str:
-    """CSS that gives the names of colours in `scope` their values, as the reader prefers them."""
+    """Return CSS that defines the colours in `scope`, light or dark as the reader prefers."""
     light, dark = (
         "".join(f"--{name}:{value};" for name, value in colours.items())
         for colours in (LIGHT, DARK)

@@ -1,4 +1,4 @@
-"""A layout to try: all choices of a kernel that concern who holds what, and how it is moved."""
+"""A layout: the choices of a kernel for its threads, values and memory accesses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Layout:
 
     @property
     def warps(self) -> int:
-        """Warps of a CTA."""
+        """Return the warps of a CTA."""
         return self.tile.row_warps * self.tile.column_warps
 
     @property
@@ -60,23 +60,23 @@ class Layout:
 
     @property
     def packs(self) -> float:
-        """Columns of scales that a CTA writes beside each other: packed words, or float32."""
+        """Return the columns of scales that a CTA stores: packed words, or float32."""
         groups = self.tile.column_warps * self.tile.groups(self.fmt.group_size)
         return groups / self.fmt.groups_per_column
 
     @property
     def thread_bytes(self) -> int:
-        """Bytes of x in the registers of a thread."""
+        """Return the bytes of x in the registers of a thread."""
         return self.tile.values_per_thread * self.tile.rows_per_thread * self.dtype.itemsize
 
     @property
     def default(self) -> Layout:
-        """The layout that the package uses for the same dtype and format."""
+        """Return the layout that the package uses for the same dtype and format."""
         return make_layout(self.fmt, self.dtype)
 
     @property
     def name(self) -> str:
-        """Differences from the default, in words."""
+        """Return the differences from the default, in words."""
         default = self.default
         named = [
             text
@@ -87,11 +87,11 @@ class Layout:
 
     @property
     def column_multiple(self) -> int:
-        """Divisor of k."""
+        """Return the number that k is a multiple of."""
         return self.tile.values_per_thread * self.tile.rows_per_thread
 
     def choices(self) -> dict[str, Any]:
-        """As `make_layout` takes them, for JSON."""
+        """Return the choices as `make_layout` takes them, for JSON."""
         access = {"load_bytes": self.access.load_bytes, "load_hint": self.access.load_hint}
         return {**self.tile._asdict(), **access}
 
@@ -121,7 +121,7 @@ def make_layout(
     load_hint: str | None = None,
     **tile: Any,
 ) -> Layout:
-    """The layout of these choices; what is not chosen is as by default.
+    """Make the layout of these choices; what is not chosen is as by default.
 
     Args:
         fmt: of the results.
@@ -168,8 +168,8 @@ def make_layout(
 def product(
     fmt: Format, dtype: torch.dtype, choices: Mapping[str, Sequence[Any]]
 ) -> Iterator[tuple[dict[str, Any], Layout | ValueError]]:
-    """Every combination of some choices for `make_layout`, each with its layout or what refuses
-    it."""
+    """Yield combinations of choices for `make_layout`, each with its layout or with the error
+    that refuses it."""
     for values in itertools.product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
         try:
@@ -179,7 +179,7 @@ def product(
 
 
 def around_the_default(fmt: Format, dtype: torch.dtype) -> list[Layout]:
-    """The default, and what a step away from it there is, for a sweep that takes a minute."""
+    """Return the default and the layouts a step away from it, for a sweep of a minute."""
     shapes = [
         {"row_warps": down, "column_warps": along}
         for down, along in ((1, 1), (1, 4), (2, 2), (2, 1), (8, 1), (16, 1), (1, 8), (4, 2))

@@ -13,7 +13,10 @@ from cute_quant.jit.lookup import build, kernel
 from cute_quant.kernels.config import LANES, Spec
 from cute_quant.lab import binary_utilities
 
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)(.*?);", re.M)
+INSTRUCTION = re.compile(
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P(?:\d+|T)\s+)?([A-Z][\w.]*).*?;", re.MULTILINE
+)
+"""A line of SASS: address, predicate if any, mnemonic. PT and UPT are the constant predicates."""
 RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 
 SCHEDULERS_PER_SM = 4
@@ -41,7 +44,7 @@ class Gpu:
     widest_load: int
 
     def issue_budget(self, bytes_per_warp: float) -> int:
-        """Instructions that a warp may issue in the time its bytes take, all warps together."""
+        """Return how many instructions a warp may issue while memory moves its bytes."""
         warps = self.bandwidth / bytes_per_warp
         return round(self.sms * SCHEDULERS_PER_SM * self.clock / warps)
 
@@ -71,7 +74,7 @@ class MachineCode:
     shared: int
 
     def count(self, *prefixes: str) -> int:
-        """Instructions whose mnemonic is a prefix or goes on after it with a dot."""
+        """Return how many instructions have a prefix as mnemonic, or before a dot."""
         return sum(
             op == prefix or op.startswith(prefix + ".")
             for op in self.opcodes
@@ -79,7 +82,7 @@ class MachineCode:
         )
 
     def resident_warps(self, warps_per_cta: int) -> int:
-        """Warps of such CTAs that an SM has registers and places for at once."""
+        """Return the warps of such CTAs that an SM has registers and places for."""
         registers = -(-self.registers // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
         warps = min(WARPS_PER_SM, REGISTERS_PER_SM // (registers * LANES))
         return min(warps // warps_per_cta, CTAS_PER_SM) * warps_per_cta
@@ -92,7 +95,7 @@ def machine_code(spec: Spec, arch: str) -> MachineCode:
 
 
 def disassemble(kernel: Any, arch: str) -> MachineCode:
-    """The same for a kernel as `lookup.build` takes it.
+    """Compile and disassemble a kernel as `lookup.build` takes it.
 
     Raises:
         FileNotFoundError: nvdisasm or cuobjdump is not installed.
@@ -104,13 +107,18 @@ def disassemble(kernel: Any, arch: str) -> MachineCode:
         text = binary_utilities.run("nvdisasm", "-c", cubin)
         usage = binary_utilities.run("cuobjdump", "--dump-resource-usage", cubin)
     resources = dict(RESOURCE.findall(usage))
-    opcodes = [op for op, _ in INSTRUCTION.findall(text)]
-    while opcodes[-1] == "NOP" or opcodes[-1] == "BRA":  # what pads the end to a cache line
-        opcodes.pop()
     return MachineCode(
-        tuple(opcodes),
+        opcodes(text),
         text,
         int(resources["REG"]),
         int(resources["STACK"]),
         int(resources["SHARED"]),
     )
+
+
+def opcodes(text: str) -> tuple[str, ...]:
+    """Return the mnemonics of a listing with their modifiers, without the padding at its end."""
+    found = INSTRUCTION.findall(text)
+    while found and found[-1] in ("NOP", "BRA"):  # the end is padded to a cache line
+        found.pop()
+    return tuple(found)

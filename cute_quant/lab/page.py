@@ -1,70 +1,184 @@
-"""One page that shows a layout and answers who holds what: no network, no files beside it."""
+"""One page that shows a layout and lets its reader try others: no network, no files beside it.
+
+The page computes no address of its own. It holds the CuTe layouts of all tiles that can be chosen
+in it, as text, and evaluates them. A tile that `make_layout` refuses comes with the reason.
+"""
 
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import string
 from importlib import resources
+from typing import Any
 
+from cute_quant.contract.dtypes import BLOCK_GROUPS, dtype_name
+from cute_quant.contract.format_choices import WHOLE_ROW
+from cute_quant.contract.formats import NAMED_FORMATS, Format
+from cute_quant.kernels.config import DEFAULT_TILE, Tile
 from cute_quant.lab import assignment, pictures
+from cute_quant.lab.assignment import SECTOR_BYTES
 from cute_quant.lab.drawing import style_sheet
-from cute_quant.lab.layout import Layout
+from cute_quant.lab.layout import DTYPES, Layout, make_layout
 from cute_quant.lab.machine_code import GPUS
+
+CHOICES = {
+    "values_per_thread": (4, 8, 16, 32, 64, 128),
+    "rows_per_thread": (1, 2, 4, 8),
+    "row_warps": (1, 2, 4, 8),
+    "column_warps": (1, 2, 4, 8),
+}
+"""Numbers to choose from in a page, beside those of the layout that it starts with."""
 
 
 def page(layout: Layout, mn: int | None = None, k: int | None = None, command: str = "") -> str:
-    """HTML.
+    """Return HTML.
 
     Args:
+        layout: the layout that is shown first.
         mn, k: shape of the input whose scales are drawn, as `pictures.pictures` takes it.
-        command: that made the page, for who wants another.
+        command: command line that made the page.
     """
-    mn = pictures.example_rows(layout) if mn is None else mn
-    k = pictures.example_columns(layout) if k is None else k
-    drawings = pictures.pictures(layout, mn, k)
-    tile, walk, scales = (drawing.svg(alone=False) for drawing in drawings)
-    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    folder = resources.files(__package__)
+    template = folder.joinpath("page.html").read_text(encoding="utf-8")
     return string.Template(template).substitute(
         title=html.escape(f"Layout: {layout.name}"),
-        summary=html.escape(pictures.summary(layout)),
         style=style_sheet(":root"),
         command=html.escape(command),
-        tile=tile,
-        walk=walk,
-        scales=scales,
         # "</script>" would end the data.
-        data=json.dumps(_data(layout, mn, k), separators=(",", ":")).replace("<", "\\u003c"),
+        data=json.dumps(data(layout, mn, k), separators=(",", ":")).replace("<", "\\u003c"),
+        script=folder.joinpath("page.js").read_text(encoding="utf-8"),
     )
 
 
-def _data(layout: Layout, mn: int, k: int) -> dict[str, object]:
-    threads = assignment.threads(layout)
-    scales = assignment.scales(layout, mn, k)
-    requests = {arch: assignment.loads(layout, arch) for arch in GPUS}
+def data(layout: Layout, mn: int | None = None, k: int | None = None) -> dict[str, Any]:
+    """Return what the script of a page reads."""
+    formats = _formats(layout.fmt)
+    own = {name: getattr(layout.tile, name) for name in CHOICES}
+    choices = {name: sorted({*CHOICES[name], own[name]}) for name in CHOICES}
+    strings: dict[str, int] = {}
+
+    def number(text: str) -> int:
+        return strings.setdefault(text, len(strings))
+
+    tiles: dict[str, int | list[int]] = {}
+    layouts = _LayoutTexts()
+    with assignment.evaluated():
+        for (name, fmt), *numbers in itertools.product(formats.items(), *choices.values()):
+            key = ",".join(map(str, (name, *numbers)))
+            try:
+                chosen = _replaced(layout, fmt, dict(zip(CHOICES, numbers, strict=True)))
+            except ValueError as error:
+                tiles[key] = number(str(error))
+                continue
+            rows = pictures.example_rows(chosen) if mn is None else mn
+            columns = pictures.example_columns(chosen) if k is None else k
+            texts = (pictures.summary(chosen), *layouts.of(chosen, rows, columns))
+            access = chosen.access.load_bytes, chosen.access.store_bytes
+            tiles[key] = [*map(number, texts), *access, rows, columns]
     return {
-        "threads": [
-            {
-                "number": t.number,
-                "warp": t.warp,
-                "lane": t.lane,
-                "segments": [(s.row, s.column, s.values) for s in t.segments],
-                "partners": t.partners,
-                "groups": t.groups,
-                "writes": t.writes,
-            }
-            for t in threads
-        ],
-        "scales": {
-            f"{s.row},{s.group}": {"offset": s.offset, "unit": s.unit, "padding": s.padding}
-            for s in scales
-        },
-        "loads": [
-            (arch, len(found), found[0].nbytes // len(found[0].ranges))
-            for arch, found in requests.items()
-        ],
-        "rows": layout.tile.rows,
-        "columns": layout.cta_columns,
+        "strings": list(strings),
+        "tiles": tiles,
+        "choices": {"format": list(formats), **choices},
+        "start": {"format": _name(layout.fmt), **own},
+        "formats": {name: _format(fmt) for name, fmt in formats.items()},
         "itemsize": layout.dtype.itemsize,
-        "packed": layout.fmt.packed,
+        "loads": {arch: gpu.widest_load for arch, gpu in GPUS.items()},
+        "sector": SECTOR_BYTES,
+        "fixed": _fixed(layout),
     }
+
+
+class _LayoutTexts:
+    """CuTe layouts as text, each built once. Needs `assignment.evaluated` around it."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, str] = {}
+
+    def of(self, layout: Layout, mn: int, k: int) -> tuple[str, ...]:
+        """Return thread-value layout, copy, warps, lanes and scales of a layout."""
+        from cute_quant.kernels import layouts
+
+        tile, fmt = layout.tile, layout.fmt
+        size, rows = fmt.group_size, fmt.scale_rows(mn)
+        groups = fmt.columns(k) * fmt.groups_per_column
+        lanes = layout.lanes_per_group
+        values = tile.values_per_thread, tile.rows_per_thread
+        order = tile.row_warps, tile.column_warps, tile.rows_per_thread, tile.warp_order
+        return (
+            self._text(lambda: layouts.thread_value(tile, size), "values", size, *values),
+            self._text(lambda: assignment.copy_layout(layout), "copy", layout.access, values[0]),
+            self._text(lambda: layouts.warps(tile), "warps", *order),
+            self._text(lambda: layouts.lanes(lanes), "lanes", lanes),
+            self._text(lambda: layouts.scales(fmt, rows, groups), "scales", fmt, rows, groups),
+        )
+
+    def _text(self, build: Any, *key: object) -> str:
+        if key not in self._known:
+            self._known[key] = str(build())
+        return self._known[key]
+
+
+def _formats(own: Format) -> dict[str, Format]:
+    """Return the named formats of groups, and the page's own."""
+    named = {name: fmt for name, fmt in NAMED_FORMATS.items() if fmt.group_size != WHOLE_ROW}
+    return named if own in named.values() else {_name(own): own, **named}
+
+
+def _name(fmt: Format) -> str:
+    return next((name for name, named in NAMED_FORMATS.items() if named == fmt), fmt.text)
+
+
+def _replaced(layout: Layout, fmt: Format, numbers: dict[str, int]) -> Layout:
+    """Return a layout with these choices, all others as `layout` has them.
+
+    Raises:
+        ValueError: there is no such layout, with the rule that is broken.
+    """
+    kept = {name: getattr(layout.tile, name) for name in Tile._fields if name not in CHOICES}
+    own = make_layout(layout.fmt, layout.dtype, values_per_thread=layout.tile.values_per_thread)
+    width = layout.access.load_bytes
+    return make_layout(
+        fmt,
+        layout.dtype,
+        load_bytes=None if width == own.access.load_bytes else width,
+        load_hint=layout.access.load_hint,
+        **kept,
+        **numbers,
+    )
+
+
+def _format(fmt: Format) -> dict[str, Any]:
+    """Return what a drawing has to know of a format."""
+    named = fmt in NAMED_FORMATS.values()
+    kind = f"{dtype_name(fmt.scale_dtype)} scales, {fmt.scale_layout}"
+    return {
+        "python": f"cq.{_name(fmt)}" if named else f'cq.Format.parse("{fmt.text}")',
+        "group": fmt.group_size,
+        "itemsize": fmt.values.itemsize,
+        "scaleBytes": fmt.sf_dtype.itemsize,
+        "packed": fmt.packed,
+        "blocked": fmt.blocked,
+        "perUnit": BLOCK_GROUPS if fmt.blocked else fmt.groups_per_column,
+        "unit": "word" if fmt.packed else "block" if fmt.blocked else "column",
+        "kind": "packed words of four UE8M0 bytes" if fmt.packed else kind,
+        "mnMajor": fmt.mn_major,
+    }
+
+
+def _fixed(layout: Layout) -> str:
+    """Return arguments of `make_layout` that a page cannot change, where they are not defaults."""
+    words = []
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == layout.dtype)
+    if dtype != "bf16":
+        words.append(f"dtype=torch.{dtype_name(layout.dtype)}")
+    for name in ("warp_order", "cta_order"):
+        if getattr(layout.tile, name) != getattr(DEFAULT_TILE, name):
+            words.append(f'{name}="{getattr(layout.tile, name)}"')
+    own = make_layout(layout.fmt, layout.dtype, values_per_thread=layout.tile.values_per_thread)
+    if layout.access.load_bytes != own.access.load_bytes:
+        words.append(f"load_bytes={layout.access.load_bytes}")
+    if layout.access.load_hint is not None:
+        words.append(f'load_hint="{layout.access.load_hint}"')
+    return "".join(f", {word}" for word in words)

@@ -1,4 +1,4 @@
-"""Draws a layout: a CTA's tile of values, a warp's walk of addresses, the scales in memory."""
+"""Draw a layout: elements of a CTA, memory accesses of a warp, scales in memory."""
 
 from __future__ import annotations
 
@@ -25,47 +25,48 @@ MAX_STRIPS = 16
 
 
 def example_rows(layout: Layout) -> int:
-    """Rows of an input that show one CTA, some rows of the next, and padding."""
+    """Return the rows of an input that show a CTA, some rows of the next, and padding."""
     return layout.tile.rows + 2
 
 
 def example_columns(layout: Layout) -> int:
-    """Columns of an input that show one CTA, a group of the next, and unused bytes of a word."""
+    """Return the columns of an input that show a CTA, a group of the next, and unused bytes."""
     multiple = max(layout.column_multiple, layout.fmt.group_size)
     return layout.cta_columns + multiple
 
 
 def summary(layout: Layout) -> str:
-    """A sentence about who holds what."""
+    """Return a sentence about the thread-value layout."""
     tile, lanes = layout.tile, layout.lanes_per_group
     values, rows = tile.values_per_thread, tile.rows_per_thread
     nbytes = values * layout.dtype.itemsize
     offsets = [1 << i for i in range(lanes.bit_length() - 1)]
-    of_group = f"{lanes} threads share a group of {layout.fmt.group_size} and shuffle by "
+    size = layout.fmt.group_size
+    of_group = f"{lanes} threads hold a group of {size} and reduce its amax by shuffles of "
     of_group += ", ".join(map(str, offsets))
     if not offsets:
-        of_group = f"it has a group of {layout.fmt.group_size} to itself and shuffles nothing"
+        of_group = f"it holds all of a group of {size} and shuffles nothing"
     of_rows = "" if rows == 1 else f" of each of {rows} rows"
     return (
-        f"A thread holds {values} neighbours ({nbytes} bytes){of_rows}; {of_group}. "
+        f"A thread holds {values} values contiguous along k ({nbytes} bytes){of_rows}; {of_group}. "
         f"A warp has {tile.columns} columns."
     )
 
 
 def tile_picture(layout: Layout, threads: list[Thread]) -> Drawing:
-    """Who holds which element of a CTA's tile, a line for each 128 columns of a row."""
+    """Draw the elements of a CTA by thread, a line for each 128 columns of a row."""
     columns = max(LINE_COLUMNS, layout.tile.values_per_thread)
     cell = LINE / columns
     drawing = Drawing(f"Elements of a CTA by thread: {summary(layout)}", WIDTH)
     drawing.add(
-        Words(MARGIN, 26, "Who holds which element", 16, bold=True),
+        Words(MARGIN, 26, "Elements of a CTA by thread", 16, bold=True),
         Words(MARGIN, 46, summary(layout), 12, colour="muted"),
         Words(
             MARGIN,
             62,
-            f"A CTA of {layout.warps} warps: {layout.tile.row_warps} below each other, "
-            f"{layout.tile.column_warps} beside each other. In a box: warp and lane; ticks: "
-            f"{layout.access.load_bytes} bytes, one load where the GPU has it.",
+            f"Warps along M: {layout.tile.row_warps}, N: {layout.tile.column_warps}. In a box: "
+            f"warp and lane. Ticks: {layout.access.load_bytes} bytes, one load where the GPU has "
+            "it.",
             12,
             colour="muted",
         ),
@@ -107,24 +108,22 @@ def tile_picture(layout: Layout, threads: list[Thread]) -> Drawing:
     return drawing
 
 
-def walk_picture(layout: Layout) -> Drawing:
-    """The bytes of memory that each instruction of a warp touches, sector by sector."""
-    drawing = Drawing(
-        "Addresses of a warp: sectors of 32 bytes that each instruction touches", WIDTH
-    )
+def access_picture(layout: Layout) -> Drawing:
+    """Draw the bytes that each instruction of a warp accesses, sector by sector."""
+    drawing = Drawing("Memory accesses of a warp: sectors of 32 bytes of each instruction", WIDTH)
     drawing.add(
-        Words(MARGIN, 26, "The walk of a warp over a row", 16, bold=True),
+        Words(MARGIN, 26, "Memory accesses of a warp", 16, bold=True),
         Words(
             MARGIN,
             46,
-            "A strip is an instruction of the whole warp, a frame a sector of 32 bytes, a box the "
-            "bytes of a lane. What an instruction leaves of a sector, another one asks for again.",
+            "A strip is an instruction of a warp, a frame a sector of 32 bytes, a box the bytes of "
+            "a lane. Bytes of a sector that an instruction leaves are requested by another one.",
             12,
             colour="muted",
         ),
     )
     y = float(HEADER)
-    for title, requests in _walks(layout):
+    for title, requests in _accesses(layout):
         y += GAP
         drawing.add(Words(MARGIN, y + 12, title, 12, bold=True))
         y += 20
@@ -133,13 +132,13 @@ def walk_picture(layout: Layout) -> Drawing:
     return drawing
 
 
-def _walks(layout: Layout) -> list[tuple[str, list[Request]]]:
-    """Requests by what makes them, architectures joined where they make the same."""
-    walks: dict[tuple, list[str]] = {}
+def _accesses(layout: Layout) -> list[tuple[str, list[Request]]]:
+    """Return loads and stores, architectures joined where they are the same."""
+    accesses: dict[tuple, list[str]] = {}
     for kind, of in (("loads of x", assignment.loads), ("stores of q", assignment.stores)):
         for arch in GPUS:
-            walks.setdefault((kind, tuple(of(layout, arch))), []).append(arch)
-    return [(f"{kind}, {' and '.join(a)}", list(r)) for (kind, r), a in walks.items()]
+            accesses.setdefault((kind, tuple(of(layout, arch))), []).append(arch)
+    return [(f"{kind}, {' and '.join(a)}", list(r)) for (kind, r), a in accesses.items()]
 
 
 def _strips(drawing: Drawing, requests: list[Request], lanes_per_group: int, y: float) -> float:
@@ -172,7 +171,7 @@ def _strips(drawing: Drawing, requests: list[Request], lanes_per_group: int, y: 
 
 
 def scale_picture(layout: Layout, scales: list[ScaleByte], mn: int, k: int) -> Drawing:
-    """The scales of an (mn, k) input in memory, padding included; those of the first CTA framed."""
+    """Draw the scales of an (mn, k) input in memory, padding included, the first CTA's framed."""
     fmt = layout.fmt
     rows = sorted({s.row for s in scales})
     units = max(s.unit for s in scales) + 1
@@ -186,20 +185,20 @@ def scale_picture(layout: Layout, scales: list[ScaleByte], mn: int, k: int) -> D
     if not fmt.packed:
         what = f"{dtype_name(fmt.scale_dtype)} scales, {fmt.scale_layout}"
     drawing.add(
-        Words(MARGIN, 26, "Where the scales lie", 16, bold=True),
+        Words(MARGIN, 26, "Scales in memory", 16, bold=True),
         Words(
             MARGIN,
             46,
             f"sf of an ({mn}, {k}) input: {fmt.groups(k)} groups of {fmt.group_size} a row, {what}"
             f"{', columns of ' + str(fmt.scale_rows(mn)) + ' rows' if fmt.mn_major else ''}. "
-            "Grey: padding, written as 0.",
+            "Grey: padding, stored as 0.",
             12,
             colour="muted",
         ),
         Words(
             MARGIN,
             62,
-            f"The first CTA writes rows 0 … {layout.tile.rows - 1}, groups 0 … "
+            f"The first CTA stores rows 0 … {layout.tile.rows - 1}, groups 0 … "
             f"{layout.cta_columns // fmt.group_size - 1}: framed. Left of each: its byte of sf.",
             12,
             colour="muted",
@@ -238,7 +237,7 @@ def scale_picture(layout: Layout, scales: list[ScaleByte], mn: int, k: int) -> D
 
 
 def pictures(layout: Layout, mn: int | None = None, k: int | None = None) -> list[Drawing]:
-    """All three.
+    """Draw elements, memory accesses and scales of a layout.
 
     Args:
         mn, k: shape of the input whose scales are drawn; by default a little more than a CTA's.
@@ -247,27 +246,27 @@ def pictures(layout: Layout, mn: int | None = None, k: int | None = None) -> lis
     k = example_columns(layout) if k is None else k
     return [
         tile_picture(layout, assignment.threads(layout)),
-        walk_picture(layout),
+        access_picture(layout),
         scale_picture(layout, assignment.scales(layout, mn, k), mn, k),
     ]
 
 
 def text(layout: Layout, mn: int | None = None, k: int | None = None) -> str:
-    """The same for a terminal."""
+    """Return the same facts as lines for a terminal."""
     mn = example_rows(layout) if mn is None else mn
     k = example_columns(layout) if k is None else k
     return "\n\n".join(
         [
             summary(layout),
             "\n".join(_tile_lines(layout, assignment.threads(layout))),
-            "\n".join(_walk_lines(layout)),
+            "\n".join(_access_lines(layout)),
             "\n".join(_scale_lines(assignment.scales(layout, mn, k), mn, k)),
         ]
     )
 
 
 def _tile_lines(layout: Layout, threads: list[Thread]) -> list[str]:
-    """A line for each group of a row: its columns, and the lanes that hold it."""
+    """Return a line for each group of a row: its columns, and the lanes that hold it."""
     size = layout.fmt.group_size
     lines = [f"{'row':>4} {'columns':>13} {'group':>6} {'warp':>5}  lanes"]
     held: dict[tuple[int, int], list[Thread]] = {}
@@ -281,9 +280,9 @@ def _tile_lines(layout: Layout, threads: list[Thread]) -> list[str]:
     return lines
 
 
-def _walk_lines(layout: Layout) -> list[str]:
+def _access_lines(layout: Layout) -> list[str]:
     lines = []
-    for title, requests in _walks(layout):
+    for title, requests in _accesses(layout):
         lines.append(title)
         for number, r in enumerate(requests):
             (first, second), (next_lane, _) = r.ranges[0], r.ranges[1]

@@ -1,4 +1,4 @@
-"""Time layouts on a GPU beside the default: the same memory, in turn, the same bits."""
+"""Time layouts on a GPU relative to the default: same memory, interleaved replays, same bits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Time:
 
     Attributes:
         seconds: of the layout, the median of the replays.
-        default_seconds: of the default, measured in turn with it.
+        default_seconds: of the default, its replays interleaved with the layout's.
     """
 
     seconds: float
@@ -64,9 +64,11 @@ class Track:
         self.graph = timing.capture(self.calls, self.launches)
 
     def time(self, layout: Layout) -> Time:
-        """Raises:
-        ValueError: the layout does not take the shape.
-        WrongResultError: its results are not the default's.
+        """Time a layout and the default.
+
+        Raises:
+            ValueError: the layout does not take the shape.
+            WrongResultError: its results are not the default's.
         """
         check_shape(layout, self.mn, self.k)
         calls = self._calls(layout)
@@ -90,7 +92,7 @@ class Track:
         ]
 
     def _run(self, calls: list[Callable[[], None]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Results of each call, over poison."""
+        """Run each call over poison and return its results."""
         for call, (_, *results) in zip(calls, self.buffers, strict=True):
             for t in results:
                 _bits(t).fill_(POISON)
@@ -100,8 +102,10 @@ class Track:
 
 
 def check_shape(layout: Layout, mn: int, k: int) -> None:
-    """Raises:
-    ValueError: the layout does not take an (mn, k) input.
+    """Check that a layout takes an (mn, k) input.
+
+    Raises:
+        ValueError: it does not.
     """
     if k % layout.column_multiple:
         raise ValueError(
@@ -114,5 +118,5 @@ def check_shape(layout: Layout, mn: int, k: int) -> None:
 
 
 def _bits(t: torch.Tensor) -> torch.Tensor:
-    """All bytes of a tensor's storage."""
+    """Return all bytes of a tensor's storage."""
     return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())

@@ -13,11 +13,11 @@ FAILED, UNKNOWN = "failed", "-"
 WORST = 2.0
 """Ratios beyond this one end at the edge of the plot."""
 
-PLOT_WIDTH, PLOT_LABEL, PLOT_ROW, PLOT_HEADER = 1000, 330, 28, 84
+PLOT_WIDTH, PLOT_LABEL, PLOT_ROW, PLOT_HEADER = 1000, 330, 28, 108
 
 
 def columns(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a row of cells for each trial."""
+    """Return headings, and a row of cells for each trial."""
     architectures = [arch for arch in SHORT if any(arch in t.code for t in trials)]
     shapes = shapes_of(trials)
     headings = ["layout", "rows x packs a CTA"]
@@ -55,7 +55,7 @@ def _code_cells(trial: Trial, architectures: Sequence[str]) -> list[str]:
 
 
 def shapes_of(trials: Sequence[Trial]) -> list[tuple[int, int]]:
-    """That anything was timed with, in order."""
+    """Return the shapes that anything was timed with, in order."""
     return list(dict.fromkeys(shape for t in trials for shape in t.ratios))
 
 
@@ -92,7 +92,7 @@ def markdown_table(trials: Sequence[Trial]) -> str:
 
 
 def text_plot(trials: Sequence[Trial]) -> str:
-    """Bars of the time for the last shape, or without times of the issue slots on SM100."""
+    """Return bars of the time for the last shape, or without times of the issue slots on SM100."""
     title, values = _plotted(trials)
     width = max(len(t.layout.name) for t in trials)
     top = max((value for value in values if value), default=1.0)
@@ -121,10 +121,10 @@ def _plotted(trials: Sequence[Trial]) -> tuple[str, list[float | None]]:
 
 
 def plot(trials: Sequence[Trial], source: str) -> Drawing:
-    """A dot for each layout and shape: time over the default's.
+    """Draw a dot for each layout and shape: time over the default's.
 
     Args:
-        source: where and when it was measured.
+        source: where, when and of which commit it was measured.
 
     Raises:
         ValueError: nothing was timed.
@@ -147,8 +147,8 @@ def plot(trials: Sequence[Trial], source: str) -> Drawing:
     )
     x = float(PLOT_LABEL)
     for i, (mn, k) in enumerate(shapes):
-        drawing.add(Box(x, 30, 10, 10, f"b{i % 4}", "ink"), Words(x + 16, 40, f"{mn} x {k}", 12))
-        x += 110
+        drawing.add(Box(x, 61, 10, 10, f"b{i % 4}", "ink"), Words(x + 16, 70, f"{mn} x {k}", 12))
+        x += 120
     for row in range(1, len(trials), 2):
         drawing.add(Box(8, PLOT_HEADER + row * PLOT_ROW, PLOT_WIDTH - 16, PLOT_ROW, "faint"))
     tick = -(-lowest // 0.1) * 0.1
@@ -167,5 +167,6 @@ def plot(trials: Sequence[Trial], source: str) -> Drawing:
                 at, y = place(t.ratios[shape]), middle + 7 * (i - (len(shapes) - 1) / 2)
                 drawing.add(Box(at - 3.5, y - 3.5, 7, 7, f"b{i % 4}", "ink"))
                 if t.ratios[shape] > highest:
-                    drawing.add(Words(at - 8, y + 3.5, f"{t.ratios[shape]:.1f}", 9, "end"))
+                    side = (at - 8, "end") if i % 2 else (at + 8, "start")
+                    drawing.add(Words(side[0], y + 3.5, f"{t.ratios[shape]:.1f}", 9, side[1]))
     return drawing

@@ -1,4 +1,4 @@
-"""Try many layouts: what their machine code says, and on a GPU their time beside the default's."""
+"""Try many layouts: read their machine code, and on a GPU time them relative to the default."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = ((256, 7168), (2048, 7168), (16384, 7168))
 """Shapes of inputs whose buffers together exceed the L2 cache of an H100."""
 
 Progress = Callable[[int, int, str], None]
-"""Told of how many of how many are done, and what comes next."""
+"""Callback with the count of done layouts, that of all, and the name of the next one."""
 
 
 @dataclasses.dataclass
@@ -83,7 +83,7 @@ def sweep(
         try:
             _race(trial, tracks)
         except (RuntimeError, ValueError) as error:
-            # Of one layout: others may do.
+            # One layout fails; others may not.
             trial.failure = " ".join(str(error).split()) or type(error).__name__
     progress(len(trials), len(trials), "done")
     return trials
@@ -100,12 +100,18 @@ def _race(trial: Trial, tracks: Sequence[race.Track]) -> None:
         trial.microseconds[track.mn, track.k] = time.seconds * 1e6
 
 
-def to_json(trials: Sequence[Trial]) -> dict[str, Any]:
-    """Return trials as `from_json` reads them."""
+def to_json(trials: Sequence[Trial], commit: str | None = None) -> dict[str, Any]:
+    """Return trials as `from_json` reads them.
+
+    Args:
+        trials: at least one.
+        commit: name of the measured version.
+    """
     fmt, dtype = trials[0].layout.fmt, trials[0].layout.dtype
     names = {value: name for name, value in DTYPES.items()}
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": commit,
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "format": fmt.text,
@@ -125,10 +131,18 @@ def to_json(trials: Sequence[Trial]) -> dict[str, Any]:
     }
 
 
+def origin(data: dict[str, Any]) -> str:
+    """Return where, when and of which version the trials of `to_json` were measured."""
+    commit = data.get("commit") or "not recorded"
+    return f"{data['gpu']}, torch {data['torch']}, {data['date']}, commit {commit}"
+
+
 def from_json(data: dict[str, Any]) -> list[Trial]:
-    """Raises:
-    ArithmeticError, AttributeError, LookupError, TypeError, ValueError: `data` is not what
-        `to_json` makes.
+    """Return the trials that `to_json` wrote.
+
+    Raises:
+        ArithmeticError, AttributeError, LookupError, TypeError, ValueError: `data` is not what
+            `to_json` makes.
     """
     for name in ("gpu", "torch", "date"):
         data[name]  # A plot names them.

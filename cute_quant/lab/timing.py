@@ -1,4 +1,4 @@
-"""Time GPU work: CUDA graphs of launches over rotating buffers, replayed in turn."""
+"""Time GPU work: CUDA graphs of launches over rotating buffers, with interleaved replays."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ class Timing:
 
 
 def buffer_count(bytes_per_call: int) -> int:
-    """Buffers to rotate so that a call finds none of its data in the L2 cache, as far as
+    """Return buffers to rotate so that a call finds none of its data in the L2 cache, as far as
     ``MAX_BUFFERS`` go: small activations come from the L2 cache in a model too."""
     return max(2, min(MAX_BUFFERS, -(-ROTATION_BYTES // bytes_per_call)))
 
 
 def launch_count(bytes_per_call: int) -> int:
-    """Calls to capture in one graph."""
+    """Return calls to capture in one graph."""
     seconds = ASSUMED_LAUNCH_SECONDS + bytes_per_call / ASSUMED_BYTES_PER_SECOND
     return max(MIN_LAUNCHES, min(MAX_LAUNCHES, round(GRAPH_SECONDS / seconds)))
 
 
 def capture(calls: Sequence[Callable[[], object]], launches: int = MIN_LAUNCHES) -> Graph:
-    """A graph that runs `calls` in turn, `launches` of them.
+    """Capture a graph of `launches` calls that cycles through `calls`.
 
     Each runs once before: a first call may compile or load a module, which no capture allows.
     """
@@ -94,7 +94,7 @@ def warm_up() -> None:
 
 
 def measure(graphs: Mapping[Hashable, Graph], replays: int = REPLAYS) -> dict[Hashable, Timing]:
-    """Time graphs, alternating between them; each round starts with the next."""
+    """Time graphs with interleaved replays; each round starts with another graph."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     seconds: dict[Hashable, list[float]] = {key: [] for key in graphs}
     keys = list(graphs)
@@ -111,5 +111,5 @@ def measure(graphs: Mapping[Hashable, Graph], replays: int = REPLAYS) -> dict[Ha
 
 
 def median_seconds(graphs: Mapping[Hashable, Graph]) -> dict[Hashable, float]:
-    """Seconds a call for each graph, the median over replays that alternate between them."""
+    """Return seconds a call for each graph, the median over replays that alternate between them."""
     return {key: timing.median for key, timing in measure(graphs).items()}

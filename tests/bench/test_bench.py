@@ -1,9 +1,11 @@
 """Benchmarks: checks of results, and verdicts on targets."""
 
+import types
+
 import pytest
 import torch
 
-from bench import environment, stage_report, stream
+from bench import demo, environment, stage_report, stream
 from bench.names import CUTE_QUANT, PLAIN, STREAM, of_operation
 from bench.results import Result, Results
 from bench.run import Check, Run
@@ -135,7 +137,7 @@ class Provider:
 @pytest.fixture
 def make_run(monkeypatch):
     """Make runs that capture and measure nothing."""
-    monkeypatch.setattr(environment, "describe", lambda: {"commit": None})
+    monkeypatch.setattr(environment, "describe", lambda program, commit: {"commit": commit})
     monkeypatch.setattr(timing, "capture", lambda calls, launches: timing.Graph(None, launches, ()))
     monkeypatch.setattr(
         timing, "measure", lambda graphs: {key: timing.Timing((1.0, 2.0, 3.0)) for key in graphs}
@@ -145,8 +147,19 @@ def make_run(monkeypatch):
     )
 
 
-def test_run_measures_what_is_right(make_run, monkeypatch, capsys):
+def test_a_machine_names_its_commit_and_the_command_without_paths(monkeypatch):
+    properties = types.SimpleNamespace(name="GPU", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr("sys.argv", ["bench", "--rows", "1,2", "--output", "some/place/out"])
+    machine = environment.describe("python -m bench", "abc")
+    assert (machine["gpu"], machine["commit"]) == ("GPU", "abc")
+    assert machine["command"] == "python -m bench --rows 1,2 --output out"
+    monkeypatch.setattr(environment, "current_commit", lambda: "def")
+    assert environment.describe("python -m bench", None)["commit"] == "def"
+
+
+def test_run_measures_what_is_right(make_run, capsys):
     wrong, fails = Provider("a", "1 value"), Provider("b", error=RuntimeError("no\nmore"))
     right, ours = Provider(STREAM), Provider(CUTE_QUANT)
     run = make_run(wrong, fails, right, ours)
@@ -154,7 +167,6 @@ def test_run_measures_what_is_right(make_run, monkeypatch, capsys):
         run.measure(ROWS, k, run.providers)
     assert run.providers == [wrong, right, ours] and not run.wrong
     assert run.results.machine["commit"] == "abc"
-    assert run.results.machine["command"] == "bench --rows 1,2 --output out"
     for k in (128, 256):
         found = {result.provider: result for result in run.results if result.k == k}
         assert list(found) == ["a", STREAM, CUTE_QUANT]
@@ -180,3 +192,19 @@ def test_run_raises_our_errors(make_run):
     run = make_run(Provider(CUTE_QUANT, error=RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
         run.measure(ROWS, COLUMNS, run.providers)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.000412, "0.000412"), (0.0412, "0.0412"), (4.0, "4.00"), (23.45, "23.4"), (2345.6, "2,346")],
+)
+def test_significant_digits(number, text):
+    assert demo.significant(number) == text
+
+
+def test_the_demo_never_prints_a_time_of_nothing(monkeypatch, capsys):
+    seconds = iter(range(0, 1000, 50))
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: float(next(seconds)))
+    demo.call_time(torch.ones(4, 128, dtype=torch.bfloat16))
+    out = capsys.readouterr().out
+    assert "50,000,000 us, 0.0000000" in out and out.endswith(" GB/s\n")

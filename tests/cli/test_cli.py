@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import unittest.mock
@@ -15,7 +16,7 @@ from cute_quant import kernels
 from cute_quant.cli import check, main
 from cute_quant.contract.calls import Call
 from cute_quant.dispatch import launch, plan
-from cute_quant.jit import aot_presets, keys, lookup
+from cute_quant.jit import aot_presets, keys, lookup, progress
 from cute_quant.jit.disk_cache import Cache
 from cute_quant.kernels.config import DequantizeSpec, QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
 from tests.helpers import UE8M0
@@ -279,9 +280,24 @@ def test_check_compiles_for_each_architecture(monkeypatch, capsys):
     assert main.main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
+        "3 kernels for sm_90a, sm_100a, sm_103a, no GPU: compiling only",
         *(f"ok     compiled {arch:8} {NAME}" for arch in lookup.ARCHITECTURES.values()),
-        "3 of 3 are right",
+        "3 of 3 kernels compiled, none was run",
     ]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_check_shows_progress_in_a_terminal(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(aot_presets, "of_each_kind", lambda arch: [SPEC, SPEC])
+    monkeypatch.setattr(lookup, "build", lambda kernel, arch: None)
+    assert main.main(["check", *arguments]) == 0
+    assert not capsys.readouterr().err, "no terminal"
+    monkeypatch.setattr(progress, "_is_terminal", lambda: True)
+    assert main.main(["check", *arguments]) == 0
+    bars = re.findall(r" (\d)/6 (sm_\w+) ", capsys.readouterr().err)
+    architectures = [arch for arch in lookup.ARCHITECTURES.values() for _ in range(2)]
+    assert bars == [(str(done), arch) for done, arch in enumerate(architectures)]
 
 
 def test_check_names_what_fails(monkeypatch, capsys):
@@ -294,9 +310,9 @@ def test_check_names_what_fails(monkeypatch, capsys):
     monkeypatch.setattr(lookup, "build", build)
     assert main.main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("FAILED compiled sm_100a ")
-    assert lines[1].endswith(": ValueError: broken in two lines")
-    assert lines[-1] == "2 of 3 are right"
+    assert lines[2].startswith("FAILED compiled sm_100a ")
+    assert lines[2].endswith(": ValueError: broken in two lines")
+    assert lines[-1] == "2 of 3 kernels compiled, none was run"
     assert main.main(["check", "--json"]) == 1
     errors = [outcome["error"] for outcome in json.loads(capsys.readouterr().out)]
     assert errors == [None, "ValueError: broken in two lines", None]
@@ -458,10 +474,14 @@ def test_check_says_how_many_are_neighbours(monkeypatch, capsys):
     monkeypatch.setattr(check, "_results", lambda spec, device: results[device])
     line = f"ran      sm_90a   {keys.spec_name(spec)}: "
     assert main.main(["check"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == f"ok     {line}2 rounded to the neighbour"
+    _, kernel, total = capsys.readouterr().out.splitlines()
+    assert kernel == f"ok     {line}2 rounded to the neighbour"
+    assert total == "1 of 1 kernels match the reference"
     flip(results["cuda"].values, 1, 0x80)
     assert main.main(["check"]) == 1
-    assert capsys.readouterr().out.startswith(f"FAILED {line}1 of ")
+    _, kernel, total = capsys.readouterr().out.splitlines()
+    assert kernel.startswith(f"FAILED {line}1 of ")
+    assert total == "0 of 1 kernels match the reference"
 
 
 @pytest.mark.gpu
@@ -476,8 +496,8 @@ def test_check_on_the_gpu(name, monkeypatch, capsys):
     arch = lookup.architecture(0)
     specs = aot_presets.PRESETS[name](arch)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(specs) + 1
-    assert all(line.startswith("ok     ran ") for line in lines[:-1])
+    assert len(lines) == len(specs) + 2
+    assert all(line.startswith("ok     ran ") for line in lines[1:-1])
     assert set(functions) == {(spec, arch) for spec in specs}
 
 

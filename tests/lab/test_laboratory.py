@@ -24,10 +24,11 @@ from cute_quant.lab import (
     pictures,
     report,
 )
+from cute_quant.lab.drawing import Box, Words
 from cute_quant.lab.examination import ELEMENTS
 from cute_quant.lab.layout import around_the_default
 from cute_quant.lab.machine_code import GPUS, MachineCode, machine_code
-from cute_quant.lab.sweep import Trial, from_json, to_json
+from cute_quant.lab.sweep import Trial, from_json, origin, to_json
 from tests.helpers import FLOAT32, UE8M0
 
 ROW_MAJOR = GROUPWISE_FP8.replace(group_size=64)
@@ -279,6 +280,20 @@ def trials(*ratios: float) -> list[Trial]:
     return found
 
 
+def test_the_legend_of_a_plot_lies_below_its_source():
+    source = "a GPU of some length, torch 2.11.0+cu130, 2026-11-26, commit 0123456789ab"
+    drawing = report.plot(trials(1.0, 1.25), source)
+    text = next(p for p in drawing.parts if isinstance(p, Words) and p.text == source)
+    legend = next(p for p in drawing.parts if isinstance(p, Box))
+    assert legend.y > text.y and legend.y + legend.height < report.PLOT_HEADER - 20
+
+
+def test_a_sweep_names_its_version():
+    data = to_json(trials(1.0), "0123456789ab")
+    assert origin(data).endswith(", commit 0123456789ab")
+    assert origin(to_json(trials(1.0))).endswith(", commit not recorded")
+
+
 def test_json_keeps_trials():
     before = trials(1.0, 1.25, 0.98)
     before[1].failure = "k: expected a multiple of 64"
@@ -339,7 +354,7 @@ def test_formats_of_the_command_line(fmt, capsys):
 
 def test_show(capsys, tmp_path):
     assert command.main(["show", "--threads-per-group", "4"]) == 0
-    assert "4 threads share a group of 128" in capsys.readouterr().out
+    assert "4 threads hold a group of 128" in capsys.readouterr().out
     path = tmp_path / "layout.html"
     assert command.main(["show", "--column-warps", "2", "-o", str(path)]) == 0
     assert "layout show --column-warps 2 -o " in path.read_text()
@@ -351,7 +366,7 @@ def test_a_page_names_the_command_that_draws_it_again(capsys, tmp_path):
     choices += ["--dtype", "fp32", "--mn", "6", "--k", "512"]
     assert command.main(["show", *choices, "-o", str(path)]) == 0
     page = path.read_text(encoding="utf-8")
-    (line,) = re.findall(r"compiled with: <code>(.*)</code>", page)
+    (line,) = re.findall(r"Written by <code>(.*)</code>", page)
     program, arguments = command.PROGRAM.split(), shlex.split(html.unescape(line))
     assert arguments == [*program, "show", *choices, "-o", str(path)]
     assert command.main(arguments[len(program) :]) == 0

@@ -7,17 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cute_quant.lab import command
+from bench.figures import PICTURES
+from cute_quant.lab import command, draw, make_layout
 from cute_quant.lab.command import PROGRAM
 
 DOCS = Path(__file__).parents[2] / "docs"
 TOUR = (DOCS / "layouts.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(rf"```console\n\$ {PROGRAM} (.*)\n([^`]*)```", TOUR)
-PICTURES = {
-    "default": [],
-    "sixteen": ["--threads-per-group", "16", "--row-warps", "1"],
-    "four": ["--threads-per-group", "4", "--row-warps", "1"],
-}
 
 
 def numbered(values: list) -> list[str]:
@@ -42,7 +38,7 @@ def test_there_are_commands():
 def test_pictures_are_what_the_layouts_are(name, tmp_path):
     assert f"(layouts/{name}.svg)" in TOUR
     path = tmp_path / "layout.svg"
-    assert command.main(["show", *PICTURES[name], "-o", str(path)]) == 0
+    draw(make_layout(**PICTURES[name]), path)
     assert path.read_bytes() == (DOCS / "layouts" / f"{name}.svg").read_bytes()
 
 

@@ -1,0 +1,173 @@
+"""Renew every figure of the documents and every table of measurements, from recorded results.
+
+    python -m bench.figures
+
+Needs no GPU. A table whose results are not recorded is left out. The screenshot of a page needs
+Chromium and is left as it is where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from bench import masked, report, sass, stage_report
+from bench.names import EMPTY_LIKE, NEG
+from bench.results import Results
+from cute_quant.lab import draw, make_layout
+from cute_quant.lab import report as sweep_report
+from cute_quant.lab.machine_code import GPUS, machine_code
+from cute_quant.lab.sweep import from_json, origin
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "bench" / "results"
+LAYOUTS = ROOT / "docs" / "layouts"
+DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "docs" / "layouts.md")
+
+QUANTIZE = RECORDS / "h100.jsonl"
+STAGES = RECORDS / "h100-stages.jsonl"
+MASKED = RECORDS / "h100-masked.jsonl"
+HOST = RECORDS / "h100-host.jsonl"
+SWEEP = LAYOUTS / "sweep.json"
+
+PICTURES = {
+    "default": {},
+    "sixteen": {"threads_per_group": 16, "row_warps": 1},
+    "four": {"threads_per_group": 4, "row_warps": 1},
+}
+"""Choices of the layouts that are drawn."""
+
+SASS_KERNELS = ("bf16 -> e4m3, ue8m0, rows", "SiLU", "RMSNorm")
+"""How the names of kernels start whose instructions are tabled."""
+
+PAGE = {"rows_per_thread": 2, "row_warps": 2, "column_warps": 2}
+PAGE_SIZE = 1280, 1000
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def quantize_table() -> Iterable[str]:
+    results = Results.read(QUANTIZE)
+    yield from report.origin_lines(results.machine)
+    yield from report.table_lines(results, [main_column(results)])
+
+
+def stages_table() -> Iterable[str]:
+    results = Results.read(STAGES)
+    yield from report.origin_lines(results.machine)
+    for operation in stage_report.OPERATIONS[:2]:
+        part = stage_report.of(results, operation)
+        yield from (f"`{operation}`:", "", *report.table_lines(part, [main_column(part)]))
+
+
+def masked_table() -> Iterable[str]:
+    lines = [json.loads(line) for line in MASKED.read_text(encoding="utf-8").splitlines()]
+    yield from report.origin_lines(lines[0]["machine"])
+    yield "| call | rows | µs | dense µs | / dense | / stream |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
+    for line in lines[1:]:
+        yield masked.table_row(masked.Result(**line["result"]))
+
+
+def host_table() -> Iterable[str]:
+    results = Results.read(HOST)
+    yield from report.origin_lines(results.machine)
+    yield "| call | µs | / `torch.neg` |"
+    yield "| --- | ---: | ---: |"
+    for name, seconds in results.host.items():
+        if name != EMPTY_LIKE:
+            yield f"| `{name}` | {seconds * 1e6:.2f} | {seconds / results.host[NEG]:.2f} |"
+
+
+def sass_table() -> Iterable[str]:
+    """Return instructions of the kernels for bf16 and packed scales, beside the issue budget."""
+    targets = (f"{arch}, of {gpu.name}'s budget" for arch, gpu in GPUS.items())
+    yield f"| kernel | {' | '.join(targets)} |"
+    yield "| --- |" + " ---: |" * len(GPUS)
+    for name, rows, spec in sass.reported():
+        if not name.startswith(SASS_KERNELS):
+            continue
+        cells = [name.replace(", bf16 -> e4m3, ue8m0", "")]
+        for arch, gpu in GPUS.items():
+            count = len(machine_code(spec, arch).opcodes)
+            budget = gpu.issue_budget(rows * sass.bytes_per_warp(spec))
+            cells.append(f"{count} of {budget} ({count / budget:.0%})")
+        yield f"| {' | '.join(cells)} |"
+
+
+def sweep_table() -> Iterable[str]:
+    data = json.loads(SWEEP.read_text(encoding="utf-8"))
+    yield from (f"{origin(data)}:", "", sweep_report.markdown_table(from_json(data)))
+
+
+TABLES: dict[str, tuple[Path | None, Callable[[], Iterable[str]]]] = {
+    "quantize": (QUANTIZE, quantize_table),
+    "stages": (STAGES, stages_table),
+    "masked": (MASKED, masked_table),
+    "host": (HOST, host_table),
+    "sass": (None, sass_table),
+    "sweep": (SWEEP, sweep_table),
+}
+"""By the name in a document: the record, if it is one of a GPU, and the lines."""
+
+
+def filled(document: str, names: Iterable[str] = TABLES) -> str:
+    """Return a document with its tables renewed, each between two comments."""
+    for name in names:
+        record, lines = TABLES[name]
+        table = "" if record and not record.exists() else "\n".join(lines()).strip() + "\n\n"
+        document = re.sub(
+            rf"(<!-- make figures: {name} -->\n\n).*?(<!-- end -->)",
+            lambda match, table=table: match[1] + table + match[2],
+            document,
+            flags=re.DOTALL,
+        )
+    return document
+
+
+def main_column(results: Results) -> int:
+    return stage_report.main_column(results)
+
+
+def draw_page(path: Path) -> bool:
+    """Take a screenshot of a page, if there is a browser for it."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        return False
+    with tempfile.TemporaryDirectory() as directory:
+        page = Path(directory) / "layout.html"
+        draw(make_layout(**PAGE), page)
+        size = ",".join(map(str, PAGE_SIZE))
+        options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars")
+        profile = f"--user-data-dir={directory}/profile"
+        command = [browser, *options, profile, f"--window-size={size}", f"--screenshot={path}"]
+        subprocess.run([*command, page.as_uri()], check=True, capture_output=True)
+    return True
+
+
+def main() -> None:
+    results = Results.read(QUANTIZE)
+    report.draw(results, QUANTIZE.with_suffix(".png"), main_column(results))
+    results = Results.read(STAGES)
+    stage_report.draw(results, STAGES.with_suffix(".png"), main_column(results))
+    for name, choices in PICTURES.items():
+        draw(make_layout(**choices), LAYOUTS / f"{name}.svg")
+    data = json.loads(SWEEP.read_text(encoding="utf-8"))
+    drawing = sweep_report.plot(from_json(data), origin(data))
+    (LAYOUTS / "sweep.svg").write_text(drawing.svg(), encoding="utf-8")
+    if not draw_page(LAYOUTS / "page.png"):
+        print("page.png: left as it is, no Chromium here", file=sys.stderr)
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text(encoding="utf-8")), encoding="utf-8")
+    for record, _ in TABLES.values():
+        if record and not record.exists():
+            print(f"{record.relative_to(ROOT)}: not recorded, its table is left out")
+
+
+if __name__ == "__main__":
+    main()

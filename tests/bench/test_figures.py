@@ -1,0 +1,105 @@
+"""Figures and tables of the documents are those of the recorded results."""
+
+import dataclasses
+import json
+
+import pytest
+
+from bench import figures, report
+from bench.masked import Result as MaskedResult
+from bench.names import CUTE_QUANT, PDL, PLAIN, STREAM
+from bench.results import Result, Results
+from cute_quant.lab import report as sweep_report
+from cute_quant.lab.sweep import from_json, origin
+
+VLLM = "vLLM 0.33.0"
+
+
+@pytest.mark.parametrize("name", figures.TABLES)
+def test_a_table_of_a_document_is_of_its_record(name):
+    holding = [
+        text
+        for path in figures.DOCUMENTS
+        if f"<!-- make figures: {name} -->" in (text := path.read_text(encoding="utf-8"))
+    ]
+    (document,) = holding
+    assert figures.filled(document, [name]) == document
+
+
+def test_no_table_of_measurements_is_written_by_hand():
+    for path in figures.DOCUMENTS:
+        document = path.read_text(encoding="utf-8")
+        for name in figures.TABLES:
+            start = document.find(f"<!-- make figures: {name} -->")
+            if start >= 0:
+                document = document[:start] + document[document.index("<!-- end -->", start) :]
+        assert "| ---" not in document
+
+
+def test_a_table_without_a_record_is_left_out(monkeypatch, tmp_path):
+    lines = figures.TABLES["quantize"][1]
+    monkeypatch.setitem(figures.TABLES, "quantize", (tmp_path / "none.jsonl", lines))
+    document = "<!-- make figures: quantize -->\n\n| old |\n\n<!-- end -->\nmore"
+    filled = figures.filled(document, ["quantize"])
+    assert filled == "<!-- make figures: quantize -->\n\n<!-- end -->\nmore"
+
+
+def machine() -> dict:
+    return {
+        "gpu": "NVIDIA H100",
+        "date": "2026-11-26 10:00 UTC",
+        "commit": "abcdef",
+        "versions": {},
+    }
+
+
+def test_tables_name_gpu_and_commit(monkeypatch, tmp_path):
+    path = tmp_path / "host.jsonl"
+    Results(machine(), host={"quantize(x)": 3e-6, "torch.neg(x)": 2e-6}).write(path)
+    monkeypatch.setattr(figures, "HOST", path)
+    text = "\n".join(figures.host_table())
+    assert "NVIDIA H100" in text and "commit abcdef" in text
+    assert "| `quantize(x)` | 3.00 | 1.50 |" in text
+    path = tmp_path / "masked.jsonl"
+    result = MaskedResult("index", 64, 128, 1000, 2, 3e-6, (3e-6, 3e-6), 2e-6, 1.5e-6)
+    alone = dataclasses.replace(result, name="whole row", dense_seconds=None)
+    records = [{"machine": machine()}, *({"result": vars(r)} for r in (result, alone))]
+    path.write_text("\n".join(map(json.dumps, records)))
+    monkeypatch.setattr(figures, "MASKED", path)
+    text = "\n".join(figures.masked_table())
+    assert "NVIDIA H100" in text and "commit abcdef" in text
+    assert "| index | 64 | 3.00 | 2.00 | 1.50 | 2.00 |" in text
+    assert "| whole row | 64 | 3.00 |  |  | 2.00 |" in text
+
+
+def test_the_plot_of_the_sweep_is_of_its_record():
+    data = json.loads(figures.SWEEP.read_text(encoding="utf-8"))
+    drawing = sweep_report.plot(from_json(data), origin(data))
+    assert drawing.svg() == figures.SWEEP.with_suffix(".svg").read_text(encoding="utf-8")
+
+
+def test_a_faster_launch_is_higher_in_the_plot():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    times = {
+        (STREAM, PLAIN): 1.2,
+        (STREAM, PDL): 0.7,
+        (CUTE_QUANT, PLAIN): 1.4,
+        (CUTE_QUANT, PDL): 0.8,
+        (VLLM, PLAIN): 2.3,
+        (VLLM, PDL): 2.0,
+    }
+    results = [
+        Result(name, launch, 1, 7168, seconds, (seconds, seconds), 1, 1, 1, 1)
+        for (name, launch), seconds in times.items()
+    ]
+    figure, (time, share) = pyplot.subplots(1, 2)
+    report.panels(Results(machine(), results), 7168, time, share)
+    heights = {line.get_ydata()[0] for line in share.lines}
+    expected = {100 * times[STREAM, PDL] / seconds for seconds in times.values()}
+    assert {round(h, 6) for h in heights} == {round(h, 6) for h in expected}
+    assert "stream with PDL" in share.get_title(loc="left")
+    pyplot.close(figure)
+
+
+def test_plots_name_gpu_and_commit():
+    assert report.origin(machine()) == "NVIDIA H100, 2026-11-26, commit abcdef"
