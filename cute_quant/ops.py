@@ -1,4 +1,4 @@
-"""The public operations. Calls on tensors with memory are launched; a tracer gets an operator."""
+"""The public operations: calls on tensors with memory are launched, a tracer gets an operator."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def quantize(
             need not be a multiple of the group size: the last group may be short.
         fmt: what the result looks like: dtypes, group size, layout of the scales.
         rows: which rows exist: all of them, or :class:`Masked`, :class:`PrefixSum` or
-            :class:`Indexed`. Their counts are read on the device of x.
+            :class:`Indexed`. Their counts are read on the device of x. Every byte of the result is
+            defined, but for the rows of a ``Masked`` expert past its count and the padding of its
+            scales: these keep what memory held.
         index: int32, contiguous, (mn,) or (b, mn), for x of shape (T, k): row i of the result is
             ``x[index[i]]``. An index outside of 0 to T - 1 gives values 0 and scales 0.
         check: whether to read the counts of `rows` and `index`, which synchronizes, and raise on
@@ -118,11 +120,13 @@ def silu_mul_quantize(
     Args:
         gate_up: (..., mn, 2 k), bfloat16, float16 or float32, with strides as x of
             :func:`quantize`. k is at most 2^20.
-        fmt, check: as for :func:`quantize`.
+        fmt: what the result looks like.
         interleaved: whether columns 0, 2, 4 are gates and 1, 3, 5 ups. By default the first half of
             a row is gates, the second ups.
         clamp: None, or c above 0: g becomes at most c, u at least -c and at most c. NaN stays NaN.
-        alpha, beta: finite, alpha up to 2^100; like `clamp` they are rounded to float32.
+        alpha: factor of g in the sigmoid: finite, of magnitude up to 2^100, rounded to float32 like
+            `clamp`.
+        beta: added to u: finite, rounded to float32.
         weight: a factor for each row of the result, such as the routing weight of a token: float32,
             contiguous, of q's shape without k; with an index, of its shape.
         rounding: "fused" computes in float64 on the CPU, in float32 on a GPU, and quantizes float32
@@ -133,8 +137,10 @@ def silu_mul_quantize(
             dtype does not have: on the CPU torch rounds it first); the product with a weight is
             computed in float32, and rounded. On a GPU a sigmoid below 2^-126, of gates below -87,
             may be 0.
-        rows, index: as for :func:`quantize`; an index names rows of `gate_up`.
-        out: as for :func:`quantize`.
+        rows: which rows exist, as for :func:`quantize`.
+        index: int32, (mn,) or (b, mn): rows of `gate_up`, as for :func:`quantize`.
+        check: whether to read counts and indices and raise on those out of range.
+        out: q and sf to write into, as for :func:`quantize`.
 
     Returns:
         q, sf: as :func:`quantize` of the (..., mn, k) values returns them. A group in which a
@@ -188,7 +194,7 @@ def rms_norm_quantize(
         x: (..., mn, k), bfloat16, float16 or float32, with strides as for :func:`quantize`. k is at
             most 32768.
         weight: (k,), contiguous, float32 or the dtype of x.
-        fmt, check: as for :func:`quantize`.
+        fmt: what the result looks like.
         eps: finite, 0 or more, rounded to float32.
         residual: of x's shape and dtype, contiguous along k, any other strides that do not overlap
             as long as one of them walks the leading dimensions. It is updated in place to
@@ -202,7 +208,10 @@ def rms_norm_quantize(
         normalized: whether to return the normalized rows too, or where to write them: a tensor as
             `residual` has to be. They are of x's dtype: what is quantized in "unfused", that
             rounded in "fused".
-        rows, index: as for :func:`quantize`, but with neither `residual` nor `normalized`.
+        rows: which rows exist, as for :func:`quantize`, without `residual` and `normalized`.
+        index: int32, (mn,) or (b, mn): rows of x, as for :func:`quantize`, without `residual` and
+            `normalized`.
+        check: whether to read counts and indices and raise on those out of range.
         out: q and sf as for :func:`quantize`, and maybe a third for the updated residual, each of
             them None to have it as by default. The third is a tensor as `residual` has to be, or
             `residual` itself; with another, `residual` is only read.
@@ -280,7 +289,8 @@ def fake_quantize(
     all NaN. Gradients do not flow through it.
 
     Args:
-        x, fmt: as for :func:`quantize`.
+        x: (..., mn, k), bfloat16, float16 or float32, with strides as for :func:`quantize`.
+        fmt: the format to quantize to.
         out: to write into: the shape and dtype of x, any strides that do not overlap.
 
     Returns:
@@ -314,12 +324,13 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
     storage. `check` reads counts once, here. Under ``torch.compile`` neither is traced.
 
     Args:
-        args, kwargs: as `operation` takes them.
+        *args: positional arguments of `operation`.
+        **kwargs: keyword arguments of `operation`.
         operation: :func:`quantize`, :func:`silu_mul_quantize`, :func:`rms_norm_quantize`,
             :func:`dequantize` or :func:`fake_quantize`.
 
     Returns:
-        What launches it: a callable whose ``results`` are what `operation` returns.
+        The launch: a callable whose ``results`` are what `operation` returns.
 
     Raises:
         TypeError: `operation` is none of them, its tensors have no memory, or as it raises itself.
@@ -338,9 +349,9 @@ def empty_scales(
     """Return uninitialized memory for the scales of values, as `out` of an operation takes it.
 
     Args:
-        fmt: their format.
-        shape: of the values, (..., mn, k).
-        device: by default torch's.
+        fmt: the format of values and scales.
+        shape: shape of the values, (..., mn, k).
+        device: device of the scales, by default torch's.
 
     Returns:
         ``fmt.sf_dtype``, shape and strides as :class:`Format` says, in storage that holds all
@@ -369,13 +380,13 @@ def deep_gemm_format(device: torch.device | str | int | None = None) -> Format:
     """Return the format that DeepGEMM reads on a CUDA device.
 
     Args:
-        device: by default the current one.
+        device: a CUDA device, by default the current one.
 
     Returns:
         ``DEEP_GEMM`` on compute capability 10, ``DEEP_GEMM_SM90`` on 9.
 
     Raises:
-        ValueError: it is no CUDA device.
+        ValueError: `device` is no CUDA device.
         RuntimeError: DeepGEMM has no GEMMs for the GPU.
     """
     try:

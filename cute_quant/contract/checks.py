@@ -152,6 +152,8 @@ def _check_rms_norm(prologue: RmsNorm, x: torch.Tensor, *, every_row: bool) -> N
     """Check the tensors of `prologue` against the input.
 
     Args:
+        prologue: its tensors, of which the weight is always there.
+        x: the input, which was checked.
         every_row: whether the rows of the result are all those of x in their order.
     """
     weight = prologue.weight
@@ -186,7 +188,11 @@ def _check_like_x(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def check_fake_quantize(x: torch.Tensor, out: torch.Tensor | None, fmt: Format) -> None:
-    """Check a call of ``fake_quantize``."""
+    """Check a call of ``fake_quantize``.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
     check_call(Call(x, fmt))
     if out is not None:
         check_written("out", out, x.dtype, x, "x")
@@ -194,7 +200,11 @@ def check_fake_quantize(x: torch.Tensor, out: torch.Tensor | None, fmt: Format) 
 
 
 def check_dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype) -> None:
-    """Check a call of ``dequantize``."""
+    """Check a call of ``dequantize``.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
     check_format(fmt)
     check_tensor("q", q, (fmt.values,))
     check_tensor("sf", sf, (fmt.sf_dtype,))
@@ -256,9 +266,13 @@ def check_counts(rows: Rows | None, index: torch.Tensor | None, tokens: int, mn:
     """Read the counts and indices of a call, which synchronizes, and check them.
 
     Args:
-        rows, index: as of a ``Call``.
+        rows: the row domain of a ``Call``.
+        index: the index of a ``Call``.
         tokens: rows of x, which `index` points to.
         mn: rows of the result.
+
+    Raises:
+        ValueError: an entry is out of range, or a group ends before its start.
     """
     if index is not None:
         _check_range("index", index, -1, tokens - 1)
@@ -287,6 +301,8 @@ def _check_values_out(q: torch.Tensor, shape: ResultShape, *, exact: bool) -> No
     """Check shape and strides of a caller's `q`.
 
     Args:
+        q: (..., rows, k), strided.
+        shape: of the values of the result.
         exact: whether it may have no more rows than the result.
     """
     expected: Sequence[int] = (*shape.batch_shape, shape.k)

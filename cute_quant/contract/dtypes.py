@@ -50,12 +50,12 @@ class ValueType(NamedTuple):
 
     @property
     def max_exponent(self) -> int:
-        """p of max = 1.f * 2^p."""
+        """Return the exponent p of max = 1.f * 2^p."""
         return math.frexp(self.max)[1] - 1
 
     @property
     def max_mantissa(self) -> int:
-        """f of max = 1.f * 2^p, as the mantissa bits of a float32."""
+        """Return the fraction f of max = 1.f * 2^p, as the mantissa bits of a float32."""
         return int((self.max / 2.0**self.max_exponent - 1.0) * 2**FLOAT32_MANTISSA_BITS)
 
 

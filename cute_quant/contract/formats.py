@@ -136,6 +136,7 @@ class Format:
         min_scale: float | str = DEFAULT_MIN_SCALE,
         numerics: str = IEEE,
     ) -> Format:
+        """Return the one format of these choices."""
         check_choices(values, group_size, scale_dtype, scale_layout)
         check_numerics(scale_dtype, round_scale, numerics)
         power_of_two = scale_dtype is torch.float8_e8m0fnu or round_scale
@@ -155,6 +156,11 @@ class Format:
         return fmt
 
     def __init_subclass__(cls) -> None:
+        """Refuse subclasses.
+
+        Raises:
+            TypeError: always.
+        """
         raise TypeError("Format: expected no subclass, equal choices give one object")
 
     def _derive(self, choices: Choices) -> None:
@@ -221,6 +227,7 @@ class Format:
 
     @property
     def sf_shape_facts(self) -> str:
+        """Return dtype, shape and strides of the scales of (mn, k) values, as text for people."""
         size = self.group_size * self.groups_per_column
         columns = "1" if self.whole_row else f"ceil(k/{size})"
         facts = {
@@ -233,6 +240,7 @@ class Format:
 
     @property
     def readers(self) -> str:
+        """Return the GEMMs that read this format, as text for people."""
         key = (self.values, self.group_size, self.scale_dtype, self.scale_layout)
         return _READERS.get(key, "kernels of your own")
 
@@ -263,13 +271,13 @@ class Format:
         return align(mn, BLOCK_ROWS) if self.blocked else mn
 
     def scale_shape(self, batch_shape: Sequence[int], mn: int, k: int) -> tuple[int, ...]:
-        """Return the shape of the scales of values (\\*batch_shape, mn, k)."""
+        """Return the shape of the scales of values (..., mn, k), ``...`` being `batch_shape`."""
         if self.blocked:
             return (*batch_shape, self.scale_rows(mn) * self.columns(k))
         return (*batch_shape, mn, self.columns(k))
 
     def scale_strides(self, batch_shape: Sequence[int], mn: int, k: int) -> tuple[int, ...]:
-        """Return the strides of the scales of values (\\*batch_shape, mn, k), in elements."""
+        """Return the strides of the scales of values (..., mn, k), in elements."""
         rows, columns = self.scale_rows(mn), self.columns(k)
         if not self.mn_major:
             # Those of contiguous tensors, which torch computes as if no size were 0.

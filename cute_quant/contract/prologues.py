@@ -218,10 +218,8 @@ def make_rms_norm(
 ) -> RmsNorm:
     """Return a prologue of these options, its numbers rounded to float32.
 
-    Tensors are left to ``checks``.
-
-    Args:
-        residual_out: receives the updated residual, by default `residual`.
+    Tensors are left to ``checks``. `residual_out`, which receives the updated residual, is
+    `residual` by default.
 
     Raises:
         TypeError: an option has a wrong type.

@@ -154,8 +154,9 @@ def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kerne
     """Choose the kernel for a call, as ``heuristics`` has it for its size.
 
     Args:
+        call: the call, which was checked.
         result: memory for the values of the call.
-        scales: of the scales; None for fake quantization, which stores none.
+        scales: view of the scales; None for fake quantization, which stores none.
     """
     x, rows, index = call.x, call.rows, call.index
     arch = lookup.architecture(x.get_device())

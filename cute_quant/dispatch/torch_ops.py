@@ -78,8 +78,11 @@ def _rms_norm_call(
     normalized: torch.Tensor | None = None,
     **arguments: Any,
 ) -> Call:
-    """Return a call. Without a `residual`, `residual_out` is the residual, to be updated in place:
-    what is written must not be an argument twice."""
+    """Return the call that the arguments of an operator describe.
+
+    Without a `residual`, `residual_out` is the residual, to be updated in place: what is written
+    must not be an argument twice.
+    """
     if residual is None:
         residual = residual_out
     elif residual is residual_out:
@@ -110,6 +113,7 @@ def _register(
     """Register an operator that runs a call.
 
     Args:
+        name: its name in ``torch.ops.cute_quant``.
         arguments: its positional arguments, as in a schema. Unless q and sf are among them, it
             returns them.
         options: its keywords.
@@ -280,8 +284,10 @@ def _allocate(call: Call) -> Results:
 
 
 def _new_stored_scales(x: torch.Tensor, fmt: Format, shape: ResultShape) -> torch.Tensor:
-    """Return memory for scales without padding rows in the last column: whether there are any
-    depends on mn % 4, which must not become a guard."""
+    """Return memory for scales without padding rows in the last column.
+
+    Whether there are any depends on mn % 4, which must not become a guard.
+    """
     sf_shape = fmt.scale_shape(*shape)
     if fmt.mn_major:
         return x.new_empty_strided(sf_shape, fmt.scale_strides(*shape), dtype=fmt.sf_dtype)

@@ -205,14 +205,17 @@ class Domain(NamedTuple):
 
     @property
     def masked(self) -> bool:
+        """Return whether the first rows of each expert exist."""
         return self.kind == Masked.kind
 
     @property
     def prefix_sum(self) -> bool:
+        """Return whether groups of rows are stacked along M, each up to an end."""
         return self.kind == PrefixSum.kind
 
     @property
     def indexed(self) -> bool:
+        """Return whether each row carries the index of its group."""
         return self.kind == Indexed.kind
 
     @property
@@ -307,8 +310,13 @@ class RmsNormSpec(NamedTuple):
 
 
 class DequantizeSpec(NamedTuple):
-    """Choices of `kernels.dequantize.Dequantize`: the format of values and scales, the dtype of
-    the result, and what addresses allow."""
+    """Choices of `kernels.dequantize.Dequantize`.
+
+    Attributes:
+        fmt: of values and scales.
+        dtype: of the result.
+        access: to the values and the result.
+    """
 
     fmt: Format
     dtype: torch.dtype

@@ -93,6 +93,7 @@ class Matrix(Params):
 
     @property
     def rows(self) -> Uint32:
+        """Return the rows of each matrix."""
         return unsigned(self.tensor.shape[-2])
 
     def __getitem__(self, batch: Int32) -> Matrix:
@@ -133,6 +134,7 @@ def scales(fmt: Format, rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
     """Return the layout (row, group) -> (byte of an element, element) of a matrix's scales.
 
     Args:
+        fmt: the format of the scales.
         rows: with padding.
         groups: with the padding of blocks.
     """

@@ -55,8 +55,10 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> t
 
 
 def fused(total, weight, eps, offset) -> Bounds:
-    """Normalize the float32 sum in numpy's long double: float64 rounds one in hundreds of millions
-    differently."""
+    """Normalize the float32 sum in numpy's long double.
+
+    In float64 one in hundreds of millions is rounded differently.
+    """
     with np.errstate(all="ignore"):
         r = total.numpy().astype(np.longdouble)
         squares = (r * r).sum(-1, keepdims=True)
@@ -104,8 +106,9 @@ def check(
     extra_rows: int = 0,
     last_padding: bool = True,
 ) -> tuple[torch.Tensor, ...]:
-    """Quantize into poisoned memory, and compare every byte, those of the residual and of the
-    normalized rows too.
+    """Quantize into poisoned memory, and compare every byte.
+
+    Those of the residual and of the normalized rows are compared too.
 
     Args:
         place: where the updated residual goes: to "residual" in place, which is "same" as a third
@@ -264,7 +267,7 @@ def test_rows(name, fmt, rounding, device):
 
 @both_roundings
 def test_strides(rounding, device):
-    """x may have any strides; residual and normalized rows have its strides, without overlap."""
+    """Any strides of x do; residual and normalized rows have its strides, without overlap."""
     wide = normal(4, 12, 300)
     fmt = DEEP_GEMM_SM90.replace(group_size=32)
     for view in (

@@ -187,8 +187,11 @@ class Case:
 
 
 def values(count: int, dtype: torch.dtype, seed: int, special: bool) -> torch.Tensor:
-    """Return values in pieces of random kinds: any finite bits, normal distributions of any scale,
-    zeros of both signs, and, if `special`, any bits and single NaN and Inf."""
+    """Return values in pieces of random kinds.
+
+    They are any finite bits, normal distributions of any scale, zeros of both signs, and, if
+    `special`, any bits and single NaN and Inf.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def integers(high: int, *shape: int) -> torch.Tensor:
@@ -607,8 +610,10 @@ def draw_dequantizations() -> list[Kernel]:
 
 
 def scale_strides(draw: Draw, shape: tuple[int, ...], blocked: bool) -> tuple[int, ...]:
-    """Draw strides: the last two dimensions transposed, padded or expanded, the leading ones walked
-    by one stride. The bytes of blocks stay contiguous."""
+    """Draw strides: the last two dimensions transposed, padded or expanded.
+
+    One stride walks the leading dimensions, and the bytes of blocks stay contiguous.
+    """
     inner = 1 if blocked else 2
     order = list(range(len(shape) - inner, len(shape)))
     draw.generator.shuffle(order)
