@@ -83,7 +83,7 @@ def quantize(
             forward-mode differentiation or is inside of vmap or jit.trace, or the GPU is not
             supported.
     """
-    if rows is index is None and check is False and not is_dynamo_compiling():
+    if rows is None and index is None and check is False and not is_dynamo_compiling():
         if out is None:
             results = launch.quantize_again(x, fmt)
         else:
@@ -277,7 +277,8 @@ def dequantize(
     if not (_is_traced(q) or _is_traced(sf)):
         return launch.dequantize(q, sf, fmt, dtype)
     checks.check_format(fmt)
-    return torch.ops.cute_quant.dequantize(q, torch_ops.as_stored(sf), fmt.text, dtype)
+    y: torch.Tensor = torch.ops.cute_quant.dequantize(q, torch_ops.as_stored(sf), fmt.text, dtype)
+    return y
 
 
 def fake_quantize(
@@ -303,7 +304,7 @@ def fake_quantize(
     if not _is_traced(x):
         return launch.fake_quantize(x, fmt, out)
     checks.check_format(fmt)
-    result = torch.ops.cute_quant.fake_quantize(x, fmt.text)
+    result: torch.Tensor = torch.ops.cute_quant.fake_quantize(x, fmt.text)
     if out is None:
         return result
     if not is_dynamo_compiling():

@@ -85,7 +85,8 @@ def _in_groups(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Return `x` (..., k) as (..., groups, group_size), the last group filled up with zeros."""
     k = x.shape[-1]
     size = k if fmt.whole_row else fmt.group_size
-    return pad(x, (0, -k % size)).unflatten(-1, (-1, size))
+    padded = pad(x, (0, -k % size))
+    return padded.view(*x.shape[:-1], padded.shape[-1] // size, size)
 
 
 def live_rows(
