@@ -15,7 +15,7 @@ from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90, Format
 from cute_quant.contract.prologues import FUSED, make_rms_norm, make_silu_mul
 from cute_quant.contract.rows import Rows
-from cute_quant.contract.tensors import check_tensor
+from cute_quant.contract.tensors import check_tensor, known
 from cute_quant.contract.torch_private import (
     is_fake,
     jit_tracing_state,
@@ -369,7 +369,8 @@ def empty_scales(
     for size in sizes:
         if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
             raise TypeError(f"shape: expected ints (..., mn, k), got {describe(size)} among them")
-    if len(sizes) < 2 or min(sizes) < 0 or sizes[-1] > MAX_COLUMNS:
+    negative = any(known(size < 0) for size in sizes)
+    if len(sizes) < 2 or negative or known(sizes[-1] > MAX_COLUMNS):
         raise ValueError(
             f"shape: expected (..., mn, k) with k up to {MAX_COLUMNS}, got {tuple(shape)}"
         )

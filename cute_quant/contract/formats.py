@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -281,8 +281,8 @@ class Format:
         rows, columns = self.scale_rows(mn), self.columns(k)
         if not self.mn_major:
             # Those of contiguous tensors, which torch computes as if no size were 0.
-            rows, columns = max(rows, 1), max(columns, 1)
-            batch_shape = [max(size, 1) for size in batch_shape]
+            rows, columns = _larger(rows, 1), _larger(columns, 1)
+            batch_shape = [_larger(size, 1) for size in batch_shape]
         outer, matrix = [], rows * columns
         for size in reversed(batch_shape):
             outer.append(matrix)
@@ -303,6 +303,9 @@ class Format:
         padded = torch.empty_strided(padded_shape, strides, dtype=self.sf_dtype, device=device)
         return padded[..., :mn, :]
 
+
+_larger: Callable[[int, int], int] = torch.sym_max
+"""The larger of two sizes, also of those that only the run can tell."""
 
 _formats: weakref.WeakValueDictionary[Choices, Format] = weakref.WeakValueDictionary()
 _lock = threading.RLock()
