@@ -30,8 +30,9 @@ from cute_quant.contract.tensors import (
     same_sizes,
 )
 
-ROWS_PER_TILE = 4
-"""Rows of a CTA at least, so that no more tiles are counted."""
+MIN_TILE_ROWS = 4
+"""Least rows of a CTA's tile, except RMSNorm's: the tiles of masked experts are counted with it.
+Calls are refused alike on CPU and GPU, so it belongs to the contract, and `heuristics` keeps it."""
 MAX_SCALES = 2**32 - 1
 """MN-major scales of a matrix, which kernels index with 32 bits."""
 MAX_SCALE_BYTES = 2**31 - 1
@@ -55,8 +56,8 @@ def check_call(call: Call) -> ResultShape:
     _check_rows(call)
     shape = call.result_shape
     # The tiles of all experts are counted together.
-    rows_per_tile = 1 if isinstance(prologue, RmsNorm) else ROWS_PER_TILE
-    tiles = ceil_div(shape.mn, rows_per_tile) if isinstance(call.rows, Masked) else 1
+    tile_rows = 1 if isinstance(prologue, RmsNorm) else MIN_TILE_ROWS
+    tiles = ceil_div(shape.mn, tile_rows) if isinstance(call.rows, Masked) else 1
     counted = name if call.index is None else "index"
     check_count(counted, shape.batch_shape, 1 if known(tiles < 1) else tiles)
     if isinstance(prologue, SiluMul):
@@ -221,7 +222,7 @@ def check_dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torc
             f"{tuple(q.shape)} in layout {fmt.scale_layout} for groups of {fmt.group_size}, "
             f"got {tuple(sf.shape)}"
         )
-    flat_batch("sf", sf.shape, sf.stride(), 1 if fmt.blocked else 2)
+    flat_batch("sf", sf.shape, sf.stride(), fmt.scale_dims)
     if fmt.blocked and known(sf.shape[-1] > 1) and known(sf.stride(-1) != 1):
         raise ValueError(f"sf: expected the bytes of blocks to be contiguous, got {sf.stride()=}")
 

@@ -35,6 +35,8 @@ rows between a masked expert's count and the next multiple are its padding."""
 BLOCK_ROWS = 128
 BLOCK_GROUPS = 4
 """A block of the 128x4 layout: 512 contiguous scale bytes, as cuBLAS and CUTLASS read them."""
+BLOCK_LANES = 32
+"""Rows of a block whose scales are 16 bytes apart; those of the block's other rows lie between."""
 
 
 class ValueType(NamedTuple):

@@ -115,6 +115,8 @@ class Format:
     power_of_two: bool
     reciprocal: bool
     """float32 scales are products with 1 / M."""
+    scale_dims: int
+    """Dimensions of the scales of one matrix: 1 in blocks, else 2."""
     groups_per_column: int
     """Groups whose scales share a column of sf."""
     groups_per_unit: int
@@ -175,6 +177,7 @@ class Format:
             mn_major=self.scale_layout in (MN_MAJOR, MN_MAJOR_PACKED),
             ue8m0=self.scale_dtype is torch.float8_e8m0fnu,
             reciprocal=self.numerics == DEEPGEMM,
+            scale_dims=1 if blocked else 2,
             groups_per_column=BYTES_PER_WORD if packed else 1,
             groups_per_unit=BYTES_PER_WORD if packed else BLOCK_GROUPS if blocked else 1,
             text=choices_text(choices),

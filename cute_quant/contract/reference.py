@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import (
     BLOCK_GROUPS,
+    BLOCK_LANES,
     BLOCK_ROWS,
     BYTES_PER_WORD,
     FLOAT32_MAX,
@@ -32,9 +33,6 @@ from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.tensors import flat_batch, last_column_rows
-
-BLOCK_LANES = 32
-"""Rows of a block whose scales are 16 bytes apart; the block's four times as many share those."""
 
 
 def ue8m0_to_float32(exponents: torch.Tensor) -> torch.Tensor:

@@ -313,7 +313,8 @@ def _key(call: Call) -> tuple[object, ...]:
         hash(key)
         return key
     except (AttributeError, RuntimeError, TypeError, UserWarning):
-        # No tensor, no strides, no hash; torch warns of fakes, which have no address.
+        # Nothing is checked yet. What is no tensor, or has no strides, address or hash, raises one
+        # of these (torch warns of a fake's address), and `make_plan` says by name what is wrong.
         return ()
 
 

@@ -89,7 +89,7 @@ class Tile(NamedTuple):
         Raises:
             ValueError: it does not, with the rule that is broken.
         """
-        values, rows, size = self.values_per_thread, self.rows_per_thread, fmt.group_size
+        values, rows = self.values_per_thread, self.rows_per_thread
         _require(
             _power_of_two(values) and values >= MIN_VALUES,
             f"values_per_thread: expected a power of two from {MIN_VALUES} on, whose 8-bit results "
@@ -107,29 +107,7 @@ class Tile(NamedTuple):
             f"row_warps, column_warps: expected at most {MAX_THREADS} threads in a CTA, got "
             f"{self.row_warps} * {self.column_warps} warps, {threads} threads",
         )
-        if size == WHOLE_ROW:
-            _require(
-                rows == self.column_warps == 1,
-                f"rows_per_thread, column_warps: expected 1 and 1, a row being one group that a "
-                f"warp goes over alone, got {rows} and {self.column_warps}",
-            )
-        else:
-            _require(
-                size % values == 0,
-                f"values_per_thread: expected a divisor of group_size {size}, a thread having one "
-                f"scale, got {values}",
-            )
-            lanes = self.lanes_per_group(size)
-            _require(
-                lanes <= LANES,
-                f"values_per_thread: expected at least {size // LANES} for group_size {size}, a "
-                f"group lying in a warp of {LANES} lanes, got {values}, {lanes} lanes",
-            )
-            _require(
-                rows <= lanes,
-                f"rows_per_thread: expected at most {lanes}, the lanes of a group, each of which "
-                f"writes the scale of a row, got {rows}",
-            )
+        self._check_groups(fmt.group_size)
         held = values * rows * dtype.itemsize
         _require(
             held <= MAX_THREAD_BYTES,
@@ -143,6 +121,33 @@ class Tile(NamedTuple):
                 access.load_hint is None or access.load_hint in LOAD_HINTS,
                 f"load_hint: expected None or one of {LOAD_HINTS}, got {access.load_hint!r}",
             )
+
+    def _check_groups(self, size: int) -> None:
+        """Check that a group of `size` lies in a warp, whose lanes store its scales."""
+        values, rows = self.values_per_thread, self.rows_per_thread
+        if size == WHOLE_ROW:
+            _require(
+                rows == self.column_warps == 1,
+                f"rows_per_thread, column_warps: expected 1 and 1, a row being one group that a "
+                f"warp goes over alone, got {rows} and {self.column_warps}",
+            )
+            return
+        _require(
+            size % values == 0,
+            f"values_per_thread: expected a divisor of group_size {size}, a thread having one "
+            f"scale, got {values}",
+        )
+        lanes = self.lanes_per_group(size)
+        _require(
+            lanes <= LANES,
+            f"values_per_thread: expected at least {size // LANES} for group_size {size}, a "
+            f"group lying in a warp of {LANES} lanes, got {values}, {lanes} lanes",
+        )
+        _require(
+            rows <= lanes,
+            f"rows_per_thread: expected at most {lanes}, the lanes of a group, each of which "
+            f"writes the scale of a row, got {rows}",
+        )
 
 
 DEFAULT_TILE = Tile()

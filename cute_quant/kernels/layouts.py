@@ -22,13 +22,10 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint8, Uint32, Uint64
 
-from cute_quant.contract.dtypes import BLOCK_GROUPS, BLOCK_ROWS, BYTES_PER_WORD
+from cute_quant.contract.dtypes import BLOCK_GROUPS, BLOCK_LANES, BLOCK_ROWS, BYTES_PER_WORD
 from cute_quant.contract.formats import Format
 from cute_quant.kernels.config import DOWN, LANES, Tile
 from cute_quant.kernels.params import Params
-
-BLOCK_LANES = 32
-"""Rows of a block of scales that are 16 bytes apart; the block's other rows lie in between."""
 
 
 def tiled_copy(atom: cute.CopyAtom, values_per_thread: int) -> cute.TiledCopy:
