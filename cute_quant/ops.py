@@ -41,9 +41,9 @@ def quantize(
 
     Each group of ``fmt.group_size`` elements contiguous along k gets the scale
     ``s = max(amax / M, min_scale)``, M the largest value of ``fmt.values``. It is rounded up to a
-    power of two for UE8M0 scales and with ``round_scale``. The values are x times 1 / s, both
-    float32, rounded to nearest even. A group that holds NaN or Inf becomes NaN, values and scale;
-    int8 has no NaN, so its values are 0 there.
+    power of two for UE8M0 scales and with ``round_scale``, as DeepGEMM does. The values are x times
+    1 / s, both float32, rounded to nearest even. A group that holds NaN or Inf becomes NaN, values
+    and scale; int8 has no NaN, so its values are 0 there.
 
     On a GPU this is one kernel on the current stream. It is compiled at the first call for a
     dtype, format and architecture; call it once before capturing it in a CUDA graph. It runs as a
@@ -114,8 +114,8 @@ def silu_mul_quantize(
     """Apply a gated activation and quantize its result, in one pass.
 
     A row of `gate_up` holds gates g and ups u. Its result, which is quantized as by
-    :func:`quantize`, is ``(u + beta) * g * sigmoid(alpha * g)``: SwiGLU by default, and with
-    ``clamp=7, alpha=1.702, beta=1, interleaved=True`` that of gpt-oss.
+    :func:`quantize`, is ``(u + beta) * g * sigmoid(alpha * g)``: by default SwiGLU (Shazeer, 2020),
+    and with ``clamp=7, alpha=1.702, beta=1, interleaved=True`` the activation of gpt-oss.
 
     Args:
         gate_up: (..., mn, 2 k), bfloat16, float16 or float32, with strides as x of
@@ -182,13 +182,14 @@ def rms_norm_quantize(
 ) -> tuple[torch.Tensor, ...]:
     """Add a residual, divide rows by their root mean square, and quantize them, in one pass.
 
-    With ``r = x + residual``, or x without one, rows of ``r / sqrt(mean(r^2) + eps) * weight`` are
-    quantized as by :func:`quantize`. A NaN in a row of r makes all of the row NaN, and so does
-    a row of zeros if `eps` is 0. Over the root mean square of a row that holds Inf all its numbers
-    become 0, and Inf itself NaN, and so its group. Squares are summed in the range of float32: a
-    sum beyond it is Inf too, and a mean square plus `eps` below 2^-126 is 0. Numbers are multiplied
-    by their weight first, in float32 on a GPU: a product beyond it makes its group NaN, one below
-    2^-126 has fewer bits.
+    With ``r = x + residual``, or x without one, rows of ``r / sqrt(mean(r^2) + eps) * weight``
+    (RMSNorm: Zhang and Sennrich, 2019) are quantized as by :func:`quantize`.
+
+    A NaN in a row of r makes all of the row NaN, and so does a row of zeros if `eps` is 0. Over the
+    root mean square of a row that holds Inf all its numbers become 0, and Inf itself NaN, and so
+    its group. Squares are summed in the range of float32: a sum beyond it is Inf too, and a mean
+    square plus `eps` below 2^-126 is 0. Numbers are multiplied by their weight first, in float32 on
+    a GPU: a product beyond it makes its group NaN, one below 2^-126 has fewer bits.
 
     Args:
         x: (..., mn, k), bfloat16, float16 or float32, with strides as for :func:`quantize`. k is at

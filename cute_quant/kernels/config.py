@@ -71,11 +71,11 @@ class Tile(NamedTuple):
         return self.row_warps * self.rows_per_thread
 
     def lanes_per_group(self, group_size: int) -> int:
-        """Return how many adjacent lanes hold a group."""
+        """Return how many adjacent lanes hold a group of this size, or -1 for a whole row."""
         return LANES if group_size == WHOLE_ROW else group_size // self.values_per_thread
 
     def groups(self, group_size: int) -> int:
-        """Return the groups of a warp."""
+        """Return how many groups of this size a warp has."""
         return LANES // self.lanes_per_group(group_size)
 
     def check(self, fmt: Format, dtype: torch.dtype, access: Access | None = None) -> None:
@@ -87,7 +87,7 @@ class Tile(NamedTuple):
             access: to x and q, if their addresses are known.
 
         Raises:
-            ValueError: it does not, with the rule that is broken.
+            ValueError: it does not; the message names the rule.
         """
         values, rows = self.values_per_thread, self.rows_per_thread
         _require(

@@ -75,11 +75,12 @@ def lanes(lanes_per_group: int) -> cute.Layout:
 
 
 class Matrix(Params):
-    """A tensor (..., rows, columns), rows contiguous, as an argument of a kernel.
+    """A matrix (rows, columns) or a batch of them, rows contiguous, as an argument of a kernel.
 
     Attributes:
-        row_bytes: from a row to the next. It is an argument of its own, so that it is computed
-            once, before a launch.
+        tensor: (rows, columns) or (batch, rows, columns), the last stride 1.
+        row_bytes: bytes from a row to the next, below 2^32. They are an argument of their own, so
+            that they are computed once, before a launch.
     """
 
     def __init__(self, tensor: cute.Tensor, row_bytes: Uint32 | None = None):

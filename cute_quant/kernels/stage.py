@@ -81,8 +81,8 @@ class Rows(NamedTuple):
 
     Attributes:
         indices: of the rows in their matrix.
-        num_rows: the first rows of the matrix exist.
-        exist: whether each of these rows exists, where those are not just the first ones.
+        num_rows: how many rows of the matrix exist, the first ones.
+        exist: whether each of `indices` exists, where those are not just the first ones.
     """
 
     indices: list[Uint32]
