@@ -24,9 +24,9 @@ from cute_quant.contract.formats import (
     Format,
 )
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
+from cute_quant.dispatch.launch import Launch
 from cute_quant.jit.aot_load import load
 from cute_quant.ops import (
-    Launch,
     bind,
     deep_gemm_format,
     dequantize,

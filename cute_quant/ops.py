@@ -1,4 +1,4 @@
-"""The public operations. Calls on tensors with memory are launched; a tracer gets an operator."""
+"""The public operations: calls on tensors with memory are launched, a tracer gets an operator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90, Format
 from cute_quant.contract.prologues import FUSED, make_rms_norm, make_silu_mul
 from cute_quant.contract.rows import Rows
-from cute_quant.contract.tensors import check_tensor
+from cute_quant.contract.tensors import check_tensor, known
 from cute_quant.contract.torch_private import (
     is_fake,
     jit_tracing_state,
@@ -41,9 +41,9 @@ def quantize(
 
     Each group of ``fmt.group_size`` elements contiguous along k gets the scale
     ``s = max(amax / M, min_scale)``, M the largest value of ``fmt.values``. It is rounded up to a
-    power of two for UE8M0 scales and with ``round_scale``. The values are x times 1 / s, both
-    float32, rounded to nearest even. A group that holds NaN or Inf becomes NaN, values and scale;
-    int8 has no NaN, so its values are 0 there.
+    power of two for UE8M0 scales and with ``round_scale``, as DeepGEMM does. The values are x times
+    1 / s, both float32, rounded to nearest even. A group that holds NaN or Inf becomes NaN, values
+    and scale; int8 has no NaN, so its values are 0 there.
 
     On a GPU this is one kernel on the current stream. It is compiled at the first call for a
     dtype, format and architecture; call it once before capturing it in a CUDA graph. It runs as a
@@ -57,7 +57,9 @@ def quantize(
             need not be a multiple of the group size: the last group may be short.
         fmt: what the result looks like: dtypes, group size, layout of the scales.
         rows: which rows exist: all of them, or :class:`Masked`, :class:`PrefixSum` or
-            :class:`Indexed`. Their counts are read on the device of x.
+            :class:`Indexed`. Their counts are read on the device of x. Every byte of the result is
+            defined, but for the rows of a ``Masked`` expert past its count and the padding of its
+            scales: these keep what memory held.
         index: int32, contiguous, (mn,) or (b, mn), for x of shape (T, k): row i of the result is
             ``x[index[i]]``. An index outside of 0 to T - 1 gives values 0 and scales 0.
         check: whether to read the counts of `rows` and `index`, which synchronizes, and raise on
@@ -81,7 +83,7 @@ def quantize(
             forward-mode differentiation or is inside of vmap or jit.trace, or the GPU is not
             supported.
     """
-    if rows is index is None and check is False and not is_dynamo_compiling():
+    if rows is None and index is None and check is False and not is_dynamo_compiling():
         if out is None:
             results = launch.quantize_again(x, fmt)
         else:
@@ -112,17 +114,19 @@ def silu_mul_quantize(
     """Apply a gated activation and quantize its result, in one pass.
 
     A row of `gate_up` holds gates g and ups u. Its result, which is quantized as by
-    :func:`quantize`, is ``(u + beta) * g * sigmoid(alpha * g)``: SwiGLU by default, and with
-    ``clamp=7, alpha=1.702, beta=1, interleaved=True`` that of gpt-oss.
+    :func:`quantize`, is ``(u + beta) * g * sigmoid(alpha * g)``: by default SwiGLU (Shazeer, 2020),
+    and with ``clamp=7, alpha=1.702, beta=1, interleaved=True`` the activation of gpt-oss.
 
     Args:
         gate_up: (..., mn, 2 k), bfloat16, float16 or float32, with strides as x of
             :func:`quantize`. k is at most 2^20.
-        fmt, check: as for :func:`quantize`.
+        fmt: what the result looks like.
         interleaved: whether columns 0, 2, 4 are gates and 1, 3, 5 ups. By default the first half of
             a row is gates, the second ups.
         clamp: None, or c above 0: g becomes at most c, u at least -c and at most c. NaN stays NaN.
-        alpha, beta: finite, alpha up to 2^100; like `clamp` they are rounded to float32.
+        alpha: factor of g in the sigmoid: finite, of magnitude up to 2^100, rounded to float32 like
+            `clamp`.
+        beta: added to u: finite, rounded to float32.
         weight: a factor for each row of the result, such as the routing weight of a token: float32,
             contiguous, of q's shape without k; with an index, of its shape.
         rounding: "fused" computes in float64 on the CPU, in float32 on a GPU, and quantizes float32
@@ -133,8 +137,10 @@ def silu_mul_quantize(
             dtype does not have: on the CPU torch rounds it first); the product with a weight is
             computed in float32, and rounded. On a GPU a sigmoid below 2^-126, of gates below -87,
             may be 0.
-        rows, index: as for :func:`quantize`; an index names rows of `gate_up`.
-        out: as for :func:`quantize`.
+        rows: which rows exist, as for :func:`quantize`.
+        index: int32, (mn,) or (b, mn): rows of `gate_up`, as for :func:`quantize`.
+        check: whether to read counts and indices and raise on those out of range.
+        out: q and sf to write into, as for :func:`quantize`.
 
     Returns:
         q, sf: as :func:`quantize` of the (..., mn, k) values returns them. A group in which a
@@ -176,19 +182,20 @@ def rms_norm_quantize(
 ) -> tuple[torch.Tensor, ...]:
     """Add a residual, divide rows by their root mean square, and quantize them, in one pass.
 
-    With ``r = x + residual``, or x without one, rows of ``r / sqrt(mean(r^2) + eps) * weight`` are
-    quantized as by :func:`quantize`. A NaN in a row of r makes all of the row NaN, and so does
-    a row of zeros if `eps` is 0. Over the root mean square of a row that holds Inf all its numbers
-    become 0, and Inf itself NaN, and so its group. Squares are summed in the range of float32: a
-    sum beyond it is Inf too, and a mean square plus `eps` below 2^-126 is 0. Numbers are multiplied
-    by their weight first, in float32 on a GPU: a product beyond it makes its group NaN, one below
-    2^-126 has fewer bits.
+    With ``r = x + residual``, or x without one, rows of ``r / sqrt(mean(r^2) + eps) * weight``
+    (RMSNorm: Zhang and Sennrich, 2019) are quantized as by :func:`quantize`.
+
+    A NaN in a row of r makes all of the row NaN, and so does a row of zeros if `eps` is 0. Over the
+    root mean square of a row that holds Inf all its numbers become 0, and Inf itself NaN, and so
+    its group. Squares are summed in the range of float32: a sum beyond it is Inf too, and a mean
+    square plus `eps` below 2^-126 is 0. Numbers are multiplied by their weight first, in float32 on
+    a GPU: a product beyond it makes its group NaN, one below 2^-126 has fewer bits.
 
     Args:
         x: (..., mn, k), bfloat16, float16 or float32, with strides as for :func:`quantize`. k is at
             most 32768.
         weight: (k,), contiguous, float32 or the dtype of x.
-        fmt, check: as for :func:`quantize`.
+        fmt: what the result looks like.
         eps: finite, 0 or more, rounded to float32.
         residual: of x's shape and dtype, contiguous along k, any other strides that do not overlap
             as long as one of them walks the leading dimensions. It is updated in place to
@@ -202,7 +209,10 @@ def rms_norm_quantize(
         normalized: whether to return the normalized rows too, or where to write them: a tensor as
             `residual` has to be. They are of x's dtype: what is quantized in "unfused", that
             rounded in "fused".
-        rows, index: as for :func:`quantize`, but with neither `residual` nor `normalized`.
+        rows: which rows exist, as for :func:`quantize`, without `residual` and `normalized`.
+        index: int32, (mn,) or (b, mn): rows of x, as for :func:`quantize`, without `residual` and
+            `normalized`.
+        check: whether to read counts and indices and raise on those out of range.
         out: q and sf as for :func:`quantize`, and maybe a third for the updated residual, each of
             them None to have it as by default. The third is a tensor as `residual` has to be, or
             `residual` itself; with another, `residual` is only read.
@@ -268,7 +278,8 @@ def dequantize(
     if not (_is_traced(q) or _is_traced(sf)):
         return launch.dequantize(q, sf, fmt, dtype)
     checks.check_format(fmt)
-    return torch.ops.cute_quant.dequantize(q, torch_ops.as_stored(sf), fmt.text, dtype)
+    y: torch.Tensor = torch.ops.cute_quant.dequantize(q, torch_ops.as_stored(sf), fmt.text, dtype)
+    return y
 
 
 def fake_quantize(
@@ -280,7 +291,8 @@ def fake_quantize(
     all NaN. Gradients do not flow through it.
 
     Args:
-        x, fmt: as for :func:`quantize`.
+        x: (..., mn, k), bfloat16, float16 or float32, with strides as for :func:`quantize`.
+        fmt: the format to quantize to.
         out: to write into: the shape and dtype of x, any strides that do not overlap.
 
     Returns:
@@ -293,7 +305,7 @@ def fake_quantize(
     if not _is_traced(x):
         return launch.fake_quantize(x, fmt, out)
     checks.check_format(fmt)
-    result = torch.ops.cute_quant.fake_quantize(x, fmt.text)
+    result: torch.Tensor = torch.ops.cute_quant.fake_quantize(x, fmt.text)
     if out is None:
         return result
     if not is_dynamo_compiling():
@@ -314,12 +326,13 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
     storage. `check` reads counts once, here. Under ``torch.compile`` neither is traced.
 
     Args:
-        args, kwargs: as `operation` takes them.
+        *args: positional arguments of `operation`.
+        **kwargs: keyword arguments of `operation`.
         operation: :func:`quantize`, :func:`silu_mul_quantize`, :func:`rms_norm_quantize`,
             :func:`dequantize` or :func:`fake_quantize`.
 
     Returns:
-        What launches it: a callable whose ``results`` are what `operation` returns.
+        The launch: a callable whose ``results`` are what `operation` returns.
 
     Raises:
         TypeError: `operation` is none of them, its tensors have no memory, or as it raises itself.
@@ -338,9 +351,9 @@ def empty_scales(
     """Return uninitialized memory for the scales of values, as `out` of an operation takes it.
 
     Args:
-        fmt: their format.
-        shape: of the values, (..., mn, k).
-        device: by default torch's.
+        fmt: the format of values and scales.
+        shape: shape of the values, (..., mn, k).
+        device: device of the scales, by default torch's.
 
     Returns:
         ``fmt.sf_dtype``, shape and strides as :class:`Format` says, in storage that holds all
@@ -357,7 +370,8 @@ def empty_scales(
     for size in sizes:
         if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
             raise TypeError(f"shape: expected ints (..., mn, k), got {describe(size)} among them")
-    if len(sizes) < 2 or min(sizes) < 0 or sizes[-1] > MAX_COLUMNS:
+    negative = any(known(size < 0) for size in sizes)
+    if len(sizes) < 2 or negative or known(sizes[-1] > MAX_COLUMNS):
         raise ValueError(
             f"shape: expected (..., mn, k) with k up to {MAX_COLUMNS}, got {tuple(shape)}"
         )
@@ -369,13 +383,13 @@ def deep_gemm_format(device: torch.device | str | int | None = None) -> Format:
     """Return the format that DeepGEMM reads on a CUDA device.
 
     Args:
-        device: by default the current one.
+        device: a CUDA device, by default the current one.
 
     Returns:
         ``DEEP_GEMM`` on compute capability 10, ``DEEP_GEMM_SM90`` on 9.
 
     Raises:
-        ValueError: it is no CUDA device.
+        ValueError: `device` is no CUDA device.
         RuntimeError: DeepGEMM has no GEMMs for the GPU.
     """
     try:

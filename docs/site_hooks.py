@@ -1,5 +1,6 @@
-"""Build the site from the repository as it is: README.md opens it, and links to files outside of
-docs/ lead to copies.
+"""Build the site from the repository as it is.
+
+README.md opens it, and links to files outside of docs/ lead to copies.
 """
 
 from __future__ import annotations

@@ -100,8 +100,10 @@ def masked(layer: MoeLayer, tokens: Tensor, routing: Routing, quantizers: Quanti
 
 
 def combine(down: Tensor, placement: Placement, routing: Routing) -> Tensor:
-    """Return the weighted sum of the rows of each token. An embedding bag gathers them and adds in
-    float32, in one kernel, and reads no padding row."""
+    """Return the weighted sum of the rows of each token.
+
+    An embedding bag gathers them and adds in float32, in one kernel, and reads no padding row.
+    """
     rows, weights = down.flatten(0, -2), routing.weights.to(down.dtype)
     return F.embedding_bag(placement.places, rows, per_sample_weights=weights, mode="sum")
 
@@ -187,8 +189,9 @@ class Fused:
 
 
 class Unfused:
-    """torch in bf16, then a kernel that only quantizes. torch skips no rows: it normalizes each
-    token once, and multiplies padding rows too.
+    """torch in bf16, then a kernel that only quantizes.
+
+    torch skips no rows: it normalizes each token once, and multiplies padding rows too.
 
     Args:
         compile: applied to torch's functions.
@@ -240,8 +243,9 @@ def torch_silu_mul(gate_up: Tensor) -> Tensor:
 
 
 class TorchDeepGemm:
-    """The DeepGEMM calls of the layer, in torch. A GEMM reads and writes whole blocks of rows, and
-    skips blocks without a token.
+    """The DeepGEMM calls of the layer, in torch.
+
+    A GEMM reads and writes whole blocks of rows, and skips blocks without a token.
     """
 
     def __init__(self) -> None:

@@ -85,7 +85,7 @@ def compiled(device: int):
 
 
 def relu_squared_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (mn, k), bfloat16, on a GPU, k a multiple of 16. Returns q and sf of `FORMAT`."""
+    """X (mn, k), bfloat16, on a GPU, k a multiple of 16. Returns q and sf of `FORMAT`."""
     q, sf, missing_rows = empty_results(x)
     if x.numel():
         compiled(x.get_device())(x, q, sf, missing_rows)

@@ -144,8 +144,10 @@ def assert_quantized_as(
     index: torch.Tensor | None = None,
     share: float = DIFFERING_SHARE,
 ) -> None:
-    """Check every byte: on the CPU exactly, on a GPU as :func:`assert_quantized_within`, with no
-    more than a `share` that differs."""
+    """Check every byte: on the CPU exactly, on a GPU as :func:`assert_quantized_within`.
+
+    No more than a `share` of the values may differ.
+    """
     if q.is_cpu:
         bounds = Bounds(*[bounds.values] * 3)
     count = assert_quantized_within(q, sf, fmt, *bounds, rows, index)

@@ -87,8 +87,10 @@ def _silu_unfused(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, bet
 
 
 def _norm_fused(total, weight, eps, offset) -> Bounds:
-    """Normalize the float32 sum in numpy's long double: float64 rounds one in hundreds of millions
-    differently."""
+    """Normalize the float32 sum in numpy's long double.
+
+    In float64 one in hundreds of millions is rounded differently.
+    """
     with np.errstate(all="ignore"):
         r = total.numpy().astype(np.longdouble)
         squares = (r * r).sum(-1, keepdims=True)

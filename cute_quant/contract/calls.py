@@ -20,7 +20,7 @@ class ResultShape(NamedTuple):
 
     @property
     def values(self) -> tuple[int, ...]:
-        """Shape of q."""
+        """Return the shape of q."""
         return (*self.batch_shape, self.mn, self.k)
 
 
@@ -46,17 +46,17 @@ class Call(NamedTuple):
 
     @property
     def input_name(self) -> str:
-        """Name of the argument that `x` was given as."""
+        """Return the name of the argument that `x` was given as."""
         return "x" if self.prologue is None else self.prologue.input_name
 
     @property
     def is_plain(self) -> bool:
-        """True if all rows of x are quantized, in their order, without a prologue."""
+        """Return whether all rows of x are quantized, in their order, without a prologue."""
         return self.rows is None and self.index is None and self.prologue is None
 
     @property
     def tensors(self) -> dict[str, torch.Tensor | None]:
-        """All tensors by the names of their arguments."""
+        """Return all tensors by the names of their arguments."""
         tensors = {
             self.input_name: self.x,
             "out q": self.q,
@@ -69,7 +69,7 @@ class Call(NamedTuple):
 
     @property
     def result_shape(self) -> ResultShape:
-        """Shape of the values, computed without a look at what is wrong with the call."""
+        """Return the shape of the values, without a look at what is wrong with the call."""
         leading = self.x.shape[:-1] if self.index is None else self.index.shape
         k = self.x.shape[-1]
         if self.prologue is not None:

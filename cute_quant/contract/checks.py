@@ -30,8 +30,9 @@ from cute_quant.contract.tensors import (
     same_sizes,
 )
 
-ROWS_PER_TILE = 4
-"""Rows of a CTA at least, so that no more tiles are counted."""
+MIN_TILE_ROWS = 4
+"""Least rows of a CTA's tile, except RMSNorm's: the tiles of masked experts are counted with it.
+Calls are refused alike on CPU and GPU, so it belongs to the contract, and `heuristics` keeps it."""
 MAX_SCALES = 2**32 - 1
 """MN-major scales of a matrix, which kernels index with 32 bits."""
 MAX_SCALE_BYTES = 2**31 - 1
@@ -55,8 +56,8 @@ def check_call(call: Call) -> ResultShape:
     _check_rows(call)
     shape = call.result_shape
     # The tiles of all experts are counted together.
-    rows_per_tile = 1 if isinstance(prologue, RmsNorm) else ROWS_PER_TILE
-    tiles = ceil_div(shape.mn, rows_per_tile) if isinstance(call.rows, Masked) else 1
+    tile_rows = 1 if isinstance(prologue, RmsNorm) else MIN_TILE_ROWS
+    tiles = ceil_div(shape.mn, tile_rows) if isinstance(call.rows, Masked) else 1
     counted = name if call.index is None else "index"
     check_count(counted, shape.batch_shape, 1 if known(tiles < 1) else tiles)
     if isinstance(prologue, SiluMul):
@@ -152,6 +153,8 @@ def _check_rms_norm(prologue: RmsNorm, x: torch.Tensor, *, every_row: bool) -> N
     """Check the tensors of `prologue` against the input.
 
     Args:
+        prologue: its tensors, of which the weight is always there.
+        x: the input, which was checked.
         every_row: whether the rows of the result are all those of x in their order.
     """
     weight = prologue.weight
@@ -186,7 +189,11 @@ def _check_like_x(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def check_fake_quantize(x: torch.Tensor, out: torch.Tensor | None, fmt: Format) -> None:
-    """Check a call of ``fake_quantize``."""
+    """Check a call of ``fake_quantize``.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
     check_call(Call(x, fmt))
     if out is not None:
         check_written("out", out, x.dtype, x, "x")
@@ -194,7 +201,11 @@ def check_fake_quantize(x: torch.Tensor, out: torch.Tensor | None, fmt: Format) 
 
 
 def check_dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype) -> None:
-    """Check a call of ``dequantize``."""
+    """Check a call of ``dequantize``.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
     check_format(fmt)
     check_tensor("q", q, (fmt.values,))
     check_tensor("sf", sf, (fmt.sf_dtype,))
@@ -211,7 +222,7 @@ def check_dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torc
             f"{tuple(q.shape)} in layout {fmt.scale_layout} for groups of {fmt.group_size}, "
             f"got {tuple(sf.shape)}"
         )
-    flat_batch("sf", sf.shape, sf.stride(), 1 if fmt.blocked else 2)
+    flat_batch("sf", sf.shape, sf.stride(), fmt.scale_dims)
     if fmt.blocked and known(sf.shape[-1] > 1) and known(sf.stride(-1) != 1):
         raise ValueError(f"sf: expected the bytes of blocks to be contiguous, got {sf.stride()=}")
 
@@ -256,9 +267,13 @@ def check_counts(rows: Rows | None, index: torch.Tensor | None, tokens: int, mn:
     """Read the counts and indices of a call, which synchronizes, and check them.
 
     Args:
-        rows, index: as of a ``Call``.
+        rows: the row domain of a ``Call``.
+        index: the index of a ``Call``.
         tokens: rows of x, which `index` points to.
         mn: rows of the result.
+
+    Raises:
+        ValueError: an entry is out of range, or a group ends before its start.
     """
     if index is not None:
         _check_range("index", index, -1, tokens - 1)
@@ -287,6 +302,8 @@ def _check_values_out(q: torch.Tensor, shape: ResultShape, *, exact: bool) -> No
     """Check shape and strides of a caller's `q`.
 
     Args:
+        q: (..., rows, k), strided.
+        shape: of the values of the result.
         exact: whether it may have no more rows than the result.
     """
     expected: Sequence[int] = (*shape.batch_shape, shape.k)

@@ -35,6 +35,8 @@ rows between a masked expert's count and the next multiple are its padding."""
 BLOCK_ROWS = 128
 BLOCK_GROUPS = 4
 """A block of the 128x4 layout: 512 contiguous scale bytes, as cuBLAS and CUTLASS read them."""
+BLOCK_LANES = 32
+"""Rows of a block whose scales are 16 bytes apart; those of the block's other rows lie between."""
 
 
 class ValueType(NamedTuple):
@@ -50,12 +52,12 @@ class ValueType(NamedTuple):
 
     @property
     def max_exponent(self) -> int:
-        """p of max = 1.f * 2^p."""
+        """Return the exponent p of max = 1.f * 2^p."""
         return math.frexp(self.max)[1] - 1
 
     @property
     def max_mantissa(self) -> int:
-        """f of max = 1.f * 2^p, as the mantissa bits of a float32."""
+        """Return the fraction f of max = 1.f * 2^p, as the mantissa bits of a float32."""
         return int((self.max / 2.0**self.max_exponent - 1.0) * 2**FLOAT32_MANTISSA_BITS)
 
 

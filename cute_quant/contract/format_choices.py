@@ -132,8 +132,16 @@ def check_numerics(scale_dtype: torch.dtype, round_scale: object, numerics: obje
 def scale_floor(
     min_scale: object, largest: float, scale_dtype: torch.dtype, power_of_two: bool
 ) -> int | float:
-    """Return `min_scale` rounded to float32, as a UE8M0 byte if scales are powers of two: that of
-    the smallest one that is not below it.
+    """Return the smallest scale as kernels take it.
+
+    It is `min_scale` rounded to float32. If scales are powers of two it is the UE8M0 byte of the
+    smallest power of two that is not below that.
+
+    Args:
+        min_scale: a number, or a key of ``MIN_SCALES``.
+        largest: the largest finite value of the dtype of values.
+        scale_dtype: float8_e8m0fnu or float32.
+        power_of_two: whether scales are powers of two.
 
     Raises:
         TypeError, ValueError: it is no number or name, or beyond what scales can be.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -115,6 +115,8 @@ class Format:
     power_of_two: bool
     reciprocal: bool
     """float32 scales are products with 1 / M."""
+    scale_dims: int
+    """Dimensions of the scales of one matrix: 1 in blocks, else 2."""
     groups_per_column: int
     """Groups whose scales share a column of sf."""
     groups_per_unit: int
@@ -136,6 +138,7 @@ class Format:
         min_scale: float | str = DEFAULT_MIN_SCALE,
         numerics: str = IEEE,
     ) -> Format:
+        """Return the one format of these choices."""
         check_choices(values, group_size, scale_dtype, scale_layout)
         check_numerics(scale_dtype, round_scale, numerics)
         power_of_two = scale_dtype is torch.float8_e8m0fnu or round_scale
@@ -155,6 +158,11 @@ class Format:
         return fmt
 
     def __init_subclass__(cls) -> None:
+        """Refuse subclasses.
+
+        Raises:
+            TypeError: always.
+        """
         raise TypeError("Format: expected no subclass, equal choices give one object")
 
     def _derive(self, choices: Choices) -> None:
@@ -169,6 +177,7 @@ class Format:
             mn_major=self.scale_layout in (MN_MAJOR, MN_MAJOR_PACKED),
             ue8m0=self.scale_dtype is torch.float8_e8m0fnu,
             reciprocal=self.numerics == DEEPGEMM,
+            scale_dims=1 if blocked else 2,
             groups_per_column=BYTES_PER_WORD if packed else 1,
             groups_per_unit=BYTES_PER_WORD if packed else BLOCK_GROUPS if blocked else 1,
             text=choices_text(choices),
@@ -221,6 +230,7 @@ class Format:
 
     @property
     def sf_shape_facts(self) -> str:
+        """Return dtype, shape and strides of the scales of (mn, k) values, as text for people."""
         size = self.group_size * self.groups_per_column
         columns = "1" if self.whole_row else f"ceil(k/{size})"
         facts = {
@@ -233,6 +243,7 @@ class Format:
 
     @property
     def readers(self) -> str:
+        """Return the GEMMs that read this format, as text for people."""
         key = (self.values, self.group_size, self.scale_dtype, self.scale_layout)
         return _READERS.get(key, "kernels of your own")
 
@@ -263,18 +274,18 @@ class Format:
         return align(mn, BLOCK_ROWS) if self.blocked else mn
 
     def scale_shape(self, batch_shape: Sequence[int], mn: int, k: int) -> tuple[int, ...]:
-        """Return the shape of the scales of values (\\*batch_shape, mn, k)."""
+        """Return the shape of the scales of values (..., mn, k), ``...`` being `batch_shape`."""
         if self.blocked:
             return (*batch_shape, self.scale_rows(mn) * self.columns(k))
         return (*batch_shape, mn, self.columns(k))
 
     def scale_strides(self, batch_shape: Sequence[int], mn: int, k: int) -> tuple[int, ...]:
-        """Return the strides of the scales of values (\\*batch_shape, mn, k), in elements."""
+        """Return the strides of the scales of values (..., mn, k), in elements."""
         rows, columns = self.scale_rows(mn), self.columns(k)
         if not self.mn_major:
             # Those of contiguous tensors, which torch computes as if no size were 0.
-            rows, columns = max(rows, 1), max(columns, 1)
-            batch_shape = [max(size, 1) for size in batch_shape]
+            rows, columns = _larger(rows, 1), _larger(columns, 1)
+            batch_shape = [_larger(size, 1) for size in batch_shape]
         outer, matrix = [], rows * columns
         for size in reversed(batch_shape):
             outer.append(matrix)
@@ -295,6 +306,9 @@ class Format:
         padded = torch.empty_strided(padded_shape, strides, dtype=self.sf_dtype, device=device)
         return padded[..., :mn, :]
 
+
+_larger: Callable[[int, int], int] = torch.sym_max
+"""The larger of two sizes, also of those that only the run can tell."""
 
 _formats: weakref.WeakValueDictionary[Choices, Format] = weakref.WeakValueDictionary()
 _lock = threading.RLock()

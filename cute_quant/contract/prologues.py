@@ -50,12 +50,12 @@ class SiluMul(NamedTuple):
 
     @property
     def input_name(self) -> str:
-        """Name of the argument that the input is given as."""
+        """Return the name of the argument that the input is given as."""
         return "gate_up"
 
     @property
     def max_columns(self) -> int:
-        """The most columns that the input may have."""
+        """Return the most columns that the input may have."""
         return MAX_GATE_UP_COLUMNS
 
     def columns(self, columns: int) -> int:
@@ -64,27 +64,27 @@ class SiluMul(NamedTuple):
 
     @property
     def options(self) -> tuple[Option, ...]:
-        """All but the tensors; with their looks they decide which plan a call takes."""
+        """Return all but the tensors; with their looks they decide which plan a call takes."""
         return self.interleaved, self.clamp, self.alpha, self.beta, self.rounding
 
     @property
     def tensors(self) -> dict[str, torch.Tensor | None]:
-        """Further tensors of the call by the names of their arguments."""
+        """Return the further tensors of the call by the names of their arguments."""
         return {"weight": self.weight}
 
     @property
     def operands(self) -> tuple[torch.Tensor | None, ...]:
-        """Further tensors in kernel-argument order."""
+        """Return the further tensors in kernel-argument order."""
         return (self.weight,)
 
     @property
     def reads(self) -> dict[str, torch.Tensor]:
-        """Further tensors that are read and not written."""
+        """Return the further tensors that are read and not written."""
         return {} if self.weight is None else {"weight": self.weight}
 
     @property
     def writes(self) -> dict[str, torch.Tensor]:
-        """Further tensors that are written."""
+        """Return the further tensors that are written."""
         return {}
 
 
@@ -113,12 +113,12 @@ class RmsNorm(NamedTuple):
 
     @property
     def input_name(self) -> str:
-        """Name of the argument that the input is given as."""
+        """Return the name of the argument that the input is given as."""
         return "x"
 
     @property
     def max_columns(self) -> int:
-        """The most columns that the input may have."""
+        """Return the most columns that the input may have."""
         return MAX_NORM_COLUMNS
 
     def columns(self, columns: int) -> int:
@@ -127,12 +127,12 @@ class RmsNorm(NamedTuple):
 
     @property
     def options(self) -> tuple[Option, ...]:
-        """All but the tensors; with their looks they decide which plan a call takes."""
+        """Return all but the tensors; with their looks they decide which plan a call takes."""
         return self.eps, self.weight_offset, self.rounding
 
     @property
     def tensors(self) -> dict[str, torch.Tensor | None]:
-        """Further tensors of the call by the names of their arguments."""
+        """Return the further tensors of the call by the names of their arguments."""
         return {
             "weight": self.weight,
             "residual": self.residual,
@@ -142,12 +142,12 @@ class RmsNorm(NamedTuple):
 
     @property
     def operands(self) -> tuple[torch.Tensor | None, ...]:
-        """Further tensors in kernel-argument order."""
+        """Return the further tensors in kernel-argument order."""
         return self.weight, self.residual, self.residual_out, self.normalized
 
     @property
     def in_place(self) -> bool:
-        """True if there is a residual and the sum replaces it, in a call on real tensors."""
+        """Return whether the sum replaces the residual, in a call on real tensors."""
         old, new = self.residual, self.residual_out
         if old is None or new is None:
             return False
@@ -159,14 +159,14 @@ class RmsNorm(NamedTuple):
 
     @property
     def reads(self) -> dict[str, torch.Tensor]:
-        """Further tensors that are read and not written."""
+        """Return the further tensors that are read and not written."""
         if self.residual is None or self.in_place:
             return {"weight": self.weight}
         return {"weight": self.weight, "residual": self.residual}
 
     @property
     def writes(self) -> dict[str, torch.Tensor]:
-        """Further tensors that are written."""
+        """Return the further tensors that are written."""
         name = "residual" if self.residual_out is self.residual else "out residual"
         outputs = {name: self.residual_out, "normalized": self.normalized}
         return {name: t for name, t in outputs.items() if t is not None}
@@ -218,10 +218,8 @@ def make_rms_norm(
 ) -> RmsNorm:
     """Return a prologue of these options, its numbers rounded to float32.
 
-    Tensors are left to ``checks``.
-
-    Args:
-        residual_out: receives the updated residual, by default `residual`.
+    Tensors are left to ``checks``. `residual_out`, which receives the updated residual, is
+    `residual` by default.
 
     Raises:
         TypeError: an option has a wrong type.

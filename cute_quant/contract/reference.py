@@ -1,9 +1,9 @@
 """The contract in plain torch: quantize and dequantize without a kernel.
 
-An oracle independent of the kernels: a scale exponent comes from a division in float64 and
+It is an oracle independent of the kernels: a scale exponent comes from a division in float64 and
 `frexp`, not from bit arithmetic. CPU tensors are quantized by it, to the same bits.
 
-Here a batch is always there: tensors with other leading dimensions are flattened to one first.
+A batch dimension is always there: tensors with other leading dimensions are flattened to one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import (
     BLOCK_GROUPS,
+    BLOCK_LANES,
     BLOCK_ROWS,
     BYTES_PER_WORD,
     FLOAT32_MAX,
@@ -33,20 +34,20 @@ from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.tensors import flat_batch, last_column_rows
 
-BLOCK_LANES = 32
-"""Rows of a block whose scales are 16 bytes apart; the block's four times as many share those."""
-
 
 def ue8m0_to_float32(exponents: torch.Tensor) -> torch.Tensor:
-    """2^(exponent - 127) for biased exponents 0 .. 254, NaN for 255."""
+    """Return 2^(exponent - 127) for biased exponents 0 .. 254, NaN for 255."""
     bits = exponents.int() << 23
     scales = bits.where(exponents != 0, 0x400000).view(torch.float32)
     return scales.where(exponents != UE8M0_NAN, torch.nan)
 
 
 def group_scales(x: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Scales of the groups of `x` (..., k), k > 0: (..., groups), int32 biased exponents where
-    they are powers of two, else float32."""
+    """Return the scales of the groups of `x` (..., k), k > 0.
+
+    Returns:
+        (..., groups): int32 biased exponents where scales are powers of two, else float32.
+    """
     amax = _in_groups(x, fmt).abs().amax(-1)
     if not fmt.power_of_two:
         largest = amax.new_full((), fmt.value_type.max, dtype=torch.float32)
@@ -59,7 +60,7 @@ def group_scales(x: torch.Tensor, fmt: Format) -> torch.Tensor:
 
 
 def group_values(x: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Values of `x` (..., k) under the scales of its groups: (..., k), ``fmt.values``."""
+    """Return the values of `x` (..., k) under its groups' scales: (..., k), ``fmt.values``."""
     if fmt.power_of_two:
         finite = scales != UE8M0_NAN
         multipliers = ue8m0_to_float32((UE8M0_MAX - scales).where(finite, UE8M0_NAN))
@@ -79,16 +80,17 @@ def group_values(x: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Te
 
 
 def _in_groups(x: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """`x` (..., k) as (..., groups, group_size), the last group filled up with zeros."""
+    """Return `x` (..., k) as (..., groups, group_size), the last group filled up with zeros."""
     k = x.shape[-1]
     size = k if fmt.whole_row else fmt.group_size
-    return pad(x, (0, -k % size)).unflatten(-1, (-1, size))
+    padded = pad(x, (0, -k % size))
+    return padded.view(*x.shape[:-1], padded.shape[-1] // size, size)
 
 
 def live_rows(
     x: torch.Tensor, rows: Rows | None, index: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which rows of the result exist, and their values in `x`.
+    """Return which rows of the result exist, and their values in `x`.
 
     Returns:
         live: (batch, mn), bool.
@@ -117,14 +119,17 @@ def live_rows(
 
 
 def below_count(masked: Masked, mn: int, rows: int, alignment: int = 1) -> torch.Tensor:
-    """(E, rows): which rows lie below each expert's count, rounded up to `alignment`."""
+    """Return which rows lie below an expert's count, rounded up to `alignment`: (E, rows)."""
     counts = align(masked.masked_m.long().clamp(0, mn), alignment)
     return torch.arange(rows, device=counts.device) < counts[:, None]
 
 
 def silu_mul(gate_up: torch.Tensor, prologue: SiluMul) -> torch.Tensor:
-    """The gated activation of `gate_up` (batch, mn, 2k): (batch, mn, k), float32 if it is fused,
-    else the dtype of `gate_up`."""
+    """Return the gated activation of `gate_up` (batch, mn, 2k).
+
+    Returns:
+        (batch, mn, k): float32 if it is fused, else the dtype of `gate_up`.
+    """
     if prologue.interleaved:
         gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
     else:
@@ -156,15 +161,20 @@ def clamp_limit(prologue: SiluMul, dtype: torch.dtype) -> float:
 
 
 def _clamp(gate: torch.Tensor, up: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gates up to `limit`, and ups from minus that to that."""
+    """Return gates up to `limit`, and ups from minus that to that."""
     if limit == math.inf:
         return gate, up
     return gate.clamp(max=limit), up.clamp(-limit, limit)
 
 
 def rms_norm(x: torch.Tensor, prologue: RmsNorm) -> torch.Tensor:
-    """`x` (batch, mn, k) plus the residual, normalized: of that shape, float32 if it is fused, else
-    x's dtype. Writes the updated residual and the normalized row to where they go."""
+    """Normalize `x` (batch, mn, k) plus the residual, by the root mean square of each row.
+
+    The updated residual and the normalized rows are written to the tensors of `prologue`.
+
+    Returns:
+        (batch, mn, k): float32 if it is fused, else x's dtype.
+    """
     total = x.float()
     if prologue.residual is not None:
         total = total + prologue.residual.view(x.shape).float()
@@ -186,9 +196,11 @@ def rms_norm(x: torch.Tensor, prologue: RmsNorm) -> torch.Tensor:
 
 
 def _normalized(r: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Rows over the root of their mean square plus `eps`, times `weight`, in float64 but in the
-    range of float32: products with the weight and sums of squares beyond it are Inf, and what is
-    below its normal numbers has no root but 0."""
+    """Return rows over the root of their mean square plus `eps`, times `weight`.
+
+    The precision is that of float64, the range that of float32: products with the weight and sums
+    of squares beyond it are Inf, and a mean square below its normal numbers is 0.
+    """
     products = (r * weight).double()
     products = products.where(products.isinf(), r.double() * weight)
     squares = r.double().square().sum(-1, keepdim=True)
@@ -232,8 +244,16 @@ def quantize_into(call: Call, q: torch.Tensor, sf: torch.Tensor) -> None:
 def _store_scales(
     scales: torch.Tensor, written: torch.Tensor, sf: torch.Tensor, fmt: Format
 ) -> None:
-    """Write `scales` (batch, mn, groups), exponents or floats, to the rows of `sf` that `written`
-    (batch, stored rows) says; those past mn and groups past the last become 0."""
+    """Write scales to the rows of `sf` that `written` names.
+
+    Rows past mn and groups past the last become 0.
+
+    Args:
+        scales: (batch, mn, groups), exponents or floats.
+        written: (batch, stored rows), bool.
+        sf: as the format lays it out.
+        fmt: the format.
+    """
     batch, mn, groups = scales.shape
     if batch == 0 or mn == 0:
         return
@@ -261,7 +281,9 @@ def _clear_padding_rows(sf: torch.Tensor, written: torch.Tensor, mn: int) -> Non
     """Write 0 to the rows past `mn` of MN-major scales, as far as their storage goes.
 
     Args:
+        sf: (..., mn, columns).
         written: (columns, padding rows), which of them, for the columns of all matrices in turn.
+        mn: rows of a matrix.
     """
     columns, padding = written.shape
     aligned = mn + padding
@@ -274,7 +296,10 @@ def _clear_padding_rows(sf: torch.Tensor, written: torch.Tensor, mn: int) -> Non
 
 
 def to_blocks(t: torch.Tensor) -> torch.Tensor:
-    """(batch, rows, groups), both multiples of a block's, to (batch, rows * groups) in blocks."""
+    """Return scales (batch, rows, groups) in blocks, (batch, rows * groups).
+
+    Rows and groups are multiples of a block's.
+    """
     batch, rows, groups = t.shape
     row_blocks, group_blocks = rows // BLOCK_ROWS, groups // BLOCK_GROUPS
     blocks = t.reshape(
@@ -284,7 +309,7 @@ def to_blocks(t: torch.Tensor) -> torch.Tensor:
 
 
 def from_blocks(t: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
-    """The inverse of :func:`to_blocks`: (batch, rows * groups) to (batch, rows, groups)."""
+    """Invert :func:`to_blocks`: return (batch, rows * groups) as (batch, rows, groups)."""
     row_blocks, group_blocks = rows // BLOCK_ROWS, groups // BLOCK_GROUPS
     shape = row_blocks, group_blocks, BLOCK_LANES, BLOCK_ROWS // BLOCK_LANES, BLOCK_GROUPS
     blocks = t.reshape(t.shape[0], *shape)
@@ -297,6 +322,8 @@ def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtyp
     Args:
         q: (..., mn, k), values of `fmt`.
         sf: the scales of `fmt` for q's shape.
+        fmt: the format of both.
+        dtype: of the result.
     """
     y = torch.empty(q.shape, dtype=dtype, device=q.device)
     dequantize_into(q, sf, fmt, y)

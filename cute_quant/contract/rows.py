@@ -18,9 +18,10 @@ DENSE = "dense"
 class Masked:
     """The first rows of each expert exist, as in DeepGEMM's masked grouped GEMM.
 
-    Rows of q (E, max_m, k) below ``clamp(masked_m[e], 0, max_m)`` are written; the others keep what
-    their memory held. Scale rows from the count to the next multiple of 4 become 0, if the format
-    has them; later ones keep what their memory held.
+    Rows of q (E, max_m, k) below ``clamp(masked_m[e], 0, max_m)`` are written. Scale rows from the
+    count to the next multiple of 4 become 0, if the format has them. Rows past these keep what
+    their memory held, also in results that the call allocates: these are uninitialized, or as
+    ``torch.utils.deterministic.fill_uninitialized_memory`` fills them.
 
     Attributes:
         masked_m: (E,), int32, contiguous, on the device of x: rows of each expert.
@@ -35,6 +36,7 @@ class Masked:
 
     @property
     def data(self) -> torch.Tensor:
+        """Return the counts, as every domain calls its tensor."""
         return self.masked_m
 
 
@@ -60,6 +62,7 @@ class PrefixSum:
 
     @property
     def data(self) -> torch.Tensor:
+        """Return the ends, as every domain calls its tensor."""
         return self.ends
 
 
@@ -82,6 +85,7 @@ class Indexed:
 
     @property
     def data(self) -> torch.Tensor:
+        """Return the indices, as every domain calls its tensor."""
         return self.m_indices
 
 

@@ -12,10 +12,12 @@ from torch._C import _len_torch_dispatch_stack as num_dispatch_modes
 from torch._C._dynamo import eval_frame
 from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import is_functorch_wrapped_tensor as is_functorch_wrapped
+from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "CustomOpDef",
     "constant_in_graphs",
     "has_tangent",
     "in_dual_level",
@@ -65,7 +67,8 @@ def in_dual_level() -> bool:
 
 def has_tangent(t: torch.Tensor) -> bool:
     """Return whether a tensor has a tangent of forward-mode differentiation."""
-    return forward_ad.unpack_dual(t).tangent is not None
+    unpack_dual: Callable[[torch.Tensor], Any] = forward_ad.unpack_dual
+    return unpack_dual(t).tangent is not None
 
 
 def statically_known_true(condition: Any) -> bool:

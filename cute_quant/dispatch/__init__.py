@@ -1,0 +1,1 @@
+"""Dispatch: from a torch call to a launch, through plans of recent calls or torch operators."""

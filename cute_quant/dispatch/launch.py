@@ -98,6 +98,7 @@ class Launch:
 
     @outside_of_graphs
     def __call__(self) -> Any:
+        """Launch the operation on the current stream, and return ``results``."""
         self._function()
         increment_version(self._written)
         return self.results
@@ -161,7 +162,7 @@ def _run(
 def quantize_again(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Allocate and launch, for an x that looks like that of a recent call.
 
-    None where there was none, or anything else is unusual: `quantize` then looks closer.
+    Return None where there was none, or anything else is unusual: `quantize` then looks closer.
     """
     if num_dispatch_modes() or in_dual_level() or _captures:
         return None
@@ -179,7 +180,7 @@ def quantize_again(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Te
 def quantize_into_again(
     x: torch.Tensor, fmt: Format, q: torch.Tensor, sf: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Do the same into memory of the caller."""
+    """Launch into memory of the caller, for tensors that look like those of a recent call."""
     if num_dispatch_modes() or in_dual_level() or _captures:
         return None
     for recent in _recent_out:
@@ -312,7 +313,8 @@ def _key(call: Call) -> tuple[object, ...]:
         hash(key)
         return key
     except (AttributeError, RuntimeError, TypeError, UserWarning):
-        # No tensor, no strides, no hash; torch warns of fakes, which have no address.
+        # Nothing is checked yet. What is no tensor, or has no strides, address or hash, raises one
+        # of these (torch warns of a fake's address), and `make_plan` says by name what is wrong.
         return ()
 
 

@@ -154,8 +154,9 @@ def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kerne
     """Choose the kernel for a call, as ``heuristics`` has it for its size.
 
     Args:
+        call: the call, which was checked.
         result: memory for the values of the call.
-        scales: of the scales; None for fake quantization, which stores none.
+        scales: view of the scales; None for fake quantization, which stores none.
     """
     x, rows, index = call.x, call.rows, call.index
     arch = lookup.architecture(x.get_device())
@@ -271,7 +272,7 @@ def choose_dequantize_kernel(
     """Choose the kernel that multiplies values by their scales."""
     values = DEFAULT_TILE.values_per_thread
     q_view, y_view = matrix_view(q, batched=True), matrix_view(y, batched=True)
-    inner = 1 if fmt.blocked else 2
+    inner = fmt.scale_dims
     batch, stride = flat_batch("sf", sf.shape, sf.stride(), inner)
     sf_view = View((batch, *sf.shape[-inner:]), (stride, *sf.stride()[-inner:]))
     store_bytes = heuristics.store_bytes(DEFAULT_TILE, y.dtype)
@@ -289,7 +290,7 @@ def _scales_view(scales: View | None, fmt: Format, shape: ResultShape) -> View |
     """Return the view of scales with one batch dimension, None if they have it."""
     if scales is None or len(shape.batch_shape) == 1:
         return None
-    inner = 1 if fmt.blocked else 2
+    inner = fmt.scale_dims
     stride = scales.strides[-inner - 1] if shape.batch_shape else 0
     matrices = math.prod(shape.batch_shape)
     return View((matrices, *scales.shape[-inner:]), (stride, *scales.strides[-inner:]))

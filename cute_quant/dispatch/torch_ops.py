@@ -16,6 +16,7 @@ from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import RmsNorm, SiluMul, make_rms_norm, make_silu_mul
 from cute_quant.contract.rows import RowOperands, from_operands, to_operands
+from cute_quant.contract.torch_private import CustomOpDef
 from cute_quant.dispatch import launch
 
 Results = tuple[torch.Tensor, torch.Tensor]
@@ -78,8 +79,11 @@ def _rms_norm_call(
     normalized: torch.Tensor | None = None,
     **arguments: Any,
 ) -> Call:
-    """Return a call. Without a `residual`, `residual_out` is the residual, to be updated in place:
-    what is written must not be an argument twice."""
+    """Return the call that the arguments of an operator describe.
+
+    Without a `residual`, `residual_out` is the residual, to be updated in place: what is written
+    must not be an argument twice.
+    """
     if residual is None:
         residual = residual_out
     elif residual is residual_out:
@@ -106,10 +110,11 @@ def _fake_results(call: Call) -> Results:
 
 def _register(
     name: str, arguments: str, options: str, make_call: Callable[..., Call]
-) -> torch.library.CustomOpDef:
+) -> CustomOpDef:
     """Register an operator that runs a call.
 
     Args:
+        name: its name in ``torch.ops.cute_quant``.
         arguments: its positional arguments, as in a schema. Unless q and sf are among them, it
             returns them.
         options: its keywords.
@@ -165,14 +170,14 @@ def _fake_quantize_meta(x: torch.Tensor, fmt: str) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-def _refuse_gradients(operator: torch.library.CustomOpDef, function: str, name: str) -> None:
+def _refuse_gradients(operator: CustomOpDef, function: str, name: str) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError(not_differentiable(function, name))
 
     operator.register_autograd(refuse, setup_context=refuse)
 
 
-def _refuse_vmap(operator: torch.library.CustomOpDef) -> None:
+def _refuse_vmap(operator: CustomOpDef) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError(
             "torch.vmap is not supported: quantize the batch as leading dimensions instead"
@@ -181,7 +186,7 @@ def _refuse_vmap(operator: torch.library.CustomOpDef) -> None:
     operator.register_vmap(refuse)
 
 
-def _register_all() -> list[torch.library.CustomOpDef]:
+def _register_all() -> list[CustomOpDef]:
     gate_up, normed = "Tensor gate_up, Tensor? weight", "Tensor x, Tensor weight"
     silu_mul = "bool interleaved, float? clamp, float alpha, float beta, str rounding, " + _ROWS
     rms_norm = "float eps, float weight_offset, str rounding, " + _ROWS
@@ -280,8 +285,10 @@ def _allocate(call: Call) -> Results:
 
 
 def _new_stored_scales(x: torch.Tensor, fmt: Format, shape: ResultShape) -> torch.Tensor:
-    """Return memory for scales without padding rows in the last column: whether there are any
-    depends on mn % 4, which must not become a guard."""
+    """Return memory for scales without padding rows in the last column.
+
+    Whether there are any depends on mn % 4, which must not become a guard.
+    """
     sf_shape = fmt.scale_shape(*shape)
     if fmt.mn_major:
         return x.new_empty_strided(sf_shape, fmt.scale_strides(*shape), dtype=fmt.sf_dtype)

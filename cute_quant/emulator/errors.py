@@ -1,8 +1,8 @@
-"""What the emulator reports. Every one of them is a defect: of a kernel, or of the emulator."""
+"""Errors of the emulator: each reports a defect, of a kernel or of the emulator."""
 
 
 class EmulatorError(Exception):
-    """Anything that stops an emulated kernel."""
+    """Base of the errors that stop an emulated kernel."""
 
 
 class UnknownInstruction(EmulatorError):
@@ -10,7 +10,7 @@ class UnknownInstruction(EmulatorError):
 
 
 class MemoryFault(EmulatorError):
-    """An access that a kernel must not make."""
+    """An access out of bounds, misaligned, of undefined bytes, or in a race."""
 
 
 class UndefinedValue(EmulatorError):

@@ -14,20 +14,27 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Format:
-    """One sign bit, an exponent, `fraction_bits`.
+    """A binary floating-point format: one sign bit, an exponent and a fraction.
 
-    `nan` is the NaN that PTX instructions return, `infinity` the bits of +Inf where there is one.
+    Attributes:
+        width: its bits.
+        fraction_bits: bits of the fraction.
+        min_exponent: of normal numbers.
+        largest: the largest finite value.
+        infinity: the bits of +Inf, None if there is none.
+        nan: the bits of the NaN that PTX instructions return.
     """
 
     width: int
     fraction_bits: int
-    min_exponent: int  # of normal numbers
+    min_exponent: int
     largest: float
     infinity: int | None
     nan: int
 
     @property
     def bits(self) -> type:
+        """Return numpy's type of the bits."""
         return {8: np.uint8, 16: np.uint16, 32: np.uint32}[self.width]
 
 
@@ -39,7 +46,7 @@ F32 = Format(32, 23, -126, (2 - 2.0**-23) * 2.0**127, 0x7F800000, 0x7FFFFFFF)
 
 
 def decode(bits: np.ndarray, fmt: Format) -> np.ndarray:
-    """The values of bit patterns, exact."""
+    """Return the values of bit patterns, exact, in float64."""
     bits = bits.astype(np.int64)
     magnitude = bits & ((1 << (fmt.width - 1)) - 1)
     fraction = magnitude & ((1 << fmt.fraction_bits) - 1)
@@ -56,7 +63,7 @@ def decode(bits: np.ndarray, fmt: Format) -> np.ndarray:
 
 
 def encode(values: np.ndarray, fmt: Format, saturate: bool = False) -> np.ndarray:
-    """The bit patterns of float64 `values`, rounded to nearest even; NaN becomes ``fmt.nan``.
+    """Return the bit patterns of float64 `values`, rounded to nearest even; NaN is ``fmt.nan``.
 
     Past the largest finite value comes infinity, or with `saturate` that largest value itself.
     """
@@ -94,7 +101,7 @@ def to_odd(rounded: np.ndarray, error: np.ndarray) -> np.ndarray:
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c, rounded to odd, for float64 values of at most 24 significant bits."""
+    """Return a * b + c, rounded to odd, for float64 values of at most 24 significant bits."""
     product = a * b
     total = product + c
     rest = total - product

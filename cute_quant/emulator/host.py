@@ -1,4 +1,4 @@
-"""The host path: the function that CuTe DSL exports, with a stand-in for the CUDA runtime below it.
+"""The host code: the function that CuTe DSL exports, over a stand-in for the CUDA runtime.
 
 The object file is linked with `runtime.c` in place of the DSL's runtime library and loaded as any
 user would load it. It checks its arguments, computes the grid and packs the parameters; the launch
@@ -75,7 +75,7 @@ _LAUNCH = ctypes.CFUNCTYPE(
 
 
 class _LaunchAttribute(ctypes.Structure):
-    """cudaLaunchAttribute of driver_types.h; its value is a union of 64 bytes."""
+    """The cudaLaunchAttribute of driver_types.h, whose value is a union of 64 bytes."""
 
     _fields_ = [("id", ctypes.c_int32), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int32 * 16)]
 
@@ -84,28 +84,30 @@ PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
 class HostFunction:
-    """A compiled kernel's host function, to be called like the original."""
+    """The host function of a compiled kernel, called as on a GPU."""
 
     _count = itertools.count()
 
     def __init__(self, compiled: Any, directory: Path):
-        """Export, link and load. Needs a C compiler.
+        """Export, link and load the function, which needs a C compiler.
 
         Args:
             compiled: what ``cute.compile`` returned, with its cubin kept.
+            directory: for the object file and the library.
         """
         self.cubin = compiled.__cubin__
         self.launches: list[Launch] = []
         self.error: Exception | None = None
-        self._run: Callable[..., None] | None = None
-        self._program: machine.Program | None = None
+        self._run: Callable[..., None]
+        self._program: machine.Program
         name = f"emulated_{next(self._count)}"
         object_file, library = directory / f"{name}.o", directory / f"{name}.so"
         compiled.export_to_c(str(object_file), function_name=name, export_only_tvm_ffi_symbols=True)
-        # -Bsymbolic: the runtime linked in is used, even where the real one is loaded too.
-        command = [C_COMPILER, "-shared", "-fPIC", "-O1", "-Wl,-Bsymbolic", "-o", library]
         source = Path(__file__).with_name("runtime.c")
-        linked = subprocess.run([*command, object_file, source], capture_output=True, text=True)
+        # -Bsymbolic: the runtime linked in is used, even where the real one is loaded too.
+        options = ["-shared", "-fPIC", "-O1", "-Wl,-Bsymbolic"]
+        command = [str(C_COMPILER), *options, "-o", str(library), str(object_file), str(source)]
+        linked = subprocess.run(command, capture_output=True, text=True)
         if linked.returncode:
             raise EmulatorError(f"{C_COMPILER} failed:\n{linked.stderr}")
         self._callbacks = _LOAD(self._loaded), _LAUNCH(self._launched)
@@ -126,21 +128,21 @@ class HostFunction:
         Args:
             program: what runs in place of the machine code.
             memory: that holds the tensors.
-            arguments: as for the original; tensors as `DeviceTensor`.
+            *arguments: as on a GPU; tensors as `DeviceTensor`.
             stream: the handle that the environment says is current.
-            options: of ``machine.run``.
+            **options: of ``machine.run``.
         """
         self._program, self.error = program, None
         self._run = functools.partial(machine.run, program, memory=memory, **options)
-        arguments = [a.tensor if isinstance(a, DeviceTensor) else a for a in arguments]
+        on_device = [a.tensor if isinstance(a, DeviceTensor) else a for a in arguments]
         try:
             with tvm_ffi.use_raw_stream(tvm_ffi.device("cuda:0"), stream):
-                self._function(*arguments)
+                self._function(*on_device)
         except Exception:
             if self.error is None:
                 raise
         finally:
-            self._run = None
+            del self._run  # it holds the tensors
         if self.error is not None:
             raise self.error
 
@@ -226,7 +228,7 @@ _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 class DeviceTensor:
-    """A CPU tensor that says it is on a CUDA device, at an address of the emulator."""
+    """A CPU tensor that claims to be on a CUDA device, at an address of the emulator."""
 
     def __init__(self, tensor: torch.Tensor, address: int, device: int = 0):
         code, bits = DLPACK_TYPES[tensor.dtype]

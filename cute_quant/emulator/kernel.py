@@ -20,11 +20,11 @@ class EmulatedKernel:
     """A compiled kernel whose calls run in the emulator.
 
     Attributes:
-        kernel: The kernel that was compiled.
-        text: Its PTX.
-        program: The decoded PTX that a call runs. Assign another one to run changed code.
-        names: Names of the kernel's arguments, in their order, without the stream.
-        host: The exported host function. `host.launches` lists grids, blocks and arguments.
+        kernel: the kernel that was compiled.
+        text: its PTX.
+        program: the decoded PTX that a call runs. Assign another one to run changed code.
+        names: names of the kernel's arguments, in their order, without the stream.
+        host: the exported host function. ``host.launches`` lists grids, blocks and arguments.
     """
 
     def __init__(self, kernel: Any, arch: str, directory: Path):
@@ -36,23 +36,25 @@ class EmulatedKernel:
         *self.names, _ = list(inspect.signature(type(kernel).__call__).parameters)[1:]
         self.host = HostFunction(compiled, directory)
 
-    def __call__(self, *arguments: Any, outputs: Sequence[torch.Tensor] = (), **options: Any):
+    def __call__(
+        self, *arguments: Any, outputs: Sequence[torch.Tensor] = (), **options: Any
+    ) -> None:
         """Launch the kernel and run its grid to the end.
 
         Args:
-            arguments: The kernel's arguments without the stream. CPU tensors stand for tensors on
-                the device; results are written into them.
-            outputs: Those of the tensors, or views of them, that hold nothing before the launch.
+            *arguments: the kernel's arguments without the stream. CPU tensors of any shape and
+                strides stand for tensors on the device; results are written into them.
+            outputs: those of the tensors, or views of them, that hold nothing before the launch.
                 A kernel that reads their memory before it has written there is in error.
-            options: Of :func:`machine.run`.
+            **options: of :func:`machine.run`: ``only`` and ``watch``; and ``stream``.
 
         Raises:
-            MemoryFault: A thread accesses memory outside of every tensor, misaligned, undefined,
+            MemoryFault: a thread accesses memory outside of every tensor, misaligned, undefined,
                 or memory that another thread accesses without an order between them.
-            UndefinedValue: A result depends on a register that nothing has defined.
-            Deadlock: Threads wait for others that never come.
-            UnknownInstruction: The emulator has no semantics for an instruction.
-            ValueError, TypeError: The host code refuses an argument.
+            UndefinedValue: a result depends on a register that nothing has defined.
+            Deadlock: threads wait for others that never come.
+            EmulatorError: the launch is not one that a GPU would run as it stands.
+            ValueError, TypeError: the host code refuses an argument.
         """
         memory = Memory()
         unwritten = {t.untyped_storage().data_ptr() for t in outputs}
@@ -69,25 +71,33 @@ class EmulatedKernel:
 
 
 def load(text: str) -> machine.Program:
-    """Decode PTX that holds one kernel."""
+    """Decode PTX that holds one kernel.
+
+    Raises:
+        UnknownInstruction: the emulator has no semantics for an instruction.
+        EmulatorError: `text` cannot be parsed.
+    """
     (kernel,) = ptx.parse(text).values()
     return machine.Program(kernel)
 
 
 def compile(kernel: Any, arch: str = "sm_100a") -> EmulatedKernel:
-    """Compile a kernel and return it as a function of CPU tensors, run by the emulator.
+    """Compile a kernel, and return it as a function of CPU tensors that the emulator runs.
 
     Neither a GPU nor its driver is needed. A C compiler is, for the kernel's host code, which
     checks the arguments and computes the grid as it does on a GPU.
 
     Args:
-        kernel: As the compiler of `cute_quant` takes it: `signature()` returns stand-ins for the
-            arguments, `__call__` is jitted and launches, and the stream comes last.
-        arch: The target, such as "sm_90a" or "sm_100a".
+        kernel: as the compiler of `cute_quant` takes it: ``signature()`` returns stand-ins for the
+            arguments, ``__call__`` is jitted and launches, and the stream comes last.
+        arch: the target, such as "sm_90a" or "sm_100a".
+
+    Returns:
+        The compiled kernel.
 
     Raises:
-        RuntimeError: There is no C compiler.
-        UnknownInstruction: The emulator has no semantics for an instruction of the kernel.
+        RuntimeError: there is no C compiler.
+        UnknownInstruction: the emulator has no semantics for an instruction of the kernel.
 
     Example:
         >>> kernel = emulator.compile(RopeQuantize(), "sm_90a")

@@ -1,4 +1,4 @@
-"""Runs a grid: registers, flow of control, lanes, access to memory.
+"""Run a grid: registers, flow of control, lanes, access to memory.
 
 All threads of as many blocks as fit into a batch step together; an instruction is one numpy
 expression over them. Shared memory is a block's own, and in global memory any exchange between
@@ -17,6 +17,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,10 +33,10 @@ from cute_quant.emulator.memory import Memory, SharedMemory, shared_address
 
 WARP = 32
 MAX_THREADS = 1024
-"""Of a block, whatever it is compiled for (CUDA programming guide, "Compute Capabilities")."""
+"""Most threads of a block (CUDA programming guide, "Compute Capabilities")."""
 THREADS_PER_BATCH = 1 << 15
 GENERIC_SHARED = 1 << 62
-"""Where the window of shared memory begins among generic addresses (6.4.1.1): past all tensors."""
+"""Start of the window of shared memory among generic addresses (6.4.1.1): past all tensors."""
 UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 
@@ -66,7 +67,11 @@ _VOTE = re.compile(r"vote\.sync\.(?:(all|any|uni)\.pred|(ballot)\.b32)")
 
 
 class Program:
-    """A kernel whose instructions are all understood."""
+    """A kernel whose instructions are decoded.
+
+    Raises:
+        UnknownInstruction: one of them has no semantics here.
+    """
 
     def __init__(self, kernel: ptx.Kernel):
         self.kernel = kernel
@@ -117,13 +122,20 @@ class Program:
 
 
 class _Step:
-    """An instruction made ready to run. This one does nothing."""
+    """An instruction made ready to run. This one does nothing.
+
+    Attributes:
+        missing: says of a thread that waits here for ever, for whom.
+    """
+
+    missing: str
 
     def __init__(self, instruction: ptx.Instruction):
         self.instruction = instruction
         self.guard = instruction.guard
 
-    def operands(self, count: int) -> tuple:
+    def operands(self, count: int) -> tuple[Any, ...]:
+        """Return the operands of the instruction, which has to have so many."""
         given = self.instruction.operands
         if len(given) != count:
             raise UnknownInstruction(f"expected {count} operands, got {len(given)}")
@@ -133,12 +145,12 @@ class _Step:
         """Run for the `chosen` threads."""
 
     def follow(self, batch: Batch, pc: int, active: np.ndarray, chosen: np.ndarray) -> None:
-        """Say where the threads go on; `chosen` are those of the `active` whose guard is true."""
+        """Move the `active` threads on; `chosen` are those of them whose guard is true."""
         batch.arrive(pc + 1, active)
 
 
 class _Wait(_Step):
-    """9.7.13 "griddepcontrol.wait": from here on, what the grid before wrote can be seen."""
+    """Wait for the grid before (9.7.13 "griddepcontrol.wait"), whose results are seen from here."""
 
     def execute(self, batch: Batch, chosen: np.ndarray) -> None:
         batch.waited = batch.waited | chosen
@@ -195,7 +207,11 @@ def _undefined_halves(batch: Batch, typed: list[tuple[object, str]]) -> np.ndarr
 
 
 def _check_width(operand: object, type_: str, resizes: bool, vectors: bool) -> None:
-    """PTX ISA 9.4 "Type Information", 6.4 "Vectors as operands"."""
+    """Check that an operand has the width of a type (PTX ISA 9.4), a vector that of all elements.
+
+    Raises:
+        UnknownInstruction: it has not.
+    """
     width = isa.TYPES[type_].width
     if isinstance(operand, ptx.Immediate):
         allowed = {"b": (0, width), "f": (width,)}.get(type_[0], (0,))
@@ -221,9 +237,11 @@ def _check_width(operand: object, type_: str, resizes: bool, vectors: bool) -> N
 
 
 class _Access(_Step):
-    """What loads and stores have in common."""
+    """A load or a store: its address, its state space and the registers of its values."""
 
-    def __init__(self, instruction: ptx.Instruction, match: re.Match, address: int, value: int):
+    def __init__(
+        self, instruction: ptx.Instruction, match: re.Match[str], address: int, value: int
+    ):
         super().__init__(instruction)
         operands = self.operands(3 if match.groupdict().get("policy") else 2)
         self.address = operands[address]
@@ -256,8 +274,7 @@ class _Access(_Step):
     def parts(
         self, batch: Batch, at: np.ndarray, addresses: np.ndarray
     ) -> Iterator[tuple[Memory | SharedMemory, np.ndarray, np.ndarray, np.ndarray]]:
-        """By state space: the memory; which of the threads `at` access it, where, and their
-        numbers there."""
+        """Yield each memory, which of the threads `at` access it, where, and their numbers."""
         if self.space is None:  # 6.4.1.1 "Generic Addressing"
             shared = addresses >= np.uint64(GENERIC_SHARED)
             addresses = np.where(shared, addresses - np.uint64(GENERIC_SHARED), addresses)
@@ -276,20 +293,20 @@ class _Access(_Step):
 
     def unpack(self, batch: Batch, data: np.ndarray, at: np.ndarray, chosen: np.ndarray) -> None:
         """Write rows of bytes to the registers of the threads `at`."""
-        elements = data.view(isa.TYPES[self.type].dtype)  # (threads, count)
+        elements: isa.Array = data.view(isa.TYPES[self.type].dtype)  # (threads, count)
         for value, element in zip(self.values, elements.T, strict=True):
             result = np.zeros(batch.size, elements.dtype)
             result[at] = element
             batch.write(value, result, chosen)
 
     def pack(self, batch: Batch, at: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """Rows of bytes from the registers of the threads `at`."""
+        """Return rows of bytes from the registers of the threads `at`."""
         elements = [batch.read(v, self.type, chosen)[at] for v in self.values]
         return np.stack(elements, 1).view(np.uint8)
 
 
 class _Load(_Access):
-    def __init__(self, instruction: ptx.Instruction, match: re.Match):
+    def __init__(self, instruction: ptx.Instruction, match: re.Match[str]):
         super().__init__(instruction, match, address=1, value=0)
         self.check_base()
 
@@ -303,7 +320,7 @@ class _Load(_Access):
 
 
 class _LoadParameter(_Access):
-    def __init__(self, instruction: ptx.Instruction, match: re.Match, program: Program):
+    def __init__(self, instruction: ptx.Instruction, match: re.Match[str], program: Program):
         super().__init__(instruction, match, address=1, value=0)
         name = getattr(self.address.base, "name", None)
         if name not in program.parameters:
@@ -321,7 +338,7 @@ class _LoadParameter(_Access):
 
 
 class _Store(_Access):
-    def __init__(self, instruction: ptx.Instruction, match: re.Match):
+    def __init__(self, instruction: ptx.Instruction, match: re.Match[str]):
         super().__init__(instruction, match, address=0, value=1)
         self.check_base()
 
@@ -333,10 +350,10 @@ class _Store(_Access):
 
 
 class _Local(_Access):
-    """6.4.1 "Addresses" of a thread's own memory, which count from its first variable."""
+    """An access to a thread's own memory, whose addresses count from its first variable (6.4.1)."""
 
     def places(self, batch: Batch, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The threads, and the bytes that each accesses."""
+        """Return the threads, and the bytes that each accesses."""
         at = np.flatnonzero(chosen)
         width = self.count * self.size
         first = batch.read(self.address.base, "u64", chosen)[at].astype(np.int64)
@@ -349,7 +366,7 @@ class _Local(_Access):
 
 
 class _LoadLocal(_Local):
-    def __init__(self, instruction: ptx.Instruction, match: re.Match):
+    def __init__(self, instruction: ptx.Instruction, match: re.Match[str]):
         super().__init__(instruction, match, address=1, value=0)
         self.check_base()
 
@@ -363,7 +380,7 @@ class _LoadLocal(_Local):
 
 
 class _StoreLocal(_Local):
-    def __init__(self, instruction: ptx.Instruction, match: re.Match):
+    def __init__(self, instruction: ptx.Instruction, match: re.Match[str]):
         super().__init__(instruction, match, address=0, value=1)
         self.check_base()
 
@@ -374,7 +391,7 @@ class _StoreLocal(_Local):
 
 
 class _ConvertAddress(_Step):
-    """9.7.9 "cvta", of shared memory."""
+    """Convert between an address of shared memory and a generic one (9.7.9 "cvta")."""
 
     def __init__(self, instruction: ptx.Instruction, to_shared: bool):
         super().__init__(instruction)
@@ -397,13 +414,7 @@ class _ConvertAddress(_Step):
 
 
 class _Meeting(_Step, abc.ABC):
-    """Where threads wait for others.
-
-    Attributes:
-        missing: says of a thread that waits for ever, for whom.
-    """
-
-    missing: str
+    """An instruction at which threads wait for others."""
 
     def follow(self, batch: Batch, pc: int, active: np.ndarray, chosen: np.ndarray) -> None:
         batch.arrive(pc + 1, active & ~batch.held)
@@ -413,7 +424,7 @@ class _Meeting(_Step, abc.ABC):
 
 
 class _Barrier(_Meeting):
-    """9.7.13 "barrier.sync" of all threads of a block, all of them at one instruction.
+    """Wait for all threads of a block, all of them at one instruction (9.7.13 "barrier.sync").
 
     Hardware takes warps that come to another instruction of the same number for present, and does
     not wait for threads that have exited. Whoever writes a barrier means neither.
@@ -428,21 +439,19 @@ class _Barrier(_Meeting):
             raise UnknownInstruction(f"operand {number} for a barrier")
 
     def execute(self, batch: Batch, chosen: np.ndarray) -> None:
-        come, all_, left = (
-            mask.reshape(batch.blocks, -1)
-            for mask in (chosen, batch.everyone, batch.exited & batch.everyone)
-        )
-        alone = come.any(1) & left.any(1)
+        masks = np.stack([chosen, batch.everyone, batch.exited & batch.everyone])
+        come, members, left = masks.reshape(3, batch.blocks, -1)
+        alone = come & left.any(1, keepdims=True)
         if alone.any():
-            at = int(np.flatnonzero(come & alone[:, None])[0])
+            at = int(np.flatnonzero(alone)[0])
             raise Deadlock(f"{batch.describe(at)}: threads of its block have exited")
-        complete = (come == all_).all(1)
+        complete = ~(come ^ members).any(1)
         batch.shared.end_epoch(complete)
         batch.held = (come & ~complete[:, None]).ravel()
 
 
 class _Collective(_Meeting):
-    """What lanes of a warp do together: whoever comes waits for all that its membermask names."""
+    """An instruction of lanes together: each waits for all lanes that its membermask names."""
 
     members: object
     missing = "lanes of its membermask never come here"
@@ -469,12 +478,14 @@ class _Collective(_Meeting):
         """Give the `chosen` threads their results.
 
         Args:
-            takes_part: (warp, thread, lane), with which lanes each thread is together.
+            batch: the threads.
+            chosen: (threads,), bool.
+            takes_part: (warp, thread, lane), bool: the lanes that each thread is together with.
         """
 
 
 class _Shuffle(_Collective):
-    """9.7.9 "shfl.sync"."""
+    """Exchange registers between the lanes of a warp (9.7.9 "shfl.sync")."""
 
     def __init__(self, instruction: ptx.Instruction, mode: str):
         super().__init__(instruction)
@@ -517,7 +528,7 @@ class _Shuffle(_Collective):
 
 
 class _Vote(_Collective):
-    """9.7.13 "vote.sync"."""
+    """Combine a predicate over the lanes of a warp (9.7.13 "vote.sync")."""
 
     def __init__(self, instruction: ptx.Instruction, mode: str):
         super().__init__(instruction)
@@ -542,7 +553,7 @@ class _Vote(_Collective):
 
 
 class _Branch(_Step):
-    """9.7.12 "bra"."""
+    """Jump to a label (9.7.12 "bra")."""
 
     def __init__(self, instruction: ptx.Instruction, kernel: ptx.Kernel):
         super().__init__(instruction)
@@ -557,7 +568,7 @@ class _Branch(_Step):
 
 
 class _Exit(_Step):
-    """9.7.12 "ret", "exit": in a kernel both end the thread."""
+    """End the thread (9.7.12 "ret", "exit", which are the same in a kernel)."""
 
     def follow(self, batch: Batch, pc: int, active: np.ndarray, chosen: np.ndarray) -> None:
         batch.exited = batch.exited | chosen
@@ -569,7 +580,16 @@ class _Exit(_Step):
 
 
 class Batch:
-    """The threads of some blocks, padded to whole warps, and all that they hold."""
+    """The threads of some blocks, padded to whole warps, and their registers and memory.
+
+    Args:
+        program: what they run.
+        grid: blocks of the launch, by dimension.
+        block: threads of a block, by dimension.
+        arguments: the bytes of each kernel parameter.
+        memory: of the device.
+        blocks: numbers of the blocks in the grid.
+    """
 
     def __init__(
         self,
@@ -617,9 +637,14 @@ class Batch:
         self.held = self.nobody
         self.exited = ~self.everyone
         self.waited = self.nobody if program.waits else self.everyone
-        self.current: ptx.Instruction | None = None
+        self.current = program.kernel.instructions[0]
 
     def run(self, watched: int | None = None) -> None:
+        """Run all threads to their end, and print what the `watched` one does.
+
+        Raises:
+            EmulatorError: the kernel does what it must not.
+        """
         steps = self.program.steps
         while self.ready:
             pc = min(self.ready)
@@ -643,6 +668,7 @@ class Batch:
             raise Deadlock(f"{self.describe(at)}: {steps[pc].missing}")
 
     def arrive(self, pc: int, threads: np.ndarray) -> None:
+        """Let threads go on at a program counter, with those that are there already."""
         if threads is not self.everyone:
             if not threads.any():
                 return
@@ -654,7 +680,11 @@ class Batch:
         self.ready[pc] = threads
 
     def read(self, operand: object, type_: str, chosen: np.ndarray) -> np.ndarray:
-        """The operand of every thread as elements of a type; those of `chosen` must be defined."""
+        """Return the operand of every thread as elements of a type.
+
+        Raises:
+            UndefinedValue: one of the `chosen` threads has not defined it.
+        """
         dtype, width = isa.TYPES[type_]
         unsigned = UNSIGNED[width]
         if isinstance(operand, ptx.Register):
@@ -684,7 +714,7 @@ class Batch:
         raise UnknownInstruction(f"{self.describe(0)}: operand {operand}")
 
     def is_undefined(self, operand: object) -> bool:
-        """Whether some thread has some bit of it undefined."""
+        """Return whether some thread has some bit of it undefined."""
         if isinstance(operand, ptx.Vector):
             return any(self.is_undefined(element) for element in operand.elements)
         return isinstance(operand, ptx.Register) and (
@@ -692,7 +722,7 @@ class Batch:
         )
 
     def undefined_bits(self, operand: object, type_: str) -> np.ndarray:
-        """Ones for those bits of what `read` returns that nothing defined."""
+        """Return ones for those bits of what `read` returns that nothing defined."""
         width = isa.TYPES[type_].width
         unsigned = UNSIGNED[width]
         if isinstance(operand, ptx.Register):
@@ -717,6 +747,9 @@ class Batch:
         """Give the `chosen` threads their elements of `values`.
 
         Args:
+            operand: a register, a vector of them, or none.
+            values: (threads,).
+            chosen: (threads,), bool.
             undefined: ones for those bits of `values` that are not defined; none by default.
         """
         if isinstance(operand, ptx.Sink):
@@ -724,11 +757,11 @@ class Batch:
         if isinstance(operand, ptx.Vector):  # 9.7.9 "mov": unpacks
             width = 8 * values.itemsize // len(operand.elements)
             for i, element in enumerate(operand.elements):
-                parts = [
-                    None if v is None else v.view(UNSIGNED[width]).reshape(self.size, -1)[:, i]
-                    for v in (values, undefined)
-                ]
-                self.write(element, np.ascontiguousarray(parts[0]), chosen, parts[1])
+                part: isa.Array = values.view(UNSIGNED[width]).reshape(self.size, -1)[:, i]
+                bits_left: isa.Array | None = None
+                if undefined is not None:
+                    bits_left = undefined.view(UNSIGNED[width]).reshape(self.size, -1)[:, i]
+                self.write(element, np.ascontiguousarray(part), chosen, bits_left)
             return
         if not isinstance(operand, ptx.Register):
             raise UnknownInstruction(f"{self.describe(0)}: result to {operand}")
@@ -737,7 +770,7 @@ class Batch:
             # 9.4.1: results extend to wider registers by the sign of their type.
             is_signed = values.dtype.kind == "i"
             values = values.astype(SIGNED[operand.width] if is_signed else unsigned)
-        bits = values.view(unsigned)
+        bits: isa.Array = values.view(unsigned)
         name = operand.name
         if chosen is self.everyone and undefined is None:
             self.registers[name] = bits
@@ -753,13 +786,14 @@ class Batch:
             self.undefined[name] = undefined
 
     def index(self, block: tuple[int, int, int], thread: tuple[int, int, int]) -> int | None:
-        """Where a thread is in this batch, None if it is not."""
+        """Return where a thread is in this batch, None if it is not."""
         at = self.everyone.copy()
         for values, value in zip((*self.block, *self.thread), (*block, *thread), strict=True):
             at &= values == value
         return int(np.argmax(at)) if at.any() else None
 
     def describe(self, at: int) -> str:
+        """Describe a thread and the instruction that it is at."""
         block, thread = (
             "(" + ", ".join(str(int(axis[at])) for axis in place) + ")"
             for place in (self.block, self.thread)
@@ -768,11 +802,11 @@ class Batch:
         return f"{where}: line {self.current.line}: `{self.current.text}`"
 
     def describer(self, threads: np.ndarray) -> Callable[[int], str]:
-        """Describes a thread by its place among some."""
+        """Return the function that describes a thread by its index in `threads`."""
         return lambda i: self.describe(threads[i])
 
     def values(self, at: int) -> dict[str, int]:
-        """The registers of one thread, those that it has defined."""
+        """Return the registers of one thread, those that it has defined."""
         return {
             name: int(bits[at])
             for name, bits in self.registers.items()
@@ -789,7 +823,7 @@ class Batch:
         print(f"{self.current.line:5}  {self.current.text:72}  {', '.join(results)}")
 
 
-def _flatten(operands: Iterable) -> Iterable:
+def _flatten(operands: Iterable[object]) -> Iterator[object]:
     for operand in operands:
         yield from operand.elements if isinstance(operand, ptx.Vector) else (operand,)
 
@@ -812,9 +846,16 @@ def run(
     """Launch a kernel and run it to its end.
 
     Args:
+        program: the kernel.
+        grid: blocks of the launch, by dimension.
+        block: threads of a block, by dimension.
         arguments: the bytes of each kernel parameter.
-        only: run these blocks alone and leave the others out.
+        memory: of the device, with the tensors that the arguments point to.
+        only: blocks to run, those of the others being left out; all by default.
         watch: a block and a thread whose instructions are printed with their results.
+
+    Raises:
+        EmulatorError: the launch does not fit the kernel, or the kernel does what it must not.
     """
     kernel = program.kernel
     if kernel.block is not None and tuple(block) != kernel.block:

@@ -1,12 +1,12 @@
-"""Memory in which every mistake is an error.
+"""Device and shared memory with checked accesses.
 
-What a kernel may address are allocations, tensors of device memory or variables of shared memory,
-so far from each other that an address which leaves one lands nowhere. Addresses are the emulator's
-and no host pointers: host code that launches a kernel only passes them on.
+A kernel addresses allocations: tensors of device memory, or variables of shared memory. They lie so
+far apart that an address which leaves one is in no other. Addresses are the emulator's and no host
+pointers: host code that launches a kernel only passes them on.
 
-Per byte, shadows say whether it was ever written, and which threads read and wrote it in the
-current epoch: all of a launch for device memory, from barrier to barrier for shared memory. Within
-an epoch nothing orders threads, so a byte that one of them writes is that thread's alone.
+For each byte, shadow memory records whether it was ever written, and which threads read and wrote
+it in the current epoch: a launch for device memory, the time between barriers for shared memory.
+Nothing orders the threads of an epoch, so no thread may access a byte that another one writes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ ALIGNMENT = 256
 """Of what a CUDA allocator returns, and so all that a kernel can know of an address."""
 
 MAP_NORESERVE = 0x4000
-"""Of Linux; Python names it from 3.11 on, and not everywhere."""
+"""A flag of Linux, which Python names from 3.11 on, and not everywhere."""
 
 SEVERAL = -1
-"""In place of a thread that read a byte: more than one did."""
+"""Stands for the thread that read a byte where more than one did."""
 
 
 @dataclass
@@ -39,22 +39,36 @@ class Allocation:
 
     The shadows of device memory are allocated as zeros, of which the operating system holds the
     pages that are touched: gigabytes between two rows cost nothing.
+
+    Attributes:
+        name: of the tensor or variable.
+        base: address of the first byte.
+        size: bytes that a thread sees.
+        data: uint8: the bytes of a tensor, or those of one block after the other.
+        written: bool: bytes with a defined value.
+        reader: int32: 1 + the thread that read a byte in this epoch, 0 or ``SEVERAL``.
+        writer: int32: 1 + the thread that wrote a byte in this epoch, or 0.
     """
 
     name: str
     base: int
-    size: int  # in the eyes of a thread
-    data: np.ndarray  # uint8: shared with a tensor, or of one block after the other
-    written: np.ndarray  # bool: bytes with a defined value
-    reader: np.ndarray | None = None  # 1 + the thread that read a byte in this epoch, 0, SEVERAL
-    writer: np.ndarray | None = None  # 1 + the thread that wrote a byte in this epoch, or 0
+    size: int
+    data: np.ndarray
+    written: np.ndarray
+    reader: np.ndarray | None = None
+    writer: np.ndarray | None = None
 
     @property
     def end(self) -> int:
+        """Return the address past the last byte."""
         return self.base + self.size
 
     def read(self, places: np.ndarray, threads: np.ndarray) -> np.ndarray:
-        """Note that each thread reads its row of `places`; where another wrote in this epoch."""
+        """Record that each thread reads its row of `places`.
+
+        Returns:
+            Whether another thread wrote there in this epoch, of the shape of `places`.
+        """
         if self.reader is None:
             self.reader = _shadow(len(self.data))
         thread = threads[:, None] + 1
@@ -69,8 +83,12 @@ class Allocation:
         return (writer != 0) & (writer != thread)
 
     def write(self, places: np.ndarray, threads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Note that each thread writes its row of `places`; where another wrote, where another
-        read in this epoch."""
+        """Record that each thread writes its row of `places`.
+
+        Returns:
+            Whether another thread wrote there in this epoch, and whether another read there, of the
+            shape of `places`.
+        """
         if self.writer is None:
             self.writer = _shadow(len(self.data))
         thread = threads[:, None] + 1
@@ -85,8 +103,11 @@ class Allocation:
 
 
 def _shadow(nbytes: int) -> np.ndarray:
-    """A number for each byte, zeros. None is reserved: for tensors of gigabytes, of which a kernel
-    touches little, these numbers together would be more than there is memory."""
+    """Return an int32 zero for each byte, in memory that is not reserved.
+
+    For tensors of gigabytes, of which a kernel touches little, these numbers together would be more
+    than there is memory.
+    """
     if not nbytes:
         return np.zeros(0, np.int32)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
@@ -97,8 +118,9 @@ class _Space:
     """Allocations, and checked access to them.
 
     Attributes:
-        spacing_bits: of the distance between two.
-        nowhere, epoch: how messages call what belongs to no allocation, and when others accessed.
+        spacing_bits: the logarithm of the distance between two.
+        nowhere: how messages call an address outside of every allocation.
+        epoch: how messages call the current epoch.
     """
 
     spacing_bits: int
@@ -111,13 +133,16 @@ class _Space:
     def load(
         self, addresses: np.ndarray, width: int, threads: np.ndarray, where: Callable[[int], str]
     ) -> np.ndarray:
-        """The bytes at each thread's address: (threads, width).
+        """Return the bytes at each thread's address, (threads, width).
 
         Args:
             addresses: uint64, one for each thread.
             width: bytes that each accesses, which is also their alignment (PTX ISA 6.4.1).
             threads: numbers that tell threads apart.
             where: describes the thread at an index of these arrays.
+
+        Raises:
+            MemoryFault: an access is out of bounds, misaligned, undefined, or in a race.
         """
         result = np.empty((len(addresses), width), np.uint8)
         for allocation, chosen, places in self._places("load", addresses, width, threads, where):
@@ -139,7 +164,11 @@ class _Space:
         threads: np.ndarray,
         where: Callable[[int], str],
     ) -> None:
-        """Write each thread's row of `values`, (threads, width) bytes, to its address."""
+        """Write each thread's row of `values`, (threads, width) bytes, to its address.
+
+        Raises:
+            MemoryFault: an access is out of bounds, misaligned, or in a race.
+        """
         width = values.shape[1]
         for allocation, chosen, places in self._places("store", addresses, width, threads, where):
             wrote, read = allocation.write(places, threads[chosen])
@@ -161,7 +190,7 @@ class _Space:
         threads: np.ndarray,
         where: Callable[[int], str],
     ) -> Iterator[tuple[Allocation, np.ndarray, np.ndarray]]:
-        """(allocation, indices of the threads that access it, their bytes in it)."""
+        """Yield each allocation, the threads that access it, by index, and their bytes in it."""
         misaligned = addresses % np.uint64(width) != 0
         if misaligned.any():
             at = int(np.argmax(misaligned))
@@ -181,7 +210,7 @@ class _Space:
             yield allocation, chosen, first[:, None] + np.arange(width)
 
     def _start(self, allocation: Allocation, threads: np.ndarray) -> np.ndarray | int:
-        """Where the part of an allocation begins that threads see."""
+        """Return where the part of an allocation begins that threads see."""
         return 0
 
     def _fault(
@@ -198,7 +227,7 @@ class _Space:
         raise MemoryFault(f"{message}; {self.nearest(address)}")
 
     def nearest(self, address: int) -> str:
-        """Where an address is, seen from the allocation next to it."""
+        """Describe where an address is, from the allocation next to it."""
         if not self.allocations:
             return "there is none"
 
@@ -215,19 +244,23 @@ class _Space:
 
 
 class Memory(_Space):
-    """Of the device: tensors. Threads have launch-wide numbers."""
+    """Device memory: tensors. Threads have launch-wide numbers."""
 
     spacing_bits = DEVICE_SPACING_BITS
     nowhere = "outside of every tensor"
     epoch = "in this launch"
 
     def add(self, name: str, tensor: torch.Tensor, written: bool) -> int:
-        """Make the storage of a CPU tensor an allocation, unless it is one; return the address of
-        the tensor.
+        """Make the storage of a CPU tensor an allocation, unless it is one.
 
         Args:
+            name: of the allocation, for messages.
+            tensor: on the CPU, of any shape and strides. A kernel reads and writes its memory.
             written: whether the elements of the tensor hold values. Other bytes of its storage,
                 between rows for instance, never do.
+
+        Returns:
+            The address of the tensor's first element.
         """
         storage = tensor.untyped_storage()
         data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
@@ -245,32 +278,35 @@ class Memory(_Space):
             np.lib.stride_tricks.as_strided(
                 start, (*tensor.shape, tensor.itemsize), (*strides, 1)
             ).fill(True)
-        return allocation.base + tensor.storage_offset() * tensor.itemsize
+        return allocation.base + int(tensor.storage_offset()) * tensor.itemsize
 
     def _of(self, data: np.ndarray) -> Allocation | None:
-        """The allocation that these bytes are."""
+        """Return the allocation of these bytes, None if they have none."""
         same = (a for a in self.allocations if len(data) and a.data.ctypes.data == data.ctypes.data)
         return next(same, None)
 
     def begin_launch(self) -> None:
+        """Begin an epoch: forget which threads read and wrote."""
         for allocation in self.allocations:
             allocation.reader = allocation.writer = None
 
 
 class SharedMemory(_Space):
-    """Of some blocks: variables, of which each block has its own. Threads have numbers in which
-    those of the first block come first, then those of the next."""
+    """Shared memory of some blocks: variables, of which each block has its own.
+
+    Threads are numbered block after block.
+
+    Args:
+        variables: names, addresses and sizes.
+        blocks: how many there are.
+        threads: of a block.
+    """
 
     spacing_bits = SHARED_SPACING_BITS
     nowhere = "outside of every shared variable"
     epoch = "since the last barrier"
 
     def __init__(self, variables: Iterable[tuple[str, int, int]], blocks: int, threads: int):
-        """
-        Args:
-            variables: names, addresses and sizes.
-            threads: of a block.
-        """
         super().__init__()
         self.blocks = blocks
         self.threads = threads
@@ -282,7 +318,7 @@ class SharedMemory(_Space):
         return threads // self.threads * allocation.size
 
     def end_epoch(self, blocks: np.ndarray) -> None:
-        """Some blocks, of which `blocks` (blocks,) is true, have come to a barrier."""
+        """Begin an epoch of the blocks at a barrier; `blocks`, (blocks,), is true for them."""
         for allocation in self.allocations:
             for shadow in (allocation.reader, allocation.writer):
                 if shadow is not None:
@@ -290,5 +326,5 @@ class SharedMemory(_Space):
 
 
 def shared_address(number: int, alignment: int) -> int:
-    """Of the shared variable of a number: aligned as it is declared, and no better."""
+    """Return the address of the shared variable of a number, aligned as declared and no better."""
     return number + 1 << SHARED_SPACING_BITS | 1 << (SHARED_SPACING_BITS - 1) | alignment

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from cute_quant.emulator.errors import EmulatorError
 
 PREDICATE = 1
-"""The width of a predicate register, beside 8, 16, 32 and 64 bits of the others."""
+"""Width of a predicate register; others have 8, 16, 32 or 64 bits."""
 
 _WIDTHS = {"pred": PREDICATE} | {
     f"{kind}{bits}": bits for kind in "busf" for bits in (8, 16, 32, 64)
@@ -23,9 +24,11 @@ _SPECIAL = re.compile(r"%(?:tid|ntid|ctaid|nctaid)\.[xyz]|%laneid|%warpid")
 
 @dataclass(frozen=True)
 class Register:
+    """A register of a thread, of `width` bits; a predicate may be negated, as in ``!%p``."""
+
     name: str
     width: int
-    negated: bool = False  # !%p, of predicates alone
+    negated: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Special:
 
 @dataclass(frozen=True)
 class Immediate:
-    """An integer, or the bits of a float: `float_width` says which, 0 for integers."""
+    """An integer, or the bits of a float of `float_width` bits, which is 0 for integers."""
 
     value: int
     float_width: int = 0
@@ -52,17 +55,19 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Sink:
-    """``_``: a result that nobody wants."""
+    """The operand ``_``: a result that is dropped."""
 
 
 @dataclass(frozen=True)
 class Vector:
-    elements: tuple
+    """Operands in braces, which one instruction packs, unpacks, loads or stores."""
+
+    elements: tuple[object, ...]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """``a|b``: a second, predicate result."""
+    """The operand ``a|b``: a result, and a predicate that is a second one."""
 
     first: object
     second: object
@@ -70,14 +75,26 @@ class Pair:
 
 @dataclass(frozen=True)
 class Address:
+    """An operand in brackets: a register or a symbol, and bytes added to it."""
+
     base: object
     offset: int
 
 
 @dataclass(frozen=True)
 class Instruction:
+    """An instruction, with its opcode whole and its line in the module.
+
+    Attributes:
+        opcode: with all modifiers.
+        operands: in the order of the text, the result first.
+        guard: the predicate that it depends on.
+        line: of the module, from 1 on.
+        text: as messages show it.
+    """
+
     opcode: str
-    operands: tuple
+    operands: tuple[Any, ...]
     guard: Register | None
     line: int
     text: str
@@ -85,6 +102,8 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Parameter:
+    """A parameter of a kernel, its size and alignment in bytes."""
+
     name: str
     size: int
     alignment: int
@@ -92,7 +111,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Variable:
-    """Of shared memory, whose size is known."""
+    """A variable of shared or local memory, its size and alignment in bytes."""
 
     name: str
     size: int
@@ -101,20 +120,39 @@ class Variable:
 
 @dataclass
 class Kernel:
+    """An entry of a module.
+
+    Attributes:
+        name: of the entry.
+        target: architecture, such as sm_90a.
+        parameters: in their order.
+        block: the threads that a block must have (.reqntid), None for any.
+        max_threads: the most threads of a block (.maxntid), None for any.
+        instructions: in the order of the text.
+        labels: to the index of the instruction that follows.
+        local: from a variable of a thread to its offset.
+        local_size: bytes of a thread's variables.
+        shared: variables of a block.
+    """
+
     name: str
     target: str
     parameters: list[Parameter]
-    block: tuple[int, int, int] | None  # .reqntid
-    max_threads: int | None  # .maxntid
+    block: tuple[int, int, int] | None
+    max_threads: int | None
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    local: dict[str, int] = field(default_factory=dict)  # variable of a thread -> its offset
+    local: dict[str, int] = field(default_factory=dict)
     local_size: int = 0
     shared: list[Variable] = field(default_factory=list)
 
 
 def parse(text: str) -> dict[str, Kernel]:
-    """The kernels of a PTX module, by name."""
+    """Return the kernels of a PTX module, by name.
+
+    Raises:
+        EmulatorError: `text` is no PTX, or has a construct that is not known.
+    """
     text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.DOTALL)
     text = re.sub(r"//[^\n]*", "", text)
     target = re.search(r"\.target\s+(\w+)", text)
@@ -139,9 +177,12 @@ def parse(text: str) -> dict[str, Kernel]:
 
 
 def _extents(directive: str, text: str) -> tuple[int, int, int] | None:
-    """PTX ISA 11.4 "Performance-Tuning Directives" of blocks."""
+    """Return what a directive of PTX ISA 11.4 says of blocks, None where it is missing."""
     match = re.search(rf"\.{directive}\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", text)
-    return match and tuple(int(n or 1) for n in match.groups())
+    if match is None:
+        return None
+    x, y, z = (int(n or 1) for n in match.groups())
+    return x, y, z
 
 
 def _parameter(text: str) -> Parameter:
@@ -166,7 +207,7 @@ class _Body:
         self.scope_count = 0
 
     def parse(self) -> int:
-        """Fill the kernel; return the position after its closing brace."""
+        """Fill the kernel, and return the position after its closing brace."""
         while True:
             if self._match(r"\s+") or self._match(r"\.loc\b[^\n]*"):
                 continue
@@ -186,7 +227,7 @@ class _Body:
                     raise EmulatorError(f"{self.kernel.name}: line {line}: no end of statement")
                 self._statement(" ".join(statement[0][:-1].split()), line)
 
-    def _match(self, pattern: str) -> re.Match | None:
+    def _match(self, pattern: str) -> re.Match[str] | None:
         match = re.compile(pattern).match(self.text, self.position)
         if match:
             self.position = match.end()
@@ -213,7 +254,7 @@ class _Body:
             self.kernel.instructions.append(instruction)
 
     def _variable(self, text: str) -> Variable:
-        """PTX ISA 5.4 "Variables": scalars and arrays of one dimension, without initial values."""
+        """Return a scalar or an array of one dimension, without initial values (PTX ISA 5.4)."""
         match = re.fullmatch(r"\.\w+ (?:\.align (\d+) )?\.(\w+) ([\w$]+)(?:\[(\d+)\])?", text)
         if match is None or match[2] not in _WIDTHS:
             raise EmulatorError(f"{self.kernel.name}: declaration not understood: {text!r}")
@@ -272,7 +313,7 @@ def _split(text: str) -> list[str]:
 
 
 def _immediate(text: str) -> Immediate | None:
-    """PTX ISA 4.5 "Constants"."""
+    """Return the constant that `text` is, None if it is none (PTX ISA 4.5)."""
     if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", text):
         return Immediate(int(match[1], 16), 32)
     if match := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", text):

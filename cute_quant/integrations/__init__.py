@@ -1,0 +1,1 @@
+"""Functions with the names, arguments and bits of other libraries: DeepGEMM and vLLM."""

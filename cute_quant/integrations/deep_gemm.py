@@ -1,4 +1,4 @@
-"""Calls of DeepGEMM with its names, lower bounds and, on finite input, its bits."""
+"""Functions of DeepGEMM, with its names and lower bounds and, on finite input, its bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GROUP_SIZES = (32, 128)
 def per_token_cast_to_fp8(
     x: torch.Tensor, use_ue8m0: bool, gran_k: int = 128, use_packed_ue8m0: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize as DeepGEMM's cast does, equal to it to the bit on finite input.
+    """Quantize as ``deep_gemm.utils.math.per_token_cast_to_fp8``, to the bit on finite input.
 
     The scales come MN-major and aligned for TMA, so that DeepGEMM takes them as they are; its own
     cast returns them row-major and its GEMM transposes them first. Packed words have 0 in the bytes

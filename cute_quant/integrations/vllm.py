@@ -1,4 +1,4 @@
-"""Calls of vLLM with its names, lower bounds and, on finite input, its bits."""
+"""Functions of vLLM, with its names and lower bounds and, on finite input, its bits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def per_token_group_quant_fp8_packed_for_deepgemm(
     use_ue8m0: bool | None = True,
     out_q: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize as vLLM does for DeepGEMM on SM100, equal to it to the bit on finite input.
+    """Quantize as vLLM does for DeepGEMM on SM100, to the bit on finite input.
+
+    The original is ``vllm.model_executor.layers.quantization.utils.fp8_utils
+    .per_token_group_quant_fp8_packed_for_deepgemm``.
 
     Args:
         x: (..., k), bfloat16, float16 or float32, k a multiple of `group_size`, contiguous along k.

@@ -71,11 +71,11 @@ class Tile(NamedTuple):
         return self.row_warps * self.rows_per_thread
 
     def lanes_per_group(self, group_size: int) -> int:
-        """Return how many adjacent lanes hold a group."""
+        """Return how many adjacent lanes hold a group of this size, or -1 for a whole row."""
         return LANES if group_size == WHOLE_ROW else group_size // self.values_per_thread
 
     def groups(self, group_size: int) -> int:
-        """Return the groups of a warp."""
+        """Return how many groups of this size a warp has."""
         return LANES // self.lanes_per_group(group_size)
 
     def check(self, fmt: Format, dtype: torch.dtype, access: Access | None = None) -> None:
@@ -87,9 +87,9 @@ class Tile(NamedTuple):
             access: to x and q, if their addresses are known.
 
         Raises:
-            ValueError: it does not, with the rule that is broken.
+            ValueError: it does not; the message names the rule.
         """
-        values, rows, size = self.values_per_thread, self.rows_per_thread, fmt.group_size
+        values, rows = self.values_per_thread, self.rows_per_thread
         _require(
             _power_of_two(values) and values >= MIN_VALUES,
             f"values_per_thread: expected a power of two from {MIN_VALUES} on, whose 8-bit results "
@@ -107,29 +107,7 @@ class Tile(NamedTuple):
             f"row_warps, column_warps: expected at most {MAX_THREADS} threads in a CTA, got "
             f"{self.row_warps} * {self.column_warps} warps, {threads} threads",
         )
-        if size == WHOLE_ROW:
-            _require(
-                rows == self.column_warps == 1,
-                f"rows_per_thread, column_warps: expected 1 and 1, a row being one group that a "
-                f"warp goes over alone, got {rows} and {self.column_warps}",
-            )
-        else:
-            _require(
-                size % values == 0,
-                f"values_per_thread: expected a divisor of group_size {size}, a thread having one "
-                f"scale, got {values}",
-            )
-            lanes = self.lanes_per_group(size)
-            _require(
-                lanes <= LANES,
-                f"values_per_thread: expected at least {size // LANES} for group_size {size}, a "
-                f"group lying in a warp of {LANES} lanes, got {values}, {lanes} lanes",
-            )
-            _require(
-                rows <= lanes,
-                f"rows_per_thread: expected at most {lanes}, the lanes of a group, each of which "
-                f"writes the scale of a row, got {rows}",
-            )
+        self._check_groups(fmt.group_size)
         held = values * rows * dtype.itemsize
         _require(
             held <= MAX_THREAD_BYTES,
@@ -143,6 +121,33 @@ class Tile(NamedTuple):
                 access.load_hint is None or access.load_hint in LOAD_HINTS,
                 f"load_hint: expected None or one of {LOAD_HINTS}, got {access.load_hint!r}",
             )
+
+    def _check_groups(self, size: int) -> None:
+        """Check that a group of `size` lies in a warp, whose lanes store its scales."""
+        values, rows = self.values_per_thread, self.rows_per_thread
+        if size == WHOLE_ROW:
+            _require(
+                rows == self.column_warps == 1,
+                f"rows_per_thread, column_warps: expected 1 and 1, a row being one group that a "
+                f"warp goes over alone, got {rows} and {self.column_warps}",
+            )
+            return
+        _require(
+            size % values == 0,
+            f"values_per_thread: expected a divisor of group_size {size}, a thread having one "
+            f"scale, got {values}",
+        )
+        lanes = self.lanes_per_group(size)
+        _require(
+            lanes <= LANES,
+            f"values_per_thread: expected at least {size // LANES} for group_size {size}, a "
+            f"group lying in a warp of {LANES} lanes, got {values}, {lanes} lanes",
+        )
+        _require(
+            rows <= lanes,
+            f"rows_per_thread: expected at most {lanes}, the lanes of a group, each of which "
+            f"writes the scale of a row, got {rows}",
+        )
 
 
 DEFAULT_TILE = Tile()
@@ -205,14 +210,17 @@ class Domain(NamedTuple):
 
     @property
     def masked(self) -> bool:
+        """Return whether the first rows of each expert exist."""
         return self.kind == Masked.kind
 
     @property
     def prefix_sum(self) -> bool:
+        """Return whether groups of rows are stacked along M, each up to an end."""
         return self.kind == PrefixSum.kind
 
     @property
     def indexed(self) -> bool:
+        """Return whether each row carries the index of its group."""
         return self.kind == Indexed.kind
 
     @property
@@ -307,8 +315,13 @@ class RmsNormSpec(NamedTuple):
 
 
 class DequantizeSpec(NamedTuple):
-    """Choices of `kernels.dequantize.Dequantize`: the format of values and scales, the dtype of
-    the result, and what addresses allow."""
+    """Choices of `kernels.dequantize.Dequantize`.
+
+    Attributes:
+        fmt: of values and scales.
+        dtype: of the result.
+        access: to the values and the result.
+    """
 
     fmt: Format
     dtype: torch.dtype

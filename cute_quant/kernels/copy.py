@@ -21,11 +21,14 @@ HINTS = {
 
 
 class Segment(NamedTuple):
-    """The part of a row that a thread holds: that of a lane in a warp's tile of the row.
+    """The part of a row that a thread holds: a lane's values in a warp's tile of the row.
+
+    A tile has ``LANES * values`` columns. Lane i holds the `values` contiguous ones from column
+    ``(tile * LANES + i) * values`` on.
 
     Attributes:
         tile: index of the warp's tile in the row.
-        lane: of the warp.
+        lane: index of the thread in its warp.
     """
 
     tile: Int32
@@ -33,7 +36,14 @@ class Segment(NamedTuple):
 
 
 def fake_matrix(dtype: type[cutlass.Numeric], shape: tuple, nbytes: int) -> cute.Tensor:
-    """Return a stand-in for a tensor (..., rows, k) whose rows start at multiples of `nbytes`."""
+    """Return a stand-in for a tensor (..., rows, k), to compile a kernel with.
+
+    Args:
+        dtype: CuTe's type of the elements.
+        shape: (..., rows, k), sizes that vary as ``cute.sym_int32()``.
+        nbytes: alignment of the first element, and of the strides of all dimensions but k, which
+            is contiguous.
+    """
     elements = nbytes // (dtype.width // 8)
     strides = (
         *(cute.sym_int64(divisibility=elements) for _ in shape[:-2]),
@@ -51,7 +61,17 @@ def load(
     tXrX: cute.Tensor,  # (values,)
     access: cutlass.Constexpr[Access],
 ):
-    """Load a thread's segment of a row; registers keep what they hold where there is nothing."""
+    """Load a thread's segment of a row to registers.
+
+    Registers past the end of the row keep what they hold, and all do where the predicate is false.
+
+    Args:
+        gRow: (k,), contiguous, aligned to ``access.load_bytes``.
+        segment: of the thread.
+        row_predicate: whether the row is in bounds.
+        tXrX: (values,), registers of the type of the row.
+        access: width and cache hint of the loads.
+    """
     atom = load_atom(gRow.element_type, cute.size(tXrX), access)
     tXgX = partition(gRow, segment, atom, cute.size(tXrX))
     tXcX = partition(cute.make_identity_tensor(cute.size(gRow)), segment, atom, cute.size(tXrX))
@@ -67,7 +87,17 @@ def store(
     row_predicate: Boolean,
     access: cutlass.Constexpr[Access],
 ):
-    """Store a thread's segment of a row."""
+    """Store registers to a thread's segment of a row.
+
+    Nothing is stored past the end of the row, or where the predicate is false.
+
+    Args:
+        tXrX: (values,), registers of the type of the row.
+        gRow: (k,), contiguous, aligned to ``access.store_bytes``.
+        segment: of the thread.
+        row_predicate: whether the row is in bounds.
+        access: width of the stores.
+    """
     atom = store_atom(gRow.element_type, cute.size(tXrX), access.store_bytes)
     tXgX = partition(gRow, segment, atom, cute.size(tXrX))
     tXcX = partition(cute.make_identity_tensor(cute.size(gRow)), segment, atom, cute.size(tXrX))

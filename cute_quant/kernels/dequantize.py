@@ -48,6 +48,7 @@ class Problem(Params):
         self.num_row_tiles = Int32((self.num_rows + (TILE.rows - 1)) // TILE.rows)
 
     def slice_batch(self, batch: Int32) -> "Problem":
+        """Return the problem of one matrix of a batch."""
         scales = self.scales[batch, None, None]
         return self.replace(q=self.q[batch], scales=scales, y=self.y[batch])
 
@@ -107,6 +108,7 @@ class Dequantize:
 
     @cute.kernel
     def kernel(self, problem: Problem):
+        """Dequantize the tiles of rows that the CTA takes."""
         cute.arch.griddepcontrol_launch_dependents()
         _, first, z = cute.arch.block_idx()
         _, num_row_ctas, depth = cute.arch.grid_dim()

@@ -36,14 +36,14 @@ def scale_type_of(fmt: Format) -> type[cutlass.Numeric]:
 
 
 def registers(x: cute.TensorSSA) -> cute.Tensor:
-    """Return a vector as registers of a thread."""
+    """Return a vector of values as registers of a thread, of its shape and type."""
     rX = cute.make_rmem_tensor(x.shape, x.dtype)
     rX.store(x)
     return rX
 
 
 def zeros(values: int, dtype: type[cutlass.Numeric]) -> cute.Tensor:
-    """Return registers of a thread, (values,), that hold 0."""
+    """Return registers of a thread, (values,), that hold 0. They fill whole 32-bit registers."""
     tXrX = cute.make_rmem_tensor(values, dtype)
     cute.recast_tensor(tXrX, Uint32).fill(0)
     return tXrX
@@ -51,7 +51,7 @@ def zeros(values: int, dtype: type[cutlass.Numeric]) -> cute.Tensor:
 
 @cute.jit
 def widen(rX: cute.Tensor) -> cute.Tensor:
-    """Return values as float32."""
+    """Return a thread's values, (values,), bfloat16, float16 or float32, as float32; exact."""
     rY = cute.make_rmem_tensor(rX.shape, Float32)
     if const_expr(rX.element_type is BFloat16):
         # A shift and a mask for a pair; converting a half alone first moves it to the low half.

@@ -67,10 +67,9 @@ def shape(
     sms: int,
     tile: Tile | None = None,
 ) -> Shape:
-    """Return the launch for a batch of matrices, on a GPU with `sms` multiprocessors.
+    """Return the launch for a batch of (rows, k) matrices, on a GPU with `sms` multiprocessors.
 
-    Args:
-        tile: the one to take, if it does not depend on the size.
+    A `tile` that is given is taken, whatever the size.
     """
     whole_row = fmt.group_size == WHOLE_ROW
     if tile is None:

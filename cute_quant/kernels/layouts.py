@@ -22,13 +22,10 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint8, Uint32, Uint64
 
-from cute_quant.contract.dtypes import BLOCK_GROUPS, BLOCK_ROWS, BYTES_PER_WORD
+from cute_quant.contract.dtypes import BLOCK_GROUPS, BLOCK_LANES, BLOCK_ROWS, BYTES_PER_WORD
 from cute_quant.contract.formats import Format
 from cute_quant.kernels.config import DOWN, LANES, Tile
 from cute_quant.kernels.params import Params
-
-BLOCK_LANES = 32
-"""Rows of a block of scales that are 16 bytes apart; the block's other rows lie in between."""
 
 
 def tiled_copy(atom: cute.CopyAtom, values_per_thread: int) -> cute.TiledCopy:
@@ -78,11 +75,12 @@ def lanes(lanes_per_group: int) -> cute.Layout:
 
 
 class Matrix(Params):
-    """A tensor (..., rows, columns), rows contiguous, as an argument of a kernel.
+    """A matrix (rows, columns) or a batch of them, rows contiguous, as an argument of a kernel.
 
     Attributes:
-        row_bytes: from a row to the next. It is an argument of its own, so that it is computed
-            once, before a launch.
+        tensor: (rows, columns) or (batch, rows, columns), the last stride 1.
+        row_bytes: bytes from a row to the next, below 2^32. They are an argument of their own, so
+            that they are computed once, before a launch.
     """
 
     def __init__(self, tensor: cute.Tensor, row_bytes: Uint32 | None = None):
@@ -93,6 +91,7 @@ class Matrix(Params):
 
     @property
     def rows(self) -> Uint32:
+        """Return the rows of each matrix."""
         return unsigned(self.tensor.shape[-2])
 
     def __getitem__(self, batch: Int32) -> Matrix:
@@ -133,6 +132,7 @@ def scales(fmt: Format, rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
     """Return the layout (row, group) -> (byte of an element, element) of a matrix's scales.
 
     Args:
+        fmt: the format of the scales.
         rows: with padding.
         groups: with the padding of blocks.
     """

@@ -10,7 +10,10 @@ Self = TypeVar("Self", bound="Params")
 
 
 class Params:
-    """Passes its attributes to a kernel: tensors, numbers, tuples of these, other `Params`, None.
+    """Arguments of a kernel as attributes of one object.
+
+    An attribute is a tensor, a number, a tuple of these, another `Params` or None. A subclass sets
+    them in its ``__init__``, which runs where the kernel is launched, not in it.
 
     Attributes:
         static: names of attributes that are compile-time choices, and are not passed.

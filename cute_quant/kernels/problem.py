@@ -80,11 +80,12 @@ class Problem(Params):
 
     @property
     def k(self) -> Int32:
+        """Return the columns of q."""
         return self.q.tensor.shape[-1]
 
     @property
     def batches(self) -> Int32:
-        """Matrices of a batch."""
+        """Return the matrices of a batch."""
         return self.q.tensor.shape[0]
 
     def slice_batch(self, batch: Int32) -> Problem:

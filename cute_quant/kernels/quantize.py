@@ -34,6 +34,8 @@ class GroupQuantizer:
     """Quantizes what a prologue yields; its warps tile rows and columns independently.
 
     Args:
+        spec: compile-time choices.
+        stage: quantizes what the prologue yields.
         encode: (values, scale of their group) -> registers to be stored in q.
     """
 
@@ -49,6 +51,7 @@ class GroupQuantizer:
         self.scheduler = Scheduler(spec, stage)
 
     def launch(self, prologue: Params, operands: Operands, stream: cuda.CUstream):
+        """Launch the kernel: as many CTAs along M and N as the scheduler has."""
         stage, tile = self.stage, self.stage.tile
         problem = self.scheduler.problem(prologue, operands)
         num_column_ctas = 1
@@ -63,6 +66,7 @@ class GroupQuantizer:
 
     @cute.kernel
     def kernel(self, problem: Problem):
+        """Quantize the tiles of rows that the CTA takes."""
         self.scheduler.for_each_tile(problem, self.quantize_tile)
 
     @cute.jit
@@ -93,7 +97,7 @@ class GroupQuantizer:
     def quantize_row(
         self, row: Row, source: Params, gQ: cute.Tensor, problem: Problem
     ) -> GroupScale:
-        """Do so for all of a row that is one group, by one warp, and return its scale."""
+        """Quantize and store a row that is one group, by one warp, and return its scale."""
         stage, lane = self.stage, cute.arch.lane_idx()
         tiles = cute.ceil_div(problem.k, stage.tile.columns)
         amax = Uint32(0)
@@ -153,9 +157,11 @@ class Input(Params):
         self.spec = spec
 
     def slice_batch(self, batch: Int32, gathered: bool) -> Input:
+        """Return the prologue of one matrix of a batch; gathered rows come from one x."""
         return self if gathered else self.replace(x=self.x[batch])
 
     def row(self, row: Row, k: Int32) -> InputRow:
+        """Return the row of x, (k,), that is a row of the result."""
         return InputRow(self.x.row(row.source, k), row.exists, self.spec)
 
 

@@ -39,7 +39,7 @@ class NormInput(Params):
     Attributes:
         x: (mn, k) or (batch, mn, k), or (tokens, k) with an index.
         residual: to be added to x, or None.
-        sum: takes x + residual, or None; may be the residual.
+        residual_out: takes x + residual, or None; may be the residual.
         normalized: takes what gets quantized, or None.
         weight: (k,).
         eps: added to the mean of squares.
@@ -52,7 +52,7 @@ class NormInput(Params):
         *,
         x: Matrix,
         residual: Matrix | None,
-        sum: Matrix | None,
+        residual_out: Matrix | None,
         normalized: Matrix | None,
         weight: cute.Tensor,
         eps: Float32,
@@ -61,7 +61,7 @@ class NormInput(Params):
     ):
         self.x = x
         self.residual = residual
-        self.sum = sum
+        self.residual_out = residual_out
         self.normalized = normalized
         self.weight = weight
         self.eps = eps
@@ -69,9 +69,10 @@ class NormInput(Params):
         self.reciprocal = reciprocal
 
     def slice_batch(self, batch: Int32, gathered: bool) -> NormInput:
+        """Return the prologue of one matrix of a batch; gathered rows come from one x."""
         if gathered:
             return self
-        matrices = ("x", "residual", "sum", "normalized")
+        matrices = ("x", "residual", "residual_out", "normalized")
         present = {name: getattr(self, name) for name in matrices}
         return self.replace(**{name: m and m[batch] for name, m in present.items()})
 
@@ -130,7 +131,7 @@ class RmsNorm:
         inputs = NormInput(
             x=Matrix(mX),
             residual=matrix_or_none(mResidual),
-            sum=matrix_or_none(mSum),
+            residual_out=matrix_or_none(mSum),
             normalized=matrix_or_none(mNormalized),
             weight=mWeight,
             eps=eps,
@@ -150,6 +151,7 @@ class RmsNorm:
 
     @cute.kernel
     def kernel(self, problem: Problem):
+        """Normalize and quantize the rows that the CTA takes."""
         self.scheduler.for_each_tile(problem, self.normalize_tile)
 
     @cute.jit
@@ -208,7 +210,7 @@ class RmsNorm:
         # Columns are compared with the k of q everywhere: that of the weights, though the same,
         # would be compared anew and take up to 22 registers of a thread with 4 tiles.
         inputs, k = problem.prologue, problem.k
-        gR, gSum = inputs.residual.row(row.index, k), inputs.sum.row(row.index, k)
+        gR, gSum = inputs.residual.row(row.index, k), inputs.residual_out.row(row.index, k)
         tXrR = [self.load(gR, segment, row) for segment in segments]
         values = [encodings.widen(t).load() for t in tXrX]
         residuals = [encodings.widen(t).load() for t in tXrR]
@@ -304,6 +306,7 @@ class RmsNorm:
 
 
 def matrix_or_none(m: cute.Tensor | None) -> Matrix | None:
+    """Return a tensor that the kernel may not have as a `Matrix`."""
     return None if m is None else Matrix(m)
 
 

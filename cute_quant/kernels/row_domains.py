@@ -100,6 +100,7 @@ def gather(mIndex: cute.Tensor, row: Uint32, mn: Uint32) -> Uint32:
 
 @cute.jit
 def clamp(count: Int32, limit: Uint32) -> Uint32:
+    """Return a count as unsigned, from 0 to `limit`."""
     return cutlass.min(Uint32(cutlass.max(count, Int32(0))), limit)
 
 

@@ -96,7 +96,9 @@ def group_scale(
 
     Args:
         amax: of the group, as `group_amax` returns it.
+        dtype: of the values.
         bound: as `scale_bound` returns it.
+        fmt: the format of the scale.
     """
     if const_expr(fmt.power_of_two):
         multiplier = power_of_two_multiplier(amax, dtype, fmt.value_type, bound)
@@ -112,6 +114,7 @@ def scale_bound(floor: Int32 | Float32, fmt: Format) -> Float32:
 
     Args:
         floor: the smallest scale, a UE8M0 exponent where scales are powers of two.
+        fmt: the format of the scale.
     """
     if fmt.power_of_two:
         return Uint32((UE8M0_MAX - floor) << FLOAT32_MANTISSA_BITS).bitcast(Float32)
@@ -154,7 +157,8 @@ def float32_of_multiplier(multiplier: Float32, subnormal: cutlass.Constexpr[bool
     above all finite ones.
 
     Args:
-        subnormal: whether it may be 2^-127.
+        multiplier: a power of two, or NaN.
+        subnormal: whether the result may be 2^-127.
     """
     bits = Uint32(UE8M0_MAX << FLOAT32_MANTISSA_BITS) - multiplier.bitcast(Uint32)
     if const_expr(subnormal):

@@ -126,6 +126,7 @@ class Scheduler:
         )
 
     def num_expert_ctas(self, operands: Operands) -> Int32:
+        """Return how many CTAs share the rows of all masked experts."""
         return cutlass.min(operands.row_ctas, MAX_GRID_Y)
 
     def grid(self, problem: Problem, operands: Operands, num_column_ctas: Int32) -> list:
@@ -146,6 +147,7 @@ class Scheduler:
         return (y, x) if const_expr(self.tile.cta_order == DOWN) else (x, y)
 
     def num_row_ctas(self) -> Int32:
+        """Return how many CTAs the grid has along the rows."""
         x, y, _ = cute.arch.grid_dim()
         return x if const_expr(self.tile.cta_order == DOWN) else y
 
@@ -181,7 +183,7 @@ class Scheduler:
         problem: Problem,
         process: cutlass.Constexpr[Callable],
     ):
-        """Do so for masked experts, whose counts are on the device.
+        """Call ``process(row_tile, problem)`` for masked experts, whose counts are on the device.
 
         The first tiles of each expert have CTAs to themselves, which find them without a search.
         All CTAs share the other tiles.
@@ -211,6 +213,8 @@ class Scheduler:
         """Read the counts of the experts from `chunk` on, as a warp, and number their tiles.
 
         Args:
+            problem: that of all experts.
+            chunk: the first expert of ``EXPERTS_PER_CHUNK``.
             first_tile: number of the chunk's first tile past the dedicated ones.
 
         Returns:
@@ -232,6 +236,7 @@ class Scheduler:
         """Return the expert of a tile, its place among the expert's tiles, and the expert's count.
 
         Args:
+            problem: that of all experts.
             first_expert: the first of the ``EXPERTS_PER_LANE`` experts of which one has the tile.
             first_tile: number of their first tile.
             tile: number of the tile.

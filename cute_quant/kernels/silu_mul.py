@@ -61,12 +61,14 @@ class GatedInput(Params):
         self.spec = spec
 
     def slice_batch(self, batch: Int32, gathered: bool) -> GatedInput:
+        """Return the prologue of one matrix of a batch; gathered rows come from one x."""
         x = self.x if gathered else self.x[batch]
         weight = self.weight[batch, None] if const_expr(self.weight is not None) else None
         return self.replace(x=x, weight=weight)
 
     @cute.jit
     def row(self, row: Row, k: Int32) -> GatedRow:
+        """Return the gates and ups of a row of the result, and its weight."""
         weight, activation = Float32(0.0), self.activation
         if const_expr(self.spec.weighted):
             weight = load_weight(self.weight, row)
@@ -130,6 +132,7 @@ class GatedRow(Params):
         return encodings.registers(product.to(dtype))
 
     def gates_and_ups(self, tXrX: list[cute.Tensor]) -> tuple[cute.TensorSSA, cute.TensorSSA]:
+        """Return a thread's gates and ups as float32, (values,) each."""
         wide = [encodings.widen(t) for t in tXrX]
         if self.spec.interleaved:
             every_other = cute.make_layout(self.spec.tile.values_per_thread, stride=2)
@@ -138,6 +141,7 @@ class GatedRow(Params):
         return gate, up
 
     def sigmoid(self, gate: cute.TensorSSA) -> cute.TensorSSA:
+        """Return the sigmoid of alpha * gate, rounded where torch's operations round."""
         if self.spec.unfused and self.spec.scaled:
             argument = self.round(gate * self.activation.alpha)
             return self.round(arithmetic.sigmoid(argument))

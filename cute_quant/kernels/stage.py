@@ -81,8 +81,8 @@ class Rows(NamedTuple):
 
     Attributes:
         indices: of the rows in their matrix.
-        num_rows: the first rows of the matrix exist.
-        exist: whether each of these rows exists, where those are not just the first ones.
+        num_rows: how many rows of the matrix exist, the first ones.
+        exist: whether each of `indices` exists, where those are not just the first ones.
     """
 
     indices: list[Uint32]
@@ -91,7 +91,9 @@ class Rows(NamedTuple):
 
 
 class Stage:
-    """Compile-time choices.
+    """Quantizes segments of rows in registers, and stores the scales of their groups.
+
+    Its arguments are compile-time choices.
 
     Args:
         dtype: of the values that come in: BFloat16, Float16 or Float32.
@@ -124,7 +126,9 @@ class Stage:
         """Return where the scales of (mn, k) values, or of a batch of such, go.
 
         Args:
-            mS: as the format allocates it.
+            mS: the scales, of the dtype, shape and strides of the format.
+            mn: rows of a matrix.
+            k: columns of a matrix.
             missing_rows: padding rows of the last MN-major column that have no storage.
         """
         fmt = self.fmt
@@ -202,7 +206,11 @@ class Stage:
         """Store the scales of a warp's groups: of each row another lane of the group.
 
         Args:
+            scales: where scales go, as `scales` returns it.
+            rows: the thread's rows.
             row_scales: of a lane's group in each of the rows.
+            segment: of the thread, the same in each of the rows.
+            k: columns of a matrix.
         """
         fmt, tile = self.fmt, self.tile
         num_rows, groups_per_tile = len(row_scales), self.groups_per_tile

@@ -50,8 +50,11 @@ every_input_dtype = pytest.mark.parametrize("input_dtype", INPUT_DTYPES, ids=str
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Return rows of five kinds, interleaved: random bits, finite bits, a normal distribution,
-    zeros of both signs, and a small normal distribution with one NaN or Inf."""
+    """Return rows of five kinds, interleaved.
+
+    They are random bits, finite bits, a normal distribution, zeros of both signs, and a small
+    normal distribution with one NaN or Inf.
+    """
     x = random_bits(shape, dtype, seed)
     rows = x.view(-1, shape[-1])
     generator = torch.Generator().manual_seed(seed)

@@ -55,8 +55,11 @@ def every_mantissa(exponent):
 @pytest.mark.gpu
 @pytest.mark.parametrize("exponent", [-126, -125, -33, -1, 0, 1, 60, 119, 124])
 def test_reciprocal_has_ieee_rounding(exponent):
-    """Scales are from 2^-126 to 2^121. No quotient in float64 comes close enough to the middle of
-    two float32 to be rounded onto it first."""
+    """Scales are from 2^-126 to 2^121.
+
+    No quotient in float64 comes close enough to the middle of two float32 to be rounded onto it
+    first.
+    """
     x = every_mantissa(exponent)
     expected = (1.0 / x.double()).float()
     assert torch.equal(apply(arithmetic.reciprocal, x), expected)

@@ -64,8 +64,7 @@ def check(
     extra_rows: int = 0,
     last_padding: bool = True,
 ) -> tuple[torch.Tensor, ...]:
-    """Quantize into poisoned memory, and compare every byte, those of the residual and of the
-    normalized rows too.
+    """Quantize into poisoned memory, and compare every byte of all that is written.
 
     Args:
         place: where the updated residual goes: to "residual" in place, which is "same" as a third
@@ -215,7 +214,7 @@ def test_rows(name, fmt, rounding, device):
 
 @both_roundings
 def test_strides(rounding, device):
-    """x may have any strides; residual and normalized rows have its strides, without overlap."""
+    """X may have any strides; residual and normalized rows have its strides, without overlap."""
     wide = normal(4, 12, 300)
     fmt = DEEP_GEMM_SM90.replace(group_size=32)
     for view in (

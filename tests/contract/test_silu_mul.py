@@ -148,9 +148,11 @@ def test_options(options, dtype, rounding, weighted, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"alpha": 1.702}], ids=["silu", "gelu"])
 def test_every_gate(dtype, rounding, options, device):
-    """Quantize every gate beside an up of 1, in groups of consecutive gates, whose magnitudes are
-    about the same. The result of a small gate is half of it, which often lies halfway between two
-    values."""
+    """Quantize every gate beside an up of 1, in groups of consecutive gates.
+
+    The magnitudes of a group are about the same. The result of a small gate is half of it, which
+    often lies halfway between two values.
+    """
     gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = torch.cat([gate.view(-1, 256), torch.ones(256, 256, dtype=dtype)], 1)
     for fmt in (DEEP_GEMM, DEEP_GEMM_SM90):

@@ -314,7 +314,9 @@ def test_large_batch(fmt):
 @pytest.mark.parametrize("fmt", [UE8M0, FLOAT32, MXFP8, WHOLE_ROW], ids=str)
 def test_many_experts_of_many_rows(fmt):
     """256 of up to 4096, 2.4e9 elements in all; the counts of a skewed router, and senseless ones.
-    Rows that do not exist hold NaN, and their results keep what they held."""
+
+    Rows that do not exist hold NaN, and their results keep what they held.
+    """
     needs(20)
     experts, max_m, k = 256, 4096, 2304
     generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,33 @@ FORMATS = [*EVERY_LAYOUT, cq.ROWWISE_FP8, cq.MXFP8.replace(min_scale="ocp")]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
 
+def dequantize(x):
+    q, sf = cq.quantize(x, cq.MXFP8)
+    return (cq.dequantize(q, sf, cq.MXFP8),)
+
+
+def fake_quantize(x):
+    return (cq.fake_quantize(x, cq.DEEP_GEMM_32),)
+
+
+def silu_mul_quantize(x):
+    return cq.silu_mul_quantize(x, weight=x.new_ones(x.shape[0], dtype=torch.float32))
+
+
+def rms_norm_quantize(x):
+    weight, residual = x.new_ones(x.shape[1]), torch.ones_like(x)
+    return cq.rms_norm_quantize(x, weight, residual=residual, normalized=True)
+
+
+def quantize_into(x):
+    out = torch.empty_like(x, dtype=torch.float8_e4m3fn), cq.empty_scales(cq.MXFP8, x.shape)
+    return cq.quantize(x, cq.MXFP8, out=out)
+
+
+OPERATIONS = [dequantize, fake_quantize, silu_mul_quantize, rms_norm_quantize, quantize_into]
+every_operation = pytest.mark.parametrize("operation", [cq.quantize, *OPERATIONS])
+
+
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
@@ -97,23 +124,50 @@ def test_operations_on_rows_that_only_the_run_counts(backend):
     assert_same(function, compiled, normal(16, 512), torch.arange(16) % 3 > 0, normal(16, 512))
 
 
-def test_a_dimension_marked_unbacked():
+@every_operation
+def test_a_dimension_marked_unbacked(operation):
     x = normal(9, 512)
     torch._dynamo.decorators.mark_unbacked(x, 0)
-    compiled = torch.compile(cq.quantize, fullgraph=True, backend="aot_eager")
-    assert_same(cq.quantize, compiled, x)
+    compiled = torch.compile(operation, fullgraph=True, backend="aot_eager")
+    assert_same(operation, compiled, x)
+    assert_same(operation, compiled, normal(14, 512))
+
+
+@pytest.mark.parametrize("fmt", [cq.DEEP_GEMM, cq.MXFP8, cq.GROUPWISE_FP8], ids=str)
+def test_values_and_scales_marked_unbacked(fmt):
+    """Whether both have as many rows is checked in the run."""
+    q, sf = cq.quantize(normal(9, 512), fmt)
+    torch._dynamo.decorators.mark_unbacked(q, 0)
+    torch._dynamo.decorators.mark_unbacked(sf, 0)
+
+    def function(q, sf):
+        return (cq.dequantize(q, sf, fmt),)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same(function, compiled, q, sf)
+    with pytest.raises(Exception, match="sf: expected shape"):
+        compiled(q, cq.quantize(normal(256, 512), fmt)[1])
+
+
+def assert_exported(function: Callable[..., Any], sizes: tuple[int, ...]) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    dynamic = {"x": {0: torch.export.Dim("b", min=2)}}
+    exported = torch.export.export(Module(), (normal(9, 512),), dynamic_shapes=dynamic)
+    for mn in sizes:
+        assert_same(function, exported.module(), normal(mn, 512))
 
 
 @every_format
-def test_export_with_a_dynamic_dimension(fmt):
-    class Quantize(torch.nn.Module):
-        def forward(self, x):
-            return cq.quantize(x, fmt)
+def test_export_of_a_format_with_a_dynamic_dimension(fmt):
+    assert_exported(lambda x: cq.quantize(x, fmt), (9, 14, 2))
 
-    dynamic = {"x": {0: torch.export.Dim("b", min=2)}}
-    exported = torch.export.export(Quantize(), (normal(9, 512),), dynamic_shapes=dynamic)
-    for mn in (9, 14, 2):
-        assert_same(Quantize(), exported.module(), normal(mn, 512))
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_export_of_an_operation_with_a_dynamic_dimension(operation):
+    assert_exported(operation, (9, 14, 2))
 
 
 def test_a_count_that_does_not_fit_is_refused_in_the_run():

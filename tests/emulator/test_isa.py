@@ -101,7 +101,7 @@ def test_mixed_fma_widens_exactly(c, a, b):
 
 
 def test_widening_with_mixed_fma():
-    """x · m + (-0.0), as kernels use it, is the f32 product with the sign of zero kept."""
+    """The sum x · m + (-0.0), as kernels use it, is the f32 product with the sign of zero kept."""
     m = np.full(1 << 16, 0x3F80, np.uint16)
     result = compute("fma.rn.f32.bf16", ALL_16, m, np.full(1 << 16, 0x80000000, np.uint32))
     expected = ALL_16.astype(np.uint32) << np.uint32(16)

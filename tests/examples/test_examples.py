@@ -95,8 +95,10 @@ def inputs(tokens: int, top_k: int, fmt: Format, experts: int = EXPERTS):
 
 
 def inputs_of(layer: moe_layer.MoeLayer, tokens: int, top_k: int):
-    """The layer, tokens, and a routing that prefers some experts, and leaves out others: those at
-    either end too."""
+    """The layer, tokens, and a routing that prefers some experts, and leaves out others.
+
+    Those at either end are among them.
+    """
     torch.manual_seed(tokens)
     experts, hidden, _ = layer.down.shape
     x = torch.randn(tokens, hidden).to(layer.norm)
@@ -147,8 +149,10 @@ def test_rounding_as_torch_is_torch(tokens, top_k, forward, deep_gemm):
 @pytest.mark.parametrize("quantizers", [Fused(), Unfused()], ids=["fused", "unfused"])
 @every_routing
 def test_padding(tokens, top_k, quantizers, fmt, deep_gemm):
-    """Padding rows that the GEMMs read: zeros in one matrix; in masked experts only the scales up
-    to the next multiple of 4 are written."""
+    """Padding rows that the GEMMs read are zeros in one matrix.
+
+    In masked experts only the scales up to the next multiple of 4 are written.
+    """
     layer, x, routing = inputs(tokens, top_k, fmt)
     with moe_layer.poisoned_memory():
         moe_layer.contiguous(layer, x, routing, quantizers)

@@ -351,8 +351,10 @@ class Case:
 def values(
     count: int, dtype: torch.dtype, seed: int, special: bool, tame: bool = False
 ) -> torch.Tensor:
-    """Return values in pieces of random kinds: any finite bits, normal distributions of any scale,
-    zeros of both signs, and, if `special`, any bits and single NaN and Inf.
+    """Return values in pieces of random kinds.
+
+    They are any finite bits, normal distributions of any scale, zeros of both signs, and, if
+    `special`, any bits and single NaN and Inf.
 
     Args:
         tame: leave out bits whose squares no float32 can hold.

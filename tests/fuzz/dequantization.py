@@ -43,8 +43,10 @@ def draw_kernels(count: int, seed: int) -> list[Kernel]:
 
 
 def scale_strides(draw: Draw, shape: tuple[int, ...], blocked: bool) -> tuple[int, ...]:
-    """Draw strides: the last two dimensions transposed, padded or expanded, the leading ones walked
-    by one stride. The bytes of blocks stay contiguous."""
+    """Draw strides: the last two dimensions transposed, padded or expanded.
+
+    One stride walks the leading ones. The bytes of blocks stay contiguous.
+    """
     inner = 1 if blocked else 2
     order = list(range(len(shape) - inner, len(shape)))
     draw.generator.shuffle(order)

@@ -243,8 +243,10 @@ def quantize_by_group(x, fmt):
 @pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize("tokens", [1, 3, 4, 129])
 def test_scales_of_an_einsum(tokens, groups, fmt, device):
-    """``check_sf_layout`` of DeepGEMM's csrc/utils/layout.hpp with `tma_stride_check`, for the
-    permutation (G, T, P) that ``fp8_einsum`` makes of what it is given."""
+    """``check_sf_layout`` of DeepGEMM's csrc/utils/layout.hpp with `tma_stride_check` holds.
+
+    It is for the permutation (G, T, P) that ``fp8_einsum`` makes of what it is given.
+    """
     k = 640
     x = torch.randn(tokens, groups, k, device=device).to(torch.bfloat16)
     q, sf = quantize_by_group(x, fmt)

@@ -28,7 +28,7 @@ def activations(dtype: torch.dtype, mn: int = 37) -> torch.Tensor:
 
 
 def divided(a: torch.Tensor, b: float) -> torch.Tensor:
-    """a / b with IEEE rounding, on every device."""
+    """Return a / b with IEEE rounding, on every device."""
     return a / torch.tensor(b, dtype=torch.float32)
 
 
@@ -51,7 +51,7 @@ def check_powers_of_two(x, group_size, scales, min_scale, device):
 @every_group_size
 @every_input_dtype
 def test_vllm(input_dtype, group_size, device):
-    """vLLM's packed kernel: ``max(max(amax, 1e-10) / 448, 1e-10)``, rounded up."""
+    """The packed kernel of vLLM: ``max(max(amax, 1e-10) / 448, 1e-10)``, rounded up."""
     x = activations(input_dtype)
     scales = divided(group_amax(x, group_size).clamp(min=1e-10), E4M3_MAX).clamp(min=1e-10)
     check_powers_of_two(x, group_size, power_of_two_at_least(scales), "vllm", device)
@@ -141,7 +141,7 @@ def test_sglang_int8(input_dtype, device):
 @every_group_size
 @every_input_dtype
 def test_vllm_int8(input_dtype, group_size, device):
-    """vLLM's ``per_token_group_quant_int8``: ``max(amax, 1e-10) / 127``, ``x / s`` truncated.
+    """As vLLM's ``per_token_group_quant_int8``: ``max(amax, 1e-10) / 127``, ``x / s`` truncated.
 
     It cuts fractions off where ours are rounded, so values differ by one at most. Its floor is that
     of the amax; the preset's, which is that of its packed scales, lies above it.

@@ -17,9 +17,11 @@ MAX_RELATIVE_ERROR = 0.1
 
 
 def to_blocked(scales):
-    """Return scales (rows, groups) as bytes in blocks, by the steps of torchao's ``to_blocked``
-    (torchao/prototype/mx_formats/utils.py): padded to whole blocks, each block of 128x4 cut into
-    four of 32x4, which come to lie side by side."""
+    """Return scales (rows, groups) as bytes in blocks, by the steps of torchao's ``to_blocked``.
+
+    It is in torchao/prototype/mx_formats/utils.py. Scales are padded to whole blocks, and each
+    block of 128x4 is cut into four of 32x4, which come to lie side by side.
+    """
     rows, groups = scales.shape
     row_blocks, column_blocks = -(-rows // 128), -(-groups // 4)
     padded = scales.new_zeros(128 * row_blocks, 4 * column_blocks)
@@ -29,9 +31,12 @@ def to_blocked(scales):
 
 
 def offsets_128x4(rows, groups):
-    """(rows, groups) -> byte, by strides as FlashInfer and TensorRT-LLM compute it in
-    ``get_sf_out_offset_128x4``: a layout [row tiles, group tiles, 32, 4, 4] of which a row has the
-    coordinates (row / 128, row % 32, row % 128 / 32), and a group (group / 4, group % 4)."""
+    """Return the byte of each scale, (rows, groups), as ``get_sf_out_offset_128x4`` computes it.
+
+    It is in FlashInfer and TensorRT-LLM, and goes by the strides of a layout [row tiles, group
+    tiles, 32, 4, 4]. A row has the coordinates (row / 128, row % 32, row % 128 / 32), and a group
+    (group / 4, group % 4).
+    """
     row, group = torch.arange(rows)[:, None], torch.arange(groups)
     group_tiles = -(-groups // 4)
     inside = (row % 32) * 16 + (row % 128) // 32 * 4 + group % 4
@@ -90,8 +95,10 @@ def row_errors(actual, expected):
 
 
 def check_product(name, y, x, w, casts, fmt):
-    """Check that y is the product of the quantized operands, up to the rounding of the result, and
-    close to that of the operands given."""
+    """Check that y is the product of the quantized operands, up to the rounding of the result.
+
+    It is also close to that of the operands given.
+    """
     exact = x.double() @ w.double().t()
     a, b = (dequantize(*cast, fmt, dtype=torch.float32).double() for cast in casts)
     worst = row_errors(y, exact).max().item()

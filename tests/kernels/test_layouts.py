@@ -9,9 +9,11 @@ import pytest
 import torch
 from cutlass._mlir import ir
 
-from cute_quant import DEEP_GEMM_32, GROUPWISE_FP8, MXFP8
+from cute_quant import DEEP_GEMM_32, GROUPWISE_FP8, MXFP8, ROWWISE_FP8
 from cute_quant.contract import reference
-from cute_quant.kernels import layouts
+from cute_quant.contract.checks import MIN_TILE_ROWS
+from cute_quant.jit.lookup import ARCHITECTURES
+from cute_quant.kernels import heuristics, layouts
 from cute_quant.kernels.config import DEFAULT_TILE, LANES, Tile
 from cute_quant.kernels.heuristics import TWO_ROWS
 from tests.helpers import FLOAT32, UE8M0
@@ -113,3 +115,12 @@ def test_lanes_and_values_cover_a_tile_once(mlir, tile, size):
             places.append((row, column))
     every = itertools.product(range(tile.rows_per_thread), range(tile.columns))
     assert sorted(places) == sorted(every)
+
+
+@pytest.mark.parametrize("fmt", [*EVERY_LAYOUT, ROWWISE_FP8], ids=str)
+@pytest.mark.parametrize("arch", ARCHITECTURES.values())
+@pytest.mark.parametrize("rows", [1, 64, 100_000])
+def test_tiles_of_experts_have_the_rows_that_checks_count_with(rows, arch, fmt):
+    size = (8, rows, 7168, fmt, True, 132)
+    for launch in (heuristics.shape(*size), heuristics.silu_shape(*size, arch)):
+        assert launch.tile.rows >= MIN_TILE_ROWS

@@ -84,8 +84,10 @@ def test_formats(gpu, dtype, fmt, k):
 
 @pytest.mark.parametrize("fmt", [UE8M0, ROWWISE_FP8], ids=str)
 def test_batches(kernels, arch, fmt):
-    """Also of more rows and matrices than the grid counts, for which a block goes round a loop
-    with its barriers."""
+    """More rows and matrices than the grid counts do too.
+
+    A block goes round a loop with its barriers for them.
+    """
     for max_grid in (65535, 2):
         gpu = Gpu(kernels, arch, max_grid=max_grid)
         check_rms_norm(gpu, 5, 1040, fmt, batch=(5,), extra_rows=1, **VARIANTS["all"])
