@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import stat
 import time
 from collections.abc import Iterator
@@ -246,7 +245,7 @@ class Cache:
         """
         sealed = shared_objects.seal(content, {**record, "key": key})
         directory = self._files(make=True).descriptor
-        name = f"{key}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+        name = f"{key}.{os.urandom(8).hex()}{TEMPORARY_SUFFIX}"
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
         try:
             with open(os.open(name, flags, 0o600, dir_fd=directory), "wb") as file:
