@@ -16,9 +16,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from bench import masked, report, sass, stage_report
-from bench.names import EMPTY_LIKE, NEG
+from bench.names import CUTE_QUANT, EMPTY_LIKE, NEG, PDL, STREAM
 from bench.results import Results
 from cute_quant.lab import draw, make_layout
 from cute_quant.lab import report as sweep_report
@@ -28,7 +29,7 @@ from cute_quant.lab.sweep import from_json, origin
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "bench" / "results"
 LAYOUTS = ROOT / "docs" / "layouts"
-DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "docs" / "layouts.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "layouts.md")
 
 QUANTIZE = RECORDS / "h100.jsonl"
 STAGES = RECORDS / "h100-stages.jsonl"
@@ -36,7 +37,9 @@ MASKED = RECORDS / "h100-masked.jsonl"
 HOST = RECORDS / "h100-host.jsonl"
 SWEEP = LAYOUTS / "sweep.json"
 
-PICTURES = {
+SUMMARY_ROWS = 1, 64, 1024, 4096, 32768
+
+PICTURES: dict[str, dict[str, Any]] = {
     "default": {},
     "sixteen": {"threads_per_group": 16, "row_warps": 1},
     "four": {"threads_per_group": 4, "row_warps": 1},
@@ -46,7 +49,7 @@ PICTURES = {
 SASS_KERNELS = ("bf16 -> e4m3, ue8m0, rows", "SiLU", "RMSNorm")
 """How the names of kernels start whose instructions are tabled."""
 
-PAGE = {"rows_per_thread": 2, "row_warps": 2, "column_warps": 2}
+PAGE: dict[str, Any] = {"rows_per_thread": 2, "row_warps": 2, "column_warps": 2}
 PAGE_SIZE = 1280, 1000
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -55,6 +58,23 @@ def quantize_table() -> Iterable[str]:
     results = Results.read(QUANTIZE)
     yield from report.origin_lines(results.machine)
     yield from report.table_lines(results, [main_column(results)])
+
+
+def summary_table() -> Iterable[str]:
+    """Return the rows of the README, all with programmatic dependent launch."""
+    results = Results.read(QUANTIZE)
+    k = main_column(results)
+    vllm = next(name for name in results.providers(PDL) if name.startswith("vLLM"))
+    yield f"| M | stream | cute_quant | {vllm} | cute_quant / stream | {vllm} / cute_quant |"
+    yield "| ---: |" + " ---: |" * 5
+    for mn in SUMMARY_ROWS:
+        timed = [results.get(name, PDL, mn, k) for name in (STREAM, CUTE_QUANT, vllm)]
+        stream, own, other = (result.seconds for result in timed if result is not None)
+        times = " | ".join(report.microseconds(seconds) for seconds in (stream, own, other))
+        yield f"| {mn} | {times} | {own / stream:.2f} | {other / own:.1f} |"
+    machine = results.machine
+    yield ""
+    yield f"{machine['gpu']}, {machine['date'].split()[0]}, commit {machine['commit']}."
 
 
 def stages_table() -> Iterable[str]:
@@ -106,6 +126,7 @@ def sweep_table() -> Iterable[str]:
 
 
 TABLES: dict[str, tuple[Path | None, Callable[[], Iterable[str]]]] = {
+    "summary": (QUANTIZE, summary_table),
     "quantize": (QUANTIZE, quantize_table),
     "stages": (STAGES, stages_table),
     "masked": (MASKED, masked_table),
@@ -121,9 +142,10 @@ def filled(document: str, names: Iterable[str] = TABLES) -> str:
     for name in names:
         record, lines = TABLES[name]
         table = "" if record and not record.exists() else "\n".join(lines()).strip() + "\n\n"
+        # Twice as many backslashes: these are no references to groups.
         document = re.sub(
             rf"(<!-- make figures: {name} -->\n\n).*?(<!-- end -->)",
-            lambda match, table=table: match[1] + table + match[2],
+            r"\1" + table.replace("\\", r"\\") + r"\2",
             document,
             flags=re.DOTALL,
         )
