@@ -133,6 +133,20 @@ def test_a_dimension_marked_unbacked(operation):
     assert_same(operation, compiled, normal(14, 512))
 
 
+@every_format
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)], ids=str)
+def test_dimensions_of_a_batch_marked_unbacked(dims, fmt):
+    def function(x):
+        q, sf = cq.quantize(x, fmt)
+        return q, sf, cq.dequantize(q, sf, fmt), cq.fake_quantize(x, fmt)
+
+    x = normal(3, 9, 512)
+    for dim in dims:
+        torch._dynamo.decorators.mark_unbacked(x, dim)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same(function, compiled, x)
+
+
 @pytest.mark.parametrize("fmt", [cq.DEEP_GEMM, cq.MXFP8, cq.GROUPWISE_FP8], ids=str)
 def test_values_and_scales_marked_unbacked(fmt):
     """Whether both have as many rows is checked in the run."""
