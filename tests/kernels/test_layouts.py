@@ -12,7 +12,7 @@ from cutlass._mlir import ir
 from cute_quant import DEEP_GEMM_32, GROUPWISE_FP8, MXFP8
 from cute_quant.contract import reference
 from cute_quant.kernels import layouts
-from cute_quant.kernels.config import DEFAULT_TILE, LANES, Tile
+from cute_quant.kernels.config import ALONG, DEFAULT_TILE, DOWN, LANES, Tile
 from cute_quant.kernels.heuristics import TWO_ROWS
 from tests.helpers import FLOAT32, UE8M0
 
@@ -113,3 +113,15 @@ def test_lanes_and_values_cover_a_tile_once(mlir, tile, size):
             places.append((row, column))
     every = itertools.product(range(tile.rows_per_thread), range(tile.columns))
     assert sorted(places) == sorted(every)
+
+
+@pytest.mark.parametrize("order", [DOWN, ALONG])
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2), (1, 3)])
+def test_warps_cover_a_cta_once(mlir, shape, order):
+    """Consecutive warps follow each other along M (down) or along N."""
+    rows, columns = shape
+    tile = Tile(8, row_warps=rows, column_warps=columns, rows_per_thread=2, warp_order=order)
+    layout = layouts.warps(tile)
+    places = [tuple(map(int, layout(warp))) for warp in range(rows * columns)]
+    expected = [(2 * row, column) for column in range(columns) for row in range(rows)]
+    assert places == (expected if order == DOWN else sorted(expected))

@@ -146,7 +146,7 @@ def part(text: str) -> tuple[int, int]:
     if text == "today":
         return datetime.date.today().timetuple().tm_yday % PARTS, PARTS
     number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 0 < int(count)):
+    if not (number.isdecimal() and count.isdecimal() and int(count) > 0):
         raise argparse.ArgumentTypeError(f"expected today, or such as 3/10, got {text!r}")
     return int(number) % int(count), int(count)
 
