@@ -261,8 +261,40 @@ def test_memory_of_results_counts_their_padding(launched):
     q = storage[first + 20 : first + 20 + 1280].view(torch.float8_e4m3fn).view(5, 256)
     with pytest.raises(ValueError, match="out sf: expected memory of its own"):
         quantize(x, out=(q, sf))
+    before = storage[first : first + 1280].view(torch.float8_e4m3fn).view(5, 256)
+    after = storage[first + 1280 :].view(torch.int32).as_strided((5, 1), (1, 8), first // 4 + 320)
+    quantize(x, out=(before, after))
     behind = storage[first + 32 : first + 32 + 1280].view(torch.float8_e4m3fn).view(5, 256)
     quantize(x, out=(behind, sf))
+
+
+def test_memory_of_results_counts_their_padding_on_the_cpu():
+    storage = torch.zeros(2048, dtype=torch.uint8)
+    sf = storage[:32].view(torch.int32).as_strided((5, 1), (1, 8))
+    x, q = torch.zeros(5, 256, dtype=BF16), storage[20 : 20 + 1280].view(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="out sf: expected memory of its own"):
+        quantize(x, out=(q.view(5, 256), sf))
+
+
+def test_recent_calls_overlap_nothing(launched):
+    """A call that looks like a recent one, whose values lie in the memory of x."""
+    x = x_at()
+    sf = poisoned_scales(UE8M0, 6, 256, "cpu")
+    in_x = x.view(torch.float8_e4m3fn)[:, :256]
+    elsewhere = at(0, (6, 256), in_x.dtype, 512)
+    for _ in range(2):
+        quantize(x, out=(elsewhere, sf))
+    with pytest.raises(ValueError, match="out q: expected memory of its own"):
+        quantize(x, out=(in_x, sf))
+    assert len(launched) == 2
+
+
+def test_the_stride_of_a_single_row_does_not_matter(launched):
+    """Kernels check it all the same: it has to be a multiple of the alignment."""
+    for stride in (1, 129, 2**40):
+        quantize(x_at(0, (1, 256)).as_strided((1, 256), (stride, 1)))
+        viewed = launched[-1].arguments[0]
+        assert launched[-1].load_bytes == 32 and viewed.stride() == (256, 1)
 
 
 def test_autograd_knows_what_is_written(launched):
