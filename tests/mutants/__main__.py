@@ -12,21 +12,25 @@ is left to the suite.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
+import contextlib
 import datetime
 import os
-import queue
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from tests.mutants.faults import FAULTS, PACKAGE, Fault
+import cutlass.cute  # noqa: F401  # for the children
+import pytest
+import torch  # noqa: F401
+
+from tests.mutants.fault import PACKAGE, Fault
+from tests.mutants.faults import FAULTS
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("cute_quant", "tests", "pyproject.toml")
@@ -35,7 +39,7 @@ PARTS = 10
 SECONDS = 300
 """Limit of the tests of a fault."""
 
-ALL_PASSED, SOME_FAILED = 0, 1
+ALL_PASSED, SOME_FAILED, NO_RESULT = 0, 1, 3
 """Exit statuses of pytest."""
 
 
@@ -66,72 +70,99 @@ def copy_repository(directory: Path) -> None:
             shutil.copy(path, target)
 
 
-def examine(fault: Fault, directory: Path) -> Verdict:
-    """Plant a fault in a copy, run its tests, and remove it."""
-    start = time.monotonic()
-    path = directory / PACKAGE / fault.file
-    original = path.read_text()
-    try:
-        path.write_text(fault.planted(original))
-        caught, by = run_tests(fault.tests, directory)
-    except ValueError as error:
-        caught, by = False, f"INVALID: {error}"
-    finally:
-        path.write_text(original)
-    return Verdict(fault, caught, by, time.monotonic() - start)
+class Examination:
+    """The tests of a fault, run by a child process in a copy that has the fault planted.
 
-
-def run_tests(tests: Sequence[str], directory: Path) -> tuple[bool, str]:
-    """Run tests in a copy until one fails.
-
-    Returns:
-        Whether one did, and which, or what went wrong.
+    A child starts with torch and CuTe DSL imported, which takes longer than most of the tests.
     """
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
-    # A fault of the same size in the same second would be taken for what was compiled before.
-    environment = os.environ | {"PYTHONPATH": str(directory), "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        result = subprocess.run(
-            [*command, *tests],
-            cwd=directory,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return False, f"INVALID: its tests take more than {SECONDS} s"
-    if result.returncode == ALL_PASSED:
-        return False, "SURVIVED"
-    if result.returncode == SOME_FAILED:
-        found = re.search(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - |$)", result.stdout, re.MULTILINE)
-        return True, found[1] if found else "pytest named none"
-    lines = (result.stdout + result.stderr).strip().splitlines() or ["no output"]
-    return False, f"INVALID: {lines[-1]}"
+
+    def __init__(self, fault: Fault, directory: Path):
+        self.fault = fault
+        self.directory = directory
+        self.output = directory / "output"
+        self.start = time.monotonic()
+        path = directory / PACKAGE / fault.file
+        self.original = path.read_text()
+        path.write_text(fault.planted(self.original))
+        self.process = os.fork()
+        if self.process == 0:
+            self._run()
+
+    def _run(self) -> NoReturn:
+        status = NO_RESULT
+        try:
+            sys.stdout.flush()
+            descriptor = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            os.setpgid(0, 0)
+            os.chdir(self.directory)
+            # What tests start looks there too.
+            os.environ["PYTHONPATH"] = sys.path[0] = str(self.directory)
+            for name in list(sys.modules):
+                if name.partition(".")[0] in COPIED:
+                    del sys.modules[name]
+            options = ("-x", "-q", "--tb=no", "-p", "no:cacheprovider")
+            status = int(pytest.main([*options, *self.fault.tests]))
+            sys.stdout.flush()
+        finally:
+            os._exit(status)
+
+    def end(self, status: int) -> Verdict:
+        """Remove the fault, and return what became of it, by the exit status of pytest."""
+        (self.directory / PACKAGE / self.fault.file).write_text(self.original)
+        output = self.output.read_text() if self.output.exists() else ""
+        by = "SURVIVED"
+        if status == SOME_FAILED:
+            found = re.search(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - |$)", output, re.MULTILINE)
+            by = found[1] if found else "pytest named none"
+        elif status != ALL_PASSED:
+            lines = output.strip().splitlines() or ["no output"]
+            by = f"INVALID: exit status {status}: {lines[-1]}"
+        seconds = time.monotonic() - self.start
+        return Verdict(self.fault, status == SOME_FAILED, by, seconds)
+
+    def kill_if_late(self) -> None:
+        """End a process that takes too long, and all that it started."""
+        if time.monotonic() - self.start > SECONDS:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process, signal.SIGKILL)
 
 
 def examine_all(faults: Sequence[Fault], jobs: int) -> list[Verdict]:
     """Examine faults in as many copies of the repository as there are jobs."""
-    directories: queue.Queue[Path] = queue.Queue()
-    verdicts = []
+    verdicts: list[Verdict] = []
+    waiting, running = list(reversed(faults)), dict[int, Examination]()
 
-    def examine_in_a_copy(fault: Fault) -> Verdict:
-        directory = directories.get()
-        try:
-            return examine(fault, directory)
-        finally:
-            directories.put(directory)
+    def report(verdict: Verdict) -> None:
+        print(row(verdict), flush=True)
+        verdicts.append(verdict)
 
     with tempfile.TemporaryDirectory(prefix="cute_quant_mutants_") as name:
-        for i in range(jobs):
-            directory = Path(name) / str(i)
-            directory.mkdir()
-            copy_repository(directory)
-            directories.put(directory)
-        with concurrent.futures.ThreadPoolExecutor(jobs) as threads:
-            for verdict in threads.map(examine_in_a_copy, faults):
-                print(row(verdict), flush=True)
-                verdicts.append(verdict)
+        copies = [Path(name) / str(i) for i in range(jobs)]
+        for copy in copies:
+            copy.mkdir()
+            copy_repository(copy)
+        while waiting or running:
+            if waiting and copies:
+                fault = waiting.pop()
+                try:
+                    examination = Examination(fault, copies[-1])
+                except ValueError as error:
+                    report(Verdict(fault, False, f"INVALID: {error}", 0.0))
+                    continue
+                copies.pop()
+                running[examination.process] = examination
+                continue
+            process, status = os.waitpid(-1, os.WNOHANG)
+            if process in running:
+                examination = running.pop(process)
+                report(examination.end(os.waitstatus_to_exitcode(status)))
+                copies.append(examination.directory)
+            else:
+                for examination in running.values():
+                    examination.kill_if_late()
+                time.sleep(0.05)
     return verdicts
 
 
@@ -162,6 +193,9 @@ def main() -> int:
     if unknown:
         parser.error(f"expected ids of faults, got {', '.join(sorted(unknown))}")
     number, count = arguments.part
+    # A fault of the same size in the same second would be taken for what was compiled before.
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     chosen = [fault for fault in FAULTS if not arguments.ids or fault.id in arguments.ids]
     start = time.monotonic()
     verdicts = examine_all(chosen[number::count], arguments.jobs)

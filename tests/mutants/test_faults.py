@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.mutants.__main__ import part
-from tests.mutants.faults import FAULTS, PACKAGE, Fault
+from tests.mutants.fault import PACKAGE, Fault
+from tests.mutants.faults import FAULTS
 
 ROOT = Path(__file__).parents[2]
 LEAST = 110
