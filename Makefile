@@ -5,13 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench sass sass-diff clean
+.PHONY: demo test mutants lint bench sass sass-diff clean
 
 demo: $(READY)
 	@$(BIN)/python -m bench.demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# make mutants [ARGS="--part today"]
+mutants: $(READY)
+	@$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check
