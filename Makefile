@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS := .venv-docs
 
-.PHONY: demo test test-all fuzz lint docs bench figures sass sass-diff clean
+.PHONY: demo test test-all fuzz mutants lint docs bench figures sass sass-diff clean
 
 demo: $(READY)
 	@$(BIN)/python -m bench.demo
@@ -20,6 +20,10 @@ test-all: $(READY)
 # Random calls in the emulator until one fails: make fuzz ARGS="--seed 7"
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+# make mutants [ARGS="--part today"]
+mutants: $(READY)
+	@$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -649,3 +649,9 @@ def test_deep_gemm_format_of_this_gpu():
     formats = {9: DEEP_GEMM_SM90, 10: DEEP_GEMM}
     fmt = formats[torch.cuda.get_device_capability()[0]]
     assert deep_gemm_format() is fmt and deep_gemm_format(0) is fmt
+
+
+def test_negative_zero_is_zero():
+    """Also where it comes first, so that no equal format is there."""
+    fmt = Format(torch.int8, 64, min_scale=-0.0)
+    assert math.copysign(1.0, fmt.min_scale) == 1.0 and "-0.0" not in fmt.text

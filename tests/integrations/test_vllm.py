@@ -62,6 +62,15 @@ def test_vllm(group_size, dtype, eps, device):
     assert sf.stride() == (1, 68)
 
 
+@pytest.mark.parametrize(("excess", "exponent"), [(0.5, 107), (0.6, 108)])
+def test_eps_is_rounded_to_float32(excess, exponent, device):
+    """More than half a unit of the last place over 448 * 2^-20 is a unit, and another scale."""
+    x = torch.zeros(4, 128, dtype=torch.bfloat16, device=device)
+    eps = 448 * 2.0**-20 * (1 + excess * 2.0**-24)
+    _, sf = per_token_group_quant_fp8_packed_for_deepgemm(x, 128, eps=eps)
+    assert sf.eq(exponent).all()
+
+
 @pytest.mark.parametrize(
     "shape", [(256,), (1, 256), (5, 256), (2, 3, 256), (2, 0, 256), (2, 3, 4, 128), (2, 3, 0)]
 )

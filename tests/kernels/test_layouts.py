@@ -14,7 +14,7 @@ from cute_quant.contract import reference
 from cute_quant.contract.checks import MIN_TILE_ROWS
 from cute_quant.jit.lookup import ARCHITECTURES
 from cute_quant.kernels import heuristics, layouts
-from cute_quant.kernels.config import DEFAULT_TILE, LANES, Tile
+from cute_quant.kernels.config import ALONG, DEFAULT_TILE, DOWN, LANES, Tile
 from cute_quant.kernels.heuristics import TWO_ROWS
 from tests.helpers import FLOAT32, UE8M0
 
@@ -124,3 +124,15 @@ def test_tiles_of_experts_have_the_rows_that_checks_count_with(rows, arch, fmt):
     size = (8, rows, 7168, fmt, True, 132)
     for launch in (heuristics.shape(*size), heuristics.silu_shape(*size, arch)):
         assert launch.tile.rows >= MIN_TILE_ROWS
+
+
+@pytest.mark.parametrize("order", [DOWN, ALONG])
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2), (1, 3)])
+def test_warps_cover_a_cta_once(mlir, shape, order):
+    """Consecutive warps follow each other along M (down) or along N."""
+    rows, columns = shape
+    tile = Tile(8, row_warps=rows, column_warps=columns, rows_per_thread=2, warp_order=order)
+    layout = layouts.warps(tile)
+    places = [tuple(map(int, layout(warp))) for warp in range(rows * columns)]
+    expected = [(2 * row, column) for column in range(columns) for row in range(rows)]
+    assert places == (expected if order == DOWN else sorted(expected))

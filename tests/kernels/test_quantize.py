@@ -9,7 +9,7 @@ import torch
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8, quantize
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
-from cute_quant.kernels.config import MAX_GRID_Y
+from cute_quant.kernels.config import MAX_GRID_Y, Domain, QuantizeSpec, Tile
 from tests import oracle
 from tests.helpers import (
     ARCHITECTURES,
@@ -238,6 +238,42 @@ def test_offsets_past_32_bits(any_rows_gpu):
         assert torch.equal(storage_bits(sf), storage_bits(expected_sf))
 
 
+ROW_MAJOR_16 = DEEP_GEMM.replace(group_size=16, scale_layout="row_major")
+FLOAT32_16 = DEEP_GEMM_SM90.replace(group_size=16)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "batches", "mn"),
+    [
+        (ROW_MAJOR_16, 1, 2**26 + 32),
+        (ROW_MAJOR_16, 3, 2**25),
+        (FLOAT32_16, 1, 2**26 + 32),
+    ],
+    ids=["row-major", "batch", "mn-major"],
+)
+def test_scales_past_32_bits(kernels, arch, fmt, batches, mn):
+    """More than 2^31 scales: run the block that has the last rows. All rows of x are one, and q has
+    so few that they hardly need memory.
+    """
+    row = special_groups(1, 512, BF16, 1, fmt)
+    x = row.expand(batches, mn, 512)
+    q = poisoned_values(4, 512, "cpu", batch_shape=(batches,))
+    sf = fmt.empty_scales((batches,), mn, 512, "cpu")
+    assert sf.numel() > 2**31
+    tile = Tile(row_warps=32)
+    spec = QuantizeSpec(BF16, fmt, tile, Domain(batched=True))
+    last_tile = (mn // tile.rows - 1) % MAX_GRID_Y
+    kernels.get(spec, arch)(
+        *(x, q, sf, None, None, 0, 1, 1, fmt.floor),
+        outputs=(q, sf),
+        only=[(0, last_tile, batches - 1)],
+    )
+    _, expected = quantize(row, fmt)
+    for i in range(last_tile, mn // tile.rows, MAX_GRID_Y):
+        written = sf[batches - 1, tile.rows * i :][: tile.rows].contiguous()
+        assert (written.view(torch.uint8) == expected.contiguous().view(torch.uint8)).all(), i
+
+
 # Batches
 
 
@@ -332,6 +368,7 @@ def test_masked_experts_of_several_chunks(kernels, arch):
     for sms in (1, 132):
         check(Gpu(kernels, arch, sms=sms), x, UE8M0, rows=Masked(counts))
     for last in (256, 257, 512):
+        counts[last - 1] = 5  # has tiles to be shared
         check(Gpu(kernels, arch, sms=2), x[:last], UE8M0, rows=Masked(counts[:last]))
 
 
@@ -390,3 +427,32 @@ def test_dequantize(kernels, arch, mixed):
         q, sf = quantize(x, fmt)
         check_dequantize(gpu, q, sf, fmt, dtype)
         check_dequantize(gpu, strided(q, k + 3, offset=1), sf, fmt, FP32)
+
+
+def test_fake_quantize_smallest_scales(gpu):
+    """Scales of 2^-127, which is no normal float32."""
+    x = special_groups(5, 512, FP32, 1)
+    for exponent in (-120, -122, -126):
+        small = torch.randn(5, 512, generator=torch.Generator().manual_seed(1)) * 2.0**exponent
+        check_fake(gpu, small, UE8M0.replace(min_scale=0.0))
+    check_fake(gpu, x, UE8M0.replace(min_scale=0.0))
+
+
+def test_dequantize_every_scale(gpu):
+    """The byte 0 is 2^-127, which is no normal float32, and 255 is NaN."""
+    q = torch.ones(256, 128).to(E4M3)
+    bytes_of_rows = torch.arange(256, dtype=torch.int32)
+    for fmt in (UE8M0, UE8M0.replace(scale_layout="row_major")):
+        sf = bytes_of_rows.view(256, 1)
+        if not fmt.packed:
+            sf = sf.to(torch.uint8).view(fmt.sf_dtype)
+        check_dequantize(gpu, q, sf, fmt, FP32)
+
+
+def test_dequantize_scales_past_32_bits(gpu):
+    """Scales of two matrices gigabytes apart."""
+    q, sf = quantize(batch((2, 4), 128, BF16, UE8M0), UE8M0)
+    step = 2**29 + 4
+    far = torch.empty(step + 4, dtype=torch.int32).as_strided((2, 4, 1), (step, 1, 4))
+    far.copy_(sf)
+    check_dequantize(gpu, q, far, UE8M0, BF16)

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8, Masked
+from cute_quant.contract.prologues import FUSED, make_rms_norm
 from cute_quant.emulator.errors import EmulatorError
 from cute_quant.kernels.config import Tile
-from tests.helpers import FLOAT32, UE8M0
+from tests.helpers import FLOAT32, UE8M0, poisoned_scales, poisoned_values
 from tests.kernels.emulated_gpu import Gpu
-from tests.kernels.prologues import check_rms_norm
+from tests.kernels.prologues import check_rms_norm, rows_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -116,3 +117,28 @@ def test_masked_experts(kernels, arch, fmt, counts, max_m, gathered, row_warps):
         check_rms_norm(
             gpu, max_m, 640, fmt, FP16, rows=Masked(counts), index=index, batch=(len(counts),)
         )
+
+
+@pytest.mark.parametrize("fmt", [UE8M0, ROWWISE_FP8], ids=str)
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_dead_rows(gpu, fmt, eps):
+    """Rows without a source have values +0 and scales 0, whatever the weights and their offset."""
+    k = 640
+    x = rows_of(5, k, FP16, seed=1)
+    index = torch.tensor([4, -1, 0, 5, -(2**31)], dtype=torch.int32)
+    live = (index >= 0) & (index < 5)
+    weight = torch.linspace(-1.5, 2, k).to(FP16)
+    prologue = make_rms_norm(weight, eps=eps, weight_offset=-3.0, rounding=FUSED)
+    q = poisoned_values(7, k, "cpu")
+    sf = poisoned_scales(fmt, 5, k, "cpu")
+    gpu.quantize(x, q, sf, fmt, None, index, prologue)
+    assert not q[:5][~live].view(torch.uint8).any() and not q[5:].view(torch.uint8).any()
+    assert not sf[~live].contiguous().view(torch.uint8).any()
+    assert q[:5][live].view(torch.uint8).any(1).all()
+
+
+@pytest.mark.parametrize("fmt", [MXFP8, DEEP_GEMM.replace(group_size=256)], ids=str)
+@pytest.mark.parametrize("k", [32, 544, 1056, 1568])
+def test_padding_scales(gpu, fmt, k):
+    """Rows that end right behind a tile: a tile more has the padding of a word, or of a block."""
+    check_rms_norm(gpu, 3, k, fmt, extra_rows=1)

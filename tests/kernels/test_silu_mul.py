@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8
-from tests.helpers import FLOAT32, UE8M0
+from cute_quant.contract.prologues import FUSED, make_silu_mul
+from tests.helpers import FLOAT32, UE8M0, poisoned_scales, poisoned_values
+from tests.kernels.cases import assert_quantized_within
 from tests.kernels.emulated_gpu import Gpu
-from tests.kernels.prologues import check_silu_mul
+from tests.kernels.prologues import check_silu_mul, halves, sigmoid_product
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -62,3 +64,22 @@ def test_batches(kernels, arch):
     for max_grid in (65535, 2):
         gpu = Gpu(kernels, arch, max_grid=max_grid)
         check_silu_mul(gpu, 33, 640, UE8M0, batch=(5,), extra_rows=1, **VARIANTS["weighted"])
+
+
+def test_factors_of_rows_that_do_not_exist(gpu):
+    """Rows without a source have values 0, whatever their factors are and beta adds."""
+    tokens, k = 7, 128
+    gate, up = halves(tokens, k, BF16, seed=1)
+    index = torch.tensor([5, -1, 0, 7, 5, 4], dtype=torch.int32)
+    live = (index >= 0) & (index < tokens)
+    weight = torch.tensor([0.5, torch.nan, 2.0, torch.inf, -1.0, 3.0])
+    options = {"clamp": None, "alpha": 1.0, "beta": -1.0}
+    prologue = make_silu_mul(interleaved=False, rounding=FUSED, weight=weight, **options)
+    q = poisoned_values(6, k, "cpu")
+    sf = poisoned_scales(UE8M0, 6, k, "cpu")
+    gpu.quantize(torch.cat((gate, up), 1), q, sf, UE8M0, None, index, prologue)
+    assert not q[~live].view(torch.uint8).any() and not sf[~live].any()
+    sources = index[live].long()
+    product = sigmoid_product(gate[sources], up[sources], beta=-1.0, factors=weight[live])
+    rows = sf.new_empty((1, 4)).t().copy_(sf[live])
+    assert_quantized_within(q[live], rows, UE8M0, product)

@@ -1,0 +1,103 @@
+"""float32 arithmetic of the kernels, where approximate instructions err as far as they may."""
+
+import cuda.bindings.driver as cuda
+import cutlass.cute as cute
+import numpy as np
+import pytest
+import torch
+from cutlass import Float32
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from cute_quant.emulator import EmulatedKernel, isa
+from cute_quant.emulator.host import C_COMPILER
+from cute_quant.kernels import arithmetic
+from cute_quant.kernels.encodings import registers
+
+pytestmark = pytest.mark.skipif(C_COMPILER is None, reason="needs a C compiler")
+
+THREADS = 256
+
+
+class Apply:
+    """Compute y = function(x), one element per thread."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def signature(self):
+        n = cute.sym_int32(divisibility=THREADS)
+        vector = make_fake_tensor(Float32, (n,), stride=(1,))
+        return vector, vector, make_fake_stream(use_tvm_ffi_env_stream=True)
+
+    @cute.jit
+    def __call__(self, mX: cute.Tensor, mY: cute.Tensor, stream: cuda.CUstream):
+        self.kernel(mX, mY).launch(
+            grid=[mX.shape[0] // THREADS, 1, 1], block=[THREADS, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, mX: cute.Tensor, mY: cute.Tensor):
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        i = block * THREADS + thread
+        mY[i] = self.function(mX[i])
+
+
+def sigmoid(factor=None):
+    """Return the sigmoid of one element."""
+
+    def of_one(x: Float32) -> Float32:
+        rX = cute.make_rmem_tensor(1, Float32)
+        rX[0] = x
+        alpha = None if factor is None else arithmetic.SigmoidFactor(Float32(factor))
+        return registers(arithmetic.sigmoid(rX.load(), alpha))[0]
+
+    return of_one
+
+
+def apply(function, x, directory, arch="sm_100a"):
+    y = torch.full_like(x, torch.nan)
+    EmulatedKernel(Apply(function), arch, directory)(x, y, outputs=(y,))
+    return y
+
+
+def floats(count, low, high):
+    """Return float32 of random mantissas between two powers of two."""
+    generator = torch.Generator().manual_seed(count)
+    exponents = torch.randint(low, high, (count,), generator=generator)
+    return torch.ldexp(1 + torch.rand(count, generator=generator), exponents).float()
+
+
+@pytest.mark.parametrize("step", [-1, 0, 1])
+def test_reciprocal_is_rounded_whatever_its_estimate(step, tmp_path, monkeypatch):
+    """The instruction is off by up to one unit of the last place."""
+
+    def off(a):
+        estimate = np.float32(1.0) / a
+        return (estimate.view(np.int32) + step).view(np.float32)
+
+    opcode = "rcp.approx.ftz.f32"
+    monkeypatch.setitem(isa.OPERATIONS, opcode, isa.OPERATIONS[opcode]._replace(compute=off))
+    x = floats(4096, -100, 100)
+    assert torch.equal(apply(arithmetic.reciprocal, x, tmp_path), 1.0 / x)
+
+
+@pytest.mark.parametrize("largest", [448.0, 57344.0, 127.0])
+def test_quotient_is_rounded(largest, tmp_path):
+    x = floats(4096, -100, 100)
+    quotients = apply(lambda a: arithmetic.quotient(a, largest), x, tmp_path)
+    assert torch.equal(quotients, x / largest)
+
+
+@pytest.mark.parametrize("factor", [None, 1.702, -3.3])
+def test_sigmoid(factor, tmp_path):
+    """However large its argument, the error is that of a few roundings."""
+    sign = torch.tensor([1.0, -1.0]).repeat(2048)
+    x = floats(4096, -10, 7) * sign
+    x[:8] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e30, -1e30, 200.0, -200.0])
+    actual = apply(sigmoid(factor), x, tmp_path).double()
+    alpha = torch.tensor(1.0 if factor is None else factor, dtype=torch.float32).double()
+    exact = torch.sigmoid(alpha * x.double())
+    error = (actual - exact).abs()
+    assert (error <= exact * 4 * 2.0**-24 + 2.0**-126).all(), x[(error / exact).argmax()]
+    assert (actual <= 1).all()

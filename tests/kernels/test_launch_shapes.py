@@ -1,0 +1,106 @@
+"""Launch shapes: each choice at both sides of where it changes."""
+
+import pytest
+import torch
+
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8
+from cute_quant.kernels import heuristics
+from cute_quant.kernels.config import DEFAULT_TILE, MAX_GRID_Y
+from cute_quant.kernels.heuristics import TWO_ROWS, TWO_ROWS_FROM
+
+SMS = 132
+
+
+def tile(rows, k, fmt=DEEP_GEMM, masked=False):
+    return heuristics.shape(1, rows, k, fmt, masked, SMS).tile
+
+
+def test_a_thread_takes_two_rows_of_large_matrices():
+    k = 4096
+    rows = TWO_ROWS_FROM * SMS // k
+    assert tile(rows, k) == DEFAULT_TILE
+    assert tile(rows + 1, k) == TWO_ROWS
+    assert tile(rows + 1, k, masked=True) == DEFAULT_TILE
+    assert tile(rows + 1, k, ROWWISE_FP8) == DEFAULT_TILE
+    assert heuristics.shape(2, rows // 2 + 1, k, DEEP_GEMM, False, SMS).tile == TWO_ROWS
+
+
+@pytest.mark.parametrize(("k", "two"), [(4096, True), (4112, False), (4128, True), (4104, False)])
+def test_the_lanes_that_store_scales_of_two_rows_have_columns(k, two):
+    """A row that ends within the values of two lanes has one that stores no scale."""
+    assert (tile(2048, k) == TWO_ROWS) == two
+
+
+def test_two_rows_need_two_lanes_of_a_group():
+    assert tile(2048, 4096, DEEP_GEMM.replace(group_size=32)) == TWO_ROWS
+    assert tile(2048, 4096, DEEP_GEMM.replace(group_size=16)) == DEFAULT_TILE
+
+
+@pytest.mark.parametrize(
+    ("fmt", "rows", "tall"),
+    [
+        (DEEP_GEMM, 4 * MAX_GRID_Y, False),
+        (DEEP_GEMM, 4 * MAX_GRID_Y + 1, True),
+        (MXFP8, 4 * MAX_GRID_Y - 124, False),
+        # The rows of a block of scales are counted, which are more than those of x.
+        (MXFP8, 4 * MAX_GRID_Y - 123, True),
+    ],
+    ids=str,
+)
+def test_rows_past_a_dimension_of_the_grid(fmt, rows, tall):
+    assert heuristics.shape(1, rows, 16, fmt, False, SMS).tall == tall
+
+
+def test_ctas_of_masked_experts():
+    """At least 16 for each multiprocessor, but no more than there are tiles."""
+    assert heuristics.shape(8, 4096, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 19
+    assert heuristics.shape(8, 16, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 4
+    assert heuristics.shape(8, 4096, 7168, ROWWISE_FP8, True, SMS).row_ctas == 8 * 264
+    assert heuristics.shape(2**16, 64, 128, DEEP_GEMM, True, SMS).row_ctas == MAX_GRID_Y
+    assert heuristics.shape(0, 64, 128, DEEP_GEMM, True, SMS).row_ctas == 0
+
+
+def test_tiles_of_gates_and_ups():
+    by_arch = [
+        heuristics.silu_shape(1, 64, 2048, DEEP_GEMM, False, SMS, arch).tile
+        for arch in ("sm_90a", "sm_100a")
+    ]
+    assert [tile.values_per_thread for tile in by_arch] == [8, 16]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "k", "tiles_per_thread", "max_warps", "row_warps"),
+    [
+        (DEEP_GEMM, 512, 1, 1, 4),
+        (DEEP_GEMM, 513, 1, 2, 2),
+        (DEEP_GEMM, 1024, 1, 2, 2),
+        (DEEP_GEMM, 1536, 1, 4, 1),
+        (DEEP_GEMM, 2560, 1, 8, 1),
+        (DEEP_GEMM, 4608, 1, 16, 1),
+        (DEEP_GEMM, 8192, 1, 16, 1),
+        (DEEP_GEMM, 8193, 2, 16, 1),
+        (DEEP_GEMM, 16385, 4, 16, 1),
+        # A word of packed scales whose last bytes another warp writes.
+        (DEEP_GEMM.replace(group_size=256), 512, 1, 2, 2),
+        (DEEP_GEMM_SM90.replace(group_size=256), 512, 1, 1, 4),
+        (DEEP_GEMM.replace(group_size=256), 8000, 1, 16, 1),
+        (ROWWISE_FP8, 8192, 1, 16, 1),
+    ],
+    ids=str,
+)
+def test_warps_of_a_norm(fmt, k, tiles_per_thread, max_warps, row_warps):
+    shape = heuristics.norm_shape(1, 64, k, fmt, False, SMS)
+    assert (shape.tiles_per_thread, shape.max_warps) == (tiles_per_thread, max_warps)
+    assert shape.tile.row_warps == row_warps and not shape.tall
+
+
+def test_ctas_of_masked_norms():
+    assert heuristics.norm_shape(8, 4096, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 264
+    assert heuristics.norm_shape(8, 9, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 12
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nbytes"), [(torch.float8_e4m3fn, 16), (torch.bfloat16, 32), (torch.float32, 32)]
+)
+def test_bytes_of_a_store(dtype, nbytes):
+    assert heuristics.store_bytes(DEFAULT_TILE, dtype) == nbytes

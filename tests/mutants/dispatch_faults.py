@@ -1,0 +1,289 @@
+"""Faults in plans, launches and operators."""
+
+from tests.mutants.fault import Fault
+
+PLAN = "dispatch/plan.py"
+LAUNCH = "dispatch/launch.py"
+TORCH_OPS = "dispatch/torch_ops.py"
+
+ON_INPUTS = "tests/contract/test_inputs.py"
+ON_CHECKS = "tests/contract/test_checks.py"
+ON_PLAN = "tests/dispatch/test_plan.py"
+ON_LAUNCH = "tests/dispatch/test_launch.py"
+ON_TORCH_OPS = "tests/dispatch/test_torch_ops.py"
+ON_OPERATORS = "tests/dispatch/test_gradients.py"
+ON_QUANTIZE_KERNEL = "tests/kernels/test_quantize.py"
+
+FAULTS = [
+    Fault(
+        "plan-alignment-of-a-batch",
+        PLAN,
+        "for stride in view.strides[:-1]))",
+        "for stride in view.strides[-2:-1]))",
+        [f"{ON_PLAN}::test_loads_are_as_wide_as_the_matrices_of_a_batch_are_aligned"],
+    ),
+    Fault(
+        "plan-alignment-of-an-address",
+        PLAN,
+        "return math.gcd(limit, address, *(",
+        "return math.gcd(limit, *(",
+        [f"{ON_PLAN}::test_loads_are_as_wide_as_x_is_aligned"],
+    ),
+    Fault(
+        "plan-alignment-of-ups",
+        PLAN,
+        "LOAD_BYTES if prologue.interleaved else math.gcd(LOAD_BYTES, k * dtype.itemsize)",
+        "LOAD_BYTES",
+        [f"{ON_PLAN}::test_loads_are_as_wide_as_the_ups_are_aligned"],
+    ),
+    Fault(
+        "plan-alignment-of-weights",
+        PLAN,
+        "load_bytes = math.gcd(LOAD_BYTES, prologue.weight.data_ptr())",
+        "load_bytes = LOAD_BYTES",
+        [f"{ON_PLAN}::test_loads_are_as_wide_as_what_lies_beside_x_is_aligned"],
+    ),
+    Fault(
+        "plan-alignment-of-a-residual",
+        PLAN,
+        "load_bytes = alignment(t.data_ptr(), view, t.element_size(), load_bytes)",
+        "pass",
+        [f"{ON_PLAN}::test_loads_are_as_wide_as_what_lies_beside_x_is_aligned"],
+    ),
+    Fault(
+        "plan-offset-of-0",
+        PLAN,
+        "prologue.weight_offset or -0.0",
+        "prologue.weight_offset",
+        [f"{ON_PLAN}::test_no_offset_keeps_the_sign_of_a_weight"],
+    ),
+    Fault(
+        "plan-bound-not-rounded",
+        PLAN,
+        "reference.clamp_limit(prologue, dtype)",
+        "prologue.clamp",
+        [f"{ON_PLAN}::test_numbers_of_a_gated_activation"],
+    ),
+    Fault(
+        "plan-eps-and-offset-swapped",
+        PLAN,
+        "numbers = prologue.eps, prologue.weight_offset or -0.0",
+        "numbers = prologue.weight_offset or -0.0, prologue.eps",
+        [f"{ON_PLAN}::test_numbers_of_a_norm"],
+    ),
+    Fault(
+        "plan-alpha-and-beta-swapped",
+        PLAN,
+        "numbers = bound, prologue.alpha, prologue.beta",
+        "numbers = bound, prologue.beta, prologue.alpha",
+        [f"{ON_PLAN}::test_numbers_of_a_gated_activation"],
+    ),
+    Fault(
+        "plan-factors-of-the-first-matrix",
+        PLAN,
+        "return View((math.prod(weight.shape[:-1]), mn), (mn, 1))",
+        "return View((math.prod(weight.shape[:-1]), mn), (0, 1))",
+        [f"{ON_PLAN}::test_factors_of_a_batch_have_its_stride"],
+    ),
+    Fault(
+        "plan-scales-of-the-first-matrix",
+        PLAN,
+        "stride = scales.strides[-inner - 1] if shape.batch_shape else 0",
+        "stride = 0",
+        [f"{ON_PLAN}::test_kernels_take_a_batch_of_matrices"],
+    ),
+    Fault(
+        "plan-floor-of-the-default",
+        PLAN,
+        "numbers = row_alignment, launch.row_ctas, call.fmt.floor,",
+        "numbers = row_alignment, launch.row_ctas, fmt.floor,",
+        [
+            f"{ON_CHECKS}::test_plans_are_kept_for_what_they_hold",
+            f"{ON_QUANTIZE_KERNEL}::test_no_min_scale",
+        ],
+    ),
+    Fault(
+        "plan-alignment-of-groups",
+        PLAN,
+        "row_alignment = 1 if rows is None else rows.alignment",
+        "row_alignment = 1",
+        [f"{ON_PLAN}::test_plans_are_of_the_alignment_of_groups"],
+    ),
+    Fault(
+        "plan-padding-of-scales-not-counted",
+        PLAN,
+        "sf_bytes=math.prod(padded) * fmt.sf_dtype.itemsize,",
+        "sf_bytes=math.prod(sf_view.shape) * fmt.sf_dtype.itemsize,",
+        [f"{ON_PLAN}::test_memory_of_results_counts_their_padding"],
+    ),
+    Fault(
+        "plan-rows-of-a-short-row",
+        PLAN,
+        "ragged=k % launch.tile.values_per_thread != 0,",
+        "ragged=False,",
+        [f"{ON_QUANTIZE_KERNEL}::test_formats"],
+    ),
+    Fault(
+        "plan-stride-of-a-single-row",
+        PLAN,
+        "    if rows <= 1 and (",
+        "    if False and (",
+        [f"{ON_PLAN}::test_the_stride_of_a_single_row_does_not_matter"],
+    ),
+    Fault(
+        "launch-key-without-alignment",
+        LAUNCH,
+        "t.requires_grad, aligned",
+        "t.requires_grad",
+        [f"{ON_PLAN}::test_plans_are_of_the_alignment_of_all_tensors"],
+    ),
+    Fault(
+        "launch-key-without-alignment-of-q",
+        LAUNCH,
+        "(fmt, *map(_looks, (x, q, sf, index)))",
+        "(fmt, q if q is None else q.shape, *map(_looks, (x, sf, index)))",
+        [f"{ON_PLAN}::test_plans_are_of_the_alignment_of_all_tensors"],
+    ),
+    Fault(
+        "launch-key-without-index",
+        LAUNCH,
+        "(fmt, *map(_looks, (x, q, sf, index)))",
+        "(fmt, index is None, *map(_looks, (x, q, sf)))",
+        [f"{ON_PLAN}::test_plans_are_of_the_shape_of_an_index"],
+    ),
+    Fault(
+        "launch-key-without-device",
+        LAUNCH,
+        "t.dtype, t.device, t.is_neg()",
+        "t.dtype, t.is_neg()",
+        [f"{ON_PLAN}::test_plans_are_of_a_device"],
+    ),
+    Fault(
+        "launch-key-without-alignment-of-groups",
+        LAUNCH,
+        "key += (rows.kind, alignment, type(alignment), _looks(rows.data))",
+        "key += (rows.kind, _looks(rows.data))",
+        [f"{ON_PLAN}::test_plans_are_of_the_alignment_of_groups"],
+    ),
+    Fault(
+        "launch-key-without-options",
+        LAUNCH,
+        "key += (type(prologue), prologue.options, *map(_looks, tensors))",
+        "key += (type(prologue), *map(_looks, tensors))",
+        [f"{ON_CHECKS}::test_plans_tell_prologues_apart"],
+    ),
+    Fault(
+        "launch-recent-q-of-any-alignment",
+        LAUNCH,
+        "and recent.q_offset == q.data_ptr() % STORE_BYTES",
+        "and True",
+        [f"{ON_PLAN}::test_plans_are_of_the_alignment_of_all_tensors"],
+    ),
+    Fault(
+        "launch-recent-x-of-any-alignment",
+        LAUNCH,
+        "recent.matches(x) and recent.x_offset == x.data_ptr() % LOAD_BYTES:",
+        "recent.matches(x):",
+        [f"{ON_CHECKS}::test_plans_tell_alignments_apart"],
+    ),
+    Fault(
+        "launch-recent-overlap",
+        LAUNCH,
+        "(q_start < end and start < q_end)",
+        "(q_start < start and end < q_end)",
+        [f"{ON_PLAN}::test_recent_calls_overlap_nothing"],
+    ),
+    Fault(
+        "launch-autograd-of-a-warm-call",
+        LAUNCH,
+        "increment_version((q, sf))",
+        "pass",
+        [f"{ON_PLAN}::test_autograd_knows_what_is_written"],
+    ),
+    Fault(
+        "launch-autograd-of-a-call",
+        LAUNCH,
+        "    # Autograd refuses to use what it saved of them.\n    increment_version(written)",
+        "    pass",
+        [f"{ON_PLAN}::test_autograd_knows_what_is_written"],
+    ),
+    Fault(
+        "launch-tangents-of-values",
+        LAUNCH,
+        'check_no_tangents({"q": q, "sf": sf})',
+        "pass",
+        [f"{ON_PLAN}::test_there_are_no_tangents_of_values"],
+    ),
+    Fault(
+        "launch-missing-rows",
+        LAUNCH,
+        "    if plan.scale_rows > plan.mn:\n"
+        "        missing_rows = plan.scale_rows - last_column_rows(sf)\n"
+        "    further",
+        "    further",
+        [f"{ON_QUANTIZE_KERNEL}::test_more_rows_of_q"],
+    ),
+    Fault(
+        "launch-padding-on-the-cpu",
+        LAUNCH,
+        "sf_bytes = span(sf) + padding_rows * sf.element_size()",
+        "sf_bytes = span(sf)",
+        [
+            f"{ON_INPUTS}::test_outputs_overlap_nothing",
+            f"{ON_CHECKS}::test_out_overlaps",
+            f"{ON_PLAN}::test_memory_of_results_counts_their_padding_on_the_cpu",
+        ],
+    ),
+    Fault(
+        "launch-other-threads-are-bound",
+        LAUNCH,
+        "(captured := _captures.get(threading.get_ident()))",
+        "(captured := next(iter(_captures.values())))",
+        [f"{ON_LAUNCH}::test_other_threads_are_not_bound"],
+    ),
+    Fault(
+        "torch-ops-gradient-of-dequantize",
+        TORCH_OPS,
+        '    _refuse_gradients(dequantize, "dequantize", "q and sf")\n',
+        "",
+        [f"{ON_OPERATORS}::test_operators_have_no_gradient"],
+    ),
+    Fault(
+        "torch-ops-fake-dtype-of-dequantize",
+        TORCH_OPS,
+        "return q.new_empty(q.shape, dtype=dtype)",
+        "return q.new_empty(q.shape, dtype=torch.float32)",
+        [f"{ON_TORCH_OPS}::test_opcheck_dequantize"],
+    ),
+    Fault(
+        "torch-ops-fake-strides-of-scales",
+        TORCH_OPS,
+        "return x.new_empty_strided(sf_shape, fmt.scale_strides(*shape), dtype=fmt.sf_dtype)",
+        "return x.new_empty(sf_shape, dtype=fmt.sf_dtype)",
+        [f"{ON_TORCH_OPS}::test_fake_tensors_have_the_shapes_dtypes_and_strides"],
+    ),
+    Fault(
+        "torch-ops-residual-twice",
+        TORCH_OPS,
+        "residual = None if prologue.residual_out is prologue.residual else prologue.residual",
+        "residual = prologue.residual",
+        [f"{ON_TORCH_OPS}::test_compiled_residual_is_updated_in_place"],
+    ),
+    Fault(
+        "torch-ops-vmap",
+        TORCH_OPS,
+        "        _refuse_vmap(operator)",
+        "        pass",
+        [f"{ON_TORCH_OPS}::test_vmap_is_refused"],
+    ),
+    Fault(
+        "torch-ops-nothing-is-mutated",
+        TORCH_OPS,
+        'mutated = tuple(name for kind, name in words if "!" in kind)',
+        "mutated = ()",
+        [
+            f"{ON_TORCH_OPS}::test_autograd_knows_what_operators_write",
+            f"{ON_TORCH_OPS}::test_opcheck_out",
+        ],
+    ),
+]
