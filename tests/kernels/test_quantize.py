@@ -252,8 +252,9 @@ FLOAT32_16 = DEEP_GEMM_SM90.replace(group_size=16)
     ids=["row-major", "batch", "mn-major"],
 )
 def test_scales_past_32_bits(kernels, arch, fmt, batches, mn):
-    """More than 2^31 scales: run the block that has the last rows. All rows of x are one, and q has
-    so few that they hardly need memory.
+    """More than 2^31 scales: run the block that has the last rows.
+
+    All rows of x are one, and q has so few that they hardly need memory.
     """
     row = special_groups(1, 512, BF16, 1, fmt)
     x = row.expand(batches, mn, 512)
