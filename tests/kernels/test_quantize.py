@@ -453,3 +453,10 @@ def test_dequantize_scales_past_32_bits(gpu):
     far = torch.empty(step + 4, dtype=torch.int32).as_strided((2, 4, 1), (step, 1, 4))
     far.copy_(sf)
     check_dequantize(gpu, q, far, UE8M0, BF16)
+
+
+def test_several_blocks_of_scales(gpu):
+    """Two blocks along M, and two along k of which the second is one group wide."""
+    x = special_groups(130, 160, BF16, 1, MXFP8)
+    check(gpu, x, MXFP8)
+    check_dequantize(gpu, *quantize(x, MXFP8), MXFP8, BF16)
