@@ -833,6 +833,13 @@ def test_vmap_is_refused():
             torch.vmap(call)(t.unsqueeze(0))
 
 
+def test_vmap_of_operators_is_refused():
+    """Also where an operator is called by its name, as in a graph."""
+    x = torch.ones(2, 4, 128)
+    with pytest.raises(RuntimeError, match="vmap is not supported: quantize the batch as leading"):
+        torch.vmap(lambda t: operators.quantize(t, str(UE8M0)))(x)
+
+
 def test_jit_trace_is_refused():
     for _, t, call in calls_by_argument():
         with pytest.raises(

@@ -256,8 +256,9 @@ def test_rounding_that_is_not_there(gpu):
 
 
 def test_exponential_that_is_not_one(plant):
-    assert "expected" in plant(silu_mul, r"neg\.f32", "mov.b32")
-    assert "expected" in plant(silu_mul, r"ex2\.approx", "rsqrt.approx")
+    outside = r"AssertionError: (scales|q): "
+    assert re.match(outside, plant(silu_mul, r"neg\.f32", "mov.b32"))
+    assert re.match(outside, plant(silu_mul, r"ex2\.approx", "rsqrt.approx"))
 
 
 def test_gates_from_the_place_of_ups(plant):

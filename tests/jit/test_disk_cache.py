@@ -190,6 +190,8 @@ DAMAGES = {
     "record of numbers": lambda data: shared_objects.seal(data, {**RECORD, "key": KEY, "name": 1}),
     "record that is a list": lambda data: shared_objects.seal(data, [KEY]),
     "length of the record": lambda data: data[:-40] + bytes([data[-40] ^ 1]) + data[-39:],
+    "tampered at its start": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "another version": lambda data: data[:-48] + bytes([data[-48] ^ 1]) + data[-47:],
     "far too long a record": lambda data: data[:-40] + b"\xff" * 8 + data[-32:],
 }
 

@@ -9,7 +9,7 @@ import torch
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8, quantize
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
-from cute_quant.kernels.config import MAX_GRID_Y, Domain, QuantizeSpec, Tile
+from cute_quant.kernels.config import DOWN, MAX_GRID_Y, Domain, QuantizeSpec, Tile
 from tests import oracle
 from tests.helpers import (
     ARCHITECTURES,
@@ -254,25 +254,23 @@ FLOAT32_16 = DEEP_GEMM_SM90.replace(group_size=16)
 def test_scales_past_32_bits(kernels, arch, fmt, batches, mn):
     """More than 2^31 scales: run the block that has the last rows.
 
-    All rows of x are one, and q has so few that they hardly need memory.
+    An index makes one row of all, and q has so few rows that they hardly need memory.
     """
     row = special_groups(1, 512, BF16, 1, fmt)
-    x = row.expand(batches, mn, 512)
+    index = torch.zeros(batches, mn, dtype=torch.int32)
     q = poisoned_values(4, 512, "cpu", batch_shape=(batches,))
     sf = fmt.empty_scales((batches,), mn, 512, "cpu")
     assert sf.numel() > 2**31
-    tile = Tile(row_warps=32)
-    spec = QuantizeSpec(BF16, fmt, tile, Domain(batched=True))
-    last_tile = (mn // tile.rows - 1) % MAX_GRID_Y
+    tile = Tile(cta_order=DOWN)  # has no loop over rows
+    spec = QuantizeSpec(BF16, fmt, tile, Domain(gathered=True, batched=True))
     kernels.get(spec, arch)(
-        *(x, q, sf, None, None, 0, 1, 1, fmt.floor),
+        *(row, q, sf, None, index, 0, 1, 1, fmt.floor),
         outputs=(q, sf),
-        only=[(0, last_tile, batches - 1)],
+        only=[(mn // tile.rows - 1, 0, batches - 1)],
     )
     _, expected = quantize(row, fmt)
-    for i in range(last_tile, mn // tile.rows, MAX_GRID_Y):
-        written = sf[batches - 1, tile.rows * i :][: tile.rows].contiguous()
-        assert (written.view(torch.uint8) == expected.contiguous().view(torch.uint8)).all(), i
+    written = sf[batches - 1, -tile.rows :].contiguous().view(torch.uint8)
+    assert (written == expected.contiguous().view(torch.uint8)).all()
 
 
 # Batches
@@ -457,3 +455,10 @@ def test_dequantize_scales_past_32_bits(gpu):
     far = torch.empty(step + 4, dtype=torch.int32).as_strided((2, 4, 1), (step, 1, 4))
     far.copy_(sf)
     check_dequantize(gpu, q, far, UE8M0, BF16)
+
+
+def test_several_blocks_of_scales(gpu):
+    """Two blocks along M, and two along k of which the second is one group wide."""
+    x = special_groups(130, 160, BF16, 1, MXFP8)
+    check(gpu, x, MXFP8)
+    check_dequantize(gpu, *quantize(x, MXFP8), MXFP8, BF16)

@@ -6,6 +6,7 @@ Left out, since nothing that a caller sees depends on them:
 - slots of masked experts one too many: the tile past the last slot has no rows;
 - bits of an fp16 amax below its precision, which only the compare with the largest value reads;
 - 32 bits for scales in blocks, of which checks allow no more in a matrix;
+- the number of blocks along M in a layout, whose last mode no coordinate leaves;
 - batch strides of scales that are checked twice;
 - parents of a cache directory that does not exist yet, checked again when it is made;
 - a product of a row's weight in float64, rounded twice to the same float32;

@@ -706,7 +706,7 @@ FAULTS = [
         RMS_NORM,
         "amax = self.round(amax.bitcast(Float32) * factor)",
         "amax = amax.bitcast(Float32) * factor",
-        [f"{ON_NORM_KERNEL}::test_variants"],
+        [f"{ON_NORM_KERNEL}::test_formats"],
     ),
     Fault(
         "norm-square-of-the-first-tile",
@@ -730,11 +730,11 @@ FAULTS = [
         [f"{ON_QUANTIZE_KERNEL}::test_dequantize"],
     ),
     Fault(
-        "dequantize-rows-of-blocks",
-        DEQUANTIZE,
-        "cute.round_up(mn, BLOCK_ROWS), groups)",
-        "mn, groups)",
-        [f"{ON_QUANTIZE_KERNEL}::test_dequantize"],
+        "layouts-groups-of-dequantized-blocks",
+        LAYOUTS,
+        "groups = cute.round_up(groups, BLOCK_GROUPS)",
+        "pass",
+        [f"{ON_QUANTIZE_KERNEL}::test_several_blocks_of_scales"],
     ),
     Fault(
         "dequantize-value-past-the-row",
