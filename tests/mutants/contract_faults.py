@@ -305,7 +305,7 @@ FAULTS = [
     Fault(
         "formats-strides-without-elements",
         FORMATS,
-        "rows, columns = max(rows, 1), max(columns, 1)",
+        "rows, columns = _larger(rows, 1), _larger(columns, 1)",
         "pass",
         [f"{ON_PLAN}::test_results_without_elements_have_the_strides_of_torch"],
     ),
@@ -470,8 +470,8 @@ FAULTS = [
     Fault(
         "checks-tiles-of-a-norm",
         CHECKS,
-        "rows_per_tile = 1 if isinstance(prologue, RmsNorm) else ROWS_PER_TILE",
-        "rows_per_tile = ROWS_PER_TILE",
+        "tile_rows = 1 if isinstance(prologue, RmsNorm) else MIN_TILE_ROWS",
+        "tile_rows = MIN_TILE_ROWS",
         [f"{ON_TENSORS}::test_most_rows_of_experts"],
     ),
     Fault(
