@@ -371,6 +371,13 @@ def test_masked_experts_of_several_chunks(kernels, arch):
         check(Gpu(kernels, arch, sms=2), x[:last], UE8M0, rows=Masked(counts[:last]))
 
 
+def test_ctas_that_are_no_multiple_of_the_experts(kernels, arch):
+    """The last CTA has no tile to itself, and shares the others."""
+    counts = torch.tensor([9, 2, 9], dtype=torch.int32)
+    gpu = Gpu(kernels, arch, row_ctas=4)
+    check(gpu, batch((3, 9), 128, BF16, UE8M0), UE8M0, rows=Masked(counts))
+
+
 @on_mixed(1)
 def test_prefix_sums(kernels, arch, mixed):
     """Ends that are in no order, negative, or past the rows; none at all, and more than a warp."""

@@ -40,6 +40,13 @@ FAULTS = [
         [f"{ON_QUANTIZE_KERNEL}::test_masked"],
     ),
     Fault(
+        "scheduler-tile-of-two-ctas",
+        SCHEDULER,
+        "if row_tile < problem.dedicated_tiles:",
+        "if row_tile <= problem.dedicated_tiles:",
+        [f"{ON_QUANTIZE_KERNEL}::test_ctas_that_are_no_multiple_of_the_experts"],
+    ),
+    Fault(
         "scheduler-tiles-of-an-expert-rounded-down",
         SCHEDULER,
         "tiles = Int32((rows + (self.tile.rows - 1)) // self.tile.rows)",
