@@ -323,6 +323,7 @@ def test_fakes_of_all_rows(fmt, device):
         assert y.shape == real[0].shape and y.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @every_layout
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_all_rows(dynamic, fmt, device):
@@ -358,6 +359,7 @@ def test_compile_all_rows(dynamic, fmt, device):
             assert result.stride() == expected.stride()
 
 
+@pytest.mark.slow
 @every_layout
 @pytest.mark.parametrize("given", ["both", "q", "sf"])
 def test_compile_with_any_out(given, fmt, device):
@@ -586,6 +588,7 @@ def test_fakes_of_prologues_are_checked():
             silu_mul_quantize(x, check=True)
 
 
+@pytest.mark.slow
 @every_call
 @some_layouts
 @pytest.mark.parametrize("dynamic", [False, True])

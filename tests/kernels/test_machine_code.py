@@ -43,6 +43,7 @@ every_number_of_rows = pytest.mark.parametrize("rows", [1, 2])
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
 
+@pytest.mark.slow
 @every_arch
 @every_dtype
 @every_format

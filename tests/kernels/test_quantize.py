@@ -165,6 +165,7 @@ def _rotated() -> list[tuple]:
     return cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "mixed"), _rotated(), ids=lambda v: mixed_id(v) if isinstance(v, tuple) else v
 )
@@ -292,6 +293,7 @@ def test_batches(kernels, arch, mixed):
         check(gpu, x, fmt, q_strides=(10 * step, step))
 
 
+@pytest.mark.slow
 @on_mixed(0, MIXED[1:5])
 def test_more_rows_and_matrices_than_the_grid_counts(kernels, arch, mixed):
     dtype, fmt, k = mixed
@@ -303,6 +305,7 @@ def test_more_rows_and_matrices_than_the_grid_counts(kernels, arch, mixed):
     check(gpu, special_groups(9, k, dtype, 1, fmt), fmt, index=numbers((21,), -3, 12, seed=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "rows_per_thread"), [("sm_100a", 2), ("sm_90a", 1)])
 def test_more_rows_than_the_grid_counts(kernels, arch, rows_per_thread):
     """The limit that is: run blocks whose rows lie at the edges."""

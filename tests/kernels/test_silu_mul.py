@@ -43,6 +43,7 @@ def test_variants(gpu, variant):
         check_silu_mul(gpu, mn, k, UE8M0, extra_rows=mn % 3, last_padding=k != 128, **variant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_ragged_rows(gpu, variant):
     for mn in (1, 5):
@@ -53,6 +54,7 @@ def test_long_rows(gpu):
     check_silu_mul(gpu, 5, 7168, UE8M0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "fmt", "k"), FORMATS, ids=str)
 def test_formats(gpu, dtype, fmt, k):
     for variant in ("weighted", "all"):
