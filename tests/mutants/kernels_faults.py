@@ -24,6 +24,8 @@ ON_ARITHMETIC = "tests/kernels/test_arithmetic.py"
 ON_SILU_KERNEL = "tests/kernels/test_silu_mul.py"
 ON_NORM_KERNEL = "tests/kernels/test_rms_norm.py"
 
+DEEPGEMM_CASE = "sm_100a-e4m3:128:float32:mn_major:numerics=deepgemm-torch.bfloat16"
+
 FAULTS = [
     Fault(
         "scheduler-last-chunk-of-experts",
@@ -65,7 +67,7 @@ FAULTS = [
         SCHEDULER,
         "rows_to_write = cutlass.max(rows_to_write, scales.rows)",
         "rows_to_write = cutlass.max(rows_to_write, q.rows)",
-        [f"{ON_QUANTIZE_KERNEL}::test_formats"],
+        [f"{ON_QUANTIZE_KERNEL}::test_formats[sm_100a-float16-e5m2:32:e8m0:128x4-1000]"],
     ),
     Fault(
         "scheduler-matrices-past-the-grid",
@@ -250,7 +252,7 @@ FAULTS = [
         STAGE,
         "padded = cute.round_up(groups, self.groups_per_unit)",
         "padded = groups",
-        [f"{ON_QUANTIZE_KERNEL}::test_formats"],
+        [f"{ON_QUANTIZE_KERNEL}::test_formats[sm_100a-float16-e5m2:256:e8m0:mn_major_packed-16]"],
     ),
     Fault(
         "stage-exact-products-of-rounded-scales",
@@ -453,7 +455,7 @@ FAULTS = [
         SCALES,
         "if const_expr(reciprocal_of_max):",
         "if const_expr(False):",
-        [f"{ON_QUANTIZE_KERNEL}::test_every_pattern_as_amax"],
+        [f"{ON_QUANTIZE_KERNEL}::test_every_pattern_as_amax[{DEEPGEMM_CASE}]"],
     ),
     Fault(
         "encodings-rounded-twice",
@@ -566,7 +568,7 @@ FAULTS = [
         QUANTIZE,
         "amax = scaling.larger(stage.dtype)(amax, scaling.thread_amax(tXrV))",
         "amax = scaling.thread_amax(tXrV)",
-        [f"{ON_QUANTIZE_KERNEL}::test_formats"],
+        [f"{ON_QUANTIZE_KERNEL}::test_formats[sm_90a-float32-int8:row:e8m0:mn_major_packed-1000]"],
     ),
     Fault(
         "quantize-second-row-from-the-first",
@@ -636,7 +638,7 @@ FAULTS = [
         SILU_MUL,
         "wide = [cute.make_tensor(wide[0].iterator + i, every_other) for i in range(2)]",
         "wide = [cute.make_tensor(wide[0].iterator + 1 - i, every_other) for i in range(2)]",
-        [f"{ON_SILU_KERNEL}::test_variants"],
+        [f"{ON_SILU_KERNEL}::test_variants[sm_100a-interleaved]"],
     ),
     Fault(
         "norm-offset-of-dead-rows",
@@ -699,14 +701,14 @@ FAULTS = [
         RMS_NORM,
         "return [self.round(value) for value in sums]",
         "return sums",
-        [f"{ON_NORM_KERNEL}::test_variants"],
+        [f"{ON_NORM_KERNEL}::test_variants[sm_100a-all]"],
     ),
     Fault(
         "norm-row-amax-of-a-warp",
         RMS_NORM,
         "amaxes = [arithmetic.thread_max(maxima.load())] * self.spec.tiles_per_thread",
         "amaxes = amaxes * self.spec.tiles_per_thread",
-        [f"{ON_NORM_KERNEL}::test_formats"],
+        [f"{ON_NORM_KERNEL}::test_formats[sm_100a-torch.bfloat16-e4m3:row:float32:row_major-1040]"],
     ),
     Fault(
         "norm-amax-not-rounded",
