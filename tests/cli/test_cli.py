@@ -331,6 +331,7 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "multiprocessors", lambda index: 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
     asked = []
@@ -527,6 +528,7 @@ def test_layout_show(tmp_path):
     assert "<svg" in file.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [["cute_quant", "layout"], ["cute_quant.lab"]])
 def test_layout_show_to_who_reads_no_more(module):
     read, write = os.pipe()

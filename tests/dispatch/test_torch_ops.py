@@ -608,6 +608,7 @@ def test_compiled_prologues(dynamic, fmt, call, device):
             assert_same_bits(result, wanted)
 
 
+@pytest.mark.slow
 @some_layouts
 @pytest.mark.parametrize("given", ["both", "q", "sf"])
 def test_compiled_prologues_with_out(given, fmt, device):
@@ -743,6 +744,7 @@ def test_exported_programs_are_saved_and_loaded(name, fmt):
         assert_same_bits(t, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", [MXFP8, DEEP_GEMM.replace(scale_layout="row_major")], ids=str)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_graphs_compute_with_bytes_of_scales(dynamic, fmt, device):

@@ -145,6 +145,7 @@ def test_this_suite_leaves_the_cache_of_the_user_alone(tmp_path):
     assert disk_cache.open_cache() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["mode", "variable"])
 def test_readonly(copy, how):
     before = only_entry(copy).stat().st_mtime_ns

@@ -79,6 +79,7 @@ def test_registers_and_shuffles_only(arch, dtype, fmt, rows):
     assert_in_registers(code)
 
 
+@pytest.mark.slow
 @every_arch
 @pytest.mark.parametrize("choices", VARIANTS.values(), ids=VARIANTS)
 def test_registers_only(arch, choices):
