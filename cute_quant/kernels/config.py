@@ -321,11 +321,13 @@ class DequantizeSpec(NamedTuple):
         fmt: of values and scales.
         dtype: of the result.
         access: to the values and the result.
+        pdl: as of a `QuantizeSpec`.
     """
 
     fmt: Format
     dtype: torch.dtype
     access: Access = WIDEST
+    pdl: bool = True
     kernel: str = "dequantize.Dequantize"
 
 

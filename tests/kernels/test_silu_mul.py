@@ -5,10 +5,16 @@ import torch
 
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8
 from cute_quant.contract.prologues import FUSED, make_silu_mul
-from tests.helpers import FLOAT32, UE8M0, poisoned_scales, poisoned_values
-from tests.kernels.cases import assert_quantized_within
+from tests.helpers import (
+    FLOAT32,
+    UE8M0,
+    assert_quantized_within,
+    poisoned_scales,
+    poisoned_values,
+)
 from tests.kernels.emulated_gpu import Gpu
-from tests.kernels.prologues import check_silu_mul, halves, sigmoid_product
+from tests.kernels.prologues import check_silu_mul, halves
+from tests.prologues import silu_bounds
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -77,9 +83,9 @@ def test_factors_of_rows_that_do_not_exist(gpu):
     prologue = make_silu_mul(interleaved=False, rounding=FUSED, weight=weight, **options)
     q = poisoned_values(6, k, "cpu")
     sf = poisoned_scales(UE8M0, 6, k, "cpu")
-    gpu.quantize(torch.cat((gate, up), 1), q, sf, UE8M0, None, index, prologue)
+    gate_up = torch.cat((gate, up), 1)
+    gpu.quantize(gate_up, q, sf, UE8M0, None, index, prologue)
     assert not q[~live].view(torch.uint8).any() and not sf[~live].any()
-    sources = index[live].long()
-    product = sigmoid_product(gate[sources], up[sources], beta=-1.0, factors=weight[live])
+    bounds = silu_bounds(gate_up[index[live].long()], weight[live], beta=-1.0)
     rows = sf.new_empty((1, 4)).t().copy_(sf[live])
-    assert_quantized_within(q[live], rows, UE8M0, product)
+    assert_quantized_within(q[live], rows, UE8M0, *bounds)
