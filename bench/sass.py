@@ -35,6 +35,7 @@ from cute_quant.kernels.config import (
     SiluMulSpec,
     Spec,
     Tile,
+    launched_on,
 )
 from cute_quant.kernels.heuristics import TWO_ROWS
 from cute_quant.lab.machine_code import MachineCode, disassemble, machine_code
@@ -91,10 +92,9 @@ def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
 
 def compiled(spec: Spec | Stream, arch: str) -> MachineCode:
     """Return the machine code of a kernel, a programmatic dependent where there are such."""
-    pdl = architectures.named(arch).pdl
     if isinstance(spec, Stream):
-        return disassemble(dataclasses.replace(spec, pdl=pdl), arch)
-    return machine_code(spec._replace(pdl=pdl), arch)
+        return disassemble(dataclasses.replace(spec, pdl=architectures.named(arch).pdl), arch)
+    return machine_code(launched_on(spec, arch), arch)
 
 
 def bytes_per_warp(spec: Spec | Stream) -> int:

@@ -14,7 +14,7 @@ from cute_quant.contract.dtypes import INPUT_DTYPES
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90, Format, all_formats
 from cute_quant.contract.prologues import MAX_NORM_COLUMNS
 from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
-from cute_quant.kernels import architectures, heuristics
+from cute_quant.kernels import heuristics
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
     DENSE_ROWS,
@@ -26,6 +26,7 @@ from cute_quant.kernels.config import (
     SiluMulSpec,
     Spec,
     Tile,
+    launched_on,
 )
 
 DEEPGEMM_FORMATS = (DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90)
@@ -123,8 +124,7 @@ def _rms_norm(fmt: Format) -> list[Spec]:
 
 def _launched_on(arch: str, specs: Iterable[Spec]) -> list[Spec]:
     """Return the specs as calls on an architecture have them, each once."""
-    pdl = architectures.named(arch).pdl
-    return list(dict.fromkeys(spec._replace(pdl=pdl) for spec in specs))
+    return list(dict.fromkeys(launched_on(spec, arch) for spec in specs))
 
 
 def deepgemm(arch: str) -> list[Spec]:

@@ -14,6 +14,7 @@ from cute_quant.contract.dtypes import LOAD_BYTES, STORE_BYTES
 from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
+from cute_quant.kernels import architectures
 
 LANES = 32
 """Threads of a warp."""
@@ -332,3 +333,8 @@ class DequantizeSpec(NamedTuple):
 
 
 Spec = QuantizeSpec | SiluMulSpec | RmsNormSpec | DequantizeSpec
+
+
+def launched_on(spec: Spec, arch: str) -> Spec:
+    """Return a spec as a call on an architecture has it: a programmatic dependent, if it can be."""
+    return spec._replace(pdl=architectures.named(arch).pdl)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cute_quant.kernels import architectures
-from cute_quant.kernels.config import LANES
+from cute_quant.kernels.config import LANES, launched_on
 from cute_quant.lab import assignment
 from cute_quant.lab.assignment import Request
 from cute_quant.lab.layout import Layout
@@ -63,7 +63,7 @@ def examine(layout: Layout, arch: str) -> Examination:
     architecture = architectures.named(arch)
     if architecture.gpu is None:
         raise ValueError(f"arch: expected one whose issue budget is known, got {arch!r}")
-    code = machine_code(layout.spec, arch)
+    code = machine_code(launched_on(layout.spec, arch), arch)
     tile, fmt = layout.tile, layout.fmt
     elements = tile.columns * tile.rows_per_thread
     scale_bytes = 1 if fmt.ue8m0 else fmt.sf_dtype.itemsize

@@ -823,7 +823,7 @@ FAULTS = [
     Fault(
         "heuristics-gates-and-ups-of-any-arch",
         HEURISTICS,
-        "tile = SILU_TILES.get(arch, DEFAULT_TILE)",
+        "tile = SILU_TILES[architectures.named(arch).widest_load]",
         "tile = DEFAULT_TILE",
         [f"{ON_LAUNCH_SHAPES}::test_tiles_of_gates_and_ups"],
     ),
