@@ -376,7 +376,7 @@ FAULTS = [
     Fault(
         "scales-half-of-the-pairs",
         SCALES,
-        "result = ptx.max_u16x2(result, result << 16 | result >> 16)",
+        "result = larger(dtype)(result, result << 16 | result >> 16)",
         "result = result",
         [f"{ON_QUANTIZE_KERNEL}::test_random_bits"],
     ),
@@ -769,8 +769,8 @@ FAULTS = [
     Fault(
         "heuristics-two-rows-of-a-batch",
         HEURISTICS,
-        "large = matrices * rows * k >= TWO_ROWS_FROM * sms",
-        "large = rows * k >= TWO_ROWS_FROM * sms",
+        "large = matrices * rows * k >= TWO_ROWS_FROM * full",
+        "large = rows * k >= TWO_ROWS_FROM * full",
         [f"{ON_LAUNCH_SHAPES}::test_a_thread_takes_two_rows_of_large_matrices"],
     ),
     Fault(
