@@ -48,8 +48,8 @@ def quantize(
     On a GPU this is one kernel on the current stream. It is compiled at the first call for a
     dtype, format and architecture; call it once before capturing it in a CUDA graph. It runs as a
     programmatic dependent of the kernel before; one launched so after it has to wait for it
-    (``griddepcontrol.wait``), as other kernels do anyway. On the CPU plain torch computes the same
-    bits. Gradients do not flow through it.
+    (``griddepcontrol.wait``), as other kernels do anyway. On the CPU, and on a GPU without FP8,
+    plain torch computes the same bits. Gradients do not flow through it.
 
     Args:
         x: (..., mn, k), bfloat16, float16 or float32, contiguous along k. Other strides are free, 0

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cute_quant.jit import aot_build, aot_presets, keys, lookup, progress, toolchain
+from cute_quant.kernels import architectures
 from cute_quant.kernels.config import Spec
 
 MAX_WORKERS = 8
@@ -34,12 +35,13 @@ MAX_WORKERS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    architectures = tuple(lookup.ARCHITECTURES.values())
+    families = tuple(family.name for family in architectures.FAMILIES)
     parser.add_argument(
         "--arch",
         action="append",
-        choices=architectures,
-        help="architecture of the GPU, may be given several times (default: all)",
+        choices=(*lookup.ARCHITECTURES.values(), *families),
+        help="architecture of the GPU, or a family of them (sm_100f, sm_120f), of which one object "
+        "serves every GPU; may be given several times (default: all architectures)",
     )
     parser.add_argument(
         "--preset",
@@ -78,10 +80,10 @@ def _path(text: str) -> Path:
 
 
 def run(options: argparse.Namespace) -> int:
-    architectures = dict.fromkeys(options.arch or lookup.ARCHITECTURES.values())
-    tasks = _tasks(architectures, options.preset, options.kernel)
+    targets = dict.fromkeys(options.arch or lookup.ARCHITECTURES.values())
+    tasks = _tasks(targets, options.preset, options.kernel)
     if options.list:
-        names = list(dict.fromkeys(keys.spec_name(spec) for spec, _ in tasks))
+        names = list(dict.fromkeys(_name(spec) for spec, _ in tasks))
         print(json.dumps(names, indent=1) if options.json else "\n".join(names))
         return 0
     if options.output is None:
@@ -106,20 +108,25 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _name(spec: Spec) -> str:
+    """Return the name of a kernel, the same where an architecture launches it without PDL."""
+    return keys.spec_name(spec._replace(pdl=True))
+
+
 def _tasks(
-    architectures: Iterable[str], names: list[str] | None, patterns: list[str] | None
+    targets: Iterable[str], names: list[str] | None, patterns: list[str] | None
 ) -> list[tuple[Spec, str]]:
     """Return the specs to build, each once; those of a preset may depend on the architecture."""
     if not names and not patterns:
         names = ["deepgemm"]
     tasks = [
         (spec, arch)
-        for arch in architectures
+        for arch in targets
         for name in names or ()
         for spec in aot_presets.PRESETS[name](arch)
     ]
-    every = [(s, arch) for arch in architectures if patterns for s in aot_presets.all_kernels(arch)]
-    names_of = {spec: keys.spec_name(spec) for spec, _ in every}
+    every = [(s, arch) for arch in targets if patterns for s in aot_presets.all_kernels(arch)]
+    names_of = {spec: _name(spec) for spec, _ in every}
     for pattern in patterns or ():
         matches = [task for task in every if fnmatch.fnmatchcase(names_of[task[0]], pattern)]
         if not matches:

@@ -14,8 +14,9 @@ import platform
 import torch
 
 from cute_quant import __version__
-from cute_quant.jit import aot_load, disk_cache, toolchain
+from cute_quant.jit import aot_load, disk_cache, lookup, toolchain
 from cute_quant.jit.lookup import ARCHITECTURES
+from cute_quant.kernels import architectures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,12 +62,14 @@ def _gpus() -> list[str]:
 
 
 def _gpu(index: int) -> str:
-    capability = torch.cuda.get_device_capability(index)
-    supported = ", ".join(f"{major}.{minor}" for major, minor in ARCHITECTURES)
-    named = f"cuda:{index} {torch.cuda.get_device_name(index)}, {capability[0]}.{capability[1]}"
-    if capability in ARCHITECTURES:
-        return f"{named}: supported, {ARCHITECTURES[capability]}"
-    return f"{named}: not supported, kernels exist for compute capability {supported}"
+    arch = lookup.find_architecture(index)
+    described = lookup.describe_device(index)
+    if arch is not None:
+        return f"{described}: path: kernels, {arch}"
+    return (
+        f"{described}: path: reference on the GPU, slowly: kernels are built for compute "
+        f"capability {architectures.supported()}"
+    )
 
 
 def _linker() -> str:

@@ -17,7 +17,8 @@ from cute_quant.contract.prologues import UNFUSED, RmsNorm, SiluMul
 from cute_quant.contract.rows import DENSE, Masked
 from cute_quant.contract.tensors import MAX_SIZE, flat_batch, span
 from cute_quant.jit import lookup
-from cute_quant.kernels import heuristics
+from cute_quant.kernels import architectures, heuristics
+from cute_quant.kernels.architectures import Architecture
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
     Access,
@@ -160,10 +161,11 @@ def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kerne
     """
     x, rows, index = call.x, call.rows, call.index
     arch = lookup.architecture(x.get_device())
+    architecture = architectures.named(arch)
     kind = DENSE if rows is None else rows.kind
     *batch_shape, q_rows, k = result.view.shape
     shape = ResultShape(tuple(batch_shape), q_rows, k)
-    launch = _launch_shape(call, shape, arch)
+    launch = _launch_shape(call, shape, architecture)
     domain = Domain(kind, index is not None, bool(batch_shape) or launch.tall)
     batched = domain.batched
     match call.prologue:
@@ -193,14 +195,15 @@ def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kerne
         ragged=k % launch.tile.values_per_thread != 0,
     )
     fmt = call.fmt.kernel_format
-    spec = prologue.spec_class(x.dtype, fmt, launch.tile, domain, access, **prologue.choices)
+    choices = {**prologue.choices, "pdl": architecture.pdl}
+    spec = prologue.spec_class(x.dtype, fmt, launch.tile, domain, access, **choices)
     row_alignment = 1 if rows is None else rows.alignment
     numbers = row_alignment, launch.row_ctas, call.fmt.floor, *prologue.numbers
     return Kernel(lookup.function(spec, arch), views if any(views) else None, numbers)
 
 
 def _launch_shape(
-    call: Call, shape: ResultShape, arch: str
+    call: Call, shape: ResultShape, architecture: Architecture
 ) -> heuristics.Shape | heuristics.NormShape:
     """Return tile and grid for the size of a call."""
     sms = lookup.multiprocessors(call.x.get_device())
@@ -208,9 +211,9 @@ def _launch_shape(
     size = math.prod(shape.batch_shape), shape.mn, shape.k, call.fmt, masked, sms
     match call.prologue:
         case None:
-            return heuristics.shape(*size)
+            return heuristics.shape(*size, architecture.warps)
         case SiluMul():
-            return heuristics.silu_shape(*size, arch)
+            return heuristics.silu_shape(*size, architecture.name)
         case RmsNorm():
             return heuristics.norm_shape(*size)
 
@@ -281,8 +284,9 @@ def choose_dequantize_kernel(
         alignment(y.data_ptr(), y_view, y.element_size(), store_bytes),
         ragged=q.shape[-1] % values != 0,
     )
-    spec = DequantizeSpec(fmt.kernel_format, y.dtype, access)
-    function = lookup.function(spec, lookup.architecture(q.get_device()))
+    arch = lookup.architecture(q.get_device())
+    spec = DequantizeSpec(fmt.kernel_format, y.dtype, access, architectures.named(arch).pdl)
+    function = lookup.function(spec, arch)
     return Dequantization(function, q_view, sf_view, y_view)
 
 

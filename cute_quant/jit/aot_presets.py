@@ -26,6 +26,7 @@ from cute_quant.kernels.config import (
     SiluMulSpec,
     Spec,
     Tile,
+    launched_on,
 )
 
 DEEPGEMM_FORMATS = (DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90)
@@ -121,10 +122,16 @@ def _rms_norm(fmt: Format) -> list[Spec]:
     ]
 
 
+def _launched_on(arch: str, specs: Iterable[Spec]) -> list[Spec]:
+    """Return the specs as calls on an architecture have them, each once."""
+    return list(dict.fromkeys(launched_on(spec, arch) for spec in specs))
+
+
 def deepgemm(arch: str) -> list[Spec]:
     """bf16 activations in front of the GEMMs of DeepGEMM: dense, batched and grouped."""
     grouped = (domain for domain in EXPERTS if not domain.gathered)
-    return _quantize((torch.bfloat16,), DEEPGEMM_FORMATS, (DENSE_ROWS, BATCH, *grouped))
+    dense = _quantize((torch.bfloat16,), DEEPGEMM_FORMATS, (DENSE_ROWS, BATCH, *grouped))
+    return _launched_on(arch, dense)
 
 
 def moe(arch: str) -> list[Spec]:
@@ -132,11 +139,12 @@ def moe(arch: str) -> list[Spec]:
     experts, and SwiGLU between their GEMMs, plain or as in gpt-oss."""
     formats = DEEPGEMM_FORMATS
     experts = (DENSE_ROWS, *(domain for domain in EXPERTS if not domain.gathered))
-    return [
+    specs = [
         *_quantize((torch.bfloat16,), formats, (DENSE_ROWS, *EXPERTS)),
         *(s for fmt in formats for domain in experts for s in _silu_mul(arch, fmt, domain)),
         *(spec for fmt in formats for spec in _rms_norm(fmt)),
     ]
+    return _launched_on(arch, specs)
 
 
 def _there_and_back(dtypes: Iterable[torch.dtype], formats: Iterable[Format]) -> list[Spec]:
@@ -163,7 +171,7 @@ def _there_and_back(dtypes: Iterable[torch.dtype], formats: Iterable[Format]) ->
 def of_each_kind(arch: str) -> list[Spec]:
     """Every kernel in bf16 and the formats of DeepGEMM."""
     others = _there_and_back((torch.bfloat16,), DEEPGEMM_FORMATS)
-    return list(dict.fromkeys([*deepgemm(arch), *moe(arch), *others]))
+    return _launched_on(arch, [*deepgemm(arch), *moe(arch), *others])
 
 
 def all_kernels(arch: str) -> list[Spec]:
@@ -171,7 +179,7 @@ def all_kernels(arch: str) -> list[Spec]:
     formats = all_formats()
     dense = _quantize(INPUT_DTYPES, formats, (DENSE_ROWS,))
     others = _there_and_back(INPUT_DTYPES, formats)
-    return list(dict.fromkeys([*of_each_kind(arch), *dense, *others]))
+    return _launched_on(arch, [*of_each_kind(arch), *dense, *others])
 
 
 PRESETS: dict[str, Callable[[str], list[Spec]]] = {
@@ -179,5 +187,4 @@ PRESETS: dict[str, Callable[[str], list[Spec]]] = {
     "moe": moe,
     "all": all_kernels,
 }
-"""Specs for an architecture, a value of `lookup.ARCHITECTURES`, by the name of what they are
-for."""
+"""Specs for a target of `architectures`, by the name of what they are for."""

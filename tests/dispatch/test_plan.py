@@ -47,6 +47,7 @@ def launched(monkeypatch) -> list[Launched]:
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(lookup, "architecture", lambda device: "sm_100a")
+    monkeypatch.setattr(lookup, "find_architecture", lambda device: "sm_100a")
     monkeypatch.setattr(lookup, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(lookup, "function", function)
     for name, empty in (("_plans", {}), ("_recent", []), ("_recent_out", [])):

@@ -2,6 +2,7 @@
 
 from tests.mutants.fault import Fault
 
+ARCHITECTURES = "kernels/architectures.py"
 HEURISTICS = "kernels/heuristics.py"
 SCHEDULER = "kernels/scheduler.py"
 ROW_DOMAINS = "kernels/row_domains.py"
@@ -17,6 +18,7 @@ SILU_MUL = "kernels/silu_mul.py"
 RMS_NORM = "kernels/rms_norm.py"
 DEQUANTIZE = "kernels/dequantize.py"
 
+ON_ARCHITECTURES = "tests/kernels/test_architectures.py"
 ON_LAUNCH_SHAPES = "tests/kernels/test_launch_shapes.py"
 ON_QUANTIZE_KERNEL = "tests/kernels/test_quantize.py"
 ON_LAYOUTS = "tests/kernels/test_layouts.py"
@@ -383,7 +385,7 @@ FAULTS = [
     Fault(
         "scales-half-of-the-pairs",
         SCALES,
-        "result = ptx.max_u16x2(result, result << 16 | result >> 16)",
+        "result = larger(dtype)(result, result << 16 | result >> 16)",
         "result = result",
         [f"{ON_QUANTIZE_KERNEL}::test_random_bits"],
     ),
@@ -776,8 +778,8 @@ FAULTS = [
     Fault(
         "heuristics-two-rows-of-a-batch",
         HEURISTICS,
-        "large = matrices * rows * k >= TWO_ROWS_FROM * sms",
-        "large = rows * k >= TWO_ROWS_FROM * sms",
+        "large = matrices * rows * k >= TWO_ROWS_FROM * full",
+        "large = rows * k >= TWO_ROWS_FROM * full",
         [f"{ON_LAUNCH_SHAPES}::test_a_thread_takes_two_rows_of_large_matrices"],
     ),
     Fault(
@@ -832,8 +834,99 @@ FAULTS = [
     Fault(
         "heuristics-gates-and-ups-of-any-arch",
         HEURISTICS,
-        "tile = SILU_TILES.get(arch, DEFAULT_TILE)",
+        "tile = SILU_TILES[architectures.named(arch).widest_load]",
         "tile = DEFAULT_TILE",
         [f"{ON_LAUNCH_SHAPES}::test_tiles_of_gates_and_ups"],
+    ),
+    Fault(
+        "heuristics-an-sm-of-64-warps",
+        HEURISTICS,
+        "full = sms * warps_per_sm / MAX_WARPS_PER_SM",
+        "full = sms",
+        [f"{ON_LAUNCH_SHAPES}::test_a_smaller_sm_is_full_sooner"],
+    ),
+    Fault(
+        "architectures-pdl-on-ada",
+        ARCHITECTURES,
+        "    pdl=False,",
+        "    pdl=True,",
+        [f"{ON_ARCHITECTURES}::test_instructions"],
+    ),
+    Fault(
+        "architectures-wide-loads-on-hopper",
+        ARCHITECTURES,
+        '"sm_90a", (9, 0), widest_load=16,',
+        '"sm_90a", (9, 0), widest_load=32,',
+        [f"{ON_ARCHITECTURES}::test_instructions"],
+    ),
+    Fault(
+        "architectures-family-of-a-later-major-version",
+        ARCHITECTURES,
+        "return capability[0] == self.capability[0] and capability >= self.capability",
+        "return capability >= self.capability",
+        [f"{ON_ARCHITECTURES}::test_the_closest_target_comes_first"],
+    ),
+    Fault(
+        "architectures-family-of-one-gpu",
+        ARCHITECTURES,
+        'return self.name.endswith("f")',
+        "return False",
+        [f"{ON_ARCHITECTURES}::test_the_closest_target_comes_first"],
+    ),
+    Fault(
+        "aot-load-family-before-the-architecture",
+        "jit/aot_load.py",
+        "for target in architectures.targets(arch))",
+        "for target in reversed(architectures.targets(arch)))",
+        ["tests/jit/test_families.py::test_a_gpu_takes_the_closest_object"],
+    ),
+    Fault(
+        "aot-load-no-family",
+        "jit/aot_load.py",
+        "for target in architectures.targets(arch))",
+        "for target in [arch])",
+        ["tests/jit/test_families.py::test_a_gpu_takes_the_closest_object"],
+    ),
+    Fault(
+        "plan-pdl-everywhere",
+        "dispatch/plan.py",
+        '"pdl": architecture.pdl}',
+        '"pdl": True}',
+        [f"{ON_ARCHITECTURES}::test_smoke[sm_89]"],
+    ),
+    Fault(
+        "plan-pdl-of-dequantize-everywhere",
+        "dispatch/plan.py",
+        "access, architectures.named(arch).pdl)",
+        "access)",
+        [f"{ON_ARCHITECTURES}::test_smoke[sm_89]"],
+    ),
+    Fault(
+        "ptx-product-plus-zero",
+        PTX,
+        "NEGATIVE_ZEROS = 0x80008000",
+        "NEGATIVE_ZEROS = 0",
+        [f"{ON_ARCHITECTURES}::test_smoke[sm_89]"],
+    ),
+    Fault(
+        "emulator-code-of-any-target",
+        "emulator/kernel.py",
+        "if self.program.kernel.target != arch:",
+        "if not arch:",
+        [f"{ON_ARCHITECTURES}::test_code_of_another_target_is_refused"],
+    ),
+    Fault(
+        "launch-warning-of-every-call",
+        "dispatch/launch.py",
+        "    _warn_of_reference(x.get_device())",
+        "    _warn_of_reference.__wrapped__(x.get_device())",
+        ["tests/dispatch/test_unsupported_gpu.py::test_one_warning_for_all_calls"],
+    ),
+    Fault(
+        "launch-kernels-on-every-gpu",
+        "dispatch/launch.py",
+        "    if lookup.find_architecture(x.get_device()) is not None:\n",
+        "    if x.is_cuda:\n",
+        ["tests/dispatch/test_unsupported_gpu.py::test_quantize"],
     ),
 ]
