@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host",
         choices=toolchain.HOSTS,
         default=platform.machine(),
-        help="processor of the machine with the GPU (default: as here); aarch64 is untested",
+        help="processor of the machine with the GPU (default: as here)",
     )
     parser.add_argument(
         "--runtime",
