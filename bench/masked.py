@@ -149,8 +149,15 @@ def difference(
     numbers: torch.Tensor,
     source: torch.Tensor,
 ) -> str:
-    """Return how results differ from those of the reference for `source`, which belong to the rows
-    `numbers`, counted over all matrices."""
+    """Describe how results differ from the reference, empty if they are equal.
+
+    Args:
+        q: values of the results.
+        sf: scales of the results.
+        fmt: format of both.
+        numbers: rows to compare, counted over all matrices.
+        source: input of these rows.
+    """
     mn, k = q.shape[-2:]
     expected_q, expected_sf = quantize(source.cpu(), fmt)
     actual_q = q.view(torch.uint8).flatten(0, -2)[numbers].cpu()
@@ -170,10 +177,14 @@ def quantizing(
     rows: Masked | PrefixSum | Indexed | None = None,
     index: torch.Tensor | None = None,
 ) -> Call:
-    """Return a call of `quantize` on these, into memory of its own.
+    """Return a call of `quantize` that writes memory of its own.
 
     Args:
-        live: (..., mn), which rows exist; all by default.
+        x: the input.
+        fmt: format of the results.
+        live: (..., mn), whether a row exists. By default all do.
+        rows: row domain of the call.
+        index: rows of `x` to gather.
     """
     *batch, mn, k = x.shape if index is None else (*index.shape, x.shape[-1])
     q = torch.empty((*batch, mn, k), dtype=fmt.values, device=DEVICE)
@@ -226,7 +237,7 @@ def streaming(nbytes: int) -> Call:
 
 
 def masked_cases(experts: int, max_m: int, k: int) -> Iterator[Case]:
-    """Yield cases with as many rows of each expert, and with uneven ones."""
+    """Yield cases with the same count of rows for each expert, and with uneven counts."""
     generator = torch.Generator().manual_seed(0)
     alone = torch.zeros(experts, dtype=torch.int64)
     alone[experts // 2] = max_m
@@ -335,8 +346,10 @@ def faked(mn: int, k: int) -> Call:
 
 
 def multiplied_back(mn: int, k: int) -> Call:
-    """Return a call of `dequantize`. Each result is kept until the next of the same buffer, so
-    that all have memory of their own."""
+    """Return a call of `dequantize`.
+
+    Each result is kept until the next one of the same buffer, so all have memory of their own.
+    """
     q, sf = quantize(random(mn, k))
     kept: list[torch.Tensor] = []
 
@@ -351,7 +364,7 @@ def multiplied_back(mn: int, k: int) -> Call:
 
 
 def different_rows(y: torch.Tensor, function: Callable, *inputs: torch.Tensor) -> str:
-    """Return how some rows of `y` differ from the reference's for the same rows of `inputs`."""
+    """Describe how sampled rows of `y` differ from the reference, empty if they are equal."""
     numbers = sample(torch.ones(len(y), dtype=torch.bool, device=y.device))
     rows = []
     for t in inputs:
@@ -366,7 +379,7 @@ def different_rows(y: torch.Tensor, function: Callable, *inputs: torch.Tensor) -
 
 
 def measure(case: Case) -> Result | str:
-    """Time a case, or say why not."""
+    """Time a case, or return the reason why it cannot be timed."""
     torch.cuda.empty_cache()
     memory = int(torch.cuda.mem_get_info()[0] * MEMORY_SHARE)
     fitting = memory // (case.allocation + (2 if case.dense else 1) * case.bytes)

@@ -77,8 +77,11 @@ def header_line(providers: Sequence[str]) -> str:
 
 
 def result_line(results: Results, mn: int, k: int, launch: str, providers: Sequence[str]) -> str:
-    """Return microseconds of each provider, their ratios to the ceiling's, and the bytes a second
-    of cute_quant."""
+    """Return a line of the table for a shape.
+
+    It has the microseconds of each provider with their ratio to the ceiling's, and the bandwidth
+    of cute_quant.
+    """
     found = [results.get(name, launch, mn, k) for name in providers]
     cells = "".join(f"{_cell(results, r):>{CELL}}" for r in found)
     spread = max((r.spread for r in found if r), default=0)
@@ -114,8 +117,10 @@ def origin_lines(machine: dict) -> list[str]:
 
 
 def table_lines(results: Results, columns: Sequence[int] | None = None) -> list[str]:
-    """Return tables, one for each k: microseconds and ratios, in brackets those with programmatic
-    dependent launch."""
+    """Return tables of microseconds and ratios, one for each k.
+
+    Times with programmatic dependent launch stand in brackets.
+    """
     names = _quantizers(results)
     lines = []
     for k in results.columns() if columns is None else columns:

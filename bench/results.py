@@ -63,7 +63,7 @@ class Results:
         return self._by_key.get((provider, launch, mn, k))
 
     def ratio(self, a: str, b: str, launch: str, mn: int, k: int) -> float | None:
-        """Time of provider `a` over that of `b`."""
+        """Return the time of provider `a` over that of `b`, or None if one was not measured."""
         over, under = self.get(a, launch, mn, k), self.get(b, launch, mn, k)
         return over.seconds / under.seconds if over and under else None
 

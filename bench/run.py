@@ -56,7 +56,19 @@ class Provider(Protocol):
 
 
 class Run:
-    """A run: its providers, and what is known so far."""
+    """A run of a benchmark.
+
+    Args:
+        program: command line without its arguments.
+        make_problem: function of rows and columns that makes the buffers of a shape.
+        providers: implementations to measure.
+        commit: name of the measured version, where there is no git to ask.
+
+    Attributes:
+        providers: those that have not failed so far.
+        results: results so far.
+        wrong: whether a provider of this package gave a wrong result.
+    """
 
     def __init__(
         self,
@@ -65,19 +77,13 @@ class Run:
         providers: Iterable[Provider],
         commit: str | None,
     ):
-        """
-        Args:
-            program: how it was called, without the arguments.
-            make_problem: of rows and columns.
-            commit: the measured version, where there is no git to ask.
-        """
         self.make_problem = make_problem
         self.providers = list(providers)
         self.results = Results(environment.describe(program, commit))
         self.wrong = False
 
     def measure(self, mn: int, k: int, providers: Iterable[Provider]) -> None:
-        """Add results of those of the run's providers that are right and do not fail."""
+        """Measure a shape, and add the results of providers that are right and do not fail."""
         # The blocks of the shape before fit none of this one.
         torch.cuda.empty_cache()
         problem = self.make_problem(mn, k)

@@ -87,8 +87,10 @@ def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
 
 
 def bytes_per_warp(spec: Spec | Stream) -> int:
-    """Return the bytes that a warp moves for each of its rows or tiles, without weights, which
-    stay in the caches."""
+    """Return the bytes that a warp moves for each of its rows or tiles.
+
+    Weights are not counted, since they stay in the caches.
+    """
     if isinstance(spec, Stream):
         return ELEMENTS_PER_WARP * (2 * spec.loads + spec.stores)
     halves = 1
@@ -109,8 +111,11 @@ def report(
     """Return lines about a kernel: one of numbers, then the instructions by kind.
 
     Args:
-        rows: of a warp, or its tiles of one row.
-        nbytes: that a warp moves for each of them.
+        architectures: names of the architectures that the machine code is the same for.
+        code: the machine code.
+        rows: rows of a warp, or its tiles of one row.
+        gpu: GPU of the architectures, None if its limits are not known.
+        nbytes: bytes that a warp moves for each row or tile.
     """
     count = len(code.opcodes)
     share = ""

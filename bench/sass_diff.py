@@ -196,7 +196,9 @@ def report(
     """Print the comparison and return the exit code.
 
     Args:
-        brief: leave out kernels that are identical.
+        before: kernels of the base.
+        after: kernels of the working tree.
+        brief: whether identical kernels are left out.
     """
     counts = dict.fromkeys((IDENTICAL, EQUAL, SHORTER, LONGER_BY_ONE, LONGER), 0)
     worse = removed = 0

@@ -106,10 +106,12 @@ class StageProblem:
         return self._expected[key]
 
     def check(self, operation: Operation, index: int, error: float) -> Check:
-        """Compare what a buffer holds with what it should, in ``rows``.
+        """Compare the results in a buffer with the reference, in ``rows``.
 
         Args:
-            error: that the values may have before they are quantized, relative to their own.
+            operation: the operation whose results the buffer holds.
+            index: index of the buffer.
+            error: relative error that values may have before they are quantized.
         """
         buffer, wanted = self.buffers[index], self.expected(operation, index)
         q = buffer.q.view(torch.uint8)[self.rows].cpu().view(UE8M0.values)
@@ -149,9 +151,10 @@ def check_quantized(q: torch.Tensor, sf: torch.Tensor, values: torch.Tensor, err
     """Compare quantized rows with the values that they are of.
 
     Args:
-        q: (rows, k), e4m3; sf: (rows, words), packed.
+        q: (rows, k), e4m3.
+        sf: (rows, words), packed.
         values: (rows, k), float32, finite.
-        error: of the quantized values, relative to `values`.
+        error: relative error that the values may have before they are quantized.
     """
     exact = values.double()
     low, high = ((exact * factor).float() for factor in (1 - error, 1 + error))

@@ -313,8 +313,7 @@ class Compiled(StageProvider):
 
 
 class TwoKernels(Compiled):
-    """``torch.compile`` of the prologue, followed by the quantizer's kernel, launched with or
-    without PDL."""
+    """``torch.compile`` of the prologue, followed by the quantizer's kernel."""
 
     functions: ClassVar = {SILU_MUL_QUANTIZE: silu_mul, RMS_NORM_QUANTIZE: add_rms_norm}
 

@@ -116,7 +116,7 @@ def markdown(results: Results) -> str:
 
 
 def draw(results: Results, path: Path, k: int) -> None:
-    """Time, and share of the ceiling's speed, over M, of each operation that has others beside it.
+    """Draw time and share of the ceiling's speed over M, for the fused operations.
 
     Raises:
         ImportError: matplotlib is not installed.

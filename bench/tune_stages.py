@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def candidates(operation: Operation, mn: int, k: int, pdl: bool) -> Iterator[Spec]:
-    """Return launches that there are for a shape."""
+    """Yield the specs of an operation that can be launched for a shape."""
     for row_warps in ROW_WARPS:
         if operation is SILU_MUL_QUANTIZE:
             for values, rows in itertools.product(VALUES_PER_THREAD, ROWS_PER_THREAD):
@@ -128,8 +128,10 @@ def table(
     found: dict[int, dict[str, float]],  # M -> candidate -> ratio
     defaults: dict[int, str],
 ) -> Iterator[str]:
-    """Yield a line for each candidate, the best average first, and last those that are wrong, or
-    were not tried, for some M."""
+    """Yield a line for each candidate, the best average first.
+
+    Candidates that are wrong or were not tried for some M come last.
+    """
     names = dict.fromkeys(name for column in found.values() for name in column)
     nan = float("nan")
     means = {n: statistics.fmean(column.get(n, nan) for column in found.values()) for n in names}

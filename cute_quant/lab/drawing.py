@@ -102,6 +102,7 @@ class Drawing:
     parts: list[Box | Words] = field(default_factory=list)
 
     def add(self, *parts: Box | Words) -> None:
+        """Add shapes on top of the others."""
         self.parts.extend(parts)
 
     def svg(self) -> str:
@@ -155,7 +156,7 @@ class Drawing:
 
 
 def stacked(title: str, drawings: Iterable[Drawing], gap: float = 18) -> Drawing:
-    """Return drawings stacked as one."""
+    """Return a drawing of several, one below the other."""
     drawings = list(drawings)
     result = Drawing(title, max(d.width for d in drawings))
     for d in drawings:

@@ -1,4 +1,4 @@
-"""Machine code of kernels, made and read without a GPU, and what a GPU can issue and hold of it."""
+"""Compile and disassemble kernels without a GPU, and compare the result with the limits of GPUs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WARPS_PER_SM = 64
 CTAS_PER_SM = 32
 REGISTERS_PER_SM = 65536
 REGISTERS_AT_ONCE = 8
-"""Registers of a thread are allocated in multiples of these."""
+"""Registers of a thread are allocated in multiples of this number."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Gpu:
     widest_load: int
 
     def issue_budget(self, bytes_per_warp: float) -> int:
-        """Return how many instructions a warp may issue while memory moves its bytes."""
+        """Return the instructions that a warp may issue while memory moves its bytes."""
         warps = self.bandwidth / bytes_per_warp
         return round(self.sms * SCHEDULERS_PER_SM * self.clock / warps)
 
@@ -62,9 +62,9 @@ class MachineCode:
     Attributes:
         opcodes: mnemonics with modifiers, in order, padding left out.
         text: the listing.
-        registers: a thread.
-        stack: bytes a thread; spilled registers live there.
-        shared: bytes a CTA.
+        registers: registers of a thread.
+        stack: bytes of a thread's stack, to which registers are spilled.
+        shared: bytes of shared memory of a CTA.
     """
 
     opcodes: tuple[str, ...]
@@ -74,7 +74,7 @@ class MachineCode:
     shared: int
 
     def count(self, *prefixes: str) -> int:
-        """Return how many instructions have a prefix as mnemonic, or before a dot."""
+        """Return the number of instructions whose mnemonic is a prefix, or starts with one and a dot."""
         return sum(
             op == prefix or op.startswith(prefix + ".")
             for op in self.opcodes
@@ -82,7 +82,7 @@ class MachineCode:
         )
 
     def resident_warps(self, warps_per_cta: int) -> int:
-        """Return the warps of such CTAs that an SM has registers and places for."""
+        """Return the resident warps of an SM, for CTAs of this many."""
         registers = -(-self.registers // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
         warps = min(WARPS_PER_SM, REGISTERS_PER_SM // (registers * LANES))
         return min(warps // warps_per_cta, CTAS_PER_SM) * warps_per_cta
