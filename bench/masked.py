@@ -130,7 +130,8 @@ def sample(live: torch.Tensor) -> torch.Tensor:
     """Return the indices of some live rows, (rows,), the first and the last among them."""
     numbers = live.flatten().nonzero().flatten()
     picked = torch.linspace(0, len(numbers) - 1, min(SAMPLED_ROWS, len(numbers)))
-    return numbers[picked.round().long().to(numbers.device)].unique()
+    sampled: torch.Tensor = numbers[picked.round().long().to(numbers.device)].unique()
+    return sampled
 
 
 def scales_by_row(sf: torch.Tensor, fmt: Format, mn: int, k: int) -> torch.Tensor:
@@ -363,7 +364,9 @@ def multiplied_back(mn: int, k: int) -> Call:
     return Call(run, check)
 
 
-def different_rows(y: torch.Tensor, function: Callable, *inputs: torch.Tensor) -> str:
+def different_rows(
+    y: torch.Tensor, function: Callable[..., torch.Tensor], *inputs: torch.Tensor
+) -> str:
     """Describe how sampled rows of `y` differ from the reference, empty if they are equal."""
     numbers = sample(torch.ones(len(y), dtype=torch.bool, device=y.device))
     rows = []
@@ -386,7 +389,10 @@ def measure(case: Case) -> Result | str:
     if fitting < 2:
         return f"needs {2 * case.allocation / 1e9:.0f} GB"
     buffers = min(timing.buffer_count(case.bytes), fitting)
-    makers = {"own": case.make, "stream": functools.partial(streaming, case.bytes)}
+    makers: dict[str, Callable[[], Call]] = {
+        "own": case.make,
+        "stream": functools.partial(streaming, case.bytes),
+    }
     if case.dense:
         makers["dense"] = functools.partial(dense, case.rows, case.k)
     launches = timing.launch_count(case.bytes)
@@ -456,8 +462,18 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(","))) if text else ()
 
 
-def _pairs(text: str) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(map(int, pair.split(":"))) for pair in text.split(",")) if text else ()
+def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """Parse an argument such as ``32:1024,256:4096``.
+
+    Raises:
+        ValueError: a part is not a pair of integers.
+    """
+    return tuple(_pair(part) for part in text.split(",")) if text else ()
+
+
+def _pair(text: str) -> tuple[int, int]:
+    experts, max_m = map(int, text.split(":"))
+    return experts, max_m
 
 
 def main() -> None:
@@ -468,7 +484,7 @@ def main() -> None:
     machine = environment.describe("python -m bench.masked", options.commit)
     print(f"{machine['gpu']}, {machine['commit']}, k = {options.columns}, microseconds a call")
     cases = [
-        *(case for pair in options.experts for case in masked_cases(*pair, options.columns)),
+        *(case for e, max_m in options.experts for case in masked_cases(e, max_m, options.columns)),
         *(case for mn in options.rows for case in other_cases(mn, options.columns)),
     ]
     timing.warm_up()

@@ -110,7 +110,8 @@ class CuteQuant(Provider):
     def bind(self, buffer: Buffer) -> Callable[[], None]:
         x, sf = buffer.input(self.dtype), buffer.scales[self.fmt]
         sms = lookup.multiprocessors(x.get_device())
-        tile = heuristics.shape(1, *x.shape, self.fmt, False, sms).tile
+        mn, k = x.shape
+        tile = heuristics.shape(1, mn, k, self.fmt, False, sms).tile
         spec = QuantizeSpec(self.dtype, self.fmt, tile, pdl=self.launch == PDL)
         function = lookup.function(spec, architecture())
         operands = x, buffer.q, sf, None, None, 0, 1, 0, self.fmt.floor
@@ -162,10 +163,14 @@ class Copy(Provider):
     def __init__(self) -> None:
         super().__init__(COPY)
 
-    def bind(self, buffer: Buffer) -> Callable[[], torch.Tensor]:
+    def bind(self, buffer: Buffer) -> Callable[[], None]:
         source = torch.empty(buffer.q.numel() * 3 // 2, dtype=torch.uint8, device="cuda").random_()
         target = torch.empty_like(source)
-        return functools.partial(target.copy_, source)
+
+        def call() -> None:
+            target.copy_(source)
+
+        return call
 
     def difference(self, problem: Problem) -> str:
         return ""  # torch's own: nothing of ours to check
@@ -283,7 +288,7 @@ def _factories(
     launches: Sequence[str], wheels: Sequence[Path]
 ) -> list[tuple[str, Callable[[], list[Provider]]]]:
     """Return names with functions that make providers, each on its own: one may fail alone."""
-    factories = [
+    factories: list[tuple[str, Callable[[], list[Provider]]]] = [
         (STREAM, lambda: [Stream(launch) for launch in launches]),
         (CUTE_QUANT, lambda: [CuteQuant(launch=launch) for launch in launches]),
     ]

@@ -48,6 +48,7 @@ def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
     """Yield name, rows or tiles of a warp, and compile-time choices of each kernel."""
     bf16 = torch.bfloat16
     packed = DEEP_GEMM
+    spec: Spec
     for dtype, name, fmt in (
         (bf16, "bf16 -> e4m3, ue8m0", packed),
         (bf16, "bf16 -> e4m3, float32", DEEP_GEMM_SM90),

@@ -82,9 +82,11 @@ def spec_text(spec: Any) -> str:
 def presets() -> dict[str, Any]:
     for name in PRESET_MODULES:
         try:
-            return importlib.import_module(name).PRESETS
+            module: Any = importlib.import_module(name)
         except ModuleNotFoundError:
             continue
+        found: dict[str, Any] = module.PRESETS
+        return found
     raise ModuleNotFoundError(f"no presets in any of {PRESET_MODULES}")
 
 
@@ -101,8 +103,8 @@ def kernels(every: bool, arch: str) -> Iterator[tuple[str, Any]]:
 
 def dump(every: bool, only: str, architectures: str) -> None:
     """Print a line of JSON for each kernel of this process's tree."""
-    from bench import sass
-
+    # That of another commit may have got its names from other modules.
+    sass: Any = importlib.import_module("bench.sass")
     for arch in sass.ARCHITECTURES.values():
         if not re.search(architectures, arch):
             continue
@@ -132,7 +134,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     """
     text, _ = process.communicate()
     if process.returncode:
-        raise RuntimeError(f"{process.args[3:]} failed with {process.returncode}")
+        raise RuntimeError(f"a dump failed with {process.returncode}")
     return text
 
 
@@ -254,8 +256,7 @@ def main() -> int:
         parser.error("base: expected a commit")
     options = ["--only", arguments.only, "--arch", arguments.arch]
     options += ["--all"] if arguments.all else []
-    before, after = dumps(arguments.base, options, arguments.base_dump)
-    before, after = parse(before), parse(after)
+    before, after = map(parse, dumps(arguments.base, options, arguments.base_dump))
     wanted = {
         key: code
         for key, code in before.items()

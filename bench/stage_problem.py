@@ -129,13 +129,13 @@ def expected(operation: Operation, buffer: StageBuffer, rows: torch.Tensor) -> E
     if operation is QUANTIZE_ALONE:
         return Expected(x.float(), None)
     if operation is SILU_MUL_QUANTIZE:
-        prologue = make_silu_mul(
+        activation = make_silu_mul(
             interleaved=False, clamp=None, alpha=1.0, beta=0.0, rounding=FUSED, weight=None
         )
-        return Expected(reference.silu_mul(buffer.gate_up[rows].cpu()[None], prologue)[0], None)
+        return Expected(reference.silu_mul(buffer.gate_up[rows].cpu()[None], activation)[0], None)
     if operation is RMS_NORM_QUANTIZE:
         residual, total = buffer.residual[rows].cpu()[None], torch.empty_like(x)[None]
-        prologue = make_rms_norm(
+        norm = make_rms_norm(
             buffer.weight.cpu(),
             eps=EPS,
             weight_offset=0.0,
@@ -143,7 +143,7 @@ def expected(operation: Operation, buffer: StageBuffer, rows: torch.Tensor) -> E
             residual=residual,
             residual_out=total,
         )
-        return Expected(reference.rms_norm(x[None], prologue)[0], total[0])
+        return Expected(reference.rms_norm(x[None], norm)[0], total[0])
     raise ValueError(f"operation: expected one of bench.shapes.OPERATIONS, got {operation}")
 
 

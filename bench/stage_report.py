@@ -50,8 +50,8 @@ def _target(
 
 def _decoding(operation: str) -> Target:
     """Return a target relative to the quantizer alone."""
-    names = (of_operation(name, CUTE_QUANT) for name in (operation, ALONE))
-    return Target(*names, LAUNCHES, DECODING, 1.3)
+    over, under = of_operation(operation, CUTE_QUANT), of_operation(ALONE, CUTE_QUANT)
+    return Target(over, under, LAUNCHES, DECODING, 1.3)
 
 
 TARGETS = (

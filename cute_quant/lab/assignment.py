@@ -8,6 +8,7 @@ layout of their format in memory.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -113,8 +114,7 @@ class Request:
 def evaluated() -> Iterator[None]:
     """Enter a context in which layouts can be built and evaluated, without a kernel."""
     # The import takes a second, which the help of the command line can do without.
-    from cutlass._mlir import ir
-
+    ir: Any = importlib.import_module("cutlass._mlir.ir")
     with ir.Context(), ir.Location.unknown():
         module = ir.Module.create()
         with ir.InsertionPoint(module.body):
@@ -145,7 +145,7 @@ def places_of_warps(layout: Layout) -> list[tuple[int, int]]:
     from cute_quant.kernels import layouts
 
     with evaluated():
-        order = layouts.warps(layout.tile)
+        order: Any = layouts.warps(layout.tile)
         first, second = order.shape
         return [order((i, j)) for j in range(second) for i in range(first)]
 

@@ -182,7 +182,7 @@ def _report(options: argparse.Namespace) -> None:
     _print(trials, data, options.plot, options.markdown)
 
 
-def _print(trials: list, data: dict[str, Any], plot: Path | None, markdown: bool) -> None:
+def _print(trials: list[Any], data: dict[str, Any], plot: Path | None, markdown: bool) -> None:
     from cute_quant.lab import report
     from cute_quant.lab.sweep import origin
 
@@ -255,10 +255,13 @@ def _layout(options: argparse.Namespace) -> Any:
 
 def _shapes(text: str) -> list[tuple[int, int]]:
     try:
-        shapes = [tuple(int(n) for n in shape.split("x")) for shape in text.split(",")]
+        shapes = []
+        for shape in text.split(","):
+            mn, k = map(int, shape.split("x"))
+            shapes.append((mn, k))
     except ValueError:
-        shapes = [()]
-    if any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
+        shapes = []
+    if not shapes or min(map(min, shapes)) < 1:
         raise ValueError(f"shapes: expected MNxK,... such as {SHAPES}, got {text!r}")
     return shapes
 

@@ -6,7 +6,7 @@ Colours go by names, so that a drawing is legible on light and on dark paper.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape, quoteattr
 
@@ -64,7 +64,7 @@ class Box:
     height: float
     fill: str | None = None
     stroke: str | None = None
-    data: dict[str, object] = field(default_factory=dict)
+    data: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

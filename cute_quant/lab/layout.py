@@ -186,11 +186,11 @@ def product(
 
 def around_the_default(fmt: Format, dtype: torch.dtype) -> list[Layout]:
     """Return the default layout and those a step away from it, for a sweep of a minute."""
-    shapes = [
+    shapes: list[dict[str, Any]] = [
         {"row_warps": down, "column_warps": along}
         for down, along in ((1, 1), (1, 4), (2, 2), (2, 1), (8, 1), (16, 1), (1, 8), (4, 2))
     ]
-    some = [
+    some: list[dict[str, Any]] = [
         {},
         *({"threads_per_group": lanes} for lanes in (2, 4, 16, 32)),
         *({"rows_per_thread": rows} for rows in (2, 4, 8)),

@@ -74,7 +74,7 @@ class MachineCode:
     shared: int
 
     def count(self, *prefixes: str) -> int:
-        """Return the number of instructions whose mnemonic is a prefix, or starts with one and a dot."""
+        """Return the number of instructions whose opcode is a prefix, or a prefix and modifiers."""
         return sum(
             op == prefix or op.startswith(prefix + ".")
             for op in self.opcodes

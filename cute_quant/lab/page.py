@@ -95,7 +95,7 @@ class _LayoutTexts:
     """CuTe layouts as text, each built once, in a context of `assignment.evaluated`."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple, str] = {}
+        self._known: dict[tuple[object, ...], str] = {}
 
     def of(self, layout: Layout, mn: int, k: int) -> tuple[str, ...]:
         """Return the CuTe layouts of threads and values, copy, warps, lanes and scales."""

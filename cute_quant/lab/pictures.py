@@ -134,7 +134,7 @@ def access_picture(layout: Layout) -> Drawing:
 
 def _accesses(layout: Layout) -> list[tuple[str, list[Request]]]:
     """Return loads and stores with a title, architectures merged where they are the same."""
-    accesses: dict[tuple, list[str]] = {}
+    accesses: dict[tuple[str, tuple[Request, ...]], list[str]] = {}
     for kind, of in (("loads of x", assignment.loads), ("stores of q", assignment.stores)):
         for arch in GPUS:
             accesses.setdefault((kind, tuple(of(layout, arch))), []).append(arch)

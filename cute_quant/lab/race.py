@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ class Track:
     def _calls(self, layout: Layout) -> list[Callable[[], None]]:
         function = lookup.function(layout.spec, lookup.architecture(torch.cuda.current_device()))
         return [
-            lambda operands=operands: function(*operands, None, None, 0, 1, 1, layout.fmt.floor)
+            functools.partial(function, *operands, None, None, 0, 1, 1, layout.fmt.floor)
             for operands in self.buffers
         ]
 

@@ -163,7 +163,8 @@ def from_json(data: dict[str, Any]) -> list[Trial]:
 
 
 def _examination(code: dict[str, Any]) -> Examination:
-    found = Examination(**{name: _number(name, value) for name, value in code.items()})
+    numbers: dict[str, Any] = {name: _number(name, value) for name, value in code.items()}
+    found = Examination(**numbers)
     if not found.budget:
         raise ValueError("budget: expected at least 1, got 0")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +25,8 @@ ASSUMED_LAUNCH_SECONDS = 1.5e-6
 # enqueued by the time its first event passes.
 SPIN_CYCLES = 400_000
 WARM_UP_SPINS = 1500
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,10 @@ def warm_up() -> None:
     torch.cuda.synchronize()
 
 
-def measure(graphs: Mapping[Hashable, Graph], replays: int = REPLAYS) -> dict[Hashable, Timing]:
+def measure(graphs: Mapping[Key, Graph], replays: int = REPLAYS) -> dict[Key, Timing]:
     """Time graphs with interleaved replays, each round starting with another graph."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    seconds: dict[Hashable, list[float]] = {key: [] for key in graphs}
+    seconds: dict[Key, list[float]] = {key: [] for key in graphs}
     keys = list(graphs)
     for i in range(replays):
         first = i % len(keys)
@@ -118,6 +121,6 @@ def measure(graphs: Mapping[Hashable, Graph], replays: int = REPLAYS) -> dict[Ha
     return {key: Timing(tuple(sorted(values))) for key, values in seconds.items()}
 
 
-def median_seconds(graphs: Mapping[Hashable, Graph]) -> dict[Hashable, float]:
+def median_seconds(graphs: Mapping[Key, Graph]) -> dict[Key, float]:
     """Return the seconds of a call for each graph, the median of interleaved replays."""
     return {key: timing.median for key, timing in measure(graphs).items()}
