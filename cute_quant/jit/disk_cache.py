@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cute_quant.jit import keys, shared_objects, toolchain
+from cute_quant.jit import dsl_variables, keys, shared_objects, toolchain
 from cute_quant.jit.trusted_files import TrustedDirectory, Untrusted
 from cute_quant.kernels.config import Spec
 
@@ -48,6 +48,19 @@ POLL_SECONDS = 0.01
 
 STALE_SECONDS = 3600.0
 """After which a temporary file or a lock has surely lost its process."""
+
+
+_locks: set[int] = set()
+"""Open files that hold a lock, or wait for one."""
+
+
+def _close_locks_of_parent() -> None:
+    while _locks:
+        with contextlib.suppress(OSError):
+            os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_close_locks_of_parent)
 
 
 class Entry(NamedTuple):
@@ -82,7 +95,7 @@ def key(spec: Spec, arch: str, options: str) -> str:
         "sources": keys.source_digest(),
         "spec": keys.spec_text(spec),
         "arch": arch,
-        "options": [options, toolchain.dsl_variables()],
+        "options": [options, dsl_variables.compiled_in()],
         "dsl": [dsl.version, dsl.flavour],
         "tvm_ffi": tvm_ffi,
         "cpu": [host.triple, host.cpu],
@@ -275,6 +288,7 @@ class Cache:
         while True:
             flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(name, flags, 0o600, dir_fd=files.descriptor)
+            _locks.add(descriptor)
             try:
                 self._wait(descriptor, name, deadline, wait)
                 # Whoever held it may have removed the file, and a third made another.
@@ -288,6 +302,10 @@ class Cache:
                         _unlink(files, name)
                     return
             finally:
+                _locks.discard(descriptor)
+                # A child that was forked meanwhile has the same lock, if it did not close it yet.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
                 os.close(descriptor)
 
     def _wait(self, descriptor: int, name: str, deadline: float, wait: bool) -> None:

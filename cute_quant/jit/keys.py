@@ -20,6 +20,7 @@ SOURCES = (
     "contract/formats.py",
     "contract/rows.py",
     "contract/torch_private.py",
+    "jit/dsl_private.py",
     "jit/shared_objects.py",
 )
 """Files that a compiled kernel depends on: the kernels, what they import, and how objects are made

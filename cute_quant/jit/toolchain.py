@@ -6,7 +6,6 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 from pathlib import Path
@@ -140,25 +139,6 @@ def tvm_ffi_version() -> str | None:
         return importlib.metadata.version("apache-tvm-ffi")
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def dsl_variables() -> dict[str, str]:
-    """Environment variables that CuTe DSL may read, those for its log and libraries left out."""
-    return {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith("CUTE_DSL_") and not name.startswith(("CUTE_DSL_LIBS", "CUTE_DSL_LOG_"))
-    }
-
-
-def asks_for_output() -> bool:
-    """Return whether CuTe DSL is asked to keep, dump or print something: only compiling does."""
-    asked = ("CUTE_DSL_KEEP", "CUTE_DSL_DUMP", "CUTE_DSL_PRINT")
-    return any(
-        name.startswith(asked) and value.strip().lower() not in ("", "0", "false", "off", "no")
-        for name, value in dsl_variables().items()
-        if name != "CUTE_DSL_DUMP_DIR"  # only says where
-    )
 
 
 def versions() -> dict[str, str | None]:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import cute_quant
-from cute_quant.jit import disk_cache, keys, lookup, shared_objects, toolchain
+from cute_quant.jit import disk_cache, dsl_variables, keys, lookup, shared_objects, toolchain
 from cute_quant.jit.disk_cache import Cache
 from cute_quant.jit.trusted_files import Untrusted
 from cute_quant.kernels.config import Access, Domain, QuantizeSpec, SiluMulSpec, Tile
@@ -332,9 +332,9 @@ def test_parents_that_others_may_change(tmp_path, change):
 def test_output_asked_of_the_compiler_bypasses_the_cache(monkeypatch, name):
     monkeypatch.setattr(lookup, "_cache", lambda: pytest.fail("asked for the cache"))
     monkeypatch.setenv(name, "1")
-    assert lookup._cached(SPEC, ARCH) is None
+    assert lookup._using_cache(SPEC, ARCH, lookup._load) is None
     monkeypatch.setenv(name, "0")
-    assert not toolchain.asks_for_output()
+    assert not dsl_variables.asks_for_output()
 
 
 # Crashes and races.
@@ -629,6 +629,7 @@ KERNEL_SOURCES = [
     "contract/formats.py",
     "contract/rows.py",
     "contract/torch_private.py",
+    "jit/dsl_private.py",
     "jit/shared_objects.py",
 ]
 
@@ -690,12 +691,13 @@ def imports(path: Path) -> set[Path]:
 def test_sources_are_all_that_kernels_import():
     named = {path for pattern in keys.SOURCES for path in PACKAGE.glob(pattern)}
     named = {path for path in named if path.name not in keys.NOT_COMPILED}
-    linker = PACKAGE / "jit" / "shared_objects.py"  # What it imports is in the key by itself.
-    imported = {path: imports(path) for path in named - {linker}}
+    # What these import is in the key by itself.
+    objects = {PACKAGE / "jit" / "shared_objects.py", PACKAGE / "jit" / "dsl_private.py"}
+    imported = {path: imports(path) for path in named - objects}
     for path, others in imported.items():
         assert others <= named, f"{path} imports {others - named}"
     kernels = set((PACKAGE / "kernels").glob("*.py")) - {PACKAGE / "kernels" / "heuristics.py"}
-    assert named == kernels | {linker} | set().union(*imported.values())
+    assert named == kernels | objects | set().union(*imported.values())
 
 
 @pytest.mark.gpu
