@@ -24,7 +24,8 @@ from cute_quant.contract.dtypes import ceil_div
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED, UNFUSED
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
-from cute_quant.jit import aot_presets, keys, lookup, progress
+from cute_quant.dispatch import presets
+from cute_quant.jit import keys, lookup, progress
 from cute_quant.kernels.config import (
     DENSE_ROWS,
     DequantizeSpec,
@@ -94,12 +95,12 @@ class Outcome:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", choices=aot_presets.PRESETS, help="kernels by use")
+    parser.add_argument("--preset", choices=presets.PRESETS, help="kernels by use")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    preset = aot_presets.PRESETS[options.preset] if options.preset else aot_presets.of_each_kind
+    preset = presets.PRESETS[options.preset] if options.preset else presets.of_each_kind
     gpu = torch.cuda.is_available()
     if gpu:
         architectures = [lookup.architecture(torch.cuda.current_device())]
@@ -313,7 +314,7 @@ def _results(spec: Spec, device: str) -> Results:
 def _size(spec: Spec) -> tuple[int, int]:
     """(mn, k) of a result that a kernel of this tile is launched for."""
     if isinstance(spec, RmsNormSpec):
-        columns = aot_presets.norm_columns(spec.fmt)
+        columns = presets.norm_columns(spec.fmt)
         return FEW_ROWS, columns[(spec.tile, spec.tiles_per_thread, spec.max_warps)]
     if isinstance(spec, QuantizeSpec) and spec.tile == TWO_ROWS:
         sms = lookup.multiprocessors(torch.cuda.current_device())

@@ -163,8 +163,47 @@ def resolve(spec: Spec, arch: str) -> Resolved:
     return Resolved(_functions[key], MEMORY)
 
 
+def find(spec: Spec, arch: str) -> Resolved | None:
+    """Return the kernel if it is built, None if it had to be compiled."""
+    key = spec, arch
+    if key in _functions:
+        return Resolved(_functions[key], MEMORY)
+    return _found(spec, arch)
+
+
+def keep(spec: Spec, arch: str) -> str:
+    """Have a kernel in the disk cache; return which of ``SOURCES`` it came from."""
+    return resolve(spec, arch).source
+
+
+def keeps() -> bool:
+    """Return whether kernels that are compiled are kept in the disk cache."""
+    store = _cache()
+    return (
+        toolchain.installed_dsl() is not None
+        and not dsl_variables.asks_for_output()
+        and store is not None
+        and store.writable
+        and toolchain.this_host().linker() is not None
+    )
+
+
+def check_may_compile(spec: Spec, arch: str) -> None:
+    """Check that a kernel that is missing may be compiled.
+
+    Raises:
+        NotBuilt: nothing may be compiled now.
+        RuntimeError: CuTe DSL is not installed.
+    """
+    reason = compilation.why_refused()
+    if reason is not None:
+        raise NotBuilt(f"{_missing(spec, arch)}, and {reason}")
+    if toolchain.installed_dsl() is None:
+        raise RuntimeError(missing_dsl(spec, arch))
+
+
 def _found(spec: Spec, arch: str) -> Resolved | None:
-    """Return the kernel if it is built."""
+    """Look a kernel up on disk."""
     with compilation.load_lock:
         built = aot_load.find(spec, arch)
         if built is not None:
@@ -180,11 +219,7 @@ def _made(spec: Spec, arch: str) -> Resolved:
         NotBuilt: nothing may be compiled now.
         RuntimeError: CuTe DSL is not installed, or cannot compile it.
     """
-    reason = compilation.why_refused()
-    if reason is not None:
-        raise NotBuilt(f"{_missing(spec, arch)}, and {reason}")
-    if toolchain.installed_dsl() is None:
-        raise RuntimeError(missing_dsl(spec, arch))
+    check_may_compile(spec, arch)
     # Else what goes wrong in it would be taken for a failure of the cache.
     with compilation.alone():
         return _using_cache(spec, arch, _added) or Resolved(_compiled(spec, arch), COMPILED)

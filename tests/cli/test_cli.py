@@ -15,8 +15,8 @@ import cute_quant
 from cute_quant import kernels
 from cute_quant.cli import check, main
 from cute_quant.contract.calls import Call
-from cute_quant.dispatch import launch, plan
-from cute_quant.jit import aot_presets, keys, lookup, progress
+from cute_quant.dispatch import launch, plan, presets
+from cute_quant.jit import keys, lookup, progress
 from cute_quant.jit.disk_cache import Cache
 from cute_quant.kernels.config import DequantizeSpec, QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
 from tests.helpers import UE8M0
@@ -221,7 +221,7 @@ def test_cache_that_is_refused(store, capsys):
 def test_build_list(capsys):
     assert main.main(["build", "--preset", "deepgemm", "--list"]) == 0
     names = capsys.readouterr().out.splitlines()
-    assert len(names) == len(aot_presets.deepgemm("sm_90a"))
+    assert len(names) == len(presets.deepgemm("sm_90a"))
     assert NAME in names
     pattern = "dequantize-e4m3_128_e8m0_*"
     assert main.main(["build", "--kernel", pattern, "--list", "--json"]) == 0
@@ -276,7 +276,7 @@ def test_build_without_a_linker(capsys, monkeypatch, tmp_path):
 
 def test_check_compiles_for_each_architecture(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(aot_presets, "of_each_kind", lambda arch: [SPEC])
+    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [SPEC])
     assert main.main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
@@ -289,7 +289,7 @@ def test_check_compiles_for_each_architecture(monkeypatch, capsys):
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
 def test_check_shows_progress_in_a_terminal(arguments, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(aot_presets, "of_each_kind", lambda arch: [SPEC, SPEC])
+    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [SPEC, SPEC])
     monkeypatch.setattr(lookup, "build", lambda kernel, arch: None)
     assert main.main(["check", *arguments]) == 0
     assert not capsys.readouterr().err, "no terminal"
@@ -306,7 +306,7 @@ def test_check_names_what_fails(monkeypatch, capsys):
             raise ValueError("broken\nin two lines")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(aot_presets, "of_each_kind", lambda arch: [SPEC])
+    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [SPEC])
     monkeypatch.setattr(lookup, "build", build)
     assert main.main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -318,7 +318,7 @@ def test_check_names_what_fails(monkeypatch, capsys):
     assert errors == [None, "ValueError: broken in two lines", None]
 
 
-SPECS = [(spec, arch) for arch in ("sm_90a", "sm_100a") for spec in aot_presets.of_each_kind(arch)]
+SPECS = [(spec, arch) for arch in ("sm_90a", "sm_100a") for spec in presets.of_each_kind(arch)]
 EXACT = [s for s, _ in SPECS if isinstance(s, (QuantizeSpec, DequantizeSpec))]
 COMPUTED = [s for s, _ in SPECS if isinstance(s, (SiluMulSpec, RmsNormSpec))]
 NORMS = [s for s in COMPUTED if isinstance(s, RmsNormSpec)]
@@ -346,7 +346,7 @@ def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
     monkeypatch.setattr(launch.reference, "quantize_into", quantize_into)
     specs = [
         spec
-        for spec in aot_presets.of_each_kind(arch)
+        for spec in presets.of_each_kind(arch)
         if not isinstance(spec, DequantizeSpec) and not getattr(spec, "fake", False)
     ]
     for spec in specs:
@@ -470,7 +470,7 @@ def test_check_says_how_many_are_neighbours(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(lookup, "architecture", lambda index: "sm_90a")
-    monkeypatch.setattr(aot_presets, "of_each_kind", lambda arch: [spec])
+    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [spec])
     monkeypatch.setattr(check, "_results", lambda spec, device: results[device])
     line = f"ran      sm_90a   {keys.spec_name(spec)}: "
     assert main.main(["check"]) == 0
@@ -494,7 +494,7 @@ def test_check_on_the_gpu(name, monkeypatch, capsys):
         monkeypatch.setattr(launch, recent, [])
     assert main.main(["check", "--preset", name]) == 0
     arch = lookup.architecture(0)
-    specs = aot_presets.PRESETS[name](arch)
+    specs = presets.PRESETS[name](arch)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(specs) + 2
     assert all(line.startswith("ok     ran ") for line in lines[1:-1])

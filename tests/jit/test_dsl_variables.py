@@ -115,7 +115,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-@pytest.mark.parametrize("name", sorted(CODE) + ["MADE_UP"])
+@pytest.mark.parametrize("name", [*sorted(CODE), "MADE_UP"])
 def test_key_depends_on_variables_of_code(name, unset):
     options = lookup.compile_options(ARCH)
     before = disk_cache.key(SPEC, ARCH, options)
