@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+import operator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,7 +73,7 @@ class CallRange(NamedTuple):
         return self.operation in GROUPED or not self.gathered
 
     @staticmethod
-    def of(call: Call, result_dtype: torch.dtype) -> CallRange:
+    def of(call: Call, result_dtype: torch.dtype, result_alignment: int) -> CallRange:
         """Return the range of a call and of those like it with as many rows or less."""
         *batch_shape, mn, k = call.result_shape.values
         max_rows = mn
@@ -85,7 +88,7 @@ class CallRange(NamedTuple):
             DENSE if call.rows is None else call.rows.kind,
             call.index is not None,
             bool(batch_shape),
-            _alignment(call.x, *([call.q] if call.q is not None else [])),
+            min(_alignment(call.x), result_alignment),
         )
         match call.prologue:
             case SiluMul() as silu_mul:
@@ -155,10 +158,22 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _alignment(*tensors: torch.Tensor) -> int:
-    """Return the largest power of two that all rows of the tensors start at multiples of."""
-    bits = LOAD_BYTES
-    for t in tensors:
-        bits |= t.data_ptr()
-        for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
-            bits |= stride * t.element_size() if size > 1 else 0
-    return bits & -bits
+    """Return the `alignment` of a range that rows of the tensors lie in."""
+    return min(
+        (row_alignment(t.data_ptr(), t.shape, t.stride(), t.element_size()) for t in tensors),
+        default=LOAD_BYTES,
+    )
+
+
+def row_alignment(address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int:
+    """Return the `alignment` of a range that rows at an address, of these strides, lie in."""
+    *leading, k = shape
+    rows = [n * k for n in itertools.accumulate(reversed(leading), operator.mul, initial=1)]
+    contiguous = all(
+        size == 1 or stride == expected
+        for size, stride, expected in zip(leading, strides, reversed(rows[:-1]), strict=False)
+    )
+    if contiguous and address % math.gcd(LOAD_BYTES, k * itemsize) == 0:
+        return LOAD_BYTES
+    used = (stride for size, stride in zip(leading, strides, strict=False) if size > 1)
+    return math.gcd(LOAD_BYTES, address, *(stride * itemsize for stride in used))

@@ -16,7 +16,7 @@ from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import UNFUSED, RmsNorm, SiluMul
 from cute_quant.contract.rows import DENSE, Masked
 from cute_quant.contract.tensors import MAX_SIZE, flat_batch, span
-from cute_quant.dispatch.call_range import CallRange
+from cute_quant.dispatch.call_range import CallRange, row_alignment
 from cute_quant.jit import lookup
 from cute_quant.kernels import heuristics
 from cute_quant.kernels.config import (
@@ -176,15 +176,12 @@ def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kerne
     device = call.x.get_device()
     gpu = Gpu(lookup.architecture(device), lookup.multiprocessors(device))
     spec, views, numbers = choose_spec(call, result, scales, gpu)
-    return Kernel(_function(spec, gpu.arch, CallRange.of(call, result.dtype)), views, numbers)
-
-
-def _function(spec: Spec, arch: str, calls: CallRange) -> Function:
-    """Return the compiled kernel of a spec, or say how to build it."""
     try:
-        return lookup.function(spec, arch)
+        return Kernel(lookup.function(spec, gpu.arch), views, numbers)
     except lookup.NotBuilt as error:
-        raise RuntimeError(f"{error}: {calls.remedy(arch)}") from None
+        nbytes = row_alignment(result.address, *result.view, result.dtype.itemsize)
+        calls = CallRange.of(call, result.dtype, nbytes)
+        raise RuntimeError(f"{error}: {calls.remedy(gpu.arch)}") from None
 
 
 def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) -> Choice:
@@ -312,8 +309,11 @@ def choose_dequantize_kernel(
     sf_view = View((batch, *sf.shape[-inner:]), (stride, *sf.stride()[-inner:]))
     spec = choose_dequantize_spec(q, y, fmt)
     arch = lookup.architecture(q.get_device())
-    function = _function(spec, arch, CallRange.of_dequantize(q, fmt, y.dtype))
-    return Dequantization(function, q_view, sf_view, y_view)
+    try:
+        return Dequantization(lookup.function(spec, arch), q_view, sf_view, y_view)
+    except lookup.NotBuilt as error:
+        calls = CallRange.of_dequantize(q, fmt, y.dtype)
+        raise RuntimeError(f"{error}: {calls.remedy(arch)}") from None
 
 
 def choose_dequantize_spec(q: torch.Tensor, y: torch.Tensor, fmt: Format) -> DequantizeSpec:

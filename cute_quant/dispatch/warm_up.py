@@ -27,7 +27,7 @@ from cute_quant.dispatch.call_range import (
 )
 from cute_quant.dispatch.plan import Gpu
 from cute_quant.jit import keys, lookup, progress, workers
-from cute_quant.kernels.config import Spec
+from cute_quant.kernels.config import DequantizeSpec, Spec
 
 
 class WarmKernel(NamedTuple):
@@ -170,7 +170,8 @@ def warm_up(
             raise ValueError(
                 f"k: expected at most {most} for {of_one.operation}, got {max(of_one.k)}"
             )
-    return on_device([c for c in calls if c.possible], _device(device))
+    gpu = _cuda_device(device)
+    return WarmUp([], 0.0) if gpu is None else on_device([c for c in calls if c.possible], gpu)
 
 
 def _checked(fmt: Format, k: tuple[int, ...], max_rows: int, alignment: int) -> CallRange:
@@ -190,16 +191,16 @@ def _operations(operations: str | Iterable[str]) -> list[str]:
     return names
 
 
-def _device(device: torch.device | str | int | None) -> torch.device:
-    """Return a device with its index."""
+def _cuda_device(device: torch.device | str | int | None) -> torch.device | None:
+    """Return a CUDA device with its index, None for the CPU."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     found = torch.device(device)
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected a CUDA device or the CPU, got {found}")
-    if found.type == "cuda" and found.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return found
+    if found.type == "cpu":
+        return None
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 
 def _columns(k: int | Iterable[int]) -> tuple[int, ...]:
@@ -233,8 +234,6 @@ def _kind(rows: object) -> str:
 
 def on_device(calls: Iterable[CallRange], device: torch.device) -> WarmUp:
     """Make the kernels of calls on a device ready: compile or load them, and launch each."""
-    if device.type == "cpu":
-        return WarmUp([], 0.0)
     gpu = Gpu(lookup.architecture(device.index), lookup.multiprocessors(device.index))
     found: dict[Spec, reachable.Variant] = {}
     for of_one in calls:
@@ -292,26 +291,31 @@ def _compiled_by_workers(missing: Sequence[tuple[Spec, str]]) -> Mapping[tuple[S
 
 def _launch_each(found: Mapping[Spec, reachable.Variant], arch: str, device: torch.device) -> None:
     """Launch each kernel once: the first launch loads its machine code, which no capture allows."""
+    launches: dict[reachable.Variant, launch.Launch] = {}
     for spec, variant in found.items():
-        bound = _bound(variant, spec, device)
-        lookup.function(spec, arch)(*bound.arguments)
+        batched = not isinstance(spec, DequantizeSpec) and spec.domain.batched
+        if batched and not variant.calls.batched:
+            # Rows are too many for one dimension of a grid: no small call takes this kernel.
+            continue
+        if variant not in launches:
+            launches[variant] = _small_launch(variant, device)
+        lookup.function(spec, arch)(*launches[variant].arguments)
 
 
-def _bound(variant: reachable.Variant, spec: Spec, device: torch.device) -> launch.Launch:
-    """Return a small call that passes a kernel the tensors it takes."""
-    calls, k = variant.calls, variant.k
-    rows = min(calls.max_rows, 4)
-    # Too many rows for one dimension of a grid lie in a batch of one matrix.
-    batched = calls.batched or calls.kind == Masked.kind
-    batched |= getattr(getattr(spec, "domain", None), "batched", False)
-    shape = (*((1,) if batched else ()), rows, k)
+def _small_launch(variant: reachable.Variant, device: torch.device) -> launch.Launch:
+    """Return the launch of a call of one row, whose tensors any kernel of a variant takes.
+
+    The stride of a single row does not matter, so it is as aligned as a kernel may want it.
+    """
+    calls = variant.calls
+    leading = (1, 1) if calls.batched else (1,)
     if calls.operation == DEQUANTIZE:
-        q = torch.zeros(shape, dtype=calls.fmt.values, device=device)
-        sf = calls.fmt.empty_scales(shape[:-2], rows, k, device)
+        q = torch.zeros((*leading, variant.k), dtype=calls.fmt.values, device=device)
+        sf = calls.fmt.empty_scales(leading[:-1], 1, variant.k, device)
         return launch.bind(lambda: launch.dequantize(q, sf, calls.fmt, calls.dtype))
-    leading = (rows,) if calls.gathered else shape[:-1]
-    x = torch.zeros((*leading, variant.input_columns), dtype=calls.dtype, device=device)
+    x_rows = (1,) if calls.gathered else leading
+    x = torch.zeros((*x_rows, variant.input_columns), dtype=calls.dtype, device=device)
     if calls.operation == FAKE_QUANTIZE:
         return launch.bind(lambda: launch.fake_quantize(x, calls.fmt, None))
-    call = variant.call(x, shape, x)
+    call = variant.call(x, (*leading, variant.k), x)
     return launch.bind(lambda: launch.quantize(call))
