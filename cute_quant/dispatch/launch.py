@@ -79,7 +79,7 @@ class Launch:
     """An operation bound to its memory: everything was checked, only the launch is left.
 
     Calling it runs the operation again on what its tensors hold now, on the current stream, and
-    returns `results`. It may be captured in a CUDA graph.
+    returns `results`. It may be captured in a CUDA graph after a first launch, or a warm-up.
 
     Attributes:
         results: what the operation returns, the same tensors at every launch.

@@ -42,8 +42,9 @@ TEMPORARY_SUFFIX = ".tmp"
 LEFT_BY_CRASHES = (LOCK_SUFFIX, TEMPORARY_SUFFIX)
 OURS = (SUFFIX, *LEFT_BY_CRASHES)
 
-LOCK_SECONDS = 10.0
-"""How long one process waits for another that compiles the same kernel, which takes 0.2 to 2 s."""
+LOCK_SECONDS = 30.0
+"""How long one process waits for another that compiles the same kernel, which takes 0.2 to 2 s, and
+longer where many processes of a node import CuTe DSL at once."""
 POLL_SECONDS = 0.01
 
 STALE_SECONDS = 3600.0
@@ -235,6 +236,20 @@ class Cache:
             with contextlib.suppress(OSError):
                 os.utime(name, dir_fd=files.descriptor, follow_symlinks=False)
         return files.loadable(name)
+
+    def try_out(self) -> None:
+        """Write an entry, read it and remove it.
+
+        Raises:
+            Untrusted, OSError: it cannot be written or removed, or the directory is not trusted.
+            RuntimeError: it is not found again.
+        """
+        key = f"try-{os.urandom(8).hex()}"
+        with self.lock(key):
+            self.store(key, b"", dict.fromkeys(NEEDED, ""))
+            if self.find(key) is None:
+                raise RuntimeError(f"{self.path(key)} was written and is not found")
+            os.unlink(key + SUFFIX, dir_fd=self._files().descriptor)
 
     def discard(self, key: str, reason: Exception) -> None:
         """Remove an entry that is no good, with a line in the log."""

@@ -348,6 +348,17 @@ def test_two_processes_compile_once(directory):
     assert only_entry(directory).suffix == ".so"
 
 
+@pytest.mark.slow
+def test_ranks_compile_once(directory, tmp_path):
+    """Each rank has directories of CuTe DSL of its own, as launchers set them."""
+    own = [str(tmp_path / f"rank-{rank}") for rank in range(4)]
+    processes = [start(directory, CUTE_DSL_CACHE_DIR=path, CUTE_DSL_DUMP_DIR=path) for path in own]
+    outcomes = [finish(process) for process in processes]
+    assert [compiled for compiled, _ in outcomes].count(True) == 1
+    assert not any(log for _, log in outcomes)
+    assert only_entry(directory).suffix == ".so"
+
+
 @pytest.mark.parametrize("point", ["seal", "replace", "after"])
 def test_killed_while_it_stores(directory, point):
     kill = "import os, signal; die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
