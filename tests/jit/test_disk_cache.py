@@ -426,6 +426,22 @@ def test_lock_excludes(directory):
     assert (directory / "counter").read_text() == "200"
 
 
+def test_lock_ends_while_a_child_lives(directory, monkeypatch):
+    """A child that is forked under a lock has its file open, and is no holder of the lock."""
+    monkeypatch.setattr(disk_cache, "LOCK_SECONDS", 1.0)
+    store = Cache(directory, True)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    try:
+        with store.lock(KEY):
+            os.link(directory / f"{KEY}.lock", directory / "same.lock")
+            child.start()
+        with store.lock("same"):
+            pass
+    finally:
+        child.kill()
+        child.join()
+
+
 def test_lock_that_is_never_given_back(directory, monkeypatch):
     monkeypatch.setattr(disk_cache, "LOCK_SECONDS", 0.05)
     store = Cache(directory, True)

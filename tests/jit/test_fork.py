@@ -60,7 +60,8 @@ for number in range(int(sys.argv[1])):
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     os.close(read)
-before = len(compiled)
+    if not ready:
+        break
 stop.set()
 thread.join()
 print(json.dumps([outcomes, len(compiled) > 0]))
