@@ -36,7 +36,11 @@ ALLOWED = 1
 RUN_FILE = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 """Runs this file with the modules of the directory that the process is in."""
 
-PRESET_MODULES = ("cute_quant.jit.aot_presets", "cute_quant.presets")
+PRESET_MODULES = (
+    "cute_quant.dispatch.presets",
+    "cute_quant.jit.aot_presets",
+    "cute_quant.presets",
+)
 """Where the presets are, the newest name first."""
 
 IDENTICAL, EQUAL, SHORTER, LONGER_BY_ONE, LONGER = (

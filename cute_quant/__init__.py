@@ -25,7 +25,9 @@ from cute_quant.contract.formats import (
 )
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
 from cute_quant.dispatch.launch import Launch
+from cute_quant.dispatch.warm_up import WarmUp, warm_up
 from cute_quant.jit.aot_load import load
+from cute_quant.jit.compilation import forbid_compilation
 from cute_quant.ops import (
     bind,
     deep_gemm_format,
@@ -52,14 +54,17 @@ __all__ = [
     "Launch",
     "Masked",
     "PrefixSum",
+    "WarmUp",
     "bind",
     "deep_gemm_format",
     "dequantize",
     "empty_scales",
     "fake_quantize",
+    "forbid_compilation",
     "load",
     "quantize",
     "rms_norm_quantize",
     "silu_mul_quantize",
+    "warm_up",
 ]
 __version__ = "0.1.0"

@@ -45,11 +45,12 @@ def quantize(
     1 / s, both float32, rounded to nearest even. A group that holds NaN or Inf becomes NaN, values
     and scale; int8 has no NaN, so its values are 0 there.
 
-    On a GPU this is one kernel on the current stream. It is compiled at the first call for a
-    dtype, format and architecture; call it once before capturing it in a CUDA graph. It runs as a
-    programmatic dependent of the kernel before; one launched so after it has to wait for it
-    (``griddepcontrol.wait``), as other kernels do anyway. On the CPU, and on a GPU without FP8,
-    plain torch computes the same bits. Gradients do not flow through it.
+    On a GPU this is one kernel on the current stream. Dtype, format, size, strides and alignment
+    choose it, and the first call that takes it compiles it; :func:`warm_up` does so before calls of
+    a range are served, or captured in a CUDA graph. It runs as a programmatic dependent of the
+    kernel before; one launched so after it has to wait for it (``griddepcontrol.wait``), as other
+    kernels do anyway. On the CPU, and on a GPU without FP8, plain torch computes the same bits.
+    Gradients do not flow through it.
 
     Args:
         x: (..., mn, k), bfloat16, float16 or float32, contiguous along k. Other strides are free, 0
@@ -320,7 +321,8 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
     ``launch = bind(x, fmt, out=(q, sf))`` checks what ``quantize(x, fmt, out=(q, sf))`` does,
     compiles the kernel and allocates what `out` leaves out, but launches nothing. Each ``launch()``
     runs the operation on what the tensors hold then, on the current stream, without checks, and
-    returns its results, the same tensors every time. It may be captured in a CUDA graph.
+    returns its results, the same tensors every time. It may be captured in a CUDA graph after a
+    launch of it, or after :func:`warm_up`.
 
     The launch keeps its tensors. It does not see that one of them is resized, or given other
     storage. `check` reads counts once, here. Under ``torch.compile`` neither is traced.

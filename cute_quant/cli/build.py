@@ -3,58 +3,33 @@
 It is used by cute_quant.load(DIR), or CUTE_QUANT_AOT_DIR=DIR, on machines that have torch and
 apache-tvm-ffi but neither a compiler nor CuTe DSL, and from C++. Needs no GPU.
 
-Kernels are named by a preset, or by patterns of names as --list prints them.
+Kernels are named by a preset, by patterns of names as --list prints them, or by the calls that
+take them.
 
 examples:
   cute-quant build --preset deepgemm --arch sm_90a --arch sm_100a -o kernels
   cute-quant build --kernel 'quantize-bfloat16-e4m3_128_e8m0*' -o kernels
   cute-quant build --preset moe --list
+  cute-quant build --k 7168 --max-rows 32768 --alignment 16 -o kernels
   cute-quant build --host aarch64 --runtime libcute_dsl_runtime.so -o kernels
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import contextlib
-import fnmatch
 import json
-import multiprocessing
-import os
 import platform
-import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from cute_quant.jit import aot_build, aot_presets, keys, lookup, progress, toolchain
-from cute_quant.kernels import architectures
+from cute_quant.cli import selection
+from cute_quant.jit import aot_build, keys, lookup, progress, toolchain, workers
 from cute_quant.kernels.config import Spec
-
-MAX_WORKERS = 8
-"""Processes; each has a compiler in memory."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    families = tuple(family.name for family in architectures.FAMILIES)
-    parser.add_argument(
-        "--arch",
-        action="append",
-        choices=(*lookup.ARCHITECTURES.values(), *families),
-        help="architecture of the GPU, or a family of them (sm_100f, sm_120f), of which one object "
-        "serves every GPU; may be given several times (default: all architectures)",
-    )
-    parser.add_argument(
-        "--preset",
-        action="append",
-        choices=aot_presets.PRESETS,
-        help="kernels by use, may be given several times (default: deepgemm, without --kernel)",
-    )
-    parser.add_argument(
-        "--kernel",
-        action="append",
-        metavar="PATTERN",
-        help="kernels of the preset all by name, may be given several times",
-    )
+    """Add the options of the command to its parser."""
+    selection.add_arguments(parser)
     parser.add_argument("-o", "--output", type=_path, metavar="DIR", help="directory to make")
     parser.add_argument(
         "--host",
@@ -80,10 +55,11 @@ def _path(text: str) -> Path:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the command, and return the exit status."""
     targets = dict.fromkeys(options.arch or lookup.ARCHITECTURES.values())
-    tasks = _tasks(targets, options.preset, options.kernel)
+    tasks = selection.tasks(options, targets)
     if options.list:
-        names = list(dict.fromkeys(_name(spec) for spec, _ in tasks))
+        names = list(dict.fromkeys(selection.name(spec) for spec, _ in tasks))
         print(json.dumps(names, indent=1) if options.json else "\n".join(names))
         return 0
     if options.output is None:
@@ -108,62 +84,23 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _name(spec: Spec) -> str:
-    """Return the name of a kernel, the same where an architecture launches it without PDL."""
-    return keys.spec_name(spec._replace(pdl=True))
-
-
-def _tasks(
-    targets: Iterable[str], names: list[str] | None, patterns: list[str] | None
-) -> list[tuple[Spec, str]]:
-    """Return the specs to build, each once; those of a preset may depend on the architecture."""
-    if not names and not patterns:
-        names = ["deepgemm"]
-    tasks = [
-        (spec, arch)
-        for arch in targets
-        for name in names or ()
-        for spec in aot_presets.PRESETS[name](arch)
-    ]
-    every = [(s, arch) for arch in targets if patterns for s in aot_presets.all_kernels(arch)]
-    names_of = {spec: _name(spec) for spec, _ in every}
-    for pattern in patterns or ():
-        matches = [task for task in every if fnmatch.fnmatchcase(names_of[task[0]], pattern)]
-        if not matches:
-            raise ValueError(
-                f"--kernel: expected a name or a pattern of names that cute-quant build --preset "
-                f"all --list prints, got {pattern!r}"
-            )
-        tasks += matches
-    return list(dict.fromkeys(tasks))
-
-
 def _built(
     tasks: list[tuple[Spec, str]], host: toolchain.Host
 ) -> Iterator[tuple[Spec, str, bytes]]:
-    workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS, len(tasks))
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        with _interrupts_ignored():
-            futures = [pool.submit(_build, spec, arch, host) for spec, arch in tasks]
-        try:
-            for done, ((spec, arch), future) in enumerate(zip(tasks, futures, strict=True)):
-                progress.bar(done, len(tasks), f"{keys.spec_name(spec)} {arch}")
-                yield spec, arch, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            progress.end_bar()
-
-
-@contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Processes that start meanwhile ignore them for good, from before they import anything: a
-    terminal interrupts all of its processes, and this one ends the others."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    built: dict[int, bytes] = {}
+    calls = [(spec, arch, host) for spec, arch in tasks]
+    done = workers.results(_build, calls, max(1, workers.count_for(len(calls))))
     try:
-        yield
+        # In their order, so that a directory does not depend on which was done first.
+        for number, (spec, arch) in enumerate(tasks):
+            progress.bar(number, len(tasks), f"{keys.spec_name(spec)} {arch}")
+            while number not in built:
+                index, content = next(done)
+                built[index] = content
+            yield spec, arch, built.pop(number)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        done.close()
+        progress.end_bar()
 
 
 def _build(spec: Spec, arch: str, host: toolchain.Host) -> bytes:

@@ -24,7 +24,8 @@ from cute_quant.contract.dtypes import ceil_div
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED, UNFUSED
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
-from cute_quant.jit import aot_presets, keys, lookup, progress
+from cute_quant.dispatch import presets
+from cute_quant.jit import keys, lookup, progress
 from cute_quant.kernels.config import (
     DENSE_ROWS,
     DequantizeSpec,
@@ -94,12 +95,14 @@ class Outcome:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", choices=aot_presets.PRESETS, help="kernels by use")
+    """Add the options of the command to its parser."""
+    parser.add_argument("--preset", choices=presets.PRESETS, help="kernels by use")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    preset = aot_presets.PRESETS[options.preset] if options.preset else aot_presets.of_each_kind
+    """Run the command, and return the exit status."""
+    preset = presets.PRESETS[options.preset] if options.preset else presets.of_each_kind
     gpu = torch.cuda.is_available()
     if gpu:
         architectures = [lookup.architecture(torch.cuda.current_device())]
@@ -189,8 +192,11 @@ def _require_equal(name: str, actual: torch.Tensor, expected: torch.Tensor) -> N
 
 
 def _neighbouring_scales(actual: torch.Tensor, expected: torch.Tensor, fmt: Format) -> int:
-    """How many powers of two are the reference's neighbours; 0 of other scales, which are close
-    to the reference's. Padding and rows that nobody writes are equal in any case."""
+    """Return how many powers of two are next to the reference's; 0 where scales are none.
+
+    Scales that are no powers of two have to be close to the reference's. Padding and rows that
+    nobody writes are equal in any case.
+    """
     actual, expected = _storage(actual).cpu(), _storage(expected)
     if not fmt.ue8m0:
         close = _close(actual.view(torch.float32), expected.view(torch.float32))
@@ -313,7 +319,7 @@ def _results(spec: Spec, device: str) -> Results:
 def _size(spec: Spec) -> tuple[int, int]:
     """(mn, k) of a result that a kernel of this tile is launched for."""
     if isinstance(spec, RmsNormSpec):
-        columns = aot_presets.norm_columns(spec.fmt)
+        columns = presets.norm_columns(spec.fmt)
         return FEW_ROWS, columns[(spec.tile, spec.tiles_per_thread, spec.max_warps)]
     if isinstance(spec, QuantizeSpec) and spec.tile == TWO_ROWS:
         sms = lookup.multiprocessors(torch.cuda.current_device())

@@ -1,4 +1,4 @@
-"""The command line: ``python -m cute_quant COMMAND``, installed as ``cute-quant``.
+"""The commands of the command line, ``cute-quant`` or ``python -m cute_quant``.
 
 A command is a module with a docstring, its help, and two functions: ``add_arguments(parser)``, and
 ``run(options) -> int``, the exit code. It is imported when it is asked for.
@@ -11,46 +11,20 @@ import importlib
 import os
 import sys
 
-from cute_quant import __version__
+from cute_quant_command import COMMANDS, PROGRAM, main
 
-PROGRAM = "cute-quant"
-COMMANDS = {
-    "info": ("cute_quant.cli.info", "versions, GPUs, and what is supported and why not"),
-    "check": ("cute_quant.cli.check", "hold every kernel against the reference"),
-    "build": ("cute_quant.cli.build", "compile kernels ahead of time into a directory"),
-    "layout": ("cute_quant.lab.command", "draw layouts, try others"),
-    "cache": ("cute_quant.cli.cache", "list, size and clear the disk cache"),
-}
-"""Modules and what they do, by the name of the command."""
+__all__ = ["COMMANDS", "main", "run"]
 
 FAILURE, WRONG_USAGE = 1, 2
 
-EPILOG = """exit codes: 0 done, 1 something failed, 2 wrong usage
 
-examples:
-  cute-quant info
-  cute-quant check
-  cute-quant build --preset deepgemm --arch sm_90a -o kernels
-"""
-
-
-def main(arguments: list[str] | None = None) -> int:
+def run(name: str, arguments: list[str]) -> int:
     """Run a command; returns the exit code.
 
     Args:
-        arguments: of the command line, without the program.
+        name: one of ``COMMANDS``.
+        arguments: of the command line, without the program and the command.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    overview = argparse.ArgumentParser(
-        PROGRAM,
-        description="The quantizer in front of an FP8 GEMM.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    overview.add_argument("--version", action="version", version=f"cute_quant {__version__}")
-    lines = "\n".join(f"{name:8} {text}" for name, (_, text) in COMMANDS.items())
-    overview.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=lines)
-    name = overview.parse_args(arguments[:1]).command
     module, _ = COMMANDS[name]
     try:
         command = importlib.import_module(module)
@@ -62,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(parser)
-    options = parser.parse_args(arguments[1:])
+    options = parser.parse_args(arguments)
     try:
         status = command.run(options)
         # What is still buffered may not be wanted either.

@@ -83,7 +83,7 @@ class Launch:
     """An operation bound to its memory: everything was checked, only the launch is left.
 
     Calling it runs the operation again on what its tensors hold now, on the current stream, and
-    returns `results`. It may be captured in a CUDA graph.
+    returns `results`. It may be captured in a CUDA graph after a first launch, or a warm-up.
 
     Attributes:
         results: what the operation returns, the same tensors at every launch.
@@ -94,11 +94,19 @@ class Launch:
     results: Any
 
     def __init__(
-        self, results: Any, function: Callable[[], object], written: list[torch.Tensor]
+        self,
+        results: Any,
+        function: functools.partial[Any],
+        written: list[torch.Tensor],
     ) -> None:
         self.results = results
         self._function = function
         self._written = written
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Return what the compiled function is called on."""
+        return self._function.args
 
     @outside_of_graphs
     def __call__(self) -> Any:
@@ -111,7 +119,7 @@ class Launch:
 class _Capture(NamedTuple):
     """A launch that was left to the thread that binds."""
 
-    function: Callable[[], object]
+    function: functools.partial[Any]
     written: list[torch.Tensor]
 
 
@@ -141,7 +149,7 @@ def bind(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Launch:
             f"that makes {len(captured)} launches and returns {', '.join(sorted(kinds))}"
         )
     if not captured:
-        return Launch(results, _nothing, [])
+        return Launch(results, functools.partial(_nothing), [])
     return Launch(results, captured[0].function, captured[0].written)
 
 

@@ -16,9 +16,9 @@ from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import UNFUSED, RmsNorm, SiluMul
 from cute_quant.contract.rows import DENSE, Masked
 from cute_quant.contract.tensors import MAX_SIZE, flat_batch, span
+from cute_quant.dispatch.call_range import CallRange, row_alignment
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures, heuristics
-from cute_quant.kernels.architectures import Architecture
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
     Access,
@@ -27,6 +27,7 @@ from cute_quant.kernels.config import (
     QuantizeSpec,
     RmsNormSpec,
     SiluMulSpec,
+    Spec,
 )
 
 Function = Callable[..., None]
@@ -55,6 +56,21 @@ class Destination(NamedTuple):
     view: View
     address: int
     dtype: torch.dtype
+
+
+class Gpu(NamedTuple):
+    """What the choice of a kernel depends on: the target, and the number of multiprocessors."""
+
+    arch: str
+    sms: int
+
+
+class Choice(NamedTuple):
+    """The kernel of a call before it is compiled: its spec, and the rest as in a `Kernel`."""
+
+    spec: Spec
+    views: tuple[View | None, ...] | None
+    numbers: tuple[int | float, ...]
 
 
 class Kernel(NamedTuple):
@@ -152,20 +168,37 @@ class _Prologue(NamedTuple):
 
 
 def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kernel:
-    """Choose the kernel for a call, as ``heuristics`` has it for its size.
+    """Choose the kernel for a call as `choose_spec` does, and have it compiled.
+
+    Raises:
+        RuntimeError: the GPU is not supported, or the kernel is missing and cannot be compiled.
+    """
+    device = call.x.get_device()
+    gpu = Gpu(lookup.architecture(device), lookup.multiprocessors(device))
+    spec, views, numbers = choose_spec(call, result, scales, gpu)
+    try:
+        return Kernel(lookup.function(spec, gpu.arch), views, numbers)
+    except lookup.NotBuilt as error:
+        nbytes = row_alignment(result.address, *result.view, result.dtype.itemsize)
+        calls = CallRange.of(call, result.dtype, nbytes)
+        raise RuntimeError(f"{error}: {calls.remedy(gpu.arch)}") from None
+
+
+def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) -> Choice:
+    """Choose the spec of the kernel for a call, as ``heuristics`` has it for its size.
 
     Args:
-        call: the call, which was checked.
+        call: the call, which was checked; its tensors need no memory.
         result: memory for the values of the call.
         scales: view of the scales; None for fake quantization, which stores none.
+        gpu: that the call is for.
     """
     x, rows, index = call.x, call.rows, call.index
-    arch = lookup.architecture(x.get_device())
-    architecture = architectures.named(arch)
+    architecture = architectures.named(gpu.arch)
     kind = DENSE if rows is None else rows.kind
     *batch_shape, q_rows, k = result.view.shape
     shape = ResultShape(tuple(batch_shape), q_rows, k)
-    launch = _launch_shape(call, shape, architecture)
+    launch = _launch_shape(call, shape, gpu)
     domain = Domain(kind, index is not None, bool(batch_shape) or launch.tall)
     batched = domain.batched
     match call.prologue:
@@ -199,21 +232,20 @@ def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kerne
     spec = prologue.spec_class(x.dtype, fmt, launch.tile, domain, access, **choices)
     row_alignment = 1 if rows is None else rows.alignment
     numbers = row_alignment, launch.row_ctas, call.fmt.floor, *prologue.numbers
-    return Kernel(lookup.function(spec, arch), views if any(views) else None, numbers)
+    return Choice(spec, views if any(views) else None, numbers)
 
 
 def _launch_shape(
-    call: Call, shape: ResultShape, architecture: Architecture
+    call: Call, shape: ResultShape, gpu: Gpu
 ) -> heuristics.Shape | heuristics.NormShape:
     """Return tile and grid for the size of a call."""
-    sms = lookup.multiprocessors(call.x.get_device())
     masked = isinstance(call.rows, Masked)
-    size = math.prod(shape.batch_shape), shape.mn, shape.k, call.fmt, masked, sms
+    size = math.prod(shape.batch_shape), shape.mn, shape.k, call.fmt, masked, gpu.sms
     match call.prologue:
         case None:
-            return heuristics.shape(*size, architecture.warps)
+            return heuristics.shape(*size, architectures.named(gpu.arch).warps)
         case SiluMul():
-            return heuristics.silu_shape(*size, architecture.name)
+            return heuristics.silu_shape(*size, gpu.arch)
         case RmsNorm():
             return heuristics.norm_shape(*size)
 
@@ -273,21 +305,31 @@ def choose_dequantize_kernel(
     q: torch.Tensor, sf: torch.Tensor, y: torch.Tensor, fmt: Format
 ) -> Dequantization:
     """Choose the kernel that multiplies values by their scales."""
-    values = DEFAULT_TILE.values_per_thread
     q_view, y_view = matrix_view(q, batched=True), matrix_view(y, batched=True)
     inner = fmt.scale_dims
     batch, stride = flat_batch("sf", sf.shape, sf.stride(), inner)
     sf_view = View((batch, *sf.shape[-inner:]), (stride, *sf.stride()[-inner:]))
+    arch = lookup.architecture(q.get_device())
+    spec = choose_dequantize_spec(q, y, fmt, arch)
+    try:
+        return Dequantization(lookup.function(spec, arch), q_view, sf_view, y_view)
+    except lookup.NotBuilt as error:
+        calls = CallRange.of_dequantize(q, fmt, y.dtype)
+        raise RuntimeError(f"{error}: {calls.remedy(arch)}") from None
+
+
+def choose_dequantize_spec(
+    q: torch.Tensor, y: torch.Tensor, fmt: Format, arch: str
+) -> DequantizeSpec:
+    """Choose the spec of the kernel that multiplies values by their scales."""
+    values = DEFAULT_TILE.values_per_thread
     store_bytes = heuristics.store_bytes(DEFAULT_TILE, y.dtype)
     access = Access(
-        alignment(q.data_ptr(), q_view, q.element_size(), values),
-        alignment(y.data_ptr(), y_view, y.element_size(), store_bytes),
+        alignment(q.data_ptr(), matrix_view(q, batched=True), q.element_size(), values),
+        alignment(y.data_ptr(), matrix_view(y, batched=True), y.element_size(), store_bytes),
         ragged=q.shape[-1] % values != 0,
     )
-    arch = lookup.architecture(q.get_device())
-    spec = DequantizeSpec(fmt.kernel_format, y.dtype, access, architectures.named(arch).pdl)
-    function = lookup.function(spec, arch)
-    return Dequantization(function, q_view, sf_view, y_view)
+    return DequantizeSpec(fmt.kernel_format, y.dtype, access, architectures.named(arch).pdl)
 
 
 def _scales_view(scales: View | None, fmt: Format, shape: ResultShape) -> View | None:

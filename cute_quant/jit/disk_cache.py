@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cute_quant.jit import keys, shared_objects, toolchain
+from cute_quant.jit import dsl_variables, keys, shared_objects, toolchain
 from cute_quant.jit.trusted_files import TrustedDirectory, Untrusted
 from cute_quant.kernels.config import Spec
 
@@ -42,12 +42,26 @@ TEMPORARY_SUFFIX = ".tmp"
 LEFT_BY_CRASHES = (LOCK_SUFFIX, TEMPORARY_SUFFIX)
 OURS = (SUFFIX, *LEFT_BY_CRASHES)
 
-LOCK_SECONDS = 10.0
-"""How long one process waits for another that compiles the same kernel, which takes 0.2 to 2 s."""
+LOCK_SECONDS = 30.0
+"""How long one process waits for another that compiles the same kernel, which takes 0.2 to 2 s, and
+longer where many processes of a node import CuTe DSL at once."""
 POLL_SECONDS = 0.01
 
 STALE_SECONDS = 3600.0
 """After which a temporary file or a lock has surely lost its process."""
+
+
+_locks: set[int] = set()
+"""Open files that hold a lock, or wait for one."""
+
+
+def _close_locks_of_parent() -> None:
+    while _locks:
+        with contextlib.suppress(OSError):
+            os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_close_locks_of_parent)
 
 
 class Entry(NamedTuple):
@@ -65,10 +79,12 @@ class Entry(NamedTuple):
 
 
 def key(spec: Spec, arch: str, options: str) -> str:
-    """The name of the entry for a kernel: a digest of everything that its bytes depend on.
+    """Return the name of the entry for a kernel: a digest of everything its bytes depend on.
 
     Args:
-        options: of ``cute.compile``.
+        spec: choices of the kernel.
+        arch: target of the compiler.
+        options: options of ``cute.compile``.
 
     Raises:
         RuntimeError: CuTe DSL or apache-tvm-ffi is not installed.
@@ -82,7 +98,7 @@ def key(spec: Spec, arch: str, options: str) -> str:
         "sources": keys.source_digest(),
         "spec": keys.spec_text(spec),
         "arch": arch,
-        "options": [options, toolchain.dsl_variables()],
+        "options": [options, dsl_variables.compiled_in()],
         "dsl": [dsl.version, dsl.flavour],
         "tvm_ffi": tvm_ffi,
         "cpu": [host.triple, host.cpu],
@@ -148,6 +164,7 @@ def open_directory(directory: Path, make: bool = False) -> TrustedDirectory:
     """Open a directory that is the user's alone.
 
     Args:
+        directory: an absolute path.
         make: whether it is made if it is missing, whatever the umask is.
 
     Raises:
@@ -168,15 +185,15 @@ def _check_private(directory: Path, status: os.stat_result) -> None:
 
 
 class Cache:
-    """A directory of objects."""
+    """A directory of objects.
+
+    Args:
+        directory: an absolute path; it is made when something is written.
+        writable: whether entries may be added and removed.
+        files: the directory if it is open by now.
+    """
 
     def __init__(self, directory: Path, writable: bool, files: TrustedDirectory | None = None):
-        """
-        Args:
-            directory: an absolute path; it is made when something is written.
-            writable: whether entries may be added and removed.
-            files: the directory if it is open by now.
-        """
         self.directory = directory
         self.writable = writable
         self._held = files
@@ -198,8 +215,9 @@ class Cache:
         return self.directory / (key + SUFFIX)
 
     def find(self, key: str) -> str | None:
-        """Check the entry of a key; return a path to load it by, None if there is none that is
-        good.
+        """Check the entry of a key, and return a path to load it by.
+
+        None if there is no entry, or it is no good and was discarded.
 
         Raises:
             Untrusted, OSError: the directory is not to be trusted any more.
@@ -222,6 +240,20 @@ class Cache:
             with contextlib.suppress(OSError):
                 os.utime(name, dir_fd=files.descriptor, follow_symlinks=False)
         return files.loadable(name)
+
+    def try_out(self) -> None:
+        """Write an entry, read it and remove it.
+
+        Raises:
+            Untrusted, OSError: it cannot be written or removed, or the directory is not trusted.
+            RuntimeError: it is not found again.
+        """
+        key = f"try-{os.urandom(8).hex()}"
+        with self.lock(key):
+            self.store(key, b"", dict.fromkeys(NEEDED, ""))
+            if self.find(key) is None:
+                raise RuntimeError(f"{self.path(key)} was written and is not found")
+            os.unlink(key + SUFFIX, dir_fd=self._files().descriptor)
 
     def discard(self, key: str, reason: Exception) -> None:
         """Remove an entry that is no good, with a line in the log."""
@@ -275,6 +307,7 @@ class Cache:
         while True:
             flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(name, flags, 0o600, dir_fd=files.descriptor)
+            _locks.add(descriptor)
             try:
                 self._wait(descriptor, name, deadline, wait)
                 # Whoever held it may have removed the file, and a third made another.
@@ -288,6 +321,10 @@ class Cache:
                         _unlink(files, name)
                     return
             finally:
+                _locks.discard(descriptor)
+                # A child that was forked meanwhile has the same lock, if it did not close it yet.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
                 os.close(descriptor)
 
     def _wait(self, descriptor: int, name: str, deadline: float, wait: bool) -> None:

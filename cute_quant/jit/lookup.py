@@ -1,5 +1,7 @@
-"""Functions of specs, from where they come soonest: this process, a directory that was built ahead
-of time, the disk cache, the compiler. Only the last imports CuTe DSL."""
+"""Resolve a spec to a compiled function: memory, ahead-of-time directory, disk cache, compiler.
+
+Only the last imports CuTe DSL.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,23 @@ import contextlib
 import functools
 import importlib
 import logging
-import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from cute_quant.jit import aot_load, disk_cache, keys, library, progress, shared_objects, toolchain
+from cute_quant.jit import (
+    aot_load,
+    compilation,
+    disk_cache,
+    dsl_private,
+    dsl_variables,
+    keys,
+    library,
+    progress,
+    shared_objects,
+    toolchain,
+)
 from cute_quant.kernels import architectures
 from cute_quant.kernels.config import Spec
 
@@ -25,10 +37,26 @@ ARCHITECTURES = {a.capability: a.name for a in architectures.ARCHITECTURES}
 SYMBOL = "kernel"
 """Name of the function in objects of the disk cache."""
 
-# Two compilations at a time abort the process, or one silently builds for the other's target.
-# Kernels that others compile with the DSL, in another thread meanwhile, are not under this lock.
-_lock = threading.RLock()
+MEMORY, AHEAD_OF_TIME, DISK_CACHE, COMPILED = SOURCES = (
+    "in memory",
+    "built ahead of time",
+    "from the disk cache",
+    "compiled",
+)
+"""Where the function of a kernel comes from."""
+
 _functions: dict[tuple[Spec, str], Callable[..., None]] = {}
+
+
+class NotBuilt(RuntimeError):
+    """A kernel is missing where nothing may be compiled."""
+
+
+class Resolved(NamedTuple):
+    """A compiled function, and which of ``SOURCES`` it came from."""
+
+    function: Callable[..., None]
+    source: str
 
 
 @functools.cache
@@ -66,8 +94,10 @@ def multiprocessors(device_index: int) -> int:
 
 
 def kernel(spec: Spec) -> Any:
-    """The kernel that a spec names: `signature()`, stand-ins for its arguments, and a jitted
-    `__call__`. Imports CuTe DSL."""
+    """Return the kernel that a spec names. Imports CuTe DSL.
+
+    It has a `signature()`, which describes its arguments, and a jitted `__call__`.
+    """
     module, name = spec.kernel.split(".")
     return getattr(importlib.import_module(f"cute_quant.kernels.{module}"), name)(spec)
 
@@ -87,20 +117,28 @@ def build(kernel: Any, arch: str, *options: str, engine: bool = True) -> Any:
         options: further options of ``cute.compile``.
         engine: whether the result is to be called in this process, or only to be written.
     """
-    # It takes a second to import, and who has no GPU need not have it.
-    import cutlass.cute as cute
+    with compilation.alone():
+        # The DSL imports it too, and a child that is forked meanwhile still has to load with it.
+        with compilation.load_lock, contextlib.suppress(ImportError):
+            library.import_tvm_ffi()
+        # It takes a second to import, and who has no GPU need not have it.
+        import cutlass.cute as cute
 
-    flags = " ".join((compile_options(arch), *options))
-    with _lock:
-        return cute.compile(kernel, *kernel.signature(), options=flags, no_jit_engine=not engine)
+        flags = " ".join((compile_options(arch), *options))
+        with dsl_private.arguments_hidden():
+            return cute.compile(
+                kernel, *kernel.signature(), options=flags, no_jit_engine=not engine
+            )
 
 
 def build_object(spec: Spec, arch: str, symbol: str, host: toolchain.Host) -> bytes:
     """Compile the kernel of a spec to a shared object.
 
     Args:
-        symbol: of its function.
-        host: what runs its host code.
+        spec: choices of the kernel.
+        arch: target of the compiler.
+        symbol: name of its function.
+        host: machine that runs its host code.
 
     Raises:
         RuntimeError: CuTe DSL is not installed, or there is no linker, or it failed.
@@ -108,92 +146,169 @@ def build_object(spec: Spec, arch: str, symbol: str, host: toolchain.Host) -> by
     dsl = toolchain.installed_dsl()
     if dsl is None:
         raise RuntimeError(missing_dsl(spec, arch))
-    with _lock:
+    with compilation.alone():
         return shared_objects.shared_object(
             build(kernel(spec), arch, engine=False), symbol, host, dsl
         )
 
 
 def function(spec: Spec, arch: str) -> Callable[..., None]:
-    """The compiled kernel of a spec, to be called on torch tensors.
+    """Return the compiled kernel of a spec, to be called on torch tensors.
 
     It runs on the current stream of the tensors' device. Any thread may ask at any time.
 
     Raises:
-        RuntimeError: it is not built yet, and CuTe DSL is not installed.
+        NotBuilt: it is not built yet, and nothing may be compiled now.
+        RuntimeError: it is not built yet, and CuTe DSL is not installed or cannot compile it.
     """
-    key = (spec, arch)
+    found = _functions.get((spec, arch))
+    return resolve(spec, arch).function if found is None else found
+
+
+def resolve(spec: Spec, arch: str) -> Resolved:
+    """Return the compiled kernel of a spec as :func:`function` does, and where it came from."""
+    key = spec, arch
+    if key not in _functions and compilation.is_capturing():
+        # The first launch of a function that was loaded loads its module, which a capture refuses.
+        raise NotBuilt(f"{_missing(spec, arch)}, and the current stream is captured")
     if key not in _functions:
-        with _lock:
+        with compilation.lock:
             if key not in _functions:
-                _functions[key] = (
-                    aot_load.find(spec, arch) or _cached(spec, arch) or _compiled(spec, arch)
-                )
-    return _functions[key]
+                found = _found(spec, arch) or _made(spec, arch)
+                _functions[key] = found.function
+                return found
+    return Resolved(_functions[key], MEMORY)
+
+
+def find(spec: Spec, arch: str) -> Resolved | None:
+    """Return the kernel if it is built, None if it had to be compiled."""
+    key = spec, arch
+    if key in _functions:
+        return Resolved(_functions[key], MEMORY)
+    return _found(spec, arch)
+
+
+def keep(spec: Spec, arch: str) -> str:
+    """Have a kernel in the disk cache; return which of ``SOURCES`` it came from."""
+    return resolve(spec, arch).source
+
+
+def keeps() -> bool:
+    """Return whether kernels that are compiled are kept in the disk cache."""
+    store = _cache()
+    return (
+        toolchain.installed_dsl() is not None
+        and not dsl_variables.asks_for_output()
+        and store is not None
+        and store.writable
+        and toolchain.this_host().linker() is not None
+    )
+
+
+def check_may_compile(spec: Spec, arch: str) -> None:
+    """Check that a kernel that is missing may be compiled.
+
+    Raises:
+        NotBuilt: nothing may be compiled now.
+        RuntimeError: CuTe DSL is not installed.
+    """
+    reason = compilation.why_refused()
+    if reason is not None:
+        raise NotBuilt(f"{_missing(spec, arch)}, and {reason}")
+    if toolchain.installed_dsl() is None:
+        raise RuntimeError(missing_dsl(spec, arch))
+
+
+def _found(spec: Spec, arch: str) -> Resolved | None:
+    """Look a kernel up on disk."""
+    with compilation.load_lock:
+        built = aot_load.find(spec, arch)
+        if built is not None:
+            return Resolved(built, AHEAD_OF_TIME)
+        kept = _using_cache(spec, arch, _load)
+        return None if kept is None else Resolved(kept, DISK_CACHE)
+
+
+def _made(spec: Spec, arch: str) -> Resolved:
+    """Return the kernel compiled by this process, or by another that has its lock.
+
+    Raises:
+        NotBuilt: nothing may be compiled now.
+        RuntimeError: CuTe DSL is not installed, or cannot compile it.
+    """
+    check_may_compile(spec, arch)
+    # Else what goes wrong in it would be taken for a failure of the cache.
+    with compilation.alone():
+        return _using_cache(spec, arch, _added) or Resolved(_compiled(spec, arch), COMPILED)
 
 
 def _compiled(spec: Spec, arch: str) -> Callable[..., None]:
-    if toolchain.installed_dsl() is None:
-        raise RuntimeError(missing_dsl(spec, arch))
     with _shown(spec, arch):
         compiled = build(kernel(spec), arch)
-    # What is wrapped around it sorts keyword arguments, and none are passed.
-    return compiled._tvm_ffi_function
+    return dsl_private.raw_function(compiled)
 
 
 def _shown(spec: Spec, arch: str) -> contextlib.AbstractContextManager[None]:
     return progress.elapsed(f"cute_quant: compiling {keys.spec_name(spec)} for {arch}")
 
 
-def missing_dsl(spec: Spec, arch: str) -> str:
-    """Return the message for a kernel that cannot be compiled."""
+def _missing(spec: Spec, arch: str) -> str:
     directories = [str(directory.path) for directory in aot_load.loaded()]
     where = f"not among those of {', '.join(directories)}" if directories else "not built yet"
+    return f"{keys.spec_name(spec)} for {arch} is {where}"
+
+
+def missing_dsl(spec: Spec, arch: str) -> str:
+    """Return the message for a kernel that cannot be compiled."""
     return (
-        f"{keys.spec_name(spec)} for {arch} is {where}, and CuTe DSL is not installed to compile "
-        f"it: pip install nvidia-cutlass-dsl"
+        f"{_missing(spec, arch)}, and CuTe DSL is not installed to compile it: "
+        f"pip install nvidia-cutlass-dsl"
     )
 
 
-def _cached(spec: Spec, arch: str) -> Callable[..., None] | None:
-    """The function from the disk cache, added to it if need be.
+_Found = TypeVar("_Found")
+
+
+def _using_cache(
+    spec: Spec, arch: str, ask: Callable[[disk_cache.Cache, str, Spec, str], _Found | None]
+) -> _Found | None:
+    """Return what the disk cache answers.
 
     None if there is no cache or it fails: it must not be what breaks a call.
     """
     dsl = toolchain.installed_dsl()
-    if dsl is None or toolchain.asks_for_output():
+    if dsl is None or dsl_variables.asks_for_output():
         return None
     try:
         store = _cache()
         if store is None:
             return None
         library.load_runtime(dsl.runtime)
-        key = disk_cache.key(spec, arch, compile_options(arch))
-        found = _load(store, key)
-        if found is None and store.writable and toolchain.this_host().linker() is not None:
-            found = _added(store, key, spec, arch)
-        return found
+        return ask(store, disk_cache.key(spec, arch, compile_options(arch)), spec, arch)
     except Exception as error:
         log.warning("disk cache not used for %s: %s", keys.spec_name(spec), error)
         return None
 
 
-def _load(store: disk_cache.Cache, key: str) -> Callable[..., None] | None:
+def _load(store: disk_cache.Cache, key: str, spec: Spec, arch: str) -> Callable[..., None] | None:
     path = store.find(key)
     if path is None:
         return None
     try:
-        return library.load_function(path, SYMBOL)
+        with compilation.load_lock:
+            return library.load_function(path, SYMBOL)
     except (AttributeError, RuntimeError) as error:
         store.discard(key, error)
         return None
 
 
-def _added(store: disk_cache.Cache, key: str, spec: Spec, arch: str) -> Callable[..., None] | None:
-    """The function of an entry that this process adds, or another meanwhile.
+def _added(store: disk_cache.Cache, key: str, spec: Spec, arch: str) -> Resolved | None:
+    """Return the function of an entry that this process adds, or another meanwhile.
 
-    None where there is no lock to be had.
+    None where the cache is not written, or there is no lock to be had.
     """
+    if not store.writable or toolchain.this_host().linker() is None:
+        return None
     with contextlib.ExitStack() as held:
         held.enter_context(_shown(spec, arch))
         try:
@@ -203,7 +318,10 @@ def _added(store: disk_cache.Cache, key: str, spec: Spec, arch: str) -> Callable
         except OSError as error:
             store.stop_writing(error)
             return None
-        return _load(store, key) or _stored(store, key, spec, arch)
+        kept = _load(store, key, spec, arch)
+        if kept is not None:
+            return Resolved(kept, DISK_CACHE)
+        return Resolved(_stored(store, key, spec, arch), COMPILED)
 
 
 def _stored(store: disk_cache.Cache, key: str, spec: Spec, arch: str) -> Callable[..., None]:
@@ -216,7 +334,7 @@ def _stored(store: disk_cache.Cache, key: str, spec: Spec, arch: str) -> Callabl
         store.stop_writing(error)
     else:
         # Loaded as any entry is: checked, from the open directory.
-        found = _load(store, key)
+        found = _load(store, key, spec, arch)
         if found is not None:
             return found
     return library.load_bytes(content, SYMBOL)

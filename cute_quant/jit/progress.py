@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-QUIET_SECONDS = 1.0
+QUIET_SECONDS = 0.5
 """Work that is done by then shows nothing."""
 REFRESH_SECONDS = 0.1
 
@@ -18,7 +18,7 @@ BAR_WIDTH = 30
 
 @contextlib.contextmanager
 def elapsed(label: str) -> Iterator[None]:
-    """Show a label and the seconds since, from the first second on until the end."""
+    """Show a label and the seconds since, from half a second on until the end."""
     if not _is_terminal():
         yield
         return

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cute_quant.jit import dsl_private
 from cute_quant.jit.toolchain import Dsl, Host
 
 _SEAL = struct.Struct("<8sQ32s")
@@ -47,7 +48,8 @@ def shared_object(compiled: Any, symbol: str, host: Host, dsl: Dsl) -> bytes:
         raise RuntimeError(f"no linker for {host.machine}: install binutils or lld")
     exports = f"{{ global: __tvm_ffi_{symbol}; local: *; }};".encode()
     with _memory_file("kernel.o") as relocatable, _memory_file("exports", exports) as script:
-        _emit(compiled, symbol, host, relocatable)
+        # In memory: LLVM ends the process if it cannot write all of a file.
+        dsl_private.emit_object(compiled, symbol, host, _path(relocatable))
         command: list[str | Path] = [linker, "-shared", "-z", "now", "-z", "noexecstack"]
         command += [_path(relocatable), "--version-script", _path(script), "-soname"]
         # The runtime is found beside the object, or is there already under its SONAME.
@@ -96,33 +98,6 @@ def _memory_file(name: str, content: bytes = b"") -> Iterator[int]:
 def _path(descriptor: int) -> str:
     """Return the path of an open file, for this process and those that inherit the descriptor."""
     return f"/proc/self/fd/{descriptor}"
-
-
-def _emit(compiled: Any, symbol: str, host: Host, file: int) -> None:
-    """Write a relocatable object with host code for the oldest processor of a kind.
-
-    The file is in memory because LLVM ends the process where it cannot write all of an object.
-
-    ``compiled.export_to_c`` always takes the processor that it runs on, AVX-512 included.
-    """
-    from cutlass.base_dsl.export import get_export_module
-    from cutlass.base_dsl.tvm_ffi_builder import rename_tvm_ffi_function
-
-    original = compiled.function_name
-    module = get_export_module(
-        compiled.ir_module,
-        f"__cute_internal_{symbol}",
-        preserve_symbols={f"__tvm_ffi_{original}"},
-    )
-    rename_tvm_ffi_function(module, original, symbol)
-    compiled.export_provider.mlirExecutionEngine.dump_object_file_pic(
-        module,
-        _path(file),
-        f"__tvm_ffi_{symbol}",
-        host_triple=host.triple,
-        host_cpu=host.cpu,
-        host_features="",
-    )
 
 
 def seal(content: bytes, record: dict[str, str]) -> bytes:

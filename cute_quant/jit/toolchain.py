@@ -6,8 +6,8 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
-import os
 import platform
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,13 @@ import torch
 
 RUNTIME_NAME = "libcute_dsl_runtime.so"
 """Library through which objects call CUDA; its name is also its SONAME."""
+
+
+BOUNDS = {
+    "nvidia-cutlass-dsl": ((4, 7), (5,)),
+    "apache-tvm-ffi": ((0, 1, 10), (0, 2)),
+}
+"""Versions that this package works with, from and below, as its dependencies say."""
 
 
 class Host(NamedTuple):
@@ -142,25 +149,6 @@ def tvm_ffi_version() -> str | None:
         return None
 
 
-def dsl_variables() -> dict[str, str]:
-    """Environment variables that CuTe DSL may read, those for its log and libraries left out."""
-    return {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith("CUTE_DSL_") and not name.startswith(("CUTE_DSL_LIBS", "CUTE_DSL_LOG_"))
-    }
-
-
-def asks_for_output() -> bool:
-    """Return whether CuTe DSL is asked to keep, dump or print something: only compiling does."""
-    asked = ("CUTE_DSL_KEEP", "CUTE_DSL_DUMP", "CUTE_DSL_PRINT")
-    return any(
-        name.startswith(asked) and value.strip().lower() not in ("", "0", "false", "off", "no")
-        for name, value in dsl_variables().items()
-        if name != "CUTE_DSL_DUMP_DIR"  # only says where
-    )
-
-
 def versions() -> dict[str, str | None]:
     """Versions that what is compiled here depends on."""
     dsl = installed_dsl()
@@ -169,3 +157,33 @@ def versions() -> dict[str, str | None]:
         "nvidia-cutlass-dsl": None if dsl is None else f"{dsl.version} {dsl.flavour}",
         "apache-tvm-ffi": tvm_ffi_version(),
     }
+
+
+def conflicts() -> list[str]:
+    """Return what is wrong about the installed versions, a sentence each."""
+    found = []
+    dsl = installed_dsl()
+    installed = {
+        "nvidia-cutlass-dsl": None if dsl is None else dsl.version,
+        "apache-tvm-ffi": tvm_ffi_version(),
+    }
+    for name, version in installed.items():
+        low, high = BOUNDS[name]
+        if version is not None and not low <= _numbers(version) < high:
+            low_text, high_text = (".".join(map(str, bound)) for bound in (low, high))
+            found.append(
+                f"{name}: expected at least {low_text} and below {high_text}, got {version}"
+            )
+    cuda = torch.version.cuda
+    if dsl is not None and cuda is not None and int(cuda.split(".")[0]) > int(dsl.flavour[2:]):
+        found.append(
+            f"torch is built for CUDA {cuda}, and CuTe DSL runs in its flavour {dsl.flavour}: "
+            f"pip install 'nvidia-cutlass-dsl[cu{cuda.split('.')[0]}]'"
+        )
+    return found
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the numbers that a version starts with."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(number) for number in found[0].split(".")) if found else ()

@@ -15,8 +15,8 @@ import cute_quant
 from cute_quant import kernels
 from cute_quant.cli import check, main
 from cute_quant.contract.calls import Call
-from cute_quant.dispatch import launch, plan
-from cute_quant.jit import aot_presets, keys, lookup, progress
+from cute_quant.dispatch import launch, plan, presets
+from cute_quant.jit import disk_cache, keys, lookup, progress, toolchain, workers
 from cute_quant.jit.disk_cache import Cache
 from cute_quant.kernels.config import (
     DequantizeSpec,
@@ -60,6 +60,18 @@ def test_module_runs():
         [sys.executable, "-m", "cute_quant", "--version"], capture_output=True, text=True
     )
     assert done.stdout == f"cute_quant {cute_quant.__version__}\n" and done.returncode == 0
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_overview_imports_neither_torch_nor_the_package(option):
+    code = (
+        "import sys, cute_quant_command\n"
+        "try: cute_quant_command.main()\n"
+        "finally: assert not {'torch', 'cute_quant'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert cute_quant.__version__ in done.stdout or "exit codes" in done.stdout
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
@@ -134,7 +146,9 @@ def test_info(store, capsys):
     assert main.main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["torch"] == torch.__version__
-    assert report["disk cache"] == f"{store.directory}, 2 kernels"
+    found = f"{store.directory}, 2 kernels; an entry was written and read"
+    assert report["disk cache"] == found
+    assert len(list(store.directory.iterdir())) == 2
     assert main.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"{'torch:':20} {torch.__version__}" in lines
@@ -168,6 +182,124 @@ def test_info_says_what_a_gpu_is_good_for(capability, expected, monkeypatch, cap
     assert main.main(["info", "--json"]) == 0
     lookup.find_architecture.cache_clear()
     assert json.loads(capsys.readouterr().out)["GPUs"] == [expected]
+
+
+@pytest.mark.parametrize("fault", ["store", "find"])
+def test_info_tries_the_cache(store, fault, monkeypatch, capsys):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Cache, fault, full if fault == "store" else lambda *_: None)
+    assert main.main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    reason = "No space left" if fault == "store" else "was written and is not found"
+    assert report["disk cache"].startswith("not used: ") and reason in report["disk cache"]
+
+
+def test_info_says_which_presets_are_complete(store, monkeypatch, capsys):
+    specs = list(presets.deepgemm("sm_90a"))
+    options = lookup.compile_options("sm_90a")
+    for spec in specs[1:]:
+        key = disk_cache.key(spec, "sm_90a", options)
+        store.store(key, b"", {"name": "a", "arch": "sm_90a"})
+    monkeypatch.setattr(presets, "PRESETS", {"deepgemm": presets.deepgemm})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main.main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["presets"] == [f"deepgemm for sm_90a: {len(specs) - 1} of {len(specs)} kernels"]
+    key = disk_cache.key(specs[0], "sm_90a", options)
+    store.store(key, b"", {"name": "a", "arch": "sm_90a"})
+    assert main.main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["presets"] == ["deepgemm for sm_90a: complete"]
+
+
+def test_info_says_what_does_not_fit_together(store, monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    dsl = toolchain.installed_dsl()._replace(flavour="cu12", version="5.1.0.dev1")
+    monkeypatch.setattr(toolchain, "installed_dsl", lambda: dsl)
+    monkeypatch.setattr(toolchain, "tvm_ffi_version", lambda: "0.1.9.post1")
+    assert main.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["conflicts"] == [
+        "nvidia-cutlass-dsl: expected at least 4.7 and below 5, got 5.1.0.dev1",
+        "apache-tvm-ffi: expected at least 0.1.10 and below 0.2, got 0.1.9.post1",
+        "torch is built for CUDA 13.0, and CuTe DSL runs in its flavour cu12: "
+        "pip install 'nvidia-cutlass-dsl[cu13]'",
+    ]
+
+
+def test_bounds_are_those_of_the_dependencies():
+    text = (Path(cute_quant.__file__).parents[1] / "pyproject.toml").read_text()
+    for name, (low, high) in toolchain.BOUNDS.items():
+        low_text, high_text = (".".join(map(str, bound)) for bound in (low, high))
+        assert f'"{name}>={low_text},<{high_text}"' in text
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "are compiled in the call"),
+        ({"CUTE_QUANT_JIT": "off"}, "calls raise: CUTE_QUANT_JIT=off forbids compiling"),
+        ({"CUTE_QUANT_JIT": "no"}, "calls raise: CUTE_QUANT_JIT: expected one of"),
+        ({"CUTE_DSL_DRYRUN": "1"}, "calls raise: CUTE_DSL_DRYRUN"),
+    ],
+)
+def test_info_says_what_a_missing_kernel_means(variables, expected, store, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["missing kernels"].startswith(expected)
+
+
+# warm-up
+
+
+def test_warm_up(store, monkeypatch, capsys):
+    monkeypatch.setattr(lookup, "_functions", {})
+    lookup._cache.cache_clear()
+    command = ["warm-up", "--k", "512", "--max-rows", "4", "--arch", "sm_90a"]
+    try:
+        assert main.main(command) == 0
+        assert re.fullmatch(
+            rf"1 kernel for sm_90a in \d+\.\d s: 1 compiled, in {store.directory}\n",
+            capsys.readouterr().out,
+        )
+        lookup._functions.clear()
+        assert main.main([*command, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["kernels"] == [{"name": NAME, "arch": "sm_90a", "source": lookup.DISK_CACHE}]
+        assert main.main(["cache", "list"]) == 0
+        assert f"sm_90a   {NAME}" in capsys.readouterr().out
+    finally:
+        lookup._cache.cache_clear()
+
+
+def test_warm_up_by_several_processes(store, monkeypatch, capsys):
+    monkeypatch.setattr(lookup, "_functions", {})
+    monkeypatch.setattr(workers, "count_for", lambda tasks: 2)
+    lookup._cache.cache_clear()
+    try:
+        assert main.main(["warm-up", "--k", "100", "--max-rows", "2", "--arch", "sm_90a"]) == 0
+    finally:
+        lookup._cache.cache_clear()
+    found = re.match(
+        r"(\d+) kernels for sm_90a in .* s: (\d+) compiled, in", capsys.readouterr().out
+    )
+    assert found and found[1] == found[2] == str(len(store.entries()) - 2)
+
+
+def test_warm_up_without_a_cache(store, monkeypatch, capsys):
+    monkeypatch.setenv("CUTE_QUANT_CACHE", "off")
+    lookup._cache.cache_clear()
+    try:
+        assert "there is no disk cache to compile into" in fails(capsys, "warm-up", "--k", "512")
+    finally:
+        lookup._cache.cache_clear()
+
+
+def test_warm_up_of_calls_that_there_are_not(capsys):
+    arguments = ["--k", "512", "--operation", "dequantize", "--rows", "masked"]
+    assert "expected calls that there are" in fails(capsys, "warm-up", *arguments, status=2)
 
 
 # cache
@@ -231,7 +363,7 @@ def test_cache_that_is_refused(store, capsys):
 def test_build_list(capsys):
     assert main.main(["build", "--preset", "deepgemm", "--list"]) == 0
     names = capsys.readouterr().out.splitlines()
-    assert len(names) == len(aot_presets.deepgemm("sm_90a"))
+    assert len(names) == len(presets.deepgemm("sm_90a"))
     assert NAME in names
     pattern = "dequantize-e4m3_128_e8m0_*"
     assert main.main(["build", "--kernel", pattern, "--list", "--json"]) == 0
@@ -286,7 +418,7 @@ def test_build_without_a_linker(capsys, monkeypatch, tmp_path):
 
 def test_check_compiles_for_each_architecture(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(aot_presets, "of_each_kind", lambda arch: [launched_on(SPEC, arch)])
+    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [launched_on(SPEC, arch)])
     assert main.main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
@@ -302,7 +434,7 @@ def test_check_compiles_for_each_architecture(monkeypatch, capsys):
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
 def test_check_shows_progress_in_a_terminal(arguments, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(aot_presets, "of_each_kind", lambda arch: [SPEC, SPEC])
+    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [SPEC, SPEC])
     monkeypatch.setattr(lookup, "build", lambda kernel, arch: None)
     assert main.main(["check", *arguments]) == 0
     assert not capsys.readouterr().err, "no terminal"
@@ -319,7 +451,7 @@ def test_check_names_what_fails(monkeypatch, capsys):
             raise ValueError("broken\nin two lines")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(aot_presets, "of_each_kind", lambda arch: [SPEC])
+    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [SPEC])
     monkeypatch.setattr(lookup, "build", build)
     assert main.main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -332,7 +464,7 @@ def test_check_names_what_fails(monkeypatch, capsys):
     assert [e for e in errors if e] == ["ValueError: broken in two lines"] and len(errors) == 8
 
 
-SPECS = [(spec, arch) for arch in ("sm_90a", "sm_100a") for spec in aot_presets.of_each_kind(arch)]
+SPECS = [(spec, arch) for arch in ("sm_90a", "sm_100a") for spec in presets.of_each_kind(arch)]
 EXACT = [s for s, _ in SPECS if isinstance(s, (QuantizeSpec, DequantizeSpec))]
 COMPUTED = [s for s, _ in SPECS if isinstance(s, (SiluMulSpec, RmsNormSpec))]
 NORMS = [s for s in COMPUTED if isinstance(s, RmsNormSpec)]
@@ -361,7 +493,7 @@ def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
     monkeypatch.setattr(launch.reference, "quantize_into", quantize_into)
     specs = [
         spec
-        for spec in aot_presets.of_each_kind(arch)
+        for spec in presets.of_each_kind(arch)
         if not isinstance(spec, DequantizeSpec) and not getattr(spec, "fake", False)
     ]
     for spec in specs:
@@ -485,7 +617,7 @@ def test_check_says_how_many_are_neighbours(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(lookup, "architecture", lambda index: "sm_90a")
-    monkeypatch.setattr(aot_presets, "of_each_kind", lambda arch: [spec])
+    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [spec])
     monkeypatch.setattr(check, "_results", lambda spec, device: results[device])
     line = f"ran      sm_90a   {keys.spec_name(spec)}: "
     assert main.main(["check"]) == 0
@@ -509,7 +641,7 @@ def test_check_on_the_gpu(name, monkeypatch, capsys):
         monkeypatch.setattr(launch, recent, [])
     assert main.main(["check", "--preset", name]) == 0
     arch = lookup.architecture(0)
-    specs = aot_presets.PRESETS[name](arch)
+    specs = presets.PRESETS[name](arch)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(specs) + 2
     assert all(line.startswith("ok     ran ") for line in lines[1:-1])

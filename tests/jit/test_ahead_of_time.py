@@ -24,8 +24,8 @@ from cute_quant.contract.calls import Call
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED, Prologue, make_rms_norm, make_silu_mul
 from cute_quant.contract.rows import Rows
-from cute_quant.dispatch import plan
-from cute_quant.jit import aot_build, aot_load, aot_presets, keys, lookup, shared_objects, toolchain
+from cute_quant.dispatch import plan, presets
+from cute_quant.jit import aot_build, aot_load, keys, lookup, shared_objects, toolchain
 from cute_quant.jit.trusted_files import check_writers
 from cute_quant.kernels.config import QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
 from tests.helpers import UE8M0
@@ -254,8 +254,8 @@ def test_interrupt_from_a_terminal_is_one_line(tmp_path):
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 60
-    # One tracks resources of the other, which compiles.
-    while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
+    # It compiles, in a session of its own.
+    while not children.read_text().split() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
@@ -506,7 +506,7 @@ ARCHITECTURES = ("sm_90a", "sm_100a")
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_names_in_presets_are_distinct(arch):
-    for preset in aot_presets.PRESETS.values():
+    for preset in presets.PRESETS.values():
         specs = preset(arch)
         assert len({keys.spec_name(spec) for spec in specs}) == len(set(specs)) == len(specs)
 
@@ -557,7 +557,7 @@ def rows_of(kind: str, mn: int) -> Rows | None:
     }.get(kind)
 
 
-every_format = pytest.mark.parametrize("fmt", aot_presets.DEEPGEMM_FORMATS, ids=str)
+every_format = pytest.mark.parametrize("fmt", presets.DEEPGEMM_FORMATS, ids=str)
 
 
 @every_format
@@ -573,8 +573,8 @@ def test_presets_have_what_calls_ask_for(kind, large, gathered, fmt, asked, arch
     index = torch.zeros(shape[:-1], dtype=torch.int32) if gathered else None
     x = torch.zeros((64, 1024) if gathered else shape, dtype=torch.bfloat16)
     spec = asked.call(x, shape, fmt, rows_of(kind, 64), index)
-    assert spec in aot_presets.moe(arch) or (kind == "batch" and spec in aot_presets.deepgemm(arch))
-    assert gathered or spec in aot_presets.deepgemm(arch)
+    assert spec in presets.moe(arch) or (kind == "batch" and spec in presets.deepgemm(arch))
+    assert gathered or spec in presets.deepgemm(arch)
 
 
 ACTIVATIONS = {
@@ -595,7 +595,7 @@ def test_moe_has_what_activations_ask_for(options, kind, mn, weighted, fmt, aske
     prologue = make_silu_mul(**options, rounding=FUSED, weight=weight)
     spec = asked.call(gate_up, shape, fmt, rows_of(kind, mn), prologue=prologue)
     assert isinstance(spec, SiluMulSpec)
-    assert spec in aot_presets.moe(arch)
+    assert spec in presets.moe(arch)
 
 
 @every_format
@@ -618,7 +618,7 @@ def test_moe_has_what_norms_ask_for(with_residual, normalized, fmt, asked, arch)
     # All of them, and no others.
     assert found == {
         spec
-        for spec in aot_presets.moe(arch)
+        for spec in presets.moe(arch)
         if isinstance(spec, RmsNormSpec)
         and (spec.fmt, spec.residual, spec.normalized) == (fmt, with_residual, normalized)
     }

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import cute_quant
-from cute_quant.jit import disk_cache, keys, lookup, shared_objects, toolchain
+from cute_quant.jit import disk_cache, dsl_variables, keys, lookup, shared_objects, toolchain
 from cute_quant.jit.disk_cache import Cache
 from cute_quant.jit.trusted_files import Untrusted
 from cute_quant.kernels.config import Access, Domain, QuantizeSpec, SiluMulSpec, Tile
@@ -335,9 +335,9 @@ def test_parents_that_others_may_change(tmp_path, change):
 def test_output_asked_of_the_compiler_bypasses_the_cache(monkeypatch, name):
     monkeypatch.setattr(lookup, "_cache", lambda: pytest.fail("asked for the cache"))
     monkeypatch.setenv(name, "1")
-    assert lookup._cached(SPEC, ARCH) is None
+    assert lookup._using_cache(SPEC, ARCH, lookup._load) is None
     monkeypatch.setenv(name, "0")
-    assert not toolchain.asks_for_output()
+    assert not dsl_variables.asks_for_output()
 
 
 # Crashes and races.
@@ -352,6 +352,16 @@ def test_two_processes_compile_once(directory):
 
 
 @pytest.mark.slow
+def test_ranks_compile_once(directory, tmp_path):
+    """Each rank has directories of CuTe DSL of its own, as launchers set them."""
+    own = [str(tmp_path / f"rank-{rank}") for rank in range(4)]
+    processes = [start(directory, CUTE_DSL_CACHE_DIR=path, CUTE_DSL_DUMP_DIR=path) for path in own]
+    outcomes = [finish(process) for process in processes]
+    assert [compiled for compiled, _ in outcomes].count(True) == 1
+    assert not any(log for _, log in outcomes)
+    assert only_entry(directory).suffix == ".so"
+
+
 @pytest.mark.parametrize("point", ["seal", "replace", "after"])
 def test_killed_while_it_stores(directory, point):
     kill = "import os, signal; die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -417,6 +427,22 @@ def test_lock_excludes(directory):
     for process in processes:
         process.join()
     assert (directory / "counter").read_text() == "200"
+
+
+def test_lock_ends_while_a_child_lives(directory, monkeypatch):
+    """A child that is forked under a lock has its file open, and is no holder of the lock."""
+    monkeypatch.setattr(disk_cache, "LOCK_SECONDS", 1.0)
+    store = Cache(directory, True)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    try:
+        with store.lock(KEY):
+            os.link(directory / f"{KEY}.lock", directory / "same.lock")
+            child.start()
+        with store.lock("same"):
+            pass
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_lock_that_is_never_given_back(directory, monkeypatch):
@@ -633,6 +659,7 @@ KERNEL_SOURCES = [
     "contract/formats.py",
     "contract/rows.py",
     "contract/torch_private.py",
+    "jit/dsl_private.py",
     "jit/shared_objects.py",
 ]
 
@@ -694,12 +721,14 @@ def imports(path: Path) -> set[Path]:
 def test_sources_are_all_that_kernels_import():
     named = {path for pattern in keys.SOURCES for path in PACKAGE.glob(pattern)}
     named = {path for path in named if path.name not in keys.NOT_COMPILED}
-    linker = PACKAGE / "jit" / "shared_objects.py"  # What it imports is in the key by itself.
-    imported = {path: imports(path) for path in named - {linker}}
+    # What these import is in the key by itself.
+    objects = {PACKAGE / "jit" / "shared_objects.py", PACKAGE / "jit" / "dsl_private.py"}
+    names = PACKAGE / "kernels" / "__init__.py"  # It only names what others import.
+    imported = {path: imports(path) for path in named - objects - {names}}
     for path, others in imported.items():
         assert others <= named, f"{path} imports {others - named}"
     kernels = set((PACKAGE / "kernels").glob("*.py")) - {PACKAGE / "kernels" / "heuristics.py"}
-    assert named == kernels | {linker} | set().union(*imported.values())
+    assert named == kernels | objects | set().union(*imported.values())
 
 
 @pytest.mark.gpu

@@ -1,6 +1,12 @@
 """Progress of long work: shown on a terminal, and nowhere else."""
 
+import contextlib
 import io
+import os
+import pty
+import re
+import subprocess
+import sys
 import time
 import types
 
@@ -85,3 +91,29 @@ def test_stderr_that_goes_away_meanwhile(terminal):
     with progress.elapsed("compiling a"):
         progress.sys.stderr = None
         time.sleep(0.3)
+
+
+COMPILE = """
+import sys, torch
+from cute_quant import DEEP_GEMM
+from cute_quant.jit import lookup
+from cute_quant.kernels.config import QuantizeSpec
+lookup.function(QuantizeSpec(torch.bfloat16, DEEP_GEMM), "sm_90a")
+"""
+
+
+def test_a_call_that_compiles_says_so_on_a_terminal():
+    parent, child = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", COMPILE], stderr=child)
+    os.close(child)
+    shown = b""
+    # Linux ends a terminal whose other end is closed with an error.
+    with contextlib.suppress(OSError):
+        while data := os.read(parent, 4096):
+            shown += data
+    os.close(parent)
+    assert process.wait() == 0
+    expected = "cute_quant: compiling quantize-bfloat16-e4m3_128_e8m0_mn_major_packed for sm_90a"
+    seconds = re.search(rf"{expected} (\d\.\d) s", shown.decode())
+    assert seconds and float(seconds[1]) < 1.0, shown
+    assert shown.endswith(progress.ERASE_LINE.encode())

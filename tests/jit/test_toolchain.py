@@ -1,26 +1,8 @@
-"""What the environment asks of CuTe DSL, and which of its flavours is taken."""
+"""Which flavour of CuTe DSL is taken."""
 
 import pytest
 
 from cute_quant.jit import toolchain
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "asks"),
-    [
-        ("CUTE_DSL_KEEP_PTX", "1", True),
-        ("CUTE_DSL_DUMP", "on", True),
-        ("CUTE_DSL_PRINT_IR", "True", True),
-        *(("CUTE_DSL_KEEP_PTX", no, False) for no in ("", "0", "false", "OFF", " no ")),
-        ("CUTE_DSL_DUMP_DIR", "/tmp", False),
-        ("CUTE_DSL_LOG_LEVEL", "1", False),
-    ],
-)
-def test_variables_that_ask_for_output(monkeypatch, name, value, asks):
-    for other in toolchain.dsl_variables():
-        monkeypatch.delenv(other)
-    monkeypatch.setenv(name, value)
-    assert toolchain.asks_for_output() == asks
 
 
 @pytest.mark.parametrize(

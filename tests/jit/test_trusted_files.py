@@ -1,5 +1,7 @@
-"""Who may have written what is loaded: attacks of another user on the cache and on directories
-built ahead of time."""
+"""Who may have written what is loaded.
+
+Another user attacks the cache, and directories built ahead of time.
+"""
 
 import os
 import shutil
@@ -176,7 +178,9 @@ def cached(store: Cache, monkeypatch: pytest.MonkeyPatch) -> Callable | None:
     monkeypatch.setattr(lookup, "_cache", lambda: store)
     monkeypatch.setattr(lookup, "build_object", lambda *_: b"genuine")
     monkeypatch.setattr(toolchain.Host, "linker", lambda _: "ld")
-    return lookup._cached(SPEC, ARCH)
+    kept = lookup._using_cache(SPEC, ARCH, lookup._load)
+    added = None if kept else lookup._using_cache(SPEC, ARCH, lookup._added)
+    return added.function if added else kept
 
 
 def taken_by_other_user(directory: Path) -> None:

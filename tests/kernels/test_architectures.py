@@ -16,8 +16,9 @@ from cutlass.cutlass_dsl import SMEM_CAPACITY_MAP, T, dsl_user_op
 
 from cute_quant import DEEP_GEMM, MXFP8, ROWWISE_FP8, quantize
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
+from cute_quant.dispatch import presets
 from cute_quant.emulator.errors import EmulatorError
-from cute_quant.jit import aot_presets, lookup
+from cute_quant.jit import lookup
 from cute_quant.kernels import architectures
 from cute_quant.kernels.architectures import ARCHITECTURES, FAMILIES
 from cute_quant.kernels.config import DequantizeSpec, QuantizeSpec
@@ -168,7 +169,7 @@ def test_members_of_a_family_take_the_same_kernels(family):
     members = [a for a in ARCHITECTURES if family.runs_on(a.capability)]
     assert len(members) > 1
     for member in members:
-        assert aot_presets.of_each_kind(member.name) == aot_presets.of_each_kind(family.name)
+        assert presets.of_each_kind(member.name) == presets.of_each_kind(family.name)
         assert member.warps == family.warps, "where a thread takes two rows"
 
 
@@ -203,7 +204,7 @@ def ptx(spec, arch) -> tuple[str, str]:
 
 def kinds(arch: str) -> list:
     """Return a kernel of each kind that the presets have, the last one."""
-    return list({spec.kernel: spec for spec in aot_presets.of_each_kind(arch)}.values())
+    return list({spec.kernel: spec for spec in presets.of_each_kind(arch)}.values())
 
 
 @pytest.mark.parametrize("arch", [name for name in SAME_PTX if name != "sm_100a"])

@@ -9,6 +9,12 @@ SHARED_OBJECTS = "jit/shared_objects.py"
 MANIFEST = "jit/aot_manifest.py"
 AOT_LOAD = "jit/aot_load.py"
 LOOKUP = "jit/lookup.py"
+COMPILATION = "jit/compilation.py"
+DSL_PRIVATE = "jit/dsl_private.py"
+DSL_VARIABLES = "jit/dsl_variables.py"
+PROGRESS = "jit/progress.py"
+REACHABLE = "dispatch/reachable.py"
+INFO = "cli/info.py"
 TOOLCHAIN = "jit/toolchain.py"
 DEEP_GEMM = "integrations/deep_gemm.py"
 VLLM = "integrations/vllm.py"
@@ -17,6 +23,12 @@ ON_CHECKS = "tests/contract/test_checks.py"
 ON_DISK_CACHE = "tests/jit/test_disk_cache.py"
 ON_TRUSTED_FILES = "tests/jit/test_trusted_files.py"
 ON_AHEAD_OF_TIME = "tests/jit/test_ahead_of_time.py"
+ON_DSL_PRIVATE = "tests/jit/test_dsl_private.py"
+ON_DSL_VARIABLES = "tests/jit/test_dsl_variables.py"
+ON_FORK = "tests/jit/test_fork.py"
+ON_PROGRESS = "tests/jit/test_progress.py"
+ON_WARM_UP = "tests/dispatch/test_warm_up.py"
+ON_CLI = "tests/cli/test_cli.py"
 ON_TOOLCHAIN = "tests/jit/test_toolchain.py"
 ON_VLLM = "tests/integrations/test_vllm.py"
 
@@ -59,8 +71,8 @@ FAULTS = [
     Fault(
         "cache-key-without-options",
         DISK_CACHE,
-        '"options": [options, toolchain.dsl_variables()],',
-        '"options": [toolchain.dsl_variables()],',
+        '"options": [options, dsl_variables.compiled_in()],',
+        '"options": [dsl_variables.compiled_in()],',
         [f"{ON_DISK_CACHE}::test_key_depends_on_architecture_and_options_and_nothing_else"],
     ),
     Fault(
@@ -233,23 +245,156 @@ FAULTS = [
     Fault(
         "lookup-compiled-again",
         LOOKUP,
-        "aot_load.find(spec, arch) or _cached(spec, arch) or _compiled(spec, arch)",
-        "_cached(spec, arch) or _compiled(spec, arch)",
+        "built = aot_load.find(spec, arch)",
+        "built = None",
         [f"{ON_AHEAD_OF_TIME}::test_without_cute_dsl"],
     ),
     Fault(
         "lookup-output-asked-of-the-compiler",
         LOOKUP,
-        "if dsl is None or toolchain.asks_for_output():",
+        "if dsl is None or dsl_variables.asks_for_output():",
         "if dsl is None:",
         [f"{ON_DISK_CACHE}::test_output_asked_of_the_compiler_bypasses_the_cache"],
     ),
     Fault(
-        "toolchain-zero-asks-for-output",
-        TOOLCHAIN,
+        "variables-zero-asks-for-output",
+        DSL_VARIABLES,
         '("", "0", "false", "off", "no")',
         '("",)',
-        [f"{ON_TOOLCHAIN}::test_variables_that_ask_for_output"],
+        [f"{ON_DSL_VARIABLES}::test_variables_that_ask_for_output"],
+    ),
+    Fault(
+        "variables-of-places-in-the-key",
+        DSL_VARIABLES,
+        "not in OUTPUT | REFUSED | NEUTRAL",
+        "not in OUTPUT | REFUSED",
+        [f"{ON_DSL_VARIABLES}::test_key_depends_on_no_other"],
+    ),
+    Fault(
+        "variables-of-code-forgotten",
+        DSL_VARIABLES,
+        '        "LINEINFO",\n',
+        "",
+        [f"{ON_DSL_VARIABLES}::test_every_variable_of_the_installed_dsl_is_known"],
+    ),
+    Fault(
+        "variables-of-code-taken-for-neutral",
+        DSL_VARIABLES,
+        "for name, value in sorted(os.environ.items())",
+        "for name, value in ()",
+        [f"{ON_DSL_VARIABLES}::test_key_depends_on_variables_of_code"],
+    ),
+    Fault(
+        "dry-run-compiles",
+        COMPILATION,
+        "if variable is not None:",
+        "if False:",
+        [f"{ON_DSL_VARIABLES}::test_dry_run_is_refused_by_name"],
+    ),
+    Fault(
+        "arguments-of-the-caller-parsed",
+        DSL_PRIVATE,
+        "[] if shielded else args",
+        "args",
+        [f"{ON_DSL_PRIVATE}::test_arguments_are_hidden_in_one_thread_alone"],
+    ),
+    Fault(
+        "arguments-hidden-from-every-thread",
+        DSL_PRIVATE,
+        'args is None and getattr(_thread, "shielded", False)',
+        "args is None",
+        [f"{ON_DSL_PRIVATE}::test_arguments_are_hidden_in_one_thread_alone"],
+    ),
+    Fault(
+        "arguments-parsed-by-a-parser-that-was-kept",
+        DSL_PRIVATE,
+        "kept.cache_clear()",
+        "pass",
+        [f"{ON_DSL_PRIVATE}::test_arguments_of_the_caller_are_not_read"],
+    ),
+    Fault(
+        "fork-inherits-locks",
+        COMPILATION,
+        "lock, load_lock = threading.RLock(), threading.RLock()",
+        "pass",
+        [f"{ON_FORK}::test_children_of_a_process_that_compiles"],
+    ),
+    Fault(
+        "fork-compiles-with-half-of-a-compiler",
+        COMPILATION,
+        "_forked_meanwhile |= _compiling",
+        "pass",
+        [f"{ON_FORK}::test_children_of_a_process_that_compiles"],
+    ),
+    Fault(
+        "capture-compiles",
+        LOOKUP,
+        "if key not in _functions and compilation.is_capturing():",
+        "if False:",
+        [f"{ON_WARM_UP}::test_nothing_is_compiled_or_loaded_while_a_graph_is_captured"],
+    ),
+    Fault(
+        "compilation-never-forbidden",
+        COMPILATION,
+        "if _forbidden:",
+        "if False:",
+        [f"{ON_WARM_UP}::test_what_is_missing_under_forbid_compilation"],
+    ),
+    Fault(
+        "compilation-forbidden-for-good",
+        COMPILATION,
+        "_forbidden -= 1",
+        "pass",
+        [f"{ON_WARM_UP}::test_forbidding_nests_and_ends"],
+    ),
+    Fault(
+        "compilation-permitted-twice",
+        COMPILATION,
+        "if not self._ended:",
+        "if True:",
+        [f"{ON_WARM_UP}::test_forbidding_nests_and_ends"],
+    ),
+    Fault(
+        "warm-up-of-one-size-class",
+        REACHABLE,
+        "{*(1 << i for i in range(max_rows.bit_length())), min(3, max_rows), max_rows}",
+        "{1}",
+        [f"{ON_WARM_UP}::test_nothing_is_compiled_after_a_warm_up"],
+    ),
+    Fault(
+        "warm-up-of-contiguous-rows",
+        REACHABLE,
+        "first = min(least, math.gcd(LOAD_BYTES, columns * dtype.itemsize))",
+        "first = math.gcd(LOAD_BYTES, columns * dtype.itemsize)",
+        [f"{ON_WARM_UP}::test_nothing_is_compiled_after_a_warm_up"],
+    ),
+    Fault(
+        "warm-up-of-aligned-rows",
+        REACHABLE,
+        "first = min(least, math.gcd(LOAD_BYTES, columns * dtype.itemsize))",
+        "first = least",
+        [f"{ON_WARM_UP}::test_nothing_is_compiled_after_a_warm_up"],
+    ),
+    Fault(
+        "warm-up-without-residuals",
+        REACHABLE,
+        "residual = normalized = (False, True)",
+        "normalized = (False, True)",
+        [f"{ON_WARM_UP}::test_nothing_is_compiled_after_a_warm_up"],
+    ),
+    Fault(
+        "info-does-not-try-the-cache",
+        INFO,
+        "store.try_out()",
+        "pass",
+        [f"{ON_CLI}::test_info_tries_the_cache"],
+    ),
+    Fault(
+        "progress-silent-for-long",
+        PROGRESS,
+        "QUIET_SECONDS = 0.5",
+        "QUIET_SECONDS = 50.0",
+        [f"{ON_PROGRESS}::test_a_call_that_compiles_says_so_on_a_terminal"],
     ),
     Fault(
         "toolchain-runtime-newer-than-the-driver",

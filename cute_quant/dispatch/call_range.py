@@ -1,0 +1,179 @@
+"""Ranges of calls that are alike but for their sizes and strides."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from cute_quant.contract.calls import Call
+from cute_quant.contract.dtypes import LOAD_BYTES
+from cute_quant.contract.formats import NAMED_FORMATS, Format
+from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
+from cute_quant.contract.rows import DENSE, Masked
+
+QUANTIZE, SILU_MUL, RMS_NORM, DEQUANTIZE, FAKE_QUANTIZE = OPERATIONS = (
+    "quantize",
+    "silu_mul_quantize",
+    "rms_norm_quantize",
+    "dequantize",
+    "fake_quantize",
+)
+"""Names of the public operations."""
+GROUPED = (QUANTIZE, SILU_MUL, RMS_NORM)
+"""Operations on rows of a domain."""
+
+
+class CallRange(NamedTuple):
+    """Calls of one operation, of one dtype, in one format.
+
+    Attributes:
+        operation: one of ``OPERATIONS``.
+        fmt, dtype: as of the call; for ``dequantize`` dtype is that of the result.
+        k: numbers of columns of the result.
+        max_rows: most rows of the result, all leading dimensions together.
+        kind: of the rows.
+        gathered: whether calls have an index.
+        batched: whether there are leading dimensions; masked rows have them in any case.
+        alignment: bytes, a power of two. Rows of inputs and results lie as in a contiguous tensor,
+            or start at multiples of it.
+        interleaved, clamped, scaled, shifted, rounding: as of `silu_mul_quantize`, with or without
+            `clamp`, `alpha` and `beta`; with and without `weight`.
+        weight_dtype: of the weight of `rms_norm_quantize`, with and without `residual` and
+            `normalized`.
+    """
+
+    operation: str
+    fmt: Format
+    dtype: torch.dtype
+    k: tuple[int, ...]
+    max_rows: int
+    kind: str = DENSE
+    gathered: bool = False
+    batched: bool = False
+    alignment: int = LOAD_BYTES
+    interleaved: bool = False
+    clamped: bool = False
+    scaled: bool = False
+    shifted: bool = False
+    rounding: str = FUSED
+    weight_dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def possible(self) -> bool:
+        """Return whether the operation takes rows of this kind."""
+        if self.kind == Masked.kind:
+            return self.operation in GROUPED and self.batched
+        if self.kind != DENSE:
+            return self.operation in GROUPED and not self.batched
+        return self.operation in GROUPED or not self.gathered
+
+    @staticmethod
+    def of(call: Call, result_dtype: torch.dtype, result_alignment: int) -> CallRange:
+        """Return the range of a call and of those like it with as many rows or less."""
+        *batch_shape, mn, k = call.result_shape.values
+        max_rows = mn
+        for size in batch_shape:
+            max_rows *= size
+        calls = CallRange(
+            QUANTIZE if result_dtype is call.fmt.values else FAKE_QUANTIZE,
+            call.fmt,
+            call.x.dtype,
+            (k,),
+            max_rows,
+            DENSE if call.rows is None else call.rows.kind,
+            call.index is not None,
+            bool(batch_shape),
+            min(_alignment(call.x), result_alignment),
+        )
+        match call.prologue:
+            case SiluMul() as silu_mul:
+                return calls._replace(
+                    operation=SILU_MUL,
+                    interleaved=silu_mul.interleaved,
+                    clamped=silu_mul.clamp is not None,
+                    scaled=silu_mul.alpha != 1.0,
+                    shifted=silu_mul.beta != 0.0,
+                    rounding=silu_mul.rounding,
+                )
+            case RmsNorm() as rms_norm:
+                tensors = [t for t in rms_norm.tensors.values() if t is not None]
+                return calls._replace(
+                    operation=RMS_NORM,
+                    rounding=rms_norm.rounding,
+                    weight_dtype=rms_norm.weight.dtype,
+                    alignment=min(calls.alignment, _alignment(*tensors)),
+                )
+        return calls
+
+    @staticmethod
+    def of_dequantize(q: torch.Tensor, fmt: Format, dtype: torch.dtype) -> CallRange:
+        """Return the range of a call of ``dequantize``."""
+        k = q.shape[-1]
+        max_rows, alignment = q.numel() // max(k, 1), _alignment(q)
+        batched = q.ndim > 2
+        return CallRange(
+            DEQUANTIZE, fmt, dtype, (k,), max_rows, batched=batched, alignment=alignment
+        )
+
+    def arguments(self) -> Iterator[tuple[str, str | None]]:
+        """Yield the options of ``cute-quant warm-up`` for these calls, with their values."""
+        yield "operation", self.operation
+        named = (name for name, fmt in NAMED_FORMATS.items() if fmt is self.fmt.kernel_format)
+        yield "format", next(named, self.fmt.kernel_format.text)
+        yield "dtype", _name(self.dtype)
+        for k in self.k:
+            yield "k", str(k)
+        yield "max-rows", str(self.max_rows)
+        if self.kind != DENSE:
+            yield "rows", self.kind
+        for name in ("gathered", "batched", "interleaved", "clamped", "scaled", "shifted"):
+            if getattr(self, name):
+                yield name, None
+        if self.alignment != LOAD_BYTES:
+            yield "alignment", str(self.alignment)
+        if self.rounding != FUSED:
+            yield "rounding", self.rounding
+        if self.operation == RMS_NORM and self.weight_dtype is not torch.bfloat16:
+            yield "weight-dtype", _name(self.weight_dtype)
+
+    def remedy(self, arch: str) -> str:
+        """Return what to do where a kernel of these calls is missing, for a message."""
+        words = [
+            f"--{name}" if value is None else f"--{name} {value}"
+            for name, value in (*self.arguments(), ("arch", arch))
+        ]
+        return (
+            f"call cute_quant.warm_up before, or run `cute-quant warm-up {' '.join(words)}`, or "
+            f"cute-quant build with the same options"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _alignment(*tensors: torch.Tensor) -> int:
+    """Return the `alignment` of a range that rows of the tensors lie in."""
+    return min(
+        (row_alignment(t.data_ptr(), t.shape, t.stride(), t.element_size()) for t in tensors),
+        default=LOAD_BYTES,
+    )
+
+
+def row_alignment(address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int) -> int:
+    """Return the `alignment` of a range that rows at an address, of these strides, lie in."""
+    *leading, k = shape
+    rows = [n * k for n in itertools.accumulate(reversed(leading), operator.mul, initial=1)]
+    contiguous = all(
+        size == 1 or stride == expected
+        for size, stride, expected in zip(leading, strides, reversed(rows[:-1]), strict=False)
+    )
+    if contiguous and address % math.gcd(LOAD_BYTES, k * itemsize) == 0:
+        return LOAD_BYTES
+    used = (stride for size, stride in zip(leading, strides, strict=False) if size > 1)
+    return math.gcd(LOAD_BYTES, address, *(stride * itemsize for stride in used))

@@ -1,0 +1,167 @@
+"""Which kernels are built ahead of time: ranges of calls by use, for an architecture.
+
+Calls have tensors as torch allocates them, whose rows start at multiples of 32 bytes where k is a
+multiple of 16, on a GPU of any number of multiprocessors.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+
+import torch
+
+from cute_quant.contract.dtypes import INPUT_DTYPES
+from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90, Format, all_formats
+from cute_quant.contract.prologues import MAX_NORM_COLUMNS
+from cute_quant.contract.rows import DENSE, KINDS, Masked
+from cute_quant.dispatch import reachable
+from cute_quant.dispatch.call_range import (
+    DEQUANTIZE,
+    FAKE_QUANTIZE,
+    QUANTIZE,
+    RMS_NORM,
+    SILU_MUL,
+    CallRange,
+)
+from cute_quant.dispatch.plan import Gpu
+from cute_quant.kernels import heuristics
+from cute_quant.kernels.config import DEFAULT_TILE, Spec, Tile
+
+DEEPGEMM_FORMATS = (DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90)
+BF16 = (torch.bfloat16,)
+
+COLUMNS = tuple(
+    DEFAULT_TILE.columns << i
+    for i in range((MAX_NORM_COLUMNS // DEFAULT_TILE.columns).bit_length())
+)
+"""Numbers of columns of every choice that depends on them."""
+FEW_COLUMNS = COLUMNS[:1]
+SMS = 1
+"""Multiprocessors of a GPU that has all size classes below ``MAX_ROWS``."""
+MAX_ROWS = 2**17
+"""Rows that are not too many for one dimension of a grid, in results as DeepGEMM reads them."""
+
+GROUPED = tuple(KINDS)
+"""Rows of a mixture of experts."""
+
+Kernels = dict[Spec, reachable.Variant]
+"""Specs, each with calls that take it."""
+
+
+def norm_columns(fmt: Format) -> dict[tuple[Tile, int, int], int]:
+    """Return a number of columns for each choice of `heuristics.norm_shape`.
+
+    A choice is a tile with tiles_per_thread and max_warps.
+    """
+    columns: dict[tuple[Tile, int, int], int] = {}
+    for k in COLUMNS:
+        shape = heuristics.norm_shape(1, 1, k, fmt, False, 1)
+        columns[shape.tile, shape.tiles_per_thread, shape.max_warps] = k
+    return columns
+
+
+def _quantize(
+    dtypes: Iterable[torch.dtype],
+    formats: Iterable[Format],
+    kinds: Iterable[str],
+    gathered: Iterable[bool] = (False,),
+) -> list[CallRange]:
+    return [
+        CallRange(QUANTIZE, fmt, dtype, FEW_COLUMNS, MAX_ROWS, kind, index, kind == Masked.kind)
+        for dtype, fmt, kind, index in itertools.product(dtypes, formats, kinds, gathered)
+    ]
+
+
+def _layer(fmt: Format) -> list[CallRange]:
+    """Return what lies between the GEMMs of a mixture of experts, in bf16."""
+    swiglus = [
+        CallRange(SILU_MUL, fmt, *BF16, FEW_COLUMNS, MAX_ROWS, kind, batched=kind == Masked.kind)
+        for kind in (DENSE, *GROUPED)
+    ]
+    return [
+        *swiglus,
+        # As in gpt-oss.
+        *(
+            calls._replace(interleaved=True, clamped=True, scaled=True, shifted=True)
+            for calls in swiglus
+        ),
+        CallRange(RMS_NORM, fmt, *BF16, COLUMNS, MAX_ROWS),
+    ]
+
+
+def _there_and_back(dtypes: Iterable[torch.dtype], formats: Iterable[Format]) -> list[CallRange]:
+    return [
+        CallRange(operation, fmt, dtype, FEW_COLUMNS, MAX_ROWS)
+        for operation in (FAKE_QUANTIZE, DEQUANTIZE)
+        for dtype, fmt in itertools.product(dtypes, formats)
+    ]
+
+
+def _of_deepgemm() -> list[CallRange]:
+    dense = _quantize(BF16, DEEPGEMM_FORMATS, (DENSE, *GROUPED))
+    batch = [calls._replace(batched=True) for calls in dense if calls.kind == DENSE]
+    return [*dense, *batch]
+
+
+def _of_moe() -> list[CallRange]:
+    return [
+        *_quantize(BF16, DEEPGEMM_FORMATS, (DENSE, *GROUPED), (False, True)),
+        *(calls for fmt in DEEPGEMM_FORMATS for calls in _layer(fmt)),
+    ]
+
+
+def _of_each_kind() -> list[CallRange]:
+    return [*_of_deepgemm(), *_of_moe(), *_there_and_back(BF16, DEEPGEMM_FORMATS)]
+
+
+def _of_all() -> list[CallRange]:
+    formats = all_formats()
+    return [
+        *_of_each_kind(),
+        *_quantize(INPUT_DTYPES, formats, (DENSE,)),
+        *_there_and_back(INPUT_DTYPES, formats),
+    ]
+
+
+@functools.cache
+def _kernels(ranges: Callable[[], list[CallRange]], arch: str) -> Kernels:
+    found: Kernels = {}
+    for calls in ranges():
+        for spec, variant in reachable.specs(calls, Gpu(arch, SMS)).items():
+            found.setdefault(spec, variant)
+    return found
+
+
+def deepgemm(arch: str) -> Kernels:
+    """Return bf16 activations in front of the GEMMs of DeepGEMM: dense, batched and grouped."""
+    return _kernels(_of_deepgemm, arch)
+
+
+def moe(arch: str) -> Kernels:
+    """Return a layer with a mixture of experts in bf16.
+
+    It has the norm in front of the experts, tokens gathered for them, and SwiGLU between their
+    GEMMs, plain or as in gpt-oss.
+    """
+    return _kernels(_of_moe, arch)
+
+
+def of_each_kind(arch: str) -> Kernels:
+    """Return every kernel in bf16 and the formats of DeepGEMM."""
+    return _kernels(_of_each_kind, arch)
+
+
+def all_kernels(arch: str) -> Kernels:
+    """Return every dtype and format of dense rows, there and back, and the other presets."""
+    return _kernels(_of_all, arch)
+
+
+PRESETS: dict[str, Callable[[str], Kernels]] = {
+    "deepgemm": deepgemm,
+    "moe": moe,
+    "all": all_kernels,
+}
+"""Kernels for an architecture, a value of `lookup.ARCHITECTURES`, by the name of what they are
+for."""

@@ -1,0 +1,203 @@
+"""The specs that the calls of a range can take.
+
+`plan` chooses them, for tensors without memory of every size class and alignment. So there are no
+rules here of which kernel a call takes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from cute_quant.contract.calls import Call, ResultShape
+from cute_quant.contract.dtypes import LOAD_BYTES, align
+from cute_quant.contract.prologues import Prologue, make_rms_norm, make_silu_mul
+from cute_quant.contract.rows import DENSE, Masked, RowOperands, Rows, from_operands
+from cute_quant.contract.tensors import MAX_MATRICES
+from cute_quant.dispatch.call_range import (
+    DEQUANTIZE,
+    FAKE_QUANTIZE,
+    RMS_NORM,
+    SILU_MUL,
+    CallRange,
+)
+from cute_quant.dispatch.plan import (
+    Destination,
+    Gpu,
+    View,
+    choose_dequantize_spec,
+    choose_spec,
+    contiguous_strides,
+)
+from cute_quant.kernels.config import Spec
+
+
+class Variant(NamedTuple):
+    """Calls of a range with one number of columns and the same further tensors.
+
+    Attributes:
+        weighted: whether rows have a factor, in `silu_mul_quantize`.
+        residual, normalized: whether there are such tensors, in `rms_norm_quantize`.
+    """
+
+    calls: CallRange
+    k: int
+    weighted: bool = False
+    residual: bool = False
+    normalized: bool = False
+
+    @property
+    def input_columns(self) -> int:
+        """Return the columns of x."""
+        return 2 * self.k if self.calls.operation == SILU_MUL else self.k
+
+    def call(self, x: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> Call:
+        """Return a call for results of this shape; `like` says where its other tensors are.
+
+        Counts and indices are 0, so that every row exists or none does.
+        """
+        index = like.new_zeros(shape[:-1], dtype=torch.int32) if self.calls.gathered else None
+        prologue, rows = self._prologue(x, shape, like), self._rows(shape, like)
+        return Call(x, self.calls.fmt, None, None, rows, index, prologue)
+
+    def _rows(self, shape: tuple[int, ...], like: torch.Tensor) -> Rows | None:
+        kind = self.calls.kind
+        if kind == DENSE:
+            return None
+        counts = shape[0] if kind == Masked.kind else shape[-2]
+        return from_operands(RowOperands(kind, like.new_zeros(counts, dtype=torch.int32)))
+
+    def _prologue(
+        self, x: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor
+    ) -> Prologue | None:
+        calls = self.calls
+        match calls.operation:
+            case "silu_mul_quantize":
+                return make_silu_mul(
+                    interleaved=calls.interleaved,
+                    clamp=7.0 if calls.clamped else None,
+                    alpha=2.0 if calls.scaled else 1.0,
+                    beta=1.0 if calls.shifted else 0.0,
+                    rounding=calls.rounding,
+                    weight=like.new_ones(shape[:-1], dtype=torch.float32)
+                    if self.weighted
+                    else None,
+                )
+            case "rms_norm_quantize":
+                return make_rms_norm(
+                    like.new_ones(self.k, dtype=calls.weight_dtype),
+                    eps=1.0,
+                    weight_offset=0.0,
+                    rounding=calls.rounding,
+                    residual=torch.zeros_like(x) if self.residual else None,
+                    normalized=torch.zeros_like(x) if self.normalized else None,
+                )
+        return None
+
+
+def variants(calls: CallRange) -> Iterator[Variant]:
+    """Yield the variants of a range."""
+    weighted: tuple[bool, ...] = (False,)
+    residual = normalized = weighted
+    if calls.operation == SILU_MUL:
+        weighted = (False, True)
+    if calls.operation == RMS_NORM and calls.kind == DENSE and not calls.gathered:
+        residual = normalized = (False, True)
+    for choices in itertools.product(calls.k, weighted, residual, normalized):
+        yield Variant(calls, *choices)
+
+
+def specs(calls: CallRange, gpu: Gpu) -> dict[Spec, Variant]:
+    """Return the specs that calls of a range can take on a GPU, each with a variant that does."""
+    found: dict[Spec, Variant] = {}
+    if not calls.max_rows:
+        return found
+    for variant in variants(calls):
+        result_dtype = calls.fmt.values
+        if calls.operation in (DEQUANTIZE, FAKE_QUANTIZE):
+            result_dtype = calls.dtype
+        x_dtype = calls.fmt.values if calls.operation == DEQUANTIZE else calls.dtype
+        alignments = itertools.product(
+            _alignments(calls.alignment, variant.input_columns, x_dtype),
+            _alignments(calls.alignment, variant.k, result_dtype),
+        )
+        for (x_bytes, q_bytes), shape in itertools.product(alignments, _shapes(calls)):
+
+            def spec_of(
+                rows: int,
+                variant: Variant = variant,
+                nbytes: tuple[int, int] = (x_bytes, q_bytes),
+                shape: Callable[[int], tuple[int, ...]] = shape,
+            ) -> Spec:
+                return _spec(variant, shape(rows), *nbytes, gpu)
+
+            for spec in _specs_up_to(calls.max_rows, spec_of):
+                found.setdefault(spec, variant)
+    return found
+
+
+def _alignments(least: int, columns: int, dtype: torch.dtype) -> list[int]:
+    """Return the alignments that rows can have: as in a contiguous tensor, or `least` and more."""
+    first = min(least, math.gcd(LOAD_BYTES, columns * dtype.itemsize))
+    first = max(first, dtype.itemsize)
+    return [first << i for i in range((LOAD_BYTES // first).bit_length())]
+
+
+def _shapes(calls: CallRange) -> list[Callable[[int], tuple[int, ...]]]:
+    """Return functions from a number of rows to the leading dimensions of a result."""
+    if not calls.batched and calls.kind != Masked.kind:
+        return [lambda rows: (rows,)]
+    return [lambda rows: (1, rows), lambda rows: (min(rows, MAX_MATRICES), 1)]
+
+
+def _specs_up_to(max_rows: int, spec_of: Callable[[int], Spec]) -> set[Spec]:
+    """Return the specs for 1 to `max_rows` rows.
+
+    A size class is found if it has a power of two, or parts two that are looked at.
+    """
+    counts = sorted({*(1 << i for i in range(max_rows.bit_length())), min(3, max_rows), max_rows})
+    by_count = {rows: spec_of(rows) for rows in counts}
+    found = set(by_count.values())
+    spans = list(itertools.pairwise(counts))
+    while spans:
+        low, high = spans.pop()
+        if high - low > 1 and by_count[low] != by_count[high]:
+            middle = (low + high) // 2
+            by_count[middle] = spec_of(middle)
+            found.add(by_count[middle])
+            spans += [(low, middle), (middle, high)]
+    return found
+
+
+def _spec(variant: Variant, leading: tuple[int, ...], x_bytes: int, q_bytes: int, gpu: Gpu) -> Spec:
+    """Return the spec of the call whose rows of x and q have exactly these alignments."""
+    calls, k = variant.calls, variant.k
+    shape = (*leading, k)
+    if calls.operation == DEQUANTIZE:
+        q = _aligned(shape, calls.fmt.values, x_bytes)
+        return choose_dequantize_spec(q, _aligned(shape, calls.dtype, q_bytes), calls.fmt, gpu.arch)
+    tokens = (2,) if calls.gathered else leading
+    x = _aligned((*tokens, variant.input_columns), calls.dtype, x_bytes)
+    call = variant.call(x, shape, torch.empty(0, device="meta"))
+    result_dtype = calls.dtype if calls.operation == FAKE_QUANTIZE else calls.fmt.values
+    q = _aligned(shape, result_dtype, q_bytes)
+    result = Destination(View(shape, q.stride()), q.data_ptr(), result_dtype)
+    scales = None
+    if calls.operation != FAKE_QUANTIZE:
+        sizes = ResultShape(leading[:-1], leading[-1], k)
+        scales = View(calls.fmt.scale_shape(*sizes), calls.fmt.scale_strides(*sizes))
+    return choose_spec(call, result, scales, gpu).spec
+
+
+def _aligned(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> torch.Tensor:
+    """Return a tensor without memory whose rows start at multiples of `nbytes` and no more."""
+    step = nbytes // dtype.itemsize if nbytes < LOAD_BYTES else 0
+    *leading, k = shape
+    row = align(k, LOAD_BYTES // dtype.itemsize) + step
+    strides = tuple(stride * row for stride in contiguous_strides(tuple(leading)))
+    storage = torch.empty(step + math.prod(leading) * row, dtype=dtype, device="meta")
+    return storage.as_strided(shape, (*strides, 1), step)

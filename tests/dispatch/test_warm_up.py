@@ -1,0 +1,308 @@
+"""After a warm-up no call in its range compiles anything, and what is missing has a remedy."""
+
+import os
+import random
+import shlex
+
+import pytest
+import torch
+
+import cute_quant as cq
+from cute_quant import Indexed, Masked, PrefixSum
+from cute_quant.cli import main
+from cute_quant.dispatch import launch, warm_up
+from cute_quant.dispatch.call_range import OPERATIONS
+from cute_quant.dispatch.warm_up import WarmKernel, WarmUp
+from cute_quant.jit import compilation, keys, lookup
+from tests.fuzz.warm import RANGES, draw_call
+
+CALLS = int(os.environ.get("CUTE_QUANT_TEST_CALLS", "150"))
+"""Calls that are drawn: ``CUTE_QUANT_TEST_CALLS=2000`` for long."""
+GPU_CALLS = 2000
+
+
+class Compiled(dict):
+    """Functions of kernels that were compiled, none of which does anything."""
+
+    forbidden = False
+
+    def function(self, spec, arch):
+        if (spec, arch) not in self:
+            if self.forbidden:
+                raise lookup.NotBuilt(f"{keys.spec_name(spec)} for {arch} is missing")
+            self[spec, arch] = lambda *arguments: None
+        return self[spec, arch]
+
+    def resolve(self, spec, arch):
+        source = lookup.MEMORY if (spec, arch) in self else lookup.COMPILED
+        return lookup.Resolved(self.function(spec, arch), source)
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> Compiled:
+    """A GPU of CPU tensors, whose kernels do nothing."""
+    made = Compiled()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(warm_up, "_cuda_device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(launch.library, "as_kernel_arguments", lambda arguments: arguments)
+    monkeypatch.setattr(lookup, "function", made.function)
+    monkeypatch.setattr(lookup, "resolve", made.resolve)
+    monkeypatch.setattr(lookup, "find", lambda *task: task in made or None)
+    for name, empty in (("_plans", {}), ("_recent", []), ("_recent_out", [])):
+        monkeypatch.setattr(launch, name, empty)
+    return made
+
+
+@pytest.fixture
+def gpu(compiled, monkeypatch):
+    """Return what makes the GPU one of an architecture and a number of multiprocessors."""
+
+    def put(arch: str, sms: int) -> Compiled:
+        monkeypatch.setattr(lookup, "architecture", lambda index: arch)
+        monkeypatch.setattr(lookup, "multiprocessors", lambda index: sms)
+        return compiled
+
+    return put
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_nothing_is_compiled_after_a_warm_up(name, gpu):
+    seen = set()
+    for arch, sms in (("sm_100a", 1), ("sm_100a", 20), ("sm_90a", 132)):
+        compiled = gpu(arch, sms)
+        compiled.clear()
+        compiled.forbidden = False
+        cq.warm_up(**RANGES[name])
+        assert compiled
+        compiled.forbidden = True
+        for number in range(max(1, CALLS // len(RANGES) // 3)):
+            launch._plans.clear()
+            launch._recent.clear()
+            launch._recent_out.clear()
+            draw_call(RANGES[name], f"{name} {arch} {sms} {number}")("cpu")
+        seen |= {spec for spec, _ in compiled}
+    assert len(seen) >= 2
+
+
+def test_the_generator_reaches_size_classes_and_alignments(gpu):
+    """Outside of the range something is missing, so the test above can fail."""
+    compiled = gpu("sm_100a", 20)
+    narrow = {**RANGES["batches"], "max_rows": 1, "batched": False, "alignment": 32}
+    cq.warm_up(**narrow)
+    compiled.forbidden = True
+    missing = set()
+    for number in range(40):
+        try:
+            draw_call(RANGES["batches"], number)("cpu")
+        except RuntimeError as error:
+            missing.add(str(error).split(" for ")[0])
+    assert any("rows_per_thread_2" in name for name in missing)
+    assert any("load_bytes_16" in name for name in missing)
+    assert any("batched" in name for name in missing)
+
+
+LAUNCHED = {
+    "quantize": {"fmt": cq.MXFP8, "k": (20, 64), "max_rows": 3, "alignment": 8, "batched": True},
+    "silu": {"operations": "silu_mul_quantize", "k": 24, "max_rows": 3, "rows": (None, Masked)},
+    "norm": {"operations": "rms_norm_quantize", "k": 12, "max_rows": 3, "rows": (None, PrefixSum)},
+    "back": {"operations": ("dequantize", "fake_quantize"), "k": 33, "max_rows": 3},
+    "gathered": {"k": 128, "max_rows": 3, "rows": (Masked, Indexed), "gathered": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_each_kernel_takes_the_launch_of_a_warm_up(name, gpu, kernels, monkeypatch):
+    """Kernels run in the emulator, whose host code checks the alignment that a kernel needs."""
+    compiled, launched = gpu("sm_90a", 132), []
+
+    def function(spec, arch):
+        def run(*operands):
+            launched.append(spec)
+            kernels.get(spec, arch)(*operands)
+
+        compiled[spec, arch] = run
+        return run
+
+    monkeypatch.setattr(lookup, "function", function)
+    monkeypatch.setattr(compiled, "function", function, raising=False)
+    done = cq.warm_up(**LAUNCHED[name])
+    assert {keys.spec_name(spec) for spec in launched} == {kernel.name for kernel in done}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_the_remedy_of_a_call_makes_its_kernel(name, gpu):
+    """The command of the message lists what the call asked for."""
+    generator = random.Random(0)
+    for number in range(3):
+        compiled = gpu("sm_90a", 132)
+        compiled.clear()
+        compiled.forbidden = True
+        with pytest.raises(RuntimeError) as raised:
+            draw_call(RANGES[name], f"{number} {generator.random()}")("cpu")
+        message = str(raised.value)
+        kernel = message.split(" for sm_90a is missing: ")[0]
+        assert "call cute_quant.warm_up before, or run `cute-quant warm-up --operation" in message
+        command = shlex.split(message.split("`")[1])
+        assert command[:2] == ["cute-quant", "warm-up"]
+        assert kernel in listed(["build", *command[2:], "--list"])
+
+
+def listed(arguments: list[str]) -> list[str]:
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main.main(arguments) == 0
+    return out.getvalue().splitlines()
+
+
+def test_what_is_missing_under_forbid_compilation(monkeypatch):
+    monkeypatch.setattr(lookup, "_functions", {})
+    spec_and_arch = lookup_of_default()
+    with cq.forbid_compilation(), pytest.raises(lookup.NotBuilt) as raised:
+        lookup.function(*spec_and_arch)
+    assert str(raised.value) == (
+        "quantize-bfloat16-e4m3_128_e8m0_mn_major_packed for sm_90a is not built yet, and "
+        "cute_quant.forbid_compilation() was called"
+    )
+
+
+def lookup_of_default():
+    from cute_quant.kernels.config import QuantizeSpec
+
+    return QuantizeSpec(torch.bfloat16, cq.DEEP_GEMM), "sm_90a"
+
+
+def test_forbidding_nests_and_ends():
+    assert compilation.why_refused() is None
+    with cq.forbid_compilation():
+        with cq.forbid_compilation():
+            pass
+        assert compilation.why_refused()
+    assert compilation.why_refused() is None
+    forbidden = cq.forbid_compilation()
+    try:
+        assert compilation.why_refused()
+    finally:
+        forbidden.__exit__(None, None, None)
+        forbidden.__exit__(None, None, None)
+    assert compilation.why_refused() is None
+
+
+@pytest.mark.parametrize("mode", ["off", "on", "", "never"])
+def test_the_variable(mode, monkeypatch):
+    monkeypatch.setenv("CUTE_QUANT_JIT", mode)
+    if mode == "never":
+        with pytest.raises(ValueError, match=r"CUTE_QUANT_JIT: expected one of .*, got 'never'"):
+            compilation.why_refused()
+    else:
+        refused = compilation.why_refused()
+        assert refused == ("CUTE_QUANT_JIT=off forbids compiling" if mode == "off" else None)
+
+
+def test_nothing_is_compiled_or_loaded_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(lookup, "_functions", {})
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(lookup, "_found", lambda *task: pytest.fail("looked for it"))
+    with pytest.raises(lookup.NotBuilt, match="not built yet, and the current stream is captured"):
+        lookup.function(*lookup_of_default())
+    # Who has its kernel is not asked.
+    monkeypatch.setattr(
+        torch.cuda, "is_current_stream_capturing", lambda: pytest.fail("asked of a warm call")
+    )
+    function = object()
+    lookup._functions[lookup_of_default()] = function
+    assert lookup.function(*lookup_of_default()) is function
+
+
+def test_a_summary_reads_well():
+    done = WarmUp(
+        [
+            WarmKernel("a", "sm_90a", lookup.DISK_CACHE),
+            WarmKernel("b", "sm_90a", lookup.COMPILED),
+            WarmKernel("c", "sm_90a", lookup.MEMORY),
+        ],
+        1.25,
+    )
+    assert repr(done) == (
+        "3 kernels for sm_90a in 1.2 s: 1 in memory, 1 from the disk cache, 1 compiled"
+    )
+    assert done[0].name == "b" and len(done) == 3 and done.count(lookup.COMPILED) == 1
+    assert repr(WarmUp([], 0.0)) == "no kernels"
+    assert repr(WarmUp(done[:1], 0.0)) == "1 kernel for sm_90a in 0.0 s: 1 compiled"
+
+
+def test_on_the_cpu_there_is_nothing_to_do():
+    assert not cq.warm_up(k=128, max_rows=4, device="cpu")
+
+
+WRONG = {
+    "fmt: expected a Format": {"fmt": "e4m3"},
+    "k: expected an int": {"k": "many"},
+    "k: expected 1 to": {"k": 0},
+    "k: expected at least one number, got none": {"k": ()},
+    "k: expected at most 32768 for rms_norm": {"k": 2**16, "operations": "rms_norm_quantize"},
+    "max_rows: expected 1 to": {"max_rows": 0},
+    "max_rows: expected an int, got": {"max_rows": 1.5},
+    "alignment: expected a power of two": {"alignment": 24},
+    "operations: expected some of": {"operations": "bind"},
+    "rows: expected some of None, Masked": {"rows": ("sparse",)},
+    "dtype: expected one of": {"dtype": torch.int8},
+    "rounding: expected one of": {"rounding": "up"},
+    "clamp: expected": {"clamp": -1.0},
+    "device: expected a CUDA device or the CPU": {"device": "meta"},
+}
+
+
+@pytest.mark.parametrize(("message", "arguments"), WRONG.items(), ids=WRONG)
+def test_arguments_that_are_wrong(message, arguments):
+    with pytest.raises((TypeError, ValueError), match=message):
+        cq.warm_up(**{"k": 128, "max_rows": 4, **arguments})
+
+
+def test_operations_are_public():
+    assert all(callable(getattr(cq, name)) for name in OPERATIONS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", RANGES)
+def test_nothing_is_compiled_after_a_warm_up_on_the_gpu(name, monkeypatch):
+    monkeypatch.setattr(lookup, "_functions", {})
+    for kept, empty in (("_plans", {}), ("_recent", []), ("_recent_out", [])):
+        monkeypatch.setattr(launch, kept, empty)
+    assert cq.warm_up(**RANGES[name]).count(lookup.COMPILED)
+    assert cq.warm_up(**RANGES[name]).count(lookup.MEMORY)
+    with cq.forbid_compilation():
+        for number in range(GPU_CALLS // len(RANGES)):
+            draw_call(RANGES[name], f"gpu {name} {number}")("cuda")
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_the_first_call_after_a_warm_up_may_be_captured(monkeypatch):
+    monkeypatch.setattr(lookup, "_functions", {})
+    for kept, empty in (("_plans", {}), ("_recent", []), ("_recent_out", [])):
+        monkeypatch.setattr(launch, kept, empty)
+    small, large = (
+        torch.randn(rows, 7168, dtype=torch.bfloat16, device="cuda") for rows in (8, 1024)
+    )
+    refused = torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(RuntimeError, match="captured: call cute_quant"),
+        torch.cuda.graph(refused),
+    ):
+        cq.quantize(small)
+    cq.warm_up(k=7168, max_rows=1024)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [cq.quantize(x) for x in (small, large)]
+    graph.replay()
+    for x, (q, sf) in zip((small, large), results, strict=True):
+        expected_q, expected_sf = cq.quantize(x.cpu())
+        assert torch.equal(q.cpu().view(torch.uint8), expected_q.view(torch.uint8))
+        assert torch.equal(sf.cpu(), expected_sf)
