@@ -24,11 +24,20 @@ from pathlib import Path
 
 from cute_quant.cli import selection
 from cute_quant.jit import aot_build, keys, lookup, progress, toolchain, workers
+from cute_quant.kernels import architectures
 from cute_quant.kernels.config import Spec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to its parser."""
+    families = tuple(family.name for family in architectures.FAMILIES)
+    parser.add_argument(
+        "--arch",
+        action="append",
+        choices=(*lookup.ARCHITECTURES.values(), *families),
+        help="architecture of the GPU, or a family of them (sm_100f, sm_120f), of which one object "
+        "serves every GPU; may be given several times (default: all architectures)",
+    )
     selection.add_arguments(parser)
     parser.add_argument("-o", "--output", type=_path, metavar="DIR", help="directory to make")
     parser.add_argument(

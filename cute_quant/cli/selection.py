@@ -15,8 +15,7 @@ from cute_quant.contract.rows import DENSE, KINDS, Masked
 from cute_quant.dispatch import presets, reachable
 from cute_quant.dispatch.call_range import OPERATIONS, CallRange
 from cute_quant.dispatch.plan import Gpu
-from cute_quant.jit import keys, lookup
-from cute_quant.kernels import architectures
+from cute_quant.jit import keys
 from cute_quant.kernels.config import Spec
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in INPUT_DTYPES}
@@ -28,14 +27,6 @@ Task = tuple[Spec, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to its parser."""
-    families = tuple(family.name for family in architectures.FAMILIES)
-    parser.add_argument(
-        "--arch",
-        action="append",
-        choices=(*lookup.ARCHITECTURES.values(), *families),
-        help="architecture of the GPU, or a family of them (sm_100f, sm_120f), of which one object "
-        "serves every GPU; may be given several times (default: all architectures)",
-    )
     parser.add_argument(
         "--preset",
         action="append",
@@ -60,10 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calls.add_argument(
         "--alignment", type=int, choices=(1, 2, 4, 8, 16, LOAD_BYTES), default=LOAD_BYTES
     )
-    for option in ("interleaved", "clamped", "scaled", "shifted"):
-        calls.add_argument(f"--{option}", action="store_true", help="of silu_mul_quantize")
+    for choice in ("interleaved", "clamped", "scaled", "shifted"):
+        calls.add_argument(f"--{choice}", action="store_true", help="of silu_mul_quantize")
     calls.add_argument("--rounding", choices=ROUNDINGS, default=FUSED)
     calls.add_argument("--weight-dtype", choices=DTYPES, help="of rms_norm_quantize")
+
+
+def name(spec: Spec) -> str:
+    """Return the name of a kernel, the same where an architecture launches it without PDL."""
+    return keys.spec_name(spec._replace(pdl=True))
 
 
 def _format(text: str) -> Format:
@@ -71,11 +67,6 @@ def _format(text: str) -> Format:
         return Format.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def name(spec: Spec) -> str:
-    """Return the name of a kernel, the same where an architecture launches it without PDL."""
-    return keys.spec_name(spec._replace(pdl=True))
 
 
 def tasks(options: argparse.Namespace, targets: Iterable[str]) -> list[Task]:

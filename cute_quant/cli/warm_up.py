@@ -3,7 +3,7 @@
 Kernels are named by a preset, by patterns of names, or by the calls that take them; a call that
 finds its kernel missing says which options. Needs no GPU.
 
-Examples:
+examples:
   cute-quant warm-up --preset moe
   cute-quant warm-up --k 7168 --k 2048 --max-rows 32768
   cute-quant warm-up --operation silu_mul_quantize --k 2048 --rows masked --arch sm_100a
@@ -23,6 +23,13 @@ from cute_quant.jit import disk_cache, lookup
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to its parser."""
+    parser.add_argument(
+        "--arch",
+        action="append",
+        choices=tuple(lookup.ARCHITECTURES.values()),
+        help="architecture of the GPU, may be given several times (default: those of this machine, "
+        "without a GPU all)",
+    )
     selection.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -45,5 +52,5 @@ def _architectures() -> list[str]:
     """Return those of the GPUs of this machine; all where there is none."""
     if not torch.cuda.is_available():
         return list(lookup.ARCHITECTURES.values())
-    indices = range(torch.cuda.device_count())
-    return list(dict.fromkeys(lookup.architecture(index) for index in indices))
+    found = map(lookup.find_architecture, range(torch.cuda.device_count()))
+    return list(dict.fromkeys(arch for arch in found if arch is not None))

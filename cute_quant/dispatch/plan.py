@@ -194,7 +194,6 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         gpu: that the call is for.
     """
     x, rows, index = call.x, call.rows, call.index
-    architecture = architectures.named(gpu.arch)
     kind = DENSE if rows is None else rows.kind
     *batch_shape, q_rows, k = result.view.shape
     shape = ResultShape(tuple(batch_shape), q_rows, k)
@@ -228,7 +227,7 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         ragged=k % launch.tile.values_per_thread != 0,
     )
     fmt = call.fmt.kernel_format
-    choices = {**prologue.choices, "pdl": architecture.pdl}
+    choices = {**prologue.choices, "pdl": architectures.named(gpu.arch).pdl}
     spec = prologue.spec_class(x.dtype, fmt, launch.tile, domain, access, **choices)
     row_alignment = 1 if rows is None else rows.alignment
     numbers = row_alignment, launch.row_ctas, call.fmt.floor, *prologue.numbers

@@ -362,6 +362,7 @@ def test_ranks_compile_once(directory, tmp_path):
     assert only_entry(directory).suffix == ".so"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["seal", "replace", "after"])
 def test_killed_while_it_stores(directory, point):
     kill = "import os, signal; die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
