@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS := .venv-docs
 
-.PHONY: demo test test-all fuzz mutants lint docs bench figures sass sass-diff clean
+.PHONY: demo test test-all fuzz mutants test-arm64 lint docs bench figures sass sass-diff clean
 
 demo: $(READY)
 	@$(BIN)/python -m bench.demo
@@ -24,6 +24,10 @@ fuzz: $(READY)
 # make mutants [ARGS="--part today"]
 mutants: $(READY)
 	@$(BIN)/python -m tests.mutants $(ARGS)
+
+# On Debian on x86-64; see CONTRIBUTING.md.
+test-arm64: $(READY)
+	@$(BIN)/python -m tests.arm64
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -55,7 +59,7 @@ sass-diff: $(READY)
 	@$(BIN)/python -m bench.sass_diff $(BASE) $(if $(ALL),--all) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(DOCS) site
+	rm -rf $(VENV) $(DOCS) .arm64 site
 
 $(READY): tests/requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

@@ -23,7 +23,7 @@ from bench.names import CUTE_QUANT, EMPTY_LIKE, NEG, PDL, STREAM
 from bench.results import Results
 from cute_quant.lab import draw, make_layout
 from cute_quant.lab import report as sweep_report
-from cute_quant.lab.machine_code import GPUS, machine_code
+from cute_quant.lab.machine_code import EXAMINED, machine_code
 from cute_quant.lab.sweep import from_json, origin
 
 ROOT = Path(__file__).parents[1]
@@ -106,14 +106,15 @@ def host_table() -> Iterable[str]:
 
 def sass_table() -> Iterable[str]:
     """Return instructions of the kernels for bf16 and packed scales, beside the issue budget."""
-    targets = (f"{arch}, of {gpu.name}'s budget" for arch, gpu in GPUS.items())
+    gpus = {arch: architecture.gpu for arch, architecture in EXAMINED.items() if architecture.gpu}
+    targets = (f"{arch}, of {gpu.name}'s budget" for arch, gpu in gpus.items())
     yield f"| kernel | {' | '.join(targets)} |"
-    yield "| --- |" + " ---: |" * len(GPUS)
+    yield "| --- |" + " ---: |" * len(gpus)
     for name, rows, spec in sass.reported():
         if not name.startswith(SASS_KERNELS):
             continue
         cells = [name.replace(", bf16 -> e4m3, ue8m0", "")]
-        for arch, gpu in GPUS.items():
+        for arch, gpu in gpus.items():
             count = len(machine_code(spec, arch).opcodes)
             budget = gpu.issue_budget(rows * sass.bytes_per_warp(spec))
             cells.append(f"{count} of {budget} ({count / budget:.0%})")

@@ -27,7 +27,7 @@ from bench.vllm_kernels import Module
 from cute_quant import Format, quantize
 from cute_quant.contract.dtypes import BYTES_PER_WORD, UE8M0_NAN
 from cute_quant.jit import lookup
-from cute_quant.kernels import heuristics
+from cute_quant.kernels import architectures, heuristics
 from cute_quant.kernels.config import QuantizeSpec
 
 NAMES = (CUTE_QUANT, STREAM, "copy", "vllm", "triton", "torch", "deep_gemm")
@@ -110,7 +110,8 @@ class CuteQuant(Provider):
     def bind(self, buffer: Buffer) -> Callable[[], None]:
         x, sf = buffer.input(self.dtype), buffer.scales[self.fmt]
         sms = lookup.multiprocessors(x.get_device())
-        tile = heuristics.shape(1, *x.shape, self.fmt, False, sms).tile
+        warps = architectures.named(architecture()).warps
+        tile = heuristics.shape(1, *x.shape, self.fmt, False, sms, warps).tile
         spec = QuantizeSpec(self.dtype, self.fmt, tile, pdl=self.launch == PDL)
         function = lookup.function(spec, architecture())
         operands = x, buffer.q, sf, None, None, 0, 1, 0, self.fmt.floor

@@ -8,8 +8,9 @@ and spills, the accesses to global memory, and the instructions by kind.
 A warp moves what its 32 threads read and write for 16 elements of the result each, and the warps
 of a GPU together move no more than its memory does. The issue budget is how many instructions a
 warp may issue until its schedulers, not memory, are the limit. All instructions of a function count
-against it, also those that a warp skips. Kernels are as launched by default, as programmatic
-dependents.
+against it, also those that a warp skips. There is none where no clock or bandwidth of a GPU of the
+architecture is published. Kernels are as launched by default: where the architecture has them, as
+programmatic dependents.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import torch
 from bench.stream import Stream
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8
 from cute_quant.jit.lookup import ARCHITECTURES
+from cute_quant.kernels import architectures
+from cute_quant.kernels.architectures import Gpu
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
     Domain,
@@ -32,9 +35,10 @@ from cute_quant.kernels.config import (
     SiluMulSpec,
     Spec,
     Tile,
+    launched_on,
 )
 from cute_quant.kernels.heuristics import TWO_ROWS
-from cute_quant.lab.machine_code import GPUS, Gpu, MachineCode, disassemble, machine_code
+from cute_quant.lab.machine_code import MachineCode, disassemble, machine_code
 
 ELEMENTS_PER_WARP = 32 * 16
 BYTES_PER_WARP = ELEMENTS_PER_WARP * 3 + ELEMENTS_PER_WARP // 128
@@ -86,6 +90,13 @@ def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
     yield "stream, the ceiling of RMSNorm with residual", 1, Stream(True, 2, 3)
 
 
+def compiled(spec: Spec | Stream, arch: str) -> MachineCode:
+    """Return the machine code of a kernel, a programmatic dependent where there are such."""
+    if isinstance(spec, Stream):
+        return disassemble(dataclasses.replace(spec, pdl=architectures.named(arch).pdl), arch)
+    return machine_code(launched_on(spec, arch), arch)
+
+
 def bytes_per_warp(spec: Spec | Stream) -> int:
     """Return the bytes that a warp moves for each of its rows or tiles, without weights, which
     stay in the caches."""
@@ -100,7 +111,7 @@ def bytes_per_warp(spec: Spec | Stream) -> int:
 
 
 def report(
-    architectures: str,
+    targets: str,
     code: MachineCode,
     rows: int,
     gpu: Gpu | None,
@@ -127,7 +138,7 @@ def report(
         subsequent_indent=INDENT,
     )
     return [
-        f"  {architectures:16} {count:12}  {share:19} {code.registers:9} {spills:6} "
+        f"  {targets:16} {count:12}  {share:19} {code.registers:9} {spills:6} "
         f"{code.shared:6}  {memory}",
         *(line.replace("\0", " ") for line in wrapped),
     ]
@@ -148,12 +159,11 @@ def main() -> None:
         print(f"\n{name}")
         same: dict[MachineCode, list[str]] = {}
         for arch in ARCHITECTURES.values():
-            made = isinstance(spec, Stream)
-            code = disassemble(spec, arch) if made else machine_code(spec, arch)
-            same.setdefault(dataclasses.replace(code, text=""), []).append(arch)
-        for code, architectures in same.items():
-            gpu = GPUS.get(architectures[0])
-            lines = report(" ".join(architectures), code, rows, gpu, bytes_per_warp(spec))
+            code = dataclasses.replace(compiled(spec, arch), text="")
+            same.setdefault(code, []).append(arch)
+        for code, targets in same.items():
+            gpu = architectures.named(targets[0]).gpu
+            lines = report(" ".join(targets), code, rows, gpu, bytes_per_warp(spec))
             print(*lines, sep="\n", flush=True)
 
 

@@ -107,14 +107,19 @@ def dump(every: bool, only: str, architectures: str) -> None:
     """Print a line of JSON for each kernel of this process's tree."""
     from bench import sass
 
+    def of_any_architecture(spec: Any, arch: str) -> Any:
+        made = isinstance(spec, sass.Stream)
+        return sass.disassemble(spec, arch) if made else sass.machine_code(spec, arch)
+
+    # The tree of an older commit has not yet a function for it.
+    compiled = getattr(sass, "compiled", of_any_architecture)
     for arch in sass.ARCHITECTURES.values():
         if not re.search(architectures, arch):
             continue
         for name, spec in kernels(every, arch):
             if not re.search(only, name):
                 continue
-            made = isinstance(spec, sass.Stream)
-            code = sass.disassemble(spec, arch) if made else sass.machine_code(spec, arch)
+            code = compiled(spec, arch)
             opcodes = hashlib.sha256("\n".join(code.opcodes).encode()).hexdigest()
             spills = code.count("LDL", "STL") + code.stack
             record = Code(len(code.opcodes), code.registers, spills, opcodes)

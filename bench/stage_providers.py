@@ -43,7 +43,7 @@ from bench.stage_problem import (
 )
 from cute_quant import quantize, rms_norm_quantize, silu_mul_quantize
 from cute_quant.jit import lookup
-from cute_quant.kernels import heuristics
+from cute_quant.kernels import architectures, heuristics
 from cute_quant.kernels.config import Domain, QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec, Tile
 from cute_quant.lab import timing
 
@@ -103,7 +103,8 @@ def default_spec(operation: Operation, mn: int, k: int, pdl: bool) -> Spec:
     if operation is SILU_MUL_QUANTIZE:
         spec_class, shape = SiluMulSpec, heuristics.silu_shape(*size, architecture())
     else:
-        spec_class, shape = QuantizeSpec, heuristics.shape(*size)
+        warps = architectures.named(architecture()).warps
+        spec_class, shape = QuantizeSpec, heuristics.shape(*size, warps)
     domain = Domain(batched=shape.tall)
     return spec_class(torch.bfloat16, UE8M0, shape.tile, domain, pdl=pdl)
 

@@ -14,7 +14,7 @@ from tests.prologues import Bounds
 POISON = 0xA5
 
 ARCHITECTURES = ("sm_100a", "sm_90a")
-"""Targets of the emulated kernels."""
+"""Targets that the emulator runs every case for; tests/kernels/test_architectures.py has others."""
 
 UE8M0 = DEEP_GEMM
 FLOAT32 = DEEP_GEMM_SM90

@@ -24,17 +24,26 @@ from pathlib import Path
 
 from cute_quant.cli import selection
 from cute_quant.jit import aot_build, keys, lookup, progress, toolchain, workers
+from cute_quant.kernels import architectures
 from cute_quant.kernels.config import Spec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    families = tuple(family.name for family in architectures.FAMILIES)
+    parser.add_argument(
+        "--arch",
+        action="append",
+        choices=(*lookup.ARCHITECTURES.values(), *families),
+        help="architecture of the GPU, or a family of them (sm_100f, sm_120f), of which one object "
+        "serves every GPU; may be given several times (default: all architectures)",
+    )
     selection.add_arguments(parser)
     parser.add_argument("-o", "--output", type=_path, metavar="DIR", help="directory to make")
     parser.add_argument(
         "--host",
         choices=toolchain.HOSTS,
         default=platform.machine(),
-        help="processor of the machine with the GPU (default: as here); aarch64 is untested",
+        help="processor of the machine with the GPU (default: as here)",
     )
     parser.add_argument(
         "--runtime",
@@ -54,10 +63,10 @@ def _path(text: str) -> Path:
 
 
 def run(options: argparse.Namespace) -> int:
-    architectures = dict.fromkeys(options.arch or lookup.ARCHITECTURES.values())
-    tasks = selection.tasks(options, architectures)
+    targets = dict.fromkeys(options.arch or lookup.ARCHITECTURES.values())
+    tasks = selection.tasks(options, targets)
     if options.list:
-        names = list(dict.fromkeys(keys.spec_name(spec) for spec, _ in tasks))
+        names = list(dict.fromkeys(selection.name(spec) for spec, _ in tasks))
         print(json.dumps(names, indent=1) if options.json else "\n".join(names))
         return 0
     if options.output is None:

@@ -19,6 +19,7 @@ from cute_quant import __version__
 from cute_quant.dispatch import presets
 from cute_quant.jit import aot_load, compilation, disk_cache, dsl_variables, keys, lookup, toolchain
 from cute_quant.jit.lookup import ARCHITECTURES
+from cute_quant.kernels import architectures
 from cute_quant.kernels.config import Spec
 
 
@@ -69,12 +70,14 @@ def _gpus() -> list[str]:
 
 
 def _gpu(index: int) -> str:
-    capability = torch.cuda.get_device_capability(index)
-    supported = ", ".join(f"{major}.{minor}" for major, minor in ARCHITECTURES)
-    named = f"cuda:{index} {torch.cuda.get_device_name(index)}, {capability[0]}.{capability[1]}"
-    if capability in ARCHITECTURES:
-        return f"{named}: runs kernels for {ARCHITECTURES[capability]}"
-    return f"{named}: not supported, calls raise, kernels exist for compute capability {supported}"
+    arch = lookup.find_architecture(index)
+    described = lookup.describe_device(index)
+    if arch is not None:
+        return f"{described}: path: kernels, {arch}"
+    return (
+        f"{described}: path: reference on the GPU, slowly: kernels are built for compute "
+        f"capability {architectures.supported()}"
+    )
 
 
 def _linker() -> str:
@@ -113,18 +116,19 @@ def _presets() -> list[str]:
     """Say how much of each preset needs no compiler, on the architectures of this machine."""
     ahead = {kernel for directory in aot_load.loaded() for kernel in directory.kernels}
     kept = _kept()
-    architectures = {arch for _, arch in ahead} | set(kept.values())
+    present = {arch for _, arch in ahead} | set(kept.values())
     if torch.cuda.is_available():
         capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
-        architectures = {ARCHITECTURES[c] for c in capabilities if c in ARCHITECTURES}
+        present = {ARCHITECTURES[c] for c in capabilities if c in ARCHITECTURES}
 
     def is_built(spec: Spec, arch: str) -> bool:
-        if (keys.spec_text(spec), arch) in ahead:
+        text = keys.spec_text(spec)
+        if any((text, target) in ahead for target in architectures.targets(arch)):
             return True
         return bool(kept) and disk_cache.key(spec, arch, lookup.compile_options(arch)) in kept
 
     lines = []
-    for arch in sorted(architectures & set(ARCHITECTURES.values())):
+    for arch in sorted(present & set(ARCHITECTURES.values())):
         for name, preset in presets.PRESETS.items():
             built = [is_built(spec, arch) for spec in preset(arch)]
             state = "complete" if all(built) else f"{sum(built)} of {len(built)} kernels"

@@ -15,7 +15,7 @@ from cute_quant.contract.rows import DENSE, KINDS, Masked
 from cute_quant.dispatch import presets, reachable
 from cute_quant.dispatch.call_range import OPERATIONS, CallRange
 from cute_quant.dispatch.plan import Gpu
-from cute_quant.jit import keys, lookup
+from cute_quant.jit import keys
 from cute_quant.kernels.config import Spec
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in INPUT_DTYPES}
@@ -26,13 +26,6 @@ Task = tuple[Spec, str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    architectures = tuple(lookup.ARCHITECTURES.values())
-    parser.add_argument(
-        "--arch",
-        action="append",
-        choices=architectures,
-        help="architecture of the GPU, may be given several times (default: all)",
-    )
     parser.add_argument(
         "--preset",
         action="append",
@@ -57,10 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calls.add_argument(
         "--alignment", type=int, choices=(1, 2, 4, 8, 16, LOAD_BYTES), default=LOAD_BYTES
     )
-    for name in ("interleaved", "clamped", "scaled", "shifted"):
-        calls.add_argument(f"--{name}", action="store_true", help="of silu_mul_quantize")
+    for choice in ("interleaved", "clamped", "scaled", "shifted"):
+        calls.add_argument(f"--{choice}", action="store_true", help="of silu_mul_quantize")
     calls.add_argument("--rounding", choices=ROUNDINGS, default=FUSED)
     calls.add_argument("--weight-dtype", choices=DTYPES, help="of rms_norm_quantize")
+
+
+def name(spec: Spec) -> str:
+    """Return the name of a kernel, the same where an architecture launches it without PDL."""
+    return keys.spec_name(spec._replace(pdl=True))
 
 
 def _format(text: str) -> Format:
@@ -70,7 +68,7 @@ def _format(text: str) -> Format:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def tasks(options: argparse.Namespace, architectures: Iterable[str]) -> list[Task]:
+def tasks(options: argparse.Namespace, targets: Iterable[str]) -> list[Task]:
     """Return the kernels that are asked for, each once.
 
     Raises:
@@ -80,20 +78,20 @@ def tasks(options: argparse.Namespace, architectures: Iterable[str]) -> list[Tas
     if not (names or options.kernel or options.k):
         names = ["deepgemm"]
     found: list[Task] = []
-    for arch in architectures:
-        found += [(spec, arch) for name in names for spec in presets.PRESETS[name](arch)]
+    for arch in targets:
+        found += [(spec, arch) for preset in names for spec in presets.PRESETS[preset](arch)]
         found += [
             (spec, arch)
             for calls in _ranges(options)
             for sms in ANY_SMS
             for spec in reachable.specs(calls, Gpu(arch, sms))
         ]
-    return list(dict.fromkeys(found + _matches(options.kernel or (), architectures)))
+    return list(dict.fromkeys(found + _matches(options.kernel or (), targets)))
 
 
-def _matches(patterns: Iterable[str], architectures: Iterable[str]) -> list[Task]:
-    every = [(s, arch) for arch in architectures if patterns for s in presets.all_kernels(arch)]
-    names_of = {spec: keys.spec_name(spec) for spec, _ in every}
+def _matches(patterns: Iterable[str], targets: Iterable[str]) -> list[Task]:
+    every = [(s, arch) for arch in targets if patterns for s in presets.all_kernels(arch)]
+    names_of = {spec: name(spec) for spec, _ in every}
     found: list[Task] = []
     for pattern in patterns:
         matches = [task for task in every if fnmatch.fnmatchcase(names_of[task[0]], pattern)]

@@ -22,6 +22,13 @@ from cute_quant.jit import disk_cache, lookup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--arch",
+        action="append",
+        choices=tuple(lookup.ARCHITECTURES.values()),
+        help="architecture of the GPU, may be given several times (default: those of this machine, "
+        "without a GPU all)",
+    )
     selection.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -43,5 +50,5 @@ def _architectures() -> list[str]:
     """Return those of the GPUs of this machine; all where there is none."""
     if not torch.cuda.is_available():
         return list(lookup.ARCHITECTURES.values())
-    indices = range(torch.cuda.device_count())
-    return list(dict.fromkeys(lookup.architecture(index) for index in indices))
+    found = map(lookup.find_architecture, range(torch.cuda.device_count()))
+    return list(dict.fromkeys(arch for arch in found if arch is not None))

@@ -282,11 +282,13 @@ class Format:
     def scale_strides(self, batch_shape: Sequence[int], mn: int, k: int) -> tuple[int, ...]:
         """Return the strides of the scales of values (..., mn, k), in elements."""
         rows, columns = self.scale_rows(mn), self.columns(k)
+        matrix = rows * columns
         if not self.mn_major:
             # Those of contiguous tensors, which torch computes as if no size were 0.
             rows, columns = _larger(rows, 1), _larger(columns, 1)
+            matrix = _larger(matrix, 1) if self.blocked else rows * columns
             batch_shape = [_larger(size, 1) for size in batch_shape]
-        outer, matrix = [], rows * columns
+        outer = []
         for size in reversed(batch_shape):
             outer.append(matrix)
             matrix = matrix * size

@@ -1,7 +1,8 @@
 """The contract in plain torch: quantize and dequantize without a kernel.
 
 It is an oracle independent of the kernels: a scale exponent comes from a division in float64 and
-`frexp`, not from bit arithmetic. CPU tensors are quantized by it, to the same bits.
+`frexp`, not from bit arithmetic. Tensors on the CPU, and on a GPU that no kernel is built for, are
+quantized by it, to the same bits.
 
 A batch dimension is always there: tensors with other leading dimensions are flattened to one.
 """
@@ -49,12 +50,14 @@ def group_scales(x: torch.Tensor, fmt: Format) -> torch.Tensor:
         (..., groups): int32 biased exponents where scales are powers of two, else float32.
     """
     amax = _in_groups(x, fmt).abs().amax(-1)
+    # As a tensor: torch multiplies a CUDA tensor with the reciprocal of a number.
+    exact = torch.float64 if fmt.power_of_two else torch.float32
+    largest = amax.new_full((), fmt.value_type.max, dtype=exact)
     if not fmt.power_of_two:
-        largest = amax.new_full((), fmt.value_type.max, dtype=torch.float32)
         scales = amax.float() * (1.0 / largest) if fmt.reciprocal else amax.float() / largest
         return scales.clamp(min=fmt.floor).where(amax.isfinite(), torch.nan)
     # In float64 no quotient of a float32 amax rounds onto a power of two that it is not.
-    mantissa, exponent = torch.frexp(amax.double() / fmt.value_type.max)
+    mantissa, exponent = torch.frexp(amax.double() / largest)
     exponent = (exponent - (mantissa == 0.5).int() + UE8M0_BIAS).where(amax > 0, 0)
     return exponent.clamp(min=fmt.floor).where(amax.isfinite(), UE8M0_NAN)
 
@@ -204,7 +207,9 @@ def _normalized(r: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
     products = (r * weight).double()
     products = products.where(products.isinf(), r.double() * weight)
     squares = r.double().square().sum(-1, keepdim=True)
-    square = squares.masked_fill(squares > FLOAT32_MAX, torch.inf) / r.shape[-1] + eps
+    # As a tensor, since torch multiplies a CUDA tensor with the reciprocal of a number.
+    count = squares.new_full((), r.shape[-1])
+    square = squares.masked_fill(squares > FLOAT32_MAX, torch.inf) / count + eps
     return products / square.masked_fill(square < SMALLEST_NORMAL, 0.0).sqrt()
 
 

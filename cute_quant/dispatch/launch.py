@@ -1,5 +1,7 @@
 """Calls on real tensors: kept plans and kernels on a GPU, the reference on the CPU.
 
+A GPU that no kernel is built for takes the reference too.
+
 A warm call goes through `quantize_again` or `quantize_into_again` alone.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,7 +46,8 @@ from cute_quant.dispatch.plan import (
     choose_kernel,
     make_plan,
 )
-from cute_quant.jit import library
+from cute_quant.jit import library, lookup
+from cute_quant.kernels import architectures
 
 # Checking and choosing anew took half the time of a call.
 _plans: dict[tuple[object, ...], Plan] = {}
@@ -230,8 +234,8 @@ def quantize(
     """
     if in_dual_level():
         check_no_tangents(call.tensors)
-    if not call.x.is_cuda:
-        return _quantize_on_cpu(call, check=check)
+    if not _has_kernels(call.x):
+        return _quantize_by_reference(call, check=check)
     key = _key(call)
     plan = _plans.get(key) if key else None
     if plan is None:
@@ -246,6 +250,28 @@ def quantize(
     if remember and key and plan.kernel is not None and not _captures:
         _remember(plan, plan.kernel, call)
     return result
+
+
+def _has_kernels(x: torch.Tensor) -> bool:
+    """Return whether kernels are built for the device of a tensor."""
+    if not x.is_cuda:
+        return False
+    if lookup.find_architecture(x.get_device()) is not None:
+        return True
+    _warn_of_reference(x.get_device())
+    return False
+
+
+@functools.cache
+def _warn_of_reference(device_index: int) -> None:
+    """Say once of a device that no kernel is built for it."""
+    warnings.warn(
+        f"cute_quant computes the same results in torch, slowly, on "
+        f"{lookup.describe_device(device_index)}: its kernels are built for compute capability "
+        f"{architectures.supported()}",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _remember(plan: Plan, kernel: Kernel, call: Call) -> None:
@@ -361,7 +387,7 @@ def _check_regions(call: Call, q: Region, sf: Region) -> None:
     check_disjoint(reads, writes)
 
 
-def _quantize_on_cpu(call: Call, *, check: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_by_reference(call: Call, *, check: bool) -> tuple[torch.Tensor, torch.Tensor]:
     shape = checks.check_real_call(call)
     x, fmt = call.x, call.fmt
     if check:
@@ -387,7 +413,7 @@ def fake_quantize(x: torch.Tensor, fmt: Format, out: torch.Tensor | None) -> tor
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     else:
         check_disjoint([region("x", x)], [region("out", out)])
-    if not x.is_cuda:
+    if not _has_kernels(x):
         _run(reference.fake_quantize_into, (x, fmt, out), [])
     elif x.numel():
         result = Destination(View(tuple(out.shape), out.stride()), out.data_ptr(), x.dtype)
@@ -406,7 +432,7 @@ def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtyp
     if in_dual_level():
         check_no_tangents({"q": q, "sf": sf})
     y = torch.empty(q.shape, dtype=dtype, device=q.device)
-    if not q.is_cuda:
+    if not _has_kernels(q):
         _run(reference.dequantize_into, (q, sf, fmt, y), [])
     elif q.numel():
         kernel = choose_dequantize_kernel(q, sf, y, fmt)

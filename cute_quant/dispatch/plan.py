@@ -18,7 +18,7 @@ from cute_quant.contract.rows import DENSE, Masked
 from cute_quant.contract.tensors import MAX_SIZE, flat_batch, span
 from cute_quant.dispatch.call_range import CallRange, row_alignment
 from cute_quant.jit import lookup
-from cute_quant.kernels import heuristics
+from cute_quant.kernels import architectures, heuristics
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
     Access,
@@ -227,7 +227,8 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         ragged=k % launch.tile.values_per_thread != 0,
     )
     fmt = call.fmt.kernel_format
-    spec = prologue.spec_class(x.dtype, fmt, launch.tile, domain, access, **prologue.choices)
+    choices = {**prologue.choices, "pdl": architectures.named(gpu.arch).pdl}
+    spec = prologue.spec_class(x.dtype, fmt, launch.tile, domain, access, **choices)
     row_alignment = 1 if rows is None else rows.alignment
     numbers = row_alignment, launch.row_ctas, call.fmt.floor, *prologue.numbers
     return Choice(spec, views if any(views) else None, numbers)
@@ -241,7 +242,7 @@ def _launch_shape(
     size = math.prod(shape.batch_shape), shape.mn, shape.k, call.fmt, masked, gpu.sms
     match call.prologue:
         case None:
-            return heuristics.shape(*size)
+            return heuristics.shape(*size, architectures.named(gpu.arch).warps)
         case SiluMul():
             return heuristics.silu_shape(*size, gpu.arch)
         case RmsNorm():
@@ -307,8 +308,8 @@ def choose_dequantize_kernel(
     inner = fmt.scale_dims
     batch, stride = flat_batch("sf", sf.shape, sf.stride(), inner)
     sf_view = View((batch, *sf.shape[-inner:]), (stride, *sf.stride()[-inner:]))
-    spec = choose_dequantize_spec(q, y, fmt)
     arch = lookup.architecture(q.get_device())
+    spec = choose_dequantize_spec(q, y, fmt, arch)
     try:
         return Dequantization(lookup.function(spec, arch), q_view, sf_view, y_view)
     except lookup.NotBuilt as error:
@@ -316,7 +317,9 @@ def choose_dequantize_kernel(
         raise RuntimeError(f"{error}: {calls.remedy(arch)}") from None
 
 
-def choose_dequantize_spec(q: torch.Tensor, y: torch.Tensor, fmt: Format) -> DequantizeSpec:
+def choose_dequantize_spec(
+    q: torch.Tensor, y: torch.Tensor, fmt: Format, arch: str
+) -> DequantizeSpec:
     """Choose the spec of the kernel that multiplies values by their scales."""
     values = DEFAULT_TILE.values_per_thread
     store_bytes = heuristics.store_bytes(DEFAULT_TILE, y.dtype)
@@ -325,7 +328,7 @@ def choose_dequantize_spec(q: torch.Tensor, y: torch.Tensor, fmt: Format) -> Deq
         alignment(y.data_ptr(), matrix_view(y, batched=True), y.element_size(), store_bytes),
         ragged=q.shape[-1] % values != 0,
     )
-    return DequantizeSpec(fmt.kernel_format, y.dtype, access)
+    return DequantizeSpec(fmt.kernel_format, y.dtype, access, architectures.named(arch).pdl)
 
 
 def _scales_view(scales: View | None, fmt: Format, shape: ResultShape) -> View | None:

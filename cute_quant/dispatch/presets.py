@@ -163,5 +163,4 @@ PRESETS: dict[str, Callable[[str], Kernels]] = {
     "moe": moe,
     "all": all_kernels,
 }
-"""Kernels for an architecture, a value of `lookup.ARCHITECTURES`, by the name of what they are
-for."""
+"""Kernels for a target of `architectures`, by the name of what they are for."""

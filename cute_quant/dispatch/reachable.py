@@ -179,7 +179,8 @@ def _spec(variant: Variant, leading: tuple[int, ...], x_bytes: int, q_bytes: int
     shape = (*leading, k)
     if calls.operation == DEQUANTIZE:
         q = _aligned(shape, calls.fmt.values, x_bytes)
-        return choose_dequantize_spec(q, _aligned(shape, calls.dtype, q_bytes), calls.fmt)
+        y = _aligned(shape, calls.dtype, q_bytes)
+        return choose_dequantize_spec(q, y, calls.fmt, gpu.arch)
     tokens = (2,) if calls.gathered else leading
     x = _aligned((*tokens, variant.input_columns), calls.dtype, x_bytes)
     call = variant.call(x, shape, torch.empty(0, device="meta"))

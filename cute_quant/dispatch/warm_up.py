@@ -126,15 +126,15 @@ def warm_up(
         rounding: as of ``silu_mul_quantize`` and ``rms_norm_quantize``.
         weight_dtype: of the weight of ``rms_norm_quantize``, by default `dtype`. Calls may have
             `residual` and `normalized`.
-        device: that the calls run on, by default the current CUDA device. On the CPU there is
-            nothing to compile.
+        device: that the calls run on, by default the current CUDA device. On the CPU,
+            and on a GPU without kernels, there is nothing to compile.
 
     Returns:
         The kernels, and where each came from. Its repr is one line.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
-        RuntimeError: the GPU is not supported, or a kernel is missing and cannot be compiled.
+        RuntimeError: a kernel is missing and cannot be compiled.
     """
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     for name, given in (("dtype", dtype), ("weight_dtype", weight_dtype)):
@@ -171,7 +171,9 @@ def warm_up(
                 f"k: expected at most {most} for {of_one.operation}, got {max(of_one.k)}"
             )
     gpu = _cuda_device(device)
-    return WarmUp([], 0.0) if gpu is None else on_device([c for c in calls if c.possible], gpu)
+    if gpu is None or lookup.find_architecture(gpu.index) is None:
+        return WarmUp([], 0.0)
+    return on_device([c for c in calls if c.possible], gpu)
 
 
 def _checked(fmt: Format, k: tuple[int, ...], max_rows: int, alignment: int) -> CallRange:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cute_quant.emulator import machine, ptx
+from cute_quant.emulator.errors import EmulatorError
 from cute_quant.emulator.host import C_COMPILER, DeviceTensor, HostFunction
 from cute_quant.emulator.memory import Memory
 from cute_quant.jit import lookup
@@ -33,6 +34,8 @@ class EmulatedKernel:
         compiled = lookup.build(kernel, arch, *options)
         self.text = compiled.__ptx__
         self.program = load(self.text)
+        if self.program.kernel.target != arch:
+            raise EmulatorError(f"compiled for {self.program.kernel.target}, expected {arch}")
         *self.names, _ = list(inspect.signature(type(kernel).__call__).parameters)[1:]
         self.host = HostFunction(compiled, directory)
 
@@ -90,7 +93,8 @@ def compile(kernel: Any, arch: str = "sm_100a") -> EmulatedKernel:
     Args:
         kernel: as the compiler of `cute_quant` takes it: ``signature()`` returns stand-ins for the
             arguments, ``__call__`` is jitted and launches, and the stream comes last.
-        arch: the target, such as "sm_90a" or "sm_100a".
+        arch: the target, such as "sm_90a" or "sm_100f". The compiler assembles the PTX for it, and
+            so refuses an instruction that it lacks.
 
     Returns:
         The compiled kernel.

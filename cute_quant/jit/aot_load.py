@@ -19,6 +19,7 @@ from typing import NamedTuple
 from cute_quant.jit import keys, library, shared_objects, toolchain
 from cute_quant.jit.aot_manifest import MANIFEST, identity, parse_manifest
 from cute_quant.jit.trusted_files import TrustedDirectory
+from cute_quant.kernels import architectures
 from cute_quant.kernels.config import Spec
 
 log = logging.getLogger("cute_quant")
@@ -46,10 +47,15 @@ class Directory(NamedTuple):
         return self.files.path
 
     def find(self, spec: Spec, arch: str) -> Callable[..., None] | None:
-        """The function of a kernel, None if the directory does not have it."""
+        """The function of a kernel, None if the directory does not have it.
+
+        An object for the architecture comes before one for its family.
+        """
         if self.files.is_lost():  # As where it was built again.
             return open_directory(self.path).find(spec, arch)
-        kernel = self.kernels.get((keys.spec_text(spec), arch))
+        text = keys.spec_text(spec)
+        found = (self.kernels.get((text, target)) for target in architectures.targets(arch))
+        kernel = next(filter(None, found), None)
         if kernel is None:
             return None
         record = shared_objects.read_record(self.files.read(kernel["file"]))

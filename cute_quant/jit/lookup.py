@@ -24,11 +24,12 @@ from cute_quant.jit import (
     shared_objects,
     toolchain,
 )
+from cute_quant.kernels import architectures
 from cute_quant.kernels.config import Spec
 
 log = logging.getLogger("cute_quant")
 
-ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
+ARCHITECTURES = {a.capability: a.name for a in architectures.ARCHITECTURES}
 """Compute capability -> target of the kernels."""
 
 SYMBOL = "kernel"
@@ -57,21 +58,31 @@ class Resolved(NamedTuple):
 
 
 @functools.cache
+def find_architecture(device_index: int) -> str | None:
+    """Return the target of kernels for a CUDA device, None if no kernel is built for it."""
+    return ARCHITECTURES.get(torch.cuda.get_device_capability(device_index))
+
+
 def architecture(device_index: int) -> str:
     """Return the target of kernels for a CUDA device.
 
     Raises:
         RuntimeError: no kernel is built for the device.
     """
-    capability = torch.cuda.get_device_capability(device_index)
-    if capability not in ARCHITECTURES:
-        supported = ", ".join(f"{major}.{minor}" for major, minor in ARCHITECTURES)
+    arch = find_architecture(device_index)
+    if arch is None:
         raise RuntimeError(
-            f"x: expected a tensor on a GPU of compute capability {supported} (Hopper, Blackwell), "
-            f"got cuda:{device_index}, {torch.cuda.get_device_name(device_index)}, "
-            f"of {capability[0]}.{capability[1]}"
+            f"x: expected a tensor on a GPU of compute capability {architectures.supported()}, "
+            f"got {describe_device(device_index)}"
         )
-    return ARCHITECTURES[capability]
+    return arch
+
+
+def describe_device(device_index: int) -> str:
+    """Return index, name and compute capability of a CUDA device, for messages."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    name = torch.cuda.get_device_name(device_index)
+    return f"cuda:{device_index}, {name}, of {major}.{minor}"
 
 
 @functools.cache
@@ -88,7 +99,7 @@ def kernel(spec: Spec) -> Any:
 
 
 def compile_options(arch: str) -> str:
-    """Options of ``cute.compile`` for a value of ``ARCHITECTURES``."""
+    """Options of ``cute.compile`` for a target of `architectures`."""
     return f"--enable-tvm-ffi --gpu-arch {arch}"
 
 
@@ -98,7 +109,7 @@ def build(kernel: Any, arch: str, *options: str, engine: bool = True) -> Any:
     Args:
         kernel: an object whose ``signature()`` returns stand-ins for the arguments, and whose
             jitted ``__call__`` launches.
-        arch: a value of ``ARCHITECTURES``, such as "sm_90a".
+        arch: a target of `architectures`, such as "sm_90a" or "sm_100f".
         options: further options of ``cute.compile``.
         engine: whether the result is to be called in this process, or only to be written.
     """

@@ -14,6 +14,7 @@ from cute_quant.contract.dtypes import LOAD_BYTES, STORE_BYTES
 from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
+from cute_quant.kernels import architectures
 
 LANES = 32
 """Threads of a warp."""
@@ -321,12 +322,19 @@ class DequantizeSpec(NamedTuple):
         fmt: of values and scales.
         dtype: of the result.
         access: to the values and the result.
+        pdl: as of a `QuantizeSpec`.
     """
 
     fmt: Format
     dtype: torch.dtype
     access: Access = WIDEST
+    pdl: bool = True
     kernel: str = "dequantize.Dequantize"
 
 
 Spec = QuantizeSpec | SiluMulSpec | RmsNormSpec | DequantizeSpec
+
+
+def launched_on(spec: Spec, arch: str) -> Spec:
+    """Return a spec as a call on an architecture has it: a programmatic dependent, if it can be."""
+    return spec._replace(pdl=architectures.named(arch).pdl)

@@ -60,6 +60,7 @@ class Dequantize:
         self.fmt = spec.fmt
         self.dtype = ELEMENT_TYPES[spec.dtype]
         self.access = spec.access
+        self.pdl = spec.pdl
 
     def signature(self) -> tuple:
         """Return stand-ins for the arguments, with the sizes that vary and the alignment."""
@@ -83,7 +84,7 @@ class Dequantize:
         mY: cute.Tensor,  # (batch, mn, k)
         stream: cuda.CUstream,
     ):
-        """Launch as a programmatic dependent."""
+        """Launch the kernel, on batches of matrices."""
         batches, mn, k = mQ.shape
         if const_expr(self.fmt.blocked):
             groups = cute.ceil_div(k, self.fmt.group_size)
@@ -103,16 +104,18 @@ class Dequantize:
             ],
             block=[LANES, TILE.rows, 1],
             stream=stream,
-            use_pdl=True,
+            use_pdl=self.pdl,
         )
 
     @cute.kernel
     def kernel(self, problem: Problem):
         """Dequantize the tiles of rows that the CTA takes."""
-        cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(self.pdl):
+            cute.arch.griddepcontrol_launch_dependents()
         _, first, z = cute.arch.block_idx()
         _, num_row_ctas, depth = cute.arch.grid_dim()
-        cute.arch.griddepcontrol_wait()
+        if const_expr(self.pdl):
+            cute.arch.griddepcontrol_wait()
         for batch in range(z, problem.q.tensor.shape[0], depth):
             for row_tile in range(first, problem.num_row_tiles, num_row_ctas):
                 self.dequantize_tile(row_tile, problem.slice_batch(batch))

@@ -88,7 +88,7 @@ def multiply_power_of_two(rX: cute.Tensor, multiplier: Float32) -> cute.Tensor:
     if const_expr(rX.element_type is not BFloat16):
         return multiply(rX, multiplier)
     bits = multiplier.bitcast(Uint32)
-    if const_expr(ptx.has_mul_bf16_to_f32()):
+    if const_expr(ptx.target().mixed_fma):
         rY = cute.make_rmem_tensor(rX.shape, Float32)
         halves = cute.recast_tensor(rX, Uint16)
         for i in cutlass.range_constexpr(cute.size(rX)):

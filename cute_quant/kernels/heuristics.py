@@ -23,17 +23,20 @@ import torch
 from cute_quant.contract.dtypes import LOAD_BYTES, align, ceil_div
 from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.contract.formats import Format
+from cute_quant.kernels import architectures
+from cute_quant.kernels.architectures import MAX_WARPS_PER_SM
 from cute_quant.kernels.config import DEFAULT_TILE, MAX_GRID_Y, ONE_ROW, Tile
 
 TWO_ROWS = Tile(rows_per_thread=2)
 TWO_ROWS_FROM = 30_000
-"""Least elements for each SM from which a thread takes two rows."""
+"""Least elements for each SM of 64 warps from which a thread takes two rows. An SM of fewer warps
+holds fewer elements in proportion, which is not measured."""
 
-SILU_TILES = {"sm_90a": Tile(values_per_thread=8, row_warps=8)}
-"""Tiles of gates and ups by architecture, where it is not the default. On an H100 threads of fewer
+SILU_TILES = {16: Tile(values_per_thread=8, row_warps=8), 32: DEFAULT_TILE}
+"""Tiles of gates and ups by the bytes of a load. On an H100, which loads 16, threads of fewer
 values have a shorter way from load to store: 1.00 of the ceiling at 4096 x 2048, where the default
-has 1.04 and two rows a thread 1.08; 1.17 instead of 1.37 at one row. Blackwell loads the default's
-32 bytes at once."""
+has 1.04 and two rows a thread 1.08; 1.17 instead of 1.37 at one row. That Ada is like Hopper, and
+that Blackwell takes the default, whose 32 bytes it loads at once, is not measured."""
 
 MAX_WARPS = 16
 """Most warps of a CTA: with twice as many, a thread has too few registers for tile and sum."""
@@ -65,6 +68,7 @@ def shape(
     fmt: Format,
     masked: bool,
     sms: int,
+    warps_per_sm: int = MAX_WARPS_PER_SM,
     tile: Tile | None = None,
 ) -> Shape:
     """Return the launch for a batch of (rows, k) matrices, on a GPU with `sms` multiprocessors.
@@ -76,7 +80,8 @@ def shape(
         tile = DEFAULT_TILE
         lanes = tile.lanes_per_group(fmt.group_size)
         fits_two = lanes > 1 and k % (2 * tile.values_per_thread) == 0
-        large = matrices * rows * k >= TWO_ROWS_FROM * sms
+        full = sms * warps_per_sm / MAX_WARPS_PER_SM
+        large = matrices * rows * k >= TWO_ROWS_FROM * full
         if large and fits_two and not whole_row and not masked:
             tile = TWO_ROWS
     row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)
@@ -90,8 +95,8 @@ def silu_shape(
     matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int, arch: str
 ) -> Shape:
     """Return the launch for gates and ups on an architecture."""
-    tile = SILU_TILES.get(arch, DEFAULT_TILE)
-    return shape(matrices, rows, k, fmt, masked, sms, tile)
+    tile = SILU_TILES[architectures.named(arch).widest_load]
+    return shape(matrices, rows, k, fmt, masked, sms, tile=tile)
 
 
 class NormShape(NamedTuple):

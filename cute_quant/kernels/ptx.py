@@ -7,16 +7,28 @@ import cutlass
 from cutlass import BFloat16, Float16, Float32, Uint16, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.base_dsl import BaseDSL
-from cutlass.base_dsl.enums import Arch
 from cutlass.cutlass_dsl import T, dsl_user_op
+
+from cute_quant.kernels import architectures
+from cute_quant.kernels.architectures import Architecture
+
+NEGATIVE_ZEROS = 0x80008000
+"""A pair of halves, which a sum with leaves everything as it is."""
+
+
+def target() -> Architecture:
+    """Return the architecture that is compiled for."""
+    return architectures.named(BaseDSL._get_dsl().get_arch_enum().name)
 
 
 @dsl_user_op
-def _binary(instruction: str, a: Uint32, b: Uint32, *, loc=None, ip=None) -> Uint32:
-    """Emit an instruction from two 32-bit registers to one."""
-    operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in (a, b)]
-    ptx = f"{instruction} $0, $1, $2;"
-    return Uint32(llvm.inline_asm(T.i32(), operands, ptx, "=r,r,r", loc=loc, ip=ip))
+def _apply(instruction: str, *operands: Uint32, loc=None, ip=None) -> Uint32:
+    """Emit an instruction from 32-bit registers to one."""
+    values = [Uint32(v).ir_value(loc=loc, ip=ip) for v in operands]
+    registers = ", ".join(f"${i}" for i in range(len(values) + 1))
+    ptx = f"{instruction} {registers};"
+    constraints = ",".join(["=r"] + ["r"] * len(values))
+    return Uint32(llvm.inline_asm(T.i32(), values, ptx, constraints, loc=loc, ip=ip))
 
 
 def max_magnitude(a: Uint32, b: Uint32, dtype: type[cutlass.Numeric]) -> Uint32:
@@ -25,32 +37,29 @@ def max_magnitude(a: Uint32, b: Uint32, dtype: type[cutlass.Numeric]) -> Uint32:
     NaN is larger than all. An integer maximum would have to mask the signs of its operands first.
     """
     kind = {BFloat16: "bf16x2", Float16: "f16x2", Float32: "f32"}[dtype]
-    return _binary(f"max.NaN.xorsign.abs.{kind}", a, b)
+    return _apply(f"max.NaN.xorsign.abs.{kind}", a, b)
 
 
 def max_u16x2(a: Uint32, b: Uint32) -> Uint32:
-    """Return the maxima of two pairs of 16-bit integers."""
-    return _binary("max.u16x2", a, b)
+    """Return the maxima of two pairs of 16-bit integers: needs `pair_arithmetic`."""
+    return _apply("max.u16x2", a, b)
 
 
 def mul_bf16x2(a: Uint32, b: Uint32) -> Uint32:
     """Return the products of two pairs of bfloat16; the DSL has them only as part of a sum."""
-    return _binary("mul.rn.bf16x2", a, b)
+    if target().pair_arithmetic:
+        return _apply("mul.rn.bf16x2", a, b)
+    return _apply("fma.rn.bf16x2", a, b, Uint32(NEGATIVE_ZEROS))
 
 
 @dsl_user_op
 def mul_bf16_to_f32(a: Uint16, b: Uint16, *, loc=None, ip=None) -> Float32:
-    """Return the product of two bfloat16 as float32: one fused multiply-add of -0 on SM100."""
+    """Return the product of two bfloat16 as float32, a fused sum with -0: needs `mixed_fma`."""
     # As bits: the DSL takes -0.0 for the 0.0 that a kernel may have had before.
     negative_zero = Uint32(0x80000000).bitcast(Float32)
     operands = [v.ir_value(loc=loc, ip=ip) for v in (a, b, negative_zero)]
     ptx = "fma.rn.f32.bf16 $0, $1, $2, $3;"
     return Float32(llvm.inline_asm(T.f32(), operands, ptx, "=f,h,h,f", loc=loc, ip=ip))
-
-
-def has_mul_bf16_to_f32() -> bool:
-    """Return whether the target of the compilation has `mul_bf16_to_f32`."""
-    return BaseDSL._get_dsl().get_arch_enum() >= Arch.sm_100
 
 
 @dsl_user_op

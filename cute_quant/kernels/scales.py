@@ -59,7 +59,12 @@ def thread_amax(rX: cute.Tensor) -> Uint32:
 
 def larger(dtype: type[cutlass.Numeric]) -> Callable[[Uint32, Uint32], Uint32]:
     """Return the function that takes the larger of two of `thread_amax`."""
-    return cutlass.max if dtype is Float32 else ptx.max_u16x2
+    if dtype is Float32:
+        return cutlass.max
+    if ptx.target().pair_arithmetic:
+        return ptx.max_u16x2
+    # As floating-point numbers; the sign of a NaN is not specified.
+    return lambda a, b: ptx.max_magnitude(a, b, dtype) & Uint32(MAGNITUDE_MASK_X2)
 
 
 @cute.jit
@@ -73,7 +78,7 @@ def group_amax(
     result = cute.arch.warp_reduction(amax, larger(dtype), threads_in_group=lanes)
     if const_expr(dtype is Float32):
         return result
-    result = ptx.max_u16x2(result, result << 16 | result >> 16)
+    result = larger(dtype)(result, result << 16 | result >> 16)
     if const_expr(dtype is Float16):
         return Float32(Uint16(result).bitcast(Float16)).bitcast(Uint32)
     return result

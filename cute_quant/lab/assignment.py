@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cute_quant.contract.dtypes import BLOCK_GROUPS
+from cute_quant.kernels import architectures
 from cute_quant.kernels.config import LANES
 from cute_quant.lab.layout import Layout
-from cute_quant.lab.machine_code import GPUS
 
 SECTOR_BYTES = 32
 """Least bytes that memory and the caches move."""
@@ -225,13 +225,13 @@ def scales(layout: Layout, mn: int, k: int) -> list[ScaleByte]:
 
 def loads(layout: Layout, arch: str) -> list[Request]:
     """Return the loads of a row of a warp's tile, one for each instruction of an architecture."""
-    widest = min(layout.access.load_bytes, GPUS[arch].widest_load)
+    widest = min(layout.access.load_bytes, architectures.named(arch).widest_load)
     return _requests(layout, layout.dtype.itemsize, widest)
 
 
 def stores(layout: Layout, arch: str) -> list[Request]:
     """Return the stores of a row of 8-bit values of a warp's tile, as `loads` does."""
-    widest = min(layout.access.store_bytes, GPUS[arch].widest_load)
+    widest = min(layout.access.store_bytes, architectures.named(arch).widest_load)
     return _requests(layout, layout.fmt.values.itemsize, widest)
 
 

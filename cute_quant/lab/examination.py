@@ -7,11 +7,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cute_quant.kernels.config import LANES
+from cute_quant.kernels import architectures
+from cute_quant.kernels.config import LANES, launched_on
 from cute_quant.lab import assignment
 from cute_quant.lab.assignment import Request
 from cute_quant.lab.layout import Layout
-from cute_quant.lab.machine_code import GPUS, machine_code
+from cute_quant.lab.machine_code import machine_code
 
 ELEMENTS = 512
 """Instructions are counted for as many, what a warp of the default takes at once, so that layouts
@@ -53,24 +54,28 @@ class Examination:
 
 @functools.cache
 def examine(layout: Layout, arch: str) -> Examination:
-    """Compile a layout's kernel for an architecture of ``GPUS`` and read what came of it.
+    """Compile a layout's kernel for an architecture and read what came of it.
 
     Raises:
         FileNotFoundError: NVIDIA's disassembler is not installed.
+        ValueError: there is no such architecture, or no clock and bandwidth of a GPU of it.
     """
-    code = machine_code(layout.spec, arch)
+    architecture = architectures.named(arch)
+    if architecture.gpu is None:
+        raise ValueError(f"arch: expected one whose issue budget is known, got {arch!r}")
+    code = machine_code(launched_on(layout.spec, arch), arch)
     tile, fmt = layout.tile, layout.fmt
     elements = tile.columns * tile.rows_per_thread
     scale_bytes = 1 if fmt.ue8m0 else fmt.sf_dtype.itemsize
     moved = layout.dtype.itemsize + fmt.values.itemsize + scale_bytes / fmt.group_size
-    warps = code.resident_warps(layout.warps)
+    warps = code.resident_warps(layout.warps, architecture)
     loads, stores = assignment.loads(layout, arch), assignment.stores(layout, arch)
     return Examination(
         instructions=len(code.opcodes),
         registers=code.registers,
         spills=code.count("LDL", "STL"),
         issue_slots=len(code.opcodes) * ELEMENTS / elements,
-        budget=GPUS[arch].issue_budget(ELEMENTS * moved),
+        budget=architecture.gpu.issue_budget(ELEMENTS * moved),
         resident_warps=warps,
         bytes_in_flight=warps * LANES * layout.thread_bytes,
         load_sectors=_sectors(loads),

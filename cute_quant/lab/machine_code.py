@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from cute_quant.jit.lookup import build, kernel
+from cute_quant.kernels import architectures
+from cute_quant.kernels.architectures import (
+    B200,
+    H100,
+    REGISTERS_AT_ONCE,
+    REGISTERS_PER_SM,
+    Architecture,
+)
 from cute_quant.kernels.config import LANES, Spec
 from cute_quant.lab import binary_utilities
 
@@ -19,40 +27,8 @@ INSTRUCTION = re.compile(
 """A line of SASS: address, predicate if any, mnemonic. PT and UPT are the constant predicates."""
 RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 
-SCHEDULERS_PER_SM = 4
-WARPS_PER_SM = 64
-CTAS_PER_SM = 32
-REGISTERS_PER_SM = 65536
-REGISTERS_AT_ONCE = 8
-"""Registers of a thread are allocated in multiples of these."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Limits of a GPU of an architecture, from its data sheet.
-
-    Attributes:
-        clock: cycles a second under load.
-        bandwidth: bytes a second from and to memory.
-        widest_load: bytes that an instruction loads for a thread.
-    """
-
-    name: str
-    sms: int
-    clock: float
-    bandwidth: float
-    widest_load: int
-
-    def issue_budget(self, bytes_per_warp: float) -> int:
-        """Return how many instructions a warp may issue while memory moves its bytes."""
-        warps = self.bandwidth / bytes_per_warp
-        return round(self.sms * SCHEDULERS_PER_SM * self.clock / warps)
-
-
-GPUS = {
-    "sm_90a": Gpu("H100", sms=132, clock=1.98e9, bandwidth=3.35e12, widest_load=16),
-    "sm_100a": Gpu("B200", sms=148, clock=1.9e9, bandwidth=7.67e12, widest_load=32),
-}
+EXAMINED = {a.name: a for a in architectures.ARCHITECTURES if a.gpu in (H100, B200)}
+"""Architectures that layouts are drawn and counted for, one of each width of loads."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +57,16 @@ class MachineCode:
             for prefix in prefixes
         )
 
-    def resident_warps(self, warps_per_cta: int) -> int:
+    def resident_warps(self, warps_per_cta: int, architecture: Architecture) -> int:
         """Return the warps of such CTAs that an SM has registers and places for."""
         registers = -(-self.registers // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
-        warps = min(WARPS_PER_SM, REGISTERS_PER_SM // (registers * LANES))
-        return min(warps // warps_per_cta, CTAS_PER_SM) * warps_per_cta
+        warps = min(architecture.warps, REGISTERS_PER_SM // (registers * LANES))
+        return min(warps // warps_per_cta, architecture.ctas) * warps_per_cta
 
 
 @functools.cache
 def machine_code(spec: Spec, arch: str) -> MachineCode:
-    """Compile the kernel of `spec` for `arch`, a value of ``ARCHITECTURES``, and disassemble it."""
+    """Compile the kernel of `spec` for a target of `architectures`, and disassemble it."""
     return disassemble(kernel(spec), arch)
 
 

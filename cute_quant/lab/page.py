@@ -21,7 +21,7 @@ from cute_quant.lab import assignment, pictures
 from cute_quant.lab.assignment import SECTOR_BYTES
 from cute_quant.lab.drawing import style_sheet
 from cute_quant.lab.layout import DTYPES, Layout, make_layout
-from cute_quant.lab.machine_code import GPUS
+from cute_quant.lab.machine_code import EXAMINED
 
 CHOICES = {
     "values_per_thread": (4, 8, 16, 32, 64, 128),
@@ -84,7 +84,7 @@ def data(layout: Layout, mn: int | None = None, k: int | None = None) -> dict[st
         "start": {"format": _name(layout.fmt), **own},
         "formats": {name: _format(fmt) for name, fmt in formats.items()},
         "itemsize": layout.dtype.itemsize,
-        "loads": {arch: gpu.widest_load for arch, gpu in GPUS.items()},
+        "loads": {name: a.widest_load for name, a in EXAMINED.items()},
         "sector": SECTOR_BYTES,
         "fixed": _fixed(layout),
     }

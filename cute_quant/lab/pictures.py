@@ -10,7 +10,7 @@ from cute_quant.lab import assignment
 from cute_quant.lab.assignment import SECTOR_BYTES, Request, ScaleByte, Thread
 from cute_quant.lab.drawing import Box, Drawing, Words
 from cute_quant.lab.layout import Layout
-from cute_quant.lab.machine_code import GPUS
+from cute_quant.lab.machine_code import EXAMINED
 
 COLOURED_GROUPS = 4
 """As many colours of groups as a packed word has bytes."""
@@ -136,7 +136,7 @@ def _accesses(layout: Layout) -> list[tuple[str, list[Request]]]:
     """Return loads and stores, architectures joined where they are the same."""
     accesses: dict[tuple, list[str]] = {}
     for kind, of in (("loads of x", assignment.loads), ("stores of q", assignment.stores)):
-        for arch in GPUS:
+        for arch in EXAMINED:
             accesses.setdefault((kind, tuple(of(layout, arch))), []).append(arch)
     return [(f"{kind}, {' and '.join(a)}", list(r)) for (kind, r), a in accesses.items()]
 

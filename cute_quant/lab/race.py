@@ -9,7 +9,7 @@ import torch
 
 from cute_quant.contract.dtypes import ceil_div
 from cute_quant.jit import lookup
-from cute_quant.kernels.config import MAX_GRID_Y
+from cute_quant.kernels.config import MAX_GRID_Y, launched_on
 from cute_quant.lab import timing
 from cute_quant.lab.layout import Layout
 
@@ -85,7 +85,8 @@ class Track:
         return Time(medians["layout"], medians["default"])
 
     def _calls(self, layout: Layout) -> list[Callable[[], None]]:
-        function = lookup.function(layout.spec, lookup.architecture(torch.cuda.current_device()))
+        arch = lookup.architecture(torch.cuda.current_device())
+        function = lookup.function(launched_on(layout.spec, arch), arch)
         return [
             lambda operands=operands: function(*operands, None, None, 0, 1, 1, layout.fmt.floor)
             for operands in self.buffers

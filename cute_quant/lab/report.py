@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cute_quant.lab.drawing import Box, Drawing, Words
+from cute_quant.lab.machine_code import EXAMINED
 from cute_quant.lab.sweep import Trial
 
-SHORT = {"sm_90a": "SM90", "sm_100a": "SM100"}
+SHORT = {name: f"SM{10 * a.capability[0] + a.capability[1]}" for name, a in EXAMINED.items()}
 BAR = 24
 FAILED, UNKNOWN = "failed", "-"
 WORST = 2.0
@@ -26,7 +27,7 @@ def columns(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
         headings += [f"{name} regs", f"{name} issue slots", f"{name} sectors a load"]
     if architectures:
         headings.append("spills")
-        headings.append("SM90 KiB in flight")
+        headings.append(f"{SHORT[architectures[0]]} KiB in flight")
     headings += [f"{mn} x {k}" for mn, k in shapes]
     table = []
     for t in trials:
@@ -115,9 +116,10 @@ def _plotted(trials: Sequence[Trial]) -> tuple[str, list[float | None]]:
     if shapes:
         mn, k = shapes[-1]
         return f"time over the default's, {mn} x {k}", [t.ratios.get((mn, k)) for t in trials]
-    codes = [t.code.get("sm_100a") for t in trials]
+    *_, last = SHORT
+    codes = [t.code.get(last) for t in trials]
     shares = [None if code is None else code.budget_share for code in codes]
-    return "issue slots on SM100 over the budget", shares
+    return f"issue slots on {SHORT[last]} over the budget", shares
 
 
 def plot(trials: Sequence[Trial], source: str) -> Drawing:

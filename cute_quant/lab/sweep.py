@@ -14,7 +14,7 @@ from cute_quant.contract.formats import Format
 from cute_quant.lab import race, timing
 from cute_quant.lab.examination import Examination, examine
 from cute_quant.lab.layout import DTYPES, Layout, make_layout
-from cute_quant.lab.machine_code import GPUS
+from cute_quant.lab.machine_code import EXAMINED
 
 SHAPES = ((256, 7168), (2048, 7168), (16384, 7168))
 """Shapes of inputs whose buffers together exceed the L2 cache of an H100."""
@@ -47,7 +47,7 @@ class Trial:
         Raises:
             FileNotFoundError: NVIDIA's disassembler is not installed.
         """
-        for arch in GPUS:
+        for arch in EXAMINED:
             if arch not in self.code:
                 self.code[arch] = examine(self.layout, arch)
 

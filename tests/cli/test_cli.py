@@ -18,7 +18,14 @@ from cute_quant.contract.calls import Call
 from cute_quant.dispatch import launch, plan, presets
 from cute_quant.jit import disk_cache, keys, lookup, progress, toolchain, workers
 from cute_quant.jit.disk_cache import Cache
-from cute_quant.kernels.config import DequantizeSpec, QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
+from cute_quant.kernels.config import (
+    DequantizeSpec,
+    QuantizeSpec,
+    RmsNormSpec,
+    SiluMulSpec,
+    Spec,
+    launched_on,
+)
 from tests.helpers import UE8M0
 
 WITH_EXAMPLES = [name for name in main.COMMANDS if name != "layout"]
@@ -158,11 +165,11 @@ def test_info_says_why_the_cache_is_not_used(store, capsys):
 @pytest.mark.parametrize(
     ("capability", "expected"),
     [
-        ((9, 0), "cuda:0 H, 9.0: runs kernels for sm_90a"),
+        ((9, 0), "cuda:0, H, of 9.0: path: kernels, sm_90a"),
         (
-            (12, 0),
-            "cuda:0 H, 12.0: not supported, calls raise, "
-            "kernels exist for compute capability 9.0, 10.0, 10.3",
+            (8, 0),
+            "cuda:0, H, of 8.0: path: reference on the GPU, slowly: kernels are built for compute "
+            "capability 8.9, 9.0, 10.0, 10.3, 10.7, 11.0, 12.0 or 12.1",
         ),
     ],
 )
@@ -171,7 +178,9 @@ def test_info_says_what_a_gpu_is_good_for(capability, expected, monkeypatch, cap
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H")
+    lookup.find_architecture.cache_clear()
     assert main.main(["info", "--json"]) == 0
+    lookup.find_architecture.cache_clear()
     assert json.loads(capsys.readouterr().out)["GPUs"] == [expected]
 
 
@@ -409,13 +418,16 @@ def test_build_without_a_linker(capsys, monkeypatch, tmp_path):
 
 def test_check_compiles_for_each_architecture(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [SPEC])
+    monkeypatch.setattr(presets, "of_each_kind", lambda arch: [launched_on(SPEC, arch)])
     assert main.main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "3 kernels for sm_90a, sm_100a, sm_103a, no GPU: compiling only",
-        *(f"ok     compiled {arch:8} {NAME}" for arch in lookup.ARCHITECTURES.values()),
-        "3 of 3 kernels compiled, none was run",
+        f"8 kernels for {', '.join(lookup.ARCHITECTURES.values())}, no GPU: compiling only",
+        *(
+            f"ok     compiled {arch:8} {keys.spec_name(launched_on(SPEC, arch))}"
+            for arch in lookup.ARCHITECTURES.values()
+        ),
+        "8 of 8 kernels compiled, none was run",
     ]
 
 
@@ -428,7 +440,7 @@ def test_check_shows_progress_in_a_terminal(arguments, monkeypatch, capsys):
     assert not capsys.readouterr().err, "no terminal"
     monkeypatch.setattr(progress, "_is_terminal", lambda: True)
     assert main.main(["check", *arguments]) == 0
-    bars = re.findall(r" (\d)/6 (sm_\w+) ", capsys.readouterr().err)
+    bars = re.findall(r" (\d+)/16 (sm_\w+) ", capsys.readouterr().err)
     architectures = [arch for arch in lookup.ARCHITECTURES.values() for _ in range(2)]
     assert bars == [(str(done), arch) for done, arch in enumerate(architectures)]
 
@@ -443,12 +455,13 @@ def test_check_names_what_fails(monkeypatch, capsys):
     monkeypatch.setattr(lookup, "build", build)
     assert main.main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("FAILED compiled sm_100a ")
-    assert lines[2].endswith(": ValueError: broken in two lines")
-    assert lines[-1] == "2 of 3 kernels compiled, none was run"
+    (failed,) = [line for line in lines if line.startswith("FAILED")]
+    assert failed.startswith("FAILED compiled sm_100a ")
+    assert failed.endswith(": ValueError: broken in two lines")
+    assert lines[-1] == "7 of 8 kernels compiled, none was run"
     assert main.main(["check", "--json"]) == 1
     errors = [outcome["error"] for outcome in json.loads(capsys.readouterr().out)]
-    assert errors == [None, "ValueError: broken in two lines", None]
+    assert [e for e in errors if e] == ["ValueError: broken in two lines"] and len(errors) == 8
 
 
 SPECS = [(spec, arch) for arch in ("sm_90a", "sm_100a") for spec in presets.of_each_kind(arch)]
@@ -464,6 +477,7 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "multiprocessors", lambda index: 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
     asked = []
@@ -660,6 +674,7 @@ def test_layout_show(tmp_path):
     assert "<svg" in file.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [["cute_quant", "layout"], ["cute_quant.lab"]])
 def test_layout_show_to_who_reads_no_more(module):
     read, write = os.pipe()

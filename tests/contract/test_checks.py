@@ -643,15 +643,16 @@ def test_devices_do_not_mix():
             dequantize(values(here), scales(there))
 
 
-@pytest.mark.parametrize("capability", [(8, 9), (9, 1), (12, 0)])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 1), (13, 0)])
 def test_unsupported_architecture(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
-    lookup.architecture.cache_clear()
+    lookup.find_architecture.cache_clear()
     version = ".".join(map(str, capability))
-    with pytest.raises(RuntimeError, match=rf"9.0, 10.0, 10.3 .*cuda:0, Some GPU, of {version}"):
+    with pytest.raises(RuntimeError, match=rf"8.9, .* or 12.1, .*cuda:0, Some GPU, of {version}"):
         lookup.architecture(0)
-    lookup.architecture.cache_clear()
+    assert lookup.find_architecture(0) is None
+    lookup.find_architecture.cache_clear()
 
 
 def test_failed_calls_write_nothing(device):
@@ -754,6 +755,7 @@ def planned(monkeypatch):
     """CPU tensors that say CUDA, and a kernel that does nothing: what stands before a launch."""
     launched = []
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(lookup, "find_architecture", lambda index: "sm_90a")
 
     def choose_kernel(call, result, scales):
         return plan.Kernel(lambda *arguments: launched.append(arguments), None, (call.fmt.floor,))

@@ -354,3 +354,11 @@ def test_counts_are_checked(device):
     silu_mul_quantize(x, index=index)
     with pytest.raises(ValueError, match=r"index: expected -1 to 3, got 4 at 2"):
         silu_mul_quantize(x, index=index, check=True)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_alpha_leaves_room_for_its_product(sign, device):
+    gate_up = torch.ones(2, 256, dtype=torch.bfloat16, device=device)
+    silu_mul_quantize(gate_up, alpha=sign * 2.0**100)
+    with pytest.raises(ValueError, match="alpha: expected a magnitude up to"):
+        silu_mul_quantize(gate_up, alpha=sign * 2.0**100 * (1 + 2.0**-23))

@@ -47,6 +47,7 @@ def launched(monkeypatch) -> list[Launched]:
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(lookup, "architecture", lambda device: "sm_100a")
+    monkeypatch.setattr(lookup, "find_architecture", lambda device: "sm_100a")
     monkeypatch.setattr(lookup, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(lookup, "function", function)
     for name, empty in (("_plans", {}), ("_recent", []), ("_recent_out", [])):
@@ -249,7 +250,7 @@ def test_views_of_a_residual_have_its_strides(launched):
         assert viewed.stride() == (1536, 512, 1) and viewed.data_ptr() == residual.data_ptr()
 
 
-@pytest.mark.parametrize("fmt", [UE8M0, ROW_MAJOR], ids=str)
+@pytest.mark.parametrize("fmt", [UE8M0, ROW_MAJOR, MXFP8], ids=str)
 @pytest.mark.parametrize("shape", [(0, 256), (2, 0, 256), (0, 3, 256), (3, 0)])
 def test_results_without_elements_have_the_strides_of_torch(launched, fmt, shape):
     """As on the CPU: a dimension of no elements counts as one of one element."""

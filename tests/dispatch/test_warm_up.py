@@ -61,6 +61,7 @@ def gpu(compiled, monkeypatch):
 
     def put(arch: str, sms: int) -> Compiled:
         monkeypatch.setattr(lookup, "architecture", lambda index: arch)
+        monkeypatch.setattr(lookup, "find_architecture", lambda index: arch)
         monkeypatch.setattr(lookup, "multiprocessors", lambda index: sms)
         return compiled
 

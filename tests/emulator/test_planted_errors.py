@@ -89,7 +89,7 @@ def rms_norm(gpu: Gpu) -> None:
 
 def rms_norm_in_a_loop(gpu: Gpu) -> None:
     few = Gpu(gpu.kernels, gpu.arch, max_grid=2, tile=ONE_ROW, max_warps=16)
-    check_rms_norm(few, 9, 1040, UE8M0, batch=(1,))
+    check_rms_norm(few, 3, 1040, UE8M0, batch=(5,))
     gpu.launched += few.launched
 
 
@@ -256,8 +256,9 @@ def test_rounding_that_is_not_there(gpu):
 
 
 def test_exponential_that_is_not_one(plant):
-    assert "expected" in plant(silu_mul, r"neg\.f32", "mov.b32")
-    assert "expected" in plant(silu_mul, r"ex2\.approx", "rsqrt.approx")
+    outside = r"AssertionError: (scales|q): "
+    assert re.match(outside, plant(silu_mul, r"neg\.f32", "mov.b32"))
+    assert re.match(outside, plant(silu_mul, r"ex2\.approx", "rsqrt.approx"))
 
 
 def test_gates_from_the_place_of_ups(plant):

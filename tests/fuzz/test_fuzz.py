@@ -79,7 +79,14 @@ def test_dequantize_on_the_cpu(kernel):
         counted["cases"] += 1
 
 
-@pytest.mark.parametrize("session", emulated.sessions(), ids=str)
+@pytest.mark.parametrize(
+    "session",
+    [
+        pytest.param(session, marks=pytest.mark.slow if number % 2 else ())
+        for number, session in enumerate(emulated.sessions())
+    ],
+    ids=str,
+)
 def test_in_the_emulator(session, kernels):
     """Masked norms of k > 512 among them, whose padding no other test had looked at."""
     for case in session.cases(SEED):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -95,14 +96,20 @@ def draw_call(arguments: dict[str, Any], seed: object) -> Callable[[str], object
     batched = batched or rows is Masked
     least = arguments.get("alignment", 32)
     result = dtype if operation == "fake_quantize" else fmt.values
+    columns = 2 * k if operation == "silu_mul_quantize" else k
+    loads = powers_of_two(max(least, dtype.itemsize), 32)
+    stores = powers_of_two(max(min(least, 16), result.itemsize), 16)
+    if generator.random() < 0.3:  # as contiguous rows are aligned
+        loads = [math.gcd(32, columns * dtype.itemsize)]
+        stores = [math.gcd(16, k * result.itemsize)]
     kernel = Kernel(
         dtype,
         fmt,
         DENSE if rows is None else rows.kind,
         gathered,
         batched,
-        generator.choice(powers_of_two(max(least, dtype.itemsize), 32)),
-        generator.choice(powers_of_two(max(min(least, 16), result.itemsize), 16)),
+        generator.choice(loads),
+        generator.choice(stores),
         k % 16 != 0,
         KERNELS.get(operation, operation),
         tuple(_options(arguments, operation, rows, gathered, generator).items()),

@@ -145,6 +145,7 @@ def test_this_suite_leaves_the_cache_of_the_user_alone(tmp_path):
     assert disk_cache.open_cache() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["mode", "variable"])
 def test_readonly(copy, how):
     before = only_entry(copy).stat().st_mtime_ns
@@ -190,6 +191,8 @@ DAMAGES = {
     "record of numbers": lambda data: shared_objects.seal(data, {**RECORD, "key": KEY, "name": 1}),
     "record that is a list": lambda data: shared_objects.seal(data, [KEY]),
     "length of the record": lambda data: data[:-40] + bytes([data[-40] ^ 1]) + data[-39:],
+    "tampered at its start": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "another version": lambda data: data[:-48] + bytes([data[-48] ^ 1]) + data[-47:],
     "far too long a record": lambda data: data[:-40] + b"\xff" * 8 + data[-32:],
 }
 
@@ -359,6 +362,7 @@ def test_ranks_compile_once(directory, tmp_path):
     assert only_entry(directory).suffix == ".so"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["seal", "replace", "after"])
 def test_killed_while_it_stores(directory, point):
     kill = "import os, signal; die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"

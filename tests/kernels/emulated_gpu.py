@@ -138,6 +138,7 @@ class Gpu:
             mock.patch.multiple(
                 lookup,
                 architecture=lambda device: self.arch,
+                find_architecture=lambda device: self.arch,
                 multiprocessors=lambda device: self.sms,
                 function=function,
             ),

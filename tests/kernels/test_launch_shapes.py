@@ -31,6 +31,14 @@ def test_the_lanes_that_store_scales_of_two_rows_have_columns(k, two):
     assert (tile(2048, k) == TWO_ROWS) == two
 
 
+def test_a_smaller_sm_is_full_sooner():
+    """48 warps of an SM hold three quarters of what 64 do."""
+    k = 4096
+    rows = TWO_ROWS_FROM * SMS * 3 // 4 // k
+    for more, tile in ((0, DEFAULT_TILE), (1, TWO_ROWS)):
+        assert heuristics.shape(1, rows + more, k, DEEP_GEMM, False, SMS, 48).tile == tile
+
+
 def test_two_rows_need_two_lanes_of_a_group():
     assert tile(2048, 4096, DEEP_GEMM.replace(group_size=32)) == TWO_ROWS
     assert tile(2048, 4096, DEEP_GEMM.replace(group_size=16)) == DEFAULT_TILE
@@ -63,9 +71,9 @@ def test_ctas_of_masked_experts():
 def test_tiles_of_gates_and_ups():
     by_arch = [
         heuristics.silu_shape(1, 64, 2048, DEEP_GEMM, False, SMS, arch).tile
-        for arch in ("sm_90a", "sm_100a")
+        for arch in ("sm_90a", "sm_100a", "sm_89", "sm_120f")
     ]
-    assert [tile.values_per_thread for tile in by_arch] == [8, 16]
+    assert [tile.values_per_thread for tile in by_arch] == [8, 16, 8, 16]
 
 
 @pytest.mark.parametrize(

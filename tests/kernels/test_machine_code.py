@@ -6,7 +6,8 @@ import torch
 from bench.sass import machine_code
 from cute_quant import DEEP_GEMM_SM90, MXFP8, ROWWISE_INT8
 from cute_quant.jit.lookup import ARCHITECTURES
-from cute_quant.kernels.config import DEFAULT_TILE, Access, Domain, QuantizeSpec
+from cute_quant.kernels import architectures
+from cute_quant.kernels.config import DEFAULT_TILE, Access, Domain, QuantizeSpec, launched_on
 from cute_quant.kernels.heuristics import TWO_ROWS
 from tests.helpers import FLOAT32, FLOAT32_ROUNDED, FORMATS, UE8M0
 
@@ -37,19 +38,28 @@ VARIANTS = {
     "fake": (BF16, UE8M0, TWO_ROWS, Domain(), Access(32, 32), True),
 }
 
-every_arch = pytest.mark.parametrize("arch", ARCHITECTURES.values())
+MEASURED = ("sm_90a", "sm_100a", "sm_103a")
+every_arch = pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(arch, marks=[] if arch in MEASURED else pytest.mark.slow)
+        for arch in ARCHITECTURES.values()
+    ],
+)
 every_dtype = pytest.mark.parametrize("dtype", [BF16, FP16])
 every_number_of_rows = pytest.mark.parametrize("rows", [1, 2])
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
 
+@pytest.mark.slow
 @every_arch
 @every_dtype
 @every_format
 @every_number_of_rows
 def test_memory_instructions(arch, dtype, fmt, rows):
-    code = machine_code(QuantizeSpec(dtype, fmt, TILES[rows]), arch)
-    loads = ["LDG.E.128"] * 2 if arch == "sm_90a" else ["LDG.E.ENL2.256"]
+    code = machine_code(launched_on(QuantizeSpec(dtype, fmt, TILES[rows]), arch), arch)
+    wide = architectures.named(arch).widest_load == 32
+    loads = ["LDG.E.ENL2.256"] if wide else ["LDG.E.128"] * 2
     stores = ["STG.E.U8" if fmt.packed else "STG.E"] + rows * ["STG.E.128"]
     assert [op for op in code.opcodes if op.startswith("LDG")] == rows * loads
     assert sorted(op for op in code.opcodes if op.startswith("STG")) == sorted(stores)
@@ -60,9 +70,10 @@ def test_memory_instructions(arch, dtype, fmt, rows):
     ("nbytes", "load"), [(2, "U16"), (4, ""), (8, "64"), (16, "128"), (32, "128")]
 )
 def test_loads_are_as_wide_as_the_access(arch, nbytes, load):
-    code = machine_code(QuantizeSpec(BF16, UE8M0, access=Access(nbytes, 16)), arch)
+    spec = launched_on(QuantizeSpec(BF16, UE8M0, access=Access(nbytes, 16)), arch)
+    code = machine_code(spec, arch)
     loads = [op for op in code.opcodes if op.startswith("LDG")]
-    if arch != "sm_90a" and nbytes == 32:
+    if architectures.named(arch).widest_load == nbytes == 32:
         assert loads == ["LDG.E.ENL2.256"]
     else:
         assert loads == [".".join(("LDG.E", load)).rstrip(".")] * (32 // min(nbytes, 16))
@@ -73,15 +84,16 @@ def test_loads_are_as_wide_as_the_access(arch, nbytes, load):
 @every_format
 @every_number_of_rows
 def test_registers_and_shuffles_only(arch, dtype, fmt, rows):
-    code = machine_code(QuantizeSpec(dtype, fmt, TILES[rows]), arch)
+    code = machine_code(launched_on(QuantizeSpec(dtype, fmt, TILES[rows]), arch), arch)
     assert code.count("SHFL") == 3 * rows
     assert_in_registers(code)
 
 
+@pytest.mark.slow
 @every_arch
 @pytest.mark.parametrize("choices", VARIANTS.values(), ids=VARIANTS)
 def test_registers_only(arch, choices):
-    assert_in_registers(machine_code(QuantizeSpec(*choices), arch))
+    assert_in_registers(machine_code(launched_on(QuantizeSpec(*choices), arch), arch))
 
 
 def assert_in_registers(code):
@@ -93,7 +105,7 @@ def assert_in_registers(code):
 @every_dtype
 @every_format
 def test_no_division(arch, dtype, fmt):
-    code = machine_code(QuantizeSpec(dtype, fmt), arch)
+    code = machine_code(launched_on(QuantizeSpec(dtype, fmt), arch), arch)
     if fmt is FLOAT32:
         assert code.count("MUFU") > 0  # the check below can fail
     else:

@@ -9,7 +9,7 @@ import torch
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8, quantize
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
-from cute_quant.kernels.config import MAX_GRID_Y, Domain, QuantizeSpec, Tile
+from cute_quant.kernels.config import DOWN, MAX_GRID_Y, Domain, QuantizeSpec, Tile
 from tests import oracle
 from tests.helpers import (
     ARCHITECTURES,
@@ -165,6 +165,7 @@ def _rotated() -> list[tuple]:
     return cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "mixed"), _rotated(), ids=lambda v: mixed_id(v) if isinstance(v, tuple) else v
 )
@@ -254,25 +255,23 @@ FLOAT32_16 = DEEP_GEMM_SM90.replace(group_size=16)
 def test_scales_past_32_bits(kernels, arch, fmt, batches, mn):
     """More than 2^31 scales: run the block that has the last rows.
 
-    All rows of x are one, and q has so few that they hardly need memory.
+    An index makes one row of all, and q has so few rows that they hardly need memory.
     """
     row = special_groups(1, 512, BF16, 1, fmt)
-    x = row.expand(batches, mn, 512)
+    index = torch.zeros(batches, mn, dtype=torch.int32)
     q = poisoned_values(4, 512, "cpu", batch_shape=(batches,))
     sf = fmt.empty_scales((batches,), mn, 512, "cpu")
     assert sf.numel() > 2**31
-    tile = Tile(row_warps=32)
-    spec = QuantizeSpec(BF16, fmt, tile, Domain(batched=True))
-    last_tile = (mn // tile.rows - 1) % MAX_GRID_Y
+    tile = Tile(cta_order=DOWN)  # has no loop over rows
+    spec = QuantizeSpec(BF16, fmt, tile, Domain(gathered=True, batched=True))
     kernels.get(spec, arch)(
-        *(x, q, sf, None, None, 0, 1, 1, fmt.floor),
+        *(row, q, sf, None, index, 0, 1, 1, fmt.floor),
         outputs=(q, sf),
-        only=[(0, last_tile, batches - 1)],
+        only=[(mn // tile.rows - 1, 0, batches - 1)],
     )
     _, expected = quantize(row, fmt)
-    for i in range(last_tile, mn // tile.rows, MAX_GRID_Y):
-        written = sf[batches - 1, tile.rows * i :][: tile.rows].contiguous()
-        assert (written.view(torch.uint8) == expected.contiguous().view(torch.uint8)).all(), i
+    written = sf[batches - 1, -tile.rows :].contiguous().view(torch.uint8)
+    assert (written == expected.contiguous().view(torch.uint8)).all()
 
 
 # Batches
@@ -294,6 +293,7 @@ def test_batches(kernels, arch, mixed):
         check(gpu, x, fmt, q_strides=(10 * step, step))
 
 
+@pytest.mark.slow
 @on_mixed(0, MIXED[1:5])
 def test_more_rows_and_matrices_than_the_grid_counts(kernels, arch, mixed):
     dtype, fmt, k = mixed
@@ -305,6 +305,7 @@ def test_more_rows_and_matrices_than_the_grid_counts(kernels, arch, mixed):
     check(gpu, special_groups(9, k, dtype, 1, fmt), fmt, index=numbers((21,), -3, 12, seed=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "rows_per_thread"), [("sm_100a", 2), ("sm_90a", 1)])
 def test_more_rows_than_the_grid_counts(kernels, arch, rows_per_thread):
     """The limit that is: run blocks whose rows lie at the edges."""
@@ -371,6 +372,13 @@ def test_masked_experts_of_several_chunks(kernels, arch):
     for last in (256, 257, 512):
         counts[last - 1] = 5  # has tiles to be shared
         check(Gpu(kernels, arch, sms=2), x[:last], UE8M0, rows=Masked(counts[:last]))
+
+
+def test_ctas_that_are_no_multiple_of_the_experts(kernels, arch):
+    """The last CTA has no tile to itself, and shares the others."""
+    counts = torch.tensor([9, 2, 9], dtype=torch.int32)
+    gpu = Gpu(kernels, arch, row_ctas=4)
+    check(gpu, batch((3, 9), 128, BF16, UE8M0), UE8M0, rows=Masked(counts))
 
 
 @on_mixed(1)
@@ -457,3 +465,10 @@ def test_dequantize_scales_past_32_bits(gpu):
     far = torch.empty(step + 4, dtype=torch.int32).as_strided((2, 4, 1), (step, 1, 4))
     far.copy_(sf)
     check_dequantize(gpu, q, far, UE8M0, BF16)
+
+
+def test_several_blocks_of_scales(gpu):
+    """Two blocks along M, and two along k of which the second is one group wide."""
+    x = special_groups(130, 160, BF16, 1, MXFP8)
+    check(gpu, x, MXFP8)
+    check_dequantize(gpu, *quantize(x, MXFP8), MXFP8, BF16)

@@ -46,6 +46,7 @@ def test_variants(gpu, variant):
         check_rms_norm(gpu, mn, k, UE8M0, extra_rows=mn % 3, last_padding=k != 128, **variant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_ragged_rows(gpu, variant):
     for mn in (1, 5):
@@ -77,6 +78,7 @@ def test_more_threads_than_compiled_for(kernels, arch):
         check_rms_norm(gpu, 1, 1040, UE8M0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "fmt", "k"), FORMATS, ids=str)
 def test_formats(gpu, dtype, fmt, k):
     for name in ("fused", "all"):

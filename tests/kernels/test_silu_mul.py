@@ -5,10 +5,16 @@ import torch
 
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8
 from cute_quant.contract.prologues import FUSED, make_silu_mul
-from tests.helpers import FLOAT32, UE8M0, poisoned_scales, poisoned_values
-from tests.kernels.cases import assert_quantized_within
+from tests.helpers import (
+    FLOAT32,
+    UE8M0,
+    assert_quantized_within,
+    poisoned_scales,
+    poisoned_values,
+)
 from tests.kernels.emulated_gpu import Gpu
-from tests.kernels.prologues import check_silu_mul, halves, sigmoid_product
+from tests.kernels.prologues import check_silu_mul, halves
+from tests.prologues import gathered, silu_bounds
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -43,6 +49,7 @@ def test_variants(gpu, variant):
         check_silu_mul(gpu, mn, k, UE8M0, extra_rows=mn % 3, last_padding=k != 128, **variant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_ragged_rows(gpu, variant):
     for mn in (1, 5):
@@ -53,6 +60,7 @@ def test_long_rows(gpu):
     check_silu_mul(gpu, 5, 7168, UE8M0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "fmt", "k"), FORMATS, ids=str)
 def test_formats(gpu, dtype, fmt, k):
     for variant in ("weighted", "all"):
@@ -77,9 +85,9 @@ def test_factors_of_rows_that_do_not_exist(gpu):
     prologue = make_silu_mul(interleaved=False, rounding=FUSED, weight=weight, **options)
     q = poisoned_values(6, k, "cpu")
     sf = poisoned_scales(UE8M0, 6, k, "cpu")
-    gpu.quantize(torch.cat((gate, up), 1), q, sf, UE8M0, None, index, prologue)
+    x = torch.cat((gate, up), 1)
+    gpu.quantize(x, q, sf, UE8M0, None, index, prologue)
     assert not q[~live].view(torch.uint8).any() and not sf[~live].any()
-    sources = index[live].long()
-    product = sigmoid_product(gate[sources], up[sources], beta=-1.0, factors=weight[live])
-    rows = sf.new_empty((1, 4)).t().copy_(sf[live])
-    assert_quantized_within(q[live], rows, UE8M0, product)
+    rows, places = gathered(x, index)
+    bounds = silu_bounds(rows, weight.where(live, 0.0), beta=-1.0)
+    assert_quantized_within(q, sf, UE8M0, *bounds, None, places)

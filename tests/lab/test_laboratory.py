@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cute_quant import DEEP_GEMM_32, DEEP_GEMM_SM90, GROUPWISE_FP8, MXFP8, NAMED_FORMATS, lab
+from cute_quant.kernels import architectures
 from cute_quant.kernels.config import ALONG, DEFAULT_TILE, DOWN, LANES, QuantizeSpec
 from cute_quant.kernels.heuristics import TWO_ROWS
 from cute_quant.lab import (
@@ -27,7 +28,7 @@ from cute_quant.lab import (
 from cute_quant.lab.drawing import Box, Words
 from cute_quant.lab.examination import ELEMENTS
 from cute_quant.lab.layout import around_the_default
-from cute_quant.lab.machine_code import GPUS, MachineCode, machine_code
+from cute_quant.lab.machine_code import EXAMINED, MachineCode, machine_code
 from cute_quant.lab.sweep import Trial, from_json, origin, to_json
 from tests.helpers import FLOAT32, UE8M0
 
@@ -116,7 +117,7 @@ def test_scales_lie_where_the_format_puts_them(fmt):
 # Coalescing
 
 
-@pytest.mark.parametrize("arch", GPUS)
+@pytest.mark.parametrize("arch", EXAMINED)
 @every_layout
 def test_as_many_requests_as_memory_instructions(choices, arch):
     layout = make_layout(**choices)
@@ -131,7 +132,7 @@ def test_as_many_requests_as_memory_instructions(choices, arch):
 
 def test_sectors():
     default = make_layout()
-    on_hopper, on_blackwell = (assignment.loads(default, arch) for arch in GPUS)
+    on_hopper, on_blackwell = (assignment.loads(default, arch) for arch in EXAMINED)
     assert [(len(r.sectors), r.efficiency) for r in on_hopper] == [(32, 0.5)] * 2
     assert [(len(r.sectors), r.efficiency) for r in on_blackwell] == [(32, 1.0)]
     (request,) = assignment.loads(make_layout(threads_per_group=16), "sm_90a")
@@ -247,7 +248,7 @@ def test_examination_of_the_default():
     assert (found.instructions, found.registers) == (len(code.opcodes), code.registers)
     assert found.issue_slots == found.instructions and found.spills == 0
     moved = ELEMENTS * (2 + 1 + 1 / 128)
-    assert found.budget == GPUS["sm_100a"].issue_budget(moved)
+    assert found.budget == EXAMINED["sm_100a"].gpu.issue_budget(moved)
     assert found.resident_warps == 64
     assert found.bytes_in_flight == 64 * 32 * 32
 
@@ -261,11 +262,28 @@ def test_larger_tiles_take_fewer_issue_slots():
 
 
 @pytest.mark.parametrize(
-    ("registers", "warps", "resident"),
-    [(32, 4, 64), (33, 4, 48), (128, 4, 16), (40, 1, 32), (16, 32, 64), (64, 3, 30)],
+    ("arch", "registers", "warps", "resident"),
+    [
+        ("sm_90a", 32, 4, 64),
+        ("sm_90a", 33, 4, 48),
+        ("sm_90a", 128, 4, 16),
+        ("sm_90a", 40, 1, 32),
+        ("sm_90a", 16, 32, 64),
+        ("sm_90a", 64, 3, 30),
+        ("sm_120a", 32, 4, 48),
+        ("sm_120a", 40, 1, 24),
+    ],
 )
-def test_resident_warps(registers, warps, resident):
-    assert MachineCode((), "", registers, 0, 0).resident_warps(warps) == resident
+def test_resident_warps(arch, registers, warps, resident):
+    code = MachineCode((), "", registers, 0, 0)
+    assert code.resident_warps(warps, architectures.named(arch)) == resident
+
+
+def test_examination_of_other_architectures():
+    found = examine(make_layout(), "sm_89")
+    assert found.resident_warps == 48 and len(assignment.loads(make_layout(), "sm_89")) == 2
+    with pytest.raises(ValueError, match="arch: expected one whose issue budget is known, got 'sm"):
+        examine(make_layout(), "sm_107a")
 
 
 # Reports and the command line

@@ -58,6 +58,7 @@ def check(kernels, arch, tile, fmt, dtype, access, mn, k, batch=()):
         assert_same_storage(name, actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("choices", TILES.values(), ids=TILES)
 def test_every_byte(kernels, arch, choices):

@@ -3,7 +3,7 @@
     python -m tests.mutants                  # all of them, two at a time
     python -m tests.mutants --part 3/10      # every tenth, from the third on
     python -m tests.mutants --part today     # the tenth of this day of the year
-    python -m tests.mutants scales-floor     # these alone
+    python -m tests.mutants norm-barrier     # these alone
 
 The exit status is 1 if a fault is not caught, or cannot be planted. That the tests pass without it
 is left to the suite.

@@ -4,6 +4,7 @@ from tests.mutants.fault import Fault
 
 KEYS = "jit/keys.py"
 DISK_CACHE = "jit/disk_cache.py"
+TRUSTED_FILES = "jit/trusted_files.py"
 SHARED_OBJECTS = "jit/shared_objects.py"
 MANIFEST = "jit/aot_manifest.py"
 AOT_LOAD = "jit/aot_load.py"
@@ -20,6 +21,7 @@ VLLM = "integrations/vllm.py"
 
 ON_CHECKS = "tests/contract/test_checks.py"
 ON_DISK_CACHE = "tests/jit/test_disk_cache.py"
+ON_TRUSTED_FILES = "tests/jit/test_trusted_files.py"
 ON_AHEAD_OF_TIME = "tests/jit/test_ahead_of_time.py"
 ON_DSL_PRIVATE = "tests/jit/test_dsl_private.py"
 ON_DSL_VARIABLES = "tests/jit/test_dsl_variables.py"
@@ -97,14 +99,14 @@ FAULTS = [
     Fault(
         "cache-directory-of-another-user",
         DISK_CACHE,
-        '    if status.st_uid != os.geteuid():\n        raise CacheRefused(f"{directory} belongs',
-        '    if False:\n        raise CacheRefused(f"{directory} belongs',
+        '    if status.st_uid != os.geteuid():\n        raise Untrusted(f"{directory} belongs',
+        '    if False:\n        raise Untrusted(f"{directory} belongs',
         [f"{ON_DISK_CACHE}::test_directory_of_another_user"],
     ),
     Fault(
         "cache-parents-that-others-may-write",
-        DISK_CACHE,
-        "if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:",
+        TRUSTED_FILES,
+        "if status.st_mode & OTHERS_WRITE and not status.st_mode & stat.S_ISVTX:",
         "if False:",
         [
             f"{ON_DISK_CACHE}::test_parents_that_anybody_may_write_to",
@@ -113,16 +115,16 @@ FAULTS = [
     ),
     Fault(
         "cache-entry-that-is-a-link",
-        DISK_CACHE,
-        "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)\n    except",
-        "os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)\n    except",
+        TRUSTED_FILES,
+        "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC",
+        "os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC",
         [f"{ON_DISK_CACHE}::test_entries_that_are_links"],
     ),
     Fault(
         "cache-readonly-is-written",
         DISK_CACHE,
-        'return Cache(directory, writable and chosen == "on")',
-        "return Cache(directory, writable)",
+        'return Cache(directory, writable and chosen == "on", files)',
+        "return Cache(directory, writable, files)",
         [f"{ON_DISK_CACHE}::test_readonly"],
     ),
     Fault(
@@ -161,28 +163,28 @@ FAULTS = [
         [f"{ON_DISK_CACHE}::test_damaged_entries_are_discarded"],
     ),
     Fault(
-        "aot-file-of-others",
-        MANIFEST,
-        "if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):\n        permissions",
+        "file-that-others-may-write",
+        TRUSTED_FILES,
+        "if status.st_mode & OTHERS_WRITE:\n        permissions",
         "if False:\n        permissions",
         [f"{ON_AHEAD_OF_TIME}::test_directory_that_others_may_write_to"],
     ),
     Fault(
-        "aot-file-of-somebody-else",
-        MANIFEST,
-        "if status.st_uid not in (0, os.geteuid()):",
-        "if False:",
+        "file-of-somebody-else",
+        TRUSTED_FILES,
+        'if status.st_uid not in (0, os.geteuid()):\n        raise Untrusted(f"{path}: expected',
+        'if False:\n        raise Untrusted(f"{path}: expected',
         [
             f"{ON_AHEAD_OF_TIME}::test_directory_of_somebody_else",
             f"{ON_AHEAD_OF_TIME}::test_manifest_of_somebody_else",
         ],
     ),
     Fault(
-        "aot-manifest-that-is-a-link",
-        MANIFEST,
-        "flags = os.O_RDONLY | os.O_NOFOLLOW",
-        "flags = os.O_RDONLY",
-        [f"{ON_AHEAD_OF_TIME}::test_manifest_that_is_a_link"],
+        "links-that-others-may-change",
+        TRUSTED_FILES,
+        "if owner not in (0, os.geteuid()) or parent.st_mode & OTHERS_WRITE:",
+        "if False:",
+        [f"{ON_TRUSTED_FILES}::test_link_in_a_directory_that_others_may_write_to"],
     ),
     Fault(
         "aot-names-outside-of-the-directory",
@@ -192,11 +194,25 @@ FAULTS = [
         [f"{ON_AHEAD_OF_TIME}::test_names_in_manifest_are_of_the_directory"],
     ),
     Fault(
-        "aot-parent-of-others",
-        MANIFEST,
-        "if shared and not status.st_mode & stat.S_ISVTX:",
-        "if False:",
-        [f"{ON_AHEAD_OF_TIME}::test_parent_that_others_may_write_to"],
+        "parent-of-somebody-else",
+        TRUSTED_FILES,
+        "if status.st_uid not in (0, os.geteuid()):\n        raise Untrusted(\n",
+        "if False:\n        raise Untrusted(\n",
+        [f"{ON_TRUSTED_FILES}::test_parent_of_another_user"],
+    ),
+    Fault(
+        "directory-opened-by-its-path-again",
+        TRUSTED_FILES,
+        'path = f"/proc/self/fd/{self.descriptor}/{name}"',
+        "path = str(self.path / name)",
+        [f"{ON_TRUSTED_FILES}::test_what_is_loaded_is_what_was_checked"],
+    ),
+    Fault(
+        "link-of-another-user",
+        TRUSTED_FILES,
+        "if owner not in (0, os.geteuid()) or parent",
+        "if parent",
+        [f"{ON_TRUSTED_FILES}::test_link_of_another_user"],
     ),
     Fault(
         "aot-object-of-another-kernel",
@@ -208,7 +224,7 @@ FAULTS = [
     Fault(
         "aot-runtime-not-compared",
         AOT_LOAD,
-        "if _digest_beside_import(path) != digest:",
+        "if _digest_beside_import(files) != digest:",
         "if False:",
         [f"{ON_AHEAD_OF_TIME}::test_tampered_runtime_is_not_loaded"],
     ),

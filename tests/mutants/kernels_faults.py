@@ -2,6 +2,7 @@
 
 from tests.mutants.fault import Fault
 
+ARCHITECTURES = "kernels/architectures.py"
 HEURISTICS = "kernels/heuristics.py"
 SCHEDULER = "kernels/scheduler.py"
 ROW_DOMAINS = "kernels/row_domains.py"
@@ -17,12 +18,15 @@ SILU_MUL = "kernels/silu_mul.py"
 RMS_NORM = "kernels/rms_norm.py"
 DEQUANTIZE = "kernels/dequantize.py"
 
+ON_ARCHITECTURES = "tests/kernels/test_architectures.py"
 ON_LAUNCH_SHAPES = "tests/kernels/test_launch_shapes.py"
 ON_QUANTIZE_KERNEL = "tests/kernels/test_quantize.py"
 ON_LAYOUTS = "tests/kernels/test_layouts.py"
 ON_ARITHMETIC = "tests/kernels/test_arithmetic.py"
 ON_SILU_KERNEL = "tests/kernels/test_silu_mul.py"
 ON_NORM_KERNEL = "tests/kernels/test_rms_norm.py"
+
+DEEPGEMM_CASE = "sm_100a-e4m3:128:float32:mn_major:numerics=deepgemm-torch.bfloat16"
 
 FAULTS = [
     Fault(
@@ -38,6 +42,13 @@ FAULTS = [
         "row_tile = tile - begin + problem.dedicated_tiles",
         "row_tile = tile - begin",
         [f"{ON_QUANTIZE_KERNEL}::test_masked"],
+    ),
+    Fault(
+        "scheduler-tile-of-two-ctas",
+        SCHEDULER,
+        "if row_tile < problem.dedicated_tiles:",
+        "if row_tile <= problem.dedicated_tiles:",
+        [f"{ON_QUANTIZE_KERNEL}::test_ctas_that_are_no_multiple_of_the_experts"],
     ),
     Fault(
         "scheduler-tiles-of-an-expert-rounded-down",
@@ -58,7 +69,7 @@ FAULTS = [
         SCHEDULER,
         "rows_to_write = cutlass.max(rows_to_write, scales.rows)",
         "rows_to_write = cutlass.max(rows_to_write, q.rows)",
-        [f"{ON_QUANTIZE_KERNEL}::test_formats"],
+        [f"{ON_QUANTIZE_KERNEL}::test_formats[sm_100a-float16-e5m2:32:e8m0:128x4-1000]"],
     ),
     Fault(
         "scheduler-matrices-past-the-grid",
@@ -243,7 +254,7 @@ FAULTS = [
         STAGE,
         "padded = cute.round_up(groups, self.groups_per_unit)",
         "padded = groups",
-        [f"{ON_QUANTIZE_KERNEL}::test_formats"],
+        [f"{ON_QUANTIZE_KERNEL}::test_formats[sm_100a-float16-e5m2:256:e8m0:mn_major_packed-16]"],
     ),
     Fault(
         "stage-exact-products-of-rounded-scales",
@@ -374,7 +385,7 @@ FAULTS = [
     Fault(
         "scales-half-of-the-pairs",
         SCALES,
-        "result = ptx.max_u16x2(result, result << 16 | result >> 16)",
+        "result = larger(dtype)(result, result << 16 | result >> 16)",
         "result = result",
         [f"{ON_QUANTIZE_KERNEL}::test_random_bits"],
     ),
@@ -446,7 +457,7 @@ FAULTS = [
         SCALES,
         "if const_expr(reciprocal_of_max):",
         "if const_expr(False):",
-        [f"{ON_QUANTIZE_KERNEL}::test_every_pattern_as_amax"],
+        [f"{ON_QUANTIZE_KERNEL}::test_every_pattern_as_amax[{DEEPGEMM_CASE}]"],
     ),
     Fault(
         "encodings-rounded-twice",
@@ -559,7 +570,7 @@ FAULTS = [
         QUANTIZE,
         "amax = scaling.larger(stage.dtype)(amax, scaling.thread_amax(tXrV))",
         "amax = scaling.thread_amax(tXrV)",
-        [f"{ON_QUANTIZE_KERNEL}::test_formats"],
+        [f"{ON_QUANTIZE_KERNEL}::test_formats[sm_90a-float32-int8:row:e8m0:mn_major_packed-1000]"],
     ),
     Fault(
         "quantize-second-row-from-the-first",
@@ -629,7 +640,7 @@ FAULTS = [
         SILU_MUL,
         "wide = [cute.make_tensor(wide[0].iterator + i, every_other) for i in range(2)]",
         "wide = [cute.make_tensor(wide[0].iterator + 1 - i, every_other) for i in range(2)]",
-        [f"{ON_SILU_KERNEL}::test_variants"],
+        [f"{ON_SILU_KERNEL}::test_variants[sm_100a-interleaved]"],
     ),
     Fault(
         "norm-offset-of-dead-rows",
@@ -692,21 +703,21 @@ FAULTS = [
         RMS_NORM,
         "return [self.round(value) for value in sums]",
         "return sums",
-        [f"{ON_NORM_KERNEL}::test_variants"],
+        [f"{ON_NORM_KERNEL}::test_variants[sm_100a-all]"],
     ),
     Fault(
         "norm-row-amax-of-a-warp",
         RMS_NORM,
         "amaxes = [arithmetic.thread_max(maxima.load())] * self.spec.tiles_per_thread",
         "amaxes = amaxes * self.spec.tiles_per_thread",
-        [f"{ON_NORM_KERNEL}::test_formats"],
+        [f"{ON_NORM_KERNEL}::test_formats[sm_100a-torch.bfloat16-e4m3:row:float32:row_major-1040]"],
     ),
     Fault(
         "norm-amax-not-rounded",
         RMS_NORM,
         "amax = self.round(amax.bitcast(Float32) * factor)",
         "amax = amax.bitcast(Float32) * factor",
-        [f"{ON_NORM_KERNEL}::test_variants"],
+        [f"{ON_NORM_KERNEL}::test_formats"],
     ),
     Fault(
         "norm-square-of-the-first-tile",
@@ -730,11 +741,11 @@ FAULTS = [
         [f"{ON_QUANTIZE_KERNEL}::test_dequantize"],
     ),
     Fault(
-        "dequantize-rows-of-blocks",
-        DEQUANTIZE,
-        "cute.round_up(mn, BLOCK_ROWS), groups)",
-        "mn, groups)",
-        [f"{ON_QUANTIZE_KERNEL}::test_dequantize"],
+        "layouts-groups-of-dequantized-blocks",
+        LAYOUTS,
+        "groups = cute.round_up(groups, BLOCK_GROUPS)",
+        "pass",
+        [f"{ON_QUANTIZE_KERNEL}::test_several_blocks_of_scales"],
     ),
     Fault(
         "dequantize-value-past-the-row",
@@ -767,8 +778,8 @@ FAULTS = [
     Fault(
         "heuristics-two-rows-of-a-batch",
         HEURISTICS,
-        "large = matrices * rows * k >= TWO_ROWS_FROM * sms",
-        "large = rows * k >= TWO_ROWS_FROM * sms",
+        "large = matrices * rows * k >= TWO_ROWS_FROM * full",
+        "large = rows * k >= TWO_ROWS_FROM * full",
         [f"{ON_LAUNCH_SHAPES}::test_a_thread_takes_two_rows_of_large_matrices"],
     ),
     Fault(
@@ -823,8 +834,99 @@ FAULTS = [
     Fault(
         "heuristics-gates-and-ups-of-any-arch",
         HEURISTICS,
-        "tile = SILU_TILES.get(arch, DEFAULT_TILE)",
+        "tile = SILU_TILES[architectures.named(arch).widest_load]",
         "tile = DEFAULT_TILE",
         [f"{ON_LAUNCH_SHAPES}::test_tiles_of_gates_and_ups"],
+    ),
+    Fault(
+        "heuristics-an-sm-of-64-warps",
+        HEURISTICS,
+        "full = sms * warps_per_sm / MAX_WARPS_PER_SM",
+        "full = sms",
+        [f"{ON_LAUNCH_SHAPES}::test_a_smaller_sm_is_full_sooner"],
+    ),
+    Fault(
+        "architectures-pdl-on-ada",
+        ARCHITECTURES,
+        "    pdl=False,",
+        "    pdl=True,",
+        [f"{ON_ARCHITECTURES}::test_instructions"],
+    ),
+    Fault(
+        "architectures-wide-loads-on-hopper",
+        ARCHITECTURES,
+        '"sm_90a", (9, 0), widest_load=16,',
+        '"sm_90a", (9, 0), widest_load=32,',
+        [f"{ON_ARCHITECTURES}::test_instructions"],
+    ),
+    Fault(
+        "architectures-family-of-a-later-major-version",
+        ARCHITECTURES,
+        "return capability[0] == self.capability[0] and capability >= self.capability",
+        "return capability >= self.capability",
+        [f"{ON_ARCHITECTURES}::test_the_closest_target_comes_first"],
+    ),
+    Fault(
+        "architectures-family-of-one-gpu",
+        ARCHITECTURES,
+        'return self.name.endswith("f")',
+        "return False",
+        [f"{ON_ARCHITECTURES}::test_the_closest_target_comes_first"],
+    ),
+    Fault(
+        "aot-load-family-before-the-architecture",
+        "jit/aot_load.py",
+        "for target in architectures.targets(arch))",
+        "for target in reversed(architectures.targets(arch)))",
+        ["tests/jit/test_families.py::test_a_gpu_takes_the_closest_object"],
+    ),
+    Fault(
+        "aot-load-no-family",
+        "jit/aot_load.py",
+        "for target in architectures.targets(arch))",
+        "for target in [arch])",
+        ["tests/jit/test_families.py::test_a_gpu_takes_the_closest_object"],
+    ),
+    Fault(
+        "plan-pdl-everywhere",
+        "dispatch/plan.py",
+        '"pdl": architecture.pdl}',
+        '"pdl": True}',
+        [f"{ON_ARCHITECTURES}::test_smoke[sm_89]"],
+    ),
+    Fault(
+        "plan-pdl-of-dequantize-everywhere",
+        "dispatch/plan.py",
+        "access, architectures.named(arch).pdl)",
+        "access)",
+        [f"{ON_ARCHITECTURES}::test_smoke[sm_89]"],
+    ),
+    Fault(
+        "ptx-product-plus-zero",
+        PTX,
+        "NEGATIVE_ZEROS = 0x80008000",
+        "NEGATIVE_ZEROS = 0",
+        [f"{ON_ARCHITECTURES}::test_smoke[sm_89]"],
+    ),
+    Fault(
+        "emulator-code-of-any-target",
+        "emulator/kernel.py",
+        "if self.program.kernel.target != arch:",
+        "if not arch:",
+        [f"{ON_ARCHITECTURES}::test_code_of_another_target_is_refused"],
+    ),
+    Fault(
+        "launch-warning-of-every-call",
+        "dispatch/launch.py",
+        "    _warn_of_reference(x.get_device())",
+        "    _warn_of_reference.__wrapped__(x.get_device())",
+        ["tests/dispatch/test_unsupported_gpu.py::test_one_warning_for_all_calls"],
+    ),
+    Fault(
+        "launch-kernels-on-every-gpu",
+        "dispatch/launch.py",
+        "    if lookup.find_architecture(x.get_device()) is not None:\n",
+        "    if x.is_cuda:\n",
+        ["tests/dispatch/test_unsupported_gpu.py::test_quantize"],
     ),
 ]
