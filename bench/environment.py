@@ -1,4 +1,4 @@
-"""Where a measurement was taken: the GPU, its driver, and versions."""
+"""Describe where a measurement was taken: the GPU, its driver, and versions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def describe(program: str, commit: str | None) -> dict[str, object]:
     """Return the current GPU and everything else that a number depends on.
 
     Args:
-        program: how the benchmark is called, without its arguments.
+        program: command line of the benchmark without its arguments.
         commit: name of the measured version, where there is no git to ask.
     """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

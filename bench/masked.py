@@ -130,7 +130,8 @@ def sample(live: torch.Tensor) -> torch.Tensor:
     """Return the indices of some live rows, (rows,), the first and the last among them."""
     numbers = live.flatten().nonzero().flatten()
     picked = torch.linspace(0, len(numbers) - 1, min(SAMPLED_ROWS, len(numbers)))
-    return numbers[picked.round().long().to(numbers.device)].unique()
+    sampled: torch.Tensor = numbers[picked.round().long().to(numbers.device)].unique()
+    return sampled
 
 
 def scales_by_row(sf: torch.Tensor, fmt: Format, mn: int, k: int) -> torch.Tensor:
@@ -149,8 +150,15 @@ def difference(
     numbers: torch.Tensor,
     source: torch.Tensor,
 ) -> str:
-    """Return how results differ from those of the reference for `source`, which belong to the rows
-    `numbers`, counted over all matrices."""
+    """Describe how results differ from the reference, empty if they are equal.
+
+    Args:
+        q: values of the results.
+        sf: scales of the results.
+        fmt: format of both.
+        numbers: rows to compare, counted over all matrices.
+        source: input of these rows.
+    """
     mn, k = q.shape[-2:]
     expected_q, expected_sf = quantize(source.cpu(), fmt)
     actual_q = q.view(torch.uint8).flatten(0, -2)[numbers].cpu()
@@ -170,10 +178,14 @@ def quantizing(
     rows: Masked | PrefixSum | Indexed | None = None,
     index: torch.Tensor | None = None,
 ) -> Call:
-    """Return a call of `quantize` on these, into memory of its own.
+    """Return a call of `quantize` that writes memory of its own.
 
     Args:
-        live: (..., mn), which rows exist; all by default.
+        x: the input.
+        fmt: format of the results.
+        live: (..., mn), whether a row exists. By default all do.
+        rows: row domain of the call.
+        index: rows of `x` to gather.
     """
     *batch, mn, k = x.shape if index is None else (*index.shape, x.shape[-1])
     q = torch.empty((*batch, mn, k), dtype=fmt.values, device=DEVICE)
@@ -226,7 +238,7 @@ def streaming(nbytes: int) -> Call:
 
 
 def masked_cases(experts: int, max_m: int, k: int) -> Iterator[Case]:
-    """Yield cases with as many rows of each expert, and with uneven ones."""
+    """Yield cases with the same count of rows for each expert, and with uneven counts."""
     generator = torch.Generator().manual_seed(0)
     alone = torch.zeros(experts, dtype=torch.int64)
     alone[experts // 2] = max_m
@@ -335,8 +347,10 @@ def faked(mn: int, k: int) -> Call:
 
 
 def multiplied_back(mn: int, k: int) -> Call:
-    """Return a call of `dequantize`. Each result is kept until the next of the same buffer, so
-    that all have memory of their own."""
+    """Return a call of `dequantize`.
+
+    Each result is kept until the next one of the same buffer, so all have memory of their own.
+    """
     q, sf = quantize(random(mn, k))
     kept: list[torch.Tensor] = []
 
@@ -350,8 +364,10 @@ def multiplied_back(mn: int, k: int) -> Call:
     return Call(run, check)
 
 
-def different_rows(y: torch.Tensor, function: Callable, *inputs: torch.Tensor) -> str:
-    """Return how some rows of `y` differ from the reference's for the same rows of `inputs`."""
+def different_rows(
+    y: torch.Tensor, function: Callable[..., torch.Tensor], *inputs: torch.Tensor
+) -> str:
+    """Describe how sampled rows of `y` differ from the reference, empty if they are equal."""
     numbers = sample(torch.ones(len(y), dtype=torch.bool, device=y.device))
     rows = []
     for t in inputs:
@@ -366,14 +382,17 @@ def different_rows(y: torch.Tensor, function: Callable, *inputs: torch.Tensor) -
 
 
 def measure(case: Case) -> Result | str:
-    """Time a case, or say why not."""
+    """Time a case, or return the reason why it cannot be timed."""
     torch.cuda.empty_cache()
     memory = int(torch.cuda.mem_get_info()[0] * MEMORY_SHARE)
     fitting = memory // (case.allocation + (2 if case.dense else 1) * case.bytes)
     if fitting < 2:
         return f"needs {2 * case.allocation / 1e9:.0f} GB"
     buffers = min(timing.buffer_count(case.bytes), fitting)
-    makers = {"own": case.make, "stream": functools.partial(streaming, case.bytes)}
+    makers: dict[str, Callable[[], Call]] = {
+        "own": case.make,
+        "stream": functools.partial(streaming, case.bytes),
+    }
     if case.dense:
         makers["dense"] = functools.partial(dense, case.rows, case.k)
     launches = timing.launch_count(case.bytes)
@@ -443,8 +462,18 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(","))) if text else ()
 
 
-def _pairs(text: str) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(map(int, pair.split(":"))) for pair in text.split(",")) if text else ()
+def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """Parse an argument such as ``32:1024,256:4096``.
+
+    Raises:
+        ValueError: a part is not a pair of integers.
+    """
+    return tuple(_pair(part) for part in text.split(",")) if text else ()
+
+
+def _pair(text: str) -> tuple[int, int]:
+    experts, max_m = map(int, text.split(":"))
+    return experts, max_m
 
 
 def main() -> None:
@@ -455,7 +484,7 @@ def main() -> None:
     machine = environment.describe("python -m bench.masked", options.commit)
     print(f"{machine['gpu']}, {machine['commit']}, k = {options.columns}, microseconds a call")
     cases = [
-        *(case for pair in options.experts for case in masked_cases(*pair, options.columns)),
+        *(case for e, max_m in options.experts for case in masked_cases(e, max_m, options.columns)),
         *(case for mn in options.rows for case in other_cases(mn, options.columns)),
     ]
     timing.warm_up()

@@ -50,7 +50,9 @@ def sampled_rows(mn: int) -> torch.Tensor:
     """Return the indices of the first of `mn` rows, of the last, and of some between them."""
     middle = torch.linspace(0, mn - 1, MIDDLE_ROWS + 2).round().long()
     edges = torch.arange(EDGE_ROWS)
-    return torch.cat([edges, middle, mn - 1 - edges]).clamp(0, mn - 1).unique()
+    rows = torch.cat([edges, middle, mn - 1 - edges]).clamp(0, mn - 1)
+    indices: torch.Tensor = rows.unique()
+    return indices
 
 
 class Problem:
@@ -70,7 +72,9 @@ class Problem:
             )
             for _ in range(timing.buffer_count(self.bytes))
         ]
-        self._expected: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._expected: dict[
+            tuple[int, torch.dtype, Format], tuple[torch.Tensor, torch.Tensor]
+        ] = {}
 
     @functools.cached_property
     def rows(self) -> torch.Tensor:
@@ -86,7 +90,8 @@ class Problem:
             return self._expected[key]
         x = self.buffers[index].input(dtype)[self.rows].cpu()
         q = torch.empty(x.shape, dtype=fmt.values)
-        sf = fmt.empty_scales((), *x.shape, x.device)
+        mn, k = x.shape
+        sf = fmt.empty_scales((), mn, k, x.device)
         reference.quantize_into(Call(x, fmt), q, sf)
         self._expected[key] = q, sf
         return q, sf

@@ -111,7 +111,8 @@ class CuteQuant(Provider):
         x, sf = buffer.input(self.dtype), buffer.scales[self.fmt]
         sms = lookup.multiprocessors(x.get_device())
         warps = architectures.named(architecture()).warps
-        tile = heuristics.shape(1, *x.shape, self.fmt, False, sms, warps).tile
+        mn, k = x.shape
+        tile = heuristics.shape(1, mn, k, self.fmt, False, sms, warps).tile
         spec = QuantizeSpec(self.dtype, self.fmt, tile, pdl=self.launch == PDL)
         function = lookup.function(spec, architecture())
         operands = x, buffer.q, sf, None, None, 0, 1, 0, self.fmt.floor
@@ -163,10 +164,14 @@ class Copy(Provider):
     def __init__(self) -> None:
         super().__init__(COPY)
 
-    def bind(self, buffer: Buffer) -> Callable[[], torch.Tensor]:
+    def bind(self, buffer: Buffer) -> Callable[[], None]:
         source = torch.empty(buffer.q.numel() * 3 // 2, dtype=torch.uint8, device="cuda").random_()
         target = torch.empty_like(source)
-        return functools.partial(target.copy_, source)
+
+        def call() -> None:
+            target.copy_(source)
+
+        return call
 
     def difference(self, problem: Problem) -> str:
         return ""  # torch's own: nothing of ours to check
@@ -284,7 +289,7 @@ def _factories(
     launches: Sequence[str], wheels: Sequence[Path]
 ) -> list[tuple[str, Callable[[], list[Provider]]]]:
     """Return names with functions that make providers, each on its own: one may fail alone."""
-    factories = [
+    factories: list[tuple[str, Callable[[], list[Provider]]]] = [
         (STREAM, lambda: [Stream(launch) for launch in launches]),
         (CUTE_QUANT, lambda: [CuteQuant(launch=launch) for launch in launches]),
     ]

@@ -7,10 +7,11 @@ python -m bench.report results.jsonl --markdown     # prints the tables instead
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.names import (
     COMPILED,
@@ -77,8 +78,11 @@ def header_line(providers: Sequence[str]) -> str:
 
 
 def result_line(results: Results, mn: int, k: int, launch: str, providers: Sequence[str]) -> str:
-    """Return microseconds of each provider, their ratios to the ceiling's, and the bytes a second
-    of cute_quant."""
+    """Return a line of the table for a shape.
+
+    It has the microseconds of each provider with their ratio to the ceiling's, and the bandwidth
+    of cute_quant.
+    """
     found = [results.get(name, launch, mn, k) for name in providers]
     cells = "".join(f"{_cell(results, r):>{CELL}}" for r in found)
     spread = max((r.spread for r in found if r), default=0)
@@ -108,14 +112,16 @@ def markdown(results: Results) -> str:
     return "\n".join((*origin_lines(results.machine), *table_lines(results)))
 
 
-def origin_lines(machine: dict) -> list[str]:
+def origin_lines(machine: dict[str, Any]) -> list[str]:
     """Return where and how results were measured, for a document."""
     return [*machine_lines(machine), f"`{machine.get('command')}`", ""]
 
 
 def table_lines(results: Results, columns: Sequence[int] | None = None) -> list[str]:
-    """Return tables, one for each k: microseconds and ratios, in brackets those with programmatic
-    dependent launch."""
+    """Return tables of microseconds and ratios, one for each k.
+
+    Times with programmatic dependent launch stand in brackets.
+    """
     names = _quantizers(results)
     lines = []
     for k in results.columns() if columns is None else columns:
@@ -143,10 +149,11 @@ def _with_pdl(plain: str, pdl: str) -> str:
     return f"{plain} ({pdl})" if pdl else plain
 
 
+VLLM_COLORS = ("#1f5fa8", "#6ba3d6", "#9cc3e6")
+"""Colors of versions of vLLM, in their order."""
 COLORS = {
     STREAM: "#8a8a8a",
     CUTE_QUANT: "#c4314b",
-    "vLLM": ("#1f5fa8", "#6ba3d6", "#9cc3e6"),
     TRITON: "#2e8b57",
     COPY: "#5c5c5c",
     COMPILED: "#e08a1e",
@@ -177,7 +184,7 @@ def draw(results: Results, path: Path, k: int) -> None:
     plt.close(figure)
 
 
-def origin(machine: dict) -> str:
+def origin(machine: dict[str, Any]) -> str:
     """Return where and when a plot's results were measured."""
     date = str(machine.get("date")).split(" ")[0]
     return f"{machine.get('gpu')}, {date}, commit {machine.get('commit') or 'unknown'}"
@@ -199,7 +206,7 @@ def panels(results: Results, k: int, time: Axes, share: Axes) -> None:
             if not found:
                 continue
             x = [r.mn for r in found]
-            style = {
+            style: dict[str, Any] = {
                 "color": colors[name],
                 "linestyle": "-" if launch == PLAIN else DASHES,
                 "linewidth": 2.2 if name == CUTE_QUANT else 1.4,
@@ -247,7 +254,7 @@ def _sparse(rows: Sequence[int]) -> list[int]:
 
 
 def _colors(names: Sequence[str]) -> dict[str, str]:
-    shades = iter(COLORS["vLLM"] * len(names))
+    shades = itertools.cycle(VLLM_COLORS)
     return {n: next(shades) if n.startswith("vLLM") else COLORS.get(n, "black") for n in names}
 
 

@@ -7,9 +7,10 @@ host times.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,12 @@ class Result:
 class Results:
     """All of a run, to be looked up by provider, launch and shape."""
 
-    def __init__(self, machine: dict, results: Sequence[Result] = (), host: dict | None = None):
+    def __init__(
+        self,
+        machine: dict[str, Any],
+        results: Sequence[Result] = (),
+        host: dict[str, float] | None = None,
+    ):
         self.machine = machine
         self.host = host or {}
         self._by_key: dict[tuple[str, str, int, int], Result] = {}
@@ -63,7 +69,7 @@ class Results:
         return self._by_key.get((provider, launch, mn, k))
 
     def ratio(self, a: str, b: str, launch: str, mn: int, k: int) -> float | None:
-        """Time of provider `a` over that of `b`."""
+        """Return the time of provider `a` over that of `b`, or None if one was not measured."""
         over, under = self.get(a, launch, mn, k), self.get(b, launch, mn, k)
         return over.seconds / under.seconds if over and under else None
 
@@ -80,7 +86,7 @@ class Results:
     def rows(self, k: int) -> list[int]:
         return sorted({r.mn for r in self if r.k == k})
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Result]:
         return iter(self._by_key.values())
 
     def write(self, path: Path) -> None:
@@ -89,7 +95,7 @@ class Results:
             for line in self.to_json():
                 file.write(json.dumps(line) + "\n")
 
-    def to_json(self) -> list[dict]:
+    def to_json(self) -> list[dict[str, Any]]:
         host = [{"host_seconds": self.host}] if self.host else []
         return [{"machine": self.machine}, *map(asdict, self), *host]
 
@@ -107,7 +113,7 @@ class Results:
         return cls(machine, results, host)
 
 
-def machine_lines(machine: dict) -> list[str]:
+def machine_lines(machine: dict[str, Any]) -> list[str]:
     """Return the GPU, its driver, and versions, in words."""
     versions = {n: v for n, v in machine.get("versions", {}).items() if v}
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -29,10 +29,16 @@ class Problem(Protocol):
 
     mn: int
     k: int
-    buffers: Sequence[object]
+
+    @property
+    def buffers(self) -> Sequence[object]:
+        """Return the memory of the calls, one buffer for each."""
 
 
-class Provider(Protocol):
+ProblemT = TypeVar("ProblemT", bound=Problem, contravariant=True)
+
+
+class Provider(Protocol[ProblemT]):
     """A way to compute something on each buffer of a problem.
 
     Attributes:
@@ -45,44 +51,53 @@ class Provider(Protocol):
     launch: str
     ours: bool
 
-    def calls(self, problem: Problem) -> list[Callable[[], object]]:
+    def calls(self, problem: ProblemT) -> Sequence[Callable[[], object]]:
         """Return a call on each buffer."""
 
-    def check(self, problem: Problem) -> Check:
+    def check(self, problem: ProblemT) -> Check:
         """Run on poisoned outputs, and compare with the reference."""
 
-    def bytes_moved(self, problem: Problem) -> int:
+    def bytes_moved(self, problem: ProblemT) -> int:
         """Return the bytes that one call moves."""
 
 
-class Run:
-    """A run: its providers, and what is known so far."""
+ProviderT = TypeVar("ProviderT", bound=Provider[Any])
+
+
+class Run(Generic[ProviderT]):
+    """A run of a benchmark.
+
+    Args:
+        program: command line without its arguments.
+        make_problem: function of rows and columns that makes the buffers of a shape.
+        providers: implementations to measure.
+        commit: name of the measured version, where there is no git to ask.
+
+    Attributes:
+        providers: those that have not failed so far.
+        results: results so far.
+        wrong: whether a provider of this package gave a wrong result.
+    """
 
     def __init__(
         self,
         program: str,
         make_problem: Callable[[int, int], Problem],
-        providers: Iterable[Provider],
+        providers: Iterable[ProviderT],
         commit: str | None,
     ):
-        """
-        Args:
-            program: how it was called, without the arguments.
-            make_problem: of rows and columns.
-            commit: the measured version, where there is no git to ask.
-        """
         self.make_problem = make_problem
         self.providers = list(providers)
         self.results = Results(environment.describe(program, commit))
         self.wrong = False
 
-    def measure(self, mn: int, k: int, providers: Iterable[Provider]) -> None:
-        """Add results of those of the run's providers that are right and do not fail."""
+    def measure(self, mn: int, k: int, providers: Iterable[ProviderT]) -> None:
+        """Measure a shape, and add the results of providers that are right and do not fail."""
         # The blocks of the shape before fit none of this one.
         torch.cuda.empty_cache()
         problem = self.make_problem(mn, k)
         graphs: dict[tuple[str, str], timing.Graph] = {}
-        found: dict[tuple[str, str], tuple[Provider, Check]] = {}
+        found: dict[tuple[str, str], tuple[ProviderT, Check]] = {}
         for provider in list(providers):
             key = provider.name, provider.launch
             try:
@@ -119,7 +134,7 @@ class Run:
                 )
             )
 
-    def _report(self, provider: Provider, problem: Problem, difference: str) -> None:
+    def _report(self, provider: ProviderT, problem: Problem, difference: str) -> None:
         self.wrong |= provider.ours
         marked = "not timed" if provider.ours else "marked !"
         say(

@@ -52,6 +52,7 @@ def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
     """Yield name, rows or tiles of a warp, and compile-time choices of each kernel."""
     bf16 = torch.bfloat16
     packed = DEEP_GEMM
+    spec: Spec
     for dtype, name, fmt in (
         (bf16, "bf16 -> e4m3, ue8m0", packed),
         (bf16, "bf16 -> e4m3, float32", DEEP_GEMM_SM90),
@@ -98,8 +99,10 @@ def compiled(spec: Spec | Stream, arch: str) -> MachineCode:
 
 
 def bytes_per_warp(spec: Spec | Stream) -> int:
-    """Return the bytes that a warp moves for each of its rows or tiles, without weights, which
-    stay in the caches."""
+    """Return the bytes that a warp moves for each of its rows or tiles.
+
+    Weights are not counted, since they stay in the caches.
+    """
     if isinstance(spec, Stream):
         return ELEMENTS_PER_WARP * (2 * spec.loads + spec.stores)
     halves = 1
@@ -120,8 +123,11 @@ def report(
     """Return lines about a kernel: one of numbers, then the instructions by kind.
 
     Args:
-        rows: of a warp, or its tiles of one row.
-        nbytes: that a warp moves for each of them.
+        targets: names of the architectures that the machine code is the same for.
+        code: the machine code.
+        rows: rows of a warp, or its tiles of one row.
+        gpu: GPU of the architectures, None if its limits are not known.
+        nbytes: bytes that a warp moves for each row or tile.
     """
     count = len(code.opcodes)
     share = ""

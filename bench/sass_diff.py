@@ -86,15 +86,18 @@ def spec_text(spec: Any) -> str:
 def presets() -> dict[str, Any]:
     for name in PRESET_MODULES:
         try:
-            return importlib.import_module(name).PRESETS
+            module: Any = importlib.import_module(name)
         except ModuleNotFoundError:
             continue
+        found: dict[str, Any] = module.PRESETS
+        return found
     raise ModuleNotFoundError(f"no presets in any of {PRESET_MODULES}")
 
 
 def kernels(every: bool, arch: str) -> Iterator[tuple[str, Any]]:
     """Return names that are stable between commits, and specs, of this process's tree."""
-    from bench import sass
+    # That of another commit may have got its names from other modules.
+    sass: Any = importlib.import_module("bench.sass")
 
     for name, _, spec in sass.reported():
         yield name, spec
@@ -105,7 +108,8 @@ def kernels(every: bool, arch: str) -> Iterator[tuple[str, Any]]:
 
 def dump(every: bool, only: str, architectures: str) -> None:
     """Print a line of JSON for each kernel of this process's tree."""
-    from bench import sass
+    # That of another commit may have got its names from other modules.
+    sass: Any = importlib.import_module("bench.sass")
 
     def of_any_architecture(spec: Any, arch: str) -> Any:
         made = isinstance(spec, sass.Stream)
@@ -141,7 +145,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     """
     text, _ = process.communicate()
     if process.returncode:
-        raise RuntimeError(f"{process.args[3:]} failed with {process.returncode}")
+        raise RuntimeError(f"a dump failed with {process.returncode}")
     return text
 
 
@@ -205,7 +209,9 @@ def report(
     """Print the comparison and return the exit code.
 
     Args:
-        brief: leave out kernels that are identical.
+        before: kernels of the base.
+        after: kernels of the working tree.
+        brief: whether identical kernels are left out.
     """
     counts = dict.fromkeys((IDENTICAL, EQUAL, SHORTER, LONGER_BY_ONE, LONGER), 0)
     worse = removed = 0
@@ -261,8 +267,7 @@ def main() -> int:
         parser.error("base: expected a commit")
     options = ["--only", arguments.only, "--arch", arguments.arch]
     options += ["--all"] if arguments.all else []
-    before, after = dumps(arguments.base, options, arguments.base_dump)
-    before, after = parse(before), parse(after)
+    before, after = map(parse, dumps(arguments.base, options, arguments.base_dump))
     wanted = {
         key: code
         for key, code in before.items()

@@ -106,10 +106,12 @@ class StageProblem:
         return self._expected[key]
 
     def check(self, operation: Operation, index: int, error: float) -> Check:
-        """Compare what a buffer holds with what it should, in ``rows``.
+        """Compare the results in a buffer with the reference, in ``rows``.
 
         Args:
-            error: that the values may have before they are quantized, relative to their own.
+            operation: the operation whose results the buffer holds.
+            index: index of the buffer.
+            error: relative error that values may have before they are quantized.
         """
         buffer, wanted = self.buffers[index], self.expected(operation, index)
         q = buffer.q.view(torch.uint8)[self.rows].cpu().view(UE8M0.values)
@@ -127,13 +129,13 @@ def expected(operation: Operation, buffer: StageBuffer, rows: torch.Tensor) -> E
     if operation is QUANTIZE_ALONE:
         return Expected(x.float(), None)
     if operation is SILU_MUL_QUANTIZE:
-        prologue = make_silu_mul(
+        activation = make_silu_mul(
             interleaved=False, clamp=None, alpha=1.0, beta=0.0, rounding=FUSED, weight=None
         )
-        return Expected(reference.silu_mul(buffer.gate_up[rows].cpu()[None], prologue)[0], None)
+        return Expected(reference.silu_mul(buffer.gate_up[rows].cpu()[None], activation)[0], None)
     if operation is RMS_NORM_QUANTIZE:
         residual, total = buffer.residual[rows].cpu()[None], torch.empty_like(x)[None]
-        prologue = make_rms_norm(
+        norm = make_rms_norm(
             buffer.weight.cpu(),
             eps=EPS,
             weight_offset=0.0,
@@ -141,7 +143,7 @@ def expected(operation: Operation, buffer: StageBuffer, rows: torch.Tensor) -> E
             residual=residual,
             residual_out=total,
         )
-        return Expected(reference.rms_norm(x[None], prologue)[0], total[0])
+        return Expected(reference.rms_norm(x[None], norm)[0], total[0])
     raise ValueError(f"operation: expected one of bench.shapes.OPERATIONS, got {operation}")
 
 
@@ -149,9 +151,10 @@ def check_quantized(q: torch.Tensor, sf: torch.Tensor, values: torch.Tensor, err
     """Compare quantized rows with the values that they are of.
 
     Args:
-        q: (rows, k), e4m3; sf: (rows, words), packed.
+        q: (rows, k), e4m3.
+        sf: (rows, words), packed.
         values: (rows, k), float32, finite.
-        error: of the quantized values, relative to `values`.
+        error: relative error that the values may have before they are quantized.
     """
     exact = values.double()
     low, high = ((exact * factor).float() for factor in (1 - error, 1 + error))

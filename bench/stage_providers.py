@@ -44,12 +44,15 @@ from bench.stage_problem import (
 from cute_quant import quantize, rms_norm_quantize, silu_mul_quantize
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures, heuristics
-from cute_quant.kernels.config import Domain, QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec, Tile
+from cute_quant.kernels.config import Domain, QuantizeSpec, RmsNormSpec, SiluMulSpec, Tile
 from cute_quant.lab import timing
 
 COMPILED_ROWS = 4096
 """Rows of the first call of a compiled function, from which `torch.compile` picks block sizes."""
 TUNING_REPLAYS = 5
+
+StageSpec = QuantizeSpec | SiluMulSpec | RmsNormSpec
+"""Specs of the operations."""
 
 
 class StageProvider(abc.ABC):
@@ -93,7 +96,7 @@ class StageProvider(abc.ABC):
         return Check(next(filter(None, differences), ""), max(check.differing for check in checks))
 
 
-def default_spec(operation: Operation, mn: int, k: int, pdl: bool) -> Spec:
+def default_spec(operation: Operation, mn: int, k: int, pdl: bool) -> StageSpec:
     """Return the spec that the public call of an operation launches, with or without PDL."""
     sms = lookup.multiprocessors(torch.cuda.current_device())
     size = 1, mn, k, UE8M0, False, sms
@@ -101,12 +104,12 @@ def default_spec(operation: Operation, mn: int, k: int, pdl: bool) -> Spec:
         norm = heuristics.norm_shape(*size)
         return norm_spec(norm.tile, norm.tiles_per_thread, norm.max_warps, pdl)
     if operation is SILU_MUL_QUANTIZE:
-        spec_class, shape = SiluMulSpec, heuristics.silu_shape(*size, architecture())
-    else:
-        warps = architectures.named(architecture()).warps
-        spec_class, shape = QuantizeSpec, heuristics.shape(*size, warps)
+        shape = heuristics.silu_shape(*size, architecture())
+        domain = Domain(batched=shape.tall)
+        return SiluMulSpec(torch.bfloat16, UE8M0, shape.tile, domain, pdl=pdl)
+    shape = heuristics.shape(*size, architectures.named(architecture()).warps)
     domain = Domain(batched=shape.tall)
-    return spec_class(torch.bfloat16, UE8M0, shape.tile, domain, pdl=pdl)
+    return QuantizeSpec(torch.bfloat16, UE8M0, shape.tile, domain, pdl=pdl)
 
 
 def norm_spec(tile: Tile, tiles_per_thread: int, max_warps: int, pdl: bool) -> RmsNormSpec:
@@ -122,7 +125,7 @@ def norm_spec(tile: Tile, tiles_per_thread: int, max_warps: int, pdl: bool) -> R
     )
 
 
-def bind_spec(spec: Spec, buffer: StageBuffer) -> Callable[[], None]:
+def bind_spec(spec: StageSpec, buffer: StageBuffer) -> Callable[[], None]:
     """Return the compiled kernel on a buffer, without the checks of a public call."""
 
     def matrix(t: torch.Tensor) -> torch.Tensor:
@@ -132,7 +135,7 @@ def bind_spec(spec: Spec, buffer: StageBuffer) -> Callable[[], None]:
     results = matrix(buffer.q), matrix(buffer.sf)
     # No counts, no index; all padding rows have storage.
     common = matrix(source), *results, None, None, 0, 1, 0, MIN_EXPONENT
-    others: tuple = ()
+    others: tuple[object, ...] = ()
     if isinstance(spec, SiluMulSpec):
         bound, alpha, beta, weight = 0.0, 1.0, 0.0, None
         others = bound, alpha, beta, weight
@@ -152,7 +155,8 @@ class Ours(StageProvider):
         super().__init__(CUTE_QUANT, operation, launch, FLOAT32_ERROR)
 
     def bind(self, buffer: StageBuffer) -> Callable[[], None]:
-        spec = default_spec(self.operation, *buffer.x.shape, self.launch == PDL)
+        mn, k = buffer.x.shape
+        spec = default_spec(self.operation, mn, k, self.launch == PDL)
         return bind_spec(spec, buffer)
 
     def check(self, problem: StageProblem) -> Check:
@@ -172,9 +176,10 @@ class Ours(StageProvider):
             return silu_mul_quantize(buffer.gate_up)
         if self.operation is RMS_NORM_QUANTIZE:
             out = None, None, torch.empty_like(buffer.x)
-            return rms_norm_quantize(
+            q, sf, *_ = rms_norm_quantize(
                 buffer.x, buffer.weight, eps=EPS, residual=buffer.residual, out=out
-            )[:2]
+            )
+            return q, sf
         return quantize(buffer.x)
 
 
@@ -189,16 +194,19 @@ class Ceiling(StageProvider):
         self.function = stream.function(spec, architecture())
 
     def bind(self, buffer: StageBuffer) -> Callable[[], None]:
+        return functools.partial(self.function, *self.words(buffer))
+
+    def words(self, buffer: StageBuffer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the words to read, and memory for those to write."""
         x = buffer.gate_up if self.operation.loads == 2 else buffer.x
         size = self.operation.stores * buffer.q.numel() // 4
         y = torch.empty(size, dtype=torch.int32, device=x.device)
-        return functools.partial(self.function, x.view(torch.int32).flatten(), y)
+        return x.view(torch.int32).flatten(), y
 
     def check(self, problem: StageProblem) -> Check:
-        call = self.bind(problem.buffers[-1])
-        x, y = call.args
+        x, y = self.words(problem.buffers[-1])
         y.fill_(-1)
-        call()
+        self.function(x, y)
         expected = stream.expected(x, self.operation.loads, self.operation.stores)
         return Check("" if torch.equal(y.view_as(expected), expected) else "other words", 0.0)
 
@@ -228,14 +236,14 @@ class Triton(StageProvider):
         return super().calls(problem)
 
     def bind(self, buffer: StageBuffer) -> Callable[[], None]:
+        assert self.config is not None  # `calls` comes before.
         results = buffer.q, buffer.sf, MIN_EXPONENT
         if self.operation is SILU_MUL_QUANTIZE:
-            function, inputs = self.kernels.silu_mul_quantize, (buffer.gate_up,)
-        else:
-            function, numbers = self.kernels.rms_norm_quantize, (EPS,)
-            inputs = buffer.x, buffer.residual, buffer.residual_out, buffer.weight
-            results = *results, *numbers
-        return functools.partial(function, *inputs, *results, self.config)
+            silu_mul = self.kernels.silu_mul_quantize
+            return functools.partial(silu_mul, buffer.gate_up, *results, self.config)
+        inputs = buffer.x, buffer.residual, buffer.residual_out, buffer.weight
+        rms_norm = self.kernels.rms_norm_quantize
+        return functools.partial(rms_norm, *inputs, *results, EPS, self.config)
 
 
 def silu_mul(gate_up: torch.Tensor, y: torch.Tensor) -> None:
@@ -280,7 +288,7 @@ def add_rms_norm_formula(
 class Compiled(StageProvider):
     """``torch.compile`` of a function, for any number of rows and one k at a time."""
 
-    functions: ClassVar = {
+    functions: ClassVar[dict[Operation, Callable[..., None]]] = {
         SILU_MUL_QUANTIZE: silu_mul_formula,
         RMS_NORM_QUANTIZE: add_rms_norm_formula,
     }
@@ -314,10 +322,12 @@ class Compiled(StageProvider):
 
 
 class TwoKernels(Compiled):
-    """``torch.compile`` of the prologue, followed by the quantizer's kernel, launched with or
-    without PDL."""
+    """``torch.compile`` of the prologue, followed by the quantizer's kernel."""
 
-    functions: ClassVar = {SILU_MUL_QUANTIZE: silu_mul, RMS_NORM_QUANTIZE: add_rms_norm}
+    functions: ClassVar[dict[Operation, Callable[..., None]]] = {
+        SILU_MUL_QUANTIZE: silu_mul,
+        RMS_NORM_QUANTIZE: add_rms_norm,
+    }
 
     def __init__(self, operation: Operation, launch: str):
         super().__init__(operation, TWO_KERNELS, launch)
@@ -325,7 +335,8 @@ class TwoKernels(Compiled):
     def bind(self, buffer: StageBuffer) -> Callable[[], None]:
         between = torch.empty_like(buffer.x)
         first = self.bind_function(buffer, between)
-        spec = default_spec(QUANTIZE_ALONE, *between.shape, self.launch == PDL)
+        mn, k = between.shape
+        spec = default_spec(QUANTIZE_ALONE, mn, k, self.launch == PDL)
         common = buffer.q, buffer.sf, None, None, 0, 1, 0, MIN_EXPONENT
         second = functools.partial(lookup.function(spec, architecture()), between, *common)
 

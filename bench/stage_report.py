@@ -50,8 +50,8 @@ def _target(
 
 def _decoding(operation: str) -> Target:
     """Return a target relative to the quantizer alone."""
-    names = (of_operation(name, CUTE_QUANT) for name in (operation, ALONE))
-    return Target(*names, LAUNCHES, DECODING, 1.3)
+    over, under = of_operation(operation, CUTE_QUANT), of_operation(ALONE, CUTE_QUANT)
+    return Target(over, under, LAUNCHES, DECODING, 1.3)
 
 
 TARGETS = (
@@ -116,7 +116,7 @@ def markdown(results: Results) -> str:
 
 
 def draw(results: Results, path: Path, k: int) -> None:
-    """Time, and share of the ceiling's speed, over M, of each operation that has others beside it.
+    """Draw time and share of the ceiling's speed over M, for the fused operations.
 
     Raises:
         ImportError: matplotlib is not installed.

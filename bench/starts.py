@@ -71,15 +71,17 @@ def measure(variables: list[dict[str, str]]) -> list[Start]:
             for own in variables
         ]
         for process in processes:
+            assert process.stdout is not None  # It is a pipe.
             process.stdout.readline()
         return [_start(process) for process in processes]
 
 
-def _start(process: subprocess.Popen) -> Start:
+def _start(process: subprocess.Popen[str]) -> Start:
     out, _ = process.communicate("go\n")
     if process.returncode:
         sys.exit(f"bench.starts: a process ended with {process.returncode}")
-    return tuple(json.loads(out))
+    imported, ended, compiled = json.loads(out)
+    return imported, ended, compiled
 
 
 def main() -> None:

@@ -179,8 +179,15 @@ def rms_norm_quantize_kernel(
 def silu_mul_quantize(
     gate_up: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, min_exponent: int, config: Config
 ) -> None:
-    """Quantize SiLU(gate) * up of contiguous `gate_up` (mn, 2 k), the gates first, into `q` (mn, k)
-    and packed, MN-major `sf`."""
+    """Quantize SiLU(gate) * up.
+
+    Args:
+        gate_up: (mn, 2 k), contiguous, the gates first.
+        q: (mn, k), receives the values.
+        sf: receives the scales, packed and MN-major.
+        min_exponent: UE8M0 byte of the smallest scale.
+        config: tile of a program.
+    """
     mn, k = q.shape
     grid = triton.cdiv(mn, config.rows), triton.cdiv(k, config.groups * GROUP_SIZE)
     silu_mul_quantize_kernel[grid](
@@ -209,8 +216,19 @@ def rms_norm_quantize(
     eps: float,
     config: Config,
 ) -> None:
-    """Write `x` + `residual`, all (mn, k) and contiguous, to `residual_out`, and quantize its
-    normalized rows times `weight` (k,) into `q` (mn, k) and packed, MN-major `sf`."""
+    """Add a residual, and quantize the normalized rows of the sum.
+
+    Args:
+        x: (mn, k), contiguous.
+        residual: (mn, k), contiguous.
+        residual_out: (mn, k), contiguous, receives the sum.
+        weight: (k,), factors of the normalized rows.
+        q: (mn, k), receives the values.
+        sf: receives the scales, packed and MN-major.
+        min_exponent: UE8M0 byte of the smallest scale.
+        eps: number that is added to the mean of squares.
+        config: tile of a program.
+    """
     mn, k = q.shape
     rms_norm_quantize_kernel[triton.cdiv(mn, config.rows),](
         x,

@@ -29,7 +29,7 @@ from bench.shapes import (
     positive_numbers,
 )
 from bench.stage_problem import FLOAT32_ERROR, StageProblem
-from bench.stage_providers import Ceiling, bind_spec, default_spec, norm_spec
+from bench.stage_providers import Ceiling, StageSpec, bind_spec, default_spec, norm_spec
 from cute_quant.contract.dtypes import ceil_div
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
@@ -37,7 +37,6 @@ from cute_quant.kernels.config import (
     Domain,
     RmsNormSpec,
     SiluMulSpec,
-    Spec,
     Tile,
 )
 from cute_quant.kernels.heuristics import MAX_WARPS
@@ -69,8 +68,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def candidates(operation: Operation, mn: int, k: int, pdl: bool) -> Iterator[Spec]:
-    """Return launches that there are for a shape."""
+def candidates(operation: Operation, mn: int, k: int, pdl: bool) -> Iterator[StageSpec]:
+    """Yield the specs of an operation that can be launched for a shape."""
     for row_warps in ROW_WARPS:
         if operation is SILU_MUL_QUANTIZE:
             for values, rows in itertools.product(VALUES_PER_THREAD, ROWS_PER_THREAD):
@@ -93,7 +92,7 @@ def candidates(operation: Operation, mn: int, k: int, pdl: bool) -> Iterator[Spe
                     yield norm_spec(tile, tiles, max_warps, pdl)
 
 
-def describe(spec: Spec) -> str:
+def describe(spec: StageSpec) -> str:
     text = f"row_warps={spec.tile.row_warps}"
     if isinstance(spec, RmsNormSpec):
         return f"{text}, tiles_per_thread={spec.tiles_per_thread}, max_warps={spec.max_warps}"
@@ -128,8 +127,10 @@ def table(
     found: dict[int, dict[str, float]],  # M -> candidate -> ratio
     defaults: dict[int, str],
 ) -> Iterator[str]:
-    """Yield a line for each candidate, the best average first, and last those that are wrong, or
-    were not tried, for some M."""
+    """Yield a line for each candidate, the best average first.
+
+    Candidates that are wrong or were not tried for some M come last.
+    """
     names = dict.fromkeys(name for column in found.values() for name in column)
     nan = float("nan")
     means = {n: statistics.fmean(column.get(n, nan) for column in found.values()) for n in names}

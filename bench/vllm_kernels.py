@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cuda.bindings.driver as cuda
 import torch
@@ -75,8 +76,8 @@ class Module:
             kernel = next(k for k in kernels if k.sizes[1:] == (block_groups, block_rows))
             grid = (ceil_div(padded_mn, block_rows), padded_groups // block_groups)
             threads, shared = GROUPS_PER_BLOCK * REGISTER_THREADS_PER_GROUP, 0
-            integers = (padded_groups, groups, mn, mn, padded_mn, scale_words)
-            types = REGISTER_PARAMETERS
+            integers: tuple[int, ...] = (padded_groups, groups, mn, mn, padded_mn, scale_words)
+            types: tuple[type[Any], ...] = REGISTER_PARAMETERS
         else:
             # Rows and groups of the padding are counted too, so their number divides by 16.
             (kernel,) = kernels
@@ -107,14 +108,14 @@ class Module:
             config.attrs = [attribute]
             config.numAttrs = 1
 
-        def launch(keep_alive: tuple = (storage, x, q, sf)) -> None:
+        def launch(keep_alive: tuple[object, ...] = (storage, x, q, sf)) -> None:
             config.hStream = cuda.CUstream(torch.cuda.current_stream().cuda_stream)
             _checked(cuda.cuLaunchKernelEx(config, function, ctypes.addressof(addresses), 0))
 
         return launch
 
 
-def _check_parameters(kernel: vllm_wheel.Kernel, types: tuple[type, ...]) -> None:
+def _check_parameters(kernel: vllm_wheel.Kernel, types: tuple[type[Any], ...]) -> None:
     """Check that the machine code takes what we are about to pass."""
     offset, expected = 0, []
     for type_ in types:
@@ -129,7 +130,7 @@ def _check_parameters(kernel: vllm_wheel.Kernel, types: tuple[type, ...]) -> Non
         )
 
 
-def _checked(result: tuple) -> object:
+def _checked(result: tuple[Any, ...]) -> object:
     status, *values = result
     if status != cuda.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"vLLM's kernel: {status.name}")

@@ -49,8 +49,8 @@ def quantize(
     choose it, and the first call that takes it compiles it; :func:`warm_up` does so before calls of
     a range are served, or captured in a CUDA graph. It runs as a programmatic dependent of the
     kernel before; one launched so after it has to wait for it (``griddepcontrol.wait``), as other
-    kernels do anyway. On the CPU, and on a GPU without FP8, plain torch computes the same
-    bits. Gradients do not flow through it.
+    kernels do anyway. On the CPU, and on a GPU without FP8, plain torch computes the same bits.
+    Gradients do not flow through it.
 
     Args:
         x: (..., mn, k), bfloat16, float16 or float32, contiguous along k. Other strides are free, 0

@@ -84,7 +84,8 @@ def rope_quantize(
 
     Args:
         x: (tokens, heads * 128), bfloat16.
-        cos, sin: (tokens, 64), float32.
+        cos: (tokens, 64), float32, cosines of the angles.
+        sin: (tokens, 64), float32, sines of the angles.
         run: the kernel, by default compiled for the GPU of x.
 
     Returns:

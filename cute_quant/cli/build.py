@@ -29,6 +29,7 @@ from cute_quant.kernels.config import Spec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to its parser."""
     families = tuple(family.name for family in architectures.FAMILIES)
     parser.add_argument(
         "--arch",
@@ -63,6 +64,7 @@ def _path(text: str) -> Path:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the command, and return the exit status."""
     targets = dict.fromkeys(options.arch or lookup.ARCHITECTURES.values())
     tasks = selection.tasks(options, targets)
     if options.list:

@@ -20,11 +20,13 @@ from cute_quant.jit.trusted_files import Untrusted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to its parser."""
     parser.add_argument("action", choices=("list", "size", "clear"))
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the command, and return the exit status."""
     try:
         store = disk_cache.open_cache()
     except Untrusted as error:  # Nothing is wrong with the arguments.

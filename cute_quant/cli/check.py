@@ -95,11 +95,13 @@ class Outcome:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to its parser."""
     parser.add_argument("--preset", choices=presets.PRESETS, help="kernels by use")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the command, and return the exit status."""
     preset = presets.PRESETS[options.preset] if options.preset else presets.of_each_kind
     gpu = torch.cuda.is_available()
     if gpu:
@@ -190,8 +192,11 @@ def _require_equal(name: str, actual: torch.Tensor, expected: torch.Tensor) -> N
 
 
 def _neighbouring_scales(actual: torch.Tensor, expected: torch.Tensor, fmt: Format) -> int:
-    """How many powers of two are the reference's neighbours; 0 of other scales, which are close
-    to the reference's. Padding and rows that nobody writes are equal in any case."""
+    """Return how many powers of two are next to the reference's; 0 where scales are none.
+
+    Scales that are no powers of two have to be close to the reference's. Padding and rows that
+    nobody writes are equal in any case.
+    """
     actual, expected = _storage(actual).cpu(), _storage(expected)
     if not fmt.ue8m0:
         close = _close(actual.view(torch.float32), expected.view(torch.float32))

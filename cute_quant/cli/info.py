@@ -24,10 +24,12 @@ from cute_quant.kernels.config import Spec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to its parser."""
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the command, and return the exit status."""
     report = describe()
     if options.json:
         print(json.dumps(report, indent=1))
@@ -116,19 +118,18 @@ def _presets() -> list[str]:
     """Say how much of each preset needs no compiler, on the architectures of this machine."""
     ahead = {kernel for directory in aot_load.loaded() for kernel in directory.kernels}
     kept = _kept()
-    present = {arch for _, arch in ahead} | set(kept.values())
+    architectures = {arch for _, arch in ahead} | set(kept.values())
     if torch.cuda.is_available():
         capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
-        present = {ARCHITECTURES[c] for c in capabilities if c in ARCHITECTURES}
+        architectures = {ARCHITECTURES[c] for c in capabilities if c in ARCHITECTURES}
 
     def is_built(spec: Spec, arch: str) -> bool:
-        text = keys.spec_text(spec)
-        if any((text, target) in ahead for target in architectures.targets(arch)):
+        if (keys.spec_text(spec), arch) in ahead:
             return True
         return bool(kept) and disk_cache.key(spec, arch, lookup.compile_options(arch)) in kept
 
     lines = []
-    for arch in sorted(present & set(ARCHITECTURES.values())):
+    for arch in sorted(architectures & set(ARCHITECTURES.values())):
         for name, preset in presets.PRESETS.items():
             built = [is_built(spec, arch) for spec in preset(arch)]
             state = "complete" if all(built) else f"{sum(built)} of {len(built)} kernels"

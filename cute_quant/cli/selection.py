@@ -26,6 +26,7 @@ Task = tuple[Spec, str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to its parser."""
     parser.add_argument(
         "--preset",
         action="append",

@@ -22,6 +22,7 @@ from cute_quant.jit import disk_cache, lookup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to its parser."""
     parser.add_argument(
         "--arch",
         action="append",
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the command, and return the exit status."""
     tasks = selection.tasks(options, options.arch or _architectures())
     if not lookup.keeps():
         raise RuntimeError("there is no disk cache to compile into: cute-quant info says why")

@@ -1,5 +1,7 @@
-"""From a kernel to a function of torch tensors: `build` compiles one of your own for an
-`architecture`. The kernels of this package come from `lookup`.
+"""Turn a kernel into a function of torch tensors.
+
+`build` compiles a kernel of your own for an `architecture`. The kernels of this package come from
+`lookup`.
 
 Importing this package does not import CuTe DSL; compiling does.
 """

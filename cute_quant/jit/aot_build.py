@@ -1,4 +1,4 @@
-"""Writing directories of kernels that `ahead_of_time` loads, whole or not at all."""
+"""Write directories of kernels for `aot_load`, whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ELF_KIND = struct.Struct("<HH")
 
 
 def symbol(spec: Spec, arch: str) -> str:
-    """The name of a kernel's function, distinct among those of a directory."""
+    """Return the name of a kernel's function, which is unique in a directory."""
     return f"{keys.spec_name(spec)}_{arch}".replace("-", "_")
 
 
@@ -32,19 +32,20 @@ def write(
     runtime: Path | None,
     built: Iterable[tuple[Spec, str, bytes]],
 ) -> None:
-    """Make a directory, or replace what was built into it before.
+    """Make a directory of kernels, or replace one that was built before.
+
+    An error leaves the kernels that were built before in place.
 
     Args:
-        host: what runs the host code.
-        runtime: the runtime library to put beside the objects, if any.
+        path: the directory.
+        host: the processor that runs the host code.
+        runtime: the runtime library to copy into the directory, or None.
         built: spec, architecture and shared object of each kernel, whose function has the name
             that `symbol` gives.
 
     Raises:
-        ValueError: there is something else in the directory, or the runtime is none for the host.
-        OSError: it cannot be written.
-
-    Whatever is raised, what was built before is still there.
+        ValueError: the directory holds other files, or the runtime is not a library for the host.
+        OSError: the directory cannot be written.
     """
     path = path.resolve()
     content = None if runtime is None else _read_runtime(runtime, host)
@@ -97,7 +98,7 @@ def _fill(
 
 
 def _swap(new: Path, path: Path, old: Path) -> None:
-    """Put a new directory in place of another, which is moved away and emptied."""
+    """Rename a new directory to `path`, after the one there is moved to `old`, and remove that."""
     # Compiling took a while, in which somebody may have put something there.
     names = [file.name for file in _files_built(path)]
     if not names:
@@ -115,11 +116,11 @@ def _swap(new: Path, path: Path, old: Path) -> None:
 
 
 def _read_runtime(file: Path, host: toolchain.Host) -> bytes:
-    """A runtime library for a host.
+    """Return the content of a runtime library.
 
     Raises:
-        ValueError: it is something else.
-        OSError: it cannot be read.
+        ValueError: the file is not a shared library for the host.
+        OSError: the file cannot be read.
     """
     content = file.read_bytes()
     # 64 bits, little-endian; a shared object; its machine.
@@ -130,10 +131,10 @@ def _read_runtime(file: Path, host: toolchain.Host) -> bytes:
 
 
 def _files_built(path: Path) -> list[Path]:
-    """The files of what was built into a directory before: all that may be removed from it.
+    """Return the files that an earlier build wrote to a directory, and so may be removed from it.
 
     Raises:
-        ValueError: there is something else in it.
+        ValueError: the directory holds other files.
     """
     files = sorted(path.iterdir()) if path.exists() else []
     if not files:

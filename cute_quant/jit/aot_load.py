@@ -1,7 +1,8 @@
-"""Directories of kernels built ahead of time, used without a compiler and without CuTe DSL.
+"""Load directories of kernels built ahead of time, without a compiler and without CuTe DSL.
 
-Beside the objects lies what they call CUDA through, and `manifest.json`: what the directory was
-built from and for, and which file holds which kernel.
+A directory holds shared objects, the runtime library through which they call CUDA, and
+`manifest.json`. The manifest names the sources and the processor of the build, and the file of each
+kernel.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ log = logging.getLogger("cute_quant")
 
 DIRECTORY_VARIABLE = "CUTE_QUANT_AOT_DIR"
 DIGEST_BYTES = 8 * 2**20
-"""Read at once: each time a thread may have to wait for the lock of the interpreter."""
+"""Bytes of a read, large because a thread may wait for the interpreter's lock before each."""
 
 
 class Directory(NamedTuple):
@@ -34,8 +35,8 @@ class Directory(NamedTuple):
 
     Attributes:
         files: the directory itself, held open.
-        kernels: their entries in the manifest, by the text of the spec and the architecture.
-        runtime_digest: SHA-256 of the runtime library in it, None if it was built without.
+        kernels: entries of the manifest, by the text of the spec and the architecture.
+        runtime_digest: SHA-256 of the runtime library, None if the directory has none.
     """
 
     files: TrustedDirectory
@@ -44,10 +45,11 @@ class Directory(NamedTuple):
 
     @property
     def path(self) -> Path:
+        """Return the path that the directory was opened by."""
         return self.files.path
 
     def find(self, spec: Spec, arch: str) -> Callable[..., None] | None:
-        """The function of a kernel, None if the directory does not have it.
+        """Return the function of a kernel, or None if the directory does not have it.
 
         An object for the architecture comes before one for its family.
         """
@@ -73,8 +75,8 @@ def _load_runtime(files: TrustedDirectory, digest: str) -> None:
     """Load the runtime library of a directory.
 
     Raises:
-        ValueError: it has another digest.
-        OSError: it is not there, or does not load here.
+        ValueError: the library has another digest.
+        OSError: the library is missing, or does not load.
     """
     if _digest_beside_import(files) != digest:
         path = files.path / toolchain.RUNTIME_NAME
@@ -83,11 +85,13 @@ def _load_runtime(files: TrustedDirectory, digest: str) -> None:
 
 
 def _digest_beside_import(files: TrustedDirectory) -> str:
-    """The SHA-256 of a runtime library, whose 43 MB take as long as what is imported for it
-    anyway, and need no lock of the interpreter.
+    """Return the SHA-256 of the runtime library, computed while tvm-ffi is imported.
+
+    To hash 43 MB takes as long as the import, which is needed anyway, and releases the
+    interpreter's lock.
 
     Raises:
-        ValueError, OSError: as of `TrustedDirectory.open`.
+        ValueError, OSError: as `TrustedDirectory.open`.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         try:
@@ -121,20 +125,20 @@ _loaded: list[Directory] = []
 def load(directory: str | os.PathLike) -> None:
     """Use the kernels of a directory that ``python -m cute_quant build`` made.
 
-    Those that it has need no compiler from now on; their objects are read when they are first
-    called. A directory that is loaded later is asked first. One that ``CUTE_QUANT_AOT_DIR`` names
-    is loaded by itself, and asked last.
+    From now on its kernels need no compiler. An object is read when its kernel is first called.
+    The directory that was loaded last is searched first. The one that ``CUTE_QUANT_AOT_DIR`` names
+    is loaded automatically, and searched last.
 
     Args:
-        directory: with a manifest, objects, and the runtime library.
+        directory: a directory with a manifest, objects, and the runtime library.
 
     Raises:
-        FileNotFoundError: there is no manifest in it, or no such directory.
-        ValueError: it was built from other sources, for another processor, or with another
-            apache-tvm-ffi; its manifest is damaged; or others than root and
-            the user may write to it or replace it.
-        TypeError: it is not a path.
-        OSError: it cannot be read.
+        FileNotFoundError: there is no such directory, or it has no manifest.
+        ValueError: the directory was built from other sources, for another processor, or with
+            another apache-tvm-ffi. Or its manifest is damaged. Or users other than root and the
+            current one may write to the directory or replace it.
+        TypeError: `directory` is not a path.
+        OSError: the directory cannot be read.
     """
     path = os.fspath(directory) if isinstance(directory, os.PathLike) else directory
     if not isinstance(path, str):
@@ -145,13 +149,13 @@ def load(directory: str | os.PathLike) -> None:
 
 
 def loaded() -> list[Directory]:
-    """The directories that kernels are looked for in, the first one asked first."""
+    """Return the directories in which kernels are looked up, in the order of the search."""
     own, _ = _of_environment()
     return [*_loaded, *([own] if own is not None else [])]
 
 
 def find(spec: Spec, arch: str) -> Callable[..., None] | None:
-    """The function of a kernel that was built ahead of time, None if there is none."""
+    """Return the function of a kernel that was built ahead of time, or None if there is none."""
     for directory in loaded():
         try:
             function = directory.find(spec, arch)
@@ -165,15 +169,18 @@ def find(spec: Spec, arch: str) -> Callable[..., None] | None:
 
 
 def why_not_used() -> str | None:
-    """Why the directory that ``CUTE_QUANT_AOT_DIR`` names is not used, None if it is or if there
-    is none."""
+    """Return why the directory of ``CUTE_QUANT_AOT_DIR`` is not used.
+
+    Returns:
+        The reason, or None if the directory is used or the variable is not set.
+    """
     _, reason = _of_environment()
     return reason
 
 
 @functools.cache
 def _of_environment() -> tuple[Directory | None, str | None]:
-    """The directory that the environment names, or why it is not used, which is said once."""
+    """Return the directory that the environment names, or the reason not to use it, logged once."""
     path = os.environ.get(DIRECTORY_VARIABLE)
     if not path:
         return None, None
@@ -186,7 +193,7 @@ def _of_environment() -> tuple[Directory | None, str | None]:
 
 
 def open_directory(path: Path) -> Directory:
-    """Open a directory, and check who may have written it and its manifest.
+    """Open a directory, check who may have written it, and check its manifest.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load`.

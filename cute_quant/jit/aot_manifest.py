@@ -1,4 +1,4 @@
-"""The manifest of a directory of built kernels."""
+"""Parse the manifest of a directory of built kernels."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ KERNEL_FIELDS = ("name", "spec", "arch", "file", "symbol")
 
 
 def parse_manifest(content: bytes, file: Path) -> dict[str, Any]:
-    """Return the manifest of a directory, whatever it was built from and for.
+    """Return the manifest of a directory, for any sources and any processor.
 
     Args:
-        file: that the content was read from, for messages.
+        content: the bytes of the file.
+        file: the path of the file, for messages.
 
     Raises:
-        ValueError: it is not one that `write` made.
+        ValueError: the content is not a manifest that `aot_build.write` made.
     """
     try:
         manifest = json.loads(content)
@@ -33,7 +34,7 @@ def parse_manifest(content: bytes, file: Path) -> dict[str, Any]:
 
 
 def _wrong_in_manifest(manifest: Any) -> str | None:
-    """Return why a value is no manifest, None if it is one."""
+    """Return the reason why a value is not a manifest, or None if it is one."""
     if not isinstance(manifest, dict):
         return f"expected an object, got {type(manifest).__name__}"
     types = {"format": int, "machine": str, "sources": str, "versions": dict, "kernels": list}
@@ -64,4 +65,5 @@ def _is_kernel(kernel: Any) -> bool:
 
 
 def identity(machine: str, sources: str) -> dict[str, Any]:
+    """Return the fields that a manifest shares with a package that may load its kernels."""
     return {"format": FORMAT, "machine": machine, "sources": sources}

@@ -1,5 +1,8 @@
-"""Whether a kernel that is missing may be compiled here and now, and what was being compiled when
-the process was forked."""
+"""Decide whether a missing kernel may be compiled here and now.
+
+It may not while compiling is forbidden or a graph is captured, nor in a child that was forked while
+its parent compiled.
+"""
 
 from __future__ import annotations
 

@@ -79,10 +79,12 @@ class Entry(NamedTuple):
 
 
 def key(spec: Spec, arch: str, options: str) -> str:
-    """The name of the entry for a kernel: a digest of everything that its bytes depend on.
+    """Return the name of the entry for a kernel: a digest of everything its bytes depend on.
 
     Args:
-        options: of ``cute.compile``.
+        spec: choices of the kernel.
+        arch: target of the compiler.
+        options: options of ``cute.compile``.
 
     Raises:
         RuntimeError: CuTe DSL or apache-tvm-ffi is not installed.
@@ -162,6 +164,7 @@ def open_directory(directory: Path, make: bool = False) -> TrustedDirectory:
     """Open a directory that is the user's alone.
 
     Args:
+        directory: an absolute path.
         make: whether it is made if it is missing, whatever the umask is.
 
     Raises:
@@ -182,15 +185,15 @@ def _check_private(directory: Path, status: os.stat_result) -> None:
 
 
 class Cache:
-    """A directory of objects."""
+    """A directory of objects.
+
+    Args:
+        directory: an absolute path; it is made when something is written.
+        writable: whether entries may be added and removed.
+        files: the directory if it is open by now.
+    """
 
     def __init__(self, directory: Path, writable: bool, files: TrustedDirectory | None = None):
-        """
-        Args:
-            directory: an absolute path; it is made when something is written.
-            writable: whether entries may be added and removed.
-            files: the directory if it is open by now.
-        """
         self.directory = directory
         self.writable = writable
         self._held = files
@@ -212,8 +215,9 @@ class Cache:
         return self.directory / (key + SUFFIX)
 
     def find(self, key: str) -> str | None:
-        """Check the entry of a key; return a path to load it by, None if there is none that is
-        good.
+        """Check the entry of a key, and return a path to load it by.
+
+        None if there is no entry, or it is no good and was discarded.
 
         Raises:
             Untrusted, OSError: the directory is not to be trusted any more.

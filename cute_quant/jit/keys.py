@@ -59,8 +59,10 @@ def _is_record(value: Any) -> bool:
 
 
 def spec_name(spec: Spec) -> str:
-    """Return a short name of a spec: its kernel and those choices that have no default or differ
-    from it, such as ``quantize-bfloat16-e4m3_128_e8m0_mn_major_packed``."""
+    """Return a short name of a spec, such as ``quantize-bfloat16-e4m3_128_e8m0_mn_major_packed``.
+
+    It has the kernel, and those choices that have no default or differ from it.
+    """
     module, _ = spec.kernel.split(".")
     return re.sub(r"[^\w-]", "_", "-".join([module, *_distinctive(spec)]))
 

@@ -1,4 +1,4 @@
-"""Functions of shared objects, loaded without CuTe DSL."""
+"""Load functions of shared objects, without CuTe DSL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 
 def import_tvm_ffi() -> ModuleType:
-    """Import the loader of functions, which takes 25 ms. Without a GPU it need not be installed.
+    """Import tvm-ffi, which takes 25 ms and need not be installed on a machine without a GPU.
 
     Raises:
         ImportError: apache-tvm-ffi is not installed.
@@ -24,21 +24,21 @@ def import_tvm_ffi() -> ModuleType:
 
 
 def load_function(path: str, symbol: str) -> Callable[..., None]:
-    """The function of a shared object, to be called on torch tensors.
+    """Return a function of a shared object, to be called on torch tensors.
 
     Raises:
         ImportError: apache-tvm-ffi is not installed.
-        RuntimeError, AttributeError: the object does not load here, or has no such function.
+        RuntimeError, AttributeError: the object does not load, or has no such function.
     """
     return import_tvm_ffi().load_module(path)[symbol]
 
 
 def load_bytes(content: bytes, symbol: str) -> Callable[..., None]:
-    """The function of a shared object in memory, which needs room on no disk.
+    """Return a function of a shared object that is in memory, without writing to a disk.
 
     Raises:
-        ImportError, RuntimeError, AttributeError: as of `load_function`.
-        OSError: there is no memory for it.
+        ImportError, RuntimeError, AttributeError: as `load_function`.
+        OSError: there is not enough memory.
     """
     # It stays open, as the dynamic linker takes a path that it has loaded before for the same
     # object, and the number of a closed descriptor is given again.
@@ -58,18 +58,20 @@ _in_memory: list[Any] = []
 
 @functools.cache
 def load_runtime(path: str | Path) -> ctypes.CDLL:
-    """Load what objects call CUDA through. They find it under its SONAME, wherever it came from.
+    """Load the runtime library, through which shared objects call CUDA.
+
+    The objects find it under its SONAME, wherever it came from.
 
     Raises:
-        OSError: it is not there, or does not load here.
+        OSError: the library is missing, or does not load.
     """
     return ctypes.CDLL(str(path))
 
 
 def as_kernel_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return arguments of a function with tensors converted, which each of its calls does else.
+    """Return arguments of a function with tensors converted once, not in each call.
 
-    The first stays a tensor of torch: from it the function has the current stream.
+    The first argument stays a torch tensor, from which the function takes the current stream.
     """
     first, *others = arguments
     from_dlpack = import_tvm_ffi().from_dlpack

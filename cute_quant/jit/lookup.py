@@ -1,5 +1,7 @@
-"""Resolve a spec to a compiled function: memory, a directory that was built ahead of time, the disk
-cache, the compiler. Only the last imports CuTe DSL."""
+"""Resolve a spec to a compiled function: memory, ahead-of-time directory, disk cache, compiler.
+
+Only the last imports CuTe DSL.
+"""
 
 from __future__ import annotations
 
@@ -92,8 +94,10 @@ def multiprocessors(device_index: int) -> int:
 
 
 def kernel(spec: Spec) -> Any:
-    """The kernel that a spec names: `signature()`, stand-ins for its arguments, and a jitted
-    `__call__`. Imports CuTe DSL."""
+    """Return the kernel that a spec names. Imports CuTe DSL.
+
+    It has a `signature()`, which describes its arguments, and a jitted `__call__`.
+    """
     module, name = spec.kernel.split(".")
     return getattr(importlib.import_module(f"cute_quant.kernels.{module}"), name)(spec)
 
@@ -131,8 +135,10 @@ def build_object(spec: Spec, arch: str, symbol: str, host: toolchain.Host) -> by
     """Compile the kernel of a spec to a shared object.
 
     Args:
-        symbol: of its function.
-        host: what runs its host code.
+        spec: choices of the kernel.
+        arch: target of the compiler.
+        symbol: name of its function.
+        host: machine that runs its host code.
 
     Raises:
         RuntimeError: CuTe DSL is not installed, or there is no linker, or it failed.

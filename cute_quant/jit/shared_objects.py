@@ -1,8 +1,9 @@
-"""Shared objects of compiled kernels, as bytes: host code for any processor of a kind, the machine
-code of one GPU architecture inside, and at the end a record of what it is with a digest over all.
+"""Make shared objects of compiled kernels, and seal them with a record and a digest.
 
-An ELF file may have bytes behind it that no header mentions, so that the loader takes object,
-record and digest as one file, which a rename puts in place at once.
+An object holds host code for any processor of a kind, and the machine code of one GPU architecture.
+A record of the kernel and a digest over everything follow. The loader ignores bytes behind an ELF
+file that no header mentions, so object, record and digest are one file, which a rename puts in
+place at once.
 """
 
 from __future__ import annotations
@@ -27,18 +28,20 @@ LINK_SECONDS = 60
 
 
 class CorruptObject(ValueError):
-    """Bytes that are no sealed object, or not what was sealed."""
+    """Bytes that are not a sealed object, or have changed since they were sealed."""
 
 
 def shared_object(compiled: Any, symbol: str, host: Host, dsl: Dsl) -> bytes:
-    """The shared object of a kernel that ``cute.compile`` made without an engine.
+    """Return the shared object of a kernel.
 
     Args:
-        symbol: of the function; tvm-ffi finds it by this name.
-        host: what runs its host code.
+        compiled: the result of ``cute.compile`` without an execution engine.
+        symbol: name of the function, by which tvm-ffi finds it.
+        host: the processor that runs the host code.
+        dsl: the installed CuTe DSL, whose runtime library is linked.
 
     Raises:
-        RuntimeError: there is no linker, or it failed.
+        RuntimeError: there is no linker, or the linker failed.
     """
     linker = host.linker()
     if linker is None:
@@ -55,10 +58,10 @@ def shared_object(compiled: Any, symbol: str, host: Host, dsl: Dsl) -> bytes:
 
 
 def _link(command: list[str | Path], inputs: tuple[int, ...]) -> bytes:
-    """Return what a linker makes of objects in memory.
+    """Link objects in memory, and return the result.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the linker failed.
     """
     with _memory_file("kernel.so") as result:
         # LLD puts a file beside its output and renames it, which does not work here.
@@ -82,7 +85,7 @@ def _link(command: list[str | Path], inputs: tuple[int, ...]) -> bytes:
 
 @contextlib.contextmanager
 def _memory_file(name: str, content: bytes = b"") -> Iterator[int]:
-    """A file that is on no disk, which may be full, and under no name that others may use."""
+    """Open a file in memory: no disk can be full, and no name lets other users reach it."""
     descriptor = os.memfd_create(name)
     try:
         with open(descriptor, "wb", closefd=False) as file:
@@ -93,12 +96,12 @@ def _memory_file(name: str, content: bytes = b"") -> Iterator[int]:
 
 
 def _path(descriptor: int) -> str:
-    """The path of an open file, in this process and in those that inherit it."""
+    """Return the path of an open file, for this process and those that inherit the descriptor."""
     return f"/proc/self/fd/{descriptor}"
 
 
 def seal(content: bytes, record: dict[str, str]) -> bytes:
-    """An object with its record, and a digest over both and over what the seal says of them."""
+    """Return an object followed by its record, and by a seal with a digest over all."""
     text = json.dumps(record, sort_keys=True).encode()
     body = content + text
     return body + _SEAL.pack(_MAGIC, len(text), _digest(body, len(text)))
@@ -111,10 +114,10 @@ def _digest(body: bytes | memoryview, length: int) -> bytes:
 
 
 def read_record(data: bytes) -> dict[str, str]:
-    """The record of a sealed object.
+    """Return the record of a sealed object.
 
     Raises:
-        CorruptObject: a byte is missing or not what it was.
+        CorruptObject: a byte is missing, or has changed.
     """
     end = len(data) - _SEAL.size
     if end < 0:

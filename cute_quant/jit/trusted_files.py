@@ -1,4 +1,4 @@
-"""One rule for who may have written a file that is loaded as code, and directories held open.
+"""Check who may have written a file that is loaded as code, and hold directories open.
 
 A file or a directory is trusted if root or the user owns it and nobody else may write to it. So is
 everything that its path leads through, with one exception: others may write to a parent that has
@@ -32,10 +32,10 @@ class Untrusted(ValueError):
 
 
 def check_writers(path: Path, status: os.stat_result) -> None:
-    """Refuse a file or directory that others than root and the user may write to.
+    """Check that only root or the user may have written a file or directory.
 
     Raises:
-        Untrusted: it belongs to somebody else, or others may write to it.
+        Untrusted: another user owns it, or other users may write to it.
     """
     if status.st_uid not in (0, os.geteuid()):
         raise Untrusted(f"{path}: expected root or you as its owner, got user {status.st_uid}")
@@ -111,7 +111,7 @@ def _open_checked(path: Path, make: bool) -> int:
 
 
 def _components(path: str) -> list[str]:
-    """The names in a path, the last one first."""
+    """Return the names in a path, the last one first."""
     return [name for name in reversed(path.split("/")) if name not in ("", ".")]
 
 
@@ -128,15 +128,15 @@ def _open_component(name: str, directory: int | None, make: bool) -> int:
 
 
 def open_file(path: Path, directory: int | None = None) -> io.FileIO:
-    """Open a trusted file to read it.
+    """Open a trusted file for reading.
 
     Args:
-        path: of which only the name counts if there is a directory.
-        directory: an open directory that it lies in.
+        path: the file. With `directory`, only its name is used to open it.
+        directory: descriptor of the directory that holds the file, or None.
 
     Raises:
-        Untrusted: it is no regular file, or somebody else may have written it.
-        OSError: it cannot be read.
+        Untrusted: the file is not a regular one, or another user may have written it.
+        OSError: the file cannot be read.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
@@ -159,21 +159,21 @@ def open_file(path: Path, directory: int | None = None) -> io.FileIO:
 class TrustedDirectory:
     """A directory that was checked, held open.
 
+    Args:
+        path: an absolute path.
+        check: the check of the directory itself.
+        make: whether to make the directory and its parents, for the user alone, where they are
+            missing.
+
     Attributes:
-        path: by which it was opened, for messages. It may lead elsewhere since.
+        path: the path that the directory was opened by, for messages. It may lead elsewhere since.
+
+    Raises:
+        Untrusted: other users may write to the directory, or replace it or a parent.
+        OSError: there is no such directory, or it cannot be opened or made.
     """
 
     def __init__(self, path: Path, check: Check = check_writers, make: bool = False):
-        """
-        Args:
-            path: an absolute one.
-            check: what is demanded of the directory itself.
-            make: whether it and its parents are made, for the user alone, if they are missing.
-
-        Raises:
-            Untrusted: others may write to it, or replace it or a parent.
-            OSError: there is no such directory, or it cannot be opened or made.
-        """
         self.path = path
         self._check = check
         self._descriptor = _open_checked(path, make)
@@ -185,11 +185,11 @@ class TrustedDirectory:
 
     @property
     def descriptor(self) -> int:
-        """The open directory, for ``dir_fd``, checked again.
+        """Return the descriptor of the directory, for ``dir_fd``, after checking it again.
 
         Raises:
-            Untrusted: others may write to it by now.
-            OSError: the process has closed it.
+            Untrusted: other users may write to the directory by now.
+            OSError: the process has closed the descriptor.
         """
         status = os.fstat(self._descriptor)
         if _identity(status) != self._identity:
@@ -198,7 +198,7 @@ class TrustedDirectory:
         return self._descriptor
 
     def is_lost(self) -> bool:
-        """Return whether it was removed, or the process has closed all of its descriptors."""
+        """Return whether the directory was removed, or the process has closed its descriptor."""
         try:
             status = os.fstat(self._descriptor)
         except OSError:
@@ -206,17 +206,19 @@ class TrustedDirectory:
         return _identity(status) != self._identity or status.st_nlink == 0
 
     def open(self, name: str) -> io.FileIO:
-        """Open a trusted file in it, as `open_file` does."""
+        """Open a trusted file of the directory, as `open_file` does."""
         return open_file(self.path / name, self.descriptor)
 
     def read(self, name: str) -> bytes:
-        """Return the content of a trusted file in it, as `open_file` opens it."""
+        """Return the content of a trusted file of the directory, opened as by `open_file`."""
         with self.open(name) as file:
             return file.read()
 
     def entries(self) -> list[tuple[str, os.stat_result]]:
-        """Return the names in it, each with its status; those that vanish meanwhile are left
-        out."""
+        """Return the names in the directory, each with its status.
+
+        Entries that vanish meanwhile are left out.
+        """
         found = []
         listed = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.descriptor)
         try:
@@ -230,10 +232,10 @@ class TrustedDirectory:
     def loadable(self, name: str) -> str:
         """Return a path to an entry for the dynamic linker, which takes no descriptor.
 
-        It leads through the open directory, whatever lies at `path` by now.
+        The path leads through the open directory, even where `path` leads elsewhere by now.
 
         Raises:
-            Untrusted, OSError: as of `descriptor`, or /proc is not mounted.
+            Untrusted, OSError: as `descriptor`, or /proc is not mounted.
         """
         path = f"/proc/self/fd/{self.descriptor}/{name}"
         os.stat(path)

@@ -1,13 +1,14 @@
-"""Layouts of `kernels.layouts`, evaluated on the host for one CTA.
+"""Evaluate the layouts of `kernels.layouts` on the host, for one CTA.
 
-Nothing here computes an address of its own. Columns come from the tiled copy that moves a row, rows
-and groups from the thread-value layout and that of the warps, scales from the layout of their
-format in memory.
+Nothing here computes an address of its own. Columns come from the tiled copy that moves a row. Rows
+and groups come from the thread-value layout and the layout of the warps. Scales come from the
+layout of their format in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from cute_quant.kernels.config import LANES
 from cute_quant.lab.layout import Layout
 
 SECTOR_BYTES = 32
-"""Least bytes that memory and the caches move."""
+"""Bytes of a sector, the smallest unit that memory and the caches move."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Segment:
     """Values of a row that a thread holds, contiguous along k.
 
     Attributes:
-        row, column: of the first one, in the CTA's tile.
-        values: how many.
+        row, column: coordinates of the first value in the CTA's tile.
+        values: number of values.
     """
 
     row: int
@@ -40,11 +41,12 @@ class ScaleByte:
     """The scale of a group of a row, in memory.
 
     Attributes:
-        row, group: of the input.
-        unit: of a row, the scales that lie together: a packed word, or four bytes of a block.
-        offset: of its first byte from the start of sf.
-        nbytes: of the scale: 1, or 4 of a float32.
-        padding: whether there is no such row or no such group, and so it is 0.
+        row, group: coordinates in the input.
+        unit: index, in a row, of the scales that lie together: a packed word, or four bytes of a
+            block.
+        offset: bytes from the start of sf to the scale.
+        nbytes: bytes of the scale: 1, or 4 of a float32.
+        padding: whether the input has no such row or group. The scale is 0 then.
     """
 
     row: int
@@ -60,12 +62,12 @@ class Thread:
     """Values, groups and scales of a thread of a CTA.
 
     Attributes:
-        number: in the CTA.
-        warp, lane: of the CTA, of the warp.
-        segments: one in each of its rows.
-        partners: threads with which it shuffles, in that order.
-        groups: (row, group) of each of its segments.
-        writes: those among the scales of its group, over all rows, that it stores.
+        number: index in the CTA.
+        warp, lane: index of the warp in the CTA, and of the thread in the warp.
+        segments: its values, one segment for each of its rows.
+        partners: threads with which it shuffles, in order.
+        groups: (row, group) of each segment.
+        writes: (row, group) of each scale that it stores.
     """
 
     number: int
@@ -82,14 +84,14 @@ class Request:
     """Bytes that one instruction of a warp moves, from the start of the warp's columns.
 
     Attributes:
-        ranges: of each lane, its first byte and the one after its last.
+        ranges: first byte of each lane, and the byte after its last.
     """
 
     ranges: tuple[tuple[int, int], ...]
 
     @property
     def sectors(self) -> tuple[int, ...]:
-        """Return the sectors that it accesses, ascending."""
+        """Return the sectors that the instruction accesses, ascending."""
         touched = {
             sector
             for first, end in self.ranges
@@ -99,20 +101,20 @@ class Request:
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes that the instruction requests."""
         return sum(end - first for first, end in self.ranges)
 
     @property
     def efficiency(self) -> float:
-        """Return the part of the sectors' bytes that is requested."""
+        """Return the share of the sectors' bytes that is requested."""
         return self.nbytes / (SECTOR_BYTES * len(self.sectors))
 
 
 @contextlib.contextmanager
 def evaluated() -> Iterator[None]:
-    """Make a context where layouts can be built and evaluated, without a kernel."""
-    # It takes a second to import, and who asks for help need not have it.
-    from cutlass._mlir import ir
-
+    """Enter a context in which layouts can be built and evaluated, without a kernel."""
+    # The import takes a second, which the help of the command line can do without.
+    ir: Any = importlib.import_module("cutlass._mlir.ir")
     with ir.Context(), ir.Location.unknown():
         module = ir.Module.create()
         with ir.InsertionPoint(module.body):
@@ -120,14 +122,14 @@ def evaluated() -> Iterator[None]:
 
 
 def columns_of_lanes(layout: Layout) -> list[list[int]]:
-    """Return (lane, value) -> column of the warp's tile, of the tiled copy that loads it."""
+    """Return the map (lane, value) -> column of the tiled copy that loads a warp's tile."""
     with evaluated():
         columns, values = copy_layout(layout), layout.tile.values_per_thread
         return [[columns((lane, v)) for v in range(values)] for lane in range(LANES)]
 
 
 def copy_layout(layout: Layout) -> Any:
-    """Return the CuTe layout of `columns_of_lanes`, where layouts are `evaluated`."""
+    """Return the CuTe layout of `columns_of_lanes`, in a context of `evaluated`."""
     import cutlass.cute as cute
 
     from cute_quant.kernels import layouts
@@ -139,11 +141,11 @@ def copy_layout(layout: Layout) -> Any:
 
 
 def places_of_warps(layout: Layout) -> list[tuple[int, int]]:
-    """Return warp -> its first row and its tile of columns, in the CTA."""
+    """Return the map warp -> (first row, tile of columns) of the CTA."""
     from cute_quant.kernels import layouts
 
     with evaluated():
-        order = layouts.warps(layout.tile)
+        order: Any = layouts.warps(layout.tile)
         first, second = order.shape
         return [order((i, j)) for j in range(second) for i in range(first)]
 
@@ -177,7 +179,7 @@ def threads(layout: Layout) -> list[Thread]:
 
 
 def rows_and_columns(layout: Layout) -> list[list[tuple[int, int]]]:
-    """Return lane -> (row, column) in a warp's tile of the first value of each segment."""
+    """Return the map lane -> (row, column) of the first value of each segment, in a warp's tile."""
     from cute_quant.kernels import layouts
 
     with evaluated():
@@ -187,7 +189,10 @@ def rows_and_columns(layout: Layout) -> list[list[tuple[int, int]]]:
 
 
 def scale_writers(layout: Layout) -> list[tuple[int, int]]:
-    """Return lane -> (row of the thread whose scale it stores, if there is such a row, group)."""
+    """Return the map lane -> (row of the thread, group) of the scale that the lane stores.
+
+    A lane stores no scale where the thread has no such row.
+    """
     from cute_quant.kernels import layouts
 
     with evaluated():

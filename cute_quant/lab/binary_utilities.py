@@ -1,4 +1,4 @@
-"""NVIDIA's binary utilities: cuobjdump and nvdisasm."""
+"""Run NVIDIA's binary utilities, cuobjdump and nvdisasm."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from pathlib import Path
 
 
 def run(tool: str, *arguments: str | Path, directory: Path | None = None) -> str:
-    """Return the output of a tool, from its PyPI package or else from the search path.
+    """Run a tool, from its PyPI package or else from the search path, and return its output.
+
+    Args:
+        tool: name of the tool.
+        arguments: its arguments.
+        directory: working directory, by default the current one.
 
     Raises:
-        FileNotFoundError: it is in neither place.
-        subprocess.CalledProcessError: it failed.
+        FileNotFoundError: the tool is not installed.
+        subprocess.CalledProcessError: the tool failed.
     """
     path = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / tool
     command = [path if path.exists() else tool, *arguments]

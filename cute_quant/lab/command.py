@@ -31,7 +31,7 @@ FORMAT = {"format": "DEEP_GEMM", "dtype": "bf16"}
 """Defaults."""
 BAR = 30
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""Errors of reading a file that no sweep wrote."""
+"""Errors that a file raises that no sweep wrote."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_choices(parser: argparse.ArgumentParser, many: bool) -> None:
-    """Add options for what `make_layout` takes; `many` of each, separated by commas."""
+    """Add the options of `make_layout`; with `many`, each takes values separated by commas."""
     suffix = ",..." if many else ""
     group = parser.add_argument_group("layout")
     for name, what in NUMBERS.items():
@@ -81,14 +81,14 @@ def _add_choices(parser: argparse.ArgumentParser, many: bool) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what `options` say.
+    """Run the command of `layout` that `options` name.
 
     Returns:
-        The exit status: 0, 2 where what was asked for is refused, 1 where a file or a module cannot
-        be used, both with the reason on stderr.
+        The exit status: 0, 2 where an option is refused, or 1 where a file or a module cannot be
+        used. The reason is on stderr.
 
     Raises:
-        BrokenPipeError: nobody reads what is printed.
+        BrokenPipeError: stdout is closed.
     """
     try:
         {"show": _show, "try": _try, "sweep": _sweep, "report": _report}[options.command](options)
@@ -116,7 +116,7 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """Return the command that draws the same again, without the defaults."""
+    """Return the command line that draws the same layout, without the defaults."""
     given = _chosen(options)
     for name in (*FORMAT, "mn", "k"):
         value = getattr(options, name)
@@ -182,7 +182,7 @@ def _report(options: argparse.Namespace) -> None:
     _print(trials, data, options.plot, options.markdown)
 
 
-def _print(trials: list, data: dict[str, Any], plot: Path | None, markdown: bool) -> None:
+def _print(trials: list[Any], data: dict[str, Any], plot: Path | None, markdown: bool) -> None:
     from cute_quant.lab import report
     from cute_quant.lab.sweep import origin
 
@@ -255,10 +255,13 @@ def _layout(options: argparse.Namespace) -> Any:
 
 def _shapes(text: str) -> list[tuple[int, int]]:
     try:
-        shapes = [tuple(int(n) for n in shape.split("x")) for shape in text.split(",")]
+        shapes = []
+        for shape in text.split(","):
+            mn, k = map(int, shape.split("x"))
+            shapes.append((mn, k))
     except ValueError:
-        shapes = [()]
-    if any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
+        shapes = []
+    if not shapes or min(map(min, shapes)) < 1:
         raise ValueError(f"shapes: expected MNxK,... such as {SHAPES}, got {text!r}")
     return shapes
 

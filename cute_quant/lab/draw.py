@@ -1,4 +1,4 @@
-"""One picture of a layout, as a file or as text."""
+"""Draw a layout to a file or as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cute_quant.lab.page import page
 
 SUFFIXES = (".txt", ".svg", ".png", ".html")
 MAX_SCALES = 1 << 15
-"""Most scales that are drawn: more take seconds, and slow a browser down."""
+"""Maximum of drawn scales: more take seconds, and slow a browser down."""
 
 
 def draw(
@@ -24,16 +24,19 @@ def draw(
     """Draw the thread-value layout, the memory accesses of a warp, and the scales in memory.
 
     Args:
-        path: a file to write, whose name ends in one of ``SUFFIXES``; none by default.
-        mn, k: shape of the input whose scales are drawn; by default a little more than a CTA's.
-        command: command line that a page names as its source.
+        layout: the layout.
+        path: a file to write, whose name ends in one of ``SUFFIXES``. By default none is written.
+        mn: rows of the input whose scales are drawn, by default a few more than a CTA's.
+        k: columns of that input, by default a group more than a CTA's.
+        command: command line that an HTML page names as its source.
 
     Returns:
         The drawing as text.
 
     Raises:
-        ModuleNotFoundError: a PNG is asked for, and matplotlib is not installed.
-        ValueError: the path ends otherwise, or the input has more than ``MAX_SCALES`` scales.
+        ModuleNotFoundError: `path` is a PNG, and matplotlib is not installed.
+        ValueError: `path` has another suffix, `mn` or `k` is below 1, or the input has more than
+            ``MAX_SCALES`` scales.
     """
     for name, size in (("mn", mn), ("k", k)):
         if size is not None and size < 1:

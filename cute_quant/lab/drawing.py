@@ -6,7 +6,7 @@ Colours go by names, so that a drawing is legible on light and on dark paper.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape, quoteattr
 
@@ -64,7 +64,7 @@ class Box:
     height: float
     fill: str | None = None
     stroke: str | None = None
-    data: dict[str, object] = field(default_factory=dict)
+    data: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class Drawing:
     parts: list[Box | Words] = field(default_factory=list)
 
     def add(self, *parts: Box | Words) -> None:
+        """Add shapes on top of the others."""
         self.parts.extend(parts)
 
     def svg(self) -> str:
@@ -155,7 +156,7 @@ class Drawing:
 
 
 def stacked(title: str, drawings: Iterable[Drawing], gap: float = 18) -> Drawing:
-    """Return drawings stacked as one."""
+    """Return a drawing of several, one below the other."""
     drawings = list(drawings)
     result = Drawing(title, max(d.width for d in drawings))
     for d in drawings:

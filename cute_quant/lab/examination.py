@@ -1,4 +1,4 @@
-"""Facts about a layout without a GPU: from its machine code and from the layout itself."""
+"""Examine a layout without a GPU, from its machine code and from the layout itself."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cute_quant.lab.layout import Layout
 from cute_quant.lab.machine_code import machine_code
 
 ELEMENTS = 512
-"""Instructions are counted for as many, what a warp of the default takes at once, so that layouts
-of other sizes compare."""
+"""Elements for which instructions are counted, so that layouts of any size compare. A warp of the
+default layout takes as many at once."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class Examination:
     """A layout on an architecture.
 
     Attributes:
-        instructions: of the kernel.
-        registers: a thread.
+        instructions: instructions of the kernel.
+        registers: registers of a thread.
         spills: instructions that move registers to the stack or back.
         issue_slots: instructions for 512 elements.
-        budget: instructions that a warp may issue in the time that 512 elements take to be moved.
-        resident_warps: of an SM.
-        bytes_in_flight: of x on an SM, if all of its warps wait for their loads.
-        load_sectors, store_sectors: of 32 bytes, that an instruction of a warp asks for.
-        load_efficiency, store_efficiency: the part of these that it moves.
+        budget: instructions that a warp may issue while memory moves 512 elements.
+        resident_warps: warps that are resident on an SM.
+        bytes_in_flight: bytes of x in flight on an SM while all of its warps wait for loads.
+        load_sectors, store_sectors: sectors of 32 bytes that an instruction of a warp requests.
+        load_efficiency, store_efficiency: share of their bytes that the instruction moves.
     """
 
     instructions: int
@@ -49,6 +49,7 @@ class Examination:
 
     @property
     def budget_share(self) -> float:
+        """Return the issue slots over the budget."""
         return self.issue_slots / self.budget
 
 

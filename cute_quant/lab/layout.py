@@ -30,10 +30,10 @@ class Layout:
     """A layout of the kernel that quantizes dense rows. Get one from :func:`make_layout`.
 
     Attributes:
-        tile: of the threads of a CTA.
-        access: to memory.
-        fmt: of the results; groups that are not whole rows.
-        dtype: of x.
+        tile: how the threads of a CTA tile rows and columns.
+        access: widths of loads and stores.
+        fmt: format of the results, whose groups are not whole rows.
+        dtype: dtype of x.
     """
 
     tile: Tile
@@ -43,10 +43,12 @@ class Layout:
 
     @property
     def spec(self) -> QuantizeSpec:
+        """Return the spec of the kernel."""
         return QuantizeSpec(self.dtype, self.fmt.kernel_format, self.tile, access=self.access)
 
     @property
     def lanes_per_group(self) -> int:
+        """Return the lanes that hold a group."""
         return self.tile.lanes_per_group(self.fmt.group_size)
 
     @property
@@ -56,11 +58,12 @@ class Layout:
 
     @property
     def cta_columns(self) -> int:
+        """Return the columns of a CTA."""
         return self.tile.column_warps * self.tile.columns
 
     @property
     def packs(self) -> float:
-        """Return the columns of scales that a CTA stores: packed words, or float32."""
+        """Return the columns of sf that a CTA stores, fractions of a packed word included."""
         groups = self.tile.column_warps * self.tile.groups(self.fmt.group_size)
         return groups / self.fmt.groups_per_column
 
@@ -87,7 +90,7 @@ class Layout:
 
     @property
     def column_multiple(self) -> int:
-        """Return the number that k is a multiple of."""
+        """Return the number of which k has to be a multiple."""
         return self.tile.values_per_thread * self.tile.rows_per_thread
 
     def choices(self) -> dict[str, Any]:
@@ -121,13 +124,14 @@ def make_layout(
     load_hint: str | None = None,
     **tile: Any,
 ) -> Layout:
-    """Make the layout of these choices; what is not chosen is as by default.
+    """Make a layout, with the package's defaults for the arguments that are not given.
 
     Args:
-        fmt: of the results.
-        dtype: of x.
-        threads_per_group, values_per_thread: either says what the other is.
-        load_bytes: as many as a thread has, 32 at most, by default.
+        fmt: format of the results.
+        dtype: dtype of x.
+        threads_per_group: threads that hold a group, group_size / `values_per_thread`.
+        values_per_thread: values of a thread, contiguous along k. One of the two is enough.
+        load_bytes: bytes of a load. By default a thread's values of a row, up to 32 bytes.
         load_hint: one of ``config.LOAD_HINTS``.
         tile: other attributes of `config.Tile`.
 
@@ -168,8 +172,10 @@ def make_layout(
 def product(
     fmt: Format, dtype: torch.dtype, choices: Mapping[str, Sequence[Any]]
 ) -> Iterator[tuple[dict[str, Any], Layout | ValueError]]:
-    """Yield combinations of choices for `make_layout`, each with its layout or with the error
-    that refuses it."""
+    """Yield every combination of choices for `make_layout`, with its layout.
+
+    A combination that `make_layout` refuses comes with the error instead.
+    """
     for values in itertools.product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
         try:
@@ -179,12 +185,12 @@ def product(
 
 
 def around_the_default(fmt: Format, dtype: torch.dtype) -> list[Layout]:
-    """Return the default and the layouts a step away from it, for a sweep of a minute."""
-    shapes = [
+    """Return the default layout and those a step away from it, for a sweep of a minute."""
+    shapes: list[dict[str, Any]] = [
         {"row_warps": down, "column_warps": along}
         for down, along in ((1, 1), (1, 4), (2, 2), (2, 1), (8, 1), (16, 1), (1, 8), (4, 2))
     ]
-    some = [
+    some: list[dict[str, Any]] = [
         {},
         *({"threads_per_group": lanes} for lanes in (2, 4, 16, 32)),
         *({"rows_per_thread": rows} for rows in (2, 4, 8)),

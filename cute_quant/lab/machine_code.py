@@ -1,4 +1,4 @@
-"""Machine code of kernels, made and read without a GPU, and what a GPU can issue and hold of it."""
+"""Compile and disassemble kernels without a GPU, and compare the result with the limits of GPUs."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class MachineCode:
     Attributes:
         opcodes: mnemonics with modifiers, in order, padding left out.
         text: the listing.
-        registers: a thread.
-        stack: bytes a thread; spilled registers live there.
-        shared: bytes a CTA.
+        registers: registers of a thread.
+        stack: bytes of a thread's stack, to which registers are spilled.
+        shared: bytes of shared memory of a CTA.
     """
 
     opcodes: tuple[str, ...]
@@ -50,7 +50,7 @@ class MachineCode:
     shared: int
 
     def count(self, *prefixes: str) -> int:
-        """Return how many instructions have a prefix as mnemonic, or before a dot."""
+        """Return the number of instructions whose opcode is a prefix, or a prefix and modifiers."""
         return sum(
             op == prefix or op.startswith(prefix + ".")
             for op in self.opcodes

@@ -29,15 +29,16 @@ CHOICES = {
     "row_warps": (1, 2, 4, 8),
     "column_warps": (1, 2, 4, 8),
 }
-"""Numbers to choose from in a page, beside those of the layout that it starts with."""
+"""Numbers that a page offers, beside those of the layout that it starts with."""
 
 
 def page(layout: Layout, mn: int | None = None, k: int | None = None, command: str = "") -> str:
-    """Return HTML.
+    """Return an HTML page that draws a layout and others that the reader chooses.
 
     Args:
         layout: the layout that is shown first.
-        mn, k: shape of the input whose scales are drawn, as `pictures.pictures` takes it.
+        mn: rows of the input whose scales are drawn, by default those of `pictures.pictures`.
+        k: columns of that input.
         command: command line that made the page.
     """
     folder = resources.files(__package__)
@@ -53,7 +54,7 @@ def page(layout: Layout, mn: int | None = None, k: int | None = None, command: s
 
 
 def data(layout: Layout, mn: int | None = None, k: int | None = None) -> dict[str, Any]:
-    """Return what the script of a page reads."""
+    """Return the data that the script of a page reads."""
     formats = _formats(layout.fmt)
     own = {name: getattr(layout.tile, name) for name in CHOICES}
     choices = {name: sorted({*CHOICES[name], own[name]}) for name in CHOICES}
@@ -91,13 +92,13 @@ def data(layout: Layout, mn: int | None = None, k: int | None = None) -> dict[st
 
 
 class _LayoutTexts:
-    """CuTe layouts as text, each built once. Needs `assignment.evaluated` around it."""
+    """CuTe layouts as text, each built once, in a context of `assignment.evaluated`."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple, str] = {}
+        self._known: dict[tuple[object, ...], str] = {}
 
     def of(self, layout: Layout, mn: int, k: int) -> tuple[str, ...]:
-        """Return thread-value layout, copy, warps, lanes and scales of a layout."""
+        """Return the CuTe layouts of threads and values, copy, warps, lanes and scales."""
         from cute_quant.kernels import layouts
 
         tile, fmt = layout.tile, layout.fmt
@@ -131,10 +132,10 @@ def _name(fmt: Format) -> str:
 
 
 def _replaced(layout: Layout, fmt: Format, numbers: dict[str, int]) -> Layout:
-    """Return a layout with these choices, all others as `layout` has them.
+    """Return `layout` with another format and other numbers.
 
     Raises:
-        ValueError: there is no such layout, with the rule that is broken.
+        ValueError: the choices break a rule of the contract, which the message names.
     """
     kept = {name: getattr(layout.tile, name) for name in Tile._fields if name not in CHOICES}
     own = make_layout(layout.fmt, layout.dtype, values_per_thread=layout.tile.values_per_thread)
@@ -150,7 +151,7 @@ def _replaced(layout: Layout, fmt: Format, numbers: dict[str, int]) -> Layout:
 
 
 def _format(fmt: Format) -> dict[str, Any]:
-    """Return what a drawing has to know of a format."""
+    """Return the properties of a format that a drawing needs."""
     named = fmt in NAMED_FORMATS.values()
     kind = f"{dtype_name(fmt.scale_dtype)} scales, {fmt.scale_layout}"
     return {
@@ -168,7 +169,7 @@ def _format(fmt: Format) -> dict[str, Any]:
 
 
 def _fixed(layout: Layout) -> str:
-    """Return arguments of `make_layout` that a page cannot change, where they are not defaults."""
+    """Return the arguments of `make_layout` that a page cannot change and that are not defaults."""
     words = []
     dtype = next(name for name, dtype in DTYPES.items() if dtype == layout.dtype)
     if dtype != "bf16":

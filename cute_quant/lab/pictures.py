@@ -13,7 +13,7 @@ from cute_quant.lab.layout import Layout
 from cute_quant.lab.machine_code import EXAMINED
 
 COLOURED_GROUPS = 4
-"""As many colours of groups as a packed word has bytes."""
+"""Colours of groups, as many as a packed word has bytes."""
 
 LINE_COLUMNS = 128
 MARGIN, LABEL, LINE, NOTE = 16, 170, 896, 150
@@ -21,7 +21,7 @@ WIDTH = MARGIN + LABEL + LINE + NOTE
 ROW, STRIP, GAP = 24, 22, 10
 HEADER = 66
 MAX_STRIPS = 16
-"""Requests that are drawn; those after them look alike."""
+"""Maximum of drawn requests: those after them look alike."""
 
 
 def example_rows(layout: Layout) -> int:
@@ -133,8 +133,8 @@ def access_picture(layout: Layout) -> Drawing:
 
 
 def _accesses(layout: Layout) -> list[tuple[str, list[Request]]]:
-    """Return loads and stores, architectures joined where they are the same."""
-    accesses: dict[tuple, list[str]] = {}
+    """Return loads and stores with a title, architectures merged where they are the same."""
+    accesses: dict[tuple[str, tuple[Request, ...]], list[str]] = {}
     for kind, of in (("loads of x", assignment.loads), ("stores of q", assignment.stores)):
         for arch in EXAMINED:
             accesses.setdefault((kind, tuple(of(layout, arch))), []).append(arch)
@@ -240,7 +240,9 @@ def pictures(layout: Layout, mn: int | None = None, k: int | None = None) -> lis
     """Draw elements, memory accesses and scales of a layout.
 
     Args:
-        mn, k: shape of the input whose scales are drawn; by default a little more than a CTA's.
+        layout: the layout.
+        mn: rows of the input whose scales are drawn, by default a few more than a CTA's.
+        k: columns of that input, by default a group more than a CTA's.
     """
     mn = example_rows(layout) if mn is None else mn
     k = example_columns(layout) if k is None else k
@@ -252,7 +254,7 @@ def pictures(layout: Layout, mn: int | None = None, k: int | None = None) -> lis
 
 
 def text(layout: Layout, mn: int | None = None, k: int | None = None) -> str:
-    """Return the same facts as lines for a terminal."""
+    """Return the facts of `pictures` as lines for a terminal."""
     mn = example_rows(layout) if mn is None else mn
     k = example_columns(layout) if k is None else k
     return "\n\n".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,16 +19,16 @@ POISON = 0xA5
 
 
 class WrongResultError(RuntimeError):
-    """A layout does not give the default's results."""
+    """A layout's results differ from the default's."""
 
 
 @dataclass(frozen=True)
 class Time:
-    """Time of a call, in seconds.
+    """Time of a call.
 
     Attributes:
-        seconds: of the layout, the median of the replays.
-        default_seconds: of the default, its replays interleaved with the layout's.
+        seconds: seconds of the layout, the median of the replays.
+        default_seconds: seconds of the default, whose replays are interleaved with the layout's.
     """
 
     seconds: float
@@ -35,6 +36,7 @@ class Time:
 
     @property
     def ratio(self) -> float:
+        """Return the time over that of the default."""
         return self.seconds / self.default_seconds
 
 
@@ -42,8 +44,9 @@ class Track:
     """Memory of one shape on the current GPU, and the default's results.
 
     Args:
-        default: the layout that others are compared with; all have its format and dtype.
-        mn, k: shape of the input.
+        default: the layout that others are compared with. All have its format and dtype.
+        mn: rows of the input.
+        k: columns of the input.
     """
 
     def __init__(self, default: Layout, mn: int, k: int):
@@ -68,7 +71,7 @@ class Track:
 
         Raises:
             ValueError: the layout does not take the shape.
-            WrongResultError: its results are not the default's.
+            WrongResultError: the layout's results differ from the default's.
         """
         check_shape(layout, self.mn, self.k)
         calls = self._calls(layout)
@@ -88,7 +91,7 @@ class Track:
         arch = lookup.architecture(torch.cuda.current_device())
         function = lookup.function(launched_on(layout.spec, arch), arch)
         return [
-            lambda operands=operands: function(*operands, None, None, 0, 1, 1, layout.fmt.floor)
+            functools.partial(function, *operands, None, None, 0, 1, 1, layout.fmt.floor)
             for operands in self.buffers
         ]
 
@@ -106,7 +109,7 @@ def check_shape(layout: Layout, mn: int, k: int) -> None:
     """Check that a layout takes an (mn, k) input.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the layout does not take it.
     """
     if k % layout.column_multiple:
         raise ValueError(

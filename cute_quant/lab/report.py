@@ -1,4 +1,4 @@
-"""Report of trials: a table for a terminal or for Markdown, and a plot."""
+"""Report trials as a table for a terminal or for Markdown, and as a plot."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ SHORT = {name: f"SM{10 * a.capability[0] + a.capability[1]}" for name, a in EXAM
 BAR = 24
 FAILED, UNKNOWN = "failed", "-"
 WORST = 2.0
-"""Ratios beyond this one end at the edge of the plot."""
+"""Largest ratio of the plot; larger ones end at its edge."""
 
 PLOT_WIDTH, PLOT_LABEL, PLOT_ROW, PLOT_HEADER = 1000, 330, 28, 108
 
 
 def columns(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
-    """Return headings, and a row of cells for each trial."""
+    """Return the headings of the table, and a row of cells for each trial."""
     architectures = [arch for arch in SHORT if any(arch in t.code for t in trials)]
     shapes = shapes_of(trials)
     headings = ["layout", "rows x packs a CTA"]
@@ -56,7 +56,7 @@ def _code_cells(trial: Trial, architectures: Sequence[str]) -> list[str]:
 
 
 def shapes_of(trials: Sequence[Trial]) -> list[tuple[int, int]]:
-    """Return the shapes that anything was timed with, in order."""
+    """Return the shapes with which a trial was timed, in order."""
     return list(dict.fromkeys(shape for t in trials for shape in t.ratios))
 
 
@@ -73,6 +73,7 @@ def legend(trials: Sequence[Trial]) -> str:
 
 
 def text_table(trials: Sequence[Trial]) -> str:
+    """Return the table with aligned columns, followed by a line for each failure."""
     headings, table = columns(trials)
     widths = [max(map(len, column)) for column in zip(headings, *table, strict=True)]
     lines = [
@@ -87,13 +88,14 @@ def text_table(trials: Sequence[Trial]) -> str:
 
 
 def markdown_table(trials: Sequence[Trial]) -> str:
+    """Return the table in Markdown."""
     headings, table = columns(trials)
     rule = ["---", *("---:" for _ in headings[1:])]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *table))
 
 
 def text_plot(trials: Sequence[Trial]) -> str:
-    """Return bars of the time for the last shape, or without times of the issue slots on SM100."""
+    """Return bars of the times of the last shape, or of the issue slots on SM100 without times."""
     title, values = _plotted(trials)
     width = max(len(t.layout.name) for t in trials)
     top = max((value for value in values if value), default=1.0)
@@ -126,10 +128,11 @@ def plot(trials: Sequence[Trial], source: str) -> Drawing:
     """Draw a dot for each layout and shape: time over the default's.
 
     Args:
-        source: where, when and of which commit it was measured.
+        trials: the trials, some of them timed.
+        source: GPU, date and commit of the measurement.
 
     Raises:
-        ValueError: nothing was timed.
+        ValueError: no trial was timed.
     """
     shapes = shapes_of(trials)
     if not shapes:

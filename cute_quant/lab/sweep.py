@@ -25,14 +25,14 @@ Progress = Callable[[int, int, str], None]
 
 @dataclasses.dataclass
 class Trial:
-    """Facts about a layout.
+    """A layout and its measurements.
 
     Attributes:
         layout: the layout.
-        code: by architecture.
-        ratios: by shape, time over the default's.
-        microseconds: by shape.
-        failure: why there is no time, if there should be one.
+        code: facts about the machine code, by architecture.
+        ratios: time over the default's, by shape.
+        microseconds: time of a call, by shape.
+        failure: reason why timing failed, else empty.
     """
 
     layout: Layout
@@ -42,7 +42,7 @@ class Trial:
     failure: str = ""
 
     def examine(self) -> None:
-        """Read its machine code, if that is not yet done.
+        """Compile the layout for each architecture and read its machine code, once.
 
         Raises:
             FileNotFoundError: NVIDIA's disassembler is not installed.
@@ -59,13 +59,13 @@ def sweep(
 ) -> list[Trial]:
     """Try layouts of one format and dtype.
 
-    Times are taken where there is a GPU, and only of layouts whose results are the default's to
-    the bit; why there are none is `Trial.failure`. Where there is a GPU, but not NVIDIA's
-    disassembler, `Trial.code` stays empty.
+    On a GPU each layout is timed, if its results equal the default's bitwise. Otherwise
+    `Trial.failure` has the reason. On a GPU without NVIDIA's disassembler `Trial.code` is empty.
 
     Args:
-        shapes: (mn, k) of inputs to time.
-        progress: called before each layout, and at the end.
+        layouts: the layouts.
+        shapes: (mn, k) of the inputs to time.
+        progress: callback before each layout, and at the end.
 
     Raises:
         FileNotFoundError: there is neither a GPU nor the disassembler.
@@ -101,10 +101,10 @@ def _race(trial: Trial, tracks: Sequence[race.Track]) -> None:
 
 
 def to_json(trials: Sequence[Trial], commit: str | None = None) -> dict[str, Any]:
-    """Return trials as `from_json` reads them.
+    """Return trials and their origin as JSON, for `from_json`.
 
     Args:
-        trials: at least one.
+        trials: the trials, at least one.
         commit: name of the measured version.
     """
     fmt, dtype = trials[0].layout.fmt, trials[0].layout.dtype
@@ -132,7 +132,7 @@ def to_json(trials: Sequence[Trial], commit: str | None = None) -> dict[str, Any
 
 
 def origin(data: dict[str, Any]) -> str:
-    """Return where, when and of which version the trials of `to_json` were measured."""
+    """Return GPU, versions, date and commit of the trials of `to_json`."""
     commit = data.get("commit") or "not recorded"
     return f"{data['gpu']}, torch {data['torch']}, {data['date']}, commit {commit}"
 
@@ -141,8 +141,8 @@ def from_json(data: dict[str, Any]) -> list[Trial]:
     """Return the trials that `to_json` wrote.
 
     Raises:
-        ArithmeticError, AttributeError, LookupError, TypeError, ValueError: `data` is not what
-            `to_json` makes.
+        ArithmeticError, AttributeError, LookupError, TypeError, ValueError: `data` does not come
+            from `to_json`.
     """
     for name in ("gpu", "torch", "date"):
         data[name]  # A plot names them.
@@ -163,7 +163,8 @@ def from_json(data: dict[str, Any]) -> list[Trial]:
 
 
 def _examination(code: dict[str, Any]) -> Examination:
-    found = Examination(**{name: _number(name, value) for name, value in code.items()})
+    numbers: dict[str, Any] = {name: _number(name, value) for name, value in code.items()}
+    found = Examination(**numbers)
     if not found.budget:
         raise ValueError("budget: expected at least 1, got 0")
     return found

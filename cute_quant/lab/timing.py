@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -25,15 +26,17 @@ ASSUMED_LAUNCH_SECONDS = 1.5e-6
 SPIN_CYCLES = 400_000
 WARM_UP_SPINS = 1500
 
+Key = TypeVar("Key", bound=Hashable)
+
 
 @dataclass(frozen=True)
 class Graph:
     """A captured sequence of calls.
 
     Attributes:
-        graph: what to replay.
-        launches: calls in it.
-        calls: what was captured; memory that they own has to last as long as the graph.
+        graph: the CUDA graph.
+        launches: number of calls in the graph.
+        calls: the captured calls, whose memory has to last as long as the graph.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -43,28 +46,36 @@ class Graph:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, one for each replay, ascending."""
+    """Times of a call.
+
+    Attributes:
+        seconds: seconds of a call, one for each replay, ascending.
+    """
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
+        """Return the median of the replays, in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def quartiles(self) -> tuple[float, float]:
+        """Return the lower and the upper quartile of the replays, in seconds."""
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return low, high
 
 
 def buffer_count(bytes_per_call: int) -> int:
-    """Return buffers to rotate so that a call finds none of its data in the L2 cache, as far as
-    ``MAX_BUFFERS`` go: small activations come from the L2 cache in a model too."""
+    """Return the number of buffers to rotate so that no call finds its data in the L2 cache.
+
+    It is at most ``MAX_BUFFERS``: in a model, too, small activations come from the L2 cache.
+    """
     return max(2, min(MAX_BUFFERS, -(-ROTATION_BYTES // bytes_per_call)))
 
 
 def launch_count(bytes_per_call: int) -> int:
-    """Return calls to capture in one graph."""
+    """Return the number of calls to capture in one graph."""
     seconds = ASSUMED_LAUNCH_SECONDS + bytes_per_call / ASSUMED_BYTES_PER_SECOND
     return max(MIN_LAUNCHES, min(MAX_LAUNCHES, round(GRAPH_SECONDS / seconds)))
 
@@ -72,7 +83,7 @@ def launch_count(bytes_per_call: int) -> int:
 def capture(calls: Sequence[Callable[[], object]], launches: int = MIN_LAUNCHES) -> Graph:
     """Capture a graph of `launches` calls that cycles through `calls`.
 
-    Each runs once before: a first call may compile or load a module, which no capture allows.
+    Each call runs once before: a first call may compile or load a module, which no capture allows.
     """
     for call in calls:
         call()
@@ -87,16 +98,16 @@ def capture(calls: Sequence[Callable[[], object]], launches: int = MIN_LAUNCHES)
 
 
 def warm_up() -> None:
-    """Keep the GPU busy for some tenths of a second: an idle one starts at low clocks."""
+    """Keep the GPU busy for some tenths of a second, since an idle GPU starts at low clocks."""
     for _ in range(WARM_UP_SPINS):
         torch.cuda._sleep(SPIN_CYCLES)
     torch.cuda.synchronize()
 
 
-def measure(graphs: Mapping[Hashable, Graph], replays: int = REPLAYS) -> dict[Hashable, Timing]:
-    """Time graphs with interleaved replays; each round starts with another graph."""
+def measure(graphs: Mapping[Key, Graph], replays: int = REPLAYS) -> dict[Key, Timing]:
+    """Time graphs with interleaved replays, each round starting with another graph."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    seconds: dict[Hashable, list[float]] = {key: [] for key in graphs}
+    seconds: dict[Key, list[float]] = {key: [] for key in graphs}
     keys = list(graphs)
     for i in range(replays):
         first = i % len(keys)
@@ -110,6 +121,6 @@ def measure(graphs: Mapping[Hashable, Graph], replays: int = REPLAYS) -> dict[Ha
     return {key: Timing(tuple(sorted(values))) for key, values in seconds.items()}
 
 
-def median_seconds(graphs: Mapping[Hashable, Graph]) -> dict[Hashable, float]:
-    """Return seconds a call for each graph, the median over replays that alternate between them."""
+def median_seconds(graphs: Mapping[Key, Graph]) -> dict[Key, float]:
+    """Return the seconds of a call for each graph, the median of interleaved replays."""
     return {key: timing.median for key, timing in measure(graphs).items()}

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from bench import demo, environment, stage_report, stream
+from bench import demo, environment, masked, stage_report, stream
 from bench.names import CUTE_QUANT, PLAIN, STREAM, of_operation
 from bench.results import Result, Results
 from bench.run import Check, Run
@@ -208,3 +208,10 @@ def test_the_demo_never_prints_a_time_of_nothing(monkeypatch, capsys):
     demo.call_time(torch.ones(4, 128, dtype=torch.bfloat16))
     out = capsys.readouterr().out
     assert "50,000,000 us, 0.0000000" in out and out.endswith(" GB/s\n")
+
+
+def test_experts_are_pairs():
+    assert masked._pairs("32:1024,256:4096") == ((32, 1024), (256, 4096))
+    for text in ("32", "32:1024:8"):
+        with pytest.raises(ValueError, match="unpack"):
+            masked._pairs(text)

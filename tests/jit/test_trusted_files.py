@@ -1,5 +1,7 @@
-"""Who may have written what is loaded: attacks of another user on the cache and on directories
-built ahead of time."""
+"""Who may have written what is loaded.
+
+Another user attacks the cache, and directories built ahead of time.
+"""
 
 import os
 import shutil
