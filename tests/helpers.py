@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -12,6 +14,15 @@ from tests import oracle
 from tests.prologues import Bounds
 
 POISON = 0xA5
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return the environment of a process that a test starts: this checkout comes first in it."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **variables}
+
 
 ARCHITECTURES = ("sm_100a", "sm_90a")
 """Targets that the emulator runs every case for; tests/kernels/test_architectures.py has others."""

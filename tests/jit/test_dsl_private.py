@@ -3,7 +3,6 @@
 import argparse
 import ast
 import importlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 import cute_quant
 from cute_quant.jit import dsl_private
+from tests.helpers import environment
 
 PACKAGE = Path(cute_quant.__file__).parent
 PRIVATE = ("cutlass._mlir", "cutlass.base_dsl", "cutlass.cutlass_dsl")
@@ -78,7 +78,7 @@ def run(directory: Path, code: str, *arguments: str) -> subprocess.CompletedProc
     program.write_text(code)
     return subprocess.run(
         [sys.executable, program, *arguments],
-        env=os.environ | {"CUTE_QUANT_CACHE": "off", "PYTHONPATH": str(PACKAGE.parent)},
+        env=environment(CUTE_QUANT_CACHE="off"),
         capture_output=True,
         text=True,
     )

@@ -4,13 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import cute_quant
+from tests.helpers import environment
 
-ROOT = Path(cute_quant.__file__).parents[1]
 FORKS = int(os.environ.get("CUTE_QUANT_TEST_FORKS", "20"))
 """How often it is forked: ``CUTE_QUANT_TEST_FORKS=200`` for long."""
 
@@ -72,10 +70,9 @@ print(json.dumps([outcomes, len(compiled) > 0]))
 def test_children_of_a_process_that_compiles(cache, tmp_path):
     directory = tmp_path / "cache"
     directory.mkdir(mode=0o700)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUTE_QUANT_CACHE_DIR": str(directory)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORK, str(FORKS)],
-        env=environment | {"CUTE_QUANT_CACHE": cache},
+        env=environment(CUTE_QUANT_CACHE_DIR=str(directory), CUTE_QUANT_CACHE=cache),
         capture_output=True,
         text=True,
     )
@@ -110,7 +107,7 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
 def test_child_of_a_process_that_has_compiled_compiles():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", BEFORE],
-        env=os.environ | {"CUTE_QUANT_CACHE": "off", "PYTHONPATH": str(ROOT)},
+        env=environment(CUTE_QUANT_CACHE="off"),
         capture_output=True,
         text=True,
         timeout=60,

@@ -28,7 +28,7 @@ from cute_quant.jit import (
 from cute_quant.jit.disk_cache import Cache
 from cute_quant.jit.trusted_files import TrustedDirectory, Untrusted
 from cute_quant.kernels.config import QuantizeSpec
-from tests.helpers import UE8M0
+from tests.helpers import UE8M0, environment
 
 SPEC = QuantizeSpec(torch.bfloat16, UE8M0)
 ARCH = "sm_100a"
@@ -383,12 +383,9 @@ def test_full_disk_ends_no_process(full, tmp_path):
     mount = f"mount -t tmpfs -o size=16k,mode=0700 none {directories[full]}"
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, FULL],
-        env={
-            **os.environ,
-            **{name: str(path) for name, path in directories.items()},
-            "CUTE_QUANT_CACHE": "on",
-            "PYTHONPATH": str(Path(cute_quant.__file__).parent.parent),
-        },
+        env=environment(
+            CUTE_QUANT_CACHE="on", **{name: str(path) for name, path in directories.items()}
+        ),
         capture_output=True,
         text=True,
     )
