@@ -21,7 +21,6 @@ NAMES = {
     "cutlass._mlir.dialects": ("llvm",),
     "cutlass.base_dsl": ("BaseDSL",),
     "cutlass.base_dsl.dsl": ("argparse", "_get_diagnostic_arg_parser"),
-    "cutlass.base_dsl.enums": ("Arch",),
     "cutlass.base_dsl.export": ("get_export_module",),
     "cutlass.base_dsl.tvm_ffi_builder": ("rename_tvm_ffi_function",),
     "cutlass.cutlass_dsl": ("T", "dsl_user_op"),

@@ -67,7 +67,7 @@ def test_manifest(built):
 )
 def test_a_gpu_takes_the_closest_object(capability, target, loaded, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(lookup, "_cached", lambda spec, arch: None)
+    monkeypatch.setattr(lookup, "_using_cache", lambda spec, arch, ask: None)
     monkeypatch.setattr(lookup, "_compiled", lambda spec, arch: f"compiled for {arch}")
     lookup.find_architecture.cache_clear()
     arch = lookup.architecture(0)

@@ -890,7 +890,7 @@ FAULTS = [
     Fault(
         "plan-pdl-everywhere",
         "dispatch/plan.py",
-        '"pdl": architecture.pdl}',
+        '"pdl": architectures.named(gpu.arch).pdl}',
         '"pdl": True}',
         [f"{ON_ARCHITECTURES}::test_smoke[sm_89]"],
     ),
