@@ -116,7 +116,14 @@ def build(kernel: Any, arch: str, *options: str, engine: bool = True) -> Any:
         arch: a target of `architectures`, such as "sm_90a" or "sm_100f".
         options: further options of ``cute.compile``.
         engine: whether the result is to be called in this process, or only to be written.
+
+    Raises:
+        TypeError: `kernel` is no such object, a class for instance.
+        ValueError: `arch` is no such target.
     """
+    if isinstance(kernel, type) or not (callable(kernel) and hasattr(kernel, "signature")):
+        raise TypeError(f"kernel: expected an object with signature and __call__, got {kernel!r}")
+    architectures.named(arch)
     with compilation.alone():
         # The DSL imports it too, and a child that is forked meanwhile still has to load with it.
         with compilation.load_lock, contextlib.suppress(ImportError):
