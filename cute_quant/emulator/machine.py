@@ -117,7 +117,7 @@ class Program:
                 return _Step(instruction)  # a grid that runs alone has none to let go
             raise UnknownInstruction(f"unknown instruction {opcode}")
         except UnknownInstruction as error:
-            place = f"{self.kernel.name}: line {instruction.line}: `{instruction.text}`"
+            place = f"line {instruction.line} of {self.kernel.label}: `{instruction.text}`"
             raise UnknownInstruction(f"{place}: {error}") from None
 
 
@@ -650,7 +650,7 @@ class Batch:
             pc = min(self.ready)
             active = self.ready.pop(pc)
             if pc == len(steps):
-                raise EmulatorError(f"{self.program.kernel.name}: ran past its last instruction")
+                raise EmulatorError(f"{self.program.kernel.label}: ran past its last instruction")
             step = steps[pc]
             self.current = step.instruction
             chosen = active
@@ -798,8 +798,8 @@ class Batch:
             "(" + ", ".join(str(int(axis[at])) for axis in place) + ")"
             for place in (self.block, self.thread)
         )
-        where = f"{self.program.kernel.name}: block {block} thread {thread}"
-        return f"{where}: line {self.current.line}: `{self.current.text}`"
+        line = f"line {self.current.line} of {self.program.kernel.label}"
+        return f"block {block} thread {thread}: {line}: `{self.current.text}`"
 
     def describer(self, threads: np.ndarray) -> Callable[[int], str]:
         """Return the function that describes a thread by its index in `threads`."""
@@ -840,7 +840,7 @@ def run(
     arguments: Sequence[bytes],
     memory: Memory,
     *,
-    only: Iterable[tuple[int, int, int]] | None = None,
+    only: Sequence[tuple[int, int, int]] | None = None,
     watch: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None,
 ) -> None:
     """Launch a kernel and run it to its end.
@@ -856,19 +856,24 @@ def run(
 
     Raises:
         EmulatorError: the launch does not fit the kernel, or the kernel does what it must not.
+        ValueError: a block of `only` or `watch` is not in the grid, or a thread not in its block.
     """
     kernel = program.kernel
     if kernel.block is not None and tuple(block) != kernel.block:
-        raise EmulatorError(f"{kernel.name}: block {block}, compiled for {kernel.block}")
+        raise EmulatorError(f"{kernel.label}: block {block}, compiled for {kernel.block}")
     threads = math.prod(block)
     allowed = min(kernel.max_threads or MAX_THREADS, MAX_THREADS)
     if threads > allowed:
-        raise EmulatorError(f"{kernel.name}: block {block}, at most {allowed} threads are allowed")
+        raise EmulatorError(f"{kernel.label}: block {block}, at most {allowed} threads are allowed")
     sizes, expected = [len(a) for a in arguments], [p.size for p in kernel.parameters]
     if sizes != expected:
-        raise EmulatorError(f"{kernel.name}: arguments of {sizes} bytes, expected {expected}")
+        raise EmulatorError(f"{kernel.label}: arguments of {sizes} bytes, expected {expected}")
     if min(*grid, *block) < 1:
-        raise EmulatorError(f"{kernel.name}: empty grid {grid} or block {block}")
+        raise EmulatorError(f"{kernel.label}: empty grid {grid} or block {block}")
+    _check_inside("only", "block", only or (), "grid", grid)
+    if watch is not None:
+        _check_inside("watch", "block", watch[:1], "grid", grid)
+        _check_inside("watch", "thread", watch[1:], "block", block)
     memory.begin_launch()
     if only is None:
         blocks = np.arange(grid[0] * grid[1] * grid[2])
@@ -882,3 +887,18 @@ def run(
             chosen = blocks[start : start + per_batch]
             batch = Batch(program, grid, block, arguments, memory, chosen)
             batch.run(None if watch is None else batch.index(*watch))
+
+
+def _check_inside(
+    name: str,
+    kind: str,
+    coordinates: Iterable[tuple[int, int, int]],
+    whole: str,
+    extents: tuple[int, int, int],
+) -> None:
+    """Check the coordinates of blocks in the grid, or of threads in their block."""
+    for place in coordinates:
+        if not all(0 <= at < extent for at, extent in zip(place, extents, strict=True)):
+            raise ValueError(
+                f"{name}: expected a {kind} of the {whole} {tuple(extents)}, got {place}"
+            )

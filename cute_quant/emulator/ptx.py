@@ -16,6 +16,9 @@ from cute_quant.emulator.errors import EmulatorError
 PREDICATE = 1
 """Width of a predicate register; others have 8, 16, 32 or 64 bits."""
 
+LABEL_LENGTH = 40
+"""Most characters of a kernel's name in a message."""
+
 _WIDTHS = {"pred": PREDICATE} | {
     f"{kind}{bits}": bits for kind in "busf" for bits in (8, 16, 32, 64)
 }
@@ -146,6 +149,12 @@ class Kernel:
     local_size: int = 0
     shared: list[Variable] = field(default_factory=list)
 
+    @property
+    def label(self) -> str:
+        """Return a short name for messages: CuTe DSL puts the types of all arguments into names."""
+        mangled = re.fullmatch(r"(?:kernel_cutlass_)?(\w+?)_object_at_\w*?(_\d+)?", self.name)
+        return (mangled[1] + (mangled[2] or "") if mangled else self.name)[-LABEL_LENGTH:]
+
 
 def parse(text: str) -> dict[str, Kernel]:
     """Return the kernels of a PTX module, by name.
@@ -224,7 +233,7 @@ class _Body:
                 line = self.text.count("\n", 0, self.position) + 1
                 statement = self._match(r"[^;]*;")
                 if statement is None:
-                    raise EmulatorError(f"{self.kernel.name}: line {line}: no end of statement")
+                    raise EmulatorError(f"line {line} of {self.kernel.label}: no end of statement")
                 self._statement(" ".join(statement[0][:-1].split()), line)
 
     def _match(self, pattern: str) -> re.Match[str] | None:
@@ -245,7 +254,7 @@ class _Body:
         else:
             match = re.fullmatch(r"(?:@(!?)([%\w$]+) )?([a-z][\w.:]*)(?: (.*))?", text)
             if match is None:
-                raise EmulatorError(f"{self.kernel.name}: line {line}: not understood: {text!r}")
+                raise EmulatorError(f"line {line} of {self.kernel.label}: not understood: {text!r}")
             guard = self._register(match[2], bool(match[1]), line) if match[2] else None
             operands = tuple(self._operand(o, line) for o in _split(match[4] or ""))
             # The DSL's names of parameters begin with that of the kernel, which is long.
@@ -257,7 +266,7 @@ class _Body:
         """Return a scalar or an array of one dimension, without initial values (PTX ISA 5.4)."""
         match = re.fullmatch(r"\.\w+ (?:\.align (\d+) )?\.(\w+) ([\w$]+)(?:\[(\d+)\])?", text)
         if match is None or match[2] not in _WIDTHS:
-            raise EmulatorError(f"{self.kernel.name}: declaration not understood: {text!r}")
+            raise EmulatorError(f"{self.kernel.label}: declaration not understood: {text!r}")
         size = _WIDTHS[match[2]] // 8
         return Variable(match[3], size * int(match[4] or 1), int(match[1] or size))
 
@@ -269,7 +278,7 @@ class _Body:
     def _declare(self, text: str) -> None:
         match = re.fullmatch(r"\.reg \.(\w+) (.*)", text)
         if match is None or match[1] not in _WIDTHS:
-            raise EmulatorError(f"{self.kernel.name}: declaration not understood: {text!r}")
+            raise EmulatorError(f"{self.kernel.label}: declaration not understood: {text!r}")
         for name in match[2].split(","):
             ranged = re.fullmatch(r"\s*([%\w$]+)<(\d+)>\s*", name)
             names = [f"{ranged[1]}{i}" for i in range(int(ranged[2]))] if ranged else [name.strip()]
@@ -283,7 +292,7 @@ class _Body:
             if name in scope:
                 register = scope[name]
                 return Register(register.name, register.width, negated)
-        raise EmulatorError(f"{self.kernel.name}: line {line}: register {name} is not declared")
+        raise EmulatorError(f"line {line} of {self.kernel.label}: register {name} is not declared")
 
     def _operand(self, text: str, line: int) -> object:
         if text == "_":
@@ -293,7 +302,7 @@ class _Body:
         if text.startswith("["):
             match = re.fullmatch(r"\[ ?([%\w$]+) ?(?:\+ ?(-?\w+) ?)?\]", text)
             if match is None:
-                raise EmulatorError(f"{self.kernel.name}: line {line}: not understood: {text!r}")
+                raise EmulatorError(f"line {line} of {self.kernel.label}: not understood: {text!r}")
             return Address(self._operand(match[1], line), int(match[2] or "0", 0))
         if "|" in text:
             return Pair(*(self._operand(o.strip(), line) for o in text.split("|")))

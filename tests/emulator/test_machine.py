@@ -229,7 +229,7 @@ def test_a_grid_alone_depends_on_no_other():
 )
 def test_unknown_instructions_are_named(instruction):
     opcode = instruction.split(" ")[0].replace(".", r"\.")
-    with pytest.raises(UnknownInstruction, match=rf"k: line \d+: .*unknown instruction {opcode}"):
+    with pytest.raises(UnknownInstruction, match=rf"line \d+ of k: .*unknown instruction {opcode}"):
         program(f"{instruction}; ret;")
 
 
@@ -267,7 +267,9 @@ def test_halves_of_packed_operands_are_defined_by_themselves(half):
 
 
 def test_undefined_registers():
-    with pytest.raises(UndefinedValue, match=r"thread \(0, 0, 0\): line \d+: .*%r7 is undefined"):
+    with pytest.raises(
+        UndefinedValue, match=r"thread \(0, 0, 0\): line \d+ of k: .*%r7 is undefined"
+    ):
         run("add.s32 %r1, %r7, 1; ret;")
     body = f"""{LANE} setp.ne.b32 %p0, %r0, 9; @%p0 mov.b32 %r1, 1; {STORE} ret;"""
     with pytest.raises(UndefinedValue, match=r"thread \(9, 0, 0\)"):
@@ -507,7 +509,7 @@ DIVERGENT = """setp.lt.u32 %p0, %r0, {threads}; {before} @%p0 bra AWAY;
 )
 def test_barriers_of_some_threads(threads, parts, problem):
     filled = DIVERGENT.format(threads=threads, **{"before": "", "after": "", "away": "", **parts})
-    with pytest.raises(Deadlock, match=rf"thread \(.*\): line \d+: `bar\.sync \d`: {problem}"):
+    with pytest.raises(Deadlock, match=rf"thread \(.*\): line \d+ of k: `bar\.sync \d`: {problem}"):
         run(f"{IN_BLOCK} {filled}", **TWO_WARPS)
 
 
