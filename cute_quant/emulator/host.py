@@ -13,6 +13,7 @@ import functools
 import itertools
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,12 @@ DLPACK_TYPES = {
     torch.bfloat16: (4, 16),
     torch.float16: (2, 16),
     torch.float32: (2, 32),
+    torch.float64: (2, 64),
     torch.int8: (0, 8),
     torch.int32: (0, 32),
+    torch.int64: (0, 64),
     torch.uint8: (1, 8),
+    torch.bool: (6, 8),
     torch.float8_e4m3fn: (10, 8),
     torch.float8_e5m2: (12, 8),
     torch.float8_e8m0fnu: (14, 8),
@@ -97,7 +101,8 @@ class HostFunction:
         """
         self.cubin = compiled.__cubin__
         self.launches: list[Launch] = []
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
+        self._lock = threading.Lock()  # held by a call, whose program and error are kept here
         self._run: Callable[..., None]
         self._program: machine.Program
         name = f"emulated_{next(self._count)}"
@@ -132,19 +137,20 @@ class HostFunction:
             stream: the handle that the environment says is current.
             **options: of ``machine.run``.
         """
-        self._program, self.error = program, None
-        self._run = functools.partial(machine.run, program, memory=memory, **options)
         on_device = [a.tensor if isinstance(a, DeviceTensor) else a for a in arguments]
-        try:
-            with tvm_ffi.use_raw_stream(tvm_ffi.device("cuda:0"), stream):
-                self._function(*on_device)
-        except Exception:
-            if self.error is None:
-                raise
-        finally:
-            del self._run  # it holds the tensors
-        if self.error is not None:
-            raise self.error
+        with self._lock:
+            self._program, self.error = program, None
+            self._run = functools.partial(machine.run, program, memory=memory, **options)
+            try:
+                with tvm_ffi.use_raw_stream(tvm_ffi.device("cuda:0"), stream):
+                    self._function(*on_device)
+            except Exception:
+                if self.error is None:
+                    raise
+            finally:
+                del self._run  # it holds the tensors
+            if self.error is not None:
+                raise self.error
 
     def _loaded(self, image: int) -> int:
         return self._guard(self._check_image, image)
@@ -182,18 +188,20 @@ class HostFunction:
             launched = "launched" if dependent else "not launched"
             waits = "waits" if self._program.waits else "does not wait"
             raise EmulatorError(
-                f"{kernel}: {launched} as a programmatic dependent, and its code {waits} for the "
-                "grid before"
+                f"{expected.label}: {launched} as a programmatic dependent, and its code "
+                f"{waits} for the grid before"
             )
         if launch.shared_bytes:
-            raise EmulatorError(f"{kernel}: {launch.shared_bytes} bytes of dynamic shared memory")
+            raise EmulatorError(
+                f"{expected.label}: {launch.shared_bytes} bytes of dynamic shared memory"
+            )
         self._run(launch.grid, launch.block, launch.arguments)
 
     def _guard(self, function: Callable[..., None], *arguments: Any) -> int:
         # An exception cannot pass through C: it is kept and raised once the call has returned.
         try:
             function(*arguments)
-        except Exception as error:
+        except BaseException as error:  # an interrupt too, which ctypes would drop
             self.error = error
             return LAUNCH_FAILURE
         return 0

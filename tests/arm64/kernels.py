@@ -14,6 +14,7 @@ import ctypes
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ class LoadedFunction(HostFunction):
         self.cubin = cubin
         self.launches = []
         self.error = None
+        self._lock = threading.Lock()
         self._callbacks = host._LOAD(self._loaded), host._LAUNCH(self._launched)
         self._library = runtime
         self._function = function
