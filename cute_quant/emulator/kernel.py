@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cute_quant.emulator import arguments as argument_checks
 from cute_quant.emulator import machine, ptx
 from cute_quant.emulator.errors import EmulatorError
 from cute_quant.emulator.host import C_COMPILER, DeviceTensor, HostFunction
@@ -40,7 +41,12 @@ class EmulatedKernel:
         self.host = HostFunction(compiled, directory)
 
     def __call__(
-        self, *arguments: Any, outputs: Sequence[torch.Tensor] = (), **options: Any
+        self,
+        *arguments: Any,
+        outputs: Sequence[torch.Tensor] = (),
+        only: Sequence[tuple[int, int, int]] | None = None,
+        watch: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None,
+        stream: int = 0,
     ) -> None:
         """Launch the kernel and run its grid to the end.
 
@@ -49,7 +55,9 @@ class EmulatedKernel:
                 strides stand for tensors on the device; results are written into them.
             outputs: those of the tensors, or views of them, that hold nothing before the launch.
                 A kernel that reads their memory before it has written there is in error.
-            **options: of :func:`machine.run`: ``only`` and ``watch``; and ``stream``.
+            only: blocks to run; all of the grid by default.
+            watch: a block and a thread whose instructions are printed with their results.
+            stream: the handle that the host code finds as the current stream.
 
         Raises:
             MemoryFault: a thread accesses memory outside of every tensor, misaligned, undefined,
@@ -57,8 +65,12 @@ class EmulatedKernel:
             UndefinedValue: a result depends on a register that nothing has defined.
             Deadlock: threads wait for others that never come.
             EmulatorError: the launch is not one that a GPU would run as it stands.
-            ValueError, TypeError: the host code refuses an argument.
+            ValueError, TypeError: an argument is none that a kernel can take, or the host code
+                refuses it.
         """
+        argument_checks.check_arguments(self.names, arguments)
+        argument_checks.check_outputs(outputs, self.names, arguments)
+        argument_checks.check_selection(only, watch)
         memory = Memory()
         unwritten = {t.untyped_storage().data_ptr() for t in outputs}
         on_device = []
@@ -70,7 +82,7 @@ class EmulatedKernel:
                 address = memory.add(name, argument, written) if argument.numel() else 0
                 argument = DeviceTensor(argument, address)
             on_device.append(argument)
-        self.host(self.program, memory, *on_device, **options)
+        self.host(self.program, memory, *on_device, stream=stream, only=only, watch=watch)
 
 
 def load(text: str) -> machine.Program:
@@ -78,10 +90,13 @@ def load(text: str) -> machine.Program:
 
     Raises:
         UnknownInstruction: the emulator has no semantics for an instruction.
-        EmulatorError: `text` cannot be parsed.
+        EmulatorError: `text` cannot be parsed, or holds no or several kernels.
     """
-    (kernel,) = ptx.parse(text).values()
-    return machine.Program(kernel)
+    kernels = list(ptx.parse(text).values())
+    if len(kernels) != 1:
+        labels = ", ".join(kernel.label for kernel in kernels)
+        raise EmulatorError(f"expected one kernel, got {len(kernels)}: {labels or 'none'}")
+    return machine.Program(kernels[0])
 
 
 def compile(kernel: Any, arch: str = "sm_100a") -> EmulatedKernel:
@@ -101,6 +116,9 @@ def compile(kernel: Any, arch: str = "sm_100a") -> EmulatedKernel:
 
     Raises:
         RuntimeError: there is no C compiler.
+        TypeError: `kernel` is no such object, a class for instance.
+        ValueError: `arch` is no target of `cute_quant.kernels`.
+        EmulatorError: ``__call__`` launches several kernels.
         UnknownInstruction: the emulator has no semantics for an instruction of the kernel.
 
     Example:
