@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import tvm_ffi
 
 from cute_quant.contract.tensors import last_column_rows
 from cute_quant.emulator.errors import MemoryFault
-from cute_quant.emulator.host import DeviceTensor
+from cute_quant.emulator.host import DLPACK_TYPES, DeviceTensor
 from cute_quant.emulator.memory import Memory
 from cute_quant.kernels.config import QuantizeSpec
 from tests.helpers import UE8M0, poisoned_scales, poisoned_values
@@ -89,6 +90,12 @@ def test_arguments_are_checked(call, name, spoil, message):
     call.tensors[name] = spoil(call.tensors[name])
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", DLPACK_TYPES, ids=str)
+def test_dtypes_are_those_that_torch_exports(dtype):
+    t = torch.empty(1, dtype=dtype)
+    assert DeviceTensor(t, 0).tensor.dtype == tvm_ffi.from_dlpack(t).dtype
 
 
 def test_number_of_arguments(call):
