@@ -145,6 +145,7 @@ def test_compile_gives_the_same_bits_and_strides(fmt, dynamic, device):
         assert q.stride() == expected_q.stride() and sf.stride() == expected_sf.stride()
 
 
+@pytest.mark.slow
 @every_format
 @pytest.mark.parametrize("given", ["both", "q", "sf"])
 def test_compile_with_out(fmt, given, device):
@@ -285,6 +286,7 @@ def test_opcheck_of_all_rows(case, fmt, device):
     )
 
 
+@pytest.mark.slow
 @every_layout
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=str)
 def test_opcheck_dequantize(out, fmt, device):
@@ -445,6 +447,7 @@ GPT_OSS = dict(zip(SILU_MUL_OPTIONS, (True, 7.0, 1.702, 1.0, "fused"), strict=Tr
 PLAIN = dict(zip(SILU_MUL_OPTIONS, (False, None, 1.0, 0.0, "unfused"), strict=True))
 
 
+@pytest.mark.slow
 @some_layouts
 @pytest.mark.parametrize("case", range(6))
 @pytest.mark.parametrize("options", [PLAIN, GPT_OSS], ids=["plain", "gpt-oss"])

@@ -68,6 +68,7 @@ def gpu(compiled, monkeypatch):
     return put
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANGES)
 def test_nothing_is_compiled_after_a_warm_up(name, gpu):
     seen = set()
@@ -133,6 +134,7 @@ def test_each_kernel_takes_the_launch_of_a_warm_up(name, gpu, kernels, monkeypat
     assert {keys.spec_name(spec) for spec in launched} == {kernel.name for kernel in done}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANGES)
 def test_the_remedy_of_a_call_makes_its_kernel(name, gpu):
     """The command of the message lists what the call asked for."""

@@ -148,6 +148,7 @@ def test_shuffle_across_groups(plant):
     assert "differ from the oracle" in said
 
 
+@pytest.mark.slow
 def test_shuffle_by_some_lanes(plant):
     """A lane that skips a shuffle is waited for by the others."""
     skip = "mov.u32 %lane, %laneid; setp.ne.b32 %some, %lane, 3; @%some \\1"
@@ -155,6 +156,7 @@ def test_shuffle_by_some_lanes(plant):
     assert re.search("never come here|is undefined", said)
 
 
+@pytest.mark.slow
 def test_vote_by_some_lanes(plant):
     skip = "mov.u32 %lane, %laneid; setp.ne.b32 %some, %lane, 3; @%some \\1"
     for case in (masked, prefix_sum):
@@ -180,6 +182,7 @@ def test_comparison_off_by_one(gpu, name):
     assert len(missed) <= REDUNDANT.get(name, 0), missed
 
 
+@pytest.mark.slow
 @packed_and_float32
 def test_swapped_scales(plant, fmt):
     """The bytes of two groups, or the scales of two rows."""
@@ -187,6 +190,7 @@ def test_swapped_scales(plant, fmt):
     assert plant(partial(dense, fmt=fmt), SCALE_STORE, swap, ".reg .b64 %swapped;")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", [UE8M0, FLOAT32_ROUNDED], ids=str)
 def test_dropped_padding(plant, fmt):
     """The scales that are 0 are those of the padding."""
@@ -196,32 +200,38 @@ def test_dropped_padding(plant, fmt):
     assert re.search(r"sf: .* expected 0x00", said)
 
 
+@pytest.mark.slow
 @packed_and_float32
 def test_store_out_of_bounds(plant, fmt):
     said = plant(partial(dense, fmt=fmt), VALUE_STORE, r"\1+16]")
     assert re.search(r"block \(.*\) thread \(.*\): .*out of bounds; .* of 'mQ'", said)
 
 
+@pytest.mark.slow
 def test_store_misaligned(plant):
     assert "misaligned for 16 bytes" in plant(dense, VALUE_STORE, r"\1+8]")
 
 
+@pytest.mark.slow
 def test_two_threads_store_the_same_scale(plant):
     """The predicate that picks one thread of a group, dropped."""
     assert plant(dense, r"setp\.ne\.b32 (\s*%p\d+, %r\d+), 0;", r"setp.ne.b32 \1, -1;")
 
 
+@pytest.mark.slow
 def test_load_of_the_next_row(plant):
     load = r"(ld\.global\.v[48]\.b\d+\s+\{[^}]*\}, \[%rd\d+)\]"
     for case in (dense, masked, gathered):
         assert plant(case, load, r"\1+1280]")
 
 
+@pytest.mark.slow
 def test_element_of_a_tail_that_is_the_next_one(plant):
     assert plant(ragged, r"(ld\.global\.b32\s+%r\d+, \[%rd\d+)\+24\]", r"\1+28]")
     assert plant(ragged, r"(st\.global\.b8\s+\[%rd\d+)\+5\]", r"\1+6]")
 
 
+@pytest.mark.slow
 def test_count_that_is_not_clamped(plant):
     """Of an expert, or the end of a group: below 0 and past the rows."""
     for case in (masked, prefix_sum):
@@ -229,6 +239,7 @@ def test_count_that_is_not_clamped(plant):
         assert plant(case, r"min\.u32 (\s*%r\d+, )(%r\d+), %r\d+;", r"mov.b32 \1\2;")
 
 
+@pytest.mark.slow
 def test_index_that_is_not_checked(plant):
     """Signed, so that negative ones pass."""
     loaded = r"(ld\.global\.b32\s+(%r\d+), (?s:.*?)setp\.\w\w)\.u32"
@@ -236,18 +247,21 @@ def test_index_that_is_not_checked(plant):
     assert plant(gathered, loaded + compared, r"\1.s32\3")
 
 
+@pytest.mark.slow
 def test_load_before_the_grid_before_ended(plant):
     wait_later = r"griddepcontrol\.wait;((?s:.*?)ld\.global[^;]*;)", r"\1 griddepcontrol.wait;"
     for case in (dense, masked):
         assert "before griddepcontrol.wait" in plant(case, *wait_later)
 
 
+@pytest.mark.slow
 def test_no_wait_for_the_grid_before(plant):
     """Of a dependent launch; told by the launch attribute, which takes the host code."""
     said = plant(dense, r"griddepcontrol\.wait;", "")
     assert "as a programmatic dependent, and its code does not" in said
 
 
+@pytest.mark.slow
 def test_rounding_that_is_not_there(gpu):
     """An instruction without its modifier is unknown, not taken for its like."""
     text = kernel_of(gpu, dense).text
@@ -255,12 +269,14 @@ def test_rounding_that_is_not_there(gpu):
         load(text.replace("cvt.rn.satfinite.e4m3x2.f32", "cvt.rn.e4m3x2.f32"))
 
 
+@pytest.mark.slow
 def test_exponential_that_is_not_one(plant):
     outside = r"AssertionError: (scales|q): "
     assert re.match(outside, plant(silu_mul, r"neg\.f32", "mov.b32"))
     assert re.match(outside, plant(silu_mul, r"ex2\.approx", "rsqrt.approx"))
 
 
+@pytest.mark.slow
 def test_gates_from_the_place_of_ups(plant):
     """The row's second half is `k` elements, here 1280 bytes, away."""
     assert plant(silu_mul, r"(ld\.global\.v[48]\.b\d+\s+\{[^}]*\}, \[%rd\d+)\]", r"\1+1280]")
@@ -274,6 +290,7 @@ def test_no_barrier(plant):
     assert re.search("store of 4 bytes .* another thread (read|wrote) since the last", said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("condition", ["%laneid, 3", "%tid.y, 0"], ids=["lane", "warp"])
 def test_barrier_in_divergent_code(plant, condition):
     """One in each branch, and one in one of them alone."""
@@ -287,12 +304,14 @@ def test_barrier_in_divergent_code(plant, condition):
     assert re.search("have exited|never come here|that another thread wrote", said)
 
 
+@pytest.mark.slow
 def test_barrier_behind_the_exit_of_some_threads(plant):
     exits = "mov.u32 %own, %tid.y; setp.eq.b32 %some, %own, 1; @%some exit; bar.sync 0;"
     said = plant(rms_norm, r"bar\.sync\s+0;", exits, ".reg .pred %some; .reg .b32 %own;")
     assert "threads of its block have exited" in said
 
 
+@pytest.mark.slow
 def test_wrong_offset_in_shared_memory(plant):
     loads = r"(ld\.shared\.v[24]\.b\d+\s+\{[^}]*\}, \[[^\]]+)\]"
     for access in (r"(st\.shared\.b32\s+\[%r\d+)\]", loads):
@@ -303,12 +322,14 @@ def test_wrong_offset_in_shared_memory(plant):
     assert "another thread wrote" in plant(rms_norm, r"(st\.shared\.b32\s+\[%r\d+)\]", r"\1+4]")
 
 
+@pytest.mark.slow
 def test_all_lanes_store_to_shared_memory(plant):
     """The branch of all but one lane of a warp around it, dropped."""
     said = plant(rms_norm, r"@!?%p\d+ bra[^;]*;((?:[^;]*;){0,3}?)(\s+st\.shared)", r"\1\2")
     assert re.search("store of 4 bytes .* another thread wrote since the last barrier", said)
 
 
+@pytest.mark.slow
 def test_residual_that_another_thread_overwrites(plant):
     """In place: a thread stores the sums of its neighbour."""
     said = plant(rms_norm, r"(st\.global\.v[48]\.b\d+\s+\[%rd\d+)\]", r"\1+32]")

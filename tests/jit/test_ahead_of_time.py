@@ -425,7 +425,8 @@ def test_runtime_that_is_none(copy, caplog):
     descriptors = len(os.listdir("/proc/self/fd"))
     assert aot_load.find(SPEC, ARCH) is None
     assert f"{runtime}: expected a regular file" in caplog.text
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    # Fewer where directories of other tests are collected meanwhile.
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def test_runtime_is_loaded_where_there_are_no_threads(copy, monkeypatch, caplog):

@@ -117,23 +117,27 @@ def test_cold_then_warm(warm):
     assert ask(warm) == (False, "")
 
 
+@pytest.mark.slow
 def test_record(warm):
     record = shared_objects.read_record(only_entry(warm).read_bytes())
     assert record["key"] == only_entry(warm).stem == disk_cache.key(SPEC, ARCH, OPTIONS)
     assert record["spec"] == keys.spec_text(SPEC) and record["arch"] == ARCH
 
 
+@pytest.mark.slow
 def test_off(directory):
     assert ask(directory, CUTE_QUANT_CACHE="off") == (True, "")
     assert not list(directory.iterdir())
 
 
+@pytest.mark.slow
 def test_mode_that_makes_no_sense(directory):
     compiled, log = ask(directory, CUTE_QUANT_CACHE="of")
     expected = "CUTE_QUANT_CACHE: expected one of ('on', 'off', 'readonly'), got 'of'"
     assert compiled and log.strip() == f"disk cache not used: {expected}"
 
 
+@pytest.mark.slow
 def test_this_suite_leaves_the_cache_of_the_user_alone(tmp_path):
     variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
     variables.pop("CUTE_QUANT_CACHE_DIR", None)
@@ -159,11 +163,13 @@ def test_readonly(copy, how):
     assert only_entry(copy).stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_no_linker(directory):
     compiled, log = ask(directory, PATH="")
     assert compiled and not log and not list(directory.iterdir())
 
 
+@pytest.mark.slow
 def test_refused_directory_does_not_break_a_call(copy):
     copy.chmod(0o755)
     compiled, log = ask(copy)
@@ -210,6 +216,7 @@ def test_damaged_entries_are_discarded(directory, damage, caplog):
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_damaged_entry_is_rebuilt(copy):
     entry = only_entry(copy)
     good = entry.read_bytes()
@@ -221,6 +228,7 @@ def test_damaged_entry_is_rebuilt(copy):
     assert ask(copy) == (False, "")
 
 
+@pytest.mark.slow
 def test_sealed_but_not_loadable(copy):
     entry = only_entry(copy)
     entry.write_bytes(shared_objects.seal(b"no ELF file", {**RECORD, "key": entry.stem}))
@@ -230,6 +238,7 @@ def test_sealed_but_not_loadable(copy):
     assert ask(copy) == (False, "")
 
 
+@pytest.mark.slow
 def test_entries_that_others_may_write(directory, caplog):
     store = Cache(directory, True)
     store.store(KEY, b"content", RECORD).chmod(0o620)
@@ -247,6 +256,7 @@ def test_entries_that_are_links(directory, tmp_path, caplog):
     assert (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 def test_entries_that_are_no_files(directory, make, caplog):
     store = Cache(directory, False)
@@ -255,6 +265,7 @@ def test_entries_that_are_no_files(directory, make, caplog):
     assert "discarded" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o1777])
 def test_directories_of_others_are_refused(directory, mode):
     directory.chmod(mode)
@@ -268,6 +279,7 @@ def test_directory_of_another_user(directory, monkeypatch):
         disk_cache.open_directory(directory)
 
 
+@pytest.mark.slow
 def test_link_to_a_directory(directory, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(directory)
@@ -275,6 +287,7 @@ def test_link_to_a_directory(directory, tmp_path):
         disk_cache.open_directory(link)
 
 
+@pytest.mark.slow
 def test_file_instead_of_a_directory(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(NotADirectoryError, match="is not a directory"):
@@ -298,6 +311,7 @@ def test_parents_that_anybody_may_write_to(tmp_path, through_link):
     disk_cache.open_directory(named)
 
 
+@pytest.mark.slow
 def test_default_directory(monkeypatch, tmp_path):
     for name in ("CUTE_QUANT_CACHE", "CUTE_QUANT_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
@@ -311,6 +325,7 @@ def test_default_directory(monkeypatch, tmp_path):
         assert stat.S_IMODE(made.stat().st_mode) == 0o700
 
 
+@pytest.mark.slow
 def test_directory_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CUTE_QUANT_CACHE_DIR", "~/mine")
@@ -331,6 +346,7 @@ def test_parents_that_others_may_change(tmp_path, change):
         disk_cache.open_directory(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CUTE_DSL_KEEP", "CUTE_DSL_KEEP_PTX", "CUTE_DSL_PRINT_IR"])
 def test_output_asked_of_the_compiler_bypasses_the_cache(monkeypatch, name):
     monkeypatch.setattr(lookup, "_cache", lambda: pytest.fail("asked for the cache"))
@@ -343,6 +359,7 @@ def test_output_asked_of_the_compiler_bypasses_the_cache(monkeypatch, name):
 # Crashes and races.
 
 
+@pytest.mark.slow
 def test_two_processes_compile_once(directory):
     processes = [start(directory) for _ in range(2)]
     outcomes = [finish(process) for process in processes]
@@ -390,6 +407,7 @@ def store_forever(directory: Path, content: bytes) -> None:
             store.store(KEY, content, RECORD)
 
 
+@pytest.mark.slow
 def test_killed_at_any_time(directory, caplog):
     content = os.urandom(2**20)
     store = Cache(directory, True)
@@ -419,6 +437,7 @@ def count_under_lock(directory: Path, turns: int) -> None:
             counter.write_text(str(seen + 1))
 
 
+@pytest.mark.slow
 def test_lock_excludes(directory):
     (directory / "counter").write_text("0")
     context = multiprocessing.get_context("fork")
@@ -430,6 +449,7 @@ def test_lock_excludes(directory):
     assert (directory / "counter").read_text() == "200"
 
 
+@pytest.mark.slow
 def test_lock_ends_while_a_child_lives(directory, monkeypatch):
     """A child that is forked under a lock has its file open, and is no holder of the lock."""
     monkeypatch.setattr(disk_cache, "LOCK_SECONDS", 1.0)
@@ -446,6 +466,7 @@ def test_lock_ends_while_a_child_lives(directory, monkeypatch):
         child.join()
 
 
+@pytest.mark.slow
 def test_lock_that_is_never_given_back(directory, monkeypatch):
     monkeypatch.setattr(disk_cache, "LOCK_SECONDS", 0.05)
     store = Cache(directory, True)
@@ -453,6 +474,7 @@ def test_lock_that_is_never_given_back(directory, monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_who_waited_in_vain_does_not_wait_again(directory, monkeypatch, caplog):
     monkeypatch.setattr(disk_cache, "LOCK_SECONDS", 0.5)
     store = Cache(directory, True)
@@ -478,6 +500,7 @@ lookup.build = lambda *a, **k: (built.append(1), build(*a, **k))[1]
 COUNTED = ASK + "assert len(built) == 1, built\n"
 
 
+@pytest.mark.slow
 def test_held_lock_stalls_no_call(directory):
     store = Cache(directory, True)
     with store.lock(disk_cache.key(SPEC, ARCH, OPTIONS)):
@@ -506,6 +529,7 @@ assert len(built) == 2, built
     assert not list(directory.iterdir())
 
 
+@pytest.mark.slow
 def test_lock_that_cannot_be_made(directory):
     (directory / (disk_cache.key(SPEC, ARCH, OPTIONS) + ".lock")).mkdir()
     compiled, log = finish(start(directory, COUNT_BUILDS + COUNTED))
@@ -528,12 +552,14 @@ def test_size_is_bounded(directory, monkeypatch):
     assert sum(entry.bytes for entry in store.entries()) <= 5000
 
 
+@pytest.mark.slow
 def test_entry_larger_than_the_bound_stays_until_the_next(directory, monkeypatch):
     monkeypatch.setattr(disk_cache, "MAX_BYTES", 100)
     store = Cache(directory, True)
     assert store.store(KEY, bytes(1000), RECORD).exists()
 
 
+@pytest.mark.slow
 def test_what_crashed_long_ago_is_removed(directory):
     store = Cache(directory, True)
     old = directory / "a.1.tmp", directory / "a.lock"
@@ -546,6 +572,7 @@ def test_what_crashed_long_ago_is_removed(directory):
     assert not any(path.exists() for path in old) and all(path.exists() for path in young)
 
 
+@pytest.mark.slow
 def test_entries_and_clear(directory):
     store = Cache(directory, True)
     store.store(KEY, b"content", {"name": "a", "arch": "b"})
@@ -558,6 +585,7 @@ def test_entries_and_clear(directory):
     assert [path.name for path in directory.iterdir()] == ["not ours"]
 
 
+@pytest.mark.slow
 def test_clear_leaves_what_is_in_use_or_no_file(directory):
     store = Cache(directory, True)
     for name in ("a", "b"):
@@ -568,6 +596,7 @@ def test_clear_leaves_what_is_in_use_or_no_file(directory):
         assert {path.name for path in directory.iterdir()} == {"a.so", "a.lock", "dir.so"}
 
 
+@pytest.mark.slow
 def test_trimming_leaves_what_is_in_use(directory, monkeypatch):
     monkeypatch.setattr(disk_cache, "MAX_BYTES", 100)
     store = Cache(directory, True)
@@ -602,11 +631,13 @@ def test_specs_differ_in_text_key_and_name():
     assert keys.spec_text(SPEC) == keys.spec_text(QuantizeSpec(torch.bfloat16, UE8M0))
 
 
+@pytest.mark.slow
 def test_names_are_plain():
     for spec in (SPEC, *OTHER_SPECS):
         assert re.fullmatch(r"[a-z0-9_-]+", keys.spec_name(spec))
 
 
+@pytest.mark.slow
 def test_text_of_what_has_no_stable_text():
     class Odd(NamedTuple):
         field: object
@@ -632,6 +663,7 @@ def change_dsl(patch: pytest.MonkeyPatch, **changes: str) -> None:
     patch.setattr(toolchain, "installed_dsl", lambda: changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_key_depends_on(change, monkeypatch):
     before = disk_cache.key(SPEC, ARCH, OPTIONS)
@@ -639,6 +671,7 @@ def test_key_depends_on(change, monkeypatch):
     assert disk_cache.key(SPEC, ARCH, OPTIONS) != before
 
 
+@pytest.mark.slow
 def test_key_depends_on_architecture_and_options_and_nothing_else(monkeypatch):
     before = disk_cache.key(SPEC, ARCH, OPTIONS)
     assert disk_cache.key(SPEC, "sm_103a", OPTIONS) != before
@@ -674,6 +707,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNEL_SOURCES)
 def test_editing_a_source_changes_the_key(name, sources):
     before = disk_cache.key(SPEC, ARCH, OPTIONS)
@@ -693,6 +727,7 @@ def test_adding_a_kernel_changes_the_key(sources):
     assert disk_cache.key(SPEC, ARCH, OPTIONS) != before
 
 
+@pytest.mark.slow
 def test_editing_anything_else_does_not_change_the_key(sources):
     before = disk_cache.key(SPEC, ARCH, OPTIONS)
     others = (
@@ -732,6 +767,7 @@ def test_sources_are_all_that_kernels_import():
     assert named == kernels | objects | set().union(*imported.values())
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_warm_start_gives_the_same_bytes(directory):
     code = """

@@ -99,6 +99,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "arguments"), CALLS.values(), ids=CALLS)
 def test_arguments_of_the_caller_are_not_read(code, arguments, tmp_path):
     program = f"{SPEC}{code}\nassert sys.argv[1:] == {arguments}\nprint('went on')"

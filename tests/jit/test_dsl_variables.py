@@ -96,6 +96,7 @@ print(hashlib.sha256(built).hexdigest())
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_code_depends_on_no_neutral_variable(tmp_path: Path):
     directories = {"CACHE_DIR": str(tmp_path / "cache"), "DUMP_DIR": str(tmp_path / "dump")}
     switched = {name: "1" for name in NEUTRAL} | ODD | directories

@@ -66,6 +66,7 @@ print(json.dumps([outcomes, len(compiled) > 0]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["on", pytest.param("off", marks=pytest.mark.slow)])
 def test_children_of_a_process_that_compiles(cache, tmp_path):
     directory = tmp_path / "cache"
@@ -104,6 +105,7 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
+@pytest.mark.slow
 def test_child_of_a_process_that_has_compiled_compiles():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", BEFORE],

@@ -97,6 +97,7 @@ WIDE_LOAD = (
 )
 
 
+@pytest.mark.slow
 @every_target
 def test_instructions(target):
     """Those that the table names, and a load that is wider than 16 bytes, as ptxas has it."""
@@ -176,6 +177,7 @@ def test_members_of_a_family_take_the_same_kernels(family):
 # Code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [QuantizeSpec(BF16, UE8M0), DequantizeSpec(UE8M0, BF16)], ids=str)
 def test_what_an_architecture_lacks_does_not_assemble(spec):
     kernel = lookup.kernel(spec)
@@ -183,6 +185,7 @@ def test_what_an_architecture_lacks_does_not_assemble(spec):
         lookup.build(kernel, "sm_89", engine=False)
 
 
+@pytest.mark.slow
 def test_code_of_another_target_is_refused(kernels, monkeypatch):
     build = lookup.build
     monkeypatch.setattr(
@@ -207,6 +210,7 @@ def kinds(arch: str) -> list:
     return list({spec.kernel: spec for spec in presets.of_each_kind(arch)}.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [name for name in SAME_PTX if name != "sm_100a"])
 def test_code_of_blackwell_is_one(arch):
     """The emulator runs every case for sm_100a, and so for those whose PTX is the same."""
@@ -225,6 +229,7 @@ def inputs():
     return x, quantize(x, UE8M0)
 
 
+@pytest.mark.slow
 @every_name
 def test_smoke(kernels, arch, inputs):
     gpu = Gpu(kernels, arch)

@@ -65,6 +65,7 @@ def test_memory_instructions(arch, dtype, fmt, rows):
     assert sorted(op for op in code.opcodes if op.startswith("STG")) == sorted(stores)
 
 
+@pytest.mark.slow
 @every_arch
 @pytest.mark.parametrize(
     ("nbytes", "load"), [(2, "U16"), (4, ""), (8, "64"), (16, "128"), (32, "128")]
@@ -79,6 +80,7 @@ def test_loads_are_as_wide_as_the_access(arch, nbytes, load):
         assert loads == [".".join(("LDG.E", load)).rstrip(".")] * (32 // min(nbytes, 16))
 
 
+@pytest.mark.slow
 @every_arch
 @every_dtype
 @every_format
@@ -101,6 +103,7 @@ def assert_in_registers(code):
     assert code.stack == 0 and code.shared == 0
 
 
+@pytest.mark.slow
 @every_arch
 @every_dtype
 @every_format
@@ -112,6 +115,7 @@ def test_no_division(arch, dtype, fmt):
         assert code.count("CALL", "MUFU", "FCHK") == 0
 
 
+@pytest.mark.slow
 @every_format
 @every_number_of_rows
 def test_instruction_budget(fmt, rows):

@@ -198,6 +198,7 @@ def test_strided_rows(any_rows_gpu, fmt):
         check(any_rows_gpu, strided(rows, x_stride), fmt, q_strides=(q_stride,))
 
 
+@pytest.mark.slow
 @on_mixed(0, MIXED[:4])
 def test_every_width_of_access(gpu, mixed):
     """Rows that start at multiples of fewer bytes, for their stride or the first one's place."""
@@ -243,6 +244,7 @@ ROW_MAJOR_16 = DEEP_GEMM.replace(group_size=16, scale_layout="row_major")
 FLOAT32_16 = DEEP_GEMM_SM90.replace(group_size=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fmt", "batches", "mn"),
     [
@@ -277,6 +279,7 @@ def test_scales_past_32_bits(kernels, arch, fmt, batches, mn):
 # Batches
 
 
+@pytest.mark.slow
 @on_mixed(1, MIXED[:6])
 def test_batches(kernels, arch, mixed):
     dtype, fmt, k = mixed
@@ -330,6 +333,7 @@ def test_more_rows_than_the_grid_counts(kernels, arch, rows_per_thread):
 # Rows that a tensor names
 
 
+@pytest.mark.slow
 @on_mixed(1, MIXED[:6])
 def test_gathered(gpu, mixed):
     """Indices that repeat, that are negative, and that are past the rows of x."""
@@ -342,6 +346,7 @@ def test_gathered(gpu, mixed):
     check(gpu, x[:0], fmt, index=extremes)
 
 
+@pytest.mark.slow
 @on_mixed(0)
 def test_masked(kernels, arch, mixed):
     """On one multiprocessor, whose few CTAs walk over all experts, and on many."""
@@ -417,6 +422,7 @@ def test_indexed(kernels, arch, mixed):
 # Values times scales
 
 
+@pytest.mark.slow
 @on_mixed(1)
 def test_fake_quantize(kernels, arch, mixed):
     dtype, fmt, k = mixed
@@ -426,6 +432,7 @@ def test_fake_quantize(kernels, arch, mixed):
     check_fake(gpu, batch((5, 3), k, dtype, fmt).transpose(0, 1), fmt.replace(min_scale=1.0))
 
 
+@pytest.mark.slow
 @on_mixed(0)
 def test_dequantize(kernels, arch, mixed):
     """Rows that are aligned and that are not, columns of scales without their padding."""

@@ -53,6 +53,7 @@ def test_ragged_rows(gpu, variant):
         check_rms_norm(gpu, mn, 520, UE8M0, extra_rows=2, **variant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fused", "all"])
 def test_long_rows(gpu, name):
     """Also in blocks of more than 128 threads, of a number that is known at launch alone."""
@@ -63,6 +64,7 @@ def test_long_rows(gpu, name):
     assert gpu.launched[-1].host.launches[-1].block == (32, 7, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fused", "all"])
 @pytest.mark.parametrize("launch", [WIDE, SHORT], ids=["wide", "short"])
 def test_shapes_of_blocks(kernels, arch, launch, name):
@@ -85,6 +87,7 @@ def test_formats(gpu, dtype, fmt, k):
         check_rms_norm(gpu, 5, k, fmt, dtype, extra_rows=1, last_padding=False, **VARIANTS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", [UE8M0, ROWWISE_FP8], ids=str)
 def test_batches(kernels, arch, fmt):
     """More rows and matrices than the grid counts do too.
@@ -104,6 +107,7 @@ MASKED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", [UE8M0, FLOAT32], ids=str)
 @pytest.mark.parametrize(("counts", "max_m", "gathered"), MASKED.values(), ids=MASKED)
 @pytest.mark.parametrize("row_warps", [1, 2])

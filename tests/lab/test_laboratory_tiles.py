@@ -67,6 +67,7 @@ def test_every_byte(kernels, arch, choices):
         check(kernels, arch, tile, fmt, dtype, access, mn, fmt.group_size * groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_hints_are_in_the_machine_code(arch):
     modifiers = {None: "", "no_allocate": "NA", "streaming": "EF", "prefetch_256": "LTC256B"}
@@ -79,6 +80,7 @@ def test_hints_are_in_the_machine_code(arch):
             assert added == ({modifier} if op.startswith("LDG") and modifier else set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", [UE8M0, FLOAT32, ROW_MAJOR])
 def test_warps_past_the_columns_of_one_matrix_leave_the_next_alone(kernels, fmt):
     for tile in (Tile(16, 2, 1, 4), Tile(8, 1, 2, 3, ALONG)):
@@ -107,6 +109,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", BROKEN)
 def test_the_broken_rule_is_named(rule):
     tile, *choices = BROKEN[rule]
@@ -114,6 +117,7 @@ def test_the_broken_rule_is_named(rule):
         tile.check(*choices)
 
 
+@pytest.mark.slow
 def test_the_default_keeps_the_rules():
     for fmt in (UE8M0, FLOAT32, DEEP_GEMM_32, DEEP_GEMM_SM90.replace(group_size=WHOLE_ROW)):
         for dtype in (BF16, FP32):
