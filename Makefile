@@ -47,7 +47,7 @@ $(DOCS)/.ready: docs/requirements.txt
 bench: $(READY)
 	@$(BIN)/python -m bench $(ARGS)
 
-# Every figure and table of the documents, from bench/results and docs/layouts. No GPU needed.
+# Pictures and marked tables of the documents, from bench/results and docs/layouts. No GPU needed.
 figures: $(READY)
 	@$(BIN)/python -m bench.figures
 

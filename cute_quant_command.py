@@ -47,7 +47,7 @@ def command(arguments: list[str]) -> str:
     """Return the name of the command, or answer and exit."""
     overview = argparse.ArgumentParser(
         PROGRAM,
-        description="The quantizer in front of an FP8 GEMM.",
+        description="The quantizer in front of a low-precision GEMM.",
         epilog=EPILOG,
         formatter_class=argparse.RawTextHelpFormatter,
     )

@@ -1,8 +1,9 @@
-"""Renew every figure of the documents and every table of measurements, from recorded results.
+"""Renew the pictures of the documents, and the tables between marks, from recorded results.
 
     python -m bench.figures
 
-Needs no GPU. A table whose results are not recorded is left out. The screenshot of a page needs
+Needs no GPU, but the records of `quantize`, the fused operations and the sweep; the other tables are
+left out where theirs is missing. The screenshot of a page needs
 Chromium and is left as it is where there is none.
 """
 

@@ -375,7 +375,8 @@ def empty_scales(
     negative = any(known(size < 0) for size in sizes)
     if len(sizes) < 2 or negative or known(sizes[-1] > MAX_COLUMNS):
         raise ValueError(
-            f"shape: expected (..., mn, k) with k up to {MAX_COLUMNS}, got {tuple(shape)}"
+            f"shape: expected (..., mn, k), none below 0, with k up to {MAX_COLUMNS}, "
+            f"got {tuple(shape)}"
         )
     *batch_shape, mn, k = sizes
     return fmt.empty_scales(batch_shape, mn, k, device)

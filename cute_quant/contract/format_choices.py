@@ -192,7 +192,10 @@ def parse_choices(text: str) -> dict[str, Any]:
     Raises:
         KeyError, ValueError: `text` is none of its results.
     """
-    values, size, scales, layout, *options = text.split(_SEPARATOR)
+    parts = text.split(_SEPARATOR)
+    if len(parts) < 4:
+        raise ValueError("values, group size, scales and layout are not all there")
+    values, size, scales, layout, *options = parts
     choices: dict[str, Any] = {}
     for option in options:
         name, _, value = option.partition("=")

@@ -88,7 +88,7 @@ def key(spec: Spec, arch: str, options: str) -> str:
 
     Raises:
         RuntimeError: CuTe DSL or apache-tvm-ffi is not installed.
-        OSError, TypeError: as of `naming.source_digest` and `naming.spec_text`.
+        OSError, TypeError: as of `keys.source_digest` and `keys.spec_text`.
     """
     dsl, tvm_ffi = toolchain.installed_dsl(), toolchain.tvm_ffi_version()
     if dsl is None or tvm_ffi is None:

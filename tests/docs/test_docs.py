@@ -22,6 +22,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
     ROOT / "examples" / "cpp" / "README.md",
     *sorted(DOCS.rglob("*.md")),
 ]

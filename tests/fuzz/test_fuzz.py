@@ -88,7 +88,7 @@ def test_dequantize_on_the_cpu(kernel):
     ids=str,
 )
 def test_in_the_emulator(session, kernels):
-    """Masked norms of k > 512 among them, whose padding no other test had looked at."""
+    """Run every operation, in memory where each wrong access raises."""
     for case in session.cases(SEED):
         session.run(kernels, case)
         counted["cases"] += 1

@@ -115,7 +115,6 @@ def test_no_division(arch, dtype, fmt):
         assert code.count("CALL", "MUFU", "FCHK") == 0
 
 
-@pytest.mark.slow
 @every_format
 @every_number_of_rows
 def test_instruction_budget(fmt, rows):
