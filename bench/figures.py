@@ -2,9 +2,8 @@
 
     python -m bench.figures
 
-Needs no GPU, but the records of `quantize`, the fused operations and the sweep; the other tables are
-left out where theirs is missing. The screenshot of a page needs
-Chromium and is left as it is where there is none.
+Needs no GPU, but the records of `quantize`, the fused operations and the sweep. The other tables
+are left out where their record is missing, and the screenshot of a page where there is no Chromium.
 """
 
 from __future__ import annotations
