@@ -26,7 +26,7 @@ WORDS = {
     "cta_order": ("rasterization order of CTAs", ORDERS),
     "load_hint": ("cache hint of the loads", LOAD_HINTS),
 }
-PROGRAM = "cute-quant layout"
+PROGRAM = "python -m cute_quant layout"
 FORMAT = {"format": "DEEP_GEMM", "dtype": "bf16"}
 """Defaults."""
 BAR = 30
