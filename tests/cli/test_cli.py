@@ -661,6 +661,7 @@ def test_layout_help(capsys):
         assert f"\n    {name} " in done.stdout
 
 
+@pytest.mark.slow
 def test_layout_show(tmp_path):
     command = [sys.executable, "-m", "cute_quant", "layout", "show", "--threads-per-group", "4"]
     done = subprocess.run(

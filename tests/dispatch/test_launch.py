@@ -318,6 +318,7 @@ def test_threads_bind_at_once(device):
             assert_results(pair, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_no_graph_of_torch_holds_a_launch(backend, device):
     """A compiled function breaks its graph there, and means the same."""

@@ -127,6 +127,7 @@ def test_fake_tensors_are_checked():
         quantize(torch.empty(4, 128, dtype=torch.bfloat16), "e4m3:128")
 
 
+@pytest.mark.slow
 @every_format
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_gives_the_same_bits_and_strides(fmt, dynamic, device):
@@ -275,6 +276,7 @@ def kinds_of_rows(device):
     ]
 
 
+@pytest.mark.slow
 @every_layout
 @pytest.mark.parametrize("case", range(6))
 def test_opcheck_of_all_rows(case, fmt, device):
@@ -420,6 +422,7 @@ def test_export_any_batch_and_rows(fmt):
             assert result.stride() == expected.stride()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
 @pytest.mark.parametrize("min_scale", ["vllm", "deepgemm", "sglang", "ocp"])
 def test_compiled_presets(min_scale, dtype, device):
@@ -504,6 +507,7 @@ def test_opcheck_rms_norm_with_a_residual(fmt, device):
         torch.library.opcheck(operators.rms_norm_quantize_residual.default, args, options)
 
 
+@pytest.mark.slow
 @every_format
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("normalized", [True, False])
@@ -1169,6 +1173,7 @@ print("ok")
     assert result.stdout == "ok\n", result.stderr
 
 
+@pytest.mark.slow
 def test_compilation_from_many_threads():
     """Without a GPU: each of the threads gets the function of its own architecture."""
     program = """

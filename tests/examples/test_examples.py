@@ -112,6 +112,7 @@ def error_of_a_token(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return max(map(relative_error, actual, expected))
 
 
+@pytest.mark.slow
 @both_layers
 @both_formats
 @every_quantizer
@@ -127,6 +128,7 @@ def test_layer_is_that_in_bf16(tokens, top_k, quantizers, fmt, forward, deep_gem
     assert error_of_a_token(result, expected) < 0.13
 
 
+@pytest.mark.slow
 @both_formats
 @every_routing
 def test_layouts_differ_in_nothing(tokens, top_k, fmt, deep_gemm):
@@ -294,6 +296,7 @@ def test_rope_is_short():
     assert len(kernel.splitlines()) < 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", lookup.ARCHITECTURES.values())
 def test_rope_compiles(arch, tmp_path):
     options = "--keep-ptx", f"--dump-dir {tmp_path}"

@@ -82,7 +82,7 @@ def test_dequantize_on_the_cpu(kernel):
 @pytest.mark.parametrize(
     "session",
     [
-        pytest.param(session, marks=pytest.mark.slow if number % 2 else ())
+        pytest.param(session, marks=pytest.mark.slow if number % 3 else ())
         for number, session in enumerate(emulated.sessions())
     ],
     ids=str,

@@ -131,6 +131,7 @@ def test_host_code_runs_on_any_x86_64(built):
     assert [line for line in listing.splitlines() if BEYOND_BASELINE.search(line)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(AARCH64.linker() is None, reason="needs a linker for aarch64")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="about building for another machine")
 def test_aarch64(tmp_path, capsys):
@@ -243,6 +244,7 @@ def test_runtime_is_for_the_host(copy, tmp_path):
     assert sorted(copy.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_interrupt_from_a_terminal_is_one_line(tmp_path):
     command = [sys.executable, "-m", "cute_quant", "build", "--kernel", NAME, "--arch", ARCH]
     process = subprocess.Popen(
@@ -272,6 +274,7 @@ def test_interrupt_from_a_terminal_is_one_line(tmp_path):
 # How it is used.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["variable", "load"])
 def test_without_cute_dsl(built, site, tmp_path, how):
     load = f"cute_quant.load({str(built)!r})" if how == "load" else ""
@@ -647,6 +650,7 @@ def example() -> Iterator[Path]:
         yield Path(directory) / "quantize"
 
 
+@pytest.mark.slow
 def test_cpp_example_loads(example, built):
     done = subprocess.run([example, built, ARCH], capture_output=True, text=True, env={})
     assert done.returncode == 0, done.stderr

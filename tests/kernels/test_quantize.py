@@ -94,6 +94,7 @@ def test_shapes(kernels, arch, dtype, rows_per_thread, fmt):
         check(gpu, x, fmt, last_padding=groups > 3)
 
 
+@pytest.mark.slow
 @every_format
 def test_more_rows_of_q(any_rows_gpu, fmt):
     for mn, extra in ((1, 1), (1, 4), (3, 1), (4, 1), (5, 3), (5, 32), (33, 7)):
@@ -102,6 +103,7 @@ def test_more_rows_of_q(any_rows_gpu, fmt):
         check(any_rows_gpu, x, fmt, extra_rows=extra, last_padding=False)
 
 
+@pytest.mark.slow
 @every_dtype
 @every_format
 @pytest.mark.parametrize("min_scale", [2.0**-126, 2.0**-40, 1.0, 2.0**100])
@@ -114,6 +116,7 @@ def test_no_min_scale(gpu, dtype):
     check(gpu, special_groups(13, 512, dtype, 3), UE8M0.replace(min_scale=0.0))
 
 
+@pytest.mark.slow
 @every_dtype
 @every_format
 def test_every_pattern_as_amax(gpu, dtype, fmt):
@@ -179,6 +182,7 @@ def test_formats(gpu, mixed):
 TWO_ROWS = [(INPUT_DTYPES[i % 3], fmt, 0) for i, fmt in enumerate(all_formats([E4M3], [32, 256]))]
 
 
+@pytest.mark.slow
 @on_mixed(0, TWO_ROWS)
 def test_two_rows_a_thread(kernels, arch, mixed):
     dtype, fmt, _ = mixed
@@ -369,6 +373,7 @@ def test_masked(kernels, arch, mixed):
             check(gpu, x, fmt, rows=Masked(counts), index=index, last_padding=bool(turn % 2))
 
 
+@pytest.mark.slow
 def test_masked_experts_of_several_chunks(kernels, arch):
     counts = numbers((600,), -1, 6, seed=3).where(numbers((600,), 0, 3, seed=4) == 0, 0)
     x = batch((600, 5), 128, BF16, UE8M0)
@@ -386,6 +391,7 @@ def test_ctas_that_are_no_multiple_of_the_experts(kernels, arch):
     check(gpu, batch((3, 9), 128, BF16, UE8M0), UE8M0, rows=Masked(counts))
 
 
+@pytest.mark.slow
 @on_mixed(1)
 def test_prefix_sums(kernels, arch, mixed):
     """Ends that are in no order, negative, or past the rows; none at all, and more than a warp."""
@@ -408,6 +414,7 @@ def test_prefix_sums(kernels, arch, mixed):
         check(gpu, x, fmt, rows=rows, index=index, extra_rows=3, last_padding=False)
 
 
+@pytest.mark.slow
 @on_mixed(0)
 def test_indexed(kernels, arch, mixed):
     dtype, fmt, k = mixed

@@ -40,6 +40,7 @@ SHORT = {"tile": Tile(row_warps=4), "max_warps": 1}
 """Four rows a block, each of one warp."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_variants(gpu, variant):
     for mn, k in SHAPES:
@@ -125,6 +126,7 @@ def test_masked_experts(kernels, arch, fmt, counts, max_m, gathered, row_warps):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", [UE8M0, ROWWISE_FP8], ids=str)
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 def test_dead_rows(gpu, fmt, eps):
@@ -143,6 +145,7 @@ def test_dead_rows(gpu, fmt, eps):
     assert q[:5][live].view(torch.uint8).any(1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", [MXFP8, DEEP_GEMM.replace(group_size=256)], ids=str)
 @pytest.mark.parametrize("k", [32, 544, 1056, 1568])
 def test_padding_scales(gpu, fmt, k):

@@ -43,6 +43,7 @@ FORMATS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_variants(gpu, variant):
     for mn, k in SHAPES:
@@ -67,6 +68,7 @@ def test_formats(gpu, dtype, fmt, k):
         check_silu_mul(gpu, 5, k, fmt, dtype, extra_rows=1, last_padding=False, **VARIANTS[variant])
 
 
+@pytest.mark.slow
 def test_batches(kernels, arch):
     """Also of more rows and matrices than the grid counts."""
     for max_grid in (65535, 2):

@@ -77,6 +77,7 @@ def test_every_scale_of_a_cta_is_written_by_one_thread_of_its_group(choices):
             assert (s.row, s.column // 128) == (row, group)
 
 
+@pytest.mark.slow
 @every_layout
 def test_partners_are_those_of_the_shuffles_in_the_machine_code(choices):
     layout = make_layout(**choices)
@@ -117,6 +118,7 @@ def test_scales_lie_where_the_format_puts_them(fmt):
 # Coalescing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", EXAMINED)
 @every_layout
 def test_as_many_requests_as_memory_instructions(choices, arch):
@@ -362,6 +364,7 @@ def test_no_plot_without_times():
         report.plot([Trial(make_layout())], "")
 
 
+@pytest.mark.slow
 @every_format
 def test_formats_of_the_command_line(fmt, capsys):
     names = [name for name, named in NAMED_FORMATS.items() if named is fmt]
@@ -472,6 +475,7 @@ def test_files_that_cannot_be_used(arguments, capsys, tmp_path):
     assert not out and len(err.splitlines()) == 1 and str(file) in err
 
 
+@pytest.mark.slow
 def test_sweep_and_report(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = tmp_path / "sweep.json"
