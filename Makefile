@@ -36,7 +36,7 @@ lint: $(READY)
 
 # Needs neither torch nor CuTe DSL: the reference is read from the source.
 docs: $(DOCS)/.ready
-	$(DOCS)/bin/mkdocs build --strict --quiet
+	$(DOCS)/bin/mkdocs build --strict --quiet --config-file .mkdocs.yml
 	@echo site/index.html
 
 $(DOCS)/.ready: docs/requirements.txt

@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from cute_quant_command import COMMANDS, PROGRAM, main
+from cute_quant.cli.entry.cute_quant_command import COMMANDS, PROGRAM, main
 
 __all__ = ["COMMANDS", "main", "run"]
 

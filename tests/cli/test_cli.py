@@ -64,8 +64,9 @@ def test_module_runs():
 
 @pytest.mark.parametrize("option", ["--version", "--help"])
 def test_overview_imports_neither_torch_nor_the_package(option):
+    directory = Path(cute_quant.__file__).parent / "cli" / "entry"
     code = (
-        "import sys, cute_quant_command\n"
+        f"import sys; sys.path.insert(0, {str(directory)!r}); import cute_quant_command\n"
         "try: cute_quant_command.main()\n"
         "finally: assert not {'torch', 'cute_quant'} & set(sys.modules)"
     )

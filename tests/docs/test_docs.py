@@ -22,7 +22,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
-    ROOT / "SECURITY.md",
+    ROOT / ".github" / "SECURITY.md",
     ROOT / "examples" / "cpp" / "README.md",
     *sorted(DOCS.rglob("*.md")),
 ]
@@ -109,7 +109,7 @@ def test_links(page):
 
 
 def test_every_page_is_in_the_navigation():
-    navigation = (ROOT / "mkdocs.yml").read_text()
+    navigation = (ROOT / ".mkdocs.yml").read_text()
     for page in DOCS.rglob("*.md"):
         assert f": {page.relative_to(DOCS)}\n" in navigation
 
