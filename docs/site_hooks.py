@@ -72,7 +72,9 @@ def _from_readme(target: str) -> str:
 
 
 def _copied(target: str) -> str:
-    # A page of Markdown that is no page of the site is shown as text.
+    # A page of Markdown that is no page of the site is shown as text. Names that start with a dot
+    # are left out of sites.
+    target = target.lstrip(".")
     return f"source/{target}.txt" if target.endswith(".md") else f"source/{target}"
 
 
