@@ -59,7 +59,7 @@ class Destination(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """What the choice of a kernel depends on: the target, and the number of multiprocessors."""
+    """The facts of a GPU that choose a kernel: its target and its number of multiprocessors."""
 
     arch: str
     sms: int

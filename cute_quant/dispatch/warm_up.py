@@ -44,7 +44,7 @@ class WarmKernel(NamedTuple):
 
 
 class WarmUp(Sequence[WarmKernel]):
-    """What a warm-up made ready.
+    """The kernels that a warm-up made ready.
 
     Attributes:
         kernels: all of them, those that were compiled first.

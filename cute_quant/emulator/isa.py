@@ -1,4 +1,4 @@
-"""What each instruction computes, for all threads at once.
+"""Results of each instruction, computed for all threads at once.
 
 The table is keyed by whole opcodes, modifiers included: a spelling that is not in it is unknown,
 so no modifier can be ignored by accident. Instructions that touch memory, other lanes or the flow

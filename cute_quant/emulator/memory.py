@@ -24,7 +24,7 @@ DEVICE_SPACING_BITS = 40
 SHARED_SPACING_BITS = 20
 
 ALIGNMENT = 256
-"""Of what a CUDA allocator returns, and so all that a kernel can know of an address."""
+"""Alignment of what a CUDA allocator returns, all that a kernel can know of an address."""
 
 MAP_NORESERVE = 0x4000
 """A flag of Linux, which Python names from 3.11 on, and not everywhere."""

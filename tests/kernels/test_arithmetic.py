@@ -1,46 +1,18 @@
 """float32 arithmetic of the kernels, where approximate instructions err as far as they may."""
 
-import cuda.bindings.driver as cuda
 import cutlass.cute as cute
 import numpy as np
 import pytest
 import torch
 from cutlass import Float32
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.emulator import EmulatedKernel, isa
 from cute_quant.emulator.host import C_COMPILER
 from cute_quant.kernels import arithmetic
 from cute_quant.kernels.encodings import registers
+from tests.kernels.elementwise import Apply
 
 pytestmark = pytest.mark.skipif(C_COMPILER is None, reason="needs a C compiler")
-
-THREADS = 256
-
-
-class Apply:
-    """Compute y = function(x), one element per thread."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def signature(self):
-        n = cute.sym_int32(divisibility=THREADS)
-        vector = make_fake_tensor(Float32, (n,), stride=(1,))
-        return vector, vector, make_fake_stream(use_tvm_ffi_env_stream=True)
-
-    @cute.jit
-    def __call__(self, mX: cute.Tensor, mY: cute.Tensor, stream: cuda.CUstream):
-        self.kernel(mX, mY).launch(
-            grid=[mX.shape[0] // THREADS, 1, 1], block=[THREADS, 1, 1], stream=stream
-        )
-
-    @cute.kernel
-    def kernel(self, mX: cute.Tensor, mY: cute.Tensor):
-        thread, _, _ = cute.arch.thread_idx()
-        block, _, _ = cute.arch.block_idx()
-        i = block * THREADS + thread
-        mY[i] = self.function(mX[i])
 
 
 def sigmoid(factor=None):
