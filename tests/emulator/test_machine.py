@@ -288,7 +288,7 @@ def test_stores_out_of_bounds():
         run(body, grid=(1, 2, 1), words=31)
     message = str(caught.value)
     assert message.startswith("block (0, 0, 0) thread (31, 0, 0): line 10 of k: `st.global.b32 ")
-    place = r"at 0x180000000[0-9a-f]{2} out of bounds; 0 bytes past the end of 'out'"
+    place = r"at 0x18000000[0-9a-f]{3} out of bounds; 0 bytes past the end of 'out'"
     assert re.search(f"store of 4 bytes {place}", message)
     with pytest.raises(MemoryFault, match="4 bytes before the start of 'out'"):
         run("mov.b32 %r1, 0; st.global.b32 [%w0+-4], %r1; ret;")
