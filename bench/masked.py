@@ -138,7 +138,8 @@ def scales_by_row(sf: torch.Tensor, fmt: Format, mn: int, k: int) -> torch.Tenso
     """Return scales as integers (rows, columns), the matrices of a batch stacked along M."""
     if fmt.blocked:
         rows, columns = fmt.scale_rows(mn), fmt.columns(k)
-        return reference.from_blocks(sf.view(torch.uint8)[None], rows, columns)[0]
+        blocks = sf.view(torch.uint8)[None]
+        return reference.from_blocks(blocks, rows, columns, fmt.block_rows)[0]
     scales = sf.view(torch.uint8 if fmt.ue8m0 and not fmt.packed else torch.int32)
     return scales.flatten(0, -2)
 

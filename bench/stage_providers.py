@@ -173,14 +173,16 @@ class Ours(StageProvider):
 
     def public(self, buffer: StageBuffer) -> tuple[torch.Tensor, torch.Tensor]:
         if self.operation is SILU_MUL_QUANTIZE:
-            return silu_mul_quantize(buffer.gate_up)
+            q, sf = silu_mul_quantize(buffer.gate_up)
+            return q, sf
         if self.operation is RMS_NORM_QUANTIZE:
             out = None, None, torch.empty_like(buffer.x)
             q, sf, *_ = rms_norm_quantize(
                 buffer.x, buffer.weight, eps=EPS, residual=buffer.residual, out=out
             )
             return q, sf
-        return quantize(buffer.x)
+        q, sf = quantize(buffer.x)
+        return q, sf
 
 
 class Ceiling(StageProvider):

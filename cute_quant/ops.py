@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -22,6 +22,7 @@ from cute_quant.contract.torch_private import (
     num_dispatch_modes,
     outside_of_graphs,
 )
+from cute_quant.contract.upper_scales import make_upper_scale
 from cute_quant.dispatch import launch, torch_ops
 from cute_quant.dispatch.launch import Launch
 
@@ -34,9 +35,12 @@ def quantize(
     *,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    encode_scale: torch.Tensor | None = None,
+    decode_scale: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
     check: bool = False,
     out: Out | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Quantize rows in groups that share a scale.
 
     Each group of ``fmt.group_size`` elements contiguous along k gets the scale
@@ -63,6 +67,12 @@ def quantize(
             scales: these keep what memory held.
         index: int32, contiguous, (mn,) or (b, mn), for x of shape (T, k): row i of the result is
             ``x[index[i]]``. An index outside of 0 to T - 1 gives values 0 and scales 0.
+        encode_scale: for e4m3 scales without `row_scale`, about 2688 over the largest magnitude:
+            float32, contiguous, on the device of x, () or (1,) for the tensor, or of the leading
+            dimensions for each of its matrices. It is read on the device, never waited for. Groups
+            become NaN unless it is from 2^-117 to 2^117. A call gives one of these three.
+        decode_scale: the same, but its reciprocal, with which GEMMs multiply their result.
+        amax: the same, but the largest magnitude, from which the encode scale is computed.
         check: whether to read the counts of `rows` and `index`, which synchronizes, and raise on
             those that are out of range. Otherwise they are clamped.
         out: q and sf to write into, either of them None to have it allocated. `q` has the leading
@@ -85,16 +95,21 @@ def quantize(
             supported.
     """
     if rows is None and index is None and check is False and not is_dynamo_compiling():
+        results = None
         if out is None:
             results = launch.quantize_again(x, fmt)
-        else:
-            q, sf = _out_pair(out)
-            results = None if q is None or sf is None else launch.quantize_into_again(x, fmt, q, sf)
+        elif len(out) == 2:
+            q, sf = out
+            if q is not None and sf is not None:
+                results = launch.quantize_into_again(x, fmt, q, sf)
         if results is not None:
             return results
-    q, sf = (None, None) if out is None else _out_pair(out)
+    outputs = _outputs(out, fmt)
+    upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
     _check_input("quantize", "x", x)
-    return _run(Call(x, fmt, q, sf, rows, index), check)
+    return _run(
+        Call(x, fmt, outputs.q, outputs.sf, rows, index, None, upper, outputs.row_scales), check
+    )
 
 
 def silu_mul_quantize(
@@ -109,9 +124,12 @@ def silu_mul_quantize(
     rounding: str = FUSED,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    encode_scale: torch.Tensor | None = None,
+    decode_scale: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
     check: bool = False,
     out: Out | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Apply a gated activation and quantize its result, in one pass.
 
     A row of `gate_up` holds gates g and ups u. Its result, which is quantized as by
@@ -140,6 +158,9 @@ def silu_mul_quantize(
             may be 0.
         rows: which rows exist, as for :func:`quantize`.
         index: int32, (mn,) or (b, mn): rows of `gate_up`, as for :func:`quantize`.
+        encode_scale: as for :func:`quantize`.
+        decode_scale: as for :func:`quantize`.
+        amax: as for :func:`quantize`.
         check: whether to read counts and indices and raise on those out of range.
         out: q and sf to write into, as for :func:`quantize`.
 
@@ -154,7 +175,8 @@ def silu_mul_quantize(
     _check_input("silu_mul_quantize", "gate_up", gate_up)
     if weight is not None:
         _check_input("silu_mul_quantize", "weight", weight)
-    q, sf = (None, None) if out is None else _out_pair(out)
+    outputs = _outputs(out, fmt)
+    upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
     prologue = make_silu_mul(
         interleaved=interleaved,
         clamp=clamp,
@@ -163,7 +185,10 @@ def silu_mul_quantize(
         rounding=rounding,
         weight=weight,
     )
-    return _run(Call(gate_up, fmt, q, sf, rows, index, prologue), check)
+    call = Call(
+        gate_up, fmt, outputs.q, outputs.sf, rows, index, prologue, upper, outputs.row_scales
+    )
+    return _run(call, check)
 
 
 def rms_norm_quantize(
@@ -178,6 +203,9 @@ def rms_norm_quantize(
     normalized: bool | torch.Tensor = False,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    encode_scale: torch.Tensor | None = None,
+    decode_scale: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
     check: bool = False,
     out: Out | None = None,
 ) -> tuple[torch.Tensor, ...]:
@@ -213,6 +241,9 @@ def rms_norm_quantize(
         rows: which rows exist, as for :func:`quantize`, without `residual` and `normalized`.
         index: int32, (mn,) or (b, mn): rows of x, as for :func:`quantize`, without `residual` and
             `normalized`.
+        encode_scale: as for :func:`quantize`.
+        decode_scale: as for :func:`quantize`.
+        amax: as for :func:`quantize`.
         check: whether to read counts and indices and raise on those out of range.
         out: q and sf as for :func:`quantize`, and maybe a third for the updated residual, each of
             them None to have it as by default. The third is a tensor as `residual` has to be, or
@@ -229,7 +260,8 @@ def rms_norm_quantize(
     for name, t in (("x", x), ("weight", weight), ("residual", residual)):
         if t is not None or name != "residual":
             _check_input("rms_norm_quantize", name, t)
-    q, sf, residual_out = (None, None, None) if out is None else _out_triple(out)
+    outputs = _outputs(out, fmt, with_residual=True)
+    upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
     if not isinstance(normalized, (bool, torch.Tensor)):
         raise TypeError(f"normalized: expected a bool or a tensor, got {describe(normalized)}")
     if normalized is True:
@@ -241,11 +273,12 @@ def rms_norm_quantize(
         weight_offset=weight_offset,
         rounding=rounding,
         residual=residual,
-        residual_out=residual_out,
+        residual_out=outputs.residual,
         normalized=None if normalized is False else normalized,
     )
-    q, sf = _run(Call(x, fmt, q, sf, rows, index, prologue), check)
-    return q, sf, *(t for t in (prologue.residual_out, prologue.normalized) if t is not None)
+    call = Call(x, fmt, outputs.q, outputs.sf, rows, index, prologue, upper, outputs.row_scales)
+    further = (prologue.residual_out, prologue.normalized)
+    return *_run(call, check), *(t for t in further if t is not None)
 
 
 def dequantize(
@@ -254,6 +287,9 @@ def dequantize(
     fmt: Format = DEEP_GEMM,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    encode_scale: torch.Tensor | None = None,
+    decode_scale: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply quantized values by their scales.
 
@@ -265,6 +301,10 @@ def dequantize(
         fmt: the format that they were quantized to.
         dtype: of the result: bfloat16, float16 or float32. Products are computed in float32 and
             rounded once, to Inf where they are beyond its largest number.
+        encode_scale: as for :func:`quantize`.
+        decode_scale: as for :func:`quantize`, but of any value; or, of a format with `row_scale`,
+            the scales of rows that :func:`quantize` returned, (..., mn).
+        amax: as for :func:`quantize`.
 
     Returns:
         (..., mn, k), `dtype`, contiguous.
@@ -276,15 +316,21 @@ def dequantize(
     """
     _check_input("dequantize", "q", q)
     _check_input("dequantize", "sf", sf)
+    upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
     if not (_is_traced(q) or _is_traced(sf)):
-        return launch.dequantize(q, sf, fmt, dtype)
+        return launch.dequantize(q, sf, fmt, dtype, upper)
     checks.check_format(fmt)
-    y: torch.Tensor = torch.ops.cute_quant.dequantize(q, torch_ops.as_stored(sf), fmt.text, dtype)
-    return y
+    return torch_ops.dequantize(q, sf, fmt, dtype, upper)
 
 
 def fake_quantize(
-    x: torch.Tensor, fmt: Format = DEEP_GEMM, *, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    fmt: Format = DEEP_GEMM,
+    *,
+    encode_scale: torch.Tensor | None = None,
+    decode_scale: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return what is left of `x` after `quantize` and `dequantize`, in one pass, without scales.
 
@@ -294,6 +340,9 @@ def fake_quantize(
     Args:
         x: (..., mn, k), bfloat16, float16 or float32, with strides as for :func:`quantize`.
         fmt: the format to quantize to.
+        encode_scale: as for :func:`quantize`.
+        decode_scale: as for :func:`quantize`.
+        amax: as for :func:`quantize`.
         out: to write into: the shape and dtype of x, any strides that do not overlap.
 
     Returns:
@@ -303,14 +352,16 @@ def fake_quantize(
         TypeError, ValueError, RuntimeError: as :func:`quantize`.
     """
     _check_input("fake_quantize", "x", x)
+    upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    call = Call(x, fmt, upper=upper)
     if not _is_traced(x):
-        return launch.fake_quantize(x, fmt, out)
+        return launch.fake_quantize(call, out)
     checks.check_format(fmt)
-    result: torch.Tensor = torch.ops.cute_quant.fake_quantize(x, fmt.text)
+    result = torch_ops.fake_quantize(call)
     if out is None:
         return result
     if not is_dynamo_compiling():
-        checks.check_fake_quantize(x, out, fmt)
+        checks.check_fake_quantize(call, out)
     return out.copy_(result)
 
 
@@ -437,7 +488,7 @@ def _is_traced(t: torch.Tensor) -> bool:
     return num_dispatch_modes() > 0 or type(t) not in _PLAIN_TYPES or t.is_meta
 
 
-def _run(call: Call, check: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(call: Call, check: bool) -> tuple[torch.Tensor, ...]:
     """Launch a call, or hand it to its operator."""
     if check is not False and check is not True:
         raise TypeError(f"check: expected a bool, got {describe(check)}")
@@ -456,19 +507,29 @@ def _run(call: Call, check: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return torch_ops.quantize(call)
 
 
-def _out_pair(out: Out) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    if not isinstance(out, (tuple, list)) or len(out) != 2:
-        raise TypeError(f"out: expected a pair (q, sf), got {_describe_items(out)}")
-    return out[0], out[1]
+class _Outputs(NamedTuple):
+    """Memory of the caller, None where there is none."""
+
+    q: torch.Tensor | None = None
+    sf: torch.Tensor | None = None
+    row_scales: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
 
 
-def _out_triple(
-    out: Out,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    if not isinstance(out, (tuple, list)) or len(out) not in (2, 3):
-        raise TypeError(f"out: expected (q, sf) or (q, sf, residual), got {_describe_items(out)}")
-    return out[0], out[1], out[2] if len(out) == 3 else None
-
-
-def _describe_items(out: object) -> str:
-    return f"{len(out)} items" if isinstance(out, (tuple, list)) else describe(out)
+def _outputs(out: Out | None, fmt: Format, *, with_residual: bool = False) -> _Outputs:
+    """Return what `out` gives, by name."""
+    if out is None:
+        return _Outputs()
+    names = ["q", "sf"]
+    if isinstance(fmt, Format) and fmt.row_scale:
+        names.append("row_scales")
+    expected = [f"({', '.join(names)})"]
+    if with_residual:
+        names.append("residual")
+        expected.append(f"({', '.join(names)})")
+    most = len(names)
+    least = most - with_residual
+    if not isinstance(out, (tuple, list)) or not least <= len(out) <= most:
+        got = f"{len(out)} items" if isinstance(out, (tuple, list)) else describe(out)
+        raise TypeError(f"out: expected {' or '.join(expected)}, got {got}")
+    return _Outputs(**dict(zip(names, out, strict=False)))

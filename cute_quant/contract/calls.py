@@ -9,6 +9,7 @@ import torch
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import Prologue
 from cute_quant.contract.rows import Rows
+from cute_quant.contract.upper_scales import UpperScale
 
 
 class ResultShape(NamedTuple):
@@ -18,10 +19,9 @@ class ResultShape(NamedTuple):
     mn: int
     k: int
 
-    @property
-    def values(self) -> tuple[int, ...]:
-        """Return the shape of q."""
-        return (*self.batch_shape, self.mn, self.k)
+    def values(self, fmt: Format) -> tuple[int, ...]:
+        """Return the shape of q, whose bytes may hold two columns each."""
+        return (*self.batch_shape, self.mn, fmt.value_columns(self.k))
 
 
 class Call(NamedTuple):
@@ -34,6 +34,9 @@ class Call(NamedTuple):
         rows: which rows exist; None for all of them.
         index: row of x for each row of the result, None for its own.
         prologue: the operation before the quantizer, with its tensors.
+        upper: the scale over e4m3 scales, None for formats without one or with one for each row.
+        row_scales: the caller's memory for the decode scales of rows, None to allocate it or
+            without any.
     """
 
     x: torch.Tensor
@@ -43,6 +46,8 @@ class Call(NamedTuple):
     rows: Rows | None = None
     index: torch.Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
     prologue: Prologue | None = None
+    upper: UpperScale | None = None
+    row_scales: torch.Tensor | None = None
 
     @property
     def input_name(self) -> str:
@@ -52,7 +57,10 @@ class Call(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Return whether all rows of x are quantized, in their order, without a prologue."""
-        return self.rows is None and self.index is None and self.prologue is None
+        return all(
+            part is None
+            for part in (self.rows, self.index, self.prologue, self.upper, self.row_scales)
+        )
 
     @property
     def tensors(self) -> dict[str, torch.Tensor | None]:
@@ -65,6 +73,10 @@ class Call(NamedTuple):
         }
         if self.rows is not None:
             tensors[f"rows.{self.rows.data_name}"] = self.rows.data
+        if self.upper is not None:
+            tensors[self.upper.kind] = self.upper.tensor
+        if self.row_scales is not None:
+            tensors["out row scales"] = self.row_scales
         return tensors if self.prologue is None else tensors | self.prologue.tensors
 
     @property

@@ -13,7 +13,7 @@ from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.dtypes import INPUT_DTYPES, align, ceil_div, describe, dtype_name
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import RmsNorm, SiluMul
+from cute_quant.contract.prologues import MAX_NORM_COLUMNS, RmsNorm, SiluMul
 from cute_quant.contract.rows import KINDS, Masked, PrefixSum, Rows
 from cute_quant.contract.tensors import (
     MAX_SIZE,
@@ -29,10 +29,13 @@ from cute_quant.contract.tensors import (
     known,
     same_sizes,
 )
+from cute_quant.contract.upper_scales import DECODE, UpperScale
+from cute_quant.contract.upper_scales import KINDS as UPPER_KINDS
 
 MIN_TILE_ROWS = 4
-"""Least rows of a CTA's tile, except RMSNorm's: the tiles of masked experts are counted with it.
-Calls are refused alike on CPU and GPU, so it belongs to the contract, and `heuristics` keeps it."""
+"""Least rows of a CTA's tile, except of those that hold whole rows: the tiles of masked experts are
+counted with it. Calls are refused alike on CPU and GPU, so it belongs to the contract, and
+`heuristics` keeps it."""
 MAX_SCALES = 2**32 - 1
 """MN-major scales of a matrix, which kernels index with 32 bits."""
 MAX_SCALE_BYTES = 2**31 - 1
@@ -56,7 +59,8 @@ def check_call(call: Call) -> ResultShape:
     _check_rows(call)
     shape = call.result_shape
     # The tiles of all experts are counted together.
-    tile_rows = 1 if isinstance(prologue, RmsNorm) else MIN_TILE_ROWS
+    whole_rows = isinstance(prologue, RmsNorm) or fmt.row_scale
+    tile_rows = 1 if whole_rows else MIN_TILE_ROWS
     tiles = ceil_div(shape.mn, tile_rows) if isinstance(call.rows, Masked) else 1
     counted = name if call.index is None else "index"
     check_count(counted, shape.batch_shape, 1 if known(tiles < 1) else tiles)
@@ -65,9 +69,12 @@ def check_call(call: Call) -> ResultShape:
     elif isinstance(prologue, RmsNorm):
         _check_rms_norm(prologue, x, every_row=call.rows is None and call.index is None)
     _check_number_of_scales(name, fmt, shape)
+    _check_whole_bytes(name, fmt, shape.k)
+    _check_upper_scale(call.upper, fmt, _upper_scale_shapes(fmt, shape.batch_shape), x, name)
+    _check_row_scales(call, shape)
     if call.q is not None:
         check_written("out q", call.q, fmt.values, x, name)
-        _check_values_out(call.q, shape, exact=isinstance(call.rows, Masked))
+        _check_values_out(call.q, fmt, shape, exact=isinstance(call.rows, Masked))
     if call.sf is not None:
         check_written("out sf", call.sf, fmt.sf_dtype, x, name)
         _check_scales_out(call.sf, fmt, shape)
@@ -131,6 +138,75 @@ def _check_number_of_scales(name: str, fmt: Format, shape: ResultShape) -> None:
         )
 
 
+def _check_whole_bytes(name: str, fmt: Format, k: int) -> None:
+    per_byte = fmt.value_type.per_byte
+    if per_byte > 1 and known(k % per_byte != 0):
+        raise ValueError(
+            f"{name}: expected a multiple of {per_byte} columns in the result, whose "
+            f"{dtype_name(fmt.values)} values share bytes, got {k}"
+        )
+
+
+def _check_upper_scale(
+    upper: UpperScale | None,
+    fmt: Format,
+    shapes: Sequence[tuple[int, ...]],
+    x: torch.Tensor,
+    input_name: str,
+) -> None:
+    """Check the upper scale of a call.
+
+    Args:
+        upper: as the call gives it.
+        fmt: the format of the call.
+        shapes: that it may have; none where the call takes no upper scale.
+        x: the input, which says the device.
+        input_name: the name of its argument.
+    """
+    if upper is None:
+        if shapes:
+            raise ValueError(
+                f"{UPPER_KINDS[0]}: expected one of {', '.join(UPPER_KINDS)} for {fmt}, whose "
+                f"{dtype_name(fmt.scale_dtype)} scales have one above them, got none"
+            )
+        return
+    if not shapes:
+        reason = "each row has its own" if fmt.row_scale else "no scale lies above those of groups"
+        raise ValueError(f"{upper.kind}: expected None for {fmt}, where {reason}, got a tensor")
+    t = upper.tensor
+    check_tensor(upper.kind, t, (torch.float32,))
+    if not any(same_sizes(t.shape, shape) for shape in shapes):
+        expected = " or ".join(map(str, dict.fromkeys(shapes)))
+        raise ValueError(f"{upper.kind}: expected shape {expected}, got {tuple(t.shape)}")
+    check_operand(upper.kind, t, x, input_name)
+
+
+def _upper_scale_shapes(fmt: Format, batch_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Return the shapes of an upper scale that is given: one number, or one for each matrix."""
+    return [(), (1,), batch_shape] if fmt.upper_scale and not fmt.row_scale else []
+
+
+def _check_row_scales(call: Call, shape: ResultShape) -> None:
+    """Check what a format with a scale for each row needs."""
+    t, name = call.row_scales, "out row scales"
+    if not call.fmt.row_scale:
+        if t is not None:
+            raise ValueError(f"{name}: expected None for {call.fmt}, got a tensor")
+        return
+    if known(shape.k > MAX_NORM_COLUMNS):
+        raise ValueError(
+            f"{call.input_name}: expected up to {MAX_NORM_COLUMNS} columns in the result of a "
+            f"format with row_scale, whose rows lie in registers, got {shape.k}"
+        )
+    if t is None:
+        return
+    check_written(name, t, torch.float32, call.x, call.input_name)
+    expected = (*shape.batch_shape, shape.mn)
+    if not same_sizes(t.shape, expected):
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(t.shape)}")
+    check_operand(name, t, call.x, call.input_name)
+
+
 def _check_silu_mul(prologue: SiluMul, gate_up: torch.Tensor, shape: ResultShape) -> None:
     if known(gate_up.shape[-1] % 2 != 0):
         raise ValueError(
@@ -188,20 +264,29 @@ def _check_like_x(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
     check_disjoint_rows(name, t)
 
 
-def check_fake_quantize(x: torch.Tensor, out: torch.Tensor | None, fmt: Format) -> None:
+def check_fake_quantize(call: Call, out: torch.Tensor | None) -> None:
     """Check a call of ``fake_quantize``.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
-    check_call(Call(x, fmt))
+    check_call(call)
     if out is not None:
-        check_written("out", out, x.dtype, x, "x")
-        _check_like_x("out", out, x)
+        check_written("out", out, call.x.dtype, call.x, "x")
+        _check_like_x("out", out, call.x)
 
 
-def check_dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype) -> None:
+def check_dequantize(
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    dtype: torch.dtype,
+    upper: UpperScale | None = None,
+) -> ResultShape:
     """Check a call of ``dequantize``.
+
+    Returns:
+        The shape of the result.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -213,8 +298,9 @@ def check_dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torc
         raise TypeError(f"dtype: expected one of {INPUT_DTYPES}, got {describe(dtype)}")
     if q.device != sf.device:
         raise ValueError(f"sf: expected the device of q, {q.device}, got {sf.device}")
-    check_matrices("q", q, MAX_COLUMNS)
-    *batch_shape, mn, k = q.shape
+    check_matrices("q", q, fmt.value_columns(MAX_COLUMNS))
+    *batch_shape, mn, columns = q.shape
+    k = columns * fmt.value_type.per_byte
     expected = fmt.scale_shape(batch_shape, mn, k)
     if not same_sizes(sf.shape, expected):
         raise ValueError(
@@ -225,6 +311,16 @@ def check_dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torc
     flat_batch("sf", sf.shape, sf.stride(), fmt.scale_dims)
     if fmt.blocked and known(sf.shape[-1] > 1) and known(sf.stride(-1) != 1):
         raise ValueError(f"sf: expected the bytes of blocks to be contiguous, got {sf.stride()=}")
+    if fmt.row_scale and (upper is None or upper.kind != DECODE):
+        got = "None" if upper is None else upper.kind
+        raise ValueError(
+            f"{DECODE}: expected the scales of rows that quantize returned for {fmt}, got {got}"
+        )
+    shapes = _upper_scale_shapes(fmt, tuple(batch_shape))
+    if fmt.row_scale:
+        shapes = [(*batch_shape, mn)]
+    _check_upper_scale(upper, fmt, shapes, q, "q")
+    return ResultShape(tuple(batch_shape), mn, k)
 
 
 def _check_rows(call: Call) -> None:
@@ -298,20 +394,22 @@ def _check_range(name: str, t: torch.Tensor, lowest: int, highest: int) -> None:
         raise ValueError(f"{name}: expected {lowest} to {highest}, got {t[at].item()} at {at}")
 
 
-def _check_values_out(q: torch.Tensor, shape: ResultShape, *, exact: bool) -> None:
+def _check_values_out(q: torch.Tensor, fmt: Format, shape: ResultShape, *, exact: bool) -> None:
     """Check shape and strides of a caller's `q`.
 
     Args:
-        q: (..., rows, k), strided.
-        shape: of the values of the result.
+        q: (..., rows, k), or bytes of two values, strided.
+        fmt: the format of the result.
+        shape: of the result.
         exact: whether it may have no more rows than the result.
     """
-    expected: Sequence[int] = (*shape.batch_shape, shape.k)
+    columns = fmt.value_columns(shape.k)
+    expected: Sequence[int] = (*shape.batch_shape, columns)
     good = q.ndim == len(expected) + 1 and same_sizes((*q.shape[:-2], q.shape[-1]), expected)
     good = good and not known(q.shape[-2] < shape.mn)
     if not good or (exact and known(q.shape[-2] != shape.mn)):
         rows = shape.mn if exact else f"{shape.mn} or more"
-        words = ", ".join(map(str, (*shape.batch_shape, rows, shape.k)))
+        words = ", ".join(map(str, (*shape.batch_shape, rows, columns)))
         raise ValueError(f"out q: expected shape ({words}), got {tuple(q.shape)}")
     if known(q.shape[-2] > MAX_SIZE):
         raise ValueError(f"out q: expected up to {MAX_SIZE} rows, got {q.shape[-2]}")

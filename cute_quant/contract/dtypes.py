@@ -13,6 +13,7 @@ INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 E4M3_MAX = 448.0
 E5M2_MAX = 57344.0
+E2M1_MAX = 6.0
 INT8_MAX = 127.0
 """int8 is symmetric: -128 is not used."""
 
@@ -22,6 +23,7 @@ SMALLEST_NORMAL = 2.0**-126
 UE8M0_BIAS = 127
 UE8M0_MAX = 254
 UE8M0_NAN = 255
+E4M3_NAN = 0x7F
 
 LOAD_BYTES = 32
 STORE_BYTES = 16
@@ -32,11 +34,10 @@ SCALE_ROW_ALIGNMENT = 4
 """TMA's 16 bytes in words: a column of MN-major scales starts at a multiple of this many rows. The
 rows between a masked expert's count and the next multiple are its padding."""
 
-BLOCK_ROWS = 128
 BLOCK_GROUPS = 4
-"""A block of the 128x4 layout: 512 contiguous scale bytes, as cuBLAS and CUTLASS read them."""
 BLOCK_LANES = 32
-"""Rows of a block whose scales are 16 bytes apart; those of the block's other rows lie between."""
+"""Most rows of a block whose scales are a constant distance apart; those of the block's other rows
+lie between."""
 
 
 class ValueType(NamedTuple):
@@ -44,11 +45,13 @@ class ValueType(NamedTuple):
 
     Attributes:
         max: the largest finite value, to which the amax of a group is scaled.
-        nan_byte: the code of every value in a group that is not finite.
+        nan_byte: the byte of every value in a group that is not finite.
+        per_byte: values in a byte, the earlier one in the low bits.
     """
 
     max: float
     nan_byte: int
+    per_byte: int = 1
 
     @property
     def max_exponent(self) -> int:
@@ -65,6 +68,7 @@ VALUE_TYPES = {
     torch.float8_e4m3fn: ValueType(E4M3_MAX, 0x7F),
     torch.float8_e5m2: ValueType(E5M2_MAX, 0x7F),
     torch.int8: ValueType(INT8_MAX, 0),
+    torch.float4_e2m1fn_x2: ValueType(E2M1_MAX, 0, per_byte=2),
 }
 
 VLLM_MIN_SCALE = 1e-10
@@ -77,6 +81,15 @@ MIN_SCALES: dict[str, Callable[[float], float]] = {
 }
 """Lower bounds of scales as libraries have them, computed from the largest value of the dtype.
 DeepGEMM and SGLang bound the amax, a float32, and divide it."""
+
+E4M3_MIN_SCALES = {"none": 0.0, "deepgemm": 2.0**-9, "torchao": 2.0**-6}
+"""Lower bounds of e4m3 scales as libraries have them."""
+
+MAX_UPPER_SCALE = 2.0**117
+"""Bound of an upper scale and of its reciprocal, so that no step between them leaves the normal
+numbers of float32."""
+UPPER_MAX = E4M3_MAX * E2M1_MAX
+"""2688, the largest product of a value and an e4m3 scale: the encode scale maps amax to it."""
 
 Counts = TypeVar("Counts", int, torch.Tensor)
 """A count, or a tensor of counts."""

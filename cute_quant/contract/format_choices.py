@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from cute_quant.contract.dtypes import (
+    E4M3_MAX,
+    E4M3_MIN_SCALES,
     MAX_MIN_SCALE,
     MIN_SCALES,
     SMALLEST_NORMAL,
@@ -28,15 +30,25 @@ MAX_COLUMNS = 2**20
 MN_MAJOR = "mn_major"
 MN_MAJOR_PACKED = "mn_major_packed"
 ROW_MAJOR = "row_major"
+ROW_MAJOR_PACKED = "row_major_packed"
 BLOCKED = "128x4"
-BLOCKED_GROUP_SIZE = 32
-"""The one group size of the 128x4 layout, which its readers know for MXFP8 alone."""
+BLOCKED_8 = "8x4"
+BLOCK_ROWS = {BLOCKED: 128, BLOCKED_8: 8}
+"""Rows of a block, which holds the scale bytes of 4 groups in each. cuBLAS and CUTLASS read blocks
+of 128 rows, TensorRT-LLM those of 8 where there are few rows."""
+BLOCKED_GROUP_SIZES = {torch.float8_e8m0fnu: 32, torch.float8_e4m3fn: 16}
+"""The one group size of scales in blocks, whose readers know MX formats and NVFP4 alone."""
 
+_BYTE_LAYOUTS = (MN_MAJOR_PACKED, ROW_MAJOR, ROW_MAJOR_PACKED, BLOCKED, BLOCKED_8)
 SCALE_LAYOUTS = {
-    torch.float8_e8m0fnu: (MN_MAJOR_PACKED, ROW_MAJOR, BLOCKED),
+    torch.float8_e8m0fnu: _BYTE_LAYOUTS,
+    torch.float8_e4m3fn: _BYTE_LAYOUTS,
     torch.float32: (MN_MAJOR, ROW_MAJOR),
 }
 """Layouts by the dtype of scales."""
+
+E4M3_GROUP_SIZE = 16
+"""The one group size under e4m3 scales, that of NVFP4."""
 
 IEEE = "ieee"
 DEEPGEMM = "deepgemm"
@@ -45,11 +57,10 @@ NUMERICS = (IEEE, DEEPGEMM)
 cast on CUDA, where torch computes ``amax / 448.0`` as amax times float32(1 / 448). The two differ
 in the last bit for half of all mantissas."""
 
-DEFAULT_MIN_SCALE = "vllm"
-
 _SHORT_NAMES = {
     torch.float8_e4m3fn: "e4m3",
     torch.float8_e5m2: "e5m2",
+    torch.float4_e2m1fn_x2: "e2m1",
     torch.int8: "int8",
     torch.float8_e8m0fnu: "e8m0",
     torch.float32: "float32",
@@ -68,8 +79,14 @@ class Choices(NamedTuple):
     scale_dtype: torch.dtype
     scale_layout: str
     round_scale: bool = False
-    min_scale: float | str = DEFAULT_MIN_SCALE
+    min_scale: float | str | None = None
     numerics: str = IEEE
+    row_scale: bool = False
+    four_over_six: bool = False
+
+
+_FLAGS = {name for name, default in Choices._field_defaults.items() if default is False}
+"""Choices that stand in the text without a value."""
 
 
 def check_choices(
@@ -100,11 +117,38 @@ def check_choices(
             f"scale_layout: expected one of {layouts} for {dtype_name(scale_dtype)} scales, "
             f"got {describe(scale_layout)}"
         )
-    if scale_layout == BLOCKED and group_size != BLOCKED_GROUP_SIZE:
+    if scale_layout in BLOCK_ROWS and group_size != BLOCKED_GROUP_SIZES[scale_dtype]:
         raise ValueError(
-            f"group_size: expected {BLOCKED_GROUP_SIZE} for scale_layout={BLOCKED!r}, which "
-            f"cuBLAS, CUTLASS and torch read for MXFP8 alone, got {group_size!r}"
+            f"group_size: expected {BLOCKED_GROUP_SIZES[scale_dtype]} for {scale_layout=!s}, which "
+            f"cuBLAS, CUTLASS and torch read for MX formats and NVFP4 alone, got {group_size!r}"
         )
+    if scale_dtype is torch.float8_e4m3fn:
+        if values is not torch.float4_e2m1fn_x2:
+            raise ValueError(
+                f"values: expected float4_e2m1fn_x2 for float8_e4m3fn scales, those of NVFP4, got "
+                f"{dtype_name(values)}"
+            )
+        if group_size != E4M3_GROUP_SIZE:
+            raise ValueError(
+                f"group_size: expected {E4M3_GROUP_SIZE} for float8_e4m3fn scales, those of "
+                f"NVFP4, got {group_size!r}"
+            )
+
+
+def check_upper_scale(scale_dtype: torch.dtype, row_scale: object, four_over_six: object) -> None:
+    """Check the choices that formats with a scale above the groups' have.
+
+    Raises:
+        TypeError, ValueError: a choice is not supported for scales of this dtype.
+    """
+    for name, choice in (("row_scale", row_scale), ("four_over_six", four_over_six)):
+        if not isinstance(choice, bool):
+            raise TypeError(f"{name}: expected a bool, got {describe(choice)}")
+        if choice and scale_dtype is not torch.float8_e4m3fn:
+            raise ValueError(
+                f"{name}: expected False for {dtype_name(scale_dtype)} scales, over which there is "
+                f"no other scale, got True"
+            )
 
 
 def check_numerics(scale_dtype: torch.dtype, round_scale: object, numerics: object) -> None:
@@ -117,8 +161,8 @@ def check_numerics(scale_dtype: torch.dtype, round_scale: object, numerics: obje
         raise TypeError(f"round_scale: expected a bool, got {describe(round_scale)}")
     if round_scale and scale_dtype is not torch.float32:
         raise ValueError(
-            f"round_scale: expected False for {dtype_name(scale_dtype)} scales, which are powers "
-            f"of two anyway, got True"
+            f"round_scale: expected False for {dtype_name(scale_dtype)} scales, which are "
+            f"rounded anyway, got True"
         )
     if not isinstance(numerics, str) or numerics not in NUMERICS:
         raise ValueError(f"numerics: expected one of {NUMERICS}, got {describe(numerics)}")
@@ -129,42 +173,54 @@ def check_numerics(scale_dtype: torch.dtype, round_scale: object, numerics: obje
         )
 
 
+def default_min_scale(scale_dtype: torch.dtype) -> str:
+    """Return the name of the smallest scale by default."""
+    return next(iter(E4M3_MIN_SCALES if scale_dtype is torch.float8_e4m3fn else MIN_SCALES))
+
+
 def scale_floor(
     min_scale: object, largest: float, scale_dtype: torch.dtype, power_of_two: bool
 ) -> int | float:
     """Return the smallest scale as kernels take it.
 
-    It is `min_scale` rounded to float32. If scales are powers of two it is the UE8M0 byte of the
-    smallest power of two that is not below that.
+    It is `min_scale` rounded to float32, or to e4m3 if scales are. If scales are powers of two it
+    is the UE8M0 byte of the smallest power of two that is not below that.
 
     Args:
-        min_scale: a number, or a key of ``MIN_SCALES``.
+        min_scale: a number, the name of a library, or None for the default.
         largest: the largest finite value of the dtype of values.
-        scale_dtype: float8_e8m0fnu or float32.
+        scale_dtype: float8_e8m0fnu, float8_e4m3fn or float32.
         power_of_two: whether scales are powers of two.
 
     Raises:
         TypeError, ValueError: it is no number or name, or beyond what scales can be.
     """
+    e4m3 = scale_dtype is torch.float8_e4m3fn
+    bounds = E4M3_MIN_SCALES if e4m3 else {n: bound(largest) for n, bound in MIN_SCALES.items()}
+    if min_scale is None:
+        min_scale = default_min_scale(scale_dtype)
     if isinstance(min_scale, str):
-        if min_scale not in MIN_SCALES:
+        if min_scale not in bounds:
             raise ValueError(
-                f"min_scale: expected a number or one of {tuple(MIN_SCALES)}, got {min_scale!r}"
+                f"min_scale: expected a number or one of {tuple(bounds)}, got {min_scale!r}"
             )
-        value = MIN_SCALES[min_scale](largest)
+        value = bounds[min_scale]
     elif is_number(min_scale):
         value = min_scale
     else:
         raise TypeError(
-            f"min_scale: expected a number or one of {tuple(MIN_SCALES)}, got {describe(min_scale)}"
+            f"min_scale: expected a number or one of {tuple(bounds)}, got {describe(min_scale)}"
         )
-    lowest = 0.0 if scale_dtype is torch.float8_e8m0fnu else SMALLEST_NORMAL
-    if not lowest <= value <= MAX_MIN_SCALE:
+    lowest = SMALLEST_NORMAL if scale_dtype is torch.float32 else 0.0
+    highest = E4M3_MAX if e4m3 else MAX_MIN_SCALE
+    if not lowest <= value <= highest:
         raise ValueError(
-            f"min_scale: expected {lowest} <= min_scale <= {MAX_MIN_SCALE} for "
+            f"min_scale: expected {lowest} <= min_scale <= {highest} for "
             f"{dtype_name(scale_dtype)} scales, got {min_scale!r}"
         )
     floor = to_float32(float(value))
+    if e4m3:
+        return torch.tensor(floor).to(scale_dtype).item()
     if not power_of_two:
         return floor
     if floor == 0.0:
@@ -178,11 +234,10 @@ def choices_text(choices: Choices) -> str:
     size = _ROW if choices.group_size == WHOLE_ROW else str(choices.group_size)
     values, scales = _SHORT_NAMES[choices.values], _SHORT_NAMES[choices.scale_dtype]
     words = [values, size, scales, choices.scale_layout]
-    words += ["round_scale"] if choices.round_scale else []
-    for name in ("min_scale", "numerics"):
+    for name, default in Choices._field_defaults.items():
         value = getattr(choices, name)
-        if value != Choices._field_defaults[name]:
-            words.append(f"{name}={value}")
+        if value != default:
+            words.append(name if value is True else f"{name}={value}")
     return _SEPARATOR.join(words)
 
 
@@ -202,11 +257,11 @@ def parse_choices(text: str) -> dict[str, Any]:
         if name in choices:
             raise ValueError(f"{name}: given twice")
         choices[name] = value
-    if "round_scale" in choices:
-        if "round_scale" not in options:
-            raise ValueError("round_scale: expected no value")
-        choices["round_scale"] = True
-    if "min_scale" in choices and choices["min_scale"] not in MIN_SCALES:
+    for name in choices.keys() & _FLAGS:
+        if name not in options:
+            raise ValueError(f"{name}: expected no value")
+        choices[name] = True
+    if "min_scale" in choices and choices["min_scale"] not in {*MIN_SCALES, *E4M3_MIN_SCALES}:
         choices["min_scale"] = float(choices["min_scale"])
     group_size = WHOLE_ROW if size == _ROW else int(size)
     fields = {

@@ -7,6 +7,7 @@ elements contiguous along k that share one scale.
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,7 +17,6 @@ import torch
 
 from cute_quant.contract.dtypes import (
     BLOCK_GROUPS,
-    BLOCK_ROWS,
     BYTES_PER_WORD,
     SCALE_ROW_ALIGNMENT,
     VALUE_TYPES,
@@ -24,24 +24,30 @@ from cute_quant.contract.dtypes import (
     align,
     ceil_div,
     dtype_name,
+    is_number,
 )
 from cute_quant.contract.format_choices import (
+    BLOCK_ROWS,
     BLOCKED,
-    BLOCKED_GROUP_SIZE,
+    BLOCKED_8,
+    BLOCKED_GROUP_SIZES,
     DEEPGEMM,
-    DEFAULT_MIN_SCALE,
+    E4M3_GROUP_SIZE,
     GROUP_SIZES,
     IEEE,
     MAX_COLUMNS,
     MN_MAJOR,
     MN_MAJOR_PACKED,
     ROW_MAJOR,
+    ROW_MAJOR_PACKED,
     SCALE_LAYOUTS,
     WHOLE_ROW,
     Choices,
     check_choices,
     check_numerics,
+    check_upper_scale,
     choices_text,
+    default_min_scale,
     parse_choices,
     scale_floor,
 )
@@ -55,38 +61,53 @@ class Format:
     such as ``cute_quant.DEEP_GEMM``, or change one with :meth:`replace`.
 
     Args:
-        values: dtype of the values: float8_e4m3fn, float8_e5m2 or int8 (-127 to 127).
+        values: dtype of the values: float8_e4m3fn, float8_e5m2, int8 (-127 to 127), or
+            float4_e2m1fn_x2: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, two in a byte, the
+            earlier element in the low four bits.
         group_size: elements contiguous along k that share a scale: 16, 32, 64, 128, 256, or -1 for
             the whole row.
-        scale_dtype: float8_e8m0fnu (UE8M0, powers of two) or float32.
+        scale_dtype: float8_e8m0fnu (UE8M0, powers of two), float32, or, for FP4 in groups of 16
+            (NVFP4), float8_e4m3fn. Over e4m3 scales there is one more, a float32: see `row_scale`.
         scale_layout: how scales lie in memory. For (..., mn, k) values with g = ceil(k /
             group_size) groups in a row, p columns and A = align(mn, 4):
 
-            "mn_major_packed" (UE8M0): int32 (..., mn, p = ceil(g / 4)), strides (p A, 1, A). Byte
-            j % 4 of word j / 4, the low one first, is the exponent of group j.
+            "mn_major_packed" (bytes): int32 (..., mn, p = ceil(g / 4)), strides (p A, 1, A). Byte
+            j % 4 of word j / 4, the low one first, is the scale of group j.
+            "row_major_packed" (bytes): the same words (..., mn, p), contiguous.
             "mn_major" (float32): float32 (..., mn, p = g), strides (p A, 1, A).
             "row_major": (..., mn, g), contiguous.
-            "128x4" (UE8M0, groups of 32): (..., align(mn, 128) align(g, 4)), contiguous blocks of
-            128 rows and 4 groups. The byte of (row, group) is ``((row // 128) * (align(g, 4) // 4)
-            + group // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + group % 4``.
+            "128x4" (bytes, UE8M0 for groups of 32, e4m3 for 16): (..., align(mn, 128) align(g, 4)),
+            contiguous blocks of 128 rows and 4 groups. The byte of (row, group) is
+            ``((row // 128) * (align(g, 4) // 4) + group // 4) * 512 + row % 32 * 16
+            + row % 128 // 32 * 4 + group % 4``.
+            "8x4" (the same): (..., align(mn, 8) align(g, 4)), contiguous blocks of 8 rows and 4
+            groups. The byte of (row, group) is ``((row // 8) * (align(g, 4) // 4) + group // 4)
+            * 32 + row % 8 * 4 + group % 4``.
 
             Bytes past the last group and rows past mn are 0.
         round_scale: whether float32 scales are rounded up to powers of two.
         min_scale: the smallest scale, rounded to float32: a number from 0 (2^-126 for float32
             scales) to 2^100, or the name of a library with that bound: "vllm" (1e-10), "deepgemm"
             (1e-4 / M), "sglang" (1e-10 / M) or "ocp" (0), M being the largest value. The default
-            gives a group of zeros the UE8M0 byte 94, as vLLM does.
+            is "vllm", which gives a group of zeros the UE8M0 byte 94. For e4m3 scales it is rounded
+            to e4m3: a number from 0 to 448, "deepgemm" (2^-9), "torchao" (2^-6), or "none" (0), the
+            default.
         numerics: "ieee", or "deepgemm" for float32 scales as DeepGEMM's cast computes them on CUDA:
             amax times float32(1 / M).
+        row_scale: whether each row has a float32 scale over its e4m3 scales, computed from the
+            row's own amax and returned. If not, operations take one for the tensor, or one for each
+            matrix of a batch.
+        four_over_six: whether each group under an e4m3 scale takes the better of two scales: the
+            one that maps its amax to 6, or the one that maps it to 4, where that has the smaller
+            sum of absolute errors.
 
     Attributes:
-        sf_dtype: dtype of the scale tensor: int32 if four exponents share a word, else
-            `scale_dtype`.
+        sf_dtype: dtype of the scale tensor: int32 if four scales share a word, else `scale_dtype`.
         sf_shape_facts, readers: shape and strides of the scale tensor, and who reads the result, as
             text for people.
 
     Raises:
-        TypeError: `values`, `scale_dtype`, `round_scale` or `min_scale` has a wrong type.
+        TypeError: `values`, `scale_dtype`, `min_scale` or a flag has a wrong type.
         ValueError: a choice is not supported, or two of them contradict each other.
     """
 
@@ -95,8 +116,10 @@ class Format:
     scale_dtype: torch.dtype
     scale_layout: str
     round_scale: bool
-    min_scale: float | str
+    min_scale: float | str | None
     numerics: str
+    row_scale: bool
+    four_over_six: bool
 
     # What follows from the fields, computed once.
     value_type: ValueType
@@ -105,13 +128,19 @@ class Format:
     """The smallest scale as kernels take it: its UE8M0 byte if scales are powers of two."""
     whole_row: bool
     packed: bool
-    """An int32 holds the exponents of four groups."""
+    """An int32 holds the scales of four groups."""
+    block_rows: int
+    """Rows of a block of scales, 0 without blocks."""
     blocked: bool
-    """Scales lie in blocks of 128 rows and 4 groups."""
+    """Scales lie in blocks of some rows and 4 groups."""
     mn_major: bool
     """Scales of consecutive rows are contiguous, in columns aligned for TMA."""
+    byte_scales: bool
+    """Scales have a byte each, UE8M0 or e4m3, packed or not."""
     ue8m0: bool
     """Scales are stored as exponent bytes, packed or not."""
+    upper_scale: bool
+    """Over the e4m3 scales there is one more, of the tensor, a matrix or a row."""
     power_of_two: bool
     reciprocal: bool
     """float32 scales are products with 1 / M."""
@@ -135,18 +164,32 @@ class Format:
         scale_layout: str = MN_MAJOR_PACKED,
         *,
         round_scale: bool = False,
-        min_scale: float | str = DEFAULT_MIN_SCALE,
+        min_scale: float | str | None = None,
         numerics: str = IEEE,
+        row_scale: bool = False,
+        four_over_six: bool = False,
     ) -> Format:
         """Return the one format of these choices."""
         check_choices(values, group_size, scale_dtype, scale_layout)
         check_numerics(scale_dtype, round_scale, numerics)
+        check_upper_scale(scale_dtype, row_scale, four_over_six)
         power_of_two = scale_dtype is torch.float8_e8m0fnu or round_scale
-        floor = scale_floor(min_scale, VALUE_TYPES[values].max, scale_dtype, power_of_two)
-        if not isinstance(min_scale, str):
+        largest = VALUE_TYPES[values].max
+        floor = scale_floor(min_scale, largest, scale_dtype, power_of_two)
+        if min_scale == default_min_scale(scale_dtype):
+            min_scale = None
+        elif is_number(min_scale):
             min_scale = float(min_scale) + 0.0  # -0.0 becomes 0.0
         choices = Choices(
-            values, group_size, scale_dtype, scale_layout, round_scale, min_scale, numerics
+            values,
+            group_size,
+            scale_dtype,
+            scale_layout,
+            round_scale,
+            min_scale,
+            numerics,
+            row_scale,
+            four_over_six,
         )
         with _lock:
             fmt = _formats.get(choices)
@@ -166,22 +209,25 @@ class Format:
         raise TypeError("Format: expected no subclass, equal choices give one object")
 
     def _derive(self, choices: Choices) -> None:
-        packed, blocked = self.scale_layout == MN_MAJOR_PACKED, self.scale_layout == BLOCKED
-        same_code = self.min_scale == DEFAULT_MIN_SCALE
+        packed = self.scale_layout in (MN_MAJOR_PACKED, ROW_MAJOR_PACKED)
+        blocked = self.scale_layout in BLOCK_ROWS
         self.__dict__.update(
             value_type=VALUE_TYPES[self.values],
             sf_dtype=torch.int32 if packed else self.scale_dtype,
             whole_row=self.group_size == WHOLE_ROW,
             packed=packed,
+            block_rows=BLOCK_ROWS.get(self.scale_layout, 0),
             blocked=blocked,
             mn_major=self.scale_layout in (MN_MAJOR, MN_MAJOR_PACKED),
+            byte_scales=self.scale_dtype.itemsize == 1,
             ue8m0=self.scale_dtype is torch.float8_e8m0fnu,
+            upper_scale=self.scale_dtype is torch.float8_e4m3fn,
             reciprocal=self.numerics == DEEPGEMM,
             scale_dims=1 if blocked else 2,
             groups_per_column=BYTES_PER_WORD if packed else 1,
             groups_per_unit=BYTES_PER_WORD if packed else BLOCK_GROUPS if blocked else 1,
             text=choices_text(choices),
-            kernel_format=self if same_code else self.replace(min_scale=DEFAULT_MIN_SCALE),
+            kernel_format=self if self.min_scale is None else self.replace(min_scale=None),
         )
 
     @constant_in_graphs
@@ -233,13 +279,15 @@ class Format:
         """Return dtype, shape and strides of the scales of (mn, k) values, as text for people."""
         size = self.group_size * self.groups_per_column
         columns = "1" if self.whole_row else f"ceil(k/{size})"
-        facts = {
-            MN_MAJOR_PACKED: f"(mn, {columns}), strides (1, align(mn, 4))",
-            MN_MAJOR: f"(mn, {columns}), strides (1, align(mn, 4))",
-            ROW_MAJOR: f"(mn, {columns}), contiguous",
-            BLOCKED: f"(align(mn, 128) * align({columns}, 4),), contiguous blocks of 128x4",
-        }
-        return f"{dtype_name(self.sf_dtype)} {facts[self.scale_layout]}"
+        facts = f"(mn, {columns}), contiguous"
+        if self.mn_major:
+            facts = f"(mn, {columns}), strides (1, align(mn, 4))"
+        elif self.blocked:
+            facts = (
+                f"(align(mn, {self.block_rows}) * align({columns}, {BLOCK_GROUPS}),), contiguous "
+                f"blocks of {self.scale_layout}"
+            )
+        return f"{dtype_name(self.sf_dtype)} {facts}"
 
     @property
     def readers(self) -> str:
@@ -271,7 +319,13 @@ class Format:
         """Return the rows of scales that are stored for `mn` rows, padding included."""
         if self.mn_major:
             return align(mn, SCALE_ROW_ALIGNMENT)
-        return align(mn, BLOCK_ROWS) if self.blocked else mn
+        return align(mn, self.block_rows) if self.blocked else mn
+
+    def value_columns(self, k: int) -> int:
+        """Return the size of the last dimension of the tensor of values, for rows of `k`."""
+        # Without a division where there is nothing to divide: `k` may be symbolic.
+        per_byte = self.value_type.per_byte
+        return k if per_byte == 1 else k // per_byte
 
     def scale_shape(self, batch_shape: Sequence[int], mn: int, k: int) -> tuple[int, ...]:
         """Return the shape of the scales of values (..., mn, k), ``...`` being `batch_shape`."""
@@ -321,12 +375,14 @@ def _from_text(text: str) -> Format:
     return NAMED_FORMATS.get(text) or Format(**parse_choices(text))
 
 
-_E4M3, _E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+_E2M1, _E4M3, _E8M0 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.float8_e8m0fnu
 
 DEEP_GEMM = Format()
 DEEP_GEMM_32 = Format(group_size=32)
 DEEP_GEMM_SM90 = Format(_E4M3, 128, torch.float32, MN_MAJOR)
 MXFP8 = Format(_E4M3, 32, _E8M0, BLOCKED)
+MXFP4 = Format(_E2M1, 32, _E8M0, BLOCKED)
+NVFP4 = Format(_E2M1, 16, _E4M3, BLOCKED)
 GROUPWISE_FP8 = Format(_E4M3, 128, torch.float32, ROW_MAJOR)
 ROWWISE_FP8 = Format(_E4M3, WHOLE_ROW, torch.float32, ROW_MAJOR)
 INT8 = Format(torch.int8, 128, torch.float32, ROW_MAJOR)
@@ -337,6 +393,8 @@ NAMED_FORMATS: dict[str, Format] = {
     "DEEP_GEMM_32": DEEP_GEMM_32,
     "DEEP_GEMM_SM90": DEEP_GEMM_SM90,
     "MXFP8": MXFP8,
+    "MXFP4": MXFP4,
+    "NVFP4": NVFP4,
     "GROUPWISE_FP8": GROUPWISE_FP8,
     "ROWWISE_FP8": ROWWISE_FP8,
     "INT8": INT8,
@@ -346,6 +404,7 @@ NAMED_FORMATS: dict[str, Format] = {
 _READERS = {
     (_E4M3, 128, _E8M0, MN_MAJOR_PACKED): "DeepGEMM on SM100",
     (_E4M3, 32, _E8M0, MN_MAJOR_PACKED): "DeepGEMM on SM100 with recipes of 32",
+    (_E4M3, 32, _E8M0, ROW_MAJOR_PACKED): "DeepGEMM's mega-MoE on SM100",
     (_E4M3, 128, torch.float32, MN_MAJOR): "DeepGEMM on SM90",
     (_E4M3, 32, _E8M0, BLOCKED): "cuBLAS, CUTLASS and torch._scaled_mm for MXFP8",
     (torch.float8_e5m2, 32, _E8M0, BLOCKED): "cuBLAS and CUTLASS for MXFP8",
@@ -353,19 +412,27 @@ _READERS = {
     (_E4M3, WHOLE_ROW, torch.float32, ROW_MAJOR): "torch._scaled_mm with row-wise scales",
     (torch.int8, 128, torch.float32, ROW_MAJOR): "Triton's block-scaled int8 GEMMs",
     (torch.int8, WHOLE_ROW, torch.float32, ROW_MAJOR): "int8 GEMMs with per-token scales",
+    (_E2M1, 32, _E8M0, BLOCKED): "cuBLAS, CUTLASS and torch.nn.functional.scaled_mm for MXFP4",
+    (_E2M1, 32, _E8M0, BLOCKED_8): "TensorRT-LLM's MXFP4 kernels for few rows",
+    (_E2M1, 32, _E8M0, MN_MAJOR_PACKED): "DeepGEMM on SM100 with recipe_b (1, 32)",
+    (_E2M1, 16, _E4M3, BLOCKED): "cuBLAS, CUTLASS and torch.nn.functional.scaled_mm for NVFP4",
+    (_E2M1, 16, _E4M3, BLOCKED_8): "TensorRT-LLM's NVFP4 kernels for few rows",
+    (_E2M1, 16, _E4M3, ROW_MAJOR_PACKED): "mega-MoE kernels on SM100",
 }
 
 
 def all_formats() -> list[Format]:
     """Return every format with the default smallest scale and numerics."""
     formats = []
-    for values in VALUE_TYPES:
-        for group_size in (*GROUP_SIZES, WHOLE_ROW):
-            for scale_dtype, layouts in SCALE_LAYOUTS.items():
-                for layout in layouts:
-                    if layout == BLOCKED and group_size != BLOCKED_GROUP_SIZE:
-                        continue
-                    formats.append(Format(values, group_size, scale_dtype, layout))
-                    if scale_dtype is torch.float32:
-                        formats.append(formats[-1].replace(round_scale=True))
+    for values, (scale_dtype, layouts) in itertools.product(VALUE_TYPES, SCALE_LAYOUTS.items()):
+        for layout, group_size in itertools.product(layouts, (*GROUP_SIZES, WHOLE_ROW)):
+            if layout in BLOCK_ROWS and group_size != BLOCKED_GROUP_SIZES[scale_dtype]:
+                continue
+            if scale_dtype is _E4M3 and (values is not _E2M1 or group_size != E4M3_GROUP_SIZE):
+                continue
+            formats.append(Format(values, group_size, scale_dtype, layout))
+            if scale_dtype is torch.float32:
+                formats.append(formats[-1].replace(round_scale=True))
+            if scale_dtype is _E4M3:
+                formats.append(formats[-1].replace(row_scale=True))
     return formats

@@ -19,8 +19,10 @@ from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import (
     BLOCK_GROUPS,
     BLOCK_LANES,
-    BLOCK_ROWS,
     BYTES_PER_WORD,
+    E2M1_MAX,
+    E4M3_MAX,
+    E4M3_NAN,
     FLOAT32_MAX,
     INT8_MAX,
     SCALE_ROW_ALIGNMENT,
@@ -28,12 +30,23 @@ from cute_quant.contract.dtypes import (
     UE8M0_BIAS,
     UE8M0_MAX,
     UE8M0_NAN,
+    UPPER_MAX,
     align,
 )
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.tensors import flat_batch, last_column_rows
+from cute_quant.contract.upper_scales import (
+    Factors,
+    UpperScale,
+    decode_scale,
+    factors,
+    factors_of_amax,
+)
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_SIGN = 8
 
 
 def ue8m0_to_float32(exponents: torch.Tensor) -> torch.Tensor:
@@ -43,13 +56,20 @@ def ue8m0_to_float32(exponents: torch.Tensor) -> torch.Tensor:
     return scales.where(exponents != UE8M0_NAN, torch.nan)
 
 
-def group_scales(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+def group_scales(x: torch.Tensor, fmt: Format, upper: Factors | None = None) -> torch.Tensor:
     """Return the scales of the groups of `x` (..., k), k > 0.
+
+    Args:
+        x: (..., k).
+        fmt: the format of the scales.
+        upper: forms of the scale over e4m3 scales, broadcast against (..., groups).
 
     Returns:
         (..., groups): int32 biased exponents where scales are powers of two, else float32.
     """
     amax = _in_groups(x, fmt).abs().amax(-1)
+    if upper is not None:
+        return _e4m3_scales(amax.float(), upper.encode, fmt)
     # As a tensor: torch multiplies a CUDA tensor with the reciprocal of a number.
     exact = torch.float64 if fmt.power_of_two else torch.float32
     largest = amax.new_full((), fmt.value_type.max, dtype=exact)
@@ -62,24 +82,111 @@ def group_scales(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     return exponent.clamp(min=fmt.floor).where(amax.isfinite(), UE8M0_NAN)
 
 
-def group_values(x: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Return the values of `x` (..., k) under its groups' scales: (..., k), ``fmt.values``."""
+def _e4m3_scales(amax: torch.Tensor, encode: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return e4m3 scales of groups as float32, NaN where amax or the encode scale is not finite."""
+    sixth = 1.0 / encode.new_full((), E2M1_MAX)
+    scales = (amax * (encode * sixth)).clamp(fmt.floor, E4M3_MAX)
+    return scales.to(torch.float8_e4m3fn).float().where(amax.isfinite(), torch.nan)
+
+
+def upper_factors(x: torch.Tensor, call: Call) -> Factors | None:
+    """Return forms of the upper scale of rows `x` (batch, mn, k), each (batch or 1, mn or 1, 1)."""
+    if call.fmt.row_scale:
+        return factors_of_amax(x.abs().amax(-1, keepdim=True).float())
+    return None if call.upper is None else Factors(*(t.view(-1, 1, 1) for t in factors(call.upper)))
+
+
+def check_upper_scale(call: Call) -> None:
+    """Read the upper scale of a call, which synchronizes, and check that it fits the input.
+
+    The amax of x times the encode scale has to lie within 2^20 of 2688, x being what is quantized:
+    of other calls the upper scale alone is checked.
+
+    Raises:
+        ValueError: a scale is out of range, or is the other of the two conventions.
+    """
+    if call.upper is None:
+        return
+    kind, given = call.upper
+    encode = factors(call.upper).encode.reshape(-1)
+    if not encode.isfinite().all():
+        bad = given.reshape(-1)[~encode.isfinite()][0].item()
+        raise ValueError(
+            f"{kind}: expected finite numbers above 0, from 2^-117 to 2^117 unless they are an "
+            f"amax, got {bad}"
+        )
+    if call.prologue is not None:
+        return
+    live, source = live_rows(call.x, call.rows, call.index)
+    amax = source.abs().where(live.unsqueeze(2), 0).flatten(1).amax(1).double()
+    if encode.numel() == 1:
+        amax = amax.amax(0, keepdim=True)
+    ratio = amax * encode / UPPER_MAX
+    outside = (amax > 0) & amax.isfinite() & ((ratio < 2.0**-20) | (ratio > 2.0**20))
+    if outside.any():
+        matrix = int(outside.nonzero()[0])
+        raise ValueError(
+            f"{kind}: expected about 2688 / amax = {UPPER_MAX / amax[matrix]:.3g} as an encode "
+            f"scale, or amax / 2688 = {amax[matrix] / UPPER_MAX:.3g} as a decode scale, got "
+            f"{given.reshape(-1)[matrix].item():.3g}: were the two mixed up?"
+        )
+
+
+def group_values(
+    x: torch.Tensor, scales: torch.Tensor, fmt: Format, upper: Factors | None = None
+) -> torch.Tensor:
+    """Return the values of `x` (..., k) under the scales of `group_scales`.
+
+    Returns:
+        (..., k), or (..., k / 2) bytes of two, ``fmt.values``.
+    """
     if fmt.power_of_two:
         finite = scales != UE8M0_NAN
         multipliers = ue8m0_to_float32((UE8M0_MAX - scales).where(finite, UE8M0_NAN))
     else:
         finite = scales.isfinite()
-        multipliers = 1.0 / scales
-    k = x.shape[-1]
+        factors = scales if upper is None else scales * upper.decode
+        multipliers = (1.0 / factors).where(scales != 0, 0.0)
     values = _in_groups(x.float(), fmt) * multipliers.unsqueeze(-1)
+    values = values.where(finite.unsqueeze(-1), torch.nan).flatten(-2)[..., : x.shape[-1]]
+    return encode(values, fmt)
+
+
+def encode(values: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return float32 in the dtype of a format, rounded to nearest even and saturated.
+
+    NaN becomes what a group that is not finite holds.
+    """
+    value_type, nan = fmt.value_type, values.isnan()
+    if fmt.values is torch.float4_e2m1fn_x2:
+        codes = e2m1_codes(values).where(~nan, value_type.nan_byte)
+        return (codes[..., 0::2] | codes[..., 1::2] << 4).view(fmt.values)
     if fmt.values is torch.int8:
-        values = values.round().clamp(-INT8_MAX, INT8_MAX).where(finite.unsqueeze(-1), 0.0)
+        values = values.round().clamp(-INT8_MAX, INT8_MAX).where(~nan, 0.0)
     codes = values.to(fmt.values).view(torch.uint8)
-    return (
-        codes.where(finite.unsqueeze(-1), fmt.value_type.nan_byte)
-        .flatten(-2)[..., :k]
-        .view(fmt.values)
-    )
+    return codes.where(~nan, value_type.nan_byte).view(fmt.values)
+
+
+def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
+    """Return the codes of float32, uint8 in the low four bits, rounded to nearest even."""
+    magnitudes = values.new_tensor(E2M1_VALUES)
+    middles = (magnitudes[:-1] + magnitudes[1:]) / 2
+    # A tie belongs to the even one of two codes: to 0 rather than 1, and to 2 rather than 1.
+    below = torch.nextafter(middles, middles.new_zeros(()))
+    even = torch.arange(len(middles), device=values.device) % 2 == 0
+    bounds = middles.where(even, below)
+    codes = torch.bucketize(values.abs(), bounds) + E2M1_SIGN * values.signbit()
+    return codes.to(torch.uint8)
+
+
+def decode(q: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return values (..., k), or (..., k / 2) bytes of two, as float32 (..., k)."""
+    if fmt.values is not torch.float4_e2m1fn_x2:
+        return q.float()
+    packed = q.view(torch.uint8)
+    codes = torch.stack([packed & 0xF, packed >> 4], -1).flatten(-2).long()
+    table = torch.tensor(E2M1_VALUES, device=q.device)
+    return torch.cat([table, -table])[codes]
 
 
 def _in_groups(x: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -213,13 +320,17 @@ def _normalized(r: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
     return products / square.masked_fill(square < SMALLEST_NORMAL, 0.0).sqrt()
 
 
-def quantize_into(call: Call, q: torch.Tensor, sf: torch.Tensor) -> None:
+def quantize_into(
+    call: Call, q: torch.Tensor, sf: torch.Tensor, row_scales: torch.Tensor | None = None
+) -> None:
     """Quantize what `call` asks for into `q` and `sf`, and define their padding.
 
     Args:
         call: a call that was checked. What else its prologue writes is written too.
-        q: (..., q_rows, k), q_rows >= mn. Rows past mn become 0.
+        q: (..., q_rows, k), q_rows >= mn, or bytes of two values. Rows past mn become 0.
         sf: scales as the format lays them out. Padding rows become 0 if the storage has them.
+        row_scales: (..., mn), for the decode scales of rows, 0 of those that do not exist; None
+            without.
     """
     x, fmt, rows, prologue = call.x, call.fmt, call.rows, call.prologue
     if x.shape[-1] == 0:
@@ -231,10 +342,17 @@ def quantize_into(call: Call, q: torch.Tensor, sf: torch.Tensor) -> None:
         case RmsNorm():
             source = rms_norm(source, prologue)
     batch, mn = live.shape
-    scales = group_scales(source, fmt)
-    codes = group_values(source, scales, fmt).view(torch.uint8).where(live.unsqueeze(2), 0)
+    upper = upper_factors(source, call)
+    scales = group_scales(source, fmt, upper)
+    codes = group_values(source, scales, fmt, upper).view(torch.uint8).where(live.unsqueeze(2), 0)
 
     bytes_ = q.view(torch.uint8).view(batch, *q.shape[-2:])
+    if row_scales is not None and upper is not None:
+        decode_scales = upper.decode.squeeze(-1).where(live, 0.0)
+        below = below_count(rows, mn, mn) if isinstance(rows, Masked) else torch.ones_like(live)
+        row_scales.copy_(
+            decode_scales.where(below, row_scales.view_as(live)).view(row_scales.shape)
+        )
     if isinstance(rows, Masked):
         below = below_count(rows, mn, mn).unsqueeze(2)
         bytes_.copy_(codes.where(below, bytes_))
@@ -262,8 +380,8 @@ def _store_scales(
     batch, mn, groups = scales.shape
     if batch == 0 or mn == 0:
         return
-    if fmt.ue8m0:
-        scales = scales.to(torch.uint8)
+    if fmt.byte_scales:
+        scales = _scale_bytes(scales, fmt)
         padding = -groups % (BLOCK_GROUPS if fmt.blocked else BYTES_PER_WORD if fmt.packed else 1)
         scales = pad(scales, (0, padding))
         sf = sf if fmt.packed else sf.view(torch.uint8)
@@ -273,13 +391,29 @@ def _store_scales(
         scales = ue8m0_to_float32(scales).where(scales > 0, 0.0)
     if fmt.blocked:
         sf = sf.view(batch, -1)
-        stored = to_blocks(pad(scales, (0, 0, 0, written.shape[1] - mn)))
-        sf.copy_(stored.where(to_blocks(written.unsqueeze(2).expand(-1, -1, scales.shape[2])), sf))
+        stored = to_blocks(pad(scales, (0, 0, 0, written.shape[1] - mn)), fmt.block_rows)
+        written = written.unsqueeze(2).expand(-1, -1, scales.shape[2])
+        sf.copy_(stored.where(to_blocks(written, fmt.block_rows), sf))
         return
     flat = sf.view(batch, mn, scales.shape[2])
     flat.copy_(scales.where(written[:, :mn].unsqueeze(2), flat))
     if fmt.mn_major and fmt.scale_rows(mn) > mn:
         _clear_padding_rows(sf, written[:, mn:].repeat_interleave(scales.shape[2], 0), mn)
+
+
+def _scale_bytes(scales: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return the bytes of exponents, or of the float32 values of e4m3 scales."""
+    if fmt.ue8m0:
+        return scales.to(torch.uint8)
+    codes = scales.to(fmt.scale_dtype).view(torch.uint8)
+    return codes.where(scales.isfinite(), E4M3_NAN)
+
+
+def _scale_floats(stored: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return bytes of scales as float32."""
+    if fmt.ue8m0:
+        return ue8m0_to_float32(stored)
+    return stored.to(torch.uint8).view(fmt.scale_dtype).float()
 
 
 def _clear_padding_rows(sf: torch.Tensor, written: torch.Tensor, mn: int) -> None:
@@ -300,71 +434,98 @@ def _clear_padding_rows(sf: torch.Tensor, written: torch.Tensor, mn: int) -> Non
     last.masked_fill_(written[-1, :last_padding], 0)
 
 
-def to_blocks(t: torch.Tensor) -> torch.Tensor:
+def to_blocks(t: torch.Tensor, block_rows: int) -> torch.Tensor:
     """Return scales (batch, rows, groups) in blocks, (batch, rows * groups).
 
     Rows and groups are multiples of a block's.
     """
     batch, rows, groups = t.shape
-    row_blocks, group_blocks = rows // BLOCK_ROWS, groups // BLOCK_GROUPS
-    blocks = t.reshape(
-        batch, row_blocks, BLOCK_ROWS // BLOCK_LANES, BLOCK_LANES, group_blocks, BLOCK_GROUPS
-    )
+    row_blocks, group_blocks = rows // block_rows, groups // BLOCK_GROUPS
+    lanes = min(BLOCK_LANES, block_rows)
+    blocks = t.reshape(batch, row_blocks, block_rows // lanes, lanes, group_blocks, BLOCK_GROUPS)
     return blocks.permute(0, 1, 4, 3, 2, 5).reshape(batch, rows * groups)
 
 
-def from_blocks(t: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+def from_blocks(t: torch.Tensor, rows: int, groups: int, block_rows: int) -> torch.Tensor:
     """Invert :func:`to_blocks`: return (batch, rows * groups) as (batch, rows, groups)."""
-    row_blocks, group_blocks = rows // BLOCK_ROWS, groups // BLOCK_GROUPS
-    shape = row_blocks, group_blocks, BLOCK_LANES, BLOCK_ROWS // BLOCK_LANES, BLOCK_GROUPS
+    row_blocks, group_blocks = rows // block_rows, groups // BLOCK_GROUPS
+    lanes = min(BLOCK_LANES, block_rows)
+    shape = row_blocks, group_blocks, lanes, block_rows // lanes, BLOCK_GROUPS
     blocks = t.reshape(t.shape[0], *shape)
     return blocks.permute(0, 1, 4, 3, 2, 5).reshape(t.shape[0], rows, groups)
 
 
-def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
+def dequantize(
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    dtype: torch.dtype,
+    upper: UpperScale | None = None,
+) -> torch.Tensor:
     """Return q times scale, multiplied in float32 and rounded to `dtype`; contiguous.
 
     Args:
-        q: (..., mn, k), values of `fmt`.
+        q: (..., mn, k), values of `fmt`, or (..., mn, k / 2) bytes of two.
         sf: the scales of `fmt` for q's shape.
         fmt: the format of both.
         dtype: of the result.
+        upper: the scale over e4m3 scales.
     """
-    y = torch.empty(q.shape, dtype=dtype, device=q.device)
-    dequantize_into(q, sf, fmt, y)
+    *leading, columns = q.shape
+    y = torch.empty((*leading, columns * fmt.value_type.per_byte), dtype=dtype, device=q.device)
+    dequantize_into(q, sf, fmt, y, upper)
     return y
 
 
-def dequantize_into(q: torch.Tensor, sf: torch.Tensor, fmt: Format, y: torch.Tensor) -> None:
-    """Write what :func:`dequantize` returns to `y`, of q's shape."""
-    mn, k = q.shape[-2:]
-    if q.numel() == 0:
+def dequantize_into(
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    y: torch.Tensor,
+    upper: UpperScale | None = None,
+) -> None:
+    """Write what :func:`dequantize` returns to `y`, of its shape."""
+    mn, k = y.shape[-2:]
+    if y.numel() == 0:
         return
     if fmt.packed:
         shifts = torch.arange(0, 32, 8, device=sf.device)
-        scales = ue8m0_to_float32((sf.unsqueeze(-1) >> shifts & 0xFF).flatten(-2))
+        scales = _scale_floats((sf.unsqueeze(-1) >> shifts & 0xFF).flatten(-2), fmt)
     elif fmt.blocked:
         rows, columns = fmt.scale_rows(mn), fmt.columns(k)
-        exponents = from_blocks(sf.view(torch.uint8).reshape(-1, sf.shape[-1]), rows, columns)
-        scales = ue8m0_to_float32(exponents[:, :mn]).view(*q.shape[:-1], columns)
+        blocks = sf.view(torch.uint8).reshape(-1, sf.shape[-1])
+        stored = from_blocks(blocks, rows, columns, fmt.block_rows)
+        scales = _scale_floats(stored[:, :mn], fmt).view(*y.shape[:-1], columns)
+    elif fmt.byte_scales:
+        scales = _scale_floats(sf.view(torch.uint8), fmt)
     else:
-        scales = ue8m0_to_float32(sf.view(torch.uint8)) if fmt.ue8m0 else sf
-    y.copy_(multiply_back(q, scales[..., : fmt.groups(k)], fmt, y.dtype))
+        scales = sf
+    scales = scales[..., : fmt.groups(k)]
+    if upper is not None:
+        upper_scales = decode_scale(upper).reshape(-1, mn if fmt.row_scale else 1, 1)
+        scales = (scales.reshape(-1, mn, scales.shape[-1]) * upper_scales).view(scales.shape)
+    y.copy_(multiply_back(q, scales, fmt, y.dtype))
 
 
 def multiply_back(
     q: torch.Tensor, scales: torch.Tensor, fmt: Format, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return `q` (..., k) times the float32 `scales` (..., groups) of its groups, in `dtype`."""
-    values = _in_groups(q.float(), fmt) * scales.unsqueeze(-1)
-    return values.to(dtype).flatten(-2)[..., : q.shape[-1]]
+    decoded = decode(q, fmt)
+    values = _in_groups(decoded, fmt) * scales.unsqueeze(-1)
+    return values.to(dtype).flatten(-2)[..., : decoded.shape[-1]]
 
 
-def fake_quantize_into(x: torch.Tensor, fmt: Format, out: torch.Tensor) -> None:
-    """Write `x` (..., mn, k), quantized and multiplied back, to `out`, of x's shape."""
-    if x.numel() == 0:
+def fake_quantize_into(call: Call, out: torch.Tensor) -> None:
+    """Write the x of `call`, quantized and multiplied back, to `out`, of x's shape."""
+    if call.x.numel() == 0:
         return
-    scales = group_scales(x, fmt)
-    q = group_values(x, scales, fmt)
+    fmt = call.fmt
+    x = call.x.reshape(-1, *call.x.shape[-2:])
+    upper = upper_factors(x, call)
+    scales = group_scales(x, fmt, upper)
+    q = group_values(x, scales, fmt, upper)
     scales = ue8m0_to_float32(scales) if fmt.power_of_two else scales
-    out.copy_(multiply_back(q, scales, fmt, x.dtype))
+    if upper is not None:
+        scales = scales * upper.decode
+    out.copy_(multiply_back(q, scales, fmt, out.dtype).view(out.shape))

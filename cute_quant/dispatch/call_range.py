@@ -15,6 +15,7 @@ from cute_quant.contract.dtypes import LOAD_BYTES
 from cute_quant.contract.formats import NAMED_FORMATS, Format
 from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
 from cute_quant.contract.rows import DENSE, Masked
+from cute_quant.contract.upper_scales import UpperScale
 
 QUANTIZE, SILU_MUL, RMS_NORM, DEQUANTIZE, FAKE_QUANTIZE = OPERATIONS = (
     "quantize",
@@ -45,6 +46,7 @@ class CallRange(NamedTuple):
             `clamp`, `alpha` and `beta`; with and without `weight`.
         weight_dtype: of the weight of `rms_norm_quantize`, with and without `residual` and
             `normalized`.
+        upper: the argument that the scale over e4m3 scales is given as; None where calls take none.
     """
 
     operation: str
@@ -62,6 +64,7 @@ class CallRange(NamedTuple):
     shifted: bool = False
     rounding: str = FUSED
     weight_dtype: torch.dtype = torch.bfloat16
+    upper: str | None = None
 
     @property
     def possible(self) -> bool:
@@ -75,7 +78,7 @@ class CallRange(NamedTuple):
     @staticmethod
     def of(call: Call, result_dtype: torch.dtype, result_alignment: int) -> CallRange:
         """Return the range of a call and of those like it with as many rows or less."""
-        *batch_shape, mn, k = call.result_shape.values
+        batch_shape, mn, k = call.result_shape
         max_rows = mn
         for size in batch_shape:
             max_rows *= size
@@ -89,6 +92,7 @@ class CallRange(NamedTuple):
             call.index is not None,
             bool(batch_shape),
             min(_alignment(call.x), result_alignment),
+            upper=None if call.upper is None else call.upper.kind,
         )
         match call.prologue:
             case SiluMul() as silu_mul:
@@ -111,13 +115,20 @@ class CallRange(NamedTuple):
         return calls
 
     @staticmethod
-    def of_dequantize(q: torch.Tensor, fmt: Format, dtype: torch.dtype) -> CallRange:
+    def of_dequantize(
+        q: torch.Tensor, fmt: Format, dtype: torch.dtype, upper: UpperScale | None
+    ) -> CallRange:
         """Return the range of a call of ``dequantize``."""
-        k = q.shape[-1]
-        max_rows, alignment = q.numel() // max(k, 1), _alignment(q)
-        batched = q.ndim > 2
+        columns = q.shape[-1]
         return CallRange(
-            DEQUANTIZE, fmt, dtype, (k,), max_rows, batched=batched, alignment=alignment
+            DEQUANTIZE,
+            fmt,
+            dtype,
+            (columns * fmt.value_type.per_byte,),
+            q.numel() // max(columns, 1),
+            batched=q.ndim > 2,
+            alignment=_alignment(q),
+            upper=None if upper is None else upper.kind,
         )
 
     def arguments(self) -> Iterator[tuple[str, str | None]]:
@@ -138,6 +149,8 @@ class CallRange(NamedTuple):
             yield "alignment", str(self.alignment)
         if self.rounding != FUSED:
             yield "rounding", self.rounding
+        if self.upper is not None:
+            yield "upper", self.upper
         if self.operation == RMS_NORM and self.weight_dtype is not torch.bfloat16:
             yield "weight-dtype", _name(self.weight_dtype)
 

@@ -36,6 +36,7 @@ from cute_quant.contract.torch_private import (
     num_dispatch_modes,
     outside_of_graphs,
 )
+from cute_quant.contract.upper_scales import UpperScale
 from cute_quant.dispatch.plan import (
     Destination,
     Function,
@@ -48,6 +49,9 @@ from cute_quant.dispatch.plan import (
 )
 from cute_quant.jit import library, lookup
 from cute_quant.kernels import architectures
+
+Results = tuple[torch.Tensor, ...]
+"""q, sf, and the decode scales of rows if the format has them."""
 
 # Checking and choosing anew took half the time of a call.
 _plans: dict[tuple[object, ...], Plan] = {}
@@ -185,7 +189,7 @@ def quantize_again(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Te
         return None
     plan = recent.plan
     q, sf = plan.new_q(), plan.new_sf()
-    recent.function(x, q, sf, None, None, 0, *recent.numbers)
+    recent.function(x, q, sf, None, None, None, 0, *recent.numbers)
     return q, sf
 
 
@@ -218,13 +222,11 @@ def quantize_into_again(
     if plan.scale_rows > plan.mn:
         missing_rows = plan.scale_rows - last_column_rows(sf)
     increment_version((q, sf))
-    recent.function(x, q, sf, None, None, missing_rows, *recent.numbers)
+    recent.function(x, q, sf, None, None, None, missing_rows, *recent.numbers)
     return q, sf
 
 
-def quantize(
-    call: Call, *, check: bool = False, remember: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(call: Call, *, check: bool = False, remember: bool = False) -> Results:
     """Run a call on tensors with memory.
 
     Args:
@@ -246,6 +248,7 @@ def quantize(
             _plans[key] = plan
     if check:
         checks.check_counts(call.rows, call.index, call.x.shape[-2], plan.mn)
+        reference.check_upper_scale(call)
     result = _execute(plan, call)
     if remember and key and plan.kernel is not None and not _captures:
         _remember(plan, plan.kernel, call)
@@ -301,26 +304,31 @@ def _remember(plan: Plan, kernel: Kernel, call: Call) -> None:
     recent[:] = [found, *recent[: _MAX_RECENT - 1]]
 
 
-def _execute(plan: Plan, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def _execute(plan: Plan, call: Call) -> Results:
     """Allocate what a call does not give, and launch its kernel."""
     x, rows, prologue = call.x, call.rows, call.prologue
     q = plan.new_q() if call.q is None else call.q
     sf = plan.new_sf() if call.sf is None else call.sf
+    row_scales = call.row_scales
+    if row_scales is None and plan.new_row_scales is not None:
+        row_scales = plan.new_row_scales()
+    results = (q, sf) if row_scales is None else (q, sf, row_scales)
     missing_rows = 0
     if plan.scale_rows > plan.mn:
         missing_rows = plan.scale_rows - last_column_rows(sf)
     further_written = () if prologue is None else tuple(prologue.writes.values())
-    if call.q is not None or call.sf is not None or further_written:
+    if call.q is not None or call.sf is not None or call.row_scales is not None or further_written:
         sf_bytes = plan.sf_bytes - missing_rows * sf.element_size()
         q_region = Region("out q", q.data_ptr(), plan.q_bytes)
         _check_regions(call, q_region, Region("out sf", sf.data_ptr(), sf_bytes))
     kernel = plan.kernel
     if kernel is None:
-        return q, sf
+        return results
     row_data = None if rows is None else rows.data
-    operands: tuple[torch.Tensor | None, ...] = (x, q, sf, row_data, call.index)
+    upper = row_scales if call.upper is None else call.upper.tensor
+    operands: tuple[torch.Tensor | None, ...] = (x, q, sf, upper, row_data, call.index)
     further: tuple[torch.Tensor | None, ...] = () if prologue is None else prologue.operands
-    written = [q, sf, *further_written]
+    written = [*results, *further_written]
     if kernel.views is not None:
         operands, further = _viewed(kernel.views, operands, further)
     try:
@@ -329,14 +337,17 @@ def _execute(plan: Plan, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         # The kernel refuses dtypes and devices that do not fit. Say so by name.
         checks.check_real_call(call)
         raise
-    return q, sf
+    return results
 
 
 def _key(call: Call) -> tuple[object, ...]:
     """Return all that a plan depends on, () if a call cannot have one."""
-    x, fmt, q, sf, rows, index, prologue = call
+    x, fmt, q, sf, rows, index, prologue, upper, row_scales = call
     try:
         key: tuple[object, ...] = (fmt, *map(_looks, (x, q, sf, index)))
+        if upper is not None or row_scales is not None:
+            given, kind = (row_scales, "") if upper is None else (upper.tensor, upper.kind)
+            key += (kind, _looks(given))
         if rows is not None:
             # 128.0 is equal to 128, but refused.
             alignment = rows.alignment
@@ -381,60 +392,81 @@ def _check_regions(call: Call, q: Region, sf: Region) -> None:
         reads.append(region("index", call.index))
     if call.rows is not None:
         reads.append(region(f"rows.{call.rows.data_name}", call.rows.data))
+    if call.upper is not None:
+        reads.append(region(call.upper.kind, call.upper.tensor))
+    if call.row_scales is not None:
+        writes.append(region("out row scales", call.row_scales))
     if call.prologue is not None:
         reads += (region(name, t) for name, t in call.prologue.reads.items())
         writes += (region(name, t) for name, t in call.prologue.writes.items())
     check_disjoint(reads, writes)
 
 
-def _quantize_by_reference(call: Call, *, check: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_by_reference(call: Call, *, check: bool) -> Results:
     shape = checks.check_real_call(call)
     x, fmt = call.x, call.fmt
     if check:
         checks.check_counts(call.rows, call.index, x.shape[-2], shape.mn)
-    q = x.new_empty(shape.values, dtype=fmt.values) if call.q is None else call.q
+        reference.check_upper_scale(call)
+    q = x.new_empty(shape.values(fmt), dtype=fmt.values) if call.q is None else call.q
     sf = fmt.empty_scales(*shape, x.device) if call.sf is None else call.sf
-    if call.q is not None or call.sf is not None or call.prologue is not None:
+    row_scales = call.row_scales
+    if row_scales is None and fmt.row_scale:
+        row_scales = x.new_empty((*shape.batch_shape, shape.mn), dtype=torch.float32)
+    given = (call.q, call.sf, call.row_scales, call.prologue)
+    if any(part is not None for part in given):
         padding_rows = last_column_rows(sf) - shape.mn if fmt.mn_major and sf.numel() else 0
         sf_bytes = span(sf) + padding_rows * sf.element_size()
         sf_region = Region("out sf", sf.data_ptr(), sf_bytes)
         _check_regions(call, region("out q", q), sf_region)
-    _run(reference.quantize_into, (call, q, sf), [])
-    return q, sf
+    _run(reference.quantize_into, (call, q, sf, row_scales), [])
+    return (q, sf) if row_scales is None else (q, sf, row_scales)
 
 
-def fake_quantize(x: torch.Tensor, fmt: Format, out: torch.Tensor | None) -> torch.Tensor:
+def fake_quantize(call: Call, out: torch.Tensor | None) -> torch.Tensor:
     """Run ``cute_quant.fake_quantize`` on tensors with memory."""
-    checks.check_fake_quantize(x, out, fmt)
-    check_real({"x": x, "out": out})
+    checks.check_fake_quantize(call, out)
+    x, tensors = call.x, {**call.tensors, "out": out}
+    check_real(tensors)
     if in_dual_level():
-        check_no_tangents({"x": x, "out": out})
+        check_no_tangents(tensors)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     else:
-        check_disjoint([region("x", x)], [region("out", out)])
+        reads = [region(name, t) for name, t in call.tensors.items() if t is not None]
+        check_disjoint(reads, [region("out", out)])
     if not _has_kernels(x):
-        _run(reference.fake_quantize_into, (x, fmt, out), [])
+        _run(reference.fake_quantize_into, (call, out), [])
     elif x.numel():
         result = Destination(View(tuple(out.shape), out.stride()), out.data_ptr(), x.dtype)
-        kernel = choose_kernel(Call(x, fmt), result, None)
-        operands: tuple[torch.Tensor | None, ...] = (x, out, None, None, None)
+        kernel = choose_kernel(call, result, None)
+        upper = None if call.upper is None else call.upper.tensor
+        operands: tuple[torch.Tensor | None, ...] = (x, out, None, upper, None, None)
         if kernel.views is not None:
             operands, _ = _viewed(kernel.views, operands, ())
         _run(kernel.function, (*operands, 0, *kernel.numbers), [out])
     return out
 
 
-def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
+def dequantize(
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    dtype: torch.dtype,
+    upper: UpperScale | None = None,
+) -> torch.Tensor:
     """Run ``cute_quant.dequantize`` on tensors with memory."""
-    checks.check_dequantize(q, sf, fmt, dtype)
-    check_real({"q": q, "sf": sf})
+    shape = checks.check_dequantize(q, sf, fmt, dtype, upper)
+    tensors: dict[str, torch.Tensor | None] = {"q": q, "sf": sf}
+    if upper is not None:
+        tensors[upper.kind] = upper.tensor
+    check_real(tensors)
     if in_dual_level():
-        check_no_tangents({"q": q, "sf": sf})
-    y = torch.empty(q.shape, dtype=dtype, device=q.device)
+        check_no_tangents(tensors)
+    y = torch.empty((*shape.batch_shape, shape.mn, shape.k), dtype=dtype, device=q.device)
     if not _has_kernels(q):
-        _run(reference.dequantize_into, (q, sf, fmt, y), [])
+        _run(reference.dequantize_into, (q, sf, fmt, y, upper), [])
     elif q.numel():
-        kernel = choose_dequantize_kernel(q, sf, y, fmt)
-        _run(kernel.function, (kernel.q.of(q), kernel.sf.of(sf), kernel.result.of(y)), [y])
+        kernel = choose_dequantize_kernel(q, sf, y, fmt, upper)
+        _run(kernel.function, kernel.arguments(q, sf, y, upper), [y])
     return y

@@ -16,6 +16,7 @@ from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import UNFUSED, RmsNorm, SiluMul
 from cute_quant.contract.rows import DENSE, Masked
 from cute_quant.contract.tensors import MAX_SIZE, flat_batch, span
+from cute_quant.contract.upper_scales import UpperScale
 from cute_quant.dispatch.call_range import CallRange, row_alignment
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures, heuristics
@@ -77,8 +78,9 @@ class Kernel(NamedTuple):
     """A compiled kernel and how it takes a call.
 
     Attributes:
-        function: called on x, q, sf, counts, index, the missing rows of the last scale column, the
-            `numbers`, and the tensors of the prologue.
+        function: called on x, q, sf, the upper scale or memory for those of rows, counts, index,
+            the missing rows of the last scale column, the `numbers`, and the tensors of the
+            prologue.
         views: of the tensors of a call, in this order, None for those it takes as they are.
         numbers: alignment of row groups, CTAs that share masked rows, smallest scale, and those of
             the prologue.
@@ -96,6 +98,7 @@ class Plan(NamedTuple):
         kernel: None where there is nothing to write.
         scale_rows: rows of a column of MN-major scales, padding included; mn in other layouts.
         new_q, new_sf: allocate results, the scales with all padding in their storage.
+        new_row_scales: allocates those of rows; None where the format has none.
         x_bytes, q_bytes, sf_bytes: from the first element to the last, for memory of the caller;
             of sf with all padding.
     """
@@ -105,6 +108,7 @@ class Plan(NamedTuple):
     scale_rows: int
     new_q: Callable[[], torch.Tensor]
     new_sf: Callable[[], torch.Tensor]
+    new_row_scales: Callable[[], torch.Tensor] | None
     x_bytes: int
     q_bytes: int
     sf_bytes: int
@@ -119,7 +123,8 @@ def make_plan(call: Call) -> Plan:
     """
     shape = checks.check_real_call(call)
     fmt = call.fmt
-    q_view = View(shape.values, contiguous_strides(shape.values))
+    values_shape = shape.values(fmt)
+    q_view = View(values_shape, contiguous_strides(values_shape))
     sf_view = View(fmt.scale_shape(*shape), fmt.scale_strides(*shape))
     given, address = q_view, 0
     if call.q is not None:
@@ -137,14 +142,21 @@ def make_plan(call: Call) -> Plan:
     empty_sf = functools.partial(
         torch.empty_strided, padded, sf_view.strides, dtype=fmt.sf_dtype, device=device
     )
+    empty_row_scales = None
+    if fmt.row_scale:
+        rows_shape = (*shape.batch_shape, shape.mn)
+        empty_row_scales = functools.partial(
+            torch.empty, rows_shape, dtype=torch.float32, device=device
+        )
     return Plan(
         kernel,
         shape.mn,
         scale_rows,
         empty_q,
         empty_sf if scale_rows == shape.mn else lambda: empty_sf().narrow(-2, 0, shape.mn),
+        empty_row_scales,
         x_bytes=span(call.x),
-        q_bytes=math.prod(shape.values) * fmt.values.itemsize if call.q is None else span(call.q),
+        q_bytes=math.prod(values_shape) * fmt.values.itemsize if call.q is None else span(call.q),
         sf_bytes=math.prod(padded) * fmt.sf_dtype.itemsize,
     )
 
@@ -195,7 +207,8 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
     """
     x, rows, index = call.x, call.rows, call.index
     kind = DENSE if rows is None else rows.kind
-    *batch_shape, q_rows, k = result.view.shape
+    *batch_shape, q_rows, _ = result.view.shape
+    k = call.result_shape.k
     shape = ResultShape(tuple(batch_shape), q_rows, k)
     launch = _launch_shape(call, shape, gpu)
     domain = Domain(kind, index is not None, bool(batch_shape) or launch.tall)
@@ -206,7 +219,7 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         case SiluMul() as silu_mul:
             prologue = _silu_mul(silu_mul, x.dtype, k, batched=batched)
         case RmsNorm() as rms_norm:
-            prologue = _rms_norm(rms_norm, launch, batched=batched)
+            prologue = _rms_norm(rms_norm, batched=batched)
     x_view = matrix_view(x, batched=batched and index is None)
     q_view = view_as_matrices(result.view, result.dtype.itemsize, batched=batched)
     index_view = None
@@ -216,6 +229,7 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         None if x_view == (x.shape, x.stride()) else x_view,
         None if q_view == result.view else q_view,
         _scales_view(scales, call.fmt, shape) if batched else None,
+        _upper_view(call, shape, batched=batched),
         None,
         index_view,
         *prologue.views,
@@ -227,7 +241,11 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         ragged=k % launch.tile.values_per_thread != 0,
     )
     fmt = call.fmt.kernel_format
-    choices = {**prologue.choices, "pdl": architectures.named(gpu.arch).pdl}
+    upper = None if call.upper is None else call.upper.kind
+    pdl = architectures.named(gpu.arch).pdl
+    choices = {**prologue.choices, "upper": upper, "pdl": pdl}
+    if isinstance(launch, heuristics.NormShape):
+        choices |= {"tiles_per_thread": launch.tiles_per_thread, "max_warps": launch.max_warps}
     spec = prologue.spec_class(x.dtype, fmt, launch.tile, domain, access, **choices)
     row_alignment = 1 if rows is None else rows.alignment
     numbers = row_alignment, launch.row_ctas, call.fmt.floor, *prologue.numbers
@@ -240,6 +258,8 @@ def _launch_shape(
     """Return tile and grid for the size of a call."""
     masked = isinstance(call.rows, Masked)
     size = math.prod(shape.batch_shape), shape.mn, shape.k, call.fmt, masked, gpu.sms
+    if call.fmt.row_scale:
+        return heuristics.norm_shape(*size)
     match call.prologue:
         case None:
             return heuristics.shape(*size, architectures.named(gpu.arch).warps)
@@ -267,17 +287,13 @@ def _silu_mul(prologue: SiluMul, dtype: torch.dtype, k: int, *, batched: bool) -
     return _Prologue(SiluMulSpec, choices, numbers, views, load_bytes)
 
 
-def _rms_norm(
-    prologue: RmsNorm, launch: heuristics.Shape | heuristics.NormShape, *, batched: bool
-) -> _Prologue:
+def _rms_norm(prologue: RmsNorm, *, batched: bool) -> _Prologue:
     choices = {
         "weight_dtype": prologue.weight.dtype,
         "unfused": prologue.rounding == UNFUSED,
         "residual": prologue.residual is not None,
         "normalized": prologue.normalized is not None,
     }
-    if isinstance(launch, heuristics.NormShape):
-        choices |= {"tiles_per_thread": launch.tiles_per_thread, "max_warps": launch.max_warps}
     # Adding -0.0 keeps a weight of -0.0.
     numbers = prologue.eps, prologue.weight_offset or -0.0
     load_bytes = math.gcd(LOAD_BYTES, prologue.weight.data_ptr())
@@ -292,16 +308,24 @@ def _rms_norm(
 
 
 class Dequantization(NamedTuple):
-    """A compiled kernel and how it takes q, sf and the result."""
+    """A compiled kernel and how it takes q, sf, the scale over those of groups and the result."""
 
     function: Function
     q: View
     sf: View
+    upper: View | None
     result: View
+
+    def arguments(
+        self, q: torch.Tensor, sf: torch.Tensor, y: torch.Tensor, upper: UpperScale | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Return the tensors of a call as the function takes them."""
+        given = None if self.upper is None or upper is None else self.upper.of(upper.tensor)
+        return self.q.of(q), self.sf.of(sf), given, self.result.of(y)
 
 
 def choose_dequantize_kernel(
-    q: torch.Tensor, sf: torch.Tensor, y: torch.Tensor, fmt: Format
+    q: torch.Tensor, sf: torch.Tensor, y: torch.Tensor, fmt: Format, upper: UpperScale | None
 ) -> Dequantization:
     """Choose the kernel that multiplies values by their scales."""
     q_view, y_view = matrix_view(q, batched=True), matrix_view(y, batched=True)
@@ -309,26 +333,34 @@ def choose_dequantize_kernel(
     batch, stride = flat_batch("sf", sf.shape, sf.stride(), inner)
     sf_view = View((batch, *sf.shape[-inner:]), (stride, *sf.stride()[-inner:]))
     arch = lookup.architecture(q.get_device())
-    spec = choose_dequantize_spec(q, y, fmt, arch)
+    upper_view = None
+    if upper is not None and fmt.row_scale:
+        upper_view = View((batch, y.shape[-2]), (y.shape[-2], 1))
+    elif upper is not None:
+        upper_view = View((batch,), (int(upper.tensor.numel() > 1),))
+    spec = choose_dequantize_spec(q, y, fmt, upper, arch)
     try:
-        return Dequantization(lookup.function(spec, arch), q_view, sf_view, y_view)
+        function = lookup.function(spec, arch)
+        return Dequantization(function, q_view, sf_view, upper_view, y_view)
     except lookup.NotBuilt as error:
-        calls = CallRange.of_dequantize(q, fmt, y.dtype)
+        calls = CallRange.of_dequantize(q, fmt, y.dtype, upper)
         raise RuntimeError(f"{error}: {calls.remedy(arch)}") from None
 
 
 def choose_dequantize_spec(
-    q: torch.Tensor, y: torch.Tensor, fmt: Format, arch: str
+    q: torch.Tensor, y: torch.Tensor, fmt: Format, upper: UpperScale | None, arch: str
 ) -> DequantizeSpec:
     """Choose the spec of the kernel that multiplies values by their scales."""
     values = DEFAULT_TILE.values_per_thread
+    load_bytes = values // fmt.value_type.per_byte
     store_bytes = heuristics.store_bytes(DEFAULT_TILE, y.dtype)
     access = Access(
-        alignment(q.data_ptr(), matrix_view(q, batched=True), q.element_size(), values),
+        alignment(q.data_ptr(), matrix_view(q, batched=True), q.element_size(), load_bytes),
         alignment(y.data_ptr(), matrix_view(y, batched=True), y.element_size(), store_bytes),
-        ragged=q.shape[-1] % values != 0,
+        ragged=y.shape[-1] % values != 0,
     )
-    return DequantizeSpec(fmt.kernel_format, y.dtype, access, architectures.named(arch).pdl)
+    kind, pdl = None if upper is None else upper.kind, architectures.named(arch).pdl
+    return DequantizeSpec(fmt.kernel_format, y.dtype, access, kind, pdl)
 
 
 def _scales_view(scales: View | None, fmt: Format, shape: ResultShape) -> View | None:
@@ -339,6 +371,20 @@ def _scales_view(scales: View | None, fmt: Format, shape: ResultShape) -> View |
     stride = scales.strides[-inner - 1] if shape.batch_shape else 0
     matrices = math.prod(shape.batch_shape)
     return View((matrices, *scales.shape[-inner:]), (stride, *scales.strides[-inner:]))
+
+
+def _upper_view(call: Call, shape: ResultShape, *, batched: bool) -> View | None:
+    """Return the view of the upper scale, or of the memory for those of rows, None if it fits."""
+    if call.fmt.row_scale:
+        # Without memory for them (fake quantization) their view is of nothing.
+        mn = call.result_shape.mn
+        fits = len(shape.batch_shape) == batched
+        return None if fits else View((math.prod(shape.batch_shape), mn), (mn, 1))
+    if call.upper is None:
+        return None
+    t = call.upper.tensor
+    size, stride = (math.prod(shape.batch_shape), int(t.numel() > 1)) if batched else (1, 1)
+    return None if t.shape == (size,) else View((size,), (stride,))
 
 
 def _factors_view(weight: torch.Tensor | None, *, batched: bool) -> View | None:

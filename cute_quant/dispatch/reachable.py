@@ -18,6 +18,7 @@ from cute_quant.contract.dtypes import LOAD_BYTES, align
 from cute_quant.contract.prologues import Prologue, make_rms_norm, make_silu_mul
 from cute_quant.contract.rows import DENSE, Masked, RowOperands, Rows, from_operands
 from cute_quant.contract.tensors import MAX_MATRICES
+from cute_quant.contract.upper_scales import UpperScale
 from cute_quant.dispatch.call_range import (
     DEQUANTIZE,
     FAKE_QUANTIZE,
@@ -62,7 +63,16 @@ class Variant(NamedTuple):
         """
         index = like.new_zeros(shape[:-1], dtype=torch.int32) if self.calls.gathered else None
         prologue, rows = self._prologue(x, shape, like), self._rows(shape, like)
-        return Call(x, self.calls.fmt, None, None, rows, index, prologue)
+        upper = self.upper_scale(shape, like)
+        return Call(x, self.calls.fmt, None, None, rows, index, prologue, upper)
+
+    def upper_scale(self, shape: tuple[int, ...], like: torch.Tensor) -> UpperScale | None:
+        """Return the scale over those of groups that a call of this shape has, if any."""
+        kind = self.calls.upper
+        if kind is None:
+            return None
+        per_row = self.calls.fmt.row_scale
+        return UpperScale(kind, like.new_ones(shape[:-1] if per_row else (), dtype=torch.float32))
 
     def _rows(self, shape: tuple[int, ...], like: torch.Tensor) -> Rows | None:
         kind = self.calls.kind
@@ -176,17 +186,20 @@ def _specs_up_to(max_rows: int, spec_of: Callable[[int], Spec]) -> set[Spec]:
 def _spec(variant: Variant, leading: tuple[int, ...], x_bytes: int, q_bytes: int, gpu: Gpu) -> Spec:
     """Return the spec of the call whose rows of x and q have exactly these alignments."""
     calls, k = variant.calls, variant.k
-    shape = (*leading, k)
+    shape, values_shape = (*leading, k), (*leading, calls.fmt.value_columns(k))
+    nowhere = torch.empty(0, device="meta")
     if calls.operation == DEQUANTIZE:
-        q = _aligned(shape, calls.fmt.values, x_bytes)
+        q = _aligned(values_shape, calls.fmt.values, x_bytes)
         y = _aligned(shape, calls.dtype, q_bytes)
-        return choose_dequantize_spec(q, y, calls.fmt, gpu.arch)
+        upper = variant.upper_scale(shape, nowhere)
+        return choose_dequantize_spec(q, y, calls.fmt, upper, gpu.arch)
     tokens = (2,) if calls.gathered else leading
     x = _aligned((*tokens, variant.input_columns), calls.dtype, x_bytes)
-    call = variant.call(x, shape, torch.empty(0, device="meta"))
-    result_dtype = calls.dtype if calls.operation == FAKE_QUANTIZE else calls.fmt.values
-    q = _aligned(shape, result_dtype, q_bytes)
-    result = Destination(View(shape, q.stride()), q.data_ptr(), result_dtype)
+    call = variant.call(x, shape, nowhere)
+    fake = calls.operation == FAKE_QUANTIZE
+    result_dtype = calls.dtype if fake else calls.fmt.values
+    q = _aligned(shape if fake else values_shape, result_dtype, q_bytes)
+    result = Destination(View(tuple(q.shape), q.stride()), q.data_ptr(), result_dtype)
     scales = None
     if calls.operation != FAKE_QUANTIZE:
         sizes = ResultShape(leading[:-1], leading[-1], k)

@@ -1,7 +1,9 @@
 """The operators that torch knows: schemas, what they run, and what they return for fake tensors.
 
 An operator carries its format as text and its row domain as a kind and a tensor. UE8M0 scales that
-are no words are bytes to it, since Inductor has no float8_e8m0fnu.
+are no words are bytes to it, and so are FP4 values, since Inductor has neither float8_e8m0fnu nor
+float4_e2m1fn_x2. What it returns is no argument, so a call that returns more than q and sf writes
+to memory that is allocated before.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import RmsNorm, SiluMul, make_rms_norm, make_silu_mul
 from cute_quant.contract.rows import RowOperands, from_operands, to_operands
 from cute_quant.contract.torch_private import CustomOpDef
+from cute_quant.contract.upper_scales import UpperScale, make_upper_scale
 from cute_quant.dispatch import launch
+from cute_quant.dispatch.launch import Results
 
-Results = tuple[torch.Tensor, torch.Tensor]
-
-_ROW_TENSORS = "Tensor? row_data=None, Tensor? index=None"
-_ROWS = 'str rows="dense", int alignment=1'
-_OUT = "Tensor(a!) q, Tensor(b!) sf"
+_ROW_TENSORS = "Tensor? row_data=None, Tensor? index=None, Tensor? upper=None"
+_ROWS = 'str rows="dense", int alignment=1, str? upper_kind=None'
+_OUT = "Tensor(a!) q, Tensor(b!) sf, Tensor(e!)? row_scales"
+_UPPER = "Tensor? upper=None, str? upper_kind=None"
 _RESIDUAL = "Tensor? residual, Tensor(c!)? residual_out, Tensor(d!)? normalized"
 _SILU_MUL_OPTIONS = ("interleaved", "clamp", "alpha", "beta", "rounding")
 _RMS_NORM_OPTIONS = ("eps", "weight_offset", "rounding")
@@ -37,15 +40,30 @@ def not_differentiable(function: str, name: str) -> str:
     )
 
 
-def as_stored(sf: torch.Tensor) -> torch.Tensor:
-    """Return scales as an operator takes and returns them."""
-    return sf.view(torch.uint8) if sf.dtype is torch.float8_e8m0fnu else sf
+_STORED_AS_BYTES = (torch.float8_e8m0fnu, torch.float4_e2m1fn_x2)
 
 
-def as_scales(stored: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Return scales that came as bytes in the dtype of their format."""
-    as_bytes = stored.dtype is torch.uint8 and fmt.sf_dtype is torch.float8_e8m0fnu
-    return stored.view(fmt.sf_dtype) if as_bytes else stored
+def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that an operator has for a result of this one."""
+    return torch.uint8 if dtype in _STORED_AS_BYTES else dtype
+
+
+def _as_stored(t: torch.Tensor) -> torch.Tensor:
+    """Return values or scales as an operator takes and returns them."""
+    return t.view(torch.uint8) if t.dtype in _STORED_AS_BYTES else t
+
+
+def _from_stored(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return values or scales that came as bytes in the dtype of their format."""
+    as_bytes = stored.dtype is torch.uint8 and dtype in _STORED_AS_BYTES
+    return stored.view(dtype) if as_bytes else stored
+
+
+def _upper_scale(kind: str | None, upper: torch.Tensor | None) -> UpperScale | None:
+    """Return the upper scale that the arguments of an operator describe."""
+    if (kind is None) != (upper is None):
+        raise ValueError(f"upper_kind: expected a kind with a tensor, got {kind!r} and {upper!r}")
+    return None if kind is None or upper is None else make_upper_scale(**{kind: upper})
 
 
 def _quantize_call(
@@ -58,11 +76,22 @@ def _quantize_call(
     row_data: torch.Tensor | None = None,
     alignment: int = 1,
     index: torch.Tensor | None = None,
+    upper: torch.Tensor | None = None,
+    upper_kind: str | None = None,
+    row_scales: torch.Tensor | None = None,
 ) -> Call:
     """Return the call that the arguments of an operator describe."""
     parsed = Format.parse(fmt)
-    sf = None if sf is None else as_scales(sf, parsed)
-    return Call(x, parsed, q, sf, from_operands(RowOperands(rows, row_data, alignment)), index)
+    return Call(
+        x,
+        parsed,
+        None if q is None else _from_stored(q, parsed.values),
+        None if sf is None else _from_stored(sf, parsed.sf_dtype),
+        from_operands(RowOperands(rows, row_data, alignment)),
+        index,
+        upper=_upper_scale(upper_kind, upper),
+        row_scales=row_scales,
+    )
 
 
 def _silu_mul_call(*, gate_up: torch.Tensor, weight: torch.Tensor | None, **arguments: Any) -> Call:
@@ -104,8 +133,7 @@ def _rms_norm_call(
 
 def _fake_results(call: Call) -> Results:
     shape = checks.check_call(call)
-    q = call.x.new_empty(shape.values, dtype=call.fmt.values)
-    return q, _new_stored_scales(call.x, call.fmt, shape)
+    return _new_stored_values(call, shape), _new_stored_scales(call.x, call.fmt, shape)
 
 
 def _register(
@@ -128,8 +156,8 @@ def _register(
 
     def run(*positional: Any, **keywords: Any) -> Results | None:
         call = make_call(**dict(zip(names, positional, strict=False)), **keywords)
-        q, sf = launch.quantize(call)
-        return (q, as_stored(sf)) if returns else None
+        results = launch.quantize(call)
+        return tuple(map(_as_stored, results[:2])) if returns else None
 
     def fake(*positional: Any, **keywords: Any) -> Results | None:
         call = make_call(**dict(zip(names, positional, strict=False)), **keywords)
@@ -148,26 +176,47 @@ def _register(
     return operator
 
 
-def _dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
+def _dequantize_arguments(
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: str,
+    dtype: torch.dtype,
+    upper: torch.Tensor | None = None,
+    upper_kind: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, Format, torch.dtype, UpperScale | None]:
+    """Return what the arguments of an operator describe."""
     parsed = Format.parse(fmt)
-    return launch.dequantize(q, as_scales(sf, parsed), parsed, dtype)
+    q, sf = _from_stored(q, parsed.values), _from_stored(sf, parsed.sf_dtype)
+    return q, sf, parsed, dtype, _upper_scale(upper_kind, upper)
 
 
-def _dequantize_meta(
-    q: torch.Tensor, sf: torch.Tensor, fmt: str, dtype: torch.dtype
-) -> torch.Tensor:
-    parsed = Format.parse(fmt)
-    checks.check_dequantize(q, as_scales(sf, parsed), parsed, dtype)
-    return q.new_empty(q.shape, dtype=dtype)
+def _dequantize(*arguments: Any) -> torch.Tensor:
+    return launch.dequantize(*_dequantize_arguments(*arguments))
 
 
-def _fake_quantize(x: torch.Tensor, fmt: str) -> torch.Tensor:
-    return launch.fake_quantize(x, Format.parse(fmt), None)
+def _dequantize_meta(*arguments: Any) -> torch.Tensor:
+    q, sf, fmt, dtype, upper = _dequantize_arguments(*arguments)
+    shape = checks.check_dequantize(q, sf, fmt, dtype, upper)
+    return q.new_empty((*shape.batch_shape, shape.mn, shape.k), dtype=dtype)
 
 
-def _fake_quantize_meta(x: torch.Tensor, fmt: str) -> torch.Tensor:
-    checks.check_fake_quantize(x, None, Format.parse(fmt))
-    return x.new_empty(x.shape)
+def _fake_quantize_call(
+    x: torch.Tensor,
+    fmt: str,
+    upper: torch.Tensor | None = None,
+    upper_kind: str | None = None,
+) -> Call:
+    return Call(x, Format.parse(fmt), upper=_upper_scale(upper_kind, upper))
+
+
+def _fake_quantize(*arguments: Any) -> torch.Tensor:
+    return launch.fake_quantize(_fake_quantize_call(*arguments), None)
+
+
+def _fake_quantize_meta(*arguments: Any) -> torch.Tensor:
+    call = _fake_quantize_call(*arguments)
+    checks.check_fake_quantize(call, None)
+    return call.x.new_empty(call.x.shape)
 
 
 def _refuse_gradients(operator: CustomOpDef, function: str, name: str) -> None:
@@ -200,14 +249,14 @@ def _register_all() -> list[CustomOpDef]:
         "cute_quant::dequantize",
         _dequantize,
         mutates_args=(),
-        schema="(Tensor q, Tensor sf, str fmt, ScalarType dtype) -> Tensor",
+        schema=f"(Tensor q, Tensor sf, str fmt, ScalarType dtype, {_UPPER}) -> Tensor",
     )
     dequantize.register_fake(_dequantize_meta)
     fake_quantize = torch.library.custom_op(
         "cute_quant::fake_quantize",
         _fake_quantize,
         mutates_args=(),
-        schema="(Tensor x, str fmt) -> Tensor",
+        schema=f"(Tensor x, str fmt, {_UPPER}) -> Tensor",
     )
     fake_quantize.register_fake(_fake_quantize_meta)
     _refuse_gradients(quantize, "quantize", "x")
@@ -247,7 +296,10 @@ def quantize(call: Call) -> Results:
     fmt, prologue, ops = call.fmt, call.prologue, torch.ops.cute_quant
     checks.check_kinds(call)
     rows = to_operands(call.rows)
+    upper_kind, upper = (None, None) if call.upper is None else call.upper
     options: dict[str, Any] = {"rows": rows.rows, "alignment": rows.alignment}
+    if upper_kind is not None:
+        options["upper_kind"] = upper_kind
     inputs: tuple[torch.Tensor | None, ...] = (call.x,)
     extra: tuple[torch.Tensor | None, ...] = ()
     operator, operator_out = ops.quantize, ops.quantize_out
@@ -261,27 +313,58 @@ def quantize(call: Call) -> Results:
         residual = None if prologue.residual_out is prologue.residual else prologue.residual
         extra = (residual, prologue.residual_out, prologue.normalized)
         options |= {name: getattr(prologue, name) for name in _RMS_NORM_OPTIONS}
-    end = (fmt.text, rows.row_data, call.index)
-    if call.q is None and call.sf is None:
+    end = (fmt.text, rows.row_data, call.index, upper)
+    if call.q is None and call.sf is None and not fmt.row_scale:
         if any(t is not None for t in extra):
             # Operators that write are no pure functions, which compilers merge and move.
-            q, stored = ops.rms_norm_quantize_residual(*inputs, *extra, *end, **options)
+            stored = ops.rms_norm_quantize_residual(*inputs, *extra, *end, **options)
         else:
-            q, stored = operator(*inputs, *end, **options)
-        return q, as_scales(stored, fmt)
-    q, sf = _allocate(call)
-    operator_out(*inputs, q, as_stored(sf), *extra, *end, **options)
-    return q, sf
+            stored = operator(*inputs, *end, **options)
+        dtypes = fmt.values, fmt.sf_dtype
+        return tuple(_from_stored(t, dtype) for t, dtype in zip(stored, dtypes, strict=True))
+    q, sf, row_scales = _allocate(call)
+    operator_out(*inputs, _as_stored(q), _as_stored(sf), row_scales, *extra, *end, **options)
+    return (q, sf) if row_scales is None else (q, sf, row_scales)
 
 
-def _allocate(call: Call) -> Results:
-    """Return q and sf of a call that gives one of them."""
-    shape, fmt, q, sf = call.result_shape, call.fmt, call.q, call.sf
+def dequantize(
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    dtype: torch.dtype,
+    upper: UpperScale | None,
+) -> torch.Tensor:
+    """Hand the arguments of a call to its operator, for a tracer to see."""
+    kind, tensor = (None, None) if upper is None else upper
+    y: torch.Tensor = torch.ops.cute_quant.dequantize(
+        _as_stored(q), _as_stored(sf), fmt.text, dtype, tensor, kind
+    )
+    return y
+
+
+def fake_quantize(call: Call) -> torch.Tensor:
+    """Hand a call to its operator, for a tracer to see."""
+    kind, tensor = (None, None) if call.upper is None else call.upper
+    y: torch.Tensor = torch.ops.cute_quant.fake_quantize(call.x, call.fmt.text, tensor, kind)
+    return y
+
+
+def _allocate(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return q, sf and scales of rows: the caller's, or new ones."""
+    shape, fmt = call.result_shape, call.fmt
+    q, sf, row_scales = call.q, call.sf, call.row_scales
     if q is None:
-        q = call.x.new_empty(shape.values, dtype=fmt.values)
+        q = _from_stored(_new_stored_values(call, shape), fmt.values)
     if sf is None:
-        sf = as_scales(_new_stored_scales(call.x, fmt, shape), fmt)
-    return q, sf
+        sf = _from_stored(_new_stored_scales(call.x, fmt, shape), fmt.sf_dtype)
+    if row_scales is None and fmt.row_scale:
+        row_scales = call.x.new_empty((*shape.batch_shape, shape.mn), dtype=torch.float32)
+    return q, sf, row_scales
+
+
+def _new_stored_values(call: Call, shape: ResultShape) -> torch.Tensor:
+    """Return memory for values."""
+    return call.x.new_empty(shape.values(call.fmt), dtype=_stored_dtype(call.fmt.values))
 
 
 def _new_stored_scales(x: torch.Tensor, fmt: Format, shape: ResultShape) -> torch.Tensor:
@@ -292,4 +375,4 @@ def _new_stored_scales(x: torch.Tensor, fmt: Format, shape: ResultShape) -> torc
     sf_shape = fmt.scale_shape(*shape)
     if fmt.mn_major:
         return x.new_empty_strided(sf_shape, fmt.scale_strides(*shape), dtype=fmt.sf_dtype)
-    return x.new_empty(sf_shape, dtype=torch.uint8 if fmt.ue8m0 else fmt.sf_dtype)
+    return x.new_empty(sf_shape, dtype=_stored_dtype(fmt.sf_dtype))

@@ -312,12 +312,14 @@ def _small_launch(variant: reachable.Variant, device: torch.device) -> launch.La
     calls = variant.calls
     leading = (1, 1) if calls.batched else (1,)
     if calls.operation == DEQUANTIZE:
-        q = torch.zeros((*leading, variant.k), dtype=calls.fmt.values, device=device)
+        columns = calls.fmt.value_columns(variant.k)
+        q = torch.zeros((*leading, columns), dtype=calls.fmt.values, device=device)
         sf = calls.fmt.empty_scales(leading[:-1], 1, variant.k, device)
-        return launch.bind(lambda: launch.dequantize(q, sf, calls.fmt, calls.dtype))
+        upper = variant.upper_scale((*leading, variant.k), sf.view(-1))
+        return launch.bind(lambda: launch.dequantize(q, sf, calls.fmt, calls.dtype, upper))
     x_rows = (1,) if calls.gathered else leading
     x = torch.zeros((*x_rows, variant.input_columns), dtype=calls.dtype, device=device)
-    if calls.operation == FAKE_QUANTIZE:
-        return launch.bind(lambda: launch.fake_quantize(x, calls.fmt, None))
     call = variant.call(x, (*leading, variant.k), x)
+    if calls.operation == FAKE_QUANTIZE:
+        return launch.bind(lambda: launch.fake_quantize(call, None))
     return launch.bind(lambda: launch.quantize(call))

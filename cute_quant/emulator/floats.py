@@ -22,7 +22,8 @@ class Format:
         min_exponent: of normal numbers.
         largest: the largest finite value.
         infinity: the bits of +Inf, None if there is none.
-        nan: the bits of the NaN that PTX instructions return.
+        nan: the bits that PTX instructions return for NaN.
+        has_nan: whether they mean NaN, and not a number.
     """
 
     width: int
@@ -31,13 +32,15 @@ class Format:
     largest: float
     infinity: int | None
     nan: int
+    has_nan: bool = True
 
     @property
     def bits(self) -> type:
         """Return numpy's type of the bits."""
-        return {8: np.uint8, 16: np.uint16, 32: np.uint32}[self.width]
+        return {4: np.uint8, 8: np.uint8, 16: np.uint16, 32: np.uint32}[self.width]
 
 
+E2M1 = Format(4, 1, 0, 6.0, None, 0x7, has_nan=False)
 E4M3 = Format(8, 3, -6, 448.0, None, 0x7F)
 E5M2 = Format(8, 2, -14, 57344.0, 0x7C, 0x7F)
 F16 = Format(16, 10, -14, 65504.0, 0x7C00, 0x7FFF)
@@ -55,7 +58,8 @@ def decode(bits: np.ndarray, fmt: Format) -> np.ndarray:
     scale = np.maximum(exponent, 1) - 1 + fmt.min_exponent - fmt.fraction_bits
     values = np.ldexp(significand.astype(np.float64), scale)
     if fmt.infinity is None:
-        values[magnitude == fmt.nan] = np.nan
+        if fmt.has_nan:
+            values[magnitude == fmt.nan] = np.nan
     else:
         values[magnitude == fmt.infinity] = np.inf
         values[magnitude > fmt.infinity] = np.nan

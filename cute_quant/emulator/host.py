@@ -42,6 +42,7 @@ DLPACK_TYPES = {
     torch.float8_e4m3fn: (10, 8),
     torch.float8_e5m2: (12, 8),
     torch.float8_e8m0fnu: (14, 8),
+    torch.float4_e2m1fn_x2: (17, 4),
 }
 
 
@@ -249,7 +250,7 @@ class DeviceTensor:
                 tensor.ndim,
                 code,
                 bits,
-                1,
+                8 * tensor.element_size() // bits,
                 extents(*tensor.shape),
                 extents(*tensor.stride()),
                 0,

@@ -335,6 +335,12 @@ def max_magnitude_f32(a: Array, b: Array) -> Array:
     )
 
 
+@operation("max.NaN.abs.f32", "f32", "f32 f32 f32")
+def max_magnitude_of_3_f32(a: Array, b: Array, c: Array) -> Array:
+    """Return the largest magnitude of three, NaN if one is."""
+    return canonical(np.maximum(np.maximum(np.abs(a), np.abs(b)), np.abs(c)))
+
+
 @operation("min.xorsign.abs.f32", "f32", "f32 f32")
 def min_magnitude_f32(a: Array, b: Array) -> Array:
     """Return the smaller magnitude under the product of the signs.
@@ -597,3 +603,22 @@ def cvt_f16_to_fp8(a: Array, t: str) -> Array:
 @operation("cvt.rn.f16x2.{t}", "b32", "b16", t=" ".join(EIGHT_BITS))
 def cvt_fp8_to_f16(a: Array, t: str) -> Array:
     return floats.encode(floats.decode(a.view(np.uint8), EIGHT_BITS[t]), floats.F16).view(np.uint32)
+
+
+@operation("cvt.rn.satfinite.e2m1x2.f32", "b8", "f32 f32")
+def cvt_f32_to_fp4(a: Array, b: Array) -> Array:
+    """Round two operands, the first to the upper four bits; NaN becomes 6."""
+    upper, lower = (floats.encode(v.astype(np.float64), floats.E2M1, saturate=True) for v in (a, b))
+    return upper << np.uint8(4) | lower
+
+
+@operation("cvt.rn.satfinite.e2m1x2.{t}", "b8", "{t}", t="f16x2 bf16x2")
+def cvt_half_to_fp4(a: Array, t: str) -> Array:
+    codes = floats.encode(floats.decode(a, half(t)), floats.E2M1, saturate=True)
+    return codes[1::2] << np.uint8(4) | codes[0::2]
+
+
+@operation("cvt.rn.f16x2.e2m1x2", "b32", "b8")
+def cvt_fp4_to_f16(a: Array) -> Array:
+    pairs = np.stack([a & np.uint8(0xF), a >> np.uint8(4)], -1).reshape(-1)
+    return floats.encode(floats.decode(pairs, floats.E2M1), floats.F16).view(np.uint32)

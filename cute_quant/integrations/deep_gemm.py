@@ -46,12 +46,14 @@ def per_token_cast_to_fp8(
     if use_packed_ue8m0 and not use_ue8m0:
         raise ValueError("use_packed_ue8m0: expected False where use_ue8m0 is False, got True")
     if use_packed_ue8m0:
-        return quantize(x, DEEP_GEMM.replace(group_size=gran_k, min_scale="deepgemm"))
-    fmt = DEEP_GEMM_SM90.replace(
-        group_size=gran_k,
-        round_scale=use_ue8m0,
-        min_scale="deepgemm",
-        # The cast divides by 448 in torch, which on CUDA multiplies by the rounded reciprocal.
-        numerics=DEEPGEMM if x.is_cuda and not use_ue8m0 else IEEE,
-    )
-    return quantize(x, fmt)
+        fmt = DEEP_GEMM.replace(group_size=gran_k, min_scale="deepgemm")
+    else:
+        fmt = DEEP_GEMM_SM90.replace(
+            group_size=gran_k,
+            round_scale=use_ue8m0,
+            min_scale="deepgemm",
+            # The cast divides by 448 in torch, which on CUDA multiplies by the rounded reciprocal.
+            numerics=DEEPGEMM if x.is_cuda and not use_ue8m0 else IEEE,
+        )
+    q, sf = quantize(x, fmt)
+    return q, sf

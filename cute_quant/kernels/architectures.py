@@ -57,7 +57,8 @@ class Architecture(NamedTuple):
         pair_arithmetic: whether there is a maximum of two pairs of 16-bit integers
             (``max.u16x2``), and a product of two pairs of bfloat16 (``mul.bf16x2``).
         mixed_fma: whether bfloat16 can be multiplied and added to float32 (``fma.f32.bf16``).
-        e2m1: whether float32 can be converted to e2m1 (``cvt.e2m1x2``).
+        e2m1: whether float32 and bfloat16 can be converted to e2m1 (``cvt.e2m1x2``).
+        three_input_max: whether there is a maximum of three float32.
         shared_bytes: most bytes of shared memory of a CTA.
         warps, ctas: most of them that an SM holds.
         gpu: one whose clock and bandwidth are published, None where there is none.
@@ -70,6 +71,7 @@ class Architecture(NamedTuple):
     pair_arithmetic: bool = True
     mixed_fma: bool = True
     e2m1: bool = True
+    three_input_max: bool = True
     shared_bytes: int = 227 * 1024
     warps: int = 64
     ctas: int = 32
@@ -98,12 +100,21 @@ _SM_89 = Architecture(
     pair_arithmetic=False,
     mixed_fma=False,
     e2m1=False,
+    three_input_max=False,
     shared_bytes=99 * 1024,
     warps=48,
     ctas=24,
     gpu=L40S,
 )
-_SM_90A = Architecture("sm_90a", (9, 0), widest_load=16, mixed_fma=False, e2m1=False, gpu=H100)
+_SM_90A = Architecture(
+    "sm_90a",
+    (9, 0),
+    widest_load=16,
+    mixed_fma=False,
+    e2m1=False,
+    three_input_max=False,
+    gpu=H100,
+)
 _SM_100A = Architecture("sm_100a", (10, 0), gpu=B200)
 _SM_103A = Architecture("sm_103a", (10, 3))
 # The guide does not list 10.7 yet: warps and CTAs are those of 10.0 and 10.3.

@@ -31,8 +31,19 @@ def quotient(a: Float32, b: float) -> Float32:
 def reciprocal(a: Float32) -> Float32:
     """Return 1 / a with IEEE rounding, for normal results: one step of Newton's method."""
     estimate = cute.arch.rcp_approx(a)
-    error = cute.math.fma(Float32(0.0) - a, estimate, Float32(1.0))
+    error = cute.math.fma(-a, estimate, Float32(1.0))
     return cute.math.fma(error, estimate, estimate)
+
+
+def divide(a: Float32, b: Float32) -> Float32:
+    """Return a / b with IEEE rounding, by Markstein's theorem.
+
+    b, its reciprocal and the quotient are normal numbers.
+    """
+    inverse = reciprocal(b)
+    estimate = a * inverse
+    remainder = cute.math.fma(-b, estimate, a)
+    return cute.math.fma(remainder, inverse, estimate)
 
 
 def rsqrt(x: Float32) -> Float32:

@@ -47,8 +47,9 @@ class Tile(NamedTuple):
     Attributes:
         values_per_thread: values of a row that a thread holds, contiguous along k.
         row_warps: warps along M, each with rows of its own.
-        rows_per_thread: rows whose loads are in flight at once, up to the lanes of a group; as
-            many lanes store their scales at once. k is a multiple of what these lanes hold.
+        rows_per_thread: rows whose loads are in flight at once, up to the lanes of a group or a
+            multiple of them. As many lanes store their scales at once; k is a multiple of what
+            these lanes hold.
         column_warps: warps along N, each with columns of its own.
         warp_order: rasterization order of the warps of a CTA, one of ``ORDERS``.
         cta_order: rasterization order of CTAs.
@@ -117,7 +118,8 @@ class Tile(NamedTuple):
         )
         if access is not None:
             _check_width("load_bytes", access.load_bytes, dtype.itemsize, values, "x")
-            _check_width("store_bytes", access.store_bytes, fmt.values.itemsize, values, "q")
+            columns = values // fmt.value_type.per_byte
+            _check_width("store_bytes", access.store_bytes, fmt.values.itemsize, columns, "q")
             _require(
                 access.load_hint is None or access.load_hint in LOAD_HINTS,
                 f"load_hint: expected None or one of {LOAD_HINTS}, got {access.load_hint!r}",
@@ -145,9 +147,9 @@ class Tile(NamedTuple):
             f"group lying in a warp of {LANES} lanes, got {values}, {lanes} lanes",
         )
         _require(
-            rows <= lanes,
-            f"rows_per_thread: expected at most {lanes}, the lanes of a group, each of which "
-            f"writes the scale of a row, got {rows}",
+            rows <= lanes or rows % lanes == 0,
+            f"rows_per_thread: expected at most {lanes} or a multiple, the lanes of a group, each "
+            f"of which writes the scale of a row, got {rows}",
         )
 
 
@@ -245,6 +247,9 @@ class QuantizeSpec(NamedTuple):
         dtype: of the elements of x.
         fmt: of the results.
         fake: whether the result is the products of values and scales, in x's dtype.
+        tiles_per_thread, max_warps: as of a `RmsNormSpec`, where each row has a scale of its own.
+        upper: the argument that the scale over e4m3 scales is given as, as of
+            `cute_quant.contract.upper_scales`; None where the format has none, or one for each row.
         pdl: programmatic dependent launch. CTAs start while the kernel before still runs, and wait
             for its end before they touch memory. The next kernel may do the same.
     """
@@ -255,6 +260,9 @@ class QuantizeSpec(NamedTuple):
     domain: Domain = DENSE_ROWS
     access: Access = WIDEST
     fake: bool = False
+    tiles_per_thread: int = 1
+    max_warps: int = 16
+    upper: str | None = None
     pdl: bool = True
     kernel: str = "quantize.Quantize"
 
@@ -263,13 +271,14 @@ class SiluMulSpec(NamedTuple):
     """Choices of `kernels.silu_mul.SiluMul`.
 
     Attributes:
-        dtype, fmt, tile, domain, access, pdl: as of a `QuantizeSpec`, x being gates and ups.
+        dtype, fmt, tile, domain, access, upper, pdl: as of a `QuantizeSpec`, x being gates and ups.
         interleaved: whether gates and ups alternate; if not, all gates come first.
         unfused: whether each step is rounded to x's dtype.
         clamped: whether there are bounds.
         scaled: whether the gate has a factor in the sigmoid.
         shifted: whether something is added to the up.
         weighted: whether rows have a factor of their own.
+        tiles_per_thread, max_warps: as of a `QuantizeSpec`.
     """
 
     dtype: torch.dtype
@@ -283,6 +292,9 @@ class SiluMulSpec(NamedTuple):
     scaled: bool = False
     shifted: bool = False
     weighted: bool = False
+    tiles_per_thread: int = 1
+    max_warps: int = 16
+    upper: str | None = None
     pdl: bool = True
     kernel: str = "silu_mul.SiluMul"
 
@@ -291,7 +303,7 @@ class RmsNormSpec(NamedTuple):
     """Choices of `kernels.rms_norm.RmsNorm`.
 
     Attributes:
-        dtype, fmt, tile, domain, access, pdl: as of a `QuantizeSpec`.
+        dtype, fmt, tile, domain, access, upper, pdl: as of a `QuantizeSpec`.
         tiles_per_thread: tiles of a row in the registers of each thread.
         max_warps: most warps that share a row.
         weight_dtype: of the weights.
@@ -311,6 +323,7 @@ class RmsNormSpec(NamedTuple):
     unfused: bool = False
     residual: bool = False
     normalized: bool = False
+    upper: str | None = None
     pdl: bool = True
     kernel: str = "rms_norm.RmsNorm"
 
@@ -322,12 +335,13 @@ class DequantizeSpec(NamedTuple):
         fmt: of values and scales.
         dtype: of the result.
         access: to the values and the result.
-        pdl: as of a `QuantizeSpec`.
+        upper, pdl: as of a `QuantizeSpec`.
     """
 
     fmt: Format
     dtype: torch.dtype
     access: Access = WIDEST
+    upper: str | None = None
     pdl: bool = True
     kernel: str = "dequantize.Dequantize"
 

@@ -3,9 +3,19 @@
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import BFloat16, Float32, Uint16, Uint32, const_expr
+from cutlass import (
+    BFloat16,
+    Boolean,
+    Float4E2M1FNx2,
+    Float16,
+    Float32,
+    Uint8,
+    Uint16,
+    Uint32,
+    const_expr,
+)
 
-from cute_quant.contract.dtypes import INPUT_DTYPES
+from cute_quant.contract.dtypes import E2M1_MAX, INPUT_DTYPES
 from cute_quant.contract.formats import Format
 from cute_quant.kernels import ptx
 
@@ -16,6 +26,7 @@ ELEMENT_TYPES = {
     torch.float8_e4m3fn: cutlass.Float8E4M3FN,
     torch.float8_e5m2: cutlass.Float8E5M2,
     torch.int8: cutlass.Int8,
+    torch.float4_e2m1fn_x2: Float4E2M1FNx2,
     torch.float8_e8m0fnu: cutlass.Float8E8M0FNU,
     torch.int32: cutlass.Int32,
 }
@@ -23,6 +34,14 @@ ELEMENT_TYPES = {
 
 INPUT_TYPES = {ELEMENT_TYPES[dtype]: dtype for dtype in INPUT_DTYPES}
 """Types that can be quantized, and torch's dtypes of them."""
+
+
+E2M1_PER_WORD = 8
+"""Codes of e2m1 in a register."""
+_INTEGERS = 2**23
+"""The least float32 from which on there are only integers."""
+_E2M1_OFFSETS = sum((0x4B000000 << 1) << 4 * i for i in range(E2M1_PER_WORD)) % 2**32
+"""The bits of `_INTEGERS` in each code, as they add up in a word."""
 
 
 def value_type_of(fmt: Format) -> type[cutlass.Numeric]:
@@ -33,6 +52,11 @@ def value_type_of(fmt: Format) -> type[cutlass.Numeric]:
 def scale_type_of(fmt: Format) -> type[cutlass.Numeric]:
     """Return the element type of the tensor of scales of a format: int32 where they are packed."""
     return ELEMENT_TYPES[fmt.sf_dtype]
+
+
+def values_per_element(dtype: type[cutlass.Numeric]) -> int:
+    """Return how many values an element of a type has."""
+    return 2 if dtype is Float4E2M1FNx2 else 1
 
 
 def registers(x: cute.TensorSSA) -> cute.Tensor:
@@ -51,7 +75,7 @@ def zeros(values: int, dtype: type[cutlass.Numeric]) -> cute.Tensor:
 
 @cute.jit
 def widen(rX: cute.Tensor) -> cute.Tensor:
-    """Return a thread's values, (values,), bfloat16, float16 or float32, as float32; exact."""
+    """Return a thread's values, (values,), as float32; exact."""
     rY = cute.make_rmem_tensor(rX.shape, Float32)
     if const_expr(rX.element_type is BFloat16):
         # A shift and a mask for a pair; converting a half alone first moves it to the low half.
@@ -104,7 +128,12 @@ def multiply_power_of_two(rX: cute.Tensor, multiplier: Float32) -> cute.Tensor:
 
 @cute.jit
 def encode(rX: cute.Tensor, dtype: cutlass.Constexpr[type]) -> cute.Tensor:
-    """Return float32 values in a dtype, rounded to nearest even and saturated."""
+    """Return float32 values in a dtype, rounded to nearest even and saturated.
+
+    Of e2m1 two share a byte: (values / 2,).
+    """
+    if const_expr(dtype is Float4E2M1FNx2):
+        return encode_e2m1(rX)
     rQ = cute.make_rmem_tensor(rX.shape, dtype)
     if const_expr(dtype is cutlass.Int8):
         words = cute.recast_tensor(rQ, Uint32)
@@ -114,3 +143,89 @@ def encode(rX: cute.Tensor, dtype: cutlass.Constexpr[type]) -> cute.Tensor:
     else:
         rQ.store(rX.load().to(dtype))
     return rQ
+
+
+@cute.jit
+def clear_unless(predicate: Boolean, rQ: cute.Tensor):
+    """Make bytes, (values,), of a thread 0 where the predicate is false."""
+    words = cute.recast_tensor(rQ, Uint32)
+    for i in cutlass.range_constexpr(cute.size(words)):
+        words[i] = words[i] if predicate else Uint32(0)
+
+
+@cute.jit
+def products_e2m1(
+    rX: cute.Tensor, multiplier: Float32, power_of_two: cutlass.Constexpr[bool]
+) -> cute.Tensor:
+    """Return the products of values and a multiplier as e2m1, (values / 2,) bytes."""
+    if const_expr(not (power_of_two and rX.element_type is BFloat16 and ptx.target().e2m1)):
+        multiply_by = multiply_power_of_two if const_expr(power_of_two) else multiply
+        return encode_e2m1(multiply_by(rX, multiplier))
+    rQ = cute.make_rmem_tensor(cute.size(rX) // 2, Uint8)
+    pairs, words = cute.recast_tensor(rX, Uint32), cute.recast_tensor(rQ, Uint32)
+    bits = multiplier.bitcast(Uint32)
+    factors = bits | bits >> 16
+    per_word = E2M1_PER_WORD // 2
+    for i in cutlass.range_constexpr(cute.size(words)):
+        products = [ptx.mul_bf16x2(pairs[per_word * i + j], factors) for j in range(per_word)]
+        words[i] = ptx.e2m1_of_bf16x2(products)
+    return rQ
+
+
+@cute.jit
+def encode_e2m1(rX: cute.Tensor) -> cute.Tensor:
+    """Return float32 values as e2m1, (values / 2,) bytes, the earlier value in the low bits."""
+    rQ = cute.make_rmem_tensor(cute.size(rX) // 2, Uint8)
+    words = cute.recast_tensor(rQ, Uint32)
+    e2m1 = ptx.e2m1_of_f32 if const_expr(ptx.target().e2m1) else e2m1_by_arithmetic
+    for i in cutlass.range_constexpr(cute.size(words)):
+        words[i] = e2m1([rX[E2M1_PER_WORD * i + j] for j in range(E2M1_PER_WORD)])
+    return rQ
+
+
+def e2m1_by_arithmetic(values: list[Float32]) -> Uint32:
+    """Return eight float32 as e2m1, the first in the low bits.
+
+    Codes count in steps of 0.5 up to 2, of 1 up to 4, and of 2 up to 6. A line of each slope is
+    rounded by adding 2^23, which leaves integers, and the code is the least of the three: the line
+    of its own range. It fills the low bits of the sum.
+    """
+    word = Uint32(0)
+    for value in reversed(values):
+        bits = value.bitcast(Uint32)
+        magnitude = (bits & Uint32(0x7FFFFFFF)).bitcast(Float32)
+        magnitude = cute.arch.fmin(magnitude, Float32(E2M1_MAX))
+        steps = cute.math.fma(magnitude, Float32(2.0), Float32(_INTEGERS))
+        steps = cute.arch.fmin(steps, magnitude + Float32(_INTEGERS + 2))
+        coarse = cute.math.fma(magnitude, Float32(0.5), Float32(_INTEGERS + 4))
+        code = cute.arch.fmin(steps, coarse).bitcast(Uint32)
+        # The sign below its code, since one shift of both registers takes it there.
+        word = word * 16 + (code << 1 | bits >> 31)
+    word = word - Uint32(_E2M1_OFFSETS)
+    return word >> 1 & Uint32(0x77777777) | word << 3 & Uint32(0x88888888)
+
+
+def decode(rQ: cute.Tensor, fmt: Format) -> cute.Tensor:
+    """Return a thread's quantized values, (values,) or bytes of two, as float32, (values,)."""
+    return decode_e2m1(rQ) if fmt.value_type.per_byte > 1 else widen(rQ)
+
+
+@cute.jit
+def decode_e2m1(rQ: cute.Tensor) -> cute.Tensor:
+    """Return the float32 values, (2 bytes,), of e2m1 in bytes.
+
+    Three bits of a code, at the place of the last exponent bit and of the first two of the mantissa
+    of a float16, are the value times 2^-14: there and here the lowest exponent means subnormal.
+    """
+    rX = cute.make_rmem_tensor(2 * cute.size(rQ), Float32)
+    words = cute.recast_tensor(rQ, Uint32)
+    for i in cutlass.range_constexpr(cute.size(words)):
+        for j in cutlass.range_constexpr(E2M1_PER_WORD // 2):
+            # The halves of a pair are four codes apart, so that a mask finds both.
+            pair = words[i] >> 4 * j
+            bits = pair << 9 & Uint32(0x0E000E00) | pair << 12 & Uint32(0x80008000)
+            low, high = Uint16(bits), Uint16(bits >> 16)
+            for half, k in ((low, j), (high, j + E2M1_PER_WORD // 2)):
+                value = half.bitcast(Float16).to(Float32) * Float32(2.0**14)
+                rX[E2M1_PER_WORD * i + k] = value
+    return rX

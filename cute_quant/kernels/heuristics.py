@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from cute_quant.contract.dtypes import LOAD_BYTES, align, ceil_div
+from cute_quant.contract.dtypes import LOAD_BYTES, VALUE_TYPES, align, ceil_div
 from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.contract.formats import Format
 from cute_quant.kernels import architectures
@@ -137,4 +137,5 @@ def norm_shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms:
 
 def store_bytes(tile: Tile, dtype: torch.dtype) -> int:
     """Return how many bytes of results of a dtype a thread stores at once."""
-    return min(tile.values_per_thread * dtype.itemsize, LOAD_BYTES)
+    per_byte = VALUE_TYPES[dtype].per_byte if dtype in VALUE_TYPES else 1
+    return min(tile.values_per_thread * dtype.itemsize // per_byte, LOAD_BYTES)

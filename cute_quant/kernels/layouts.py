@@ -20,9 +20,9 @@ These functions build layouts where a kernel is traced, or in any other MLIR con
 from __future__ import annotations
 
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint8, Uint32, Uint64
+from cutlass import Float4E2M1FNx2, Int32, Int64, Uint8, Uint32, Uint64
 
-from cute_quant.contract.dtypes import BLOCK_GROUPS, BLOCK_LANES, BLOCK_ROWS, BYTES_PER_WORD
+from cute_quant.contract.dtypes import BLOCK_GROUPS, BLOCK_LANES, BYTES_PER_WORD
 from cute_quant.contract.formats import Format
 from cute_quant.kernels.config import DOWN, LANES, Tile
 from cute_quant.kernels.params import Params
@@ -84,6 +84,8 @@ class Matrix(Params):
     """
 
     def __init__(self, tensor: cute.Tensor, row_bytes: Uint32 | None = None):
+        if tensor.element_type is Float4E2M1FNx2:
+            tensor = cute.recast_tensor(tensor, Uint8)
         self.tensor = tensor
         self.row_bytes = row_bytes
         if row_bytes is None:
@@ -136,10 +138,11 @@ def scales(fmt: Format, rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
         rows: with padding.
         groups: with the padding of blocks.
     """
-    if fmt.mn_major:
-        columns = cute.ceil_div(groups, fmt.groups_per_column)
-        return scales_by_column(rows, columns, fmt.groups_per_column)
-    return scales_by_block(rows, groups) if fmt.blocked else scales_by_row(rows, groups)
+    if fmt.blocked:
+        return scales_by_block(rows, groups, fmt.block_rows)
+    columns = cute.ceil_div(groups, fmt.groups_per_column)
+    by = scales_by_column if fmt.mn_major else scales_by_row
+    return by(rows, columns, fmt.groups_per_column)
 
 
 def scales_by_column(
@@ -158,30 +161,40 @@ def scales_by_column(
     )
 
 
-def scales_by_row(rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
-    """Return the layout (row, group) -> (0, element) of row-major scales.
+def scales_by_row(rows: Int32 | int, columns: Int32 | int, groups_per_column: int) -> cute.Layout:
+    """Return the layout (row, group) -> (byte of an element, element) of row-major scales.
 
-    ``(rows, groups) : (groups@1, 1@1)``
+    ``(rows, groups) : (groups@1, 1@1)``, or of words
+    ``(rows, (4, columns)) : (columns@1, (1@0, 1@1))``.
     """
-    return cute.make_layout((rows, groups), stride=(_wide(groups) * cute.E(1), cute.E(1)))
+    stride = _wide(columns) * cute.E(1)
+    if groups_per_column == 1:
+        return cute.make_layout((rows, columns), stride=(stride, cute.E(1)))
+    shape = rows, (groups_per_column, columns)
+    return cute.make_layout(shape, stride=(stride, (cute.E(0), cute.E(1))))
 
 
-def scales_by_block(rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
-    """Return the layout (row, group) -> (0, byte) of scales in blocks of 128 rows and 4 groups.
+def scales_by_block(rows: Int32 | int, groups: Int32 | int, block_rows: int) -> cute.Layout:
+    """Return the layout (row, group) -> (0, byte) of scales in blocks of some rows and 4 groups.
 
-    ``((32, 4, rows / 128), (4, groups / 4)) : ((16@1, 4@1, 128 groups@1), (1@1, 512@1))``
+    ``((32, 4, rows / 128), (4, groups / 4)) : ((16@1, 4@1, 128 groups@1), (1@1, 512@1))`` of blocks
+    of 128 rows, ``((8, rows / 8), (4, groups / 4)) : ((4@1, 8 groups@1), (1@1, 32@1))`` of 8.
     """
-    shape, stride = blocks(rows, groups)
+    shape, stride = blocks(rows, groups, block_rows)
     return cute.make_layout(shape, stride=tuple(tuple(s * cute.E(1) for s in m) for m in stride))
 
 
-def blocks(rows: Int32 | int, groups: Int32 | int) -> tuple[tuple, tuple]:
-    """Return shape and strides of scales in blocks of 128 rows and 4 groups."""
-    interleaved = BLOCK_ROWS // BLOCK_LANES
-    rows_shape = BLOCK_LANES, interleaved, rows // BLOCK_ROWS
-    rows_stride = interleaved * BLOCK_GROUPS, BLOCK_GROUPS, BLOCK_ROWS * _wide(groups)
+def blocks(rows: Int32 | int, groups: Int32 | int, block_rows: int) -> tuple[tuple, tuple]:
+    """Return shape and strides of scales in blocks of some rows and 4 groups."""
+    lanes = min(BLOCK_LANES, block_rows)
+    interleaved = block_rows // lanes
+    modes = [(lanes, interleaved * BLOCK_GROUPS)]
+    if interleaved > 1:
+        modes.append((interleaved, BLOCK_GROUPS))
+    modes.append((rows // block_rows, block_rows * groups))
+    rows_shape, rows_stride = zip(*modes, strict=True)
     groups_shape = BLOCK_GROUPS, groups // BLOCK_GROUPS
-    return (rows_shape, groups_shape), (rows_stride, (1, BLOCK_ROWS * BLOCK_GROUPS))
+    return (rows_shape, groups_shape), (rows_stride, (1, block_rows * BLOCK_GROUPS))
 
 
 def groups_by_tile(scales: cute.Layout, groups_per_tile: int) -> cute.Layout:
@@ -203,14 +216,16 @@ def bytes_of_words(words: cute.Layout) -> cute.Layout:
     return cute.make_layout((*shape, (BYTES_PER_WORD, columns)), stride=(*strides, (1, stride)))
 
 
-def batch_of_blocks(matrices: cute.Layout, rows: Int32, groups: Int32) -> cute.Layout:
+def batch_of_blocks(
+    matrices: cute.Layout, rows: Int32, groups: Int32, block_rows: int
+) -> cute.Layout:
     """Return (batch, row, group) -> byte for a layout (batch, byte) of scales in blocks."""
-    groups = cute.round_up(groups, BLOCK_GROUPS)
-    shape, stride = blocks(rows, groups)
+    rows, groups = cute.round_up(rows, block_rows), cute.round_up(groups, BLOCK_GROUPS)
+    shape, stride = blocks(rows, groups, block_rows)
     batches, batch_stride = matrices.shape[0], Int64(matrices.stride[0])
     return cute.make_layout((batches, *shape), stride=(batch_stride, *stride))
 
 
 def _wide(size: Int32 | int) -> Int64 | int:
     """Return a size as a stride whose multiples exceed 32 bits; a static one stays static."""
-    return size if isinstance(size, int) else Int64(size)
+    return size if isinstance(size, int) else Int64(unsigned(size))

@@ -10,14 +10,17 @@ from cutlass import Float32, Int32, Uint32, const_expr
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.stage import Scales
+from cute_quant.kernels.upper_scales import Factors, UpperScale
 
 
 class Operands(NamedTuple):
     """Arguments that all kernels which quantize rows have after x, in their order.
 
     Attributes:
-        mQ: (q_rows, k) or (batch, q_rows, k), q_rows >= mn.
+        mQ: (q_rows, k) or (batch, q_rows, k), or k / 2 bytes of two values; q_rows >= mn.
         mS: as the format has it; None where only values are wanted.
+        mUpper: the scale over e4m3 scales, (1,) or (batch,), or, where each row has its own, their
+            memory, (mn,) or (batch, mn); None without.
         mCounts: what the row domain reads: (experts,), (groups,) or (mn,).
         mIndex: row of x of each row of the result, (mn,) or (batch, mn).
         missing_rows: padding rows of the last MN-major scale column without storage.
@@ -28,6 +31,7 @@ class Operands(NamedTuple):
 
     mQ: cute.Tensor
     mS: cute.Tensor | None
+    mUpper: cute.Tensor | None
     mCounts: cute.Tensor | None
     mIndex: cute.Tensor | None
     missing_rows: Int32
@@ -41,9 +45,11 @@ class Problem(Params):
 
     Attributes:
         prologue: yields the values that are quantized.
-        q: (q_rows, k) or (batch, q_rows, k).
+        q: (q_rows, columns) or (batch, q_rows, columns).
+        values_per_column: values in an element of q.
         scales: None where only values are wanted.
-        scale_bound: as `Stage.scale_bound` returns it.
+        scale_bound: as `Stage.scale_bound` returns it, or the scale over those of groups.
+        row_scales: where each row's scale goes, (mn,) or (batch, mn), or None.
         num_rows: the first rows exist.
         num_q_rows: rows of q to be written, those that do not exist as 0.
         num_row_tiles: tiles of rows of a matrix.
@@ -51,13 +57,17 @@ class Problem(Params):
         dedicated_tiles: the first tiles of each expert, which have CTAs to themselves.
     """
 
+    static = ("values_per_column",)
+
     def __init__(
         self,
         *,
         prologue: Params,
         q: Matrix,
+        values_per_column: int,
         scales: Scales | None,
-        scale_bound: Float32,
+        scale_bound: Float32 | UpperScale,
+        row_scales: cute.Tensor | None,
         num_rows: Uint32,
         num_q_rows: Uint32,
         num_row_tiles: Int32,
@@ -69,6 +79,8 @@ class Problem(Params):
         self.scale_bound = scale_bound
         self.prologue = prologue
         self.q = q
+        self.values_per_column = values_per_column
+        self.row_scales = row_scales
         self.scales = scales
         self.num_rows = num_rows
         self.num_q_rows = num_q_rows
@@ -80,23 +92,40 @@ class Problem(Params):
 
     @property
     def k(self) -> Int32:
-        """Return the columns of q."""
-        return self.q.tensor.shape[-1]
+        """Return the columns of the result."""
+        return self.q.tensor.shape[-1] * self.values_per_column
 
     @property
     def batches(self) -> Int32:
         """Return the matrices of a batch."""
         return self.q.tensor.shape[0]
 
+    def load_bound(self) -> Float32 | Factors:
+        """Return what `Stage.scale` takes; the scale over those of groups is read."""
+        upper = isinstance(self.scale_bound, UpperScale)
+        return self.scale_bound.load() if upper else self.scale_bound
+
     def slice_batch(self, batch: Int32) -> Problem:
         """Return the problem of one matrix of a batch."""
         scales, index, gathered = self.scales, self.index, self.index is not None
+        bound, row_scales = self.scale_bound, self.row_scales
+        if const_expr(isinstance(bound, UpperScale)):
+            bound = bound.slice_batch(batch)
+        if const_expr(row_scales is not None):
+            row_scales = row_scales[batch, None]
         if const_expr(scales is not None):
             scales = scales.slice_batch(batch, batch == self.batches - 1)
         if const_expr(gathered):
             index = index[batch, None]
         prologue = self.prologue.slice_batch(batch, gathered)
-        return self.replace(prologue=prologue, q=self.q[batch], scales=scales, index=index)
+        return self.replace(
+            prologue=prologue,
+            q=self.q[batch],
+            scales=scales,
+            scale_bound=bound,
+            row_scales=row_scales,
+            index=index,
+        )
 
     def slice_expert(self, expert: Int32, count: Int32) -> Problem:
         """Return the problem of an expert that has `count` rows."""

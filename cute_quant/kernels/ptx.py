@@ -40,6 +40,11 @@ def max_magnitude(a: Uint32, b: Uint32, dtype: type[cutlass.Numeric]) -> Uint32:
     return _apply(f"max.NaN.xorsign.abs.{kind}", a, b)
 
 
+def max_magnitude_of_3(a: Uint32, b: Uint32, c: Uint32) -> Uint32:
+    """Return the largest magnitude of three float32: needs `three_input_max`. NaN is largest."""
+    return _apply("max.NaN.abs.f32", a, b, c)
+
+
 def max_u16x2(a: Uint32, b: Uint32) -> Uint32:
     """Return the maxima of two pairs of 16-bit integers: needs `pair_arithmetic`."""
     return _apply("max.u16x2", a, b)
@@ -60,6 +65,46 @@ def mul_bf16_to_f32(a: Uint16, b: Uint16, *, loc=None, ip=None) -> Float32:
     operands = [v.ir_value(loc=loc, ip=ip) for v in (a, b, negative_zero)]
     ptx = "fma.rn.f32.bf16 $0, $1, $2, $3;"
     return Float32(llvm.inline_asm(T.f32(), operands, ptx, "=f,h,h,f", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def e4m3_of_f32(a: Float32, *, loc=None, ip=None) -> Uint32:
+    """Return a float32 as e4m3, rounded to nearest even and saturated; 0x7F for NaN."""
+    operands = [v.ir_value(loc=loc, ip=ip) for v in (Float32(0.0), a)]
+    ptx = "cvt.rn.satfinite.e4m3x2.f32 $0, $1, $2;"
+    pair = Uint16(llvm.inline_asm(T.i16(), operands, ptx, "=h,f,f", loc=loc, ip=ip))
+    return Uint32(pair)
+
+
+@dsl_user_op
+def f32_of_e4m3(code: Uint32, *, loc=None, ip=None) -> Float32:
+    """Return the float32 of an e4m3."""
+    operand = [Uint16(code).ir_value(loc=loc, ip=ip)]
+    ptx = "cvt.rn.f16x2.e4m3x2 $0, $1;"
+    pair = Uint32(llvm.inline_asm(T.i32(), operand, ptx, "=r,h", loc=loc, ip=ip))
+    return Uint16(pair).bitcast(Float16).to(Float32)
+
+
+@dsl_user_op
+def e2m1_of_f32(values: list[Float32], *, loc=None, ip=None) -> Uint32:
+    """Return eight float32 as e2m1, the first in the low bits: needs `e2m1`.
+
+    They are rounded to nearest even and saturated; NaN gives 6.
+    """
+    operands = [v.ir_value(loc=loc, ip=ip) for v in values]
+    pairs = (f"cvt.rn.satfinite.e2m1x2.f32 b{i}, ${2 * i + 2}, ${2 * i + 1};" for i in range(4))
+    ptx = f"{{ .reg .b8 b0, b1, b2, b3; {' '.join(pairs)} mov.b32 $0, {{b0, b1, b2, b3}}; }}"
+    constraints = ",".join(["=r"] + ["f"] * len(operands))
+    return Uint32(llvm.inline_asm(T.i32(), operands, ptx, constraints, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def e2m1_of_bf16x2(pairs: list[Uint32], *, loc=None, ip=None) -> Uint32:
+    """Return four pairs of bfloat16 as e2m1, the first in the low bits: needs `e2m1`."""
+    operands = [Uint32(v).ir_value(loc=loc, ip=ip) for v in pairs]
+    codes = (f"cvt.rn.satfinite.e2m1x2.bf16x2 b{i}, ${i + 1};" for i in range(4))
+    ptx = f"{{ .reg .b8 b0, b1, b2, b3; {' '.join(codes)} mov.b32 $0, {{b0, b1, b2, b3}}; }}"
+    return Uint32(llvm.inline_asm(T.i32(), operands, ptx, "=r,r,r,r,r", loc=loc, ip=ip))
 
 
 @dsl_user_op

@@ -8,8 +8,6 @@ Where a whole row is the group, a warp passes over it twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -17,17 +15,18 @@ from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_quant.kernels import copy, encodings, layouts
-from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.config import LANES, QuantizeSpec, SiluMulSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.problem import Operands, Problem
+from cute_quant.kernels.quantize_rows import RowQuantizer
 from cute_quant.kernels.row_domains import Row, select_rows
 from cute_quant.kernels.scales import GroupScale
 from cute_quant.kernels.scheduler import Scheduler
 from cute_quant.kernels.stage import Rows, Stage
+from cute_quant.kernels.upper_scales import Factors
 
 
 class GroupQuantizer:
@@ -36,18 +35,18 @@ class GroupQuantizer:
     Args:
         spec: compile-time choices.
         stage: quantizes what the prologue yields.
-        encode: (values, scale of their group) -> registers to be stored in q.
+        fake: whether q takes the products of values and scales, in the dtype that the stage takes.
     """
 
     def __init__(
         self,
         spec: QuantizeSpec | SiluMulSpec,
         stage: Stage,
-        encode: Callable[[cute.Tensor, GroupScale], cute.Tensor],
+        fake: bool = False,
     ):
         self.spec = spec
         self.stage = stage
-        self.encode = encode
+        self.fake = fake
         self.scheduler = Scheduler(spec, stage)
 
     def launch(self, prologue: Params, operands: Operands, stream: cuda.CUstream):
@@ -78,16 +77,16 @@ class GroupQuantizer:
         inputs = [problem.prologue.row(row, k) for row in rows]
         gQ = [problem.q.row(row.index) for row in rows]  # (k,) each
 
-        row_scales = []
+        row_scales, bound = [], problem.load_bound()
         if const_expr(stage.whole_row):
             row_scales = [self.quantize_row(rows[0], inputs[0], gQ[0], problem)]
         else:
             tXrX = [row.load(segment) for row in inputs]  # (values,) of each row
             for i in cutlass.range_constexpr(len(rows)):
                 tXrV = inputs[i].values(tXrX[i])  # (values,)
-                amax = stage.group_amax(scaling.thread_amax(tXrV))
-                scale = stage.scale(amax, problem.scale_bound)
-                tXrQ = self.encode(tXrV, scale)  # (values,)
+                amax = stage.group_amax(stage.thread_amax(tXrV))
+                scale = stage.scale(amax, bound)
+                tXrQ = self.encode(tXrV, scale, bound)  # (values,), or bytes of two
                 copy.store(tXrQ, gQ[i], segment, rows[i].in_bounds, self.spec.access)
                 row_scales.append(scale)
         if const_expr(problem.scales is not None):
@@ -103,13 +102,19 @@ class GroupQuantizer:
         amax = Uint32(0)
         for i in range(tiles):
             tXrV = source.values(source.load(Segment(i, lane)))
-            amax = scaling.larger(stage.dtype)(amax, scaling.thread_amax(tXrV))
+            amax = stage.larger(amax, stage.thread_amax(tXrV))
         scale = stage.scale(stage.group_amax(amax), problem.scale_bound)
         for i in range(tiles):
             tXrV = source.values(source.load(Segment(i, lane)))
-            tXrQ = self.encode(tXrV, scale)
+            tXrQ = self.encode(tXrV, scale, problem.scale_bound)
             copy.store(tXrQ, gQ, Segment(i, lane), row.in_bounds, self.spec.access)
         return scale
+
+    def encode(self, tXrV: cute.Tensor, scale: GroupScale, bound: Float32 | Factors) -> cute.Tensor:
+        """Return registers to be stored in q."""
+        if self.fake:
+            return self.stage.encode_and_decode(tXrV, scale, bound)
+        return self.stage.encode(tXrV, scale)
 
     def thread_tile(self, row_tile: Int32) -> tuple[Segment, list[Uint32]]:
         """Return the thread's segment of its warp's tile, and the indices of its rows."""
@@ -141,6 +146,13 @@ class GroupQuantizer:
             exist = [row.exists for row in rows]
         scale_rows = Rows([row.index for row in rows], problem.num_rows, exist)
         stage.store_scales(scales, scale_rows, row_scales, segment, problem.k)
+
+
+def quantizer(
+    spec: QuantizeSpec | SiluMulSpec, stage: Stage, fake: bool = False
+) -> GroupQuantizer | RowQuantizer:
+    """Return the kernel for a format: where each row has its own scale, CTAs hold whole rows."""
+    return (RowQuantizer if spec.fmt.row_scale else GroupQuantizer)(spec, stage, fake)
 
 
 class Input(Params):
@@ -193,8 +205,7 @@ class Quantize:
         self.spec = spec
         self.dtype = ELEMENT_TYPES[spec.dtype]
         self.stage = Stage(self.dtype, spec.fmt, spec.tile)
-        encode = self.encode_and_decode if spec.fake else self.stage.encode
-        self.quantizer = GroupQuantizer(spec, self.stage, encode)
+        self.quantizer = quantizer(spec, self.stage, spec.fake)
 
     def signature(self) -> tuple:
         """Return stand-ins for the arguments, with the sizes that vary and the alignment."""
@@ -206,6 +217,8 @@ class Quantize:
         operands = scheduler.fake_operands(sizes, q_dtype)
         if spec.fake:
             operands = operands._replace(mS=None)
+            if spec.fmt.row_scale:
+                operands = operands._replace(mUpper=None)
         return mX, *operands, make_fake_stream(use_tvm_ffi_env_stream=True)
 
     @cute.jit
@@ -214,6 +227,7 @@ class Quantize:
         mX: cute.Tensor,  # (mn, k), (batch, mn, k), or (tokens, k) with an index
         mQ: cute.Tensor,
         mS: cute.Tensor | None,
+        mUpper: cute.Tensor | None,
         mCounts: cute.Tensor | None,
         mIndex: cute.Tensor | None,
         missing_rows: Int32,
@@ -223,13 +237,7 @@ class Quantize:
         stream: cuda.CUstream,
     ):
         """Launch. `Operands` describes what comes after x."""
-        operands = Operands(mQ, mS, mCounts, mIndex, missing_rows, alignment, row_ctas, floor)
+        operands = Operands(
+            mQ, mS, mUpper, mCounts, mIndex, missing_rows, alignment, row_ctas, floor
+        )
         self.quantizer.launch(Input(Matrix(mX), self.spec), operands, stream)
-
-    def encode_and_decode(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
-        """Return the products of values and scale in x's dtype, (values,)."""
-        tXrQ = self.stage.encode(tXrX, scale)
-        factor = scale.scale
-        if self.spec.fmt.power_of_two:
-            factor = scaling.float32_of_multiplier(scale.multiplier, self.spec.fmt.ue8m0)
-        return encodings.encode(encodings.multiply(tXrQ, factor), self.dtype)

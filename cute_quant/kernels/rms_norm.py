@@ -8,8 +8,6 @@ sums. With a residual, x + residual is what gets normalized, and is written.
 
 from __future__ import annotations
 
-import functools
-
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -18,16 +16,17 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.kernels import arithmetic, copy, encodings
 from cute_quant.kernels import scales as scaling
-from cute_quant.kernels.config import LANES, RmsNormSpec
+from cute_quant.kernels.config import RmsNormSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES, registers
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.problem import Operands, Problem
-from cute_quant.kernels.row_domains import Row, select_rows
+from cute_quant.kernels.row_domains import Row
 from cute_quant.kernels.scales import GroupScale
-from cute_quant.kernels.scheduler import Scheduler
-from cute_quant.kernels.stage import Rows, Stage
+from cute_quant.kernels.stage import Stage
+from cute_quant.kernels.upper_scales import Factors
+from cute_quant.kernels.whole_rows import WholeRows
 
 EARLY_WEIGHTS = 2
 """Tiles of a thread up to which it loads the weights with the row; more fill its registers."""
@@ -77,15 +76,13 @@ class NormInput(Params):
         return self.replace(**{name: m and m[batch] for name, m in present.items()})
 
 
-class RmsNorm:
+class RmsNorm(WholeRows):
     """Entry point: x to values and scales of ``r * rsqrt(mean(r^2) + eps) * (weight + offset)``."""
 
     def __init__(self, spec: RmsNormSpec):
-        self.spec = spec
         self.dtype = ELEMENT_TYPES[spec.dtype]
         self.weight_dtype = ELEMENT_TYPES[spec.weight_dtype]
-        self.stage = Stage(self.dtype if spec.unfused else Float32, spec.fmt, spec.tile)
-        self.scheduler = Scheduler(spec, self.stage)
+        super().__init__(spec, Stage(self.dtype if spec.unfused else Float32, spec.fmt, spec.tile))
 
     def signature(self) -> tuple:
         """Return stand-ins for the arguments, with the sizes that vary and the alignment."""
@@ -112,6 +109,7 @@ class RmsNorm:
         mX: cute.Tensor,  # (mn, k), (batch, mn, k), or (tokens, k) with an index
         mQ: cute.Tensor,
         mS: cute.Tensor,
+        mUpper: cute.Tensor | None,
         mCounts: cute.Tensor | None,
         mIndex: cute.Tensor | None,
         missing_rows: Int32,
@@ -127,7 +125,9 @@ class RmsNorm:
         stream: cuda.CUstream,
     ):
         """Launch. `Operands` and `NormInput` describe what comes after x."""
-        operands = Operands(mQ, mS, mCounts, mIndex, missing_rows, alignment, row_ctas, floor)
+        operands = Operands(
+            mQ, mS, mUpper, mCounts, mIndex, missing_rows, alignment, row_ctas, floor
+        )
         inputs = NormInput(
             x=Matrix(mX),
             residual=matrix_or_none(mResidual),
@@ -136,26 +136,12 @@ class RmsNorm:
             weight=mWeight,
             eps=eps,
             offset=offset,
-            reciprocal=Float32(1.0) / Float32(mQ.shape[-1]),
+            reciprocal=Float32(1.0) / Float32(mX.shape[-1]),
         )
-        problem = self.scheduler.problem(inputs, operands)
-        rows = self.stage.tile.rows
-        warps = cute.ceil_div(self.stage.tiles(problem.k), self.spec.tiles_per_thread)
-        self.kernel(problem).launch(
-            grid=self.scheduler.grid(problem, operands, 1),
-            block=[LANES, warps, rows],
-            max_number_threads=[LANES, self.spec.max_warps, rows],
-            stream=stream,
-            use_pdl=self.spec.pdl,
-        )
-
-    @cute.kernel
-    def kernel(self, problem: Problem):
-        """Normalize and quantize the rows that the CTA takes."""
-        self.scheduler.for_each_tile(problem, self.normalize_tile)
+        self.launch(inputs, operands, stream)
 
     @cute.jit
-    def normalize_tile(self, row_tile: Int32, problem: Problem):
+    def quantize_tile(self, row_tile: Int32, problem: Problem):
         """Load, add, reduce, normalize, quantize and store a row by the warps that share it."""
         spec, stage, inputs, k = self.spec, self.stage, problem.prologue, problem.k
         row, segments = self.row_segments(row_tile, problem)
@@ -179,12 +165,16 @@ class RmsNorm:
         offset = zero_unless(row.exists, inputs.offset)
         weights = [encodings.widen(t).load() + offset for t in tXrW]
         products = [value * weight for value, weight in zip(values, weights, strict=True)]
-        square, amaxes = self.reduce_over_warps(square, self.group_amaxes(products))
+        square, row_amax, amaxes = self.reduce_over_warps(square, self.group_amaxes(products))
         factor = arithmetic.rsqrt(square * inputs.reciprocal + inputs.eps)
         factor = zero_unless(row.exists, factor)
 
-        gQ = problem.q.row(row.index)  # (k,)
-        scales = [self.normalized_scale(amax, factor, problem) for amax in amaxes]
+        gQ, bound = problem.q.row(row.index), problem.load_bound()  # (k,)
+        if const_expr(spec.fmt.row_scale):
+            largest = self.round(row_amax.bitcast(Float32) * factor)
+            bound = self.bound_of_amax(largest.bitcast(Uint32), problem)
+            self.store_row_scale(row, bound, problem)
+        scales = [self.normalized_scale(amax, factor, bound) for amax in amaxes]
         for segment, product, scale in zip(segments, products, scales, strict=True):
             value = self.round(product * factor)
             if const_expr(spec.normalized):
@@ -192,15 +182,6 @@ class RmsNorm:
             tXrQ = stage.encode(registers(value.to(stage.dtype)), scale)
             copy.store(tXrQ, gQ, segment, row.in_bounds, spec.access)
         self.store_scales(row, scales, segments, problem)
-
-    def row_segments(self, row_tile: Int32, problem: Problem) -> tuple[Row, list[Segment]]:
-        """Return the warp's row, and the thread's segment of each of its tiles."""
-        lane, warp, slot = cute.arch.thread_idx()
-        _, warps, _ = cute.arch.block_dim()
-        first_row = Uint32(row_tile) * self.stage.tile.rows + slot
-        (row,) = select_rows(problem, self.spec.domain, [first_row])
-        tiles = [warp + i * warps for i in range(self.spec.tiles_per_thread)]
-        return row, [Segment(tile, lane) for tile in tiles]
 
     @cute.jit
     def add_residual(
@@ -220,65 +201,39 @@ class RmsNorm:
         return [self.round(value) for value in sums]
 
     def group_amaxes(self, products: list[cute.TensorSSA]) -> list[Uint32]:
-        """Return the amax of the lane's group in each tile, or of all tiles if a row is a group."""
+        """Return the amax of the lane's group in each tile, or of its values if a row is one."""
         amaxes = [scaling.thread_amax(registers(product)) for product in products]
         if self.stage.whole_row:
-            amaxes = [functools.reduce(cutlass.max, amaxes)]
+            return amaxes
         lanes = self.stage.lanes_per_group
         return [scaling.group_amax(amax, Float32, lanes) for amax in amaxes]
 
     @cute.jit
     def reduce_over_warps(self, square: Float32, amaxes: list[Uint32]) -> tuple:
-        """Return the sum of squares of the row, and the amax of the lane's group in each tile."""
+        """Return the sum of squares of the row, its amax, and those of the lane's groups.
+
+        The amax is that of the row where it is one group, or has a scale of its own.
+        """
         if const_expr(self.spec.domain.batched):
             cute.arch.sync_threads()  # all have read the partial results of the row before
         squares = self.store_warp_partial(square)
-        if const_expr(self.stage.whole_row):
-            maxima = self.store_warp_partial(amaxes[0])
+        needs_row_amax = self.stage.whole_row or self.spec.fmt.row_scale
+        if const_expr(needs_row_amax):
+            maxima = self.store_warp_amax(amaxes)
         cute.arch.sync_threads()
-        square = arithmetic.thread_sum(squares.load())
+        square, row_amax = arithmetic.thread_sum(squares.load()), amaxes[0]
+        if const_expr(needs_row_amax):
+            row_amax = arithmetic.thread_max(maxima.load())
         if const_expr(self.stage.whole_row):
-            amaxes = [arithmetic.thread_max(maxima.load())] * self.spec.tiles_per_thread
-        return square, amaxes
+            amaxes = [row_amax] * self.spec.tiles_per_thread
+        return square, row_amax, amaxes
 
-    @cute.jit
-    def store_warp_partial(self, value: Float32 | Uint32) -> cute.Tensor:
-        """Store a warp's partial result in shared memory.
-
-        Returns:
-            The results of all warps of the row, (max_warps,), 0 of those that the launch does not
-            have. They are complete behind a barrier.
-        """
-        lane, warp, slot = cute.arch.thread_idx()
-        _, warps, _ = cute.arch.block_dim()
-        size = self.spec.max_warps
-        memory = cute.arch.alloc_smem(type(value), size * self.stage.tile.rows, alignment=16)
-        shared = cute.make_tensor(memory + slot * size, cute.make_layout(size))
-        if lane == 0:
-            shared[warp] = value
-        if warp == 0 and warps <= lane and lane < size:
-            shared[lane] = type(value)(0)
-        return shared
-
-    def normalized_scale(self, amax: Uint32, factor: Float32, problem: Problem) -> GroupScale:
+    def normalized_scale(
+        self, amax: Uint32, factor: Float32, bound: Float32 | Factors
+    ) -> GroupScale:
         """Return the scale of a group whose products with the row's factor get quantized."""
         amax = self.round(amax.bitcast(Float32) * factor)
-        return self.stage.scale(amax.bitcast(Uint32), problem.scale_bound)
-
-    @cute.jit
-    def store_scales(
-        self, row: Row, scales: list[GroupScale], segments: list[Segment], problem: Problem
-    ):
-        """Store the scales of the thread's tiles, or the one of a row that is one group."""
-        stage, k = self.stage, problem.k
-        exist = [row.exists] if const_expr(self.spec.domain.selects) else None
-        rows = Rows([row.index], problem.num_rows, exist)
-        _, warp, _ = cute.arch.thread_idx()
-        last = stage.tiles(k)
-        for i in cutlass.range_constexpr(1 if stage.whole_row else len(segments)):
-            takes_part = warp == 0 if const_expr(stage.whole_row) else segments[i].tile < last
-            if takes_part:
-                self.stage.store_scales(problem.scales, rows, [scales[i]], segments[i], k)
+        return scaling.group_scale(amax.bitcast(Uint32), self.stage.dtype, bound, self.spec.fmt)
 
     def round(self, value: cute.TensorSSA | Float32) -> cute.TensorSSA | Float32:
         """Return float32 rounded to x's dtype, where torch's operations do."""

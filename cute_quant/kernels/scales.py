@@ -1,8 +1,8 @@
 """Scales of groups: amax, multiplier and the scale that is stored.
 
 A scale has two forms. The *multiplier* is what values are multiplied with, a float32; the *scale*
-is what is stored, a UE8M0 byte or a float32. Magnitudes travel as the bits of a float32, in which
-a comparison of integers orders them: NaN above Inf above every finite value.
+is what is stored, a UE8M0 or e4m3 byte, or a float32. Magnitudes travel as the bits of a float32,
+in which a comparison of integers orders them: NaN above Inf above every finite value.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,15 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Uint16, Uint32, const_expr
 
-from cute_quant.contract.dtypes import FLOAT32_MANTISSA_BITS, UE8M0_MAX, UE8M0_NAN, ValueType
+from cute_quant.contract.dtypes import (
+    FLOAT32_MANTISSA_BITS,
+    UE8M0_MAX,
+    UE8M0_NAN,
+    ValueType,
+)
 from cute_quant.contract.formats import Format
 from cute_quant.kernels import arithmetic, ptx
+from cute_quant.kernels.upper_scales import Factors
 
 FLOAT32_INFINITY = 0x7F800000
 FLOAT32_NAN = 0x7FC00000
@@ -35,11 +41,13 @@ class GroupScale(NamedTuple):
     Attributes:
         multiplier: what values are multiplied with: the scale's reciprocal, NaN where the group
             is not finite.
-        scale: what is stored: a UE8M0 byte in the low bits, or a float32.
+        scale: what is stored: a UE8M0 or e4m3 byte in the low bits, or a float32.
+        unrounded: the e4m3 scale before it is rounded; None of other scales.
     """
 
     multiplier: Float32
     scale: Uint32 | Float32
+    unrounded: Float32 | None = None
 
 
 @cute.jit
@@ -49,6 +57,12 @@ def thread_amax(rX: cute.Tensor) -> Uint32:
     The bits of a float32, or of a pair of halves that `group_amax` joins.
     """
     words = cute.recast_tensor(rX, Uint32)
+    if const_expr(rX.element_type is Float32 and ptx.target().three_input_max):
+        result = ptx.max_magnitude_of_3(words[0], words[1], words[2])
+        for i in cutlass.range_constexpr(3, cute.size(words), 2):
+            last = words[min(i + 1, cute.size(words) - 1)]
+            result = ptx.max_magnitude_of_3(result, words[i], last)
+        return result
     result = ptx.max_magnitude(words[0], words[1], rX.element_type)
     for i in cutlass.range_constexpr(2, cute.size(words), 2):
         pair = ptx.max_magnitude(words[i], words[i + 1], rX.element_type)
@@ -94,7 +108,7 @@ def is_finite(amax: Uint32) -> Boolean:
 def group_scale(
     amax: Uint32,
     dtype: cutlass.Constexpr[type],
-    bound: Float32,
+    bound: Float32 | Factors,
     fmt: cutlass.Constexpr[Format],
 ) -> GroupScale:
     """Return multiplier and scale of a group.
@@ -102,9 +116,11 @@ def group_scale(
     Args:
         amax: of the group, as `group_amax` returns it.
         dtype: of the values.
-        bound: as `scale_bound` returns it.
+        bound: as `scale_bound` returns it; forms of the upper scale where there is one.
         fmt: the format of the scale.
     """
+    if const_expr(fmt.upper_scale):
+        return e4m3_scale(amax, dtype, bound)
     if const_expr(fmt.power_of_two):
         multiplier = power_of_two_multiplier(amax, dtype, fmt.value_type, bound)
         if const_expr(fmt.ue8m0):
@@ -193,10 +209,49 @@ def float32_scale(
     The quotient has IEEE rounding; with `reciprocal_of_max` it is amax times the rounded
     reciprocal.
     """
-    scale = (amax & Uint32(0xFFFFFFFF ^ BELOW_PRECISION[dtype])).bitcast(Float32)
+    scale = magnitude(amax, dtype)
     if const_expr(reciprocal_of_max):
         scale = scale * (1.0 / values.max)
     else:
         scale = arithmetic.quotient(scale, values.max)
     scale = cutlass.max(scale, min_scale)
     return scale if is_finite(amax) else Uint32(FLOAT32_NAN).bitcast(Float32)
+
+
+def magnitude(amax: Uint32, dtype: type[cutlass.Numeric]) -> Float32:
+    """Return an amax as a number, without the bits below the precision of `dtype`."""
+    return (amax & Uint32(0xFFFFFFFF ^ BELOW_PRECISION[dtype])).bitcast(Float32)
+
+
+@cute.jit
+def e4m3_scale(amax: Uint32, dtype: cutlass.Constexpr[type], upper: Factors) -> GroupScale:
+    """Return multiplier and e4m3 scale of a group under an upper scale.
+
+    A group that is not finite, or whose upper scale is NaN, has the scale NaN. Where the scale is 0
+    or NaN the multiplier is 0.
+    """
+    largest = magnitude(amax, dtype)
+    scale = largest * upper.sixth
+    # Inf times zero is NaN, and any other amax times zero adds nothing.
+    scale = cute.math.fma(largest, Float32(0.0), scale)
+    scale = cute.arch.fmax(scale, upper.floor, nan=True)
+    byte = ptx.e4m3_of_f32(scale)
+    multiplier = arithmetic.reciprocal(ptx.f32_of_e4m3(byte) * upper.decode)
+    # The step of Newton's method makes NaN of the reciprocal of 0, and a maximum drops it.
+    return GroupScale(cute.arch.fmax(multiplier, Float32(0.0)), byte, scale)
+
+
+def is_number(scale: GroupScale, fmt: Format) -> Boolean:
+    """Return whether the scale of a group is not NaN."""
+    if fmt.ue8m0:
+        # Above the byte of NaN there are bits too.
+        return scale.scale < Uint32(UE8M0_NAN)
+    number = scale.unrounded if fmt.upper_scale else scale.scale
+    return number == number
+
+
+def float32_of_scale(scale: Uint32 | Float32, fmt: Format) -> Float32:
+    """Return what is stored, without an upper scale, as a float32; NaN of NaN."""
+    if fmt.ue8m0:
+        return float32_of_ue8m0(scale)
+    return ptx.f32_of_e4m3(scale) if fmt.upper_scale else scale

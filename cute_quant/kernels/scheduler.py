@@ -18,12 +18,13 @@ from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT
 from cute_quant.kernels import layouts
 from cute_quant.kernels.config import DOWN, LANES, MAX_GRID_Y, MAX_GRID_Z, Spec
 from cute_quant.kernels.copy import fake_matrix
-from cute_quant.kernels.encodings import scale_type_of
+from cute_quant.kernels.encodings import scale_type_of, values_per_element
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.problem import Operands, Problem
 from cute_quant.kernels.row_domains import clamp
 from cute_quant.kernels.stage import Stage
+from cute_quant.kernels.upper_scales import UpperScale
 
 EXPERTS_PER_LANE = 8
 EXPERTS_PER_CHUNK = LANES * EXPERTS_PER_LANE
@@ -62,7 +63,9 @@ class Scheduler:
     def symbolic_sizes(self) -> Sizes:
         """Return sizes for a kernel's signature."""
         tile, gathered = self.tile, self.domain.gathered
-        divisor = 1 if self.spec.access.ragged else tile.values_per_thread * tile.rows_per_thread
+        divisor = 1
+        if not self.spec.access.ragged:
+            divisor = tile.values_per_thread * self.stage.rows_at_once
         batch = (cute.sym_int32(),) if self.domain.batched else ()
         mn, q_rows = cute.sym_int32(), cute.sym_int32()
         return Sizes(
@@ -78,7 +81,12 @@ class Scheduler:
     def fake_operands(self, sizes: Sizes, q_dtype: type[cutlass.Numeric]) -> Operands:
         """Return stand-ins for the operands that all these kernels have."""
         fmt, domain, batch, mn = self.spec.fmt, self.domain, sizes.batch, sizes.mn
-        index = counts = None
+        index = counts = upper = None
+        if self.spec.upper is not None:
+            upper = make_fake_tensor(Float32, (cute.sym_int32(),), stride=(cute.sym_int64(),))
+        elif fmt.row_scale:
+            strides = *(cute.sym_int64() for _ in batch), 1
+            upper = make_fake_tensor(Float32, (*batch, mn), stride=strides)
         if domain.counted:
             counts = make_fake_tensor(Int32, (cute.sym_int32(),), stride=(1,))
         if domain.gathered:
@@ -86,9 +94,16 @@ class Scheduler:
             index = make_fake_tensor(Int32, (*batch, mn), stride=strides)
         columns = (cute.sym_int32(),) if fmt.blocked else (mn, cute.sym_int32())
         strides = tuple(cute.sym_int64() for _ in (*batch, *columns))
+        q_columns = sizes.k
+        if values_per_element(q_dtype) > 1:
+            divisor = max(1, sizes.divisibility // values_per_element(q_dtype))
+            q_columns = cute.sym_int32(divisibility=divisor)
         return Operands(
-            mQ=fake_matrix(q_dtype, (*batch, sizes.q_rows, sizes.k), self.spec.access.store_bytes),
+            mQ=fake_matrix(
+                q_dtype, (*batch, sizes.q_rows, q_columns), self.spec.access.store_bytes
+            ),
             mS=make_fake_tensor(scale_type_of(fmt), (*batch, *columns), stride=strides),
+            mUpper=upper,
             mCounts=counts,
             mIndex=index,
             missing_rows=Int32(0),
@@ -99,13 +114,17 @@ class Scheduler:
 
     def problem(self, prologue: Params, operands: Operands) -> Problem:
         """Return the problem of a launch."""
-        stage, q = self.stage, Matrix(operands.mQ)
+        stage, fmt, q = self.stage, self.spec.fmt, Matrix(operands.mQ)
+        values_per_column = values_per_element(operands.mQ.element_type)
+        bound = stage.scale_bound(operands.floor)
+        if const_expr(self.spec.upper is not None):
+            bound = UpperScale(operands.mUpper, operands.floor, self.spec.upper)
         mn = prologue.x.rows
         if const_expr(self.domain.gathered):
             mn = layouts.unsigned(operands.mIndex.shape[-1])
         scales, rows_to_write = None, q.rows
         if const_expr(operands.mS is not None):
-            k = operands.mQ.shape[-1]
+            k = operands.mQ.shape[-1] * values_per_column
             scales = stage.scales(operands.mS, mn, k, operands.missing_rows)
             rows_to_write = cutlass.max(rows_to_write, scales.rows)
         dedicated_tiles = Int32(0)
@@ -114,8 +133,10 @@ class Scheduler:
         return Problem(
             prologue=prologue,
             q=q,
+            values_per_column=values_per_column,
             scales=scales,
-            scale_bound=stage.scale_bound(operands.floor),
+            scale_bound=bound,
+            row_scales=operands.mUpper if fmt.row_scale else None,
             num_rows=mn,
             num_q_rows=q.rows,
             num_row_tiles=Int32((rows_to_write + (self.tile.rows - 1)) // self.tile.rows),

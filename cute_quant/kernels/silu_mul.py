@@ -20,7 +20,7 @@ from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.problem import Operands
-from cute_quant.kernels.quantize import GroupQuantizer
+from cute_quant.kernels.quantize import quantizer
 from cute_quant.kernels.row_domains import Row
 from cute_quant.kernels.stage import Stage
 
@@ -170,7 +170,7 @@ class SiluMul:
         self.spec = spec
         self.dtype = ELEMENT_TYPES[spec.dtype]
         stage = Stage(self.dtype if spec.unfused else Float32, spec.fmt, spec.tile)
-        self.quantizer = GroupQuantizer(spec, stage, stage.encode)
+        self.quantizer = quantizer(spec, stage)
 
     def signature(self) -> tuple:
         """Return stand-ins for the arguments, with the sizes that vary and the alignment."""
@@ -194,6 +194,7 @@ class SiluMul:
         mX: cute.Tensor,  # (mn, 2 k), (batch, mn, 2 k), or (tokens, 2 k) with an index
         mQ: cute.Tensor,
         mS: cute.Tensor,
+        mUpper: cute.Tensor | None,
         mCounts: cute.Tensor | None,
         mIndex: cute.Tensor | None,
         missing_rows: Int32,
@@ -207,7 +208,9 @@ class SiluMul:
         stream: cuda.CUstream,
     ):
         """Launch. `Operands` and `Activation` describe what comes after x."""
-        operands = Operands(mQ, mS, mCounts, mIndex, missing_rows, alignment, row_ctas, floor)
+        operands = Operands(
+            mQ, mS, mUpper, mCounts, mIndex, missing_rows, alignment, row_ctas, floor
+        )
         activation = Activation(bound, alpha, beta)
         prologue = GatedInput(Matrix(mX), mWeight, activation, self.spec)
         self.quantizer.launch(prologue, operands, stream)

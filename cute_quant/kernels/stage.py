@@ -1,6 +1,6 @@
 """The quantizer as a stage of any kernel.
 
-Registers with a segment of a row come in. Registers with 8-bit values go out, and the scales of
+Registers with a segment of a row come in. Registers with quantized values go out, and the scales of
 the segment's groups go to memory, padding included:
 
     stage = Stage(Float32, DEEP_GEMM)   # compile-time choices
@@ -28,15 +28,16 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 
-from cute_quant.contract.dtypes import BLOCK_GROUPS, BLOCK_ROWS, BYTES_PER_WORD, SCALE_ROW_ALIGNMENT
+from cute_quant.contract.dtypes import BLOCK_GROUPS, BYTES_PER_WORD, SCALE_ROW_ALIGNMENT
 from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.contract.formats import Format
-from cute_quant.kernels import copy, encodings, layouts
+from cute_quant.kernels import copy, encodings, layouts, ptx
 from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.config import DEFAULT_TILE, Tile
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.scales import GroupScale
+from cute_quant.kernels.upper_scales import Factors
 
 
 class Scales(Params):
@@ -119,6 +120,7 @@ class Stage:
         self.lanes_per_group = tile.lanes_per_group(fmt.group_size)
         self.groups_per_tile = tile.groups(fmt.group_size)
         self.groups_per_unit = fmt.groups_per_unit
+        self.rows_at_once = min(tile.rows_per_thread, self.lanes_per_group)
 
     def scales(
         self, mS: cute.Tensor, mn: Int32 | Uint32, k: Int32, missing_rows: Int32 | int = 0
@@ -140,11 +142,11 @@ class Stage:
             rows = round_up(mn, SCALE_ROW_ALIGNMENT)
             elements = layouts.unsigned(columns) * rows - Uint32(missing_rows)
         elif const_expr(fmt.blocked):
-            rows = round_up(mn, BLOCK_ROWS)
+            rows = round_up(mn, fmt.block_rows)
             groups = cute.round_up(groups, BLOCK_GROUPS)
         stride = Int64(rows) * (columns if const_expr(fmt.packed) else groups)
         start = mS.iterator
-        if const_expr(fmt.ue8m0 and not fmt.packed):
+        if const_expr(fmt.byte_scales and not fmt.packed):
             start = cute.recast_ptr(start, dtype=Uint8)
         return Scales(start, rows, elements, Int32(groups), stride)
 
@@ -165,11 +167,16 @@ class Stage:
             return cute.ceil_div(padded, self.groups_per_tile)
         return cute.ceil_div(k, self.tile.columns)
 
-    def quantize(self, tXrX: cute.Tensor, bound: Float32) -> tuple[cute.Tensor, GroupScale]:
-        """Return a segment's 8-bit values, (values,), and the scale of its group.
+    def quantize(
+        self, tXrX: cute.Tensor, bound: Float32 | Factors
+    ) -> tuple[cute.Tensor, GroupScale]:
+        """Return a segment's quantized values, and the scale of its group.
+
+        The values are (values,), or (values / 2,) bytes of two in FP4. `bound` is what
+        `scale_bound` returns, or what `upper_scales.UpperScale` loads for e4m3 scales.
 
         All lanes of a group take part. Where a row is one group, take the largest
-        `scales.thread_amax` of all of its segments to `group_amax`, that to `scale`, and each
+        `thread_amax` of all of its segments to `group_amax`, that to `scale`, and each
         segment to `encode`.
 
         Raises:
@@ -177,24 +184,60 @@ class Stage:
         """
         if self.whole_row:
             raise ValueError("fmt: expected groups, which a warp has whole, got whole rows")
-        scale = self.scale(self.group_amax(scaling.thread_amax(tXrX)), bound)
+        scale = self.scale(self.group_amax(self.thread_amax(tXrX)), bound)
         return self.encode(tXrX, scale), scale
 
-    def group_amax(self, thread_amax: Uint32) -> Uint32:
-        """Return the largest `scales.thread_amax` of the lanes of a group."""
-        return scaling.group_amax(thread_amax, self.dtype, self.lanes_per_group)
+    @property
+    def amax_dtype(self) -> type[cutlass.Numeric]:
+        """Return the type that magnitudes are compared in.
 
-    def scale(self, amax: Uint32, bound: Float32) -> GroupScale:
+        float32 where all values are widened anyway, and three of them compared at once.
+        """
+        widened = not self.fmt.power_of_two and self.fmt.value_type.per_byte > 1
+        return Float32 if widened and ptx.target().three_input_max else self.dtype
+
+    def thread_amax(self, tXrX: cute.Tensor) -> Uint32:
+        """Return the largest magnitude of a thread's segment, as `group_amax` takes it."""
+        narrow = self.amax_dtype is self.dtype
+        return scaling.thread_amax(tXrX if narrow else encodings.widen(tXrX))
+
+    def larger(self, a: Uint32, b: Uint32) -> Uint32:
+        """Return the larger of two of `thread_amax`."""
+        return scaling.larger(self.amax_dtype)(a, b)
+
+    def group_amax(self, thread_amax: Uint32) -> Uint32:
+        """Return the largest `thread_amax` of the lanes of a group, as `scale` takes it."""
+        return scaling.group_amax(thread_amax, self.amax_dtype, self.lanes_per_group)
+
+    def scale(self, amax: Uint32, bound: Float32 | Factors) -> GroupScale:
         """Return multiplier and scale of the group of a `group_amax`."""
-        return scaling.group_scale(amax, self.dtype, bound, self.fmt)
+        return scaling.group_scale(amax, self.amax_dtype, bound, self.fmt)
 
     def encode(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
-        """Return a segment times its multiplier in 8 bits, (values,)."""
-        exact = self.fmt.power_of_two
-        multiply = encodings.multiply_power_of_two if exact else encodings.multiply
-        return encodings.encode(multiply(tXrX, scale.multiplier), encodings.value_type_of(self.fmt))
+        """Return a segment times its multiplier, quantized: (values,), or bytes of two."""
+        fmt = self.fmt
+        if fmt.value_type.per_byte > 1:
+            tXrQ = encodings.products_e2m1(tXrX, scale.multiplier, fmt.power_of_two)
+            # There is no NaN of 4 bits.
+            encodings.clear_unless(scaling.is_number(scale, fmt), tXrQ)
+            return tXrQ
+        multiply = encodings.multiply_power_of_two if fmt.power_of_two else encodings.multiply
+        return encodings.encode(multiply(tXrX, scale.multiplier), encodings.value_type_of(fmt))
 
-    @cute.jit
+    def encode_and_decode(
+        self, tXrX: cute.Tensor, scale: GroupScale, bound: Float32 | Factors
+    ) -> cute.Tensor:
+        """Return the products of quantized values and their scale in x's dtype, (values,)."""
+        fmt = self.fmt
+        if fmt.power_of_two:
+            factor = scaling.float32_of_multiplier(scale.multiplier, fmt.ue8m0)
+        else:
+            factor = scaling.float32_of_scale(scale.scale, fmt)
+        if fmt.upper_scale:
+            factor = factor * bound.decode
+        decoded = encodings.decode(self.encode(tXrX, scale), fmt)
+        return encodings.encode(encodings.multiply(decoded, factor), self.dtype)
+
     def store_scales(
         self,
         scales: Scales,
@@ -205,6 +248,8 @@ class Stage:
     ):
         """Store the scales of a warp's groups: of each row another lane of the group.
 
+        Where a group has fewer lanes than the thread has rows, its lanes store several.
+
         Args:
             scales: where scales go, as `scales` returns it.
             rows: the thread's rows.
@@ -212,6 +257,22 @@ class Stage:
             segment: of the thread, the same in each of the rows.
             k: columns of a matrix.
         """
+        for first in range(0, len(row_scales), self.lanes_per_group):
+            some = slice(first, first + self.lanes_per_group)
+            exist = None if rows.exist is None else rows.exist[some]
+            some_rows = Rows(rows.indices[some], rows.num_rows, exist)
+            self._store_scale_of_lane(scales, some_rows, row_scales[some], segment, k)
+
+    @cute.jit
+    def _store_scale_of_lane(
+        self,
+        scales: Scales,
+        rows: Rows,
+        row_scales: list[GroupScale],
+        segment: Segment,
+        k: Int32,
+    ):
+        """Store the scale of a lane's group in one of as many rows as the group has lanes."""
         fmt, tile = self.fmt, self.tile
         num_rows, groups_per_tile = len(row_scales), self.groups_per_tile
         row, scale = rows.indices[0], row_scales[0].scale
@@ -242,7 +303,7 @@ class Stage:
         if const_expr(scales.written_rows is not None):
             written_rows = scales.written_rows
         predicate = predicate and row < written_rows
-        coordinate = Int32(row), group
+        coordinate = (Int32 if const_expr(fmt.mn_major or fmt.blocked) else Int64)(row), group
         if const_expr(fmt.mn_major):
             predicate = predicate and layouts.unsigned(layout(coordinate)[1]) < scales.elements
         row_exists = row < rows.num_rows
@@ -258,7 +319,7 @@ class Stage:
                 _, group = layouts.lanes(self.lanes_per_group)(cute.arch.lane_idx())
                 group = layouts.groups_by_tile(layout, groups_per_tile)((group, segment.tile))
                 byte, _ = layout((Int32(row), group))
-            if const_expr(fmt.mn_major):
+            if const_expr(fmt.mn_major or fmt.blocked):
                 element = layouts.unsigned(element)
             store_scale(scale, scales.start + Int64(element), byte)
 

@@ -25,7 +25,9 @@ APPROXIMATE = re.compile(r".*\.approx\..*")
 
 # Needs sm_100: PTX ISA 9.7.3 (f32x2) and 9.7.5. These are two scalar operations, or a widening and
 # a scalar one, which are probed.
-SM100_ONLY = re.compile(r".*\.f32x2|(?:fma\.rn|add|add\.rn)\.f32\.b?f16")
+SM100_ONLY = re.compile(
+    r".*\.f32x2|max\.NaN\.abs\.f32|.*\.e2m1x2.*|(?:fma\.rn|add|add\.rn)\.f32\.b?f16"
+)
 # Operands that must be constants.
 _CONSTANTS = {"lop3.b32": {3: "0x1D"}}
 # Operands for which results are defined where they are not 0.

@@ -18,6 +18,7 @@ from cute_quant.contract.calls import Call
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import Prologue
 from cute_quant.contract.rows import Rows
+from cute_quant.contract.upper_scales import UpperScale
 from cute_quant.dispatch import launch, plan
 from cute_quant.emulator import EmulatedKernel
 from cute_quant.jit import lookup
@@ -87,11 +88,14 @@ class Gpu:
         rows: Rows | None = None,
         index: torch.Tensor | None = None,
         prologue: Prologue | None = None,
+        upper: UpperScale | None = None,
+        row_scales: torch.Tensor | None = None,
         **options: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """``cute_quant.quantize``, or what ends in it; `options` are those of ``machine.run``."""
-        call = Call(x.as_subclass(OnGpu), fmt, q, sf, rows, index, prologue)
+        call = Call(x.as_subclass(OnGpu), fmt, q, sf, rows, index, prologue, upper, row_scales)
         reads = [x, index, *(() if rows is None else [rows.data])]
+        reads += [] if upper is None else [upper.tensor]
         reads += [] if prologue is None else prologue.reads.values()
         if prologue is not None and getattr(prologue, "in_place", False):
             reads.append(prologue.residual)
@@ -103,18 +107,25 @@ class Gpu:
         x: torch.Tensor,
         out: torch.Tensor,
         fmt: Format,
+        upper: UpperScale | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """``cute_quant.fake_quantize`` into `out`."""
-        with self._present([x], options):
-            return launch.fake_quantize(x.as_subclass(OnGpu), fmt, out)
+        with self._present([x, *([] if upper is None else [upper.tensor])], options):
+            return launch.fake_quantize(Call(x.as_subclass(OnGpu), fmt, upper=upper), out)
 
     def dequantize(
-        self, q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype, **options: Any
+        self,
+        q: torch.Tensor,
+        sf: torch.Tensor,
+        fmt: Format,
+        dtype: torch.dtype,
+        upper: UpperScale | None = None,
+        **options: Any,
     ) -> torch.Tensor:
         """``cute_quant.dequantize``."""
-        with self._present([q, sf], options):
-            return launch.dequantize(q.as_subclass(OnGpu), sf, fmt, dtype)
+        with self._present([q, sf, *([] if upper is None else [upper.tensor])], options):
+            return launch.dequantize(q.as_subclass(OnGpu), sf, fmt, dtype, upper)
 
     @contextlib.contextmanager
     def _present(self, reads: list[torch.Tensor | None], options: dict[str, Any]) -> Iterator[None]:

@@ -1,0 +1,117 @@
+"""Kernels whose CTAs hold whole rows in registers, so that memory is passed over once.
+
+A warp has a tile of the row's columns, or several, ``warps`` tiles apart. Warps that share a row
+exchange partial results in shared memory, behind a barrier.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32, const_expr
+
+from cute_quant.kernels import scales as scaling
+from cute_quant.kernels.config import LANES, QuantizeSpec, RmsNormSpec, SiluMulSpec
+from cute_quant.kernels.copy import Segment
+from cute_quant.kernels.params import Params
+from cute_quant.kernels.problem import Operands, Problem
+from cute_quant.kernels.row_domains import Row, select_rows
+from cute_quant.kernels.scales import GroupScale
+from cute_quant.kernels.scheduler import Scheduler
+from cute_quant.kernels.stage import Rows, Stage
+from cute_quant.kernels.upper_scales import FLOAT32_NAN, Factors, factors_of_amax
+
+
+class WholeRows:
+    """What such kernels have in common.
+
+    Args:
+        spec: compile-time choices.
+        stage: quantizes the values of a row.
+    """
+
+    def __init__(self, spec: QuantizeSpec | SiluMulSpec | RmsNormSpec, stage: Stage):
+        self.spec = spec
+        self.stage = stage
+        self.scheduler = Scheduler(spec, stage)
+
+    def launch(self, prologue: Params, operands: Operands, stream: cuda.CUstream):
+        """Launch the kernel: as many warps for a row as its tiles need."""
+        problem = self.scheduler.problem(prologue, operands)
+        warps = cute.ceil_div(self.stage.tiles(problem.k), self.spec.tiles_per_thread)
+        self.kernel(problem).launch(
+            grid=self.scheduler.grid(problem, operands, 1),
+            block=[LANES, warps, self.stage.tile.rows],
+            max_number_threads=[LANES, self.spec.max_warps, self.stage.tile.rows],
+            stream=stream,
+            use_pdl=self.spec.pdl,
+        )
+
+    @cute.kernel
+    def kernel(self, problem: Problem):
+        """Quantize the tiles of rows that the CTA takes."""
+        self.scheduler.for_each_tile(problem, self.quantize_tile)
+
+    def row_segments(self, row_tile: Int32, problem: Problem) -> tuple[Row, list[Segment]]:
+        """Return the warp's row, and the thread's segment of each of its tiles."""
+        lane, warp, slot = cute.arch.thread_idx()
+        _, warps, _ = cute.arch.block_dim()
+        first_row = Uint32(row_tile) * self.stage.tile.rows + slot
+        (row,) = select_rows(problem, self.spec.domain, [first_row])
+        tiles = [warp + i * warps for i in range(self.spec.tiles_per_thread)]
+        return row, [Segment(tile, lane) for tile in tiles]
+
+    @cute.jit
+    def store_warp_partial(self, value: Float32 | Uint32) -> cute.Tensor:
+        """Store a warp's partial result in shared memory.
+
+        Returns:
+            The results of all warps of the row, (max_warps,), 0 of those that the launch does not
+            have. They are complete behind a barrier.
+        """
+        lane, warp, slot = cute.arch.thread_idx()
+        _, warps, _ = cute.arch.block_dim()
+        size = self.spec.max_warps
+        memory = cute.arch.alloc_smem(type(value), size * self.stage.tile.rows, alignment=16)
+        shared = cute.make_tensor(memory + slot * size, cute.make_layout(size))
+        if lane == 0:
+            shared[warp] = value
+        if warp == 0 and warps <= lane and lane < size:
+            shared[lane] = type(value)(0)
+        return shared
+
+    def store_warp_amax(self, amaxes: list[Uint32]) -> cute.Tensor:
+        """Store a warp's largest float32 magnitude, as `store_warp_partial` does."""
+        amax = functools.reduce(cutlass.max, amaxes)
+        return self.store_warp_partial(scaling.group_amax(amax, Float32, LANES))
+
+    def bound_of_amax(self, amax: Uint32, problem: Problem) -> Factors:
+        """Return forms of the scale of a row with this largest magnitude."""
+        return factors_of_amax(amax.bitcast(Float32), problem.scale_bound)
+
+    @cute.jit
+    def store_scales(
+        self, row: Row, scales: list[GroupScale], segments: list[Segment], problem: Problem
+    ):
+        """Store the scales of the thread's tiles, or the one of a row that is one group."""
+        stage, k = self.stage, problem.k
+        exist = [row.exists] if const_expr(self.spec.domain.selects) else None
+        rows = Rows([row.index], problem.num_rows, exist)
+        _, warp, _ = cute.arch.thread_idx()
+        last = stage.tiles(k)
+        for i in cutlass.range_constexpr(1 if stage.whole_row else len(segments)):
+            takes_part = warp == 0 if const_expr(stage.whole_row) else segments[i].tile < last
+            if takes_part:
+                self.stage.store_scales(problem.scales, rows, [scales[i]], segments[i], k)
+
+    @cute.jit
+    def store_row_scale(self, row: Row, upper: Factors, problem: Problem):
+        """Store the decode scale of a row, 0 for one that does not exist."""
+        lane, warp, _ = cute.arch.thread_idx()
+        if lane == 0 and warp == 0 and row.index < problem.num_rows:
+            scale = upper.decode
+            scale = scale if scale == scale else Uint32(FLOAT32_NAN).bitcast(Float32)
+            problem.row_scales[Int32(row.index)] = scale if row.exists else Float32(0.0)
