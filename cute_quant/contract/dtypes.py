@@ -82,7 +82,8 @@ MIN_SCALES: dict[str, Callable[[float], float]] = {
 """Lower bounds of scales as libraries have them, computed from the largest value of the dtype.
 DeepGEMM and SGLang bound the amax, a float32, and divide it."""
 
-E4M3_MIN_SCALES = {"none": 0.0, "deepgemm": 2.0**-9, "torchao": 2.0**-6}
+NO_MIN_SCALE = "none"
+E4M3_MIN_SCALES = {NO_MIN_SCALE: 0.0, "deepgemm": 2.0**-9, "torchao": 2.0**-6}
 """Lower bounds of e4m3 scales as libraries have them."""
 
 MAX_UPPER_SCALE = 2.0**117

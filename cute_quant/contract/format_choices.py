@@ -12,6 +12,7 @@ from cute_quant.contract.dtypes import (
     E4M3_MIN_SCALES,
     MAX_MIN_SCALE,
     MIN_SCALES,
+    NO_MIN_SCALE,
     SMALLEST_NORMAL,
     UE8M0_BIAS,
     VALUE_TYPES,
@@ -51,11 +52,21 @@ E4M3_GROUP_SIZE = 16
 """The one group size under e4m3 scales, that of NVFP4."""
 
 IEEE = "ieee"
-DEEPGEMM = "deepgemm"
-NUMERICS = (IEEE, DEEPGEMM)
-"""How float32 scales are computed: as the correctly rounded quotient amax / M, or as in DeepGEMM's
-cast on CUDA, where torch computes ``amax / 448.0`` as amax times float32(1 / 448). The two differ
-in the last bit for half of all mantissas."""
+VLLM, FLASHINFER, TE, TORCHAO, DEEPGEMM = LIBRARIES = (
+    "vllm",
+    "flashinfer",
+    "te",
+    "torchao",
+    "deepgemm",
+)
+NUMERICS = (IEEE, *LIBRARIES)
+"""How scales and values are computed: each operation rounded correctly, or as a library does."""
+MX_GROUP_SIZE = 32
+MX_LIBRARIES = {
+    torch.float8_e4m3fn: LIBRARIES,
+    torch.float4_e2m1fn_x2: (VLLM, FLASHINFER, TORCHAO, DEEPGEMM),
+}
+"""Libraries that quantize to MX formats, by the dtype of values."""
 
 _SHORT_NAMES = {
     torch.float8_e4m3fn: "e4m3",
@@ -135,7 +146,9 @@ def check_choices(
             )
 
 
-def check_upper_scale(scale_dtype: torch.dtype, row_scale: object, four_over_six: object) -> None:
+def check_upper_scale(
+    scale_dtype: torch.dtype, numerics: str, row_scale: object, four_over_six: object
+) -> None:
     """Check the choices that formats with a scale above the groups' have.
 
     Raises:
@@ -149,9 +162,30 @@ def check_upper_scale(scale_dtype: torch.dtype, row_scale: object, four_over_six
                 f"{name}: expected False for {dtype_name(scale_dtype)} scales, over which there is "
                 f"no other scale, got True"
             )
+    if four_over_six and numerics != IEEE:
+        raise ValueError(
+            f"four_over_six: expected False for {numerics=!s}, which has one scale, got True"
+        )
 
 
-def check_numerics(scale_dtype: torch.dtype, round_scale: object, numerics: object) -> None:
+def known_numerics(
+    values: torch.dtype, group_size: int, scale_dtype: torch.dtype, round_scale: bool
+) -> tuple[str, ...]:
+    """Return the numerics that there are for these choices."""
+    if scale_dtype is torch.float8_e4m3fn:
+        return NUMERICS
+    if scale_dtype is torch.float8_e8m0fnu and group_size == MX_GROUP_SIZE:
+        return (IEEE, *MX_LIBRARIES.get(values, ()))
+    return (IEEE, DEEPGEMM) if scale_dtype is torch.float32 and not round_scale else (IEEE,)
+
+
+def check_numerics(
+    values: torch.dtype,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    round_scale: object,
+    numerics: object,
+) -> None:
     """Check how scales are computed.
 
     Raises:
@@ -164,22 +198,31 @@ def check_numerics(scale_dtype: torch.dtype, round_scale: object, numerics: obje
             f"round_scale: expected False for {dtype_name(scale_dtype)} scales, which are "
             f"rounded anyway, got True"
         )
-    if not isinstance(numerics, str) or numerics not in NUMERICS:
-        raise ValueError(f"numerics: expected one of {NUMERICS}, got {describe(numerics)}")
-    if numerics == DEEPGEMM and (scale_dtype is not torch.float32 or round_scale):
+    known = known_numerics(values, group_size, scale_dtype, round_scale)
+    if not isinstance(numerics, str) or numerics not in known:
+        rounded = ", rounded to powers of two" if round_scale else ""
         raise ValueError(
-            f"numerics: expected {IEEE!r} for scales that are powers of two, which are exact, "
-            f"got {numerics!r}"
+            f"numerics: expected one of {known} for {dtype_name(values)} values in groups of "
+            f"{group_size} under {dtype_name(scale_dtype)} scales{rounded}, "
+            f"got {describe(numerics)}"
         )
 
 
-def default_min_scale(scale_dtype: torch.dtype) -> str:
-    """Return the name of the smallest scale by default."""
-    return next(iter(E4M3_MIN_SCALES if scale_dtype is torch.float8_e4m3fn else MIN_SCALES))
+def default_min_scale(scale_dtype: torch.dtype, numerics: str) -> str:
+    """Return the name of the smallest scale by default, which numerics of a library decide."""
+    if scale_dtype is torch.float8_e4m3fn:
+        return numerics if numerics in E4M3_MIN_SCALES else NO_MIN_SCALE
+    if scale_dtype is torch.float8_e8m0fnu and numerics in LIBRARIES:
+        return numerics if numerics == DEEPGEMM else "ocp"
+    return VLLM
 
 
 def scale_floor(
-    min_scale: object, largest: float, scale_dtype: torch.dtype, power_of_two: bool
+    min_scale: object,
+    largest: float,
+    scale_dtype: torch.dtype,
+    power_of_two: bool,
+    numerics: str,
 ) -> int | float:
     """Return the smallest scale as kernels take it.
 
@@ -191,6 +234,7 @@ def scale_floor(
         largest: the largest finite value of the dtype of values.
         scale_dtype: float8_e8m0fnu, float8_e4m3fn or float32.
         power_of_two: whether scales are powers of two.
+        numerics: one of ``NUMERICS``, which decides the default.
 
     Raises:
         TypeError, ValueError: it is no number or name, or beyond what scales can be.
@@ -198,7 +242,7 @@ def scale_floor(
     e4m3 = scale_dtype is torch.float8_e4m3fn
     bounds = E4M3_MIN_SCALES if e4m3 else {n: bound(largest) for n, bound in MIN_SCALES.items()}
     if min_scale is None:
-        min_scale = default_min_scale(scale_dtype)
+        min_scale = default_min_scale(scale_dtype, numerics)
     if isinstance(min_scale, str):
         if min_scale not in bounds:
             raise ValueError(

@@ -33,6 +33,7 @@ from cute_quant.contract.format_choices import (
     BLOCKED_GROUP_SIZES,
     DEEPGEMM,
     E4M3_GROUP_SIZE,
+    FLASHINFER,
     GROUP_SIZES,
     IEEE,
     MAX_COLUMNS,
@@ -41,6 +42,8 @@ from cute_quant.contract.format_choices import (
     ROW_MAJOR,
     ROW_MAJOR_PACKED,
     SCALE_LAYOUTS,
+    TORCHAO,
+    VLLM,
     WHOLE_ROW,
     Choices,
     check_choices,
@@ -89,11 +92,13 @@ class Format:
         min_scale: the smallest scale, rounded to float32: a number from 0 (2^-126 for float32
             scales) to 2^100, or the name of a library with that bound: "vllm" (1e-10), "deepgemm"
             (1e-4 / M), "sglang" (1e-10 / M) or "ocp" (0), M being the largest value. The default
-            is "vllm", which gives a group of zeros the UE8M0 byte 94. For e4m3 scales it is rounded
-            to e4m3: a number from 0 to 448, "deepgemm" (2^-9), "torchao" (2^-6), or "none" (0), the
-            default.
-        numerics: "ieee", or "deepgemm" for float32 scales as DeepGEMM's cast computes them on CUDA:
-            amax times float32(1 / M).
+            is "vllm", which gives a group of zeros the UE8M0 byte 94, or that of `numerics`. For
+            e4m3 scales it is rounded to e4m3: a number from 0 to 448, "deepgemm" (2^-9), "torchao"
+            (2^-6), or "none" (0), the default but with these numerics.
+        numerics: "ieee", where each operation is rounded correctly, or the bits of a library on
+            finite input: "vllm", "flashinfer", "te" (TransformerEngine), "torchao" or "deepgemm"
+            for NVFP4, MXFP4 (not "te") and MXFP8, and "deepgemm" for float32 scales, which its cast
+            on CUDA computes as amax times float32(1 / M).
         row_scale: whether each row has a float32 scale over its e4m3 scales, computed from the
             row's own amax and returned. If not, operations take one for the tensor, or one for each
             matrix of a batch.
@@ -144,6 +149,12 @@ class Format:
     power_of_two: bool
     reciprocal: bool
     """float32 scales are products with 1 / M."""
+    rounds_half_up: bool
+    """A power of two is rounded from amax at the mantissa 1.75, not up."""
+    flushes: bool
+    """Values under the smallest power of two become 0."""
+    positive_zero: bool
+    """Values that round to 0 have no sign."""
     scale_dims: int
     """Dimensions of the scales of one matrix: 1 in blocks, else 2."""
     groups_per_column: int
@@ -171,12 +182,12 @@ class Format:
     ) -> Format:
         """Return the one format of these choices."""
         check_choices(values, group_size, scale_dtype, scale_layout)
-        check_numerics(scale_dtype, round_scale, numerics)
-        check_upper_scale(scale_dtype, row_scale, four_over_six)
+        check_numerics(values, group_size, scale_dtype, round_scale, numerics)
+        check_upper_scale(scale_dtype, numerics, row_scale, four_over_six)
         power_of_two = scale_dtype is torch.float8_e8m0fnu or round_scale
         largest = VALUE_TYPES[values].max
-        floor = scale_floor(min_scale, largest, scale_dtype, power_of_two)
-        if min_scale == default_min_scale(scale_dtype):
+        floor = scale_floor(min_scale, largest, scale_dtype, power_of_two, numerics)
+        if min_scale == default_min_scale(scale_dtype, numerics):
             min_scale = None
         elif is_number(min_scale):
             min_scale = float(min_scale) + 0.0  # -0.0 becomes 0.0
@@ -211,6 +222,8 @@ class Format:
     def _derive(self, choices: Choices) -> None:
         packed = self.scale_layout in (MN_MAJOR_PACKED, ROW_MAJOR_PACKED)
         blocked = self.scale_layout in BLOCK_ROWS
+        mx = self.scale_dtype is torch.float8_e8m0fnu
+        fp4 = self.values is torch.float4_e2m1fn_x2
         self.__dict__.update(
             value_type=VALUE_TYPES[self.values],
             sf_dtype=torch.int32 if packed else self.scale_dtype,
@@ -222,7 +235,10 @@ class Format:
             byte_scales=self.scale_dtype.itemsize == 1,
             ue8m0=self.scale_dtype is torch.float8_e8m0fnu,
             upper_scale=self.scale_dtype is torch.float8_e4m3fn,
-            reciprocal=self.numerics == DEEPGEMM,
+            reciprocal=self.scale_dtype is torch.float32 and self.numerics == DEEPGEMM,
+            rounds_half_up=mx and self.numerics == VLLM and fp4,
+            flushes=mx and self.numerics in _FLUSH.get(self.values, ()),
+            positive_zero=fp4 and self.numerics == DEEPGEMM,
             scale_dims=1 if blocked else 2,
             groups_per_column=BYTES_PER_WORD if packed else 1,
             groups_per_unit=BYTES_PER_WORD if packed else BLOCK_GROUPS if blocked else 1,
@@ -362,6 +378,12 @@ class Format:
         padded = torch.empty_strided(padded_shape, strides, dtype=self.sf_dtype, device=device)
         return padded[..., :mn, :]
 
+
+_FLUSH = {
+    torch.float8_e4m3fn: (FLASHINFER, TORCHAO),
+    torch.float4_e2m1fn_x2: (VLLM, FLASHINFER, TORCHAO),
+}
+"""Numerics in which values under the smallest UE8M0 scale become 0."""
 
 _larger: Callable[[int, int], int] = torch.sym_max
 """The larger of two sizes, also of those that only the run can tell."""

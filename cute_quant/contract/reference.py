@@ -33,6 +33,7 @@ from cute_quant.contract.dtypes import (
     UPPER_MAX,
     align,
 )
+from cute_quant.contract.format_choices import DEEPGEMM
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
@@ -69,24 +70,62 @@ def group_scales(x: torch.Tensor, fmt: Format, upper: Factors | None = None) -> 
     """
     amax = _in_groups(x, fmt).abs().amax(-1)
     if upper is not None:
-        return _e4m3_scales(amax.float(), upper.encode, fmt)
+        return _e4m3_scales(amax.float(), upper, fmt)
     # As a tensor: torch multiplies a CUDA tensor with the reciprocal of a number.
     exact = torch.float64 if fmt.power_of_two else torch.float32
     largest = amax.new_full((), fmt.value_type.max, dtype=exact)
     if not fmt.power_of_two:
         scales = amax.float() * (1.0 / largest) if fmt.reciprocal else amax.float() / largest
         return scales.clamp(min=fmt.floor).where(amax.isfinite(), torch.nan)
+    if fmt.rounds_half_up:
+        return _half_up_exponents(amax.float(), fmt)
     # In float64 no quotient of a float32 amax rounds onto a power of two that it is not.
     mantissa, exponent = torch.frexp(amax.double() / largest)
     exponent = (exponent - (mantissa == 0.5).int() + UE8M0_BIAS).where(amax > 0, 0)
     return exponent.clamp(min=fmt.floor).where(amax.isfinite(), UE8M0_NAN)
 
 
-def _e4m3_scales(amax: torch.Tensor, encode: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Return e4m3 scales of groups as float32, NaN where amax or the encode scale is not finite."""
-    sixth = 1.0 / encode.new_full((), E2M1_MAX)
-    scales = (amax * (encode * sixth)).clamp(fmt.floor, E4M3_MAX)
-    return scales.to(torch.float8_e4m3fn).float().where(amax.isfinite(), torch.nan)
+def _half_up_exponents(amax: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return the exponent of amax, one more from the mantissa 1.75 on, less that of the maximum."""
+    mantissa, exponent = torch.frexp(amax)
+    exponent = exponent - 1 + (mantissa >= 1.75 / 2).int()
+    exponent = exponent + (UE8M0_BIAS - fmt.value_type.max_exponent)
+    exponent = exponent.where(amax > 0, 0).clamp(min=fmt.floor)
+    return exponent.where(amax.isfinite(), UE8M0_NAN)
+
+
+def _e4m3_scales(amax: torch.Tensor, upper: Factors, fmt: Format) -> torch.Tensor:
+    """Return e4m3 scales of groups as float32, NaN where amax or the upper scale is not finite."""
+    encode, decode = upper
+    largest = encode.new_full((), E2M1_MAX)
+    sixth = 1.0 / largest
+    match fmt.numerics:
+        case "vllm" | "flashinfer":
+            scales = encode * (amax * sixth)
+        case "torchao":
+            scales = amax / largest / decode
+        case "deepgemm":
+            scales = amax * sixth * (1.0 / decode)
+        case _:
+            scales = amax * (encode * sixth)
+    scales = scales.clamp(fmt.floor, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    return scales.where(amax.isfinite() & encode.isfinite(), torch.nan)
+
+
+def _e4m3_multipliers(scales: torch.Tensor, upper: Factors, fmt: Format) -> torch.Tensor:
+    """Return what values are multiplied with under e4m3 scales."""
+    encode, decode = upper
+    match fmt.numerics:
+        case "vllm" | "flashinfer":
+            # rcp.approx, taken as correctly rounded.
+            multipliers = 1.0 / (scales * (1.0 / encode))
+        case "te":
+            return (1.0 / (scales * decode)).clamp(max=FLOAT32_MAX)
+        case "torchao":
+            multipliers = 1.0 / decode / scales
+        case _:
+            multipliers = 1.0 / (scales * decode)
+    return multipliers.where(scales != 0, 0.0)
 
 
 def upper_factors(x: torch.Tensor, call: Call) -> Factors | None:
@@ -140,14 +179,22 @@ def group_values(
     Returns:
         (..., k), or (..., k / 2) bytes of two, ``fmt.values``.
     """
+    groups = _in_groups(x.float(), fmt)
     if fmt.power_of_two:
         finite = scales != UE8M0_NAN
         multipliers = ue8m0_to_float32((UE8M0_MAX - scales).where(finite, UE8M0_NAN))
+        if fmt.flushes:
+            multipliers = multipliers.where(scales != 0, 0.0)
+        values = groups * multipliers.unsqueeze(-1)
+    elif upper is None:
+        finite = scales.isfinite()
+        values = groups * (1.0 / scales).unsqueeze(-1)
+    elif fmt.numerics == DEEPGEMM:
+        finite = scales.isfinite()
+        values = groups / (scales * upper.decode).unsqueeze(-1)
     else:
         finite = scales.isfinite()
-        factors = scales if upper is None else scales * upper.decode
-        multipliers = (1.0 / factors).where(scales != 0, 0.0)
-    values = _in_groups(x.float(), fmt) * multipliers.unsqueeze(-1)
+        values = groups * _e4m3_multipliers(scales, upper, fmt).unsqueeze(-1)
     values = values.where(finite.unsqueeze(-1), torch.nan).flatten(-2)[..., : x.shape[-1]]
     return encode(values, fmt)
 
@@ -160,6 +207,8 @@ def encode(values: torch.Tensor, fmt: Format) -> torch.Tensor:
     value_type, nan = fmt.value_type, values.isnan()
     if fmt.values is torch.float4_e2m1fn_x2:
         codes = e2m1_codes(values).where(~nan, value_type.nan_byte)
+        if fmt.positive_zero:
+            codes = codes.where(codes != E2M1_SIGN, 0)
         return (codes[..., 0::2] | codes[..., 1::2] << 4).view(fmt.values)
     if fmt.values is torch.int8:
         values = values.round().clamp(-INT8_MAX, INT8_MAX).where(~nan, 0.0)

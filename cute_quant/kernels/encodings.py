@@ -103,6 +103,15 @@ def multiply(rX: cute.Tensor, multiplier: Float32) -> cute.Tensor:
 
 
 @cute.jit
+def divide(rX: cute.Tensor, divisor: Float32) -> cute.Tensor:
+    """Return the quotients of values and a divisor as float32, with IEEE rounding."""
+    rY = widen(rX)
+    for i in cutlass.range_constexpr(cute.size(rY)):
+        rY[i] = rY[i] / divisor
+    return rY
+
+
+@cute.jit
 def multiply_power_of_two(rX: cute.Tensor, multiplier: Float32) -> cute.Tensor:
     """Return the products of values and a power of two, or NaN, as float32.
 
@@ -203,6 +212,16 @@ def e2m1_by_arithmetic(values: list[Float32]) -> Uint32:
         word = word * 16 + (code << 1 | bits >> 31)
     word = word - Uint32(_E2M1_OFFSETS)
     return word >> 1 & Uint32(0x77777777) | word << 3 & Uint32(0x88888888)
+
+
+@cute.jit
+def drop_signs_of_zeros(rQ: cute.Tensor):
+    """Make 0 of each -0 among e2m1 in bytes, (values / 2,)."""
+    words = cute.recast_tensor(rQ, Uint32)
+    for i in cutlass.range_constexpr(cute.size(words)):
+        word = words[i]
+        nonzero = (word | word >> 1 | word >> 2) & Uint32(0x11111111)
+        words[i] = word & (Uint32(0x77777777) | nonzero << 3)
 
 
 def decode(rQ: cute.Tensor, fmt: Format) -> cute.Tensor:

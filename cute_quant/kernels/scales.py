@@ -13,11 +13,14 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Uint16, Uint32, const_expr
 
 from cute_quant.contract.dtypes import (
+    E2M1_MAX,
     FLOAT32_MANTISSA_BITS,
+    FLOAT32_MAX,
     UE8M0_MAX,
     UE8M0_NAN,
     ValueType,
 )
+from cute_quant.contract.format_choices import DEEPGEMM, FLASHINFER, TE, TORCHAO, VLLM
 from cute_quant.contract.formats import Format
 from cute_quant.kernels import arithmetic, ptx
 from cute_quant.kernels.upper_scales import Factors
@@ -27,6 +30,7 @@ FLOAT32_NAN = 0x7FC00000
 SMALLEST_UE8M0 = 0x400000
 """2^-127, the only UE8M0 scale that is a subnormal float32."""
 MANTISSA_MASK = 0x7FFFFF
+QUARTER_MANTISSA = 0x200000
 EXPONENT_MASK = 0xFF800000
 MAGNITUDE_MASK = 0x7FFFFFFF
 MAGNITUDE_MASK_X2 = 0x7FFF7FFF
@@ -40,7 +44,7 @@ class GroupScale(NamedTuple):
 
     Attributes:
         multiplier: what values are multiplied with: the scale's reciprocal, NaN where the group
-            is not finite.
+            is not finite. Of e4m3 scales see `e4m3_multiplier`.
         scale: what is stored: a UE8M0 or e4m3 byte in the low bits, or a float32.
         unrounded: the e4m3 scale before it is rounded; None of other scales.
     """
@@ -120,11 +124,15 @@ def group_scale(
         fmt: the format of the scale.
     """
     if const_expr(fmt.upper_scale):
-        return e4m3_scale(amax, dtype, bound)
+        return e4m3_scale(amax, dtype, bound, fmt.numerics)
     if const_expr(fmt.power_of_two):
-        multiplier = power_of_two_multiplier(amax, dtype, fmt.value_type, bound)
+        exponents = half_up_exponents if const_expr(fmt.rounds_half_up) else largest_exponents
+        multiplier = power_of_two_multiplier(amax, exponents(amax, dtype, fmt.value_type), bound)
         if const_expr(fmt.ue8m0):
-            return GroupScale(multiplier, ue8m0_scale(multiplier))
+            scale = ue8m0_scale(multiplier)
+            if const_expr(fmt.flushes):
+                multiplier = multiplier if scale != Uint32(0) else Float32(0.0)
+            return GroupScale(multiplier, scale)
         return GroupScale(multiplier, float32_of_multiplier(multiplier, False))
     scale = float32_scale(amax, dtype, fmt.value_type, bound, fmt.reciprocal)
     return GroupScale(arithmetic.reciprocal(scale), scale)
@@ -143,24 +151,31 @@ def scale_bound(floor: Int32 | Float32, fmt: Format) -> Float32:
 
 
 @cute.jit
-def power_of_two_multiplier(
-    amax: Uint32,
-    dtype: cutlass.Constexpr[type],
-    values: cutlass.Constexpr[ValueType],
-    max_multiplier: Float32,
-) -> Float32:
-    """Return the largest power of two m with ``amax * m <= values.max``, at most `max_multiplier`.
+def power_of_two_multiplier(amax: Uint32, bits: Uint32, max_multiplier: Float32) -> Float32:
+    """Return a power of two, at most `max_multiplier`; NaN where amax is not finite."""
+    bits = cutlass.min(bits, max_multiplier.bitcast(Uint32))
+    # Zero times amax is NaN where amax is not finite, and one instruction.
+    return amax.bitcast(Float32) * Float32(0.0) + bits.bitcast(Float32)
+
+
+def largest_exponents(amax: Uint32, dtype: type[cutlass.Numeric], values: ValueType) -> Uint32:
+    """Return the bits of the largest power of two m with ``amax * m <= values.max``.
 
     It is the reciprocal of the UE8M0 scale. Its exponent is that of ``values.max`` less that of
     amax, less one where the mantissa of amax is above that of the maximum. Subtracting amax from
     the maximum as integers does all of this: the mantissa borrows from the exponent exactly there.
-    NaN where amax is not finite.
     """
     minuend = UE8M0_MAX + values.max_exponent << FLOAT32_MANTISSA_BITS | values.max_mantissa
-    bits = (Uint32(minuend | BELOW_PRECISION[dtype]) - amax) & Uint32(EXPONENT_MASK)
-    bits = cutlass.min(bits, max_multiplier.bitcast(Uint32))
-    # Zero times amax is NaN where amax is not finite, and one instruction.
-    return amax.bitcast(Float32) * Float32(0.0) + bits.bitcast(Float32)
+    return (Uint32(minuend | BELOW_PRECISION[dtype]) - amax) & Uint32(EXPONENT_MASK)
+
+
+def half_up_exponents(amax: Uint32, dtype: type[cutlass.Numeric], values: ValueType) -> Uint32:
+    """Return the bits of a power of two whose exponent is that of ``values.max`` less amax's.
+
+    The exponent of amax counts one more from the mantissa 1.75 on.
+    """
+    minuend = UE8M0_MAX + values.max_exponent << FLOAT32_MANTISSA_BITS
+    return Uint32(minuend) - (amax + Uint32(QUARTER_MANTISSA) & Uint32(EXPONENT_MASK))
 
 
 @cute.jit
@@ -224,21 +239,54 @@ def magnitude(amax: Uint32, dtype: type[cutlass.Numeric]) -> Float32:
 
 
 @cute.jit
-def e4m3_scale(amax: Uint32, dtype: cutlass.Constexpr[type], upper: Factors) -> GroupScale:
+def e4m3_scale(
+    amax: Uint32,
+    dtype: cutlass.Constexpr[type],
+    upper: Factors,
+    numerics: cutlass.Constexpr[str],
+) -> GroupScale:
     """Return multiplier and e4m3 scale of a group under an upper scale.
 
-    A group that is not finite, or whose upper scale is NaN, has the scale NaN. Where the scale is 0
-    or NaN the multiplier is 0.
+    A group that is not finite, or whose upper scale is NaN, has the scale NaN.
     """
     largest = magnitude(amax, dtype)
-    scale = largest * upper.sixth
+    scale = e4m3_quotient(largest, upper, numerics)
     # Inf times zero is NaN, and any other amax times zero adds nothing.
     scale = cute.math.fma(largest, Float32(0.0), scale)
     scale = cute.arch.fmax(scale, upper.floor, nan=True)
     byte = ptx.e4m3_of_f32(scale)
-    multiplier = arithmetic.reciprocal(ptx.f32_of_e4m3(byte) * upper.decode)
-    # The step of Newton's method makes NaN of the reciprocal of 0, and a maximum drops it.
-    return GroupScale(cute.arch.fmax(multiplier, Float32(0.0)), byte, scale)
+    return GroupScale(e4m3_multiplier(ptx.f32_of_e4m3(byte), upper, numerics), byte, scale)
+
+
+def e4m3_quotient(largest: Float32, upper: Factors, numerics: str) -> Float32:
+    """Return the amax of a group over the largest value, in units of the upper scale."""
+    sixth = Float32(1.0 / E2M1_MAX)
+    if numerics in (VLLM, FLASHINFER):
+        return upper.encode * (largest * sixth)
+    if numerics == TORCHAO:
+        # Where the quotient overflows it is Inf, and e4m3 saturates.
+        return largest / Float32(E2M1_MAX) / upper.decode
+    if numerics == DEEPGEMM:
+        return largest * sixth * arithmetic.reciprocal(upper.decode)
+    return largest * (upper.encode * sixth)
+
+
+def e4m3_multiplier(scale: Float32, upper: Factors, numerics: str) -> Float32:
+    """Return what values are multiplied with under an e4m3 scale; DeepGEMM divides by it."""
+    if numerics in (VLLM, FLASHINFER):
+        product = scale * cute.arch.rcp_approx(upper.encode)
+        multiplier = cute.arch.rcp_approx(product)
+        return Float32(0.0) if product == 0.0 else multiplier
+    if numerics == TORCHAO:
+        return arithmetic.reciprocal(upper.decode) / scale
+    if numerics == DEEPGEMM:
+        return scale * upper.decode
+    multiplier = arithmetic.reciprocal(scale * upper.decode)
+    # The step of Newton's method makes NaN of the reciprocal of 0, and a maximum or minimum drops
+    # it.
+    if numerics == TE:
+        return cute.arch.fmin(multiplier, Float32(FLOAT32_MAX))
+    return cute.arch.fmax(multiplier, Float32(0.0))
 
 
 def is_number(scale: GroupScale, fmt: Format) -> Boolean:

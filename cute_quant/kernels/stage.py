@@ -29,7 +29,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 
 from cute_quant.contract.dtypes import BLOCK_GROUPS, BYTES_PER_WORD, SCALE_ROW_ALIGNMENT
-from cute_quant.contract.format_choices import WHOLE_ROW
+from cute_quant.contract.format_choices import DEEPGEMM, WHOLE_ROW
 from cute_quant.contract.formats import Format
 from cute_quant.kernels import copy, encodings, layouts, ptx
 from cute_quant.kernels import scales as scaling
@@ -217,7 +217,13 @@ class Stage:
         """Return a segment times its multiplier, quantized: (values,), or bytes of two."""
         fmt = self.fmt
         if fmt.value_type.per_byte > 1:
-            tXrQ = encodings.products_e2m1(tXrX, scale.multiplier, fmt.power_of_two)
+            if const_expr(fmt.upper_scale and fmt.numerics == DEEPGEMM):
+                quotients = encodings.divide(tXrX, scale.multiplier)
+                tXrQ = encodings.encode_e2m1(quotients)
+            else:
+                tXrQ = encodings.products_e2m1(tXrX, scale.multiplier, fmt.power_of_two)
+            if const_expr(fmt.positive_zero):
+                encodings.drop_signs_of_zeros(tXrQ)
             # There is no NaN of 4 bits.
             encodings.clear_unless(scaling.is_number(scale, fmt), tXrQ)
             return tXrQ
@@ -229,7 +235,7 @@ class Stage:
     ) -> cute.Tensor:
         """Return the products of quantized values and their scale in x's dtype, (values,)."""
         fmt = self.fmt
-        if fmt.power_of_two:
+        if fmt.power_of_two and not fmt.flushes:
             factor = scaling.float32_of_multiplier(scale.multiplier, fmt.ue8m0)
         else:
             factor = scaling.float32_of_scale(scale.scale, fmt)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
-from cute_quant.contract.dtypes import E2M1_MAX, MAX_UPPER_SCALE, UPPER_MAX
+from cute_quant.contract.dtypes import MAX_UPPER_SCALE, UPPER_MAX
 from cute_quant.contract.upper_scales import AMAX, DECODE
 from cute_quant.kernels import arithmetic
 from cute_quant.kernels.params import Params
@@ -26,12 +26,12 @@ class Factors(NamedTuple):
     """Forms of an upper scale, NaN where it is out of range.
 
     Attributes:
-        sixth: the encode scale times 1 / 6, which maps the amax of a group to its scale.
-        decode: the decode scale.
+        encode: maps magnitudes to the range of values and scales together.
+        decode: its reciprocal.
         floor: the smallest e4m3 scale.
     """
 
-    sixth: Float32
+    encode: Float32
     decode: Float32
     floor: Float32
 
@@ -66,8 +66,8 @@ class UpperScale(Params):
         given = number_in_range(given)
         reciprocal = arithmetic.reciprocal(given)
         if self.kind == DECODE:
-            return factors(reciprocal, given, self.floor)
-        return factors(given, reciprocal, self.floor)
+            return Factors(reciprocal, given, self.floor)
+        return Factors(given, reciprocal, self.floor)
 
     def read(self) -> Float32:
         """Return the scale as it is given."""
@@ -76,11 +76,6 @@ class UpperScale(Params):
     def load_decode_scale(self) -> Float32:
         """Read what quantized values are multiplied with; a decode scale as it is given."""
         return self.read() if self.kind == DECODE else self.load().decode
-
-
-def factors(encode: Float32, decode: Float32, floor: Float32) -> Factors:
-    """Return the forms of an upper scale."""
-    return Factors(encode * Float32(1.0 / E2M1_MAX), decode, floor)
 
 
 @cute.jit
@@ -92,7 +87,7 @@ def factors_of_amax(amax: Float32, floor: Float32) -> Factors:
     finite = amax.bitcast(Uint32) < Uint32(FLOAT32_INFINITY)
     encode = encode if finite else Uint32(FLOAT32_NAN).bitcast(Float32)
     encode = Float32(1.0) if amax == 0.0 else encode
-    return factors(encode, arithmetic.reciprocal(encode), floor)
+    return Factors(encode, arithmetic.reciprocal(encode), floor)
 
 
 @cute.jit
