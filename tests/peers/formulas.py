@@ -1,9 +1,9 @@
 """What other libraries compute for NVFP4, MXFP4 and MXFP8, in numpy.
 
-Each function returns the scale bytes (groups,) and one code per element (groups, size), an e2m1 code
-in the low four bits or an e4m3 byte, for float32 groups that are finite. Every operation on float32
-is done in float64 and rounded once: float64 has more than twice the bits, so that this is the
-rounding of the exact sum, product or quotient.
+Each function takes finite groups (groups, size) in float32, and returns their scale bytes (groups,)
+and a byte for each element: an e2m1 code, or an e4m3 value. Every operation on float32 is done in
+float64 and rounded once. Float64 has more than twice the bits, so this is the rounding of the exact
+sum, product or quotient.
 
 The encode scale of NVFP4 is 2688 / amax of the tensor, the decode scale is its inverse.
 `test_library_numerics` compares the functions with the libraries where they are installed.
@@ -14,6 +14,8 @@ from collections.abc import Callable
 import numpy as np
 
 Quantized = tuple[np.ndarray, np.ndarray]
+Scale = float | np.ndarray
+"""An upper scale, or one for each group."""
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 E4M3 = np.array([(m / 8 + (e > 0)) * 2.0 ** (max(e, 1) - 7) for e in range(16) for m in range(8)])[
@@ -90,64 +92,77 @@ def times(x: np.ndarray, multipliers: np.ndarray) -> np.ndarray:
     return mul(x.astype(np.float64), multipliers[:, None])
 
 
+def of_rows(scale: Scale) -> np.ndarray:
+    return np.reshape(scale, (-1, 1))
+
+
 # NVFP4
 
 
-def nvfp4_vllm(x: np.ndarray, encode_scale: float) -> Quantized:
-    """vLLM: ``cvt_warp_fp16_to_fp4``."""
+def nvfp4_vllm(x: np.ndarray, encode_scale: Scale) -> Quantized:
+    """Quantize as vLLM's kernel ``cvt_warp_fp16_to_fp4``."""
     sf = e4m3(mul(encode_scale, mul(amax_of(x), rcp_approx(6.0))))
     multipliers = rcp_approx(mul(decoded(sf), rcp_approx(encode_scale)))
     return sf, e2m1(times(x, np.where(sf == 0, 0.0, multipliers)))
 
 
-def nvfp4_vllm_emulated(x: np.ndarray, encode_scale: float) -> Quantized:
-    """vLLM without an FP4 GPU: ``ref_nvfp4_quant``, in which 1/0 is 1e-8, and -0 loses its sign."""
+def nvfp4_vllm_emulated(x: np.ndarray, encode_scale: Scale) -> Quantized:
+    """Quantize as vLLM's ``ref_nvfp4_quant``, in which 1/0 is 1e-8, and -0 loses its sign."""
     sf = e4m3(mul(encode_scale, mul(amax_of(x), SIXTH)))
     divisors = mul(decoded(sf), div(1.0, encode_scale))
     products = times(x, div(1.0, np.where(divisors == 0, f32(1e8), divisors)))
     return sf, np.where(products == 0, np.uint8(0), e2m1(products))
 
 
-def nvfp4_flashinfer(x: np.ndarray, encode_scale: float) -> Quantized:
-    """FlashInfer's CuTe DSL kernels: the formula of vLLM."""
+def nvfp4_flashinfer(x: np.ndarray, encode_scale: Scale) -> Quantized:
+    """Quantize as FlashInfer's CuTe DSL kernels, whose formula is that of vLLM."""
     return nvfp4_vllm(x, encode_scale)
 
 
-def nvfp4_flashinfer_cuda(x: np.ndarray, encode_scale: float) -> Quantized:
-    """FlashInfer's CUDA kernel: flushes subnormals, and tests the group for zeros, not its scale."""
+def nvfp4_flashinfer_cuda(x: np.ndarray, encode_scale: Scale) -> Quantized:
+    """Quantize as FlashInfer's CUDA kernel ``cvt_warp_fp16_to_fp4``.
+
+    It is compiled to flush subnormals, and looks for a zero amax, not for a zero scale.
+    """
     v = flushed(amax_of(x))
     sf = e4m3(flushed(mul(encode_scale, flushed(mul(v, rcp_approx(6.0))))))
     multipliers = rcp_approx(mul(decoded(sf), rcp_approx(encode_scale)))
     return sf, e2m1(flushed(times(flushed(x), np.where(v == 0, 0.0, multipliers))))
 
 
-def nvfp4_flashinfer_strict(x: np.ndarray, encode_scale: float) -> Quantized:
-    """FlashInfer with ``FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH``: the formula of TE, but for zeros.
+def nvfp4_flashinfer_strict(x: np.ndarray, encode_scale: Scale) -> Quantized:
+    """Quantize as FlashInfer with ``FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH``, by the formula of TE.
 
-    A zero group is multiplied by 0 instead of the largest float32, which gives the same codes.
+    It multiplies a zero group by 0 instead of the largest float32, which gives the same codes.
     """
     return nvfp4_te(x, encode_scale)
 
 
-def te_encode_scale(amax: float, e4m3_max: int = 448) -> np.float64:
+def flashinfer_row_scales(row_amax: np.ndarray, e4m3_max: int = 448) -> Quantized:
+    """Return the encode scales of rows, and the decode scales that FlashInfer stores."""
+    stored = mul(row_amax, f32(1 / (e4m3_max * 6)))
+    return np.where(row_amax == 0, FLOAT32_MAX, rcp_approx(stored)), stored
+
+
+def te_encode_scale(amax: Scale, e4m3_max: int = 448) -> np.ndarray:
     """Return the encode scale that TransformerEngine computes from the amax of a tensor."""
-    scale = np.minimum(div(e4m3_max * 6.0, np.float64(amax)), FLOAT32_MAX)
-    return np.float64(1.0) if amax == 0 or scale == 0 else scale
+    scale = np.minimum(div(e4m3_max * 6.0, amax), FLOAT32_MAX)
+    return np.where((np.asarray(amax) == 0) | (scale == 0), 1.0, scale)
 
 
-def nvfp4_te(x: np.ndarray, encode_scale: float) -> Quantized:
-    """TransformerEngine: ``quantize_transpose_nvfp4`` and its kin."""
+def nvfp4_te(x: np.ndarray, encode_scale: Scale) -> Quantized:
+    """Quantize as TransformerEngine's kernels ``quantize_transpose_nvfp4`` and its kin."""
     v = amax_of(x)
     sf = e4m3(np.minimum(mul(v, mul(encode_scale, SIXTH)), FLOAT32_MAX))
     return sf, e2m1(times(x, te_multipliers(sf, encode_scale)))
 
 
-def te_multipliers(sf: np.ndarray, encode_scale: float) -> np.ndarray:
+def te_multipliers(sf: np.ndarray, encode_scale: Scale) -> np.ndarray:
     return np.minimum(div(1.0, mul(decoded(sf), div(1.0, encode_scale))), FLOAT32_MAX)
 
 
 def nvfp4_torchao(x: np.ndarray, decode_scale: float | None) -> Quantized:
-    """torchao: ``nvfp4_quantize``."""
+    """Quantize as torchao's ``nvfp4_quantize`` on the CPU."""
     v = div(amax_of(x), 6.0)
     if decode_scale is None:
         sf = e4m3(np.clip(v, 2.0**-6, 448))
@@ -159,7 +174,7 @@ def nvfp4_torchao(x: np.ndarray, decode_scale: float | None) -> Quantized:
 
 
 def nvfp4_deepgemm(x: np.ndarray, decode_scale: float | None) -> Quantized:
-    """DeepGEMM: ``per_token_cast_to_nvfp4``."""
+    """Quantize as DeepGEMM's ``per_token_cast_to_nvfp4``."""
     decode_scale = 1.0 if decode_scale is None else decode_scale
     sf = e4m3(np.maximum(mul(mul(amax_of(x), SIXTH), div(1.0, decode_scale)), 2.0**-9))
     divisors = mul(decoded(sf), decode_scale)[:, None]
@@ -171,91 +186,111 @@ def nvfp4_deepgemm(x: np.ndarray, decode_scale: float | None) -> Quantized:
 
 def four_over_six(
     x: np.ndarray,
-    sf6: np.ndarray,
-    sf4: np.ndarray,
+    base: np.ndarray,
+    encode_scale: Scale,
     multipliers: Callable[[np.ndarray], np.ndarray],
-    difference: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    dequantized: Callable[[np.ndarray], np.ndarray],
     squared: bool,
+    scaled_errors: bool,
 ) -> Quantized:
-    """Quantize with both scales, and keep sf4 where the sum of its errors is smaller.
+    """Quantize with both scales, and keep that of amax / 4 where the sum of its errors is smaller.
 
     Args:
+        base: scales of amax / 6 before they are rounded to e4m3.
         multipliers: maps scale bytes to multipliers.
-        difference: maps values of codes and scales (groups, 1) to their distance from x.
+        dequantized: maps products of codes and scales to values.
         squared: whether errors are squares, or magnitudes.
+        scaled_errors: compare the products of codes and scales with the input times the encode
+            scale, not values with the input.
     """
+    exact = x.astype(np.float64)
     candidates = []
-    for sf in (sf4, sf6):
+    for scales in (base, mul(base, 1.5)):
+        sf = e4m3(scales)
         codes = e2m1(times(x, multipliers(sf)))
-        values = np.where(codes & 8, -1.0, 1.0) * E2M1[codes & 7]
-        d = difference(values, decoded(sf)[:, None])
-        terms = mul(d, d) if squared else np.abs(d)
+        products = np.where(codes & 8, -1.0, 1.0) * E2M1[codes & 7] * decoded(sf)[:, None]
+        if scaled_errors:
+            d = f32(products - mul(exact, of_rows(encode_scale)))
+        else:
+            d = f32(dequantized(products) - exact)
         error = np.zeros(len(x))
-        for term in terms.T:
+        for term in (mul(d, d) if squared else np.abs(d)).T:
             error = f32(error + term)
         candidates.append((sf, codes, error))
-    (sf4, codes4, error4), (sf6, codes6, error6) = candidates
+    (sf6, codes6, error6), (sf4, codes4, error4) = candidates
     four = error4 < error6
     return np.where(four, sf4, sf6), np.where(four[:, None], codes4, codes6)
 
 
 def nvfp4_te_4over6(
     x: np.ndarray,
-    amax: float,
+    amax: Scale,
     e4m3_max: int = 448,
     squared: bool = False,
     scaled_errors: bool = False,
 ) -> Quantized:
-    """TransformerEngine's 4over6, `amax` being that of the tensor or, row-scaled, of the row.
+    """Quantize as TransformerEngine's 4over6.
 
     Args:
-        scaled_errors: compare what the codes and their scale are in units of the encode scale, with
-            the input times the encode scale (``nvfp4_4over6_err_use_fast_math``).
+        amax: of the tensor or, row-scaled, of the row of each group.
+        scaled_errors: ``nvfp4_4over6_err_use_fast_math``.
     """
     encode_scale = te_encode_scale(amax, e4m3_max)
-    base = mul(div(amax_of(x), 6.0), encode_scale)
-    exact = x.astype(np.float64)
-
-    def difference(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-        if scaled_errors:
-            return f32(values * scales - mul(exact, encode_scale))
-        return f32(div(mul(mul(values, scales), np.float64(amax)), 6.0 * e4m3_max) - exact)
-
     return four_over_six(
         x,
-        e4m3(base),
-        e4m3(mul(base, 1.5)),
+        mul(div(amax_of(x), 6.0), encode_scale),
+        encode_scale,
         lambda sf: te_multipliers(sf, encode_scale),
-        difference,
+        lambda products: div(mul(products, of_rows(amax)), 6.0 * e4m3_max),
         squared,
+        scaled_errors,
     )
 
 
 def nvfp4_flashinfer_4over6(
     x: np.ndarray, encode_scale: float, squared: bool = False, scaled_errors: bool = False
 ) -> Quantized:
-    """FlashInfer's 4over6 per tensor, in its CuTe DSL kernels.
+    """Quantize as FlashInfer's 4over6 per tensor, in its CuTe DSL kernels.
 
-    The encode scale is that of the tensor, e4m3_max * 6 / amax. A group of zeros has codes 0.
+    Args:
+        encode_scale: e4m3_max * 6 / amax of the tensor, e4m3_max being 448 or 256.
     """
-    base = mul(encode_scale, mul(amax_of(x), rcp_approx(6.0)))
-    decode_scale = rcp_approx(encode_scale)
-    exact = x.astype(np.float64)
-
-    def difference(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-        if scaled_errors:
-            return f32(values * scales - mul(exact, encode_scale))
-        return f32(mul(mul(values, scales), decode_scale) - exact)
-
-    sf, codes = four_over_six(
+    return without_zero_groups(
         x,
-        e4m3(base),
-        e4m3(mul(base, 1.5)),
-        lambda sf: rcp_approx(mul(decoded(sf), decode_scale)),
-        difference,
-        squared,
+        four_over_six(
+            x,
+            mul(encode_scale, mul(amax_of(x), rcp_approx(6.0))),
+            encode_scale,
+            lambda sf: rcp_approx(mul(decoded(sf), rcp_approx(encode_scale))),
+            lambda products: mul(products, rcp_approx(encode_scale)),
+            squared,
+            scaled_errors,
+        ),
     )
+
+
+def nvfp4_flashinfer_per_token_4over6(
+    x: np.ndarray, row_amax: np.ndarray, e4m3_max: int = 448, squared: bool = False
+) -> Quantized:
+    """Quantize as FlashInfer's 4over6 per token, each group with the amax of its row."""
+    encode_scale, _ = flashinfer_row_scales(row_amax, e4m3_max)
+    return without_zero_groups(
+        x,
+        four_over_six(
+            x,
+            mul(encode_scale, mul(amax_of(x), rcp_approx(6.0))),
+            encode_scale,
+            lambda sf: rcp_approx(mul(decoded(sf), rcp_approx(encode_scale))),
+            lambda products: div(mul(products, of_rows(row_amax)), 6.0 * e4m3_max),
+            squared,
+            scaled_errors=False,
+        ),
+    )
+
+
+def without_zero_groups(x: np.ndarray, quantized: Quantized) -> Quantized:
     zero = amax_of(x) == 0
+    sf, codes = quantized
     return np.where(zero, np.uint8(0), sf), np.where(zero[:, None], np.uint8(0), codes)
 
 
@@ -281,7 +316,10 @@ def exact_multipliers(exponents: np.ndarray) -> np.ndarray:
 
 
 def mxfp4_vllm(x: np.ndarray) -> Quantized:
-    """vLLM: ``cvt_warp_fp16_to_fp4`` with UE8M0 scales, 7/4 of a power of two rounded up."""
+    """Quantize as vLLM's ``cvt_warp_fp16_to_fp4`` with UE8M0 scales.
+
+    The amax is rounded to a power of two: up from 7/4 of one.
+    """
     rounded = ((bits_of(amax_of(x)).astype(np.int64) + (1 << 21)) >> 23).clip(0, 255)
     exponents = (rounded - 2).clip(0)
     multipliers = np.where(exponents == 0, 0.0, exact_multipliers(exponents))
@@ -289,39 +327,39 @@ def mxfp4_vllm(x: np.ndarray) -> Quantized:
 
 
 def mxfp4_flashinfer(x: np.ndarray) -> Quantized:
-    """FlashInfer: ``process_mxfp4_block_bfloat``."""
+    """Quantize as FlashInfer's ``process_mxfp4_block_bfloat``."""
     exponents = power_of_two_at_least(mul(amax_of(x), rcp_approx(6.0)))
     multipliers = np.where(exponents == 0, 0.0, exact_multipliers(exponents))
     return exponents.astype(np.uint8), e2m1(times(x, multipliers))
 
 
 def mxfp8_flashinfer(x: np.ndarray) -> Quantized:
-    """FlashInfer: ``MXFP8QuantizeLinearKernel`` and its kin."""
+    """Quantize as FlashInfer's ``MXFP8QuantizeLinearKernel`` and its kin."""
     exponents = power_of_two_at_least(mul(amax_of(x), f32(1 / 448)))
     multipliers = np.where(exponents == 0, 0.0, exact_multipliers(exponents))
     return exponents.astype(np.uint8), e4m3(times(x, multipliers))
 
 
 def mxfp8_te(x: np.ndarray) -> Quantized:
-    """TransformerEngine: ``quantize_mxfp8``."""
+    """Quantize as TransformerEngine's kernel ``quantize_mxfp8``."""
     exponents = power_of_two_at_least(mul(amax_of(x), f32(1 / 448)))
     return exponents.astype(np.uint8), e4m3(times(x, exact_multipliers(exponents)))
 
 
 def mxfp8_vllm(x: np.ndarray) -> Quantized:
-    """vLLM without FlashInfer: ``_mxfp8_e4m3_quantize_torch``."""
+    """Quantize as vLLM's ``_mxfp8_e4m3_quantize_torch``, which it calls without FlashInfer."""
     exponents = power_of_two_at_least(div(np.maximum(amax_of(x), SMALLEST_NORMAL), 448.0))
     return exponents.astype(np.uint8), e4m3(times(x, exact_multipliers(exponents)))
 
 
 def mxfp4_torchao(x: np.ndarray, mode: str) -> Quantized:
-    """torchao: ``to_mx``, `mode` being a `ScaleCalculationMode` in lower case."""
+    """Quantize as torchao's ``to_mx``, `mode` being a ``ScaleCalculationMode`` in lower case."""
     exponents, multipliers = torchao_scales(x, mode, 6.0, 2, 1)
     return exponents, e2m1(times(x, multipliers))
 
 
 def mxfp8_torchao(x: np.ndarray, mode: str) -> Quantized:
-    """torchao: ``to_mx``, `mode` being a `ScaleCalculationMode` in lower case."""
+    """Quantize as torchao's ``to_mx``, `mode` being a ``ScaleCalculationMode`` in lower case."""
     exponents, multipliers = torchao_scales(x, mode, 448.0, 8, 3)
     return exponents, e4m3(times(x, multipliers))
 
@@ -344,14 +382,14 @@ def torchao_scales(
 
 
 def mxfp4_deepgemm(x: np.ndarray) -> Quantized:
-    """DeepGEMM 2.8: ``per_token_cast_to_fp4(use_ue8m0=True)``."""
+    """Quantize as ``per_token_cast_to_fp4(use_ue8m0=True)`` of DeepGEMM 2.8."""
     exponents = power_of_two_at_least(div(np.maximum(amax_of(x), f32(1e-4)), 6.0))
     codes = e2m1_without_negative_zero(times(x, exact_multipliers(exponents)))
     return exponents.astype(np.uint8), codes
 
 
 def mxfp8_deepgemm(x: np.ndarray) -> Quantized:
-    """DeepGEMM: ``per_token_cast_to_fp8(use_ue8m0=True)``."""
+    """Quantize as DeepGEMM's ``per_token_cast_to_fp8(use_ue8m0=True)``."""
     exponents = power_of_two_at_least(div(np.maximum(amax_of(x), f32(1e-4)), 448.0))
     return exponents.astype(np.uint8), e4m3(times(x, exact_multipliers(exponents)))
 
@@ -360,6 +398,6 @@ def mxfp8_deepgemm(x: np.ndarray) -> Quantized:
 
 
 def dequantized_vllm(codes: np.ndarray, sf: np.ndarray, decode_scale: float) -> np.ndarray:
-    """vLLM: ``dequantize_to_dtype``, as float32 values."""
+    """Return the values of vLLM's ``dequantize_to_dtype`` in float32."""
     values = np.where(codes & 8, -1.0, 1.0) * E2M1[codes & 7]
     return mul(values, mul(decoded(sf), decode_scale)[:, None])

@@ -101,13 +101,21 @@ def deep_gemm_math() -> ModuleType:
     return load_file(folder / "utils/math.py")
 
 
-def flashinfer_kernel_parts() -> ModuleType:
-    """Return FlashInfer's ``quantization_cute_dsl_utils``, without what its packages import."""
+def flashinfer(module: str) -> ModuleType:
+    """Return a module of ``flashinfer.quantization`` in CuTe DSL, without what it launches with.
+
+    The packages are bare folders, and what would compile, log and ask the GPU stands in.
+    """
     folder = skip_without("flashinfer")
-    packages = {}
-    for name in ("flashinfer", "flashinfer.quantization", "flashinfer.cute_dsl"):
-        package = ModuleType(name)
-        package.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
-        packages[name] = package
-    with standing_in(packages):
-        return importlib.import_module("flashinfer.quantization.quantization_cute_dsl_utils")
+    modules = {}
+    for name in ("flashinfer", *(f"flashinfer.{sub}" for sub in FLASHINFER_PACKAGES)):
+        modules[name] = ModuleType(name)
+        modules[name].__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
+    modules["flashinfer.api_logging"] = SimpleNamespace(flashinfer_api=lambda function: function)
+    for name in ("flashinfer.jit", "flashinfer.jit.cute_dsl_core", "flashinfer.cute_dsl.utils"):
+        modules[name] = mock.Mock()
+    with standing_in(modules):
+        return importlib.import_module(f"flashinfer.quantization.{module}")
+
+
+FLASHINFER_PACKAGES = ("cute_dsl", "quantization", "quantization.kernels")
