@@ -22,7 +22,7 @@ DECODE_SCALE = TENSOR_AMAX / 2688
 
 @functools.cache
 def groups(size: int, kind: str) -> np.ndarray:
-    """Return finite float32 groups, all but one kind of values that bf16 has."""
+    """Return finite float32 groups, all but the last two kinds of values that bf16 has."""
     rng = np.random.default_rng(size)
     match kind:
         case "normal":
@@ -45,13 +45,40 @@ def groups(size: int, kind: str) -> np.ndarray:
             x = np.where(np.isfinite(x), x, 1)
         case "float32":
             return rng.standard_normal((8192, size)).astype(np.float32)
+        case "boundaries":
+            amax = neighbours(boundaries_of_e4m3() if size == 16 else boundaries_of_powers())
+            x = amax[:, None] * rng.uniform(-1, 1, (len(amax), size)).astype(np.float32)
+            x[:, 0] = amax
+            return x
     return torch.from_numpy(x).bfloat16().float().numpy()
 
 
+def boundaries_of_e4m3() -> np.ndarray:
+    """Return the amax of groups whose scale is halfway between two of e4m3."""
+    middles = (formulas.E4M3[1:] + formulas.E4M3[:-1]) / 2
+    return np.outer(UPPER_SCALES, middles * 6 / 2688).ravel()
+
+
+def boundaries_of_powers() -> np.ndarray:
+    """Return the amax of groups where some library goes from a power of two to the next."""
+    return np.outer([1, 1.5, 1.75, 1.9375], 2.0 ** np.arange(-120, 100)).ravel()
+
+
+def neighbours(a: np.ndarray) -> np.ndarray:
+    """Return eight neighbours in float32 of each element."""
+    bits = a.astype(np.float32).view(np.int32)
+    return (bits[:, None] + np.arange(-4, 4, dtype=np.int32)).ravel().view(np.float32)
+
+
+UPPER_SCALES = [TENSOR_AMAX, 1.0, 3.1e-3, 7.7e4]
+"""The amax of tensors."""
 BF16_KINDS = ("normal", "wide", "underflowing", "ties", "every amax", "zeros", "any bits")
-every_kind = pytest.mark.parametrize("kind", [*BF16_KINDS, "float32"])
+KINDS = (*BF16_KINDS, "float32", "boundaries")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+# In torch, ceil(log2(x)) of a float32 next to a power of two is that of the power.
+every_kind_for_log2 = pytest.mark.parametrize("kind", KINDS[:-1])
 every_bf16_kind = pytest.mark.parametrize("kind", BF16_KINDS)
-every_upper_scale = pytest.mark.parametrize("amax", [TENSOR_AMAX, 1.0, 3.1e-3, 7.7e4])
+every_upper_scale = pytest.mark.parametrize("amax", UPPER_SCALES)
 every_error = pytest.mark.parametrize("squared", [False, True], ids=["MAE", "MSE"])
 every_domain = pytest.mark.parametrize("scaled_errors", [False, True])
 both_largest = pytest.mark.parametrize("e4m3_max", [448, 256])
@@ -174,9 +201,18 @@ def test_nvfp4_of_torchao_without_an_upper_scale(torchao, kind):
     check(formulas.nvfp4_torchao(x, None), as_bytes(sf), unpacked(q))
 
 
-@pytest.mark.parametrize("mode", ["floor", "rceil", "ceil", "even"])
+@pytest.mark.parametrize("mode", ["floor", "ceil", "even"])
 @every_kind
 def test_mx_of_torchao(torchao, kind, mode):
+    check_mx_of_torchao(torchao, kind, mode)
+
+
+@every_kind_for_log2
+def test_mx_of_torchao_by_log2(torchao, kind):
+    check_mx_of_torchao(torchao, kind, "rceil")
+
+
+def check_mx_of_torchao(torchao, kind, mode):
     x = groups(32, kind)
     t, their_mode = torch.from_numpy(x), torchao[0].ScaleCalculationMode(mode)
     sf, q = torchao[0].to_mx(t, torch.float4_e2m1fn_x2, 32, their_mode)
@@ -188,7 +224,7 @@ def test_mx_of_torchao(torchao, kind, mode):
 # DeepGEMM
 
 
-@pytest.mark.parametrize("amax", [None, TENSOR_AMAX, 1.0, 3.1e-3, 7.7e4])
+@pytest.mark.parametrize("amax", [None, *UPPER_SCALES])
 @every_kind
 def test_nvfp4_of_deep_gemm(kind, amax):
     math = libraries.deep_gemm_math()
@@ -243,7 +279,7 @@ def test_dequantization_of_vllm(kind, amax):
     np.testing.assert_array_equal(values.numpy().view(np.uint32), expected.view(np.uint32))
 
 
-@every_kind
+@every_kind_for_log2
 def test_mxfp8_of_vllm(kind):
     x = groups(32, kind)
     q, sf = libraries.vllm_mxfp8()._mxfp8_e4m3_quantize_torch(torch.from_numpy(x))
@@ -407,5 +443,5 @@ def test_mxfp8_of_flashinfer(kind):
     x = groups(32, kind)
     t = torch.from_numpy(x).clone()  # aligned for loads of 32 bytes
     check(formulas.mxfp8_flashinfer(x), *kernels.run_mxfp8(module, t))
-    if kind != "float32":
+    if kind in BF16_KINDS:
         check(formulas.mxfp8_flashinfer(x), *kernels.run_mxfp8(module, t.bfloat16()))
