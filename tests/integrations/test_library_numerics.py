@@ -171,6 +171,27 @@ def test_kernel_of_vllm_equals_its_reference_where_no_scale_underflows(kind, ama
     np.testing.assert_array_equal(codes, expected)
 
 
+@pytest.mark.parametrize(
+    ("amax", "encode_scale"), [(24.0, 112.0), (0.0, 1.0), (1e-38, formulas.FLOAT32_MAX)]
+)
+def test_encode_scale_of_te(amax, encode_scale):
+    assert formulas.te_encode_scale(amax) == encode_scale
+
+
+@every_kind
+def test_mxfp4_of_vllm_is_mode_even_of_torchao_above_the_smallest_scale(kind):
+    x = groups(32, kind)
+    sf, codes = formulas.mxfp4_vllm(x)
+    expected_sf, expected = formulas.mxfp4_torchao(x, "even")
+    check((expected_sf, expected[sf > 0]), sf, codes[sf > 0])
+
+
+@every_kind
+def test_mxfp8_of_te_is_that_of_vllm(kind):
+    x = groups(32, kind)
+    check(formulas.mxfp8_vllm(x), *formulas.mxfp8_te(x))
+
+
 # torchao
 
 

@@ -25,7 +25,7 @@ E4M3 = np.array([(m / 8 + (e > 0)) * 2.0 ** (max(e, 1) - 7) for e in range(16) f
 FLOAT32_MAX = np.float64(np.finfo(np.float32).max)
 SMALLEST_NORMAL = 2.0**-126
 SIXTH = np.float64(np.float32(1 / 6))
-"""1/6 as a float32 constant, which three of the libraries multiply by."""
+"""1/6 as a float32 constant; the assembler makes it of ``rcp.approx.ftz.f32`` of 6, too."""
 
 
 def f32(a: np.ndarray) -> np.ndarray:
@@ -101,7 +101,7 @@ def of_rows(scale: Scale) -> np.ndarray:
 
 def nvfp4_vllm(x: np.ndarray, encode_scale: Scale) -> Quantized:
     """Quantize as vLLM's kernel ``cvt_warp_fp16_to_fp4``."""
-    sf = e4m3(mul(encode_scale, mul(amax_of(x), rcp_approx(6.0))))
+    sf = e4m3(mul(encode_scale, mul(amax_of(x), SIXTH)))
     multipliers = rcp_approx(mul(decoded(sf), rcp_approx(encode_scale)))
     return sf, e2m1(times(x, np.where(sf == 0, 0.0, multipliers)))
 
@@ -114,9 +114,8 @@ def nvfp4_vllm_emulated(x: np.ndarray, encode_scale: Scale) -> Quantized:
     return sf, np.where(products == 0, np.uint8(0), e2m1(products))
 
 
-def nvfp4_flashinfer(x: np.ndarray, encode_scale: Scale) -> Quantized:
-    """Quantize as FlashInfer's CuTe DSL kernels, whose formula is that of vLLM."""
-    return nvfp4_vllm(x, encode_scale)
+nvfp4_flashinfer = nvfp4_vllm
+"""FlashInfer's CuTe DSL kernels have the formula of vLLM."""
 
 
 def nvfp4_flashinfer_cuda(x: np.ndarray, encode_scale: Scale) -> Quantized:
@@ -125,17 +124,9 @@ def nvfp4_flashinfer_cuda(x: np.ndarray, encode_scale: Scale) -> Quantized:
     It is compiled to flush subnormals, and looks for a zero amax, not for a zero scale.
     """
     v = flushed(amax_of(x))
-    sf = e4m3(flushed(mul(encode_scale, flushed(mul(v, rcp_approx(6.0))))))
+    sf = e4m3(flushed(mul(encode_scale, flushed(mul(v, SIXTH)))))
     multipliers = rcp_approx(mul(decoded(sf), rcp_approx(encode_scale)))
     return sf, e2m1(flushed(times(flushed(x), np.where(v == 0, 0.0, multipliers))))
-
-
-def nvfp4_flashinfer_strict(x: np.ndarray, encode_scale: Scale) -> Quantized:
-    """Quantize as FlashInfer with ``FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH``, by the formula of TE.
-
-    It multiplies a zero group by 0 instead of the largest float32, which gives the same codes.
-    """
-    return nvfp4_te(x, encode_scale)
 
 
 def flashinfer_row_scales(row_amax: np.ndarray, e4m3_max: int = 448) -> Quantized:
@@ -155,6 +146,13 @@ def nvfp4_te(x: np.ndarray, encode_scale: Scale) -> Quantized:
     v = amax_of(x)
     sf = e4m3(np.minimum(mul(v, mul(encode_scale, SIXTH)), FLOAT32_MAX))
     return sf, e2m1(times(x, te_multipliers(sf, encode_scale)))
+
+
+nvfp4_flashinfer_strict = nvfp4_te
+"""FlashInfer with ``FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH`` has the formula of TE.
+
+It multiplies a zero group by 0 instead of the largest float32, which gives the same codes.
+"""
 
 
 def te_multipliers(sf: np.ndarray, encode_scale: Scale) -> np.ndarray:
@@ -259,7 +257,7 @@ def nvfp4_flashinfer_4over6(
         x,
         four_over_six(
             x,
-            mul(encode_scale, mul(amax_of(x), rcp_approx(6.0))),
+            mul(encode_scale, mul(amax_of(x), SIXTH)),
             encode_scale,
             lambda sf: rcp_approx(mul(decoded(sf), rcp_approx(encode_scale))),
             lambda products: mul(products, rcp_approx(encode_scale)),
@@ -278,7 +276,7 @@ def nvfp4_flashinfer_per_token_4over6(
         x,
         four_over_six(
             x,
-            mul(encode_scale, mul(amax_of(x), rcp_approx(6.0))),
+            mul(encode_scale, mul(amax_of(x), SIXTH)),
             encode_scale,
             lambda sf: rcp_approx(mul(decoded(sf), rcp_approx(encode_scale))),
             lambda products: div(mul(products, of_rows(row_amax)), 6.0 * e4m3_max),
@@ -328,7 +326,7 @@ def mxfp4_vllm(x: np.ndarray) -> Quantized:
 
 def mxfp4_flashinfer(x: np.ndarray) -> Quantized:
     """Quantize as FlashInfer's ``process_mxfp4_block_bfloat``."""
-    exponents = power_of_two_at_least(mul(amax_of(x), rcp_approx(6.0)))
+    exponents = power_of_two_at_least(mul(amax_of(x), SIXTH))
     multipliers = np.where(exponents == 0, 0.0, exact_multipliers(exponents))
     return exponents.astype(np.uint8), e2m1(times(x, multipliers))
 
