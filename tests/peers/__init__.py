@@ -1,0 +1,1 @@
+"""Formulas of other libraries, and their own code to hold the formulas to."""
