@@ -91,6 +91,33 @@ class Rows(NamedTuple):
     exist: list[Boolean] | None = None
 
 
+class Origin(NamedTuple):
+    """The first of the tiles that a thread has a part of.
+
+    Attributes:
+        segment: of the thread in the first tile.
+        tiles: how many tiles later another one is.
+    """
+
+    segment: Segment
+    tiles: int
+
+
+class Base(NamedTuple):
+    """A row and a tile whose scales have an address from which those of others are constants away.
+
+    Attributes:
+        row: the first row of the thread.
+        segment: of the thread in its first tile.
+        rows, tiles: how many rows and tiles later another one is.
+    """
+
+    row: Uint32
+    segment: Segment
+    rows: int
+    tiles: int
+
+
 class Stage:
     """Quantizes segments of rows in registers, and stores the scales of their groups.
 
@@ -120,6 +147,10 @@ class Stage:
         self.lanes_per_group = tile.lanes_per_group(fmt.group_size)
         self.groups_per_tile = tile.groups(fmt.group_size)
         self.groups_per_unit = fmt.groups_per_unit
+        # Each unit of scales in a tile is written if its first group exists.
+        self.tiles_have_units = self.groups_per_unit == 1 or (
+            not self.whole_row and self.groups_per_tile > self.groups_per_unit
+        )
         self.rows_at_once = min(tile.rows_per_thread, self.lanes_per_group)
 
     def scales(
@@ -251,6 +282,7 @@ class Stage:
         row_scales: list[GroupScale],
         segment: Segment,
         k: Int32,
+        origin: Origin | None = None,
     ):
         """Store the scales of a warp's groups: of each row another lane of the group.
 
@@ -262,12 +294,26 @@ class Stage:
             row_scales: of a lane's group in each of the rows.
             segment: of the thread, the same in each of the rows.
             k: columns of a matrix.
+            origin: the first of the thread's tiles, where it has several.
         """
+        origin = Origin(segment, 0) if origin is None else origin
+        several = len(row_scales) > self.lanes_per_group or self.tile.tiles_per_thread > 1
         for first in range(0, len(row_scales), self.lanes_per_group):
             some = slice(first, first + self.lanes_per_group)
             exist = None if rows.exist is None else rows.exist[some]
             some_rows = Rows(rows.indices[some], rows.num_rows, exist)
-            self._store_scale_of_lane(scales, some_rows, row_scales[some], segment, k)
+            base = None
+            if several and self.scales_are_linear(len(row_scales)):
+                base = Base(rows.indices[0], origin.segment, first, origin.tiles)
+            self._store_scale_of_lane(scales, some_rows, row_scales[some], segment, k, base)
+
+    def scales_are_linear(self, rows: int) -> bool:
+        """Return whether scales of rows, and of tiles, of a thread are a constant distance apart.
+
+        No block ends between the rows, and tiles have whole blocks or words.
+        """
+        lanes = layouts.block_lanes(self.fmt) if self.fmt.blocked else rows
+        return lanes % rows == 0 and self.groups_per_tile % self.groups_per_unit == 0
 
     @cute.jit
     def _store_scale_of_lane(
@@ -277,6 +323,7 @@ class Stage:
         row_scales: list[GroupScale],
         segment: Segment,
         k: Int32,
+        base: Base | None,
     ):
         """Store the scale of a lane's group in one of as many rows as the group has lanes."""
         fmt, tile = self.fmt, self.tile
@@ -300,8 +347,7 @@ class Stage:
             predicate = lane_row < num_rows
             if const_expr(self.groups_per_unit == 1):
                 predicate = predicate and group_exists
-            elif const_expr(self.groups_per_tile > self.groups_per_unit):
-                # A unit is written if its first group exists.
+            elif const_expr(self.tiles_have_units):
                 _, unit = group
                 unit_columns = fmt.group_size * self.groups_per_unit
                 predicate = predicate and copy.tile_coordinates(k, unit, unit_columns)[0] < k
@@ -315,7 +361,20 @@ class Stage:
         row_exists = row < rows.num_rows
         if const_expr(rows.exist is not None):
             row_exists = pick(rows.exist, lane_row)
-        if predicate:
+        if const_expr(base is not None):
+            base_row = base.row
+            if const_expr(num_rows > 1):
+                base_row = base_row + layouts.unsigned(lane_row)
+            groups = layouts.groups_by_tile(layout, groups_per_tile)
+            _, base_group = layouts.lanes(self.lanes_per_group)(base.segment.lane)
+            base_coordinate = type(coordinate[0])(base_row), groups((base_group, base.segment.tile))
+            byte, element = layout(base_coordinate)
+            _, distance = layout((base.rows, groups((0, base.tiles))))
+            address = scales.start + Int64(self.index(element)) + Int64(distance)
+            if predicate:
+                scale = scale if row_exists and group_exists else type(scale)(0)
+                store_scale(scale, address, byte)
+        elif predicate:
             scale = scale if row_exists and group_exists else type(scale)(0)
             byte, element = layout(coordinate)
             carried = scales.written_rows is not None and self.dtype is Float32
@@ -325,9 +384,12 @@ class Stage:
                 _, group = layouts.lanes(self.lanes_per_group)(cute.arch.lane_idx())
                 group = layouts.groups_by_tile(layout, groups_per_tile)((group, segment.tile))
                 byte, _ = layout((Int32(row), group))
-            if const_expr(fmt.mn_major or fmt.blocked):
-                element = layouts.unsigned(element)
-            store_scale(scale, scales.start + Int64(element), byte)
+            store_scale(scale, scales.start + Int64(self.index(element)), byte)
+
+    def index(self, element: Int32 | Int64) -> Uint32 | Int64:
+        """Return the index of an element of a matrix's scales; 32 bits hold all but row-major."""
+        narrow = self.fmt.mn_major or self.fmt.blocked
+        return layouts.unsigned(element) if narrow else element
 
 
 def store_scale(scale: Uint32 | Float32, element: cute.Pointer, byte: Int32):
