@@ -70,7 +70,9 @@ def group_scales(x: torch.Tensor, fmt: Format, upper: Factors | None = None) -> 
     """
     amax = _in_groups(x, fmt).abs().amax(-1)
     if upper is not None:
-        return _e4m3_scales(amax.float(), upper, fmt)
+        quotients = _e4m3_quotients(amax.float(), upper, fmt)
+        scales = _e4m3_scales(quotients, fmt)
+        return _better_scales(x, scales, quotients, upper, fmt) if fmt.four_over_six else scales
     # As a tensor: torch multiplies a CUDA tensor with the reciprocal of a number.
     exact = torch.float64 if fmt.power_of_two else torch.float32
     largest = amax.new_full((), fmt.value_type.max, dtype=exact)
@@ -94,8 +96,11 @@ def _half_up_exponents(amax: torch.Tensor, fmt: Format) -> torch.Tensor:
     return exponent.where(amax.isfinite(), UE8M0_NAN)
 
 
-def _e4m3_scales(amax: torch.Tensor, upper: Factors, fmt: Format) -> torch.Tensor:
-    """Return e4m3 scales of groups as float32, NaN where amax or the upper scale is not finite."""
+def _e4m3_quotients(amax: torch.Tensor, upper: Factors, fmt: Format) -> torch.Tensor:
+    """Return the scales of groups before they are rounded to e4m3, at least the floor.
+
+    They are NaN where amax or the upper scale is not finite.
+    """
     encode, decode = upper
     largest = encode.new_full((), E2M1_MAX)
     sixth = 1.0 / largest
@@ -108,8 +113,38 @@ def _e4m3_scales(amax: torch.Tensor, upper: Factors, fmt: Format) -> torch.Tenso
             scales = amax * sixth * (1.0 / decode)
         case _:
             scales = amax * (encode * sixth)
-    scales = scales.clamp(fmt.floor, E4M3_MAX).to(torch.float8_e4m3fn).float()
-    return scales.where(amax.isfinite() & encode.isfinite(), torch.nan)
+    finite = amax.isfinite() & encode.isfinite()
+    return scales.clamp(min=fmt.floor).where(finite, torch.nan)
+
+
+def _e4m3_scales(quotients: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return quotients rounded to e4m3, as float32; NaN stays NaN."""
+    scales = quotients.clamp(max=E4M3_MAX).to(fmt.scale_dtype).float()
+    return scales.where(quotients.isfinite() | (quotients > 0), torch.nan)
+
+
+def _better_scales(
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    quotients: torch.Tensor,
+    upper: Factors,
+    fmt: Format,
+) -> torch.Tensor:
+    """Return scales that map the amax of a group to 6, or to 4 where that has the smaller error."""
+    larger = _e4m3_scales(1.5 * quotients, fmt)
+    better = _errors(x, larger, upper, fmt) < _errors(x, scales, upper, fmt)
+    return larger.where(better, scales)
+
+
+def _errors(x: torch.Tensor, scales: torch.Tensor, upper: Factors, fmt: Format) -> torch.Tensor:
+    """Return the sum of absolute errors of each group, added in order, in float32."""
+    q = group_values(x, scales, fmt, upper)
+    decoded = multiply_back(q, scales * upper.decode, fmt, torch.float32)
+    differences = _in_groups((decoded - x.float()).abs(), fmt)
+    total = torch.zeros_like(differences[..., 0])
+    for difference in differences.unbind(-1):
+        total = total + difference
+    return total
 
 
 def _e4m3_multipliers(scales: torch.Tensor, upper: Factors, fmt: Format) -> torch.Tensor:

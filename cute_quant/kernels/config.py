@@ -252,7 +252,7 @@ class QuantizeSpec(NamedTuple):
         dtype: of the elements of x.
         fmt: of the results.
         fake: whether the result is the products of values and scales, in x's dtype.
-        tiles_per_thread, max_warps: as of a `RmsNormSpec`, where each row has a scale of its own.
+        max_warps: most warps that share a row, where each row has a scale of its own.
         upper: the argument that the scale over e4m3 scales is given as, as of
             `cute_quant.contract.upper_scales`; None where the format has none, or one for each row.
         pdl: programmatic dependent launch. CTAs start while the kernel before still runs, and wait
@@ -265,7 +265,6 @@ class QuantizeSpec(NamedTuple):
     domain: Domain = DENSE_ROWS
     access: Access = WIDEST
     fake: bool = False
-    tiles_per_thread: int = 1
     max_warps: int = 16
     upper: str | None = None
     pdl: bool = True
@@ -283,7 +282,7 @@ class SiluMulSpec(NamedTuple):
         scaled: whether the gate has a factor in the sigmoid.
         shifted: whether something is added to the up.
         weighted: whether rows have a factor of their own.
-        tiles_per_thread, max_warps: as of a `QuantizeSpec`.
+        max_warps: as of a `QuantizeSpec`.
     """
 
     dtype: torch.dtype
@@ -297,7 +296,6 @@ class SiluMulSpec(NamedTuple):
     scaled: bool = False
     shifted: bool = False
     weighted: bool = False
-    tiles_per_thread: int = 1
     max_warps: int = 16
     upper: str | None = None
     pdl: bool = True

@@ -89,7 +89,7 @@ class GroupQuantizer:
                 for i in cutlass.range_constexpr(len(rows)):
                     tXrV = inputs[i].values(tXrX[j][i])  # (values,)
                     amax = stage.group_amax(stage.thread_amax(tXrV))
-                    scale = stage.scale(amax, bound)
+                    scale = stage.refine(tXrV, stage.scale(amax, bound), bound)
                     tXrQ = self.encode(tXrV, scale, bound)  # (values,), or bytes of two
                     copy.store(tXrQ, gQ[i], segments[j], rows[i].in_bounds, self.spec.access)
                     row_scales.append(scale)
