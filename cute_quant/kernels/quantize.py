@@ -102,13 +102,13 @@ class GroupQuantizer:
         self, row: Row, source: Params, gQ: cute.Tensor, problem: Problem
     ) -> GroupScale:
         """Quantize and store a row that is one group, by one warp, and return its scale."""
-        stage, lane = self.stage, cute.arch.lane_idx()
-        tiles = cute.ceil_div(problem.k, stage.tile.columns)
+        lane = cute.arch.lane_idx()
+        tiles = cute.ceil_div(problem.k, self.stage.tile.columns)
         amax = Uint32(0)
         for i in range(tiles):
             tXrV = source.values(source.load(Segment(i, lane)))
-            amax = stage.larger(amax, stage.thread_amax(tXrV))
-        scale = stage.scale(stage.group_amax(amax), problem.scale_bound)
+            amax = self.stage.larger(amax, self.stage.thread_amax(tXrV))
+        scale = self.stage.scale(self.stage.group_amax(amax), problem.scale_bound)
         for i in range(tiles):
             tXrV = source.values(source.load(Segment(i, lane)))
             tXrQ = self.encode(tXrV, scale, problem.scale_bound)
