@@ -402,7 +402,7 @@ class Stage:
             base_coordinate = type(coordinate[0])(base_row), groups((base_group, base.segment.tile))
             byte, element = layout(base_coordinate)
             _, distance = layout((base.rows, groups((0, base.tiles))))
-            address = scales.start + Int64(self.index(element)) + Int64(distance)
+            address = scales.start + Int64(self.index(element)) + Int64(self.index(distance))
             if predicate:
                 scale = scale if row_exists and group_exists else type(scale)(0)
                 store_scale(scale, address, byte)
