@@ -167,7 +167,38 @@ def upper_factors(x: torch.Tensor, call: Call) -> Factors | None:
     """Return forms of the upper scale of rows `x` (batch, mn, k), each (batch or 1, mn or 1, 1)."""
     if call.fmt.row_scale:
         return factors_of_amax(x.abs().amax(-1, keepdim=True).float())
-    return None if call.upper is None else Factors(*(t.view(-1, 1, 1) for t in factors(call.upper)))
+    if call.upper is None:
+        return None
+    forms = factors(call.upper)
+    if call.upper_of_groups:
+        group = groups_of_rows(call.rows, x.shape[1])
+        exists = (group >= 0) & (group < call.upper.tensor.shape[0])
+        padded = (pad(form, (0, 1), value=torch.nan) for form in forms)
+        return Factors(*(form[group.where(exists, -1)].view(1, -1, 1) for form in padded))
+    return Factors(*(form.view(-1, 1, 1) for form in forms))
+
+
+def groups_of_rows(rows: Rows | None, mn: int) -> torch.Tensor:
+    """Return the group of each row stacked along M, the first where there are several, -1 of none.
+
+    Returns:
+        (mn,), int64.
+    """
+    if isinstance(rows, Indexed):
+        return rows.m_indices.long()
+    assert isinstance(rows, PrefixSum)
+    # A last group of all rows, for those that belong to none.
+    belongs = pad(in_groups(rows, mn), (0, 0, 0, 1), value=True)
+    group = belongs.int().argmax(0)
+    return group.where(group < len(rows.ends), -1)
+
+
+def in_groups(rows: PrefixSum, mn: int) -> torch.Tensor:
+    """Return which rows, (G, mn), each group has."""
+    row = torch.arange(mn, device=rows.ends.device)
+    ends = rows.ends.long().clamp(0, mn)
+    starts = pad(align(ends, rows.alignment)[:-1], (1, 0))[: ends.shape[0]]
+    return (starts[:, None] <= row) & (row < ends[:, None])
 
 
 def check_upper_scale(call: Call) -> None:
@@ -299,14 +330,11 @@ def live_rows(
         live = (index >= 0) & (index < tokens)
         # A row of zeros for those that have none, also where x has no rows at all.
         source = torch.cat([x, x.new_zeros(1, x.shape[1])])[index.long().where(live, tokens)]
-    row = torch.arange(live.shape[1], device=x.device)
     match rows:
         case Masked():
             live = live & below_count(rows, live.shape[1], live.shape[1])
         case PrefixSum():
-            ends = rows.ends.long().clamp(0, live.shape[1])
-            starts = pad(align(ends, rows.alignment)[:-1], (1, 0))[: ends.shape[0]]
-            live = live & ((starts[:, None] <= row) & (row < ends[:, None])).any(0)
+            live = live & in_groups(rows, live.shape[1]).any(0)
         case Indexed():
             live = live & (rows.m_indices >= 0)
     return live, source

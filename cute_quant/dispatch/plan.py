@@ -211,8 +211,8 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
     k = call.result_shape.k
     shape = ResultShape(tuple(batch_shape), q_rows, k)
     launch = _launch_shape(call, shape, gpu)
-    domain = Domain(kind, index is not None, bool(batch_shape) or launch.tall)
-    batched = domain.batched
+    batched = bool(batch_shape) or launch.tall
+    domain = Domain(kind, index is not None, batched, call.upper_of_groups)
     match call.prologue:
         case None:
             prologue = _Prologue(QuantizeSpec, {"fake": scales is None})
@@ -385,6 +385,8 @@ def _upper_view(call: Call, shape: ResultShape, *, batched: bool) -> View | None
     if call.upper is None:
         return None
     t = call.upper.tensor
+    if call.upper_of_groups:
+        return None
     size, stride = (math.prod(shape.batch_shape), int(t.numel() > 1)) if batched else (1, 1)
     return None if t.shape == (size,) else View((size,), (stride,))
 

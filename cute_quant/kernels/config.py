@@ -210,11 +210,13 @@ class Domain(NamedTuple):
         gathered: whether an index names the rows of x.
         batched: whether there are several matrices, or more rows than one dimension of a grid
             counts; the results of masked experts always are.
+        grouped: whether each group of a prefix sum or an index has an upper scale of its own.
     """
 
     kind: str = DENSE
     gathered: bool = False
     batched: bool = False
+    grouped: bool = False
 
     @property
     def masked(self) -> bool:

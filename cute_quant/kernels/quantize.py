@@ -78,7 +78,7 @@ class GroupQuantizer:
         inputs = [problem.prologue.row(row, k) for row in rows]
         gQ = [problem.q.row(row.index) for row in rows]  # (k,) each
 
-        scales, bound = [], problem.load_bound()
+        scales, bounds = [], self.load_bounds(rows, problem)
         if const_expr(stage.whole_row):
             scales = [[self.quantize_row(rows[0], inputs[0], gQ[0], problem)]]
         else:
@@ -89,13 +89,19 @@ class GroupQuantizer:
                 for i in cutlass.range_constexpr(len(rows)):
                     tXrV = inputs[i].values(tXrX[j][i])  # (values,)
                     amax = stage.group_amax(stage.thread_amax(tXrV))
-                    scale = stage.refine(tXrV, stage.scale(amax, bound), bound)
-                    tXrQ = self.encode(tXrV, scale, bound)  # (values,), or bytes of two
+                    scale = stage.refine(tXrV, stage.scale(amax, bounds[i]), bounds[i])
+                    tXrQ = self.encode(tXrV, scale, bounds[i])  # (values,), or bytes of two
                     copy.store(tXrQ, gQ[i], segments[j], rows[i].in_bounds, self.spec.access)
                     row_scales.append(scale)
                 scales.append(row_scales)
         if const_expr(problem.scales is not None):
             self.store_scales(rows, scales, segments, problem)
+
+    def load_bounds(self, rows: list[Row], problem: Problem) -> list[Float32 | Factors]:
+        """Return what the scales of each row are bounded by, or lie under."""
+        if self.spec.domain.grouped:
+            return [problem.load_bound(row.group) for row in rows]
+        return [problem.load_bound()] * len(rows)
 
     @cute.jit
     def quantize_row(

@@ -169,7 +169,8 @@ class RmsNorm(WholeRows):
         factor = arithmetic.rsqrt(square * inputs.reciprocal + inputs.eps)
         factor = zero_unless(row.exists, factor)
 
-        gQ, bound = problem.q.row(row.index), problem.load_bound()  # (k,)
+        gQ = problem.q.row(row.index)  # (k,)
+        bound = problem.load_bound(row.group if spec.domain.grouped else None)
         if const_expr(spec.fmt.row_scale):
             largest = self.round(row_amax.bitcast(Float32) * factor)
             bound = self.bound_of_amax(largest.bitcast(Uint32), problem)
