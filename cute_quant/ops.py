@@ -69,8 +69,10 @@ def quantize(
             ``x[index[i]]``. An index outside of 0 to T - 1 gives values 0 and scales 0.
         encode_scale: for e4m3 scales without `row_scale`, about 2688 over the largest magnitude:
             float32, contiguous, on the device of x, () or (1,) for the tensor, or of the leading
-            dimensions for each of its matrices. It is read on the device, never waited for. Groups
-            become NaN unless it is from 2^-117 to 2^117. A call gives one of these three.
+            dimensions for each of its matrices. For rows stacked along M it may be (G,), one for
+            each end of a ``PrefixSum`` or each index of an ``Indexed``. It is read on the device,
+            never waited for. Groups become NaN unless it is from 2^-117 to 2^117, and so do those
+            of rows whose index is past its end. A call gives one of these three.
         decode_scale: the same, but its reciprocal, with which GEMMs multiply their result.
         amax: the same, but the largest magnitude, from which the encode scale is computed.
         check: whether to read the counts of `rows` and `index`, which synchronizes, and raise on

@@ -220,21 +220,30 @@ def check_upper_scale(call: Call) -> None:
             f"{kind}: expected finite numbers above 0, from 2^-117 to 2^117 unless they are an "
             f"amax, got {bad}"
         )
-    if call.prologue is not None:
+    if call.prologue is not None or call.x.numel() == 0:
         return
-    live, source = live_rows(call.x, call.rows, call.index)
-    amax = source.abs().where(live.unsqueeze(2), 0).flatten(1).amax(1).double()
-    if encode.numel() == 1:
-        amax = amax.amax(0, keepdim=True)
+    amax = _amax_under_each(call, encode.numel())
     ratio = amax * encode / UPPER_MAX
     outside = (amax > 0) & amax.isfinite() & ((ratio < 2.0**-20) | (ratio > 2.0**20))
     if outside.any():
-        matrix = int(outside.nonzero()[0])
+        i = int(outside.nonzero()[0])
         raise ValueError(
-            f"{kind}: expected about 2688 / amax = {UPPER_MAX / amax[matrix]:.3g} as an encode "
-            f"scale, or amax / 2688 = {amax[matrix] / UPPER_MAX:.3g} as a decode scale, got "
-            f"{given.reshape(-1)[matrix].item():.3g}: were the two mixed up?"
+            f"{kind}: expected about 2688 / amax = {UPPER_MAX / amax[i]:.3g} as an encode scale, "
+            f"or amax / 2688 = {amax[i] / UPPER_MAX:.3g} as a decode scale, got "
+            f"{given.reshape(-1)[i].item():.3g}: were the two mixed up?"
         )
+
+
+def _amax_under_each(call: Call, count: int) -> torch.Tensor:
+    """Return the largest magnitudes that lie under each of the `count` upper scales of a call."""
+    live, source = live_rows(call.x, call.rows, call.index)
+    of_rows = source.abs().amax(-1).where(live, 0).double()
+    if call.upper_of_groups:
+        group = groups_of_rows(call.rows, of_rows.shape[1])
+        inside = (group >= 0) & (group < count)
+        of_groups = of_rows.new_zeros(count + 1)
+        return of_groups.scatter_reduce(0, group.where(inside, count), of_rows[0], "amax")[:count]
+    return of_rows.flatten().amax(0, keepdim=True) if count == 1 else of_rows.amax(1)
 
 
 def group_values(
