@@ -5,15 +5,16 @@ import torch
 
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, Masked, quantize
 from tests.helpers import (
+    NVFP4_FORMATS,
     all_formats,
+    as_arguments,
     assert_quantized_within,
-    poisoned_scales,
-    poisoned_values,
+    poisoned_results,
+    upper_scale,
 )
 
-every_format = pytest.mark.parametrize(
-    "fmt", [*all_formats(group_sizes=(32,)), *all_formats(group_sizes=(-1,))], ids=str
-)
+FORMATS = [*all_formats(group_sizes=(32,)), *all_formats(group_sizes=(-1,)), *NVFP4_FORMATS]
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 RELATIVE = 2.0**-10
 
 
@@ -24,17 +25,25 @@ def values(*shape):
     return x
 
 
-def quantized(x, fmt, rows=None, extra_rows=3, last_padding=True):
+def upper_scale_of(x, fmt):
+    return upper_scale(x[..., 2:, 2:].float(), fmt)  # the finite part that float32 holds
+
+
+def quantized(x, fmt, rows=None, extra_rows=3, last_padding=True, upper=None):
     *batch_shape, mn, k = x.shape
-    batch_shape = tuple(batch_shape)
-    q = poisoned_values(mn + extra_rows, k, "cpu", fmt.values, batch_shape)
-    sf = poisoned_scales(fmt, mn, k, "cpu", last_padding, batch_shape)
-    return quantize(x.float(), fmt, rows=rows, out=(q, sf))
+    out = poisoned_results(fmt, mn, k, "cpu", extra_rows, last_padding, tuple(batch_shape))
+    upper = upper_scale_of(x, fmt) if upper is None else upper
+    return quantize(x.float(), fmt, rows=rows, out=out, **as_arguments(upper))
 
 
 def within(results, fmt, x, relative=RELATIVE, rows=None):
     bounds = x - x.abs() * relative, x + x.abs() * relative
-    return assert_quantized_within(*results, fmt, x, *bounds, rows)
+    q, sf, *row_scales = results
+    row_scales = row_scales[0] if row_scales else None
+    upper = upper_scale_of(x, fmt)
+    return assert_quantized_within(
+        q, sf, fmt, x, *bounds, rows, upper=upper, row_scales=row_scales
+    )
 
 
 @every_format
