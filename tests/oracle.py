@@ -132,7 +132,7 @@ def scales_of(x: np.ndarray, fmt: Format, forms: Forms | None = None) -> Scales:
 def floats_of(codes: np.ndarray, scale_dtype: torch.dtype = torch.float8_e8m0fnu) -> np.ndarray:
     """Return the scales of bytes of UE8M0 or e4m3 as float64."""
     if scale_dtype is E4M3:
-        return np.append(TABLES[E4M3], np.nan)[codes]
+        return values_of(codes, E4M3)
     return np.append(POWERS, np.nan)[codes]
 
 
