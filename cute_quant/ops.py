@@ -96,18 +96,22 @@ def quantize(
             forward-mode differentiation or is inside of vmap or jit.trace, or the GPU is not
             supported.
     """
+    upper = None
+    if not (encode_scale is decode_scale is amax is None):
+        upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
     if rows is None and index is None and check is False and not is_dynamo_compiling():
         results = None
         if out is None:
-            results = launch.quantize_again(x, fmt)
+            results = launch.quantize_again(x, fmt, upper)
         elif len(out) == 2:
             q, sf = out
             if q is not None and sf is not None:
-                results = launch.quantize_into_again(x, fmt, q, sf)
+                results = launch.quantize_into_again(x, fmt, upper, q, sf)
         if results is not None:
             return results
     outputs = _outputs(out, fmt)
-    upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    if upper is not None:
+        _check_input("quantize", *upper)
     _check_input("quantize", "x", x)
     return _run(
         Call(x, fmt, outputs.q, outputs.sf, rows, index, None, upper, outputs.row_scales), check
@@ -179,6 +183,8 @@ def silu_mul_quantize(
         _check_input("silu_mul_quantize", "weight", weight)
     outputs = _outputs(out, fmt)
     upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    if upper is not None:
+        _check_input("silu_mul_quantize", *upper)
     prologue = make_silu_mul(
         interleaved=interleaved,
         clamp=clamp,
@@ -264,6 +270,8 @@ def rms_norm_quantize(
             _check_input("rms_norm_quantize", name, t)
     outputs = _outputs(out, fmt, with_residual=True)
     upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    if upper is not None:
+        _check_input("rms_norm_quantize", *upper)
     if not isinstance(normalized, (bool, torch.Tensor)):
         raise TypeError(f"normalized: expected a bool or a tensor, got {describe(normalized)}")
     if normalized is True:
@@ -319,6 +327,8 @@ def dequantize(
     _check_input("dequantize", "q", q)
     _check_input("dequantize", "sf", sf)
     upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    if upper is not None:
+        _check_input("dequantize", *upper)
     if not (_is_traced(q) or _is_traced(sf)):
         return launch.dequantize(q, sf, fmt, dtype, upper)
     checks.check_format(fmt)
@@ -355,6 +365,8 @@ def fake_quantize(
     """
     _check_input("fake_quantize", "x", x)
     upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    if upper is not None:
+        _check_input("fake_quantize", *upper)
     call = Call(x, fmt, upper=upper)
     if not _is_traced(x):
         return launch.fake_quantize(call, out)

@@ -67,10 +67,7 @@ class Call(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Return whether all rows of x are quantized, in their order, without a prologue."""
-        return all(
-            part is None
-            for part in (self.rows, self.index, self.prologue, self.upper, self.row_scales)
-        )
+        return all(part is None for part in (self.rows, self.index, self.prologue, self.row_scales))
 
     @property
     def tensors(self) -> dict[str, torch.Tensor | None]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from cute_quant.contract.calls import Call, ResultShape
-from cute_quant.contract.dtypes import LOAD_BYTES, align
+from cute_quant.contract.dtypes import LOAD_BYTES, VALUE_TYPES, align
 from cute_quant.contract.prologues import Prologue, make_rms_norm, make_silu_mul
 from cute_quant.contract.rows import DENSE, Masked, RowOperands, Rows, from_operands
 from cute_quant.contract.tensors import MAX_MATRICES
@@ -132,8 +132,8 @@ def specs(calls: CallRange, gpu: Gpu) -> dict[Spec, Variant]:
             result_dtype = calls.dtype
         x_dtype = calls.fmt.values if calls.operation == DEQUANTIZE else calls.dtype
         alignments = itertools.product(
-            _alignments(calls.alignment, variant.input_columns, x_dtype),
-            _alignments(calls.alignment, variant.k, result_dtype),
+            _alignments(calls.alignment, _row_bytes(variant.input_columns, x_dtype), x_dtype),
+            _alignments(calls.alignment, _row_bytes(variant.k, result_dtype), result_dtype),
         )
         for (x_bytes, q_bytes), shape in itertools.product(alignments, _shapes(calls)):
 
@@ -150,9 +150,15 @@ def specs(calls: CallRange, gpu: Gpu) -> dict[Spec, Variant]:
     return found
 
 
-def _alignments(least: int, columns: int, dtype: torch.dtype) -> list[int]:
+def _row_bytes(columns: int, dtype: torch.dtype) -> int:
+    """Return the bytes of a contiguous row."""
+    per_byte = VALUE_TYPES[dtype].per_byte if dtype in VALUE_TYPES else 1
+    return columns // per_byte * dtype.itemsize
+
+
+def _alignments(least: int, row_bytes: int, dtype: torch.dtype) -> list[int]:
     """Return the alignments that rows can have: as in a contiguous tensor, or `least` and more."""
-    first = min(least, math.gcd(LOAD_BYTES, columns * dtype.itemsize))
+    first = min(least, math.gcd(LOAD_BYTES, row_bytes))
     first = max(first, dtype.itemsize)
     return [first << i for i in range((LOAD_BYTES // first).bit_length())]
 
