@@ -114,20 +114,26 @@ def merged_view(t: torch.Tensor, *, per_matrix: bool) -> View:
         t: the tensor.
         per_matrix: whether its matrices stay apart.
     """
-    (count, rows, k), (batch_stride, row_stride, _) = matrix_view(t, batched=True)
+    view = _merge_rows(matrix_view(t, batched=True))
+    (count, rows, k), (batch_stride, row_stride, _) = view
     if not per_matrix and count * rows <= MAX_SIZE:
         if rows == 1 and batch_stride * t.element_size() <= MAX_SIZE:
-            count, rows, row_stride = 1, count, batch_stride
+            view = _merge_rows(View((1, count, k), (0, batch_stride, 1)))
         elif count == 1 or batch_stride == rows * row_stride:
-            count, rows = 1, count * rows
-    if row_stride == k:
-        merged = rows if rows * k <= MAX_ROW else rows & -rows
-        while merged > 1 and merged * k > MAX_ROW:
-            merged //= 2
-        rows, k = rows // merged, merged * k
-        row_stride = k
-    view = View((count, rows, k), (batch_stride, row_stride, 1))
+            view = _merge_rows(View((1, count * rows, k), (0, row_stride, 1)))
     return view_as_matrices(view, t.element_size(), batched=True)
+
+
+def _merge_rows(view: View) -> View:
+    """Return a view (batch, rows, k) with as many rows as one as there can be."""
+    (count, rows, k), (batch_stride, row_stride, _) = view
+    if row_stride != k:
+        return view
+    merged = rows if rows * k <= MAX_ROW else rows & -rows
+    while merged > 1 and merged * k > MAX_ROW:
+        merged //= 2
+    k *= merged
+    return View((count, rows // merged, k), (batch_stride, k, 1))
 
 
 def choose_grid(shape: tuple[int, ...], tiles: int, sms: int) -> Grid:

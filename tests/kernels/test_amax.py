@@ -1,6 +1,5 @@
 """The largest magnitude: emulated kernels and the CPU's torch, and what the call refuses."""
 
-import contextlib
 import math
 from unittest import mock
 
@@ -89,8 +88,8 @@ def test_every_element_counts(name, per_matrix, dtype, emulated):
     rows, k = x.shape[-2:]
     batch = math.prod(x.shape[:-2])
     places = {(0, 0, 0), (0, 0, k - 1), (batch - 1, rows - 1, k - 1), (batch // 2, rows // 2, 0)}
-    for place in places if name != "broadcast" else [(0, 0, 0)]:
-        y = x.clone() if name == "broadcast" else moved_largest(x, place)
+    for place in sorted(places) if name != "broadcast" else [None]:
+        y = x if place is None else moved_largest(x, place)
         amax = gpu.amax(y, per_matrix)
         assert amax.dtype is torch.float32
         assert_same_bits(amax.as_subclass(torch.Tensor), expected(y, per_matrix))
@@ -149,7 +148,7 @@ def test_more_matrices_than_a_grid_counts(per_matrix, kernels, arch, monkeypatch
 
     monkeypatch.setattr(amax, "MAX_GRID_Z", 2)
     monkeypatch.setattr(kernels, "_kernels", {})
-    x = filled((5, 3, 72), torch.bfloat16)[:, :2]
+    x = filled((5, 3, 72), torch.bfloat16)[:, :2, :70]
     gpu = EmulatedGpu(kernels, arch, 1)
     assert_same_bits(gpu.amax(x, per_matrix).as_subclass(torch.Tensor), expected(x, per_matrix))
     assert gpu.grids[0][2] == 2
@@ -164,11 +163,11 @@ def strided(shape, strides):
     [
         ((4, 8, 64), None, False, 1, 4 * 8 * 64),
         ((4, 8, 64), None, True, 1, 8 * 64),
-        ((4, 8, 64), (640, 64, 1), False, 1, 8 * 64),
+        ((4, 8, 64), (640, 64, 1), False, 4, 8 * 64),
         ((8, 64), (72, 1), False, 8, 64),
         ((2**17, 2**14), None, False, 8, 2**28),
         ((2**31 - 1, 2), None, False, 2**31 - 1, 2),
-        ((2**20, 2**12, 2), None, False, 2**20 // 2**15, 2**28),
+        ((2**20, 2**12, 2), None, False, 2**5, 2**28),
         ((2**20, 2**12, 2), None, True, 1, 2**13),
     ],
 )
@@ -273,7 +272,6 @@ def test_a_missing_kernel_is_named(monkeypatch):
         ),
         cq.forbid_compilation(),
         pytest.raises(RuntimeError, match=r"amax-float32 for sm_90a.*call tensor_amax before"),
-        contextlib.suppress(NotImplementedError),
     ):
         tensor_amax.run(torch.ones(2, 8, dtype=torch.bfloat16).as_subclass(OnGpu), False)
 
