@@ -138,7 +138,10 @@ def test_dequantize_nothing(swizzle, shape, device):
 def test_dequantize_equals_vllm(global_scale, m, k):
     vllm = libraries.vllm_nvfp4()
     codes, scales, g = random_bytes(m, k // 2), random_bytes(m, k // 16), scalar(global_scale)
-    for swizzle, stored in ((False, scales), (True, swizzled(scales))):
+    layouts = [(False, scales)]
+    if k % 64 == 0:  # of other blocks it does not cut the padding off
+        layouts.append((True, swizzled(scales)))
+    for swizzle, stored in layouts:
         for dtype in (torch.bfloat16, torch.float32):
             options = codes, stored, g, dtype, 16, swizzle
             assert_equal(dequantize_to_dtype(*options), vllm.dequantize_to_dtype(*options))
@@ -148,14 +151,10 @@ def test_dequantize_equals_vllm(global_scale, m, k):
 @pytest.mark.parametrize("swizzle", [False, True])
 def test_dequantize_experts_equals_vllm(swizzle, m):
     vllm = libraries.vllm_nvfp4()
-    codes, scales = random_bytes(3, m, 48), random_bytes(3, m, 6, seed=1)
-    stored = swizzled(scales.flatten(0, 1)).view(1, -1) if swizzle else scales
-    g = torch.tensor([0.5, 1.7, 0.001])
-    options = codes, stored, g, torch.bfloat16, 16, swizzle
-    if swizzle:  # it flattens all but the last dimension
-        stored = stored.view(-1, 8)
-    theirs = vllm.dequantize_to_dtype(codes, stored, *options[2:])
-    assert_equal(dequantize_to_dtype(*options), theirs)
+    codes, scales = random_bytes(3, m, 64), random_bytes(3, m, 8, seed=1)
+    stored = swizzled(scales.flatten(0, 1)) if swizzle else scales
+    options = codes, stored, torch.tensor([0.5, 1.7, 0.001]), torch.bfloat16, 16, swizzle
+    assert_equal(dequantize_to_dtype(*options), vllm.dequantize_to_dtype(*options))
 
 
 def quant_dequant(x, g):
@@ -182,11 +181,12 @@ def rounded_to_e2m1(x):
 
 @every_shape
 @every_scale
-@every_dtype
-def test_quant_dequant(dtype, global_scale, m, k, device):
-    x, g = finite_rows(m, k, dtype), scalar(global_scale)
-    y = ref_nvfp4_quant_dequant(x.to(device), g.to(device), 16)
-    assert_equal(y, quant_dequant(x, g))
+def test_quant_dequant(global_scale, m, k, device):
+    g = scalar(global_scale)
+    for dtype in DTYPES:
+        x = finite_rows(m, k, dtype)
+        y = ref_nvfp4_quant_dequant(x.to(device), g.to(device), 16)
+        assert_equal(y, quant_dequant(x, g))
 
 
 @pytest.mark.parametrize("global_scale", [*GLOBAL_SCALES, 57.0, 2688 / 4.5, 1e-5, 3e4])
@@ -211,7 +211,7 @@ def test_quant_dequant_divides(device):
 def test_quant_dequant_differs_from_a_quotient_as_multiplier():
     """Triton on CUDA multiplies by global_scale / scale: the docs say for whom that matters."""
     for global_scale, most in ((0.5, 0), (1.0, 0), (0.001, 0), (2688 / 4.5, 0.01)):
-        x, g = finite_rows(512, 2048, torch.bfloat16), scalar(global_scale)
+        x, g = finite_rows(256, 1024, torch.bfloat16), scalar(global_scale)
         groups = x.float().unflatten(-1, (-1, 16))
         amax = groups.abs().amax(-1, keepdim=True)
         d = (g * (amax * (torch.tensor(1.0) / 6.0))).clamp(max=448.0).to(torch.float8_e4m3fn)
