@@ -24,6 +24,7 @@ from cute_quant.contract.torch_private import (
 )
 from cute_quant.contract.upper_scales import make_upper_scale
 from cute_quant.dispatch import launch, torch_ops
+from cute_quant.dispatch import tensor_amax as amaxes
 from cute_quant.dispatch.launch import Launch
 
 Out = Sequence[torch.Tensor | None]
@@ -377,6 +378,29 @@ def fake_quantize(
     if not is_dynamo_compiling():
         checks.check_fake_quantize(call, out)
     return out.copy_(result)
+
+
+def tensor_amax(x: torch.Tensor, *, per_matrix: bool = False) -> torch.Tensor:
+    """Return the largest magnitude of a tensor, in one pass over it.
+
+    Operations take it as `amax` for formats with e4m3 scales. It is exact. A NaN makes it NaN, an
+    Inf Inf, and a tensor without elements has 0. It stays on the device: the call does not
+    synchronize. On a GPU the first call for a dtype and an alignment compiles the kernel.
+
+    Args:
+        x: (..., mn, k), bfloat16, float16 or float32, with strides as for :func:`quantize`.
+        per_matrix: whether each matrix has a largest magnitude of its own.
+
+    Returns:
+        float32, (), or (...) with `per_matrix`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    _check_input("tensor_amax", "x", x)
+    compute = amaxes.operator if _is_traced(x) else amaxes.run
+    amax: torch.Tensor = compute(x, per_matrix)
+    return amax
 
 
 @outside_of_graphs

@@ -351,7 +351,33 @@ class DequantizeSpec(NamedTuple):
     kernel: str = "dequantize.Dequantize"
 
 
-Spec = QuantizeSpec | SiluMulSpec | RmsNormSpec | DequantizeSpec
+class AmaxSpec(NamedTuple):
+    """Choices of `kernels.amax.Amax`.
+
+    Attributes:
+        dtype: of the elements of x.
+        load_bytes: as of an `Access`.
+        pdl: as of a `QuantizeSpec`.
+    """
+
+    dtype: torch.dtype
+    load_bytes: int = LOAD_BYTES
+    pdl: bool = True
+    kernel: str = "amax.Amax"
+
+    @property
+    def tiles(self) -> int:
+        """Return the tiles of a warp whose loads are in flight at once."""
+        return AMAX_BYTES // (DEFAULT_TILE.values_per_thread * self.dtype.itemsize)
+
+
+AMAX_BYTES = 128
+"""Bytes that each thread of `kernels.amax.Amax` has in flight."""
+AMAX_WARPS = 8
+"""Most warps of its CTAs."""
+
+
+Spec = QuantizeSpec | SiluMulSpec | RmsNormSpec | DequantizeSpec | AmaxSpec
 
 
 def launched_on(spec: Spec, arch: str) -> Spec:
