@@ -274,9 +274,7 @@ def e4m3_quotient(largest: Float32, upper: Factors, numerics: str) -> Float32:
 def e4m3_multiplier(scale: Float32, upper: Factors, numerics: str) -> Float32:
     """Return what values are multiplied with under an e4m3 scale; DeepGEMM divides by it."""
     if numerics in (VLLM, FLASHINFER):
-        product = scale * cute.arch.rcp_approx(upper.encode)
-        multiplier = cute.arch.rcp_approx(product)
-        return Float32(0.0) if product == 0.0 else multiplier
+        return approximate_reciprocal(scale * cute.arch.rcp_approx(upper.encode))
     if numerics == TORCHAO:
         return arithmetic.reciprocal(upper.decode) / scale
     if numerics == DEEPGEMM:
@@ -287,6 +285,12 @@ def e4m3_multiplier(scale: Float32, upper: Factors, numerics: str) -> Float32:
     if numerics == TE:
         return cute.arch.fmin(multiplier, Float32(FLOAT32_MAX))
     return cute.arch.fmax(multiplier, Float32(0.0))
+
+
+@cute.jit
+def approximate_reciprocal(divisor: Float32) -> Float32:
+    """Return ``rcp.approx`` of a divisor, 0 of 0."""
+    return cute.arch.rcp_approx(divisor) if divisor != Float32(0.0) else Float32(0.0)
 
 
 def is_number(scale: GroupScale, fmt: Format) -> Boolean:
