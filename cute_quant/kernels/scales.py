@@ -127,6 +127,8 @@ def group_scale(
         return e4m3_scale(amax, dtype, bound, fmt.numerics)
     if const_expr(fmt.power_of_two):
         exponents = half_up_exponents if const_expr(fmt.rounds_half_up) else largest_exponents
+        if const_expr(fmt.rounds_quotient and dtype is Float32):
+            amax = amax - Uint32(amax == Uint32(above_smallest_scale(fmt.value_type)))
         multiplier = power_of_two_multiplier(amax, exponents(amax, dtype, fmt.value_type), bound)
         if const_expr(fmt.ue8m0):
             scale = ue8m0_scale(multiplier)
@@ -167,6 +169,14 @@ def largest_exponents(amax: Uint32, dtype: type[cutlass.Numeric], values: ValueT
     """
     minuend = UE8M0_MAX + values.max_exponent << FLOAT32_MANTISSA_BITS | values.max_mantissa
     return (Uint32(minuend | BELOW_PRECISION[dtype]) - amax) & Uint32(EXPONENT_MASK)
+
+
+def above_smallest_scale(values: ValueType) -> int:
+    """Return the bits of the first float32 above ``values.max`` * 2^-127.
+
+    Over ``values.max``, which leaves a subnormal, it is the one amax that rounds to a power of two.
+    """
+    return (values.max_exponent << FLOAT32_MANTISSA_BITS | values.max_mantissa) + 1
 
 
 def half_up_exponents(amax: Uint32, dtype: type[cutlass.Numeric], values: ValueType) -> Uint32:

@@ -55,7 +55,7 @@ def boundaries_of_e4m3() -> np.ndarray:
 
 def boundaries_of_powers() -> np.ndarray:
     """Return the amax of groups where some library goes from a power of two to the next."""
-    return np.outer([1, 1.5, 1.75, 1.9375], 2.0 ** np.arange(-120, 100)).ravel()
+    return np.outer([1, 1.5, 1.75, 1.9375], 2.0 ** np.arange(-126, 100)).ravel()
 
 
 def neighbours(a: np.ndarray) -> np.ndarray:
