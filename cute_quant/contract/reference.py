@@ -82,7 +82,10 @@ def group_scales(x: torch.Tensor, fmt: Format, upper: Factors | None = None) -> 
     if fmt.rounds_half_up:
         return _half_up_exponents(amax.float(), fmt)
     # In float64 no quotient of a float32 amax rounds onto a power of two that it is not.
-    mantissa, exponent = torch.frexp(amax.double() / largest)
+    quotients = amax.double() / largest
+    if fmt.rounds_quotient:
+        quotients = quotients.float().double()
+    mantissa, exponent = torch.frexp(quotients)
     exponent = (exponent - (mantissa == 0.5).int() + UE8M0_BIAS).where(amax > 0, 0)
     return exponent.clamp(min=fmt.floor).where(amax.isfinite(), UE8M0_NAN)
 
