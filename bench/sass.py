@@ -33,6 +33,7 @@ from cute_quant.kernels.config import (
     ONE_ROW,
     Access,
     Domain,
+    QuantizerSpec,
     QuantizeSpec,
     RmsNormSpec,
     SiluMulSpec,
@@ -53,11 +54,11 @@ WIDTH = 100
 INDENT = " " * 4
 
 
-def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
+def reported() -> Iterator[tuple[str, int, QuantizerSpec | Stream]]:
     """Yield name, rows or tiles of a warp, and compile-time choices of each kernel."""
     bf16 = torch.bfloat16
     packed = DEEP_GEMM
-    spec: Spec
+    spec: QuantizerSpec
     for dtype, name, fmt in (
         (bf16, "bf16 -> e4m3, ue8m0", packed),
         (bf16, "bf16 -> e4m3, float32", DEEP_GEMM_SM90),
@@ -97,7 +98,7 @@ def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
     yield "stream, the ceiling of RMSNorm with residual", 1, Stream(True, 2, 3)
 
 
-def fp4_reported() -> Iterator[tuple[str, int, Spec]]:
+def fp4_reported() -> Iterator[tuple[str, int, QuantizerSpec]]:
     """Yield name, rows and tiles of a warp, and choices of the kernels that quantize to FP4."""
     bf16 = torch.bfloat16
     row_scale = NVFP4.replace(row_scale=True)
@@ -124,7 +125,7 @@ def compiled(spec: Spec | Stream, arch: str) -> MachineCode:
     return machine_code(launched_on(spec, arch), arch)
 
 
-def bytes_per_warp(spec: Spec | Stream) -> int:
+def bytes_per_warp(spec: QuantizerSpec | Stream) -> int:
     """Return the bytes that a warp moves for each of its rows or tiles.
 
     Weights are not counted, since they stay in the caches.

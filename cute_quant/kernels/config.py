@@ -377,7 +377,8 @@ AMAX_WARPS = 8
 """Most warps of its CTAs."""
 
 
-Spec = QuantizeSpec | SiluMulSpec | RmsNormSpec | DequantizeSpec | AmaxSpec
+QuantizerSpec = QuantizeSpec | SiluMulSpec | RmsNormSpec
+Spec = QuantizerSpec | DequantizeSpec | AmaxSpec
 
 
 def launched_on(spec: Spec, arch: str) -> Spec:
