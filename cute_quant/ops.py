@@ -24,6 +24,7 @@ from cute_quant.contract.torch_private import (
 )
 from cute_quant.contract.upper_scales import make_upper_scale
 from cute_quant.dispatch import launch, torch_ops
+from cute_quant.dispatch import tensor_amax as amaxes
 from cute_quant.dispatch.launch import Launch
 
 Out = Sequence[torch.Tensor | None]
@@ -69,8 +70,10 @@ def quantize(
             ``x[index[i]]``. An index outside of 0 to T - 1 gives values 0 and scales 0.
         encode_scale: for e4m3 scales without `row_scale`, about 2688 over the largest magnitude:
             float32, contiguous, on the device of x, () or (1,) for the tensor, or of the leading
-            dimensions for each of its matrices. It is read on the device, never waited for. Groups
-            become NaN unless it is from 2^-117 to 2^117. A call gives one of these three.
+            dimensions for each of its matrices. For rows stacked along M it may be (G,), one for
+            each end of a ``PrefixSum`` or each index of an ``Indexed``. It is read on the device,
+            never waited for. Groups become NaN unless it is from 2^-117 to 2^117, and so do those
+            of rows whose index is past its end. A call gives one of these three.
         decode_scale: the same, but its reciprocal, with which GEMMs multiply their result.
         amax: the same, but the largest magnitude, from which the encode scale is computed.
         check: whether to read the counts of `rows` and `index`, which synchronizes, and raise on
@@ -375,6 +378,29 @@ def fake_quantize(
     if not is_dynamo_compiling():
         checks.check_fake_quantize(call, out)
     return out.copy_(result)
+
+
+def tensor_amax(x: torch.Tensor, *, per_matrix: bool = False) -> torch.Tensor:
+    """Return the largest magnitude of a tensor, in one pass over it.
+
+    Operations take it as `amax` for formats with e4m3 scales. It is exact. A NaN makes it NaN, an
+    Inf Inf, and a tensor without elements has 0. It stays on the device: the call does not
+    synchronize. On a GPU the first call for a dtype and an alignment compiles the kernel.
+
+    Args:
+        x: (..., mn, k), bfloat16, float16 or float32, with strides as for :func:`quantize`.
+        per_matrix: whether each matrix has a largest magnitude of its own.
+
+    Returns:
+        float32, (), or (...) with `per_matrix`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    _check_input("tensor_amax", "x", x)
+    compute = amaxes.operator if _is_traced(x) else amaxes.run
+    amax: torch.Tensor = compute(x, per_matrix)
+    return amax
 
 
 @outside_of_graphs

@@ -29,14 +29,16 @@ from cute_quant.dispatch import presets
 from cute_quant.jit import keys, lookup, progress
 from cute_quant.kernels.config import (
     DENSE_ROWS,
+    AmaxSpec,
     DequantizeSpec,
     Domain,
+    QuantizerSpec,
     QuantizeSpec,
     RmsNormSpec,
     SiluMulSpec,
     Spec,
 )
-from cute_quant.kernels.heuristics import TWO_ROWS, TWO_ROWS_FROM
+from cute_quant.kernels.heuristics import TWO_ROWS, TWO_ROWS_FROM, TWO_TILES
 
 COLUMNS = 1024
 FEW_ROWS = 203
@@ -289,6 +291,7 @@ def _few(name: str, differing: torch.Tensor) -> int:
 
 def _results(spec: Spec, device: str) -> Results:
     """Return the results of a call that takes this kernel."""
+    assert not isinstance(spec, AmaxSpec), "no selection has it"
     fmt = spec.fmt
     generator = torch.Generator().manual_seed(SEED)
     domain = DENSE_ROWS if isinstance(spec, DequantizeSpec) else spec.domain
@@ -388,12 +391,9 @@ def _upper_scale(kind: str | None, decode_scale: torch.Tensor | None) -> dict[st
 
 def _size(spec: Spec) -> tuple[int, int]:
     """(mn, k) of a result that a kernel of this tile is launched for."""
-    if isinstance(spec, RmsNormSpec) or (
-        spec.fmt.row_scale and not isinstance(spec, DequantizeSpec)
-    ):
-        columns = presets.norm_columns(spec.fmt)
-        return FEW_ROWS, columns[(spec.tile, spec.tiles_per_thread, spec.max_warps)]
-    if isinstance(spec, QuantizeSpec) and spec.tile == TWO_ROWS:
+    if isinstance(spec, QuantizerSpec) and (isinstance(spec, RmsNormSpec) or spec.fmt.row_scale):
+        return FEW_ROWS, presets.columns_of_whole_rows(spec)
+    if isinstance(spec, QuantizeSpec) and spec.tile in (TWO_ROWS, TWO_TILES):
         sms = lookup.multiprocessors(torch.cuda.current_device())
         return ceil_div(TWO_ROWS_FROM * sms, COLUMNS), COLUMNS
     return FEW_ROWS, COLUMNS

@@ -8,7 +8,7 @@ import torch
 
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import Prologue
-from cute_quant.contract.rows import Rows
+from cute_quant.contract.rows import Indexed, PrefixSum, Rows
 from cute_quant.contract.upper_scales import UpperScale
 
 
@@ -48,6 +48,16 @@ class Call(NamedTuple):
     prologue: Prologue | None = None
     upper: UpperScale | None = None
     row_scales: torch.Tensor | None = None
+
+    @property
+    def upper_of_groups(self) -> bool:
+        """Return whether each group of rows stacked along M has an upper scale of its own."""
+        return (
+            self.upper is not None
+            and isinstance(self.rows, PrefixSum | Indexed)
+            and self.upper.tensor.ndim == 1
+            and self.upper.tensor.shape[0] != 1
+        )
 
     @property
     def input_name(self) -> str:

@@ -151,6 +151,8 @@ class Format:
     """float32 scales are products with 1 / M."""
     rounds_half_up: bool
     """A power of two is rounded from amax at the mantissa 1.75, not up."""
+    rounds_quotient: bool
+    """A power of two is rounded up from amax / M in float32, whose subnormals are coarser."""
     flushes: bool
     """Values under the smallest power of two become 0."""
     positive_zero: bool
@@ -237,6 +239,7 @@ class Format:
             upper_scale=self.scale_dtype is torch.float8_e4m3fn,
             reciprocal=self.scale_dtype is torch.float32 and self.numerics == DEEPGEMM,
             rounds_half_up=mx and self.numerics == VLLM and fp4,
+            rounds_quotient=mx and self.numerics != IEEE,
             flushes=mx and self.numerics in _FLUSH.get(self.values, ()),
             positive_zero=fp4 and self.numerics == DEEPGEMM,
             scale_dims=1 if blocked else 2,

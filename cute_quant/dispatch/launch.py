@@ -272,7 +272,7 @@ def quantize(call: Call, *, check: bool = False, remember: bool = False) -> Resu
     """
     if in_dual_level():
         check_no_tangents(call.tensors)
-    if not _has_kernels(call.x):
+    if not has_kernels(call.x):
         return _quantize_by_reference(call, check=check)
     key = _key(call)
     plan = _plans.get(key) if key else None
@@ -291,7 +291,7 @@ def quantize(call: Call, *, check: bool = False, remember: bool = False) -> Resu
     return result
 
 
-def _has_kernels(x: torch.Tensor) -> bool:
+def has_kernels(x: torch.Tensor) -> bool:
     """Return whether kernels are built for the device of a tensor."""
     if not x.is_cuda:
         return False
@@ -483,7 +483,7 @@ def fake_quantize(call: Call, out: torch.Tensor | None) -> torch.Tensor:
     else:
         reads = [region(name, t) for name, t in call.tensors.items() if t is not None]
         check_disjoint(reads, [region("out", out)])
-    if not _has_kernels(x):
+    if not has_kernels(x):
         _run(reference.fake_quantize_into, (call, out), [])
     elif x.numel():
         result = Destination(View(tuple(out.shape), out.stride()), out.data_ptr(), x.dtype)
@@ -512,7 +512,7 @@ def dequantize(
     if in_dual_level():
         check_no_tangents(tensors)
     y = torch.empty((*shape.batch_shape, shape.mn, shape.k), dtype=dtype, device=q.device)
-    if not _has_kernels(q):
+    if not has_kernels(q):
         _run(reference.dequantize_into, (q, sf, fmt, y, upper), [])
     elif q.numel():
         kernel = choose_dequantize_kernel(q, sf, y, fmt, upper)

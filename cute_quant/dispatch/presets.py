@@ -38,7 +38,12 @@ from cute_quant.dispatch.call_range import (
 )
 from cute_quant.dispatch.plan import Gpu
 from cute_quant.kernels import heuristics
-from cute_quant.kernels.config import DEFAULT_TILE, Spec, Tile
+from cute_quant.kernels.config import (
+    DEFAULT_TILE,
+    QuantizerSpec,
+    RmsNormSpec,
+    Spec,
+)
 
 DEEPGEMM_FORMATS = (DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90)
 MOE_FORMATS = (*DEEPGEMM_FORMATS, NVFP4, MXFP4)
@@ -62,16 +67,20 @@ Kernels = dict[Spec, reachable.Variant]
 """Specs, each with calls that take it."""
 
 
-def norm_columns(fmt: Format) -> dict[tuple[Tile, int, int], int]:
-    """Return a number of columns for each choice of `heuristics.norm_shape`.
-
-    A choice is a tile with tiles_per_thread and max_warps.
-    """
-    columns: dict[tuple[Tile, int, int], int] = {}
-    for k in COLUMNS:
-        shape = heuristics.norm_shape(1, 1, k, fmt, False, 1)
-        columns[shape.tile, shape.tiles_per_thread, shape.max_warps] = k
-    return columns
+def columns_of_whole_rows(spec: QuantizerSpec) -> int:
+    """Return a number of columns for which a kernel whose CTAs hold whole rows is chosen."""
+    norm = isinstance(spec, RmsNormSpec)
+    shape_of = heuristics.norm_shape if norm else heuristics.row_shape
+    for k in reversed(COLUMNS):
+        shape = shape_of(1, 1, k, spec.fmt, False, 1)
+        tiles = spec.tiles_per_thread if isinstance(spec, RmsNormSpec) else shape.tiles_per_thread
+        if (shape.tile, shape.tiles_per_thread, shape.max_warps) == (
+            spec.tile,
+            tiles,
+            spec.max_warps,
+        ):
+            return k
+    raise ValueError(f"spec: expected one that is chosen for some columns, got {spec}")
 
 
 def _quantize(

@@ -127,6 +127,8 @@ def group_scale(
         return e4m3_scale(amax, dtype, bound, fmt.numerics)
     if const_expr(fmt.power_of_two):
         exponents = half_up_exponents if const_expr(fmt.rounds_half_up) else largest_exponents
+        if const_expr(fmt.rounds_quotient and dtype is Float32):
+            amax = amax - Uint32(amax == Uint32(above_smallest_scale(fmt.value_type)))
         multiplier = power_of_two_multiplier(amax, exponents(amax, dtype, fmt.value_type), bound)
         if const_expr(fmt.ue8m0):
             scale = ue8m0_scale(multiplier)
@@ -167,6 +169,14 @@ def largest_exponents(amax: Uint32, dtype: type[cutlass.Numeric], values: ValueT
     """
     minuend = UE8M0_MAX + values.max_exponent << FLOAT32_MANTISSA_BITS | values.max_mantissa
     return (Uint32(minuend | BELOW_PRECISION[dtype]) - amax) & Uint32(EXPONENT_MASK)
+
+
+def above_smallest_scale(values: ValueType) -> int:
+    """Return the bits of the first float32 above ``values.max`` * 2^-127.
+
+    Over ``values.max``, which leaves a subnormal, it is the one amax that rounds to a power of two.
+    """
+    return (values.max_exponent << FLOAT32_MANTISSA_BITS | values.max_mantissa) + 1
 
 
 def half_up_exponents(amax: Uint32, dtype: type[cutlass.Numeric], values: ValueType) -> Uint32:
@@ -253,9 +263,13 @@ def e4m3_scale(
     scale = e4m3_quotient(largest, upper, numerics)
     # Inf times zero is NaN, and any other amax times zero adds nothing.
     scale = cute.math.fma(largest, Float32(0.0), scale)
-    scale = cute.arch.fmax(scale, upper.floor, nan=True)
-    byte = ptx.e4m3_of_f32(scale)
-    return GroupScale(e4m3_multiplier(ptx.f32_of_e4m3(byte), upper, numerics), byte, scale)
+    return rounded_e4m3_scale(cute.arch.fmax(scale, upper.floor, nan=True), upper, numerics)
+
+
+def rounded_e4m3_scale(unrounded: Float32, upper: Factors, numerics: str) -> GroupScale:
+    """Return multiplier and scale for a scale before it is rounded."""
+    byte = ptx.e4m3_of_f32(unrounded)
+    return GroupScale(e4m3_multiplier(ptx.f32_of_e4m3(byte), upper, numerics), byte, unrounded)
 
 
 def e4m3_quotient(largest: Float32, upper: Factors, numerics: str) -> Float32:
@@ -271,22 +285,27 @@ def e4m3_quotient(largest: Float32, upper: Factors, numerics: str) -> Float32:
     return largest * (upper.encode * sixth)
 
 
-def e4m3_multiplier(scale: Float32, upper: Factors, numerics: str) -> Float32:
+@cute.jit
+def e4m3_multiplier(scale: Float32, upper: Factors, numerics: cutlass.Constexpr[str]) -> Float32:
     """Return what values are multiplied with under an e4m3 scale; DeepGEMM divides by it."""
-    if numerics in (VLLM, FLASHINFER):
-        product = scale * cute.arch.rcp_approx(upper.encode)
-        multiplier = cute.arch.rcp_approx(product)
-        return Float32(0.0) if product == 0.0 else multiplier
-    if numerics == TORCHAO:
+    if const_expr(numerics in (VLLM, FLASHINFER)):
+        return approximate_reciprocal(scale * cute.arch.rcp_approx(upper.encode))
+    if const_expr(numerics == TORCHAO):
         return arithmetic.reciprocal(upper.decode) / scale
-    if numerics == DEEPGEMM:
+    if const_expr(numerics == DEEPGEMM):
         return scale * upper.decode
     multiplier = arithmetic.reciprocal(scale * upper.decode)
     # The step of Newton's method makes NaN of the reciprocal of 0, and a maximum or minimum drops
     # it.
-    if numerics == TE:
+    if const_expr(numerics == TE):
         return cute.arch.fmin(multiplier, Float32(FLOAT32_MAX))
     return cute.arch.fmax(multiplier, Float32(0.0))
+
+
+@cute.jit
+def approximate_reciprocal(divisor: Float32) -> Float32:
+    """Return ``rcp.approx`` of a divisor, 0 of 0."""
+    return cute.arch.rcp_approx(divisor) if divisor != Float32(0.0) else Float32(0.0)
 
 
 def is_number(scale: GroupScale, fmt: Format) -> Boolean:

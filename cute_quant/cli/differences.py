@@ -1,0 +1,273 @@
+"""Compare the results of two numerics of a format, and find the reason of each difference."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from cute_quant import ops
+from cute_quant.contract import reference
+from cute_quant.contract.format_choices import FLASHINFER, VLLM
+from cute_quant.contract.formats import Format
+from cute_quant.contract.upper_scales import Factors, factors_of_amax
+
+BLOCK_ELEMENTS = 1 << 21
+"""Elements that are compared at a time, so that a weight of gigabytes needs little more memory."""
+PLACES = 3
+"""Places that are shown of each reason."""
+FP4_SIGN, FP8_SIGN = 0x8, 0x80
+
+QUOTIENT = "rounding of amax / M"
+SMALLEST = "smallest scale"
+HALF_UP = "power of two rounded half up, or up"
+SCALE_REASONS = {
+    QUOTIENT: "steps of the quotient are rounded in another order",
+    SMALLEST: "one of the two bounds the scale from below",
+    HALF_UP: "one goes to the next power of two from 7/4 of one on, the other above 3/2",
+}
+"""Why bytes of scales differ."""
+
+OTHER_SCALE = "another scale"
+ZERO_SIGN = "sign of zero"
+UNDERFLOW = "scale of zero"
+APPROXIMATE = "rcp.approx"
+MULTIPLIER = "last bit of the multiplier"
+CODE_REASONS = {
+    OTHER_SCALE: "the group has another scale",
+    ZERO_SIGN: "one keeps the sign of what rounds to zero",
+    UNDERFLOW: "the scale is 0, or 2^-127, under which one multiplies by 0",
+    APPROXIMATE: "the GPU's approximate reciprocal is not the rounded one of the CPU",
+    MULTIPLIER: "the multiplier is rounded otherwise, or x is divided",
+}
+"""Why codes differ."""
+
+APPROXIMATING = (VLLM, FLASHINFER)
+"""Numerics that take reciprocals of NVFP4 scales by ``rcp.approx``."""
+
+
+class Quantized(NamedTuple):
+    """Rows in a format.
+
+    Attributes:
+        codes: (rows, k), uint8, a byte for each value.
+        scales: (rows, groups), the bits of scales.
+        scale_values, values: scales and values as float32.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    scale_values: torch.Tensor
+    values: torch.Tensor
+
+
+class Place(NamedTuple):
+    """A scale or a code in which two results differ.
+
+    Attributes:
+        column: that of the code, or of the first code that differs under a scale; None if none
+            does.
+        scales: both scales of the group as they are stored, without an upper scale.
+        codes: both codes of the column.
+        x: the input there.
+    """
+
+    row: int
+    group: int
+    column: int | None
+    scales: tuple[float, float]
+    codes: tuple[int, int] | None
+    x: float | None
+    reason: str
+
+
+@dataclass
+class Comparison:
+    """How the results of two numerics differ.
+
+    Attributes:
+        groups, elements: how many were compared.
+        scale_reasons, code_reasons: differing scales and codes by their reason.
+        largest_difference: of dequantized values, both of them finite.
+        approximate: by numerics, codes that change where each ``rcp.approx`` is one ulp off.
+        places: the first ``PLACES`` of each reason.
+    """
+
+    groups: int = 0
+    elements: int = 0
+    scale_reasons: Counter[str] = field(default_factory=Counter)
+    code_reasons: Counter[str] = field(default_factory=Counter)
+    largest_difference: float = 0.0
+    approximate: Counter[str] = field(default_factory=Counter)
+    places: list[Place] = field(default_factory=list)
+
+
+def compare(x: torch.Tensor, a: Format, b: Format, amax: torch.Tensor | None) -> Comparison:
+    """Quantize `x` (..., mn, k) to two formats, which differ in numerics alone, and compare.
+
+    Args:
+        x: rows, at least one.
+        a: one format, its scales row-major.
+        b: the other.
+        amax: of the tensor, for formats that take one.
+    """
+    found = Comparison()
+    rows = x.reshape(-1, x.shape[-1])
+    first = 0
+    for block in rows.split(max(BLOCK_ELEMENTS // rows.shape[1], 1)):
+        _compare_rows(block.contiguous(), a, b, amax, first, found)
+        first += len(block)
+    found.places.sort(key=lambda place: (place.row, place.group))
+    return found
+
+
+def _compare_rows(
+    x: torch.Tensor, a: Format, b: Format, amax: torch.Tensor | None, first: int, to: Comparison
+) -> None:
+    """Add what differs in some rows, of which `first` is the number of the first."""
+    pair = _quantized(x, a, amax), _quantized(x, b, amax)
+    to.groups += pair[0].scales.numel()
+    to.elements += pair[0].codes.numel()
+    difference = (pair[0].values - pair[1].values).abs().nan_to_num(0.0, 0.0)
+    to.largest_difference = max(to.largest_difference, difference.max().item())
+    by_group = _scale_reasons(*pair, a, b)
+    by_value = _code_reasons(x, *pair, a, b, amax)
+    places = Counter(place.reason for place in to.places)
+    for counts, reasons in ((to.scale_reasons, by_group), (to.code_reasons, by_value)):
+        for reason, where in reasons.items():
+            count = int(where.sum())
+            counts.update({reason: count} if count else {})
+            # Where scales differ, places of scales show a code as well.
+            if reason != OTHER_SCALE:
+                left = where.nonzero()[: PLACES - places[reason]].tolist()
+                to.places += [_place(x, pair, a, row, i, reason, first) for row, i in left]
+    for fmt in (a, b):
+        if fmt.upper_scale and fmt.numerics in APPROXIMATING:
+            to.approximate[fmt.numerics] += _sensitive_codes(x.cpu(), fmt, amax)
+
+
+def _place(
+    x: torch.Tensor,
+    pair: tuple[Quantized, Quantized],
+    fmt: Format,
+    row: int,
+    index: int,
+    reason: str,
+    first: int,
+) -> Place:
+    """Return the place of the group or value `index` of a row, whichever the reason is of."""
+    of_a, of_b = pair
+    size = _group_size(fmt, x.shape[1])
+    group, column = index, None
+    if reason in CODE_REASONS:
+        group, column = index // size, index
+    else:
+        own = slice(group * size, (group + 1) * size)
+        differing = (of_a.codes[row, own] != of_b.codes[row, own]).nonzero()
+        column = group * size + int(differing[0]) if len(differing) else None
+    scales = of_a.scale_values[row, group].item(), of_b.scale_values[row, group].item()
+    codes, value = None, None
+    if column is not None:
+        codes = int(of_a.codes[row, column]), int(of_b.codes[row, column])
+        value = x[row, column].item()
+    return Place(first + row, group, column, scales, codes, value, reason)
+
+
+def _quantized(x: torch.Tensor, fmt: Format, amax: torch.Tensor | None) -> Quantized:
+    """Quantize rows, and return the results on the CPU."""
+    decode_scale = None
+    if fmt.row_scale:
+        q, sf, decode_scale = ops.quantize(x, fmt)
+    else:
+        q, sf = ops.quantize(x, fmt, amax=amax)
+    upper = {"amax": amax, "decode_scale": decode_scale}
+    values = ops.dequantize(q, sf, fmt, dtype=torch.float32, **upper).cpu()
+    codes, sf = q.view(torch.uint8).cpu(), sf.cpu()
+    if fmt.value_type.per_byte == 2:
+        codes = torch.stack([codes & 0xF, codes >> 4], -1).flatten(-2)
+    bits = sf.view(torch.int32) if sf.dtype is torch.float32 else sf.view(torch.uint8)
+    return Quantized(codes, bits, sf.float(), values)
+
+
+def _scale_reasons(
+    of_a: Quantized, of_b: Quantized, a: Format, b: Format
+) -> dict[str, torch.Tensor]:
+    """Return by reason where scales differ for it."""
+    differ = of_a.scales != of_b.scales
+    bounded = torch.zeros_like(differ)
+    for one, other, fmt in ((of_a, of_b, a), (of_b, of_a, b)):
+        floor = fmt.floor
+        if fmt.power_of_two:
+            floor = reference.ue8m0_to_float32(torch.tensor(fmt.floor)).item()
+        bounded |= (one.scale_values == floor) & (other.scale_values < floor)
+    rest = HALF_UP if a.rounds_half_up != b.rounds_half_up else QUOTIENT
+    return {SMALLEST: differ & bounded, rest: differ & ~bounded}
+
+
+def _code_reasons(
+    x: torch.Tensor,
+    of_a: Quantized,
+    of_b: Quantized,
+    a: Format,
+    b: Format,
+    amax: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """Return by reason where codes differ for it, and for none before it."""
+    k, sign = x.shape[1], FP4_SIGN if a.value_type.per_byte == 2 else FP8_SIGN
+    zero = of_a.scales == 0
+    approximate = torch.zeros_like(of_a.codes, dtype=torch.bool)
+    if x.is_cuda and a.upper_scale:
+        for of_one, fmt in ((of_a, a), (of_b, b)):
+            if fmt.numerics in APPROXIMATING:
+                on_cpu = _quantized(x.cpu(), fmt, None if amax is None else amax.cpu())
+                approximate |= of_one.codes != on_cpu.codes
+    left, found = of_a.codes != of_b.codes, {}
+    for reason, where in (
+        (OTHER_SCALE, _of_values(of_a.scales != of_b.scales, a, k)),
+        (ZERO_SIGN, (of_a.codes | of_b.codes) == sign),
+        (UNDERFLOW, _of_values(zero, a, k)),
+        (APPROXIMATE, approximate),
+        (MULTIPLIER, left),
+    ):
+        found[reason] = left & where
+        left = left & ~where
+    return found
+
+
+def _group_size(fmt: Format, k: int) -> int:
+    return k if fmt.whole_row else fmt.group_size
+
+
+def _of_values(of_groups: torch.Tensor, fmt: Format, k: int) -> torch.Tensor:
+    """Return what holds of groups (rows, groups) for each of their values (rows, k)."""
+    return of_groups.repeat_interleave(_group_size(fmt, k), 1)[:, :k]
+
+
+def _sensitive_codes(x: torch.Tensor, fmt: Format, amax: torch.Tensor | None) -> int:
+    """Return the number of codes that change where each of two ``rcp.approx`` is one ulp off.
+
+    That is its largest error.
+    """
+    largest = x.abs().amax(-1, keepdim=True).float() if fmt.row_scale else amax
+    assert largest is not None
+    upper = Factors(*(t.reshape(-1, 1) for t in factors_of_amax(largest.cpu())))
+    scales = reference.group_scales(x, fmt, upper)
+
+    def codes(decode: torch.Tensor, ulps: int) -> torch.Tensor:
+        multipliers = _neighbour(1.0 / (scales * decode), ulps)
+        return reference.e2m1_codes(x.float() * _of_values(multipliers, fmt, x.shape[1]))
+
+    rounded = codes(upper.decode, 0)
+    changed = torch.zeros_like(rounded, dtype=torch.bool)
+    for first, second in itertools.product((-1, 0, 1), repeat=2):
+        changed |= codes(_neighbour(upper.decode, first), second) != rounded
+    valid = scales.isfinite() & (scales != 0)
+    return int((changed & _of_values(valid, fmt, x.shape[1])).sum())
+
+
+def _neighbour(t: torch.Tensor, ulps: int) -> torch.Tensor:
+    """Return positive floats some ulps away."""
+    return (t.view(torch.int32) + ulps).view(torch.float32)

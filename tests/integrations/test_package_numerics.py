@@ -1,0 +1,221 @@
+"""The package's numerics, held to the formulas of `tests.peers.formulas` in every bit.
+
+The CPU reference is held to them on many groups, the kernels in the emulator on some of each kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+import cute_quant as cq
+from cute_quant.contract.dtypes import INPUT_DTYPES, dtype_name
+from cute_quant.contract.upper_scales import DECODE, ENCODE, UpperScale
+from cute_quant.emulator.host import C_COMPILER
+from tests.helpers import ARCHITECTURES
+from tests.peers import formulas
+from tests.peers.groups import BF16_KINDS, KINDS, UPPER_SCALES, groups
+
+Formula = Callable[..., formulas.Quantized]
+Quantize = Callable[..., tuple[torch.Tensor, ...]]
+
+FORMULAS: dict[tuple[str, str], Formula] = {
+    ("NVFP4", "vllm"): formulas.nvfp4_vllm,
+    ("NVFP4", "flashinfer"): formulas.nvfp4_flashinfer,
+    ("NVFP4", "te"): formulas.nvfp4_te,
+    ("NVFP4", "torchao"): formulas.nvfp4_torchao,
+    ("NVFP4", "deepgemm"): formulas.nvfp4_deepgemm,
+    ("MXFP4", "vllm"): formulas.mxfp4_vllm,
+    ("MXFP4", "flashinfer"): formulas.mxfp4_flashinfer,
+    ("MXFP4", "torchao"): lambda x: formulas.mxfp4_torchao(x, "rceil"),
+    ("MXFP4", "deepgemm"): formulas.mxfp4_deepgemm,
+    ("MXFP8", "vllm"): formulas.mxfp8_vllm,
+    ("MXFP8", "flashinfer"): formulas.mxfp8_flashinfer,
+    ("MXFP8", "te"): formulas.mxfp8_te,
+    ("MXFP8", "torchao"): lambda x: formulas.mxfp8_torchao(x, "rceil"),
+    ("MXFP8", "deepgemm"): formulas.mxfp8_deepgemm,
+}
+NVFP4_FORMULAS = {key: formula for key, formula in FORMULAS.items() if key[0] == "NVFP4"}
+CONVENTIONS = {"torchao": DECODE, "deepgemm": DECODE}
+"""How the formula of a library takes the upper scale, others the encode scale."""
+
+every_formula = pytest.mark.parametrize(("name", "numerics"), FORMULAS, ids=str)
+every_nvfp4_formula = pytest.mark.parametrize(("name", "numerics"), NVFP4_FORMULAS, ids=str)
+every_input_dtype = pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=dtype_name)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+SLOW_GROUPS, BLOCK = 1 << 20, 1 << 16
+ROW_GROUPS = 64
+"""Groups of a row in the emulator."""
+
+
+def format_of(name: str, numerics: str) -> cq.Format:
+    """Return a format whose scales lie as the formulas return them."""
+    return cq.NAMED_FORMATS[name].replace(numerics=numerics, scale_layout="row_major")
+
+
+def in_dtype(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """Return groups in a dtype of inputs, 1 for what it does not hold."""
+    t = torch.from_numpy(x).to(dtype)
+    return t.where(t.isfinite(), 1)
+
+
+def codes_of(q: torch.Tensor, fmt: cq.Format) -> np.ndarray:
+    """Return a byte for each value."""
+    stored = q.view(torch.uint8).numpy()
+    if fmt.value_type.per_byte == 1:
+        return stored
+    return np.stack([stored & 15, stored >> 4], -1).reshape(*stored.shape[:-1], -1)
+
+
+def check(x: torch.Tensor, name: str, numerics: str, encode: np.ndarray, quantize: Quantize):
+    """Hold `quantize` to the formula.
+
+    Args:
+        x: (..., mn, k).
+        encode: the encode scale, or one for each matrix of x.
+        quantize: takes x, a format and an upper scale.
+    """
+    fmt = format_of(name, numerics)
+    upper, options = None, ()
+    if fmt.upper_scale:
+        kind = CONVENTIONS.get(numerics, ENCODE)
+        scale = encode.astype(np.float32)
+        scale = scale if kind == ENCODE else np.reciprocal(scale, dtype=np.float32)[...]
+        upper = UpperScale(kind, torch.from_numpy(scale))
+        per_matrix = x[0].numel() // fmt.group_size if scale.ndim else 1
+        options = (np.repeat(scale.astype(np.float64), per_matrix),)
+    in_groups = x.float().numpy().reshape(-1, fmt.group_size)
+    scale_bytes, codes = FORMULAS[name, numerics](in_groups, *options)
+    q, sf = quantize(x, fmt, upper)
+    found = sf.view(torch.uint8).numpy().reshape(-1)
+    wrong = np.flatnonzero(found != scale_bytes)
+    assert not len(wrong), (wrong[:4], found[wrong[:4]], scale_bytes[wrong[:4]])
+    np.testing.assert_array_equal(codes_of(q, fmt).reshape(codes.shape), codes)
+
+
+def on_cpu(
+    x: torch.Tensor, fmt: cq.Format, upper: UpperScale | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, sf = cq.quantize(x, fmt, **({} if upper is None else {upper.kind: upper.tensor}))
+    return q, sf
+
+
+def encode_scale(amax: float) -> np.ndarray:
+    return np.array(2688 / amax)
+
+
+# The CPU
+
+
+@every_input_dtype
+@every_kind
+@every_formula
+def test_groups(name, numerics, kind, dtype):
+    x = in_dtype(groups(cq.NAMED_FORMATS[name].group_size, kind), dtype)
+    for amax in UPPER_SCALES if name == "NVFP4" else UPPER_SCALES[:1]:
+        check(x, name, numerics, encode_scale(amax), on_cpu)
+
+
+def random_groups(count: int, size: int, seed: int) -> np.ndarray:
+    """Return groups of random bits, half of them of one magnitude each, up to 2^40 apart."""
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(1 << 32, size=(count // 2, size), dtype=np.uint32).view(np.float32)
+    near = rng.standard_normal((count // 2, size)) * 2.0 ** rng.uniform(-20, 20, (count // 2, 1))
+    x = np.concatenate([np.where(np.isfinite(bits), bits, 1), near])
+    return rng.permutation(x).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "blocks", [1, pytest.param(SLOW_GROUPS // BLOCK, marks=pytest.mark.slow)], ids=["some", "many"]
+)
+@every_formula
+def test_random_groups(name, numerics, blocks):
+    size = cq.NAMED_FORMATS[name].group_size
+    for seed in range(blocks):
+        dtype = INPUT_DTYPES[seed % 3] if blocks > 1 else torch.float32
+        x = in_dtype(random_groups(BLOCK if blocks > 1 else BLOCK // 2, size, seed), dtype)
+        check(x, name, numerics, encode_scale(float(2.0 ** (seed - 8.3))), on_cpu)
+
+
+def scales_of_the_domain(count: int) -> np.ndarray:
+    """Return encode scales from 2^-117 to 2^117, and both ends."""
+    rng = np.random.default_rng(count)
+    scales = (2.0 ** rng.uniform(-117, 117, count)).astype(np.float32).clip(2.0**-117, 2.0**117)
+    scales[:2] = 2.0**-117, 2.0**117
+    return scales
+
+
+@every_nvfp4_formula
+def test_upper_scales(name, numerics):
+    """Every matrix of a batch has an encode scale, and groups around what it maps to 2688."""
+    scales = scales_of_the_domain(2048)
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((2048, 16, 16)) * 2.0 ** rng.uniform(-14, 2, (2048, 16, 1))
+    with np.errstate(over="ignore"):
+        x = (x * 600 / scales[:, None, None].astype(np.float64)).astype(np.float32)
+    x = np.where(np.isfinite(x), x, np.float32(1))
+    check(torch.from_numpy(x), name, numerics, scales, on_cpu)
+
+
+@pytest.mark.parametrize("amax", [*UPPER_SCALES, 0.0, 1e-30, 3.3e38])
+def test_amax_of_te(amax):
+    """From the amax of a tensor, TransformerEngine computes the encode scale as the package."""
+    x = groups(16, "normal").astype(np.float64)
+    x = torch.from_numpy((x * (amax / np.abs(x).max())).astype(np.float32))
+    fmt = format_of("NVFP4", "te")
+    scale_bytes, codes = formulas.nvfp4_te(x.numpy(), formulas.te_encode_scale(np.float32(amax)))
+    q, sf = cq.quantize(x, fmt, amax=torch.tensor(amax))
+    np.testing.assert_array_equal(sf.view(torch.uint8).numpy().reshape(-1), scale_bytes)
+    np.testing.assert_array_equal(codes_of(q, fmt), codes)
+
+
+@every_kind
+def test_rows_of_te(kind):
+    """Under a scale for each row, too, as far as its amax is 2688 / 2^117 or more."""
+    x = groups(16, kind)
+    x = x[: len(x) // 4 * 4].reshape(-1, 64)
+    x = np.where(formulas.amax_of(x)[:, None] < 2688 / 2.0**117, np.float32(0), x)
+    rows, scale = torch.from_numpy(x), formulas.te_encode_scale(formulas.amax_of(x))
+    fmt = format_of("NVFP4", "te").replace(row_scale=True)
+    scale_bytes, codes = formulas.nvfp4_te(rows.numpy().reshape(-1, 16), scale.repeat(4))
+    q, sf, row_scales = cq.quantize(rows, fmt)
+    np.testing.assert_array_equal(sf.view(torch.uint8).numpy().reshape(-1), scale_bytes)
+    np.testing.assert_array_equal(codes_of(q, fmt).reshape(codes.shape), codes)
+    np.testing.assert_array_equal(row_scales.numpy(), formulas.div(1, scale))
+
+
+# Kernels in the emulator
+
+
+def some_groups(size: int, kind: str) -> np.ndarray:
+    """Return a few groups of a kind, from all of it, in rows."""
+    x = groups(size, kind)
+    x = x[:: max(len(x) // 512, 1)][:512]
+    return np.resize(x, (-(-len(x) // ROW_GROUPS) * ROW_GROUPS, size))
+
+
+@pytest.mark.skipif(C_COMPILER is None, reason="needs a C compiler")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@every_formula
+def test_kernels(name, numerics, arch, kernels):
+    from tests.kernels.emulated_gpu import Gpu
+
+    gpu = Gpu(kernels, arch)
+
+    def quantize(x: torch.Tensor, fmt: cq.Format, upper: UpperScale | None):
+        return gpu.quantize(x, None, None, fmt, upper=upper)
+
+    size = cq.NAMED_FORMATS[name].group_size
+    for dtype in INPUT_DTYPES:
+        for kind in BF16_KINDS if dtype is not torch.float32 else KINDS:
+            x = in_dtype(some_groups(size, kind), dtype).view(-1, ROW_GROUPS * size)
+            check(x, name, numerics, encode_scale(UPPER_SCALES[len(kind) % 4]), quantize)
+    if name == "NVFP4":
+        scales = scales_of_the_domain(64)
+        x = groups(16, "underflowing")[: 64 * 8].reshape(64, 2, 64).astype(np.float64)
+        x = (x * 2.0**14 / scales[:, None, None]).clip(-3e38, 3e38).astype(np.float32)
+        check(torch.from_numpy(x), name, numerics, scales, quantize)
