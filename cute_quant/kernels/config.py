@@ -95,10 +95,11 @@ class Tile(NamedTuple):
             ValueError: it does not; the message names the rule.
         """
         values, rows = self.values_per_thread, self.rows_per_thread
+        least = MIN_VALUES * fmt.value_type.per_byte
         _require(
-            _power_of_two(values) and values >= MIN_VALUES,
-            f"values_per_thread: expected a power of two from {MIN_VALUES} on, whose 8-bit results "
-            f"fill registers, got {values}",
+            _power_of_two(values) and values >= least,
+            f"values_per_thread: expected a power of two from {least} on, whose results fill "
+            f"registers, got {values}",
         )
         for name in ("row_warps", "column_warps", "rows_per_thread", "tiles_per_thread"):
             count = getattr(self, name)

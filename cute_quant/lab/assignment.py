@@ -110,6 +110,21 @@ class Request:
         return self.nbytes / (SECTOR_BYTES * len(self.sectors))
 
 
+@dataclass(frozen=True)
+class Nibble:
+    """A four-bit value in a row of q.
+
+    Attributes:
+        column: of the value.
+        byte: of the row of q.
+        high: whether it has the high four bits of the byte.
+    """
+
+    column: int
+    byte: int
+    high: bool
+
+
 @contextlib.contextmanager
 def evaluated() -> Iterator[None]:
     """Enter a context in which layouts can be built and evaluated, without a kernel."""
@@ -172,7 +187,7 @@ def threads(layout: Layout) -> list[Thread]:
                         LANES * warp + (lane ^ 1 << i) for i in range(lanes.bit_length() - 1)
                     ),
                     groups=tuple((row, group) for row in rows),
-                    writes=((rows[writer], group),) if writer < len(rows) else (),
+                    writes=tuple((row, group) for row in rows[writer::lanes]),
                 )
             )
     return found
@@ -189,9 +204,10 @@ def rows_and_columns(layout: Layout) -> list[list[tuple[int, int]]]:
 
 
 def scale_writers(layout: Layout) -> list[tuple[int, int]]:
-    """Return the map lane -> (row of the thread, group) of the scale that the lane stores.
+    """Return the map lane -> (row of the thread, group) of the first scale that the lane stores.
 
-    A lane stores no scale where the thread has no such row.
+    A lane stores no scale where the thread has no such row, and further ones where the thread has
+    more rows than a group has lanes.
     """
     from cute_quant.kernels import layouts
 
@@ -231,21 +247,35 @@ def scales(layout: Layout, mn: int, k: int) -> list[ScaleByte]:
 def loads(layout: Layout, arch: str) -> list[Request]:
     """Return the loads of a row of a warp's tile, one for each instruction of an architecture."""
     widest = min(layout.access.load_bytes, architectures.named(arch).widest_load)
-    return _requests(layout, layout.dtype.itemsize, widest)
+    return _requests(layout, 8 * layout.dtype.itemsize, widest)
 
 
 def stores(layout: Layout, arch: str) -> list[Request]:
-    """Return the stores of a row of 8-bit values of a warp's tile, as `loads` does."""
+    """Return the stores of a row of values of a warp's tile, as `loads` does."""
     widest = min(layout.access.store_bytes, architectures.named(arch).widest_load)
-    return _requests(layout, layout.fmt.values.itemsize, widest)
+    return _requests(layout, value_bits(layout), widest)
 
 
-def _requests(layout: Layout, itemsize: int, nbytes: int) -> list[Request]:
-    columns, count = columns_of_lanes(layout), nbytes // itemsize
+def value_bits(layout: Layout) -> int:
+    """Return the bits of a value of q."""
+    return 8 * layout.fmt.values.itemsize // layout.fmt.value_type.per_byte
+
+
+def nibbles(layout: Layout) -> list[Nibble]:
+    """Return the four-bit values of lane 0 in a row of q, in memory order; none of wider values."""
+    per_byte = layout.fmt.value_type.per_byte
+    if per_byte == 1:
+        return []
+    columns = columns_of_lanes(layout)[0]
+    return [Nibble(c, c // per_byte, c % per_byte > 0) for c in sorted(columns)]
+
+
+def _requests(layout: Layout, bits: int, nbytes: int) -> list[Request]:
+    columns, count = columns_of_lanes(layout), 8 * nbytes // bits
     starts = range(0, layout.tile.values_per_thread, count)
     return [
         Request(
-            tuple((lane[v] * itemsize, (lane[v + count - 1] + 1) * itemsize) for lane in columns)
+            tuple((lane[v] * bits // 8, (lane[v + count - 1] + 1) * bits // 8) for lane in columns)
         )
         for v in starts
     ]

@@ -67,8 +67,9 @@ def examine(layout: Layout, arch: str) -> Examination:
     code = machine_code(launched_on(layout.spec, arch), arch)
     tile, fmt = layout.tile, layout.fmt
     elements = tile.columns * tile.rows_per_thread
-    scale_bytes = 1 if fmt.ue8m0 else fmt.sf_dtype.itemsize
-    moved = layout.dtype.itemsize + fmt.values.itemsize + scale_bytes / fmt.group_size
+    scale_bytes = fmt.scale_dtype.itemsize / fmt.group_size
+    value_bytes = fmt.values.itemsize / fmt.value_type.per_byte
+    moved = layout.dtype.itemsize + value_bytes + scale_bytes
     warps = code.resident_warps(layout.warps, architecture)
     loads, stores = assignment.loads(layout, arch), assignment.stores(layout, arch)
     return Examination(

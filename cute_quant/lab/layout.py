@@ -12,6 +12,7 @@ import torch
 from cute_quant.contract.dtypes import STORE_BYTES
 from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.contract.formats import DEEP_GEMM, Format
+from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.kernels.config import (
     ALONG,
     DEFAULT_TILE,
@@ -32,7 +33,7 @@ class Layout:
     Attributes:
         tile: how the threads of a CTA tile rows and columns.
         access: widths of loads and stores.
-        fmt: format of the results, whose groups are not whole rows.
+        fmt: format of the results. Its groups are not whole rows, nor have rows upper scales.
         dtype: dtype of x.
     """
 
@@ -44,7 +45,9 @@ class Layout:
     @property
     def spec(self) -> QuantizeSpec:
         """Return the spec of the kernel."""
-        return QuantizeSpec(self.dtype, self.fmt.kernel_format, self.tile, access=self.access)
+        upper = ENCODE if self.fmt.upper_scale else None
+        fmt = self.fmt.kernel_format
+        return QuantizeSpec(self.dtype, fmt, self.tile, access=self.access, upper=upper)
 
     @property
     def lanes_per_group(self) -> int:
@@ -144,6 +147,10 @@ def make_layout(
             "group_size: expected groups that lie in a warp, to be drawn and tried, got whole rows"
         )
     values = values_per_thread
+    if fmt.row_scale:
+        raise ValueError(
+            "row_scale: expected False, where a warp has no need of the whole row, got True"
+        )
     if threads_per_group is not None:
         if threads_per_group < 1 or fmt.group_size % threads_per_group:
             raise ValueError(
@@ -161,7 +168,7 @@ def make_layout(
     widest = min(values * dtype.itemsize, Access().load_bytes)
     access = Access(
         widest if load_bytes is None else load_bytes,
-        min(values * fmt.values.itemsize, STORE_BYTES),
+        min(values * fmt.values.itemsize // fmt.value_type.per_byte, STORE_BYTES),
         load_hint=load_hint,
     )
     layout = Layout(Tile(values, **tile), access, fmt, dtype)

@@ -67,23 +67,23 @@ function makeModel(choice) {
       threads.push({
         number: LANES * warp + lane, warp, lane, segments, partners,
         groups: segments.map(s => [s[0], group]),
-        writes: writer < rows ? [[segments[writer][0], group]] : [],
+        writes: segments.filter((_, r) => r % lanesPerGroup === writer).map(s => [s[0], group]),
       });
     }
   }
   const column = (lane, value) => evaluate(copy, [lane, value])[0];
-  const requests = (itemsize, nbytes) => {
-    const count = nbytes / itemsize, found = [];
+  const requests = (bits, nbytes) => {
+    const count = 8 * nbytes / bits, found = [];
     for (let v = 0; v < values; v += count)
       found.push(Array.from({length: LANES}, (_, lane) =>
-        [column(lane, v) * itemsize, (column(lane, v + count - 1) + 1) * itemsize]));
+        [column(lane, v) * bits / 8, (column(lane, v + count - 1) + 1) * bits / 8]));
     return found;
   };
   const accesses = [];
-  for (const [kind, itemsize, most] of
-    [["loads of x", data.itemsize, loadBytes], ["stores of q", format.itemsize, storeBytes]])
+  for (const [kind, bits, most] of
+    [["loads of x", 8 * data.itemsize, loadBytes], ["stores of q", format.valueBits, storeBytes]])
     for (const [arch, widest] of Object.entries(data.loads)) {
-      const found = requests(itemsize, Math.min(most, widest));
+      const found = requests(bits, Math.min(most, widest));
       const same = accesses.find(a => a.kind === kind && a.requests.length === found.length);
       if (same) same.architectures.push(arch);
       else accesses.push({kind, architectures: [arch], requests: found});
@@ -189,6 +189,24 @@ function sectorsOf(ranges) {
   const moved = ranges.reduce((n, [first, end]) => n + end - first, 0);
   return `${touched.size} sectors, ${Math.round(100 * moved / (data.sector * touched.size))}% used`;
 }
+// The bytes that lane 0 stores, each with its high four bits on the left.
+function nibbleBoxes(m, shapes, left, width, y) {
+  shapes.push(words(0, y + 14, "values of lane 0 in q: two a byte, the earlier one in its low four bits",
+    {bold: true, size: left ? 12 : 10}));
+  y += 22;
+  const side = 26, bytes = Math.min(m.values / 2, Math.floor((width - left - 2) / (2 * side)));
+  for (let byte = 0; byte < bytes; byte++) {
+    const x = left + 2 * byte * side;
+    for (const high of [1, 0]) {
+      const column = 2 * byte + high, at = x + (1 - high) * side;
+      shapes.push(box(at, y, side, STRIP - 4, colour(0, high), "line", {nibble: column}));
+      shapes.push(words(at + side / 2, y + 13, column, {size: 9, anchor: "middle"}));
+    }
+    shapes.push(words(x + side, y + STRIP + 8, `byte ${byte}`,
+      {size: 9, anchor: "middle", colour: "muted"}));
+  }
+  return y + STRIP + 14;
+}
 function walkDrawing(m, width) {
   const wide = width > 700, label = wide ? 160 : 44, line = width - label - (wide ? NOTE : 2);
   const shapes = [];
@@ -233,6 +251,7 @@ function walkDrawing(m, width) {
     }
     y += 10;
   }
+  if (m.format.valueBits === 4) y = nibbleBoxes(m, shapes, wide ? label : 0, width, y);
   return svg("Bytes of a warp by instruction", width, y, shapes);
 }
 
@@ -408,6 +427,8 @@ function showThread(number, row, column) {
     ["thread", `${number}: warp ${t.warp}, lane ${t.lane}`],
     ["element", `row ${row}, column ${column}: value ${column - first[1]} of ${first[2]}, `
       + `byte ${column * bytes} of the row`],
+    ...(model.format.valueBits === 4 ? [["in q",
+      `byte ${column >> 1} of the row, its ${column % 2 ? "high" : "low"} four bits`]] : []),
     ["holds", t.segments.map(s => `row ${s[0]}, columns ${span(s[1], s[2])}`).join("; ")],
     ["loads", `bytes ${span(first[1] * bytes, first[2] * bytes)} of each row: ${loads.join(", ")}`],
     ["shuffles", t.partners.length ? `with lanes ${t.partners.map(n => n % LANES).join(", ")}` : "with none"],

@@ -153,17 +153,16 @@ def _replaced(layout: Layout, fmt: Format, numbers: dict[str, int]) -> Layout:
 def _format(fmt: Format) -> dict[str, Any]:
     """Return the properties of a format that a drawing needs."""
     named = fmt in NAMED_FORMATS.values()
-    kind = f"{dtype_name(fmt.scale_dtype)} scales, {fmt.scale_layout}"
     return {
         "python": f"cq.{_name(fmt)}" if named else f'cq.Format.parse("{fmt.text}")',
         "group": fmt.group_size,
-        "itemsize": fmt.values.itemsize,
+        "valueBits": 8 * fmt.values.itemsize // fmt.value_type.per_byte,
         "scaleBytes": fmt.sf_dtype.itemsize,
         "packed": fmt.packed,
         "blocked": fmt.blocked,
         "perUnit": BLOCK_GROUPS if fmt.blocked else fmt.groups_per_column,
         "unit": "word" if fmt.packed else "block" if fmt.blocked else "column",
-        "kind": "packed words of four UE8M0 bytes" if fmt.packed else kind,
+        "kind": pictures.scales_in_words(fmt),
         "mnMajor": fmt.mn_major,
     }
 

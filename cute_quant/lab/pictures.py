@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cute_quant.contract.dtypes import dtype_name
+from cute_quant.contract.formats import Format
 from cute_quant.kernels.config import LANES
 from cute_quant.lab import assignment
 from cute_quant.lab.assignment import SECTOR_BYTES, Request, ScaleByte, Thread
@@ -20,6 +21,9 @@ MARGIN, LABEL, LINE, NOTE = 16, 170, 896, 150
 WIDTH = MARGIN + LABEL + LINE + NOTE
 ROW, STRIP, GAP = 24, 22, 10
 HEADER = 66
+MAX_BYTES = 16
+"""Maximum of drawn bytes of two values."""
+NIBBLE_ORDER = "two a byte, the earlier one in its low four bits"
 MAX_STRIPS = 16
 """Maximum of drawn requests: those after them look alike."""
 
@@ -128,8 +132,29 @@ def access_picture(layout: Layout) -> Drawing:
         drawing.add(Words(MARGIN, y + 12, title, 12, bold=True))
         y += 20
         y = _strips(drawing, requests, layout.lanes_per_group, y)
+    if layout.fmt.value_type.per_byte > 1:
+        y = _nibble_boxes(drawing, layout, y)
     drawing.height = y + MARGIN
     return drawing
+
+
+def _nibble_boxes(drawing: Drawing, layout: Layout, y: float) -> float:
+    """Draw the bytes that lane 0 stores, each with its high four bits on the left."""
+    title = f"values of lane 0 in q: {NIBBLE_ORDER}"
+    drawing.add(Words(MARGIN, y + GAP + 12, title, 12, bold=True))
+    y += GAP + 20
+    shown = assignment.nibbles(layout)[: 2 * MAX_BYTES]
+    left, width = MARGIN + LABEL, LINE / (2 * MAX_BYTES)
+    for nibble in shown:
+        x = left + (2 * nibble.byte + (not nibble.high)) * width
+        data = {"nibble": nibble.column}
+        drawing.add(Box(x, y, width, STRIP - 4, _colour(0, nibble.high), "line", data))
+        drawing.add(Words(x + width / 2, y + 13, str(nibble.column), 9, "middle"))
+    for byte in range(shown[-1].byte + 1):
+        x = left + 2 * byte * width
+        drawing.add(Box(x, y, 2 * width, STRIP - 4, None, "ink"))
+        drawing.add(Words(x + width, y + STRIP + 8, f"byte {byte}", 9, "middle", "muted"))
+    return y + STRIP + 12
 
 
 def _accesses(layout: Layout) -> list[tuple[str, list[Request]]]:
@@ -181,9 +206,7 @@ def scale_picture(layout: Layout, scales: list[ScaleByte], mn: int, k: int) -> D
     cell = max(26.0, min(44.0, (WIDTH - 2 * MARGIN - label - units * gap) / (units * per_unit)))
     width = max(WIDTH, 2 * MARGIN + label + units * (per_unit * cell + gap))
     drawing = Drawing(f"Scales of an ({mn}, {k}) input in memory", width)
-    what = "packed words of four UE8M0 bytes"
-    if not fmt.packed:
-        what = f"{dtype_name(fmt.scale_dtype)} scales, {fmt.scale_layout}"
+    what = scales_in_words(fmt)
     drawing.add(
         Words(MARGIN, 26, "Scales in memory", 16, bold=True),
         Words(
@@ -234,6 +257,14 @@ def scale_picture(layout: Layout, scales: list[ScaleByte], mn: int, k: int) -> D
         drawing.add(Words(MARGIN, drawing.height - 4, more, 11, colour="muted"))
         drawing.height += ROW
     return drawing
+
+
+def scales_in_words(fmt: Format) -> str:
+    """Describe the scales of a format."""
+    if fmt.packed:
+        kind = "UE8M0" if fmt.ue8m0 else "e4m3"
+        return f"packed words of four {kind} bytes{'' if fmt.mn_major else ', row-major'}"
+    return f"{dtype_name(fmt.scale_dtype)} scales, {fmt.scale_layout}"
 
 
 def pictures(layout: Layout, mn: int | None = None, k: int | None = None) -> list[Drawing]:
@@ -293,6 +324,13 @@ def _access_lines(layout: Layout) -> list[str]:
                 f"lane 1 from {next_lane}, lane {LANES - 1} to {r.ranges[-1][1] - 1}: "
                 f"{len(r.sectors)} sectors, {r.efficiency:.0%} used"
             )
+    nibbles = assignment.nibbles(layout)
+    if nibbles:
+        lines.append(f"values of lane 0 in q, {NIBBLE_ORDER}: high and low columns at byte of q")
+        pairs = zip(nibbles[0::2], nibbles[1::2], strict=True)
+        lines.append(
+            "  " + " ".join(f"{high.column},{low.column}@{low.byte}" for low, high in pairs)
+        )
     return lines
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cute_quant.contract.dtypes import ceil_div
+from cute_quant.contract.dtypes import UPPER_MAX, ceil_div
 from cute_quant.jit import lookup
 from cute_quant.kernels.config import MAX_GRID_Y, launched_on
 from cute_quant.lab import timing
@@ -16,6 +16,8 @@ from cute_quant.lab.layout import Layout
 
 DEVICE = "cuda"
 POISON = 0xA5
+NORMAL_AMAX = 6.0
+"""About the amax of millions of normal numbers."""
 
 
 class WrongResultError(RuntimeError):
@@ -52,16 +54,20 @@ class Track:
     def __init__(self, default: Layout, mn: int, k: int):
         self.default, self.mn, self.k = default, mn, k
         fmt, device = default.fmt, torch.device(DEVICE)
-        moved = mn * k * (default.dtype.itemsize + fmt.values.itemsize)
+        columns = fmt.value_columns(k)
+        moved = mn * (k * default.dtype.itemsize + columns * fmt.values.itemsize)
         self.launches = timing.launch_count(moved)
         self.buffers = [
             (
                 torch.randn(mn, k, device=device).to(default.dtype),
-                torch.empty(mn, k, dtype=fmt.values, device=device),
+                torch.empty(mn, columns, dtype=fmt.values, device=device),
                 fmt.empty_scales((), mn, k, device),
             )
             for _ in range(timing.buffer_count(moved))
         ]
+        self.encode_scale = None
+        if fmt.upper_scale:
+            self.encode_scale = torch.full((1,), UPPER_MAX / NORMAL_AMAX, device=device)
         self.calls = self._calls(default)
         self.expected = [[_bits(t).clone() for t in results] for results in self._run(self.calls)]
         self.graph = timing.capture(self.calls, self.launches)
@@ -90,8 +96,9 @@ class Track:
     def _calls(self, layout: Layout) -> list[Callable[[], None]]:
         arch = lookup.architecture(torch.cuda.current_device())
         function = lookup.function(launched_on(layout.spec, arch), arch)
+        upper, floor = self.encode_scale, layout.fmt.floor
         return [
-            functools.partial(function, *operands, None, None, 0, 1, 1, layout.fmt.floor)
+            functools.partial(function, *operands, upper, None, None, 0, 1, 1, floor)
             for operands in self.buffers
         ]
 
