@@ -157,6 +157,8 @@ def check_upper_scale(call: Call) -> None:
     if call.prologue is not None:
         return
     live, source = live_rows(call.x, call.rows, call.index)
+    if source.numel() == 0:
+        return
     amax = source.abs().where(live.unsqueeze(2), 0).flatten(1).amax(1).double()
     if encode.numel() == 1:
         amax = amax.amax(0, keepdim=True)
