@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import torch
 
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, GROUPWISE_FP8, MXFP8, NVFP4, Format, quantize
@@ -73,6 +74,14 @@ def all_formats(
         if not fmt.blocked or group_size == 32
     ]
     return formats + [*NVFP4_FORMATS] * (E2M1 in dtypes and 16 in group_sizes)
+
+
+def mostly_slow(formats: Iterable[Format], step: int = 2) -> list[object]:
+    """Return parameters of a test, all but one of `step` marked slow."""
+    return [
+        fmt if i % step == 0 else pytest.param(fmt, marks=pytest.mark.slow)
+        for i, fmt in enumerate(formats)
+    ]
 
 
 def whole_bytes(x: torch.Tensor, fmt: Format, columns: int = 1) -> torch.Tensor:

@@ -223,7 +223,7 @@ def check_upper_scale(call: Call) -> None:
             f"{kind}: expected finite numbers above 0, from 2^-117 to 2^117 unless they are an "
             f"amax, got {bad}"
         )
-    if call.prologue is not None or call.x.numel() == 0:
+    if call.prologue is not None:
         return
     amax = _amax_under_each(call, encode.numel())
     ratio = amax * encode / UPPER_MAX
@@ -240,6 +240,8 @@ def check_upper_scale(call: Call) -> None:
 def _amax_under_each(call: Call, count: int) -> torch.Tensor:
     """Return the largest magnitudes that lie under each of the `count` upper scales of a call."""
     live, source = live_rows(call.x, call.rows, call.index)
+    if source.numel() == 0:
+        return torch.zeros(count, dtype=torch.float64, device=source.device)
     of_rows = source.abs().amax(-1).where(live, 0).double()
     if call.upper_of_groups:
         group = groups_of_rows(call.rows, of_rows.shape[1])
