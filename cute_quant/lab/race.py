@@ -91,7 +91,7 @@ class Track:
         arch = lookup.architecture(torch.cuda.current_device())
         function = lookup.function(launched_on(layout.spec, arch), arch)
         return [
-            functools.partial(function, *operands, None, None, 0, 1, 1, layout.fmt.floor)
+            functools.partial(function, *operands, None, None, None, 0, 1, 1, layout.fmt.floor)
             for operands in self.buffers
         ]
 
