@@ -44,6 +44,8 @@ COLUMNS = 1024
 FEW_ROWS = 203
 """No multiple of 4, so that columns of scales have padding."""
 MATRICES = 3
+GROUPS = {PrefixSum.kind: 2, Indexed.kind: 4}
+"""Groups of rows stacked along M."""
 SEED = 0
 POISON = 0xA5
 
@@ -306,6 +308,11 @@ def _results(spec: Spec, device: str) -> Results:
     x = _activations(shape, spec.dtype, generator)
     decode_scales = None if spec.upper is None else _decode_scale(spec, x).to(device)
     upper: dict[str, Any] = _upper_scale(spec.upper, decode_scales)
+    if domain.grouped:
+        # Values are compared before they are multiplied with those of their groups.
+        factors = 2.0 ** torch.arange(GROUPS[domain.kind], device=device)
+        upper = {name: t * factors for name, t in upper.items()}
+        decode_scales = torch.ones((), device=device)
     x = x.to(device)
     if isinstance(spec, QuantizeSpec) and spec.fake:
         return Results(cute_quant.fake_quantize(x, fmt, **upper))
@@ -418,9 +425,10 @@ def _rows(domain: Domain, mn: int, device: str, generator: torch.Generator) -> R
     if domain.masked:
         return Masked(integers(0, mn // 3, mn))
     if domain.prefix_sum:
-        return PrefixSum(integers(mn // 4, mn // 2 + 64))
+        return PrefixSum(integers(mn // 4, mn // 2 + 64))  # GROUPS of them
     if domain.indexed:
-        experts = torch.randint(-1, 4, (mn,), dtype=torch.int32, generator=generator)
+        groups = GROUPS[domain.kind]
+        experts = torch.randint(-1, groups, (mn,), dtype=torch.int32, generator=generator)
         return Indexed(experts.to(device))
     return None
 

@@ -52,7 +52,9 @@ def check(kernels, arch, tile, fmt, dtype, access, mn, k, batch=()):
         for _ in range(2)
     ]
     spec = QuantizeSpec(dtype, fmt, tile, Domain(batched=bool(batch)), access)
-    kernels.get(spec, arch)(x, *results[0], None, None, 0, 1, 1, fmt.floor, outputs=results[0])
+    kernels.get(spec, arch)(
+        x, *results[0], None, None, None, 0, 1, 1, fmt.floor, outputs=results[0]
+    )
     oracle.quantize_into(x, *results[1], fmt)
     for name, actual, expected in zip(("q", "sf"), *results, strict=True):
         assert_same_storage(name, actual, expected)
