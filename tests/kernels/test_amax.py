@@ -165,6 +165,8 @@ def strided(shape, strides):
         ((4, 8, 64), None, True, 1, 8 * 64),
         ((4, 8, 64), (640, 64, 1), False, 4, 8 * 64),
         ((8, 64), (72, 1), False, 8, 64),
+        ((3, 1, 64), (2**31, 64, 1), False, 1, 64),
+        ((3, 1, 64), (2**16, 64, 1), False, 3, 64),
         ((2**17, 2**14), None, False, 8, 2**28),
         ((2**31 - 1, 2), None, False, 2**31 - 1, 2),
         ((2**20, 2**12, 2), None, False, 2**5, 2**28),
@@ -255,6 +257,8 @@ def test_refusals(x, options, error, message):
 def test_vmap_and_gradients_of_the_operator_are_refused():
     with pytest.raises(RuntimeError, match="vmap is not supported"):
         torch.vmap(cq.tensor_amax)(torch.ones(2, 3, 8))
+    with pytest.raises(RuntimeError, match="torch.vmap is not supported"):
+        torch.vmap(lambda x: tensor_amax.operator(x, False))(torch.ones(2, 3, 8))
     x = torch.ones(2, 8, requires_grad=True)
     with pytest.raises(RuntimeError, match="tensor_amax is not differentiable"):
         tensor_amax.operator(x, False).backward()
