@@ -155,6 +155,8 @@ def codes_of(x: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
         codes = np.where(negative, -codes, codes)
     else:
         codes = np.where(negative, codes | SIGNS[fmt.values], codes)
+    if fmt.values is E2M1 and fmt.numerics == "deepgemm":
+        codes = np.where(codes == SIGNS[E2M1], 0, codes)  # zeros have no sign
     codes = np.where(np.isnan(scales)[..., None], nan_byte(fmt.values), codes)
     return codes.astype(np.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
 
