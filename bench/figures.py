@@ -21,6 +21,7 @@ from typing import Any
 from bench import masked, report, sass, stage_report
 from bench.names import CUTE_QUANT, EMPTY_LIKE, NEG, PDL, STREAM
 from bench.results import Results
+from cute_quant import NVFP4
 from cute_quant.lab import draw, make_layout
 from cute_quant.lab import report as sweep_report
 from cute_quant.lab.machine_code import EXAMINED, machine_code
@@ -43,6 +44,7 @@ PICTURES: dict[str, dict[str, Any]] = {
     "default": {},
     "sixteen": {"threads_per_group": 16, "row_warps": 1},
     "four": {"threads_per_group": 4, "row_warps": 1},
+    "nvfp4": {"fmt": NVFP4.replace(scale_layout="8x4"), "row_warps": 1},
 }
 """Choices of the layouts that are drawn."""
 

@@ -11,9 +11,19 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-from cute_quant import DEEP_GEMM_32, DEEP_GEMM_SM90, GROUPWISE_FP8, MXFP8, NAMED_FORMATS, lab
+from cute_quant import (
+    DEEP_GEMM_32,
+    DEEP_GEMM_SM90,
+    GROUPWISE_FP8,
+    MXFP4,
+    MXFP8,
+    NAMED_FORMATS,
+    NVFP4,
+    lab,
+    quantize,
+)
 from cute_quant.kernels import architectures
-from cute_quant.kernels.config import ALONG, DEFAULT_TILE, DOWN, LANES, QuantizeSpec
+from cute_quant.kernels.config import ALONG, DEFAULT_TILE, DOWN, LANES, Access, QuantizeSpec
 from cute_quant.kernels.heuristics import TWO_ROWS
 from cute_quant.lab import (
     assignment,
@@ -41,10 +51,21 @@ LAYOUTS = {
     "16 threads, 3 along": {"threads_per_group": 16, "column_warps": 3, "warp_order": ALONG},
     "4 threads": {"threads_per_group": 4, "load_bytes": 8, "rows_per_thread": 4},
     "1 thread": {"threads_per_group": 1, "row_warps": 2},
+    "1 thread, 2 rows": {"threads_per_group": 1, "row_warps": 1, "rows_per_thread": 2},
+    "2 threads, 4 rows": {"threads_per_group": 2, "row_warps": 1, "rows_per_thread": 4},
     "2 by 2 warps": {"row_warps": 2, "column_warps": 2, "warp_order": DOWN},
 }
 every_layout = pytest.mark.parametrize("choices", LAYOUTS.values(), ids=LAYOUTS)
-FORMATS = (UE8M0, FLOAT32, DEEP_GEMM_32, MXFP8, ROW_MAJOR)
+FP4_FORMATS = (
+    NVFP4,
+    MXFP4,
+    NVFP4.replace(scale_layout="8x4"),
+    MXFP4.replace(scale_layout="8x4"),
+    NVFP4.replace(scale_layout="row_major_packed"),
+    NVFP4.replace(scale_layout="mn_major_packed"),
+    NVFP4.replace(scale_layout="row_major"),
+)
+FORMATS = (UE8M0, FLOAT32, DEEP_GEMM_32, MXFP8, ROW_MAJOR, *FP4_FORMATS)
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
 
@@ -122,14 +143,27 @@ def test_scales_lie_where_the_format_puts_them(fmt):
 @pytest.mark.parametrize("arch", EXAMINED)
 @every_layout
 def test_as_many_requests_as_memory_instructions(choices, arch):
-    layout = make_layout(**choices)
+    check_requests(make_layout(**choices), arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", EXAMINED)
+@pytest.mark.parametrize("choices", [{}, {"rows_per_thread": 2}, {"values_per_thread": 8}])
+@pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=str)
+def test_as_many_requests_of_fp4_as_memory_instructions(fmt, choices, arch):
+    check_requests(make_layout(fmt, **choices), arch)
+
+
+def check_requests(layout, arch):
     code, rows = machine_code(layout.spec, arch), layout.tile.rows_per_thread
     loads, stores = assignment.loads(layout, arch), assignment.stores(layout, arch)
-    assert code.count("LDG") == rows * len(loads)
-    assert code.count("STG") == rows * len(stores) + 1, "and one that stores scales"
-    for requests, bytes_per_value in ((loads, 2), (stores, 1)):
+    scale_stores = -(-rows // layout.lanes_per_group)
+    upper_loads = int(layout.fmt.upper_scale)
+    assert code.count("LDG") == rows * len(loads) + upper_loads
+    assert code.count("STG") == rows * len(stores) + scale_stores
+    for requests, bits in ((loads, 16), (stores, 8 // layout.fmt.value_type.per_byte)):
         moved = {byte for r in requests for first, end in r.ranges for byte in range(first, end)}
-        assert moved == set(range(layout.tile.columns * bytes_per_value))
+        assert moved == set(range(layout.tile.columns * bits // 8))
 
 
 def test_sectors():
@@ -143,6 +177,27 @@ def test_sectors():
     assert [(len(r.sectors), r.efficiency) for r in narrow] == [(32, 0.125)] * 8
 
 
+def test_stores_of_half_bytes():
+    for values, sectors in ((8, 4), (16, 8)):
+        (request,) = assignment.stores(make_layout(NVFP4, values_per_thread=values), "sm_90a")
+        nbytes = values // 2
+        assert request.ranges == tuple((nbytes * i, nbytes * (i + 1)) for i in range(LANES))
+        assert (len(request.sectors), request.efficiency) == (sectors, 1.0)
+
+
+@pytest.mark.parametrize("fmt", FP4_FORMATS, ids=str)
+def test_nibbles_are_where_the_reference_puts_them(fmt):
+    """A row with one value that is not 0, in each column in turn."""
+    nibbles = assignment.nibbles(make_layout(fmt))
+    assert [nibble.column for nibble in nibbles] == list(range(16))
+    options = {"encode_scale": torch.tensor(1.0)} if fmt.upper_scale else {}
+    q, _ = quantize(torch.eye(16), fmt, **options)
+    for nibble, row in zip(nibbles, q.view(torch.uint8), strict=True):
+        (byte,) = row.nonzero().flatten().tolist()
+        assert (byte, row[byte].item() > 0xF) == (nibble.byte, nibble.high)
+    assert assignment.nibbles(make_layout(MXFP8)) == []
+
+
 # Choices
 
 
@@ -150,6 +205,12 @@ def test_the_default_is_the_one_that_calls_use():
     assert make_layout().spec == QuantizeSpec(torch.bfloat16, UE8M0)
     assert make_layout(rows_per_thread=2).tile == TWO_ROWS
     assert make_layout().name == "default"
+    assert make_layout(MXFP4).spec == QuantizeSpec(
+        torch.bfloat16, MXFP4, access=Access(store_bytes=8)
+    )
+    assert make_layout(NVFP4).spec == QuantizeSpec(
+        torch.bfloat16, NVFP4, access=Access(store_bytes=8), upper="encode_scale"
+    )
 
 
 def test_names_tell_layouts_apart():
@@ -164,7 +225,10 @@ def test_names_tell_layouts_apart():
     [
         ({"threads_per_group": 5}, "threads_per_group: expected a divisor of group_size 128"),
         ({"threads_per_group": 8, "values_per_thread": 8}, "expected a product of 128"),
-        ({"threads_per_group": 4, "rows_per_thread": 8}, "rows_per_thread: expected at most 4"),
+        ({"threads_per_group": 4, "rows_per_thread": 6}, "at most 4 or a multiple"),
+        ({"fmt": NVFP4, "values_per_thread": 4}, "a power of two from 8 on"),
+        ({"fmt": NVFP4, "values_per_thread": 32}, "a divisor of group_size 16"),
+        ({"fmt": NVFP4.replace(row_scale=True)}, "row_scale: expected False"),
         ({"load_bytes": 64}, "load_bytes: expected a power of two from 2 to 32"),
         ({"column_warps": 16}, "at most 1024 threads"),
         ({"fmt": DEEP_GEMM_SM90.replace(group_size=-1)}, "got whole rows"),
@@ -200,6 +264,31 @@ def test_svg(fmt, tmp_path):
     for b in boxes:
         x, y, w, h = (float(b.get(name)) for name in ("x", "y", "width", "height"))
         assert x >= 0 and y >= 0 and x + w <= width + 0.01 and y + h <= height + 0.01
+
+
+def test_nibbles_in_a_drawing(tmp_path):
+    draw(make_layout(NVFP4, row_warps=1), tmp_path / "layout.svg")
+    boxes = ElementTree.parse(tmp_path / "layout.svg").getroot().iter(f"{SVG}rect")
+    left = {int(b.get("data-nibble")): float(b.get("x")) for b in boxes if b.get("data-nibble")}
+    order = sorted(left, key=left.__getitem__)
+    assert order == [1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14]
+    assert "1,0@0 3,2@1" in draw(make_layout(NVFP4))
+    assert "lane 0 in q" not in draw(make_layout(MXFP8))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "words"),
+    [
+        (UE8M0, "packed words of four UE8M0 bytes"),
+        (NVFP4, "float8_e4m3fn scales, 128x4"),
+        (NVFP4.replace(scale_layout="8x4"), "float8_e4m3fn scales, 8x4"),
+        (FP4_FORMATS[4], "packed words of four e4m3 bytes, row-major"),
+        (FP4_FORMATS[5], "packed words of four e4m3 bytes"),
+    ],
+    ids=str,
+)
+def test_scales_in_words(fmt, words):
+    assert pictures.scales_in_words(fmt) == words
 
 
 def test_svg_brings_its_colours():
@@ -479,10 +568,10 @@ def test_files_that_cannot_be_used(arguments, capsys, tmp_path):
 def test_sweep_and_report(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = tmp_path / "sweep.json"
-    choices = ["--threads-per-group", "4,8", "--rows-per-thread", "1,8"]
+    choices = ["--threads-per-group", "4,8", "--rows-per-thread", "1,6"]
     assert command.main(["sweep", *choices, "--json", str(path)]) == 0
     out, err = capsys.readouterr()
-    assert "refused: threads_per_group=4, rows_per_thread=8: rows_per_thread" in err
+    assert "refused: threads_per_group=4, rows_per_thread=6: rows_per_thread" in err
     assert "3/3 done" in err
     assert command.main(["report", str(path)]) == 0
     assert capsys.readouterr().out == out
@@ -491,7 +580,7 @@ def test_sweep_and_report(capsys, tmp_path, monkeypatch):
     assert [row.split(" | ")[0] for row in table[2:]] == [
         "| default",
         "| 4 threads x 32 values",
-        "| rows a thread: 8",
+        "| rows a thread: 6",
     ]
 
 

@@ -117,6 +117,9 @@ CHOSEN = [
     {"format": "MXFP8", "row_warps": 2},
     {"format": "GROUPWISE_FP8", "values_per_thread": 32},
     {"format": "INT8", "column_warps": 4, "row_warps": 1},
+    {"format": "NVFP4", "row_warps": 1},
+    {"format": "NVFP4", "values_per_thread": 8, "rows_per_thread": 4, "row_warps": 1},
+    {"format": "MXFP4", "values_per_thread": 32, "rows_per_thread": 2, "row_warps": 1},
 ]
 
 
@@ -177,13 +180,15 @@ def test_lanes_and_values_are_one_choice(page):
 
 
 def test_a_refused_choice_says_why_and_leaves_the_pictures(page):
-    choose(page, lanes=4)
+    choose(page, lanes=1)
     before = drawn(page, "t")
     options = "[...document.getElementById('rows_per_thread').options].map(o => o.text)"
-    assert page.evaluate(options) == ["1", "2", "4", "8 (refused)"]
-    choose(page, rows_per_thread=8)
+    assert page.evaluate(options) == ["1", "2", "4 (refused)", "8 (refused)"]
+    choose(page, rows_per_thread=4)
     refusal = page.evaluate("document.getElementById('refusal').textContent")
-    assert refusal.startswith("Refused: rows_per_thread: expected at most 4, the lanes of a group")
+    assert refusal.startswith(
+        "Refused: values_per_thread, rows_per_thread: expected at most 512 bytes of x"
+    )
     assert drawn(page, "t") == before
     choose(page, rows_per_thread=1)
     assert page.evaluate("document.getElementById('refusal').textContent") == ""
@@ -258,6 +263,25 @@ def test_a_scale_shows_its_group(page):
     }
     page.point('[data-scale="7,0"]')
     assert details(page)["scale"].endswith("byte 28 of sf; padding, 0")
+
+
+def test_values_of_four_bits(page):
+    choose(page, format="MXFP4", row_warps=1)
+    for column, where in (
+        (34, "byte 17 of the row, its low"),
+        (35, "byte 17 of the row, its high"),
+    ):
+        page.evaluate(f"show({{thread: 2, row: 0, column: {column}}})")
+        assert details(page)["in q"] == f"{where} four bits"
+    left = page.evaluate(
+        "Object.fromEntries([...document.querySelectorAll('[data-nibble]')]"
+        ".map(n => [n.dataset.nibble, n.getBoundingClientRect().x]))"
+    )
+    order = sorted(map(int, left), key=lambda column: left[str(column)])
+    assert order == [1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14]
+    choose(page, format="MXFP8")
+    assert page.evaluate("document.querySelectorAll('[data-nibble]').length") == 0
+    assert "in q" not in details(page)
 
 
 def test_an_address_shows_its_thread(page):

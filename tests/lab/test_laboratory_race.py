@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cute_quant import MXFP4, NVFP4
 from cute_quant.jit import lookup
 from cute_quant.lab import make_layout, race, timing
 from cute_quant.lab.sweep import sweep
@@ -50,6 +51,20 @@ def test_ratios_to_the_default(emulated):
     assert [done for done, _, _ in seen] == [0, 1, 2, 3]
     # A graph of the default is timed in turn with each.
     assert all(set(graphs) == {"default", "layout"} for graphs in emulated)
+
+
+@pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=str)
+def test_fp4(emulated, fmt):
+    layouts = [make_layout(fmt), make_layout(fmt, rows_per_thread=2)]
+    trials = sweep(layouts, [(5, 128)])
+    assert not any(t.failure for t in trials)
+    assert [t.ratios for t in trials] == [{(5, 128): 1.0}, {(5, 128): 2.0}]
+
+
+def test_the_encode_scale_uses_the_range_of_scales(emulated):
+    track = race.Track(make_layout(NVFP4), 64, 1024)
+    scales = torch.cat([sf.float() for _, _, sf in track.buffers])
+    assert 128 < scales.max() <= 448
 
 
 def test_wrong_bits_are_not_timed(emulated, monkeypatch):

@@ -3,8 +3,19 @@
 import pytest
 import torch
 
-from cute_quant import DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90, GROUPWISE_FP8, MXFP8
+from cute_quant import (
+    DEEP_GEMM,
+    DEEP_GEMM_32,
+    DEEP_GEMM_SM90,
+    GROUPWISE_FP8,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+)
+from cute_quant.contract import reference
+from cute_quant.contract.calls import Call
 from cute_quant.contract.format_choices import WHOLE_ROW
+from cute_quant.contract.upper_scales import ENCODE, UpperScale
 from cute_quant.kernels.config import ALONG, DOWN, LOAD_HINTS, Access, Domain, QuantizeSpec, Tile
 from cute_quant.lab.machine_code import machine_code
 from tests import oracle
@@ -19,6 +30,8 @@ from tests.kernels.cases import assert_same_storage, special_groups
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ROW_MAJOR = GROUPWISE_FP8.replace(group_size=64)
+NVFP4_8 = NVFP4.replace(scale_layout="8x4")
+NVFP4_PACKED = NVFP4.replace(scale_layout="row_major_packed")
 
 TILES = {
     "16 threads a group": (Tile(8), UE8M0, BF16, Access(16, 8)),
@@ -35,8 +48,22 @@ TILES = {
     "2 packs of 16 groups": (Tile(16, 2, 1, 2), DEEP_GEMM_32, BF16, Access()),
     "2 blocks along k": (Tile(16, 2, 2, 2), MXFP8, BF16, Access()),
     "row-major": (Tile(8, 2, 1, 2), ROW_MAJOR, FP32, Access(32, 8)),
+    "NVFP4, 8 values": (Tile(8, 2, 2), NVFP4, BF16, Access(16, 4)),
+    "NVFP4, 4 rows of 1 lane": (Tile(16, 2, 4), NVFP4, BF16, Access(32, 8)),
+    "NVFP4, 2 warps along k, 8x4": (Tile(16, 2, 1, 2), NVFP4_8, FP32, Access(32, 8)),
+    "MXFP4, 32 values": (Tile(32, 2, 2), MXFP4, BF16, Access(32, 16)),
+    "NVFP4, packed": (Tile(16, 2, 2), NVFP4_PACKED, BF16, Access(32, 8)),
     **{hint: (Tile(), UE8M0, BF16, Access(load_hint=hint)) for hint in LOAD_HINTS},
 }
+
+
+def reference_into(upper):
+    """Return the reference as a function such as the oracle's, which knows no FP4."""
+
+    def quantize_into(x, q, sf, fmt):
+        reference.quantize_into(Call(x, fmt, upper=upper), q, sf)
+
+    return quantize_into
 
 
 def check(kernels, arch, tile, fmt, dtype, access, mn, k, batch=()):
@@ -46,16 +73,21 @@ def check(kernels, arch, tile, fmt, dtype, access, mn, k, batch=()):
     x = special_groups(rows, k, dtype, k, fmt).view(*batch, mn, k)
     results = [
         (
-            poisoned_values(mn, k, "cpu", fmt.values, batch),
+            poisoned_values(mn, fmt.value_columns(k), "cpu", fmt.values, batch),
             poisoned_scales(fmt, mn, k, "cpu", batch_shape=batch),
         )
         for _ in range(2)
     ]
     spec = QuantizeSpec(dtype, fmt, tile, Domain(batched=bool(batch)), access)
-    kernels.get(spec, arch)(
-        x, *results[0], None, None, None, 0, 1, 1, fmt.floor, outputs=results[0]
-    )
-    oracle.quantize_into(x, *results[1], fmt)
+    upper, expected = None, oracle.quantize_into
+    if fmt.value_type.per_byte > 1:
+        upper = UpperScale(ENCODE, torch.ones(1)) if fmt.upper_scale else None
+        spec = spec._replace(upper=upper and upper.kind)
+        expected = reference_into(upper)
+    scale = upper and upper.tensor
+    operands = x, *results[0], scale, None, None, 0, 1, 1, fmt.floor
+    kernels.get(spec, arch)(*operands, outputs=results[0])
+    expected(x, *results[1], fmt)
     for name, actual, expected in zip(("q", "sf"), *results, strict=True):
         assert_same_storage(name, actual, expected)
 
@@ -97,6 +129,7 @@ BROKEN = {
     "at least 8 for group_size 256": (Tile(4), DEEP_GEMM.replace(group_size=256), BF16, Access(8)),
     "row_warps: expected at least 1": (Tile(row_warps=0), UE8M0, BF16, Access()),
     "at most 1024 threads": (Tile(16, 8, 1, 8), UE8M0, BF16, Access()),
+    "a power of two from 8 on": (Tile(4), NVFP4, BF16),
     "rows_per_thread: expected at most 8": (Tile(16, 4, 9), UE8M0, BF16, Access()),
     "at most 512 bytes": (Tile(128, 1, 2), DEEP_GEMM.replace(group_size=256), FP32, Access()),
     "load_bytes: expected a power of two from 2 to 16": (Tile(8), UE8M0, BF16, Access()),
