@@ -102,7 +102,8 @@ class GroupQuantizer:
         amax = Uint32(0)
         for i in range(tiles):
             tXrV = source.values(source.load(Segment(i, lane)))
-            amax = stage.larger(amax, stage.thread_amax(tXrV))
+            # By way of self: the loop would carry a local whose methods it calls.
+            amax = self.stage.larger(amax, self.stage.thread_amax(tXrV))
         scale = stage.scale(stage.group_amax(amax), problem.scale_bound)
         for i in range(tiles):
             tXrV = source.values(source.load(Segment(i, lane)))
