@@ -225,12 +225,13 @@ def streaming(nbytes: int) -> Call:
     x = torch.randint(2**31 - 1, (threads * stream.WORDS_IN,), dtype=torch.int32, device=DEVICE)
     y = torch.empty(threads * stream.WORDS_OUT, dtype=torch.int32, device=DEVICE)
     arch = lookup.architecture(torch.cuda.current_device())
-    function = stream.function(stream.Stream(True), arch)
+    spec = stream.Stream(True)
+    function = stream.function(spec, arch)
 
     def check() -> str:
         poison(y)
         function(x, y)
-        return "" if torch.equal(y[None], stream.expected(x, 1, 1)) else "other words"
+        return "" if torch.equal(y[None], stream.expected(spec, x)) else "other words"
 
     return Call(functools.partial(function, x, y), check)
 

@@ -115,7 +115,7 @@ class CuteQuant(Provider):
         tile = heuristics.shape(1, mn, k, self.fmt, False, sms, warps).tile
         spec = QuantizeSpec(self.dtype, self.fmt, tile, pdl=self.launch == PDL)
         function = lookup.function(spec, architecture())
-        operands = x, buffer.q, sf, None, None, 0, 1, 0, self.fmt.floor
+        operands = x, buffer.q, sf, None, None, None, 0, 1, 0, self.fmt.floor
         return functools.partial(function, *operands)
 
     def difference(self, problem: Problem) -> str:
@@ -136,7 +136,8 @@ class Stream(Provider):
 
     def __init__(self, launch: str = PLAIN):
         super().__init__(STREAM, launch)
-        self.function = stream.function(stream.Stream(launch == PDL), architecture())
+        self.spec = stream.Stream(launch == PDL)
+        self.function = stream.function(self.spec, architecture())
 
     def bind(self, buffer: Buffer) -> Callable[[], None]:
         words = (t.view(torch.int32).flatten() for t in (buffer.x, buffer.q))
@@ -147,7 +148,7 @@ class Stream(Provider):
             buffer.poison()
             self.bind(buffer)()
             words = buffer.x[problem.rows].view(torch.int32).flatten()
-            expected = stream.expected(words, 1, 1)
+            expected = stream.expected(self.spec, words)
             wrong = int(
                 (buffer.q.view(torch.int32)[problem.rows].view_as(expected) != expected).sum()
             )

@@ -23,13 +23,17 @@ from collections.abc import Iterator
 import torch
 
 from bench.stream import Stream
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, NVFP4
+from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.jit.lookup import ARCHITECTURES
 from cute_quant.kernels import architectures
 from cute_quant.kernels.architectures import Gpu
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
+    ONE_ROW,
+    Access,
     Domain,
+    QuantizerSpec,
     QuantizeSpec,
     RmsNormSpec,
     SiluMulSpec,
@@ -37,22 +41,24 @@ from cute_quant.kernels.config import (
     Tile,
     launched_on,
 )
-from cute_quant.kernels.heuristics import TWO_ROWS
+from cute_quant.kernels.heuristics import TWO_ROWS, TWO_TILES
 from cute_quant.lab.machine_code import MachineCode, disassemble, machine_code
 
 ELEMENTS_PER_WARP = 32 * 16
 BYTES_PER_WARP = ELEMENTS_PER_WARP * 3 + ELEMENTS_PER_WARP // 128
-"""Bytes that the quantizer moves for a row."""
+"""Bytes that the quantizer moves for a row, in DeepGEMM's format."""
+TWO_ROWS_OF_TWO_TILES = TWO_TILES._replace(rows_per_thread=2)
+FP4_ACCESS = Access(store_bytes=8)
 
 WIDTH = 100
 INDENT = " " * 4
 
 
-def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
+def reported() -> Iterator[tuple[str, int, QuantizerSpec | Stream]]:
     """Yield name, rows or tiles of a warp, and compile-time choices of each kernel."""
     bf16 = torch.bfloat16
     packed = DEEP_GEMM
-    spec: Spec
+    spec: QuantizerSpec
     for dtype, name, fmt in (
         (bf16, "bf16 -> e4m3, ue8m0", packed),
         (bf16, "bf16 -> e4m3, float32", DEEP_GEMM_SM90),
@@ -68,6 +74,7 @@ def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
         ("gathered", Domain("dense", True)),
     ):
         yield f"bf16 -> e4m3, ue8m0, {name}", 1, QuantizeSpec(bf16, packed, domain=domain)
+    yield from fp4_reported()
     whole_row = DEEP_GEMM_SM90.replace(group_size=-1, values=torch.int8)
     yield "bf16 -> int8, float32 of whole rows", 1, QuantizeSpec(bf16, whole_row)
     for rows in (1, 2):
@@ -91,6 +98,26 @@ def reported() -> Iterator[tuple[str, int, Spec | Stream]]:
     yield "stream, the ceiling of RMSNorm with residual", 1, Stream(True, 2, 3)
 
 
+def fp4_reported() -> Iterator[tuple[str, int, QuantizerSpec]]:
+    """Yield name, rows and tiles of a warp, and choices of the kernels that quantize to FP4."""
+    bf16 = torch.bfloat16
+    row_scale = NVFP4.replace(row_scale=True)
+    for name, fmt, upper in (("nvfp4", NVFP4, ENCODE), ("mxfp4", MXFP4, None)):
+        for layout in ("128x4", "row_major"):
+            for tile in (DEFAULT_TILE, TWO_TILES, TWO_ROWS_OF_TWO_TILES):
+                rows, tiles = tile.rows_per_thread, tile.tiles_per_thread
+                spec = QuantizeSpec(
+                    bf16, fmt.replace(scale_layout=layout), tile, access=FP4_ACCESS, upper=upper
+                )
+                shape = f"rows a thread: {rows}, tiles: {tiles}"
+                yield f"bf16 -> {name}, {layout}, {shape}", rows * tiles, spec
+    tile = ONE_ROW._replace(tiles_per_thread=2)
+    spec = QuantizeSpec(bf16, row_scale, tile, access=FP4_ACCESS, max_warps=8)
+    yield "bf16 -> nvfp4, a scale for each row, 8 warps a row at most, tiles a thread: 2", 2, spec
+    silu_mul = SiluMulSpec(bf16, NVFP4, access=FP4_ACCESS, upper=ENCODE)
+    yield "SiLU * up, bf16 -> nvfp4, 128x4", 1, silu_mul
+
+
 def compiled(spec: Spec | Stream, arch: str) -> MachineCode:
     """Return the machine code of a kernel, a programmatic dependent where there are such."""
     if isinstance(spec, Stream):
@@ -98,19 +125,22 @@ def compiled(spec: Spec | Stream, arch: str) -> MachineCode:
     return machine_code(launched_on(spec, arch), arch)
 
 
-def bytes_per_warp(spec: Spec | Stream) -> int:
+def bytes_per_warp(spec: QuantizerSpec | Stream) -> int:
     """Return the bytes that a warp moves for each of its rows or tiles.
 
     Weights are not counted, since they stay in the caches.
     """
     if isinstance(spec, Stream):
         return ELEMENTS_PER_WARP * (2 * spec.loads + spec.stores)
-    halves = 1
+    inputs = 1
     if isinstance(spec, SiluMulSpec):
-        halves = 2
+        inputs = 2
     elif isinstance(spec, RmsNormSpec) and spec.residual:
-        halves = 3
-    return BYTES_PER_WARP + ELEMENTS_PER_WARP * 2 * (halves - 1)
+        inputs = 3
+    fmt = spec.fmt
+    values = fmt.value_columns(ELEMENTS_PER_WARP) * fmt.values.itemsize
+    scales = 0 if fmt.whole_row else ELEMENTS_PER_WARP // fmt.group_size * fmt.scale_dtype.itemsize
+    return ELEMENTS_PER_WARP * 2 * inputs + values + scales
 
 
 def report(

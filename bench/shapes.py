@@ -36,6 +36,14 @@ QUICK_STAGE_ROWS = (1, 64, 4096)
 """Shapes of the fused operations."""
 
 
+VLLM_FP4_SHAPES = (
+    *((m, k) for k in (4096, 8192) for m in (1, 2, 4, 8, 16, 24, 32)),
+    *((1, 16), (1, 32), (2, 48), (7, 64), (16, 128), (33, 160), (128, 256), (256, 512)),
+    *((1024, 1024), (5120, 2048), (2048, 4096), (4096, 7168), (8192, 8192), (128, 16384)),
+)
+"""Rows and columns of vLLM's tests of NVFP4 on GPUs that have none (its pull request 40033)."""
+
+
 @dataclass(frozen=True)
 class Operation:
     """Memory traffic of an operation for 16 elements of its result, one byte each.

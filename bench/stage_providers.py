@@ -134,7 +134,7 @@ def bind_spec(spec: StageSpec, buffer: StageBuffer) -> Callable[[], None]:
     source = buffer.gate_up if isinstance(spec, SiluMulSpec) else buffer.x
     results = matrix(buffer.q), matrix(buffer.sf)
     # No counts, no index; all padding rows have storage.
-    common = matrix(source), *results, None, None, 0, 1, 0, MIN_EXPONENT
+    common = matrix(source), *results, None, None, None, 0, 1, 0, MIN_EXPONENT
     others: tuple[object, ...] = ()
     if isinstance(spec, SiluMulSpec):
         bound, alpha, beta, weight = 0.0, 1.0, 0.0, None
@@ -192,8 +192,8 @@ class Ceiling(StageProvider):
 
     def __init__(self, operation: Operation, launch: str):
         super().__init__(STREAM, operation, launch, EXACT)
-        spec = stream.Stream(launch == PDL, operation.loads, operation.stores)
-        self.function = stream.function(spec, architecture())
+        self.spec = stream.Stream(launch == PDL, operation.loads, operation.stores)
+        self.function = stream.function(self.spec, architecture())
 
     def bind(self, buffer: StageBuffer) -> Callable[[], None]:
         return functools.partial(self.function, *self.words(buffer))
@@ -209,7 +209,7 @@ class Ceiling(StageProvider):
         x, y = self.words(problem.buffers[-1])
         y.fill_(-1)
         self.function(x, y)
-        expected = stream.expected(x, self.operation.loads, self.operation.stores)
+        expected = stream.expected(self.spec, x)
         return Check("" if torch.equal(y.view_as(expected), expected) else "other words", 0.0)
 
 
@@ -339,7 +339,7 @@ class TwoKernels(Compiled):
         first = self.bind_function(buffer, between)
         mn, k = between.shape
         spec = default_spec(QUANTIZE_ALONE, mn, k, self.launch == PDL)
-        common = buffer.q, buffer.sf, None, None, 0, 1, 0, MIN_EXPONENT
+        common = buffer.q, buffer.sf, None, None, None, 0, 1, 0, MIN_EXPONENT
         second = functools.partial(lookup.function(spec, architecture()), between, *common)
 
         def call() -> None:

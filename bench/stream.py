@@ -1,11 +1,13 @@
 """The ceiling: a kernel that moves the bytes of an operation and computes nothing.
 
 For 16 elements a thread loads 32 bytes and stores 16, as the quantizer does, or several times
-either, each time from or to another part of memory, as an operation of several tensors does. All
-words that it loaded are joined by exclusive ors, only so that no load can be dropped.
+either, each time from or to another part of memory, as an operation of several tensors does. Other
+values have other numbers of bytes. All words that it loaded are joined by exclusive ors, only so
+that no load can be dropped.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from cute_quant.jit import lookup
 THREADS_PER_CTA = 128
 WORDS_IN = 8
 WORDS_OUT = 4
+"""Words of 16 elements of 16 and of 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -29,44 +32,47 @@ class Stream:
 
     Attributes:
         pdl: whether the launch is a programmatic dependent one.
-        loads: of 32 bytes, by a thread.
-        stores: of 16 bytes, by a thread, three at most.
+        loads: of `words_in` by a thread.
+        stores: of `words_out` by a thread, three at most.
+        words_in, words_out: powers of two up to 8.
     """
 
     pdl: bool
     loads: int = 1
     stores: int = 1
+    words_in: int = WORDS_IN
+    words_out: int = WORDS_OUT
 
     def signature(self) -> tuple:
-        n_in = cute.sym_int64(divisibility=self.loads * WORDS_IN)
-        n_out = cute.sym_int64(divisibility=self.stores * WORDS_OUT)
+        n_in = cute.sym_int64(divisibility=self.loads * self.words_in)
+        n_out = cute.sym_int64(divisibility=self.stores * self.words_out)
         return (
-            make_fake_tensor(Int32, (n_in,), stride=(1,), assumed_align=32),
-            make_fake_tensor(Int32, (n_out,), stride=(1,), assumed_align=16),
+            make_fake_tensor(Int32, (n_in,), stride=(1,), assumed_align=4 * self.words_in),
+            make_fake_tensor(Int32, (n_out,), stride=(1,), assumed_align=4 * self.words_out),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )
 
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,  # (loads 8 n,) int32
-        mY: cute.Tensor,  # (stores 4 n,) int32
+        mX: cute.Tensor,  # (loads words_in n,) int32
+        mY: cute.Tensor,  # (stores words_out n,) int32
         stream: cuda.CUstream,
     ):
         op = cute.nvgpu.CopyUniversalOp()
         threads = cute.make_layout(THREADS_PER_CTA)
         load = cute.make_tiled_copy_tv(
-            cute.make_copy_atom(op, Int32, num_bits_per_copy=256),
+            cute.make_copy_atom(op, Int32, num_bits_per_copy=32 * self.words_in),
             threads,
-            cute.make_layout(WORDS_IN),
+            cute.make_layout(self.words_in),
         )
         store = cute.make_tiled_copy_tv(
-            cute.make_copy_atom(op, Int32, num_bits_per_copy=128),
+            cute.make_copy_atom(op, Int32, num_bits_per_copy=32 * self.words_out),
             threads,
-            cute.make_layout(WORDS_OUT),
+            cute.make_layout(self.words_out),
         )
-        mX, mY = in_parts(mX, self.loads, WORDS_IN), in_parts(mY, self.stores, WORDS_OUT)
-        tiles = cute.ceil_div(mX.shape[0], THREADS_PER_CTA * WORDS_IN)
+        mX, mY = in_parts(mX, self.loads, self.words_in), in_parts(mY, self.stores, self.words_out)
+        tiles = cute.ceil_div(mX.shape[0], THREADS_PER_CTA * self.words_in)
         self.kernel(mX, mY, load, store).launch(
             grid=[tiles, 1, 1], block=[THREADS_PER_CTA, 1, 1], stream=stream, use_pdl=self.pdl
         )
@@ -74,8 +80,8 @@ class Stream:
     @cute.kernel
     def kernel(
         self,
-        mX: cute.Tensor,  # (8 n, loads)
-        mY: cute.Tensor,  # (4 n, stores)
+        mX: cute.Tensor,  # (words_in n, loads)
+        mY: cute.Tensor,  # (words_out n, stores)
         load: cute.TiledCopy,
         store: cute.TiledCopy,
     ):
@@ -85,29 +91,28 @@ class Stream:
         block, _, _ = cute.arch.block_idx()
         tXgX = [
             load.get_slice(thread).partition_S(
-                cute.local_tile(mX[None, i], (THREADS_PER_CTA * WORDS_IN,), (block,))
+                cute.local_tile(mX[None, i], (THREADS_PER_CTA * self.words_in,), (block,))
             )
             for i in range(self.loads)
         ]
         tXgY = [
             store.get_slice(thread).partition_D(
-                cute.local_tile(mY[None, i], (THREADS_PER_CTA * WORDS_OUT,), (block,))
+                cute.local_tile(mY[None, i], (THREADS_PER_CTA * self.words_out,), (block,))
             )
             for i in range(self.stores)
         ]
         if const_expr(self.pdl):
             cute.arch.griddepcontrol_wait()
-        if (block * THREADS_PER_CTA + thread) * WORDS_OUT < mY.shape[0]:
+        if (block * THREADS_PER_CTA + thread) * self.words_out < mY.shape[0]:
             tXrX = [cute.make_rmem_tensor_like(t) for t in tXgX]
             for i in cutlass.range_constexpr(self.loads):
                 cute.copy(load, tXgX[i], tXrX[i])
-            words = [joined(tXrX, i) for i in range(WORDS_IN)]
-            first, second = words[:WORDS_OUT], words[WORDS_OUT:]
-            folded = [a ^ b for a, b in zip(first, second, strict=True)]
+            words = [joined(tXrX, i) for i in range(self.words_in)]
+            results = [folded(words, i, self.words_out) for i in range(self.stores)]
             for i in cutlass.range_constexpr(self.stores):
                 tXrY = cute.make_rmem_tensor_like(tXgY[i])
-                for j in cutlass.range_constexpr(WORDS_OUT):
-                    tXrY[j] = (folded, first, second)[i][j]
+                for j in cutlass.range_constexpr(self.words_out):
+                    tXrY[j] = results[i][j]
                 cute.copy(store, tXrY, tXgY[i])
 
 
@@ -125,11 +130,26 @@ def joined(tensors: list[cute.Tensor], number: int) -> Int32:
     return result
 
 
-def expected(x: torch.Tensor, loads: int, stores: int) -> torch.Tensor:
-    """Return what the kernel writes for the int32 words `x` (loads 8 n,): (stores, 4 n)."""
-    words = functools.reduce(torch.bitwise_xor, x.view(loads, -1))
-    first, second = words.view(-1, 2, WORDS_OUT).unbind(1)
-    return torch.stack((first ^ second, first, second)[:stores]).flatten(1)
+def folded(words: list, store: int, count: int) -> list:
+    """Return `count` words for a store: all that were loaded, or of later stores a part of them."""
+    parts = [words[i : i + count] for i in range(0, len(words), count)]
+    if store:
+        return parts[store - 1]
+    if len(words) < count:
+        return [words[i % len(words)] for i in range(count)]
+    return [functools.reduce(operator.xor, some) for some in zip(*parts, strict=True)]
+
+
+def expected(spec: Stream, x: torch.Tensor) -> torch.Tensor:
+    """Return what the kernel writes for the int32 words `x` (loads words_in n,).
+
+    Returns:
+        (stores, words_out n).
+    """
+    words = functools.reduce(torch.bitwise_xor, x.view(spec.loads, -1))
+    columns = list(words.view(-1, spec.words_in).unbind(1))
+    stores = [torch.stack(folded(columns, i, spec.words_out), 1) for i in range(spec.stores)]
+    return torch.stack(stores).flatten(1)
 
 
 @functools.cache

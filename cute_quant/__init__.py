@@ -4,6 +4,7 @@
     q, sf = cute_quant.quantize(x, cute_quant.MXFP8)        # or in another format
     q, sf = cute_quant.silu_mul_quantize(gate_up)           # with what comes before it
     q, sf, residual = cute_quant.rms_norm_quantize(x, weight, residual=residual)
+    q, sf = cute_quant.quantize(x, cute_quant.NVFP4, amax=cute_quant.tensor_amax(x))
     launch = cute_quant.bind(x, out=(q, sf))                # checked once, launched often
 
 ``Format`` and the named formats say what results look like, ``Masked``, ``PrefixSum`` and
@@ -39,6 +40,7 @@ from cute_quant.ops import (
     quantize,
     rms_norm_quantize,
     silu_mul_quantize,
+    tensor_amax,
 )
 
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "quantize",
     "rms_norm_quantize",
     "silu_mul_quantize",
+    "tensor_amax",
     "warm_up",
 ]
 __version__ = "0.1.0"

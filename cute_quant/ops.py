@@ -24,6 +24,7 @@ from cute_quant.contract.torch_private import (
 )
 from cute_quant.contract.upper_scales import make_upper_scale
 from cute_quant.dispatch import launch, torch_ops
+from cute_quant.dispatch import tensor_amax as amaxes
 from cute_quant.dispatch.launch import Launch
 
 Out = Sequence[torch.Tensor | None]
@@ -69,8 +70,10 @@ def quantize(
             ``x[index[i]]``. An index outside of 0 to T - 1 gives values 0 and scales 0.
         encode_scale: for e4m3 scales without `row_scale`, about 2688 over the largest magnitude:
             float32, contiguous, on the device of x, () or (1,) for the tensor, or of the leading
-            dimensions for each of its matrices. It is read on the device, never waited for. Groups
-            become NaN unless it is from 2^-117 to 2^117. A call gives one of these three.
+            dimensions for each of its matrices. For rows stacked along M it may be (G,), one for
+            each end of a ``PrefixSum`` or each index of an ``Indexed``. It is read on the device,
+            never waited for. Groups become NaN unless it is from 2^-117 to 2^117, and so do those
+            of rows whose index is past its end. A call gives one of these three.
         decode_scale: the same, but its reciprocal, with which GEMMs multiply their result.
         amax: the same, but the largest magnitude, from which the encode scale is computed.
         check: whether to read the counts of `rows` and `index`, which synchronizes, and raise on
@@ -94,18 +97,22 @@ def quantize(
             forward-mode differentiation or is inside of vmap or jit.trace, or the GPU is not
             supported.
     """
+    upper = None
+    if not (encode_scale is decode_scale is amax is None):
+        upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
     if rows is None and index is None and check is False and not is_dynamo_compiling():
         results = None
         if out is None:
-            results = launch.quantize_again(x, fmt)
+            results = launch.quantize_again(x, fmt, upper)
         elif len(out) == 2:
             q, sf = out
             if q is not None and sf is not None:
-                results = launch.quantize_into_again(x, fmt, q, sf)
+                results = launch.quantize_into_again(x, fmt, upper, q, sf)
         if results is not None:
             return results
     outputs = _outputs(out, fmt)
-    upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    if upper is not None:
+        _check_input("quantize", *upper)
     _check_input("quantize", "x", x)
     return _run(
         Call(x, fmt, outputs.q, outputs.sf, rows, index, None, upper, outputs.row_scales), check
@@ -177,6 +184,8 @@ def silu_mul_quantize(
         _check_input("silu_mul_quantize", "weight", weight)
     outputs = _outputs(out, fmt)
     upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    if upper is not None:
+        _check_input("silu_mul_quantize", *upper)
     prologue = make_silu_mul(
         interleaved=interleaved,
         clamp=clamp,
@@ -262,6 +271,8 @@ def rms_norm_quantize(
             _check_input("rms_norm_quantize", name, t)
     outputs = _outputs(out, fmt, with_residual=True)
     upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    if upper is not None:
+        _check_input("rms_norm_quantize", *upper)
     if not isinstance(normalized, (bool, torch.Tensor)):
         raise TypeError(f"normalized: expected a bool or a tensor, got {describe(normalized)}")
     if normalized is True:
@@ -317,6 +328,8 @@ def dequantize(
     _check_input("dequantize", "q", q)
     _check_input("dequantize", "sf", sf)
     upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    if upper is not None:
+        _check_input("dequantize", *upper)
     if not (_is_traced(q) or _is_traced(sf)):
         return launch.dequantize(q, sf, fmt, dtype, upper)
     checks.check_format(fmt)
@@ -353,6 +366,8 @@ def fake_quantize(
     """
     _check_input("fake_quantize", "x", x)
     upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    if upper is not None:
+        _check_input("fake_quantize", *upper)
     call = Call(x, fmt, upper=upper)
     if not _is_traced(x):
         return launch.fake_quantize(call, out)
@@ -363,6 +378,29 @@ def fake_quantize(
     if not is_dynamo_compiling():
         checks.check_fake_quantize(call, out)
     return out.copy_(result)
+
+
+def tensor_amax(x: torch.Tensor, *, per_matrix: bool = False) -> torch.Tensor:
+    """Return the largest magnitude of a tensor, in one pass over it.
+
+    Operations take it as `amax` for formats with e4m3 scales. It is exact. A NaN makes it NaN, an
+    Inf Inf, and a tensor without elements has 0. It stays on the device: the call does not
+    synchronize. On a GPU the first call for a dtype and an alignment compiles the kernel.
+
+    Args:
+        x: (..., mn, k), bfloat16, float16 or float32, with strides as for :func:`quantize`.
+        per_matrix: whether each matrix has a largest magnitude of its own.
+
+    Returns:
+        float32, (), or (...) with `per_matrix`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    _check_input("tensor_amax", "x", x)
+    compute = amaxes.operator if _is_traced(x) else amaxes.run
+    amax: torch.Tensor = compute(x, per_matrix)
+    return amax
 
 
 @outside_of_graphs

@@ -13,10 +13,11 @@ from fractions import Fraction
 import torch
 
 E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
-LARGEST = {E4M3: 448, E5M2: 57344, INT8: 127}
+E2M1 = torch.float4_e2m1fn_x2
+LARGEST = {E4M3: 448, E5M2: 57344, INT8: 127, E2M1: 6}
 
 
-def _float8_magnitudes(mantissa_bits: int, bias: int, codes: int) -> list[Fraction]:
+def _float_magnitudes(mantissa_bits: int, bias: int, codes: int) -> list[Fraction]:
     """Return the magnitudes in the order of their codes, which is ascending."""
     magnitudes = []
     for code in range(codes):
@@ -30,8 +31,9 @@ def _float8_magnitudes(mantissa_bits: int, bias: int, codes: int) -> list[Fracti
 
 
 MAGNITUDES = {
-    E4M3: _float8_magnitudes(3, 7, 0x7F),
-    E5M2: _float8_magnitudes(2, 15, 0x7C),
+    E4M3: _float_magnitudes(3, 7, 0x7F),
+    E5M2: _float_magnitudes(2, 15, 0x7C),
+    E2M1: _float_magnitudes(1, 1, 8),
     INT8: [Fraction(code) for code in range(128)],
 }
 
@@ -53,14 +55,14 @@ def exact_e4m3(magnitude: Fraction) -> int:
 
 
 def with_sign(code: int, negative: bool, dtype: torch.dtype) -> int:
-    """Return the byte of a magnitude's code and a sign."""
+    """Return the code of a value, a byte or four bits, from its magnitude's and a sign."""
     if dtype is INT8:
         return (-code if negative else code) & 0xFF
-    return code | (0x80 if negative else 0)
+    return code | ((0x8 if dtype is E2M1 else 0x80) if negative else 0)
 
 
 def nan_byte(dtype: torch.dtype) -> int:
-    return 0 if dtype is INT8 else 0x7F
+    return 0 if dtype in (INT8, E2M1) else 0x7F
 
 
 def exact_exponent(group: list[float], min_scale: float, dtype: torch.dtype = E4M3) -> int:
@@ -105,6 +107,38 @@ def exact_float32_group(
     return _exact_bytes(group, exact_float32(1 / scale), dtype), float(scale)
 
 
+def exact_upper_scale(amax: float) -> tuple[Fraction, Fraction]:
+    """Return the encode and the decode scale over e4m3 scales for a largest magnitude."""
+    limit = Fraction(2) ** 117
+    encode = exact_float32(Fraction(2688) / Fraction(amax)) if amax else Fraction(1)
+    encode = min(encode, limit)
+    return encode, exact_float32(1 / encode)
+
+
+def exact_e4m3_group(
+    group: list[float], encode: Fraction, decode: Fraction, min_scale: float = 0.0
+) -> tuple[list[int], int]:
+    """Return the e2m1 codes of the values, and the byte of the e4m3 scale, of one group.
+
+    Args:
+        group: values in the precision of float32.
+        encode: the upper scale that groups are multiplied with.
+        decode: its inverse, rounded to float32.
+        min_scale: the smallest scale, a value of e4m3.
+    """
+    if not all(map(math.isfinite, group)):
+        return [0] * len(group), 0x7F
+    amax = max(map(abs, map(Fraction, group)))
+    sixth = exact_float32(Fraction(1, 6))
+    product = amax * exact_float32(encode * sixth)
+    code = exact_e4m3(exact_float32(product)) if product else 0
+    code = max(code, exact_e4m3(Fraction(min_scale)))
+    if code == 0:
+        return _exact_bytes(group, Fraction(0), E2M1), 0
+    scale = exact_float32(MAGNITUDES[E4M3][code] * decode)
+    return _exact_bytes(group, exact_float32(1 / scale), E2M1), code
+
+
 def _exact_bytes(group: list[float], multiplier: Fraction, dtype: torch.dtype) -> list[int]:
     codes = []
     for value in group:
@@ -114,13 +148,19 @@ def _exact_bytes(group: list[float], multiplier: Fraction, dtype: torch.dtype) -
     return codes
 
 
-def exact_min_scale(min_scale: float | str, dtype: torch.dtype) -> float:
-    """Return a smallest scale, a number or a library's name for one, as a number.
+def exact_min_scale(
+    min_scale: float | str | None, dtype: torch.dtype, scale_dtype: torch.dtype = torch.float32
+) -> float:
+    """Return a smallest scale, a number, a library's name for one, or the default, as a number.
 
     DeepGEMM and SGLang bound the amax by a float32 and divide it by the largest value.
     """
+    if min_scale is None:
+        min_scale = "none" if scale_dtype is E4M3 else "vllm"
     if not isinstance(min_scale, str):
         return min_scale
+    if scale_dtype is E4M3:
+        return {"none": 0.0, "deepgemm": 2.0**-9, "torchao": 2.0**-6}[min_scale]
     amax = {"deepgemm": 1e-4, "sglang": 1e-10}
     if min_scale in amax:
         rounded = exact_float32(Fraction(amax[min_scale]))

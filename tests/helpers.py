@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import torch
 
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, GROUPWISE_FP8, MXFP8, Format, quantize
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, GROUPWISE_FP8, MXFP8, NVFP4, Format, quantize
 from cute_quant.contract.rows import Masked, Rows, from_operands, to_operands
+from cute_quant.contract.upper_scales import AMAX, DECODE, ENCODE, KINDS, UpperScale
 from tests import oracle
+from tests.exact import E2M1, E4M3, E5M2, INT8
 from tests.prologues import Bounds
 
 POISON = 0xA5
@@ -37,7 +40,9 @@ DIFFERING_SHARE = 1e-3
 did in rows of a norm, which share a factor, and next to none elsewhere."""
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-EVERY_DTYPE = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+EVERY_DTYPE = (E4M3, E5M2, INT8, E2M1)
+BYTE_DTYPES = (E4M3, E5M2, INT8)
+"""Those with a byte for each value."""
 EVERY_GROUP_SIZE = (16, 32, 64, 128, 256, -1)
 EVERY_LAYOUT = (
     DEEP_GEMM,
@@ -46,20 +51,85 @@ EVERY_LAYOUT = (
     GROUPWISE_FP8,
     GROUPWISE_FP8.replace(round_scale=True),
     DEEP_GEMM.replace(scale_layout="row_major"),
+    DEEP_GEMM.replace(scale_layout="row_major_packed"),
+    MXFP8.replace(scale_layout="8x4"),
     MXFP8,
 )
-"""A format of each layout and kind of scales."""
+"""A format of each layout and kind of scales with no other scale above them."""
+NVFP4_FORMATS = tuple(
+    NVFP4.replace(scale_layout=layout, row_scale=row_scale)
+    for layout in ("mn_major_packed", "row_major", "row_major_packed", "8x4", "128x4")
+    for row_scale in (False, True)
+)
 
 
 def all_formats(
     dtypes: Iterable[torch.dtype] = EVERY_DTYPE, group_sizes: Iterable[int] = EVERY_GROUP_SIZE
 ) -> list[Format]:
     """Return every supported combination of these dtypes, group sizes and layouts."""
-    return [
+    dtypes, group_sizes = tuple(dtypes), tuple(group_sizes)
+    formats = [
         fmt.replace(values=dtype, group_size=group_size)
         for dtype, group_size, fmt in itertools.product(dtypes, group_sizes, EVERY_LAYOUT)
-        if fmt is not MXFP8 or group_size == 32
+        if not fmt.blocked or group_size == 32
     ]
+    return formats + [*NVFP4_FORMATS] * (E2M1 in dtypes and 16 in group_sizes)
+
+
+def mostly_slow(formats: Iterable[Format], step: int = 2) -> list[object]:
+    """Return parameters of a test, all but one of `step` marked slow."""
+    return [
+        fmt if i % step == 0 else pytest.param(fmt, marks=pytest.mark.slow)
+        for i, fmt in enumerate(formats)
+    ]
+
+
+def whole_bytes(x: torch.Tensor, fmt: Format, columns: int = 1) -> torch.Tensor:
+    """Return x with its last column once more where values share bytes and their number is odd.
+
+    Args:
+        columns: of x for each of the result.
+    """
+    odd = fmt.values is E2M1 and x.shape[-1] // columns % 2 == 1
+    return torch.cat([x, x[..., -columns:]], -1) if odd else x
+
+
+def upper_scale(
+    x: torch.Tensor, fmt: Format, index: torch.Tensor | None = None, turn: int | None = None
+) -> UpperScale | None:
+    """Return an upper scale that fits x, on its device, None for formats that take none.
+
+    Args:
+        turn: which kind of argument, and which shape; by default what the size of x says.
+    """
+    if not fmt.upper_scale or fmt.row_scale:
+        return None
+    turn = x.numel() // 2 + x.shape[-2] if turn is None else turn
+    batch_shape = tuple((x if index is None else index).shape[: -2 if index is None else -1])
+    shape = ((), (1,), batch_shape)[turn // 3 % 3]
+    finite = x.detach().cpu().float()
+    finite = finite.where(finite.isfinite(), 0.0).abs()
+    if shape == batch_shape and index is None and x.numel():
+        amax = finite.amax((-1, -2))
+    else:
+        amax = (finite.amax() if x.numel() else torch.tensor(1.0)).expand(shape)
+    kind = KINDS[turn % 3]
+    forms = oracle.forms_of_amax(amax.double().numpy())
+    given = {AMAX: amax.numpy(), ENCODE: forms.encode, DECODE: forms.decode}[kind]
+    tensor = torch.from_numpy(given.astype("float32")).reshape(shape)
+    return UpperScale(kind, tensor.clone().to(x.device))
+
+
+def as_arguments(upper: UpperScale | None) -> dict[str, torch.Tensor]:
+    """Return an upper scale as a call takes it."""
+    return {} if upper is None else {upper.kind: upper.tensor}
+
+
+def decode_arguments(
+    upper: UpperScale | None, results: tuple[torch.Tensor, ...]
+) -> dict[str, torch.Tensor]:
+    """Return the scale that ``dequantize`` takes for results: that of the call, or their own."""
+    return {DECODE: results[2]} if len(results) > 2 else as_arguments(upper)
 
 
 def poisoned(nbytes: int, device: str) -> torch.Tensor:
@@ -73,8 +143,12 @@ def poisoned_values(
     dtype: torch.dtype = torch.float8_e4m3fn,
     batch_shape: tuple[int, ...] = (),
 ) -> torch.Tensor:
-    shape = (*batch_shape, rows, k)
+    shape = (*batch_shape, rows, k // 2 if dtype is E2M1 else k)
     return poisoned(math.prod(shape), device).view(dtype).view(shape)
+
+
+def poisoned_row_scales(shape: tuple[int, ...], device: str) -> torch.Tensor:
+    return poisoned(4 * math.prod(shape), device).view(torch.float32).view(shape)
 
 
 def poisoned_scales(
@@ -110,6 +184,37 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(bits(actual), bits(expected), rtol=0, atol=0)
 
 
+def poisoned_results(
+    fmt: Format,
+    mn: int,
+    k: int,
+    device: str,
+    extra_rows: int = 0,
+    last_padding: bool = True,
+    batch_shape: tuple[int, ...] = (),
+) -> tuple[torch.Tensor, ...]:
+    """Return memory for q and sf, and for the scales of rows of formats that have them."""
+    results = (
+        poisoned_values(mn + extra_rows, k, device, fmt.values, batch_shape),
+        poisoned_scales(fmt, mn, k, device, last_padding, batch_shape),
+    )
+    return (*results, *[poisoned_row_scales((*batch_shape, mn), device)] * fmt.row_scale)
+
+
+def expect(
+    results: tuple[torch.Tensor, ...],
+    x: torch.Tensor,
+    fmt: Format,
+    rows: Rows | None = None,
+    index: torch.Tensor | None = None,
+    upper: UpperScale | None = None,
+    scaled_as: torch.Tensor | None = None,
+) -> None:
+    """Write the oracle's results to memory like that of ``poisoned_results``."""
+    q, sf, *row_scales = results
+    oracle.quantize_into(x, q, sf, fmt, rows, index, upper, *(row_scales or [None]), scaled_as)
+
+
 def check_every_byte(
     x: torch.Tensor,
     fmt: Format,
@@ -117,33 +222,40 @@ def check_every_byte(
     last_padding: bool = True,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    upper: UpperScale | None = None,
+) -> tuple[torch.Tensor, ...]:
     """Quantize x on its device into poisoned memory; every byte must be the oracle's.
 
     What a call allocates holds the same, wherever it is defined.
+
+    Args:
+        upper: by default one that fits x, of a kind and shape that its size chooses.
     """
     *batch_shape, mn, k = x.shape if index is None else (*index.shape, x.shape[-1])
     batch_shape = tuple(batch_shape)
-    (q, sf), (expected_q, expected_sf) = (
-        (
-            poisoned_values(mn + extra_rows, k, device, fmt.values, batch_shape),
-            poisoned_scales(fmt, mn, k, device, last_padding, batch_shape),
-        )
+    upper = upper_scale(x, fmt, index) if upper is None else upper
+    arguments = {"rows": rows, "index": index, **as_arguments(upper)}
+    given, expected = (
+        poisoned_results(fmt, mn, k, device, extra_rows, last_padding, batch_shape)
         for device in (x.device.type, "cpu")
     )
-    result = quantize(x, fmt, rows=rows, index=index, out=(q, sf))
-    assert result[0] is q and result[1] is sf
-    oracle.quantize_into(x, expected_q, expected_sf, fmt, rows, index)
-    assert_same_bits(q, expected_q)
-    torch.testing.assert_close(storage_bits(sf), storage_bits(expected_sf), rtol=0, atol=0)
-    own_q, own_sf = quantize(x, fmt, rows=rows, index=index)
-    assert own_q.shape == (*batch_shape, mn, k) and own_q.is_contiguous()
-    assert own_q.dtype is fmt.values
-    assert own_sf.shape == sf.shape and own_sf.stride() == sf.stride()
+    results = quantize(x, fmt, **arguments, out=given)
+    assert len(results) == len(given)
+    assert all(result is own for result, own in zip(results, given, strict=True))
+    expect(expected, x, fmt, rows, index, upper)
+    for actual, wanted in zip(given[::2], expected[::2], strict=True):
+        assert_same_bits(actual, wanted)
+    q, sf = given[:2]
+    torch.testing.assert_close(storage_bits(sf), storage_bits(expected[1]), rtol=0, atol=0)
+    own = quantize(x, fmt, **arguments)
+    assert own[0].shape == (*batch_shape, mn, q.shape[-1]) and own[0].is_contiguous()
+    assert own[0].dtype is fmt.values
+    assert own[1].shape == sf.shape and own[1].stride() == sf.stride()
     if not isinstance(rows, Masked):
-        assert_same_bits(own_q, q[..., :mn, :])
-        assert_same_bits(own_sf, sf)
-    return q, sf
+        assert_same_bits(own[0], q[..., :mn, :])
+        for actual, wanted in zip(own[1:], given[1:], strict=True):
+            assert_same_bits(actual, wanted)
+    return given
 
 
 def assert_quantized_as(
@@ -154,6 +266,8 @@ def assert_quantized_as(
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
     share: float = DIFFERING_SHARE,
+    upper: UpperScale | None = None,
+    row_scales: torch.Tensor | None = None,
 ) -> None:
     """Check every byte: on the CPU exactly, on a GPU as :func:`assert_quantized_within`.
 
@@ -161,7 +275,7 @@ def assert_quantized_as(
     """
     if q.is_cpu:
         bounds = Bounds(*[bounds.values] * 3)
-    count = assert_quantized_within(q, sf, fmt, *bounds, rows, index)
+    count = assert_quantized_within(q, sf, fmt, *bounds, rows, index, upper, row_scales)
     assert count <= (0 if q.is_cpu else 2 + share * q.numel())
 
 
@@ -174,12 +288,15 @@ def assert_quantized_within(
     high: torch.Tensor,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    upper: UpperScale | None = None,
+    row_scales: torch.Tensor | None = None,
 ) -> int:
     """Check the results of a kernel that computes the values only to within `low` and `high`.
 
-    Each scale lies between those of the least and the largest amax that its group may have. Each
-    value lies between what the two ends become under the scale that is stored. All other bytes,
-    padding and those of rows that do not exist, are the oracle's.
+    Each scale lies between those of the least and the largest amax that its group may have, and the
+    scale of a row between those of its amax. Each value lies between what the two ends become under
+    the scale that is stored. All other bytes, padding and those of rows that do not exist, are the
+    oracle's.
 
     Args:
         q, sf: of `poisoned_values` and `poisoned_scales`, on any device, with or without more rows
@@ -187,26 +304,26 @@ def assert_quantized_within(
         values, low, high: (..., mn, k) or with an index (T, k), on the CPU; rounded to float32,
             and so Inf beyond it. Where one is NaN all are.
         rows, index: on the CPU.
+        upper: the scale over e4m3 scales, if the call took one.
+        row_scales: of poison as q and sf, if the format has one for each row.
 
     Returns:
-        How many bytes of q, and of sf if its scales are powers of two, differ from those of
-        `values`. Other scales do where the last bit of an amax does.
+        How many values of q, and bytes of sf if its scales are bytes or powers of two, differ from
+        those of `values`. Other scales do where the last bit of an amax does.
     """
     values, low, high = values.float(), low.float(), high.float()
     magnitudes = low.abs(), high.abs()
     least = torch.minimum(*magnitudes).where((low < 0) == (high < 0), 0.0)
-    least = least.where(~low.isnan(), torch.nan)
-    (expected_q, expected_sf), (_, least_sf), (_, most_sf) = (
-        _expected_in_poison(x, q, sf, fmt, rows, index)
-        for x in (values, least, torch.maximum(*magnitudes))
+    least, most = least.where(~low.isnan(), torch.nan), torch.maximum(*magnitudes)
+    given = [q, sf, *([] if row_scales is None else [row_scales])]
+    # A larger amax of a row makes its groups' scales smaller.
+    expected, lower, upper_bound = (
+        _expected_in_poison(x, given, fmt, rows, index, upper, scaled_as)
+        for x, scaled_as in ((values, values), (least, most), (most, least))
     )
-    kind = torch.uint8 if fmt.ue8m0 else torch.float32
-    stored, least_sf, most_sf = (storage_bits(t).view(kind) for t in (sf, least_sf, most_sf))
-    if not fmt.ue8m0:
-        assert not stored.isinf().any()
-        stored, least_sf, most_sf = (t.nan_to_num(math.inf) for t in (stored, least_sf, most_sf))
-    outside = ((stored < least_sf) | (stored > most_sf)).nonzero().flatten()
-    assert not len(outside), f"scales: {stored[outside[0]]} at {outside[0]} of the storage"
+    _assert_between("scales", sf, lower[1], upper_bound[1], fmt.byte_scales)
+    if row_scales is not None:
+        _assert_between("row scales", row_scales, upper_bound[2], lower[2], False)
 
     leading = (low if index is None else index).shape[: -1 if index is not None else -2]
     batch = math.prod(leading)
@@ -216,48 +333,89 @@ def assert_quantized_within(
     live = sources >= 0
     low, high = (torch.cat([t, t.new_zeros(1, k)])[sources] for t in (low, high))
     scales = torch.from_numpy(oracle.stored_scales(sf, fmt, batch, mn, k)).float()
-    size = k if fmt.group_size == -1 else fmt.group_size
-    scales = scales.repeat_interleave(max(size, 1), 2)[..., :k]
     if fmt.power_of_two:
         mantissas = torch.frexp(scales[live])[0].nan_to_num(0.5)
         assert (mantissas == 0.5).all(), "scales: not powers of two"
-    actual, expected_q = (t.cpu().reshape(batch, -1, k) for t in (q, expected_q))
-    inside = actual[:, :mn].view(torch.uint8) == fmt.value_type.nan_byte
-    ends = _rounded(low, scales, fmt), actual[:, :mn].float(), _rounded(high, scales, fmt)
-    inside = inside.where(scales.isnan(), (ends[0] <= ends[1]) & (ends[1] <= ends[2]))
+    if row_scales is not None:
+        scales = scales * row_scales.cpu().reshape(batch, mn, 1)
+    elif upper is not None:
+        scales = scales * torch.from_numpy(oracle.forms_of(upper).decode).float()
+    size = k if fmt.group_size == -1 else fmt.group_size
+    scales = scales.repeat_interleave(max(size, 1), 2)[..., :k]
+    codes, expected_codes = (_codes(t, fmt).view(batch, -1, k) for t in (q, expected[0]))
+    actual = torch.from_numpy(oracle.values_of(codes[:, :mn].numpy(), fmt.values)).float()
+    ends = _rounded(low, scales, fmt), actual, _rounded(high, scales, fmt)
+    nan = codes[:, :mn] == fmt.value_type.nan_byte
+    inside = nan.where(scales.isnan(), (ends[0] <= ends[1]) & (ends[1] <= ends[2]))
     wrong = (~inside & live.unsqueeze(2)).nonzero().tolist()
     assert not wrong, f"q: {tuple(end[tuple(wrong[0])].item() for end in ends)} at {wrong[0]}"
-    differs = actual.view(torch.uint8) != expected_q.view(torch.uint8)
+    differs = codes != expected_codes
     dead = torch.ones(differs.shape[:2], dtype=torch.bool)
     dead[:, :mn] = ~live
     assert not differs[dead].any(), "q: a row that does not exist"
     count = int(differs.sum())
-    if fmt.power_of_two:
-        count += int((storage_bits(sf) != storage_bits(expected_sf)).sum())
+    if fmt.power_of_two or fmt.byte_scales:
+        count += int((storage_bits(sf) != storage_bits(expected[1])).sum())
     return count
+
+
+def _assert_between(
+    name: str, stored: torch.Tensor, low: torch.Tensor, high: torch.Tensor, in_bytes: bool
+) -> None:
+    """Check the whole storages of scales, positive numbers whose order is that of their bytes."""
+    kind = torch.uint8 if in_bytes else torch.float32
+    stored, low, high = (storage_bits(t).view(kind) for t in (stored, low, high))
+    if not in_bytes:
+        assert not stored.isinf().any()
+        stored, low, high = (t.nan_to_num(math.inf) for t in (stored, low, high))
+    outside = ((stored < low) | (stored > high)).nonzero().flatten()
+    assert not len(outside), f"{name}: {stored[outside[0]]} at {outside[0]} of the storage"
 
 
 def _expected_in_poison(
     x: torch.Tensor,
-    q: torch.Tensor,
-    sf: torch.Tensor,
+    given: list[torch.Tensor],
     fmt: Format,
     rows: Rows | None,
     index: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the oracle's results for `x` in poisoned memory that looks like `q` and `sf`."""
+    upper: UpperScale | None,
+    scaled_as: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Return the oracle's results for `x` in poisoned memory that looks like what is `given`.
+
+    Args:
+        scaled_as: whose rows have the scales of rows.
+    """
+    q, sf, *row_scales = given
     expected_q = poisoned(q.numel(), "cpu").view(fmt.values).view(q.shape)
     storage = poisoned(sf.untyped_storage().nbytes(), "cpu").view(fmt.sf_dtype)
     expected_sf = storage.as_strided(sf.shape, sf.stride(), sf.storage_offset())
-    oracle.quantize_into(x, expected_q, expected_sf, fmt, rows, index)
-    return expected_q, expected_sf
+    further = [poisoned_row_scales(tuple(t.shape), "cpu") for t in row_scales]
+    results = (expected_q, expected_sf, *further)
+    expect(results, x, fmt, rows, index, upper, scaled_as)
+    return results
+
+
+def _codes(q: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return the codes of values (..., k), each in a byte."""
+    content = q.cpu().view(torch.uint8).contiguous().numpy()
+    return torch.from_numpy(oracle.unpacked(content, fmt.values))
 
 
 def _rounded(values: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Return float32 `values` divided by `scales` and rounded to values of `fmt`, saturated."""
+    """Return float32 `values` divided by `scales` and rounded to values of `fmt`, saturated.
+
+    Under a scale of 0 they are 0.
+    """
     limit = fmt.value_type.max
-    scaled = (values * (1.0 / scales)).clamp(-limit, limit)
-    return scaled.round() if fmt.values is torch.int8 else scaled.to(fmt.values).float()
+    scaled = (values * (1.0 / scales).where(scales != 0, 0.0)).clamp(-limit, limit)
+    if fmt.values is INT8:
+        return scaled.round()
+    if fmt.values is not E2M1:
+        return scaled.to(fmt.values).float()
+    table = oracle.TABLES[E2M1]
+    magnitudes = table[oracle.nearest(scaled.abs().nan_to_num(0.0).double().numpy(), table)]
+    return torch.from_numpy(magnitudes).float().copysign(scaled).where(~scaled.isnan(), torch.nan)
 
 
 def moved(t: torch.Tensor, device: str) -> torch.Tensor:

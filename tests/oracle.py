@@ -16,15 +16,20 @@ import torch
 
 from cute_quant import Format, Indexed, Masked, PrefixSum
 from cute_quant.contract.rows import Rows
-from tests.exact import LARGEST, MAGNITUDES, exact_min_scale, nan_byte
+from cute_quant.contract.upper_scales import UpperScale
+from tests.exact import E2M1, E4M3, LARGEST, MAGNITUDES, exact_min_scale, nan_byte
 
 POWERS = 2.0 ** np.arange(-127, 128)
 """Scales by their UE8M0 byte; the last byte is NaN's."""
 NAN_EXPONENT = 255
 TABLES = {dtype: np.array([float(m) for m in table]) for dtype, table in MAGNITUDES.items()}
+SIGNS = {dtype: 0x8 if dtype is E2M1 else 0x80 for dtype in MAGNITUDES}
 FLOAT32_NAN = np.uint32(0x7FC00000)
+E4M3_NAN = 0x7F
+SIXTH = np.float64(np.float32(1 / 6))
+UPPER_LIMIT = 2.0**117
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-ROWS_OF_LAYOUT = {"row_major": 1, "128x4": 128}
+ROWS_OF_LAYOUT = {"row_major": 1, "row_major_packed": 1, "8x4": 8, "128x4": 128}
 """Rows to whose multiple scales are padded, where it is not 4."""
 
 
@@ -32,12 +37,55 @@ class Scales(NamedTuple):
     """Scales of groups.
 
     Attributes:
-        exponents: UE8M0 bytes, or None where scales are no powers of two.
-        floats: float64; NaN for groups that are not finite.
+        codes: bytes of UE8M0 or e4m3, exponents of float32 scales that are powers of two, or None.
+        floats: float64, what a value is multiplied back with; NaN for groups that are not finite.
     """
 
-    exponents: np.ndarray | None
+    codes: np.ndarray | None
     floats: np.ndarray
+
+
+class Forms(NamedTuple):
+    """Both forms of an upper scale, float64 that float32 holds; NaN where it is out of range."""
+
+    encode: np.ndarray
+    decode: np.ndarray
+
+
+def float32(a: np.ndarray) -> np.ndarray:
+    """Round float64 to float32, and return float64."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(a, np.float64).astype(np.float32).astype(np.float64)
+
+
+def forms_of_amax(amax: np.ndarray) -> Forms:
+    """Return the upper scale that maps a largest magnitude to 2688, at most 2^117, 1 for 0."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        encode = np.minimum(float32(2688.0 / amax), UPPER_LIMIT)
+        encode = np.where(amax == 0, 1.0, encode)
+        encode = np.where((amax >= 0) & np.isfinite(amax), encode, np.nan)
+        return Forms(encode, float32(1.0 / encode))
+
+
+def forms_of(upper: UpperScale | None) -> Forms | None:
+    """Return both forms of an upper scale, each (1 or matrices, 1, 1)."""
+    if upper is None:
+        return None
+    given = to_array(upper.tensor).reshape(-1, 1, 1)
+    if upper.kind == "amax":
+        return forms_of_amax(given)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inside = (given >= 1 / UPPER_LIMIT) & (given <= UPPER_LIMIT)
+        given = np.where(inside, given, np.nan)
+        inverse = float32(1.0 / given)
+    return Forms(given, inverse) if upper.kind == "encode_scale" else Forms(inverse, given)
+
+
+def forms_of_call(values: np.ndarray, fmt: Format, upper: UpperScale | None) -> Forms | None:
+    """Return the upper scales of rows (matrices, mn, k): those given, or of each row its own."""
+    if not fmt.row_scale:
+        return forms_of(upper)
+    return forms_of_amax(np.abs(values).max(-1, keepdims=True))
 
 
 def to_array(t: torch.Tensor) -> np.ndarray:
@@ -54,20 +102,25 @@ def in_groups(x: np.ndarray, fmt: Format) -> np.ndarray:
     return padded.reshape(*x.shape[:-1], -1, size)
 
 
-def scales_of(x: np.ndarray, fmt: Format) -> Scales:
-    """Return the scales of the groups of x (..., k), k > 0."""
+def scales_of(x: np.ndarray, fmt: Format, forms: Forms | None = None) -> Scales:
+    """Return the scales of the groups of x (..., k), k > 0, under upper scales (..., 1)."""
     groups = in_groups(x, fmt)
     finite = np.isfinite(groups).all(-1)
     amax = np.abs(np.where(finite[..., None], groups, 0.0)).max(-1)
     largest = LARGEST[fmt.values]
-    floor = np.float64(np.float32(exact_min_scale(fmt.min_scale, fmt.values)))
+    floor = float32(exact_min_scale(fmt.min_scale, fmt.values, fmt.scale_dtype))
+    if forms is not None:
+        wanted = np.minimum(float32(amax * float32(forms.encode * SIXTH)), 448.0)
+        finite = finite & np.isfinite(forms.encode)
+        codes = np.maximum(nearest(wanted, TABLES[E4M3]), nearest(floor, TABLES[E4M3]))
+        codes = np.where(finite, codes, E4M3_NAN).astype(np.uint8)
+        return Scales(codes, float32(floats_of(codes, E4M3) * forms.decode))
     if fmt.scale_dtype is torch.float32 and not fmt.round_scale:
         if fmt.numerics == "deepgemm":
             quotients = amax * np.float64(np.float32(1 / largest))
         else:
             quotients = amax / largest
-        floats = np.maximum(quotients.astype(np.float32).astype(np.float64), floor)
-        return Scales(None, np.where(finite, floats, np.nan))
+        return Scales(None, np.where(finite, np.maximum(float32(quotients), floor), np.nan))
     # The first power of which M times is no less than amax, and which is no less than the floor.
     exponents = np.maximum(
         np.searchsorted(largest * POWERS, amax), np.searchsorted(POWERS, floor)
@@ -76,29 +129,48 @@ def scales_of(x: np.ndarray, fmt: Format) -> Scales:
     return Scales(exponents, floats_of(exponents))
 
 
-def floats_of(exponents: np.ndarray) -> np.ndarray:
-    """Return the scales of UE8M0 bytes as float64."""
-    return np.append(POWERS, np.nan)[exponents]
+def floats_of(codes: np.ndarray, scale_dtype: torch.dtype = torch.float8_e8m0fnu) -> np.ndarray:
+    """Return the scales of bytes of UE8M0 or e4m3 as float64."""
+    if scale_dtype is E4M3:
+        return values_of(codes, E4M3)
+    return np.append(POWERS, np.nan)[codes]
 
 
-def codes_of(x: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """Return the bytes of the values of x (..., k) under scales (..., groups)."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        multipliers = (1.0 / scales).astype(np.float32).astype(np.float64)
-        products = (in_groups(x, fmt) * multipliers[..., None]).astype(np.float32)
-    magnitudes = np.abs(products.astype(np.float64))
-    table = TABLES[fmt.values]
+def nearest(magnitudes: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Return the codes of the nearest of a table's magnitudes, ties to the even code, saturated."""
     middles = (table[:-1] + table[1:]) / 2
     codes = np.searchsorted(middles, magnitudes)  # a tie is below the middle
     tied = middles[np.minimum(codes, len(middles) - 1)] == magnitudes
-    codes += tied & (codes % 2 == 1)
+    return codes + (tied & (codes % 2 == 1))
+
+
+def codes_of(x: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
+    """Return the codes of the values of x (..., k) under scales (..., groups), each in a byte."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        multipliers = np.where(scales == 0, 0.0, float32(1.0 / scales))
+        products = (in_groups(x, fmt) * multipliers[..., None]).astype(np.float32)
+    codes = nearest(np.abs(products.astype(np.float64)), TABLES[fmt.values])
     negative = np.signbit(products)
     if fmt.values is torch.int8:
         codes = np.where(negative, -codes, codes)
     else:
-        codes = np.where(negative, codes | 0x80, codes)
+        codes = np.where(negative, codes | SIGNS[fmt.values], codes)
+    if fmt.values is E2M1 and fmt.numerics == "deepgemm":
+        codes = np.where(codes == SIGNS[E2M1], 0, codes)  # zeros have no sign
     codes = np.where(np.isnan(scales)[..., None], nan_byte(fmt.values), codes)
     return codes.astype(np.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+
+
+def packed(codes: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Return the bytes that hold codes (..., k): one each, or two with the earlier one below."""
+    return codes[..., 0::2] | codes[..., 1::2] << 4 if dtype is E2M1 else codes
+
+
+def unpacked(content: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Invert :func:`packed`."""
+    if dtype is not E2M1:
+        return content
+    return np.stack([content & 0xF, content >> 4], -1).reshape(*content.shape[:-1], -1)
 
 
 def live_rows(
@@ -149,10 +221,13 @@ def scale_offset(
     if scale_layout == "row_major":
         return nbytes * ((batch * mn + row) * groups + group)
     stored_groups = (groups + 3) // 4 * 4
-    stored_rows = (mn + 127) // 128 * 128
-    block = (row // 128) * (stored_groups // 4) + group // 4
-    inside = (row % 32) * 16 + (row % 128) // 32 * 4 + group % 4
-    return batch * stored_rows * stored_groups + block * 512 + inside
+    if scale_layout == "row_major_packed":
+        return (batch * mn + row) * stored_groups + group
+    size = ROWS_OF_LAYOUT[scale_layout]
+    stored_rows = (mn + size - 1) // size * size
+    block = (row // size) * (stored_groups // 4) + group // 4
+    inside = row % 8 * 4 if size == 8 else (row % 32) * 16 + (row % 128) // 32 * 4
+    return batch * stored_rows * stored_groups + block * size * 4 + inside + group % 4
 
 
 def quantize_into(
@@ -162,13 +237,19 @@ def quantize_into(
     fmt: Format,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    upper: UpperScale | None = None,
+    row_scales: torch.Tensor | None = None,
+    scaled_as: torch.Tensor | None = None,
 ) -> None:
-    """Write what ``quantize`` writes to `q` and to the storage of `sf`, both on the CPU.
+    """Write what ``quantize`` writes to `q`, to the storage of `sf`, and to `row_scales`.
 
     Args:
         x: (..., mn, k), or (tokens, k) with an index; of any floating-point dtype.
-        q: (..., q_rows, k), q_rows >= mn, of any strides.
-        sf: of the shape of the format, its elements where the format has them.
+        q: (..., q_rows, k), q_rows >= mn, of any strides; or bytes of two values. On the CPU.
+        sf: of the shape of the format, its elements where the format has them. On the CPU.
+        upper: the scale over e4m3 scales, on any device.
+        row_scales: (..., mn), on the CPU, for the decode scales of rows.
+        scaled_as: of x's shape, whose rows have the scales of rows; x by default.
     """
     k = x.shape[-1]
     leading = (x if index is None else index).shape[: -1 if index is not None else -2]
@@ -182,7 +263,12 @@ def quantize_into(
     values = np.zeros((matrices, mn, k))
     values[exists] = flat[sources[exists]]
 
-    scales = scales_of(values, fmt) if mn else Scales(None, np.zeros((matrices, 0, 1)))
+    others = values
+    if scaled_as is not None:
+        others = np.zeros_like(values)
+        others[exists] = to_array(scaled_as).reshape(-1, k)[sources[exists]]
+    forms = forms_of_call(others, fmt, upper) if mn else None
+    scales = scales_of(values, fmt, forms) if mn else Scales(None, np.zeros((matrices, 0, 1)))
     codes = np.zeros((matrices, q_rows, k), np.uint8)
     if mn:
         codes[:, :mn] = codes_of(values, scales.floats, fmt)
@@ -192,10 +278,16 @@ def quantize_into(
         counts = rows.masked_m.cpu().numpy().clip(0, mn)
     written = np.arange(q_rows) < counts[:, None]
     target = q.view(torch.uint8)
-    new = torch.from_numpy(codes).view(q.shape)
+    new = torch.from_numpy(packed(codes, fmt.values)).view(q.shape)
     target.copy_(new.where(torch.from_numpy(written).view(*q.shape[:-1], 1), target))
-    if mn:
-        _store_scales(scales, exists, counts if isinstance(rows, Masked) else None, sf, fmt)
+    if not mn:
+        return
+    _store_scales(scales, exists, counts if isinstance(rows, Masked) else None, sf, fmt)
+    if row_scales is not None:
+        decode = np.where(exists, forms.decode[..., 0], 0.0).astype(np.float32)
+        stored = torch.from_numpy(decode).view(row_scales.shape)
+        below = torch.from_numpy(written[:, :mn]).view(row_scales.shape)
+        row_scales.copy_(stored.where(below, row_scales))
 
 
 def _store_scales(
@@ -209,7 +301,7 @@ def _store_scales(
     matrices, mn = exists.shape
     groups = scales.floats.shape[-1]
     stored_groups = groups
-    if fmt.scale_layout in ("mn_major_packed", "128x4"):
+    if fmt.scale_layout not in ("mn_major", "row_major"):
         stored_groups = (groups + 3) // 4 * 4
     unit = ROWS_OF_LAYOUT.get(fmt.scale_layout, 4)
     stored_rows = (mn + unit - 1) // unit * unit
@@ -217,7 +309,7 @@ def _store_scales(
         stored = scales.floats.astype(np.float32).view(np.uint32)
         stored = np.where(np.isnan(scales.floats), FLOAT32_NAN, stored)
     else:
-        stored = scales.exponents
+        stored = scales.codes
     padded = np.zeros((matrices, stored_rows, stored_groups), stored.dtype)
     padded[:, :mn, :groups] = np.where(exists[..., None], stored, 0)
     limits = np.full(matrices, stored_rows)
@@ -248,7 +340,7 @@ def stored_scales(sf: torch.Tensor, fmt: Format, matrices: int, mn: int, k: int)
     if fmt.scale_dtype is torch.float32:
         with np.errstate(invalid="ignore"):  # signaling NaN
             return content.copy().view(np.float32)[..., 0].astype(np.float64)
-    return floats_of(content[..., 0])
+    return floats_of(content[..., 0], fmt.scale_dtype)
 
 
 def values_of(codes: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -256,6 +348,8 @@ def values_of(codes: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     if dtype is torch.int8:
         return codes.view(np.int8).astype(np.float64)
     table = TABLES[dtype]
+    if dtype is E2M1:
+        return np.append(table, -table)[codes]
     magnitudes = np.full(128, np.nan)
     magnitudes[: len(table)] = table
     if dtype is torch.float8_e5m2:
@@ -267,7 +361,7 @@ def products(codes: np.ndarray, scales: np.ndarray, fmt: Format, dtype: torch.dt
     """Return values times scales, rounded to float32 and then to `dtype`, as a tensor.
 
     Args:
-        codes: (..., k), bytes.
+        codes: (..., k), each in a byte.
         scales: (..., groups), float64.
     """
     with np.errstate(invalid="ignore", over="ignore"):
@@ -289,12 +383,21 @@ def _rounded(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(halves.view(np.int16)).view(torch.bfloat16)
 
 
-def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
+def dequantize(
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    dtype: torch.dtype,
+    upper: UpperScale | None = None,
+) -> torch.Tensor:
     """Return what ``dequantize`` does, of scales with any strides; each NaN is the same one."""
-    *batch_shape, mn, k = q.shape
+    *batch_shape, mn, columns = q.shape
+    k = columns * (2 if fmt.values is E2M1 else 1)
+    shape = (*batch_shape, mn, k)
     if q.numel() == 0:
-        return torch.empty(q.shape, dtype=dtype)
-    codes = q.contiguous().view(torch.uint8).numpy().reshape(-1, mn, k)
+        return torch.empty(shape, dtype=dtype)
+    content = q.view(torch.uint8).contiguous().numpy().reshape(-1, mn, columns)
+    codes = unpacked(content, fmt.values)
     # Scales in a storage of their own, as the format has them.
     own = torch.zeros(len(codes) * fmt.scale_rows(mn) * fmt.columns(k) + 1, dtype=fmt.sf_dtype)
     size = fmt.scale_shape(tuple(batch_shape), mn, k), fmt.scale_strides(tuple(batch_shape), mn, k)
@@ -302,13 +405,19 @@ def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtyp
     integer = INTEGERS[own.element_size()]
     own.view(integer).copy_(sf.view(integer))
     scales = stored_scales(own, fmt, len(codes), mn, k)
-    return products(codes, scales, fmt, dtype).view(q.shape)
+    if upper is not None:
+        # A decode scale may be any number.
+        given = to_array(upper.tensor).reshape(-1, mn if fmt.row_scale else 1, 1)
+        decode = given if upper.kind == "decode_scale" else forms_of(upper).decode
+        with np.errstate(invalid="ignore"):
+            scales = float32(scales * decode)
+    return products(codes, scales, fmt, dtype).view(shape)
 
 
-def fake_quantize(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+def fake_quantize(x: torch.Tensor, fmt: Format, upper: UpperScale | None = None) -> torch.Tensor:
     """Return what ``fake_quantize`` does; each NaN is the same one."""
     if x.numel() == 0:
         return x.clone()
-    values = to_array(x)
-    scales = scales_of(values, fmt).floats
-    return products(codes_of(values, scales, fmt), scales, fmt, x.dtype)
+    values = to_array(x).reshape(-1, *x.shape[-2:])
+    scales = scales_of(values, fmt, forms_of_call(values, fmt, upper)).floats
+    return products(codes_of(values, scales, fmt), scales, fmt, x.dtype).view(x.shape)

@@ -3,18 +3,25 @@
 import pytest
 import torch
 
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, Masked, quantize
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, NVFP4, Indexed, Masked, quantize
+from cute_quant.contract.upper_scales import UpperScale
+from tests.exact import E2M1
 from tests.helpers import (
+    NVFP4_FORMATS,
     all_formats,
+    as_arguments,
     assert_quantized_within,
-    poisoned_scales,
-    poisoned_values,
+    poisoned_results,
 )
 
-every_format = pytest.mark.parametrize(
-    "fmt", [*all_formats(group_sizes=(32,)), *all_formats(group_sizes=(-1,))], ids=str
-)
-RELATIVE = 2.0**-10
+# Each layout with every other dtype and group size.
+FORMATS = [*all_formats(group_sizes=(32, -1))[::2], *NVFP4_FORMATS[::3]]
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
+
+
+def relative(fmt):
+    """Return noise that changes some values, and not many."""
+    return 2.0**-6 if fmt.values is E2M1 else 2.0**-10
 
 
 def values(*shape):
@@ -24,17 +31,24 @@ def values(*shape):
     return x
 
 
+def upper_scale_of(fmt):
+    needed = fmt.upper_scale and not fmt.row_scale
+    return UpperScale("amax", torch.tensor(4.0)) if needed else None
+
+
 def quantized(x, fmt, rows=None, extra_rows=3, last_padding=True):
     *batch_shape, mn, k = x.shape
-    batch_shape = tuple(batch_shape)
-    q = poisoned_values(mn + extra_rows, k, "cpu", fmt.values, batch_shape)
-    sf = poisoned_scales(fmt, mn, k, "cpu", last_padding, batch_shape)
-    return quantize(x.float(), fmt, rows=rows, out=(q, sf))
+    out = poisoned_results(fmt, mn, k, "cpu", extra_rows, last_padding, tuple(batch_shape))
+    return quantize(x.float(), fmt, rows=rows, out=out, **as_arguments(upper_scale_of(fmt)))
 
 
-def within(results, fmt, x, relative=RELATIVE, rows=None):
-    bounds = x - x.abs() * relative, x + x.abs() * relative
-    return assert_quantized_within(*results, fmt, x, *bounds, rows)
+def within(results, fmt, x, noise=None, rows=None):
+    error = x.abs() * (relative(fmt) if noise is None else noise)
+    bounds = x - error, x + error
+    q, sf, *row_scales = results
+    row_scales = row_scales[0] if row_scales else None
+    upper = upper_scale_of(fmt)
+    return assert_quantized_within(q, sf, fmt, x, *bounds, rows, upper=upper, row_scales=row_scales)
 
 
 @every_format
@@ -43,17 +57,17 @@ def test_what_is_within(fmt, last_padding):
     x = values(2, 5, 290)
     assert within(quantized(x, fmt, last_padding=last_padding), fmt, x, 0.0) == 0
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype) * 2 - 1
-    count = within(quantized(x * (1 + noise * RELATIVE), fmt), fmt, x)
+    count = within(quantized(x * (1 + noise * relative(fmt)), fmt), fmt, x)
     assert 0 < count < 400
     rows = Masked(torch.tensor([5, 2], dtype=torch.int32))
-    results = quantized(x * (1 + noise * RELATIVE), fmt, rows, extra_rows=0)
+    results = quantized(x * (1 + noise * relative(fmt)), fmt, rows, extra_rows=0)
     assert 0 < within(results, fmt, x, rows=rows) < 400
 
 
 @every_format
 def test_what_is_not(fmt):
     x = values(2, 5, 70)
-    noisy = x * (1 + 8 * RELATIVE)
+    noisy = x * (1 + 8 * relative(fmt))
     with pytest.raises(AssertionError, match=r"scales: .* of the storage|q: "):
         within(quantized(noisy, fmt), fmt, x)
 
@@ -63,31 +77,48 @@ def test_every_wrong_value_is_seen(fmt):
     """Flip bits of live rows, dead rows, rows with NaN, and rows past the last."""
     x = values(2, 5, 70)
     for place in ((0, 2, 5), (1, 4, 69), (0, 0, 0), (1, 5, 0), (1, 7, 69)):
-        q, sf = quantized(x, fmt)
-        q.view(torch.uint8)[place] ^= 0x11
+        matrix, row, column = place
+        results = quantized(x, fmt)
+        content = results[0].view(torch.uint8)
+        content[matrix, row, column * content.shape[-1] // 70] ^= (
+            0x44 if fmt.values is E2M1 else 0x11
+        )
         with pytest.raises(AssertionError, match="q: "):
-            within((q, sf), fmt, x)
+            within(results, fmt, x)
     rows = Masked(torch.tensor([5, 2], dtype=torch.int32))
-    q, sf = quantized(x, fmt, rows, extra_rows=0)
-    q.view(torch.uint8)[1, 2, 0] ^= 1
+    results = quantized(x, fmt, rows, extra_rows=0)
+    results[0].view(torch.uint8)[1, 2, 0] ^= 1
     with pytest.raises(AssertionError, match="q: a row that does not exist"):
-        within((q, sf), fmt, x, rows=rows)
+        within(results, fmt, x, rows=rows)
 
 
 @every_format
 def test_every_wrong_scale_is_seen(fmt):
     """Flip the lowest bit of bytes all over the storage, padding included."""
     x = values(5, 70)
-    q, sf = quantized(x, fmt)
-    stored = sf.view(torch.uint8) if fmt.ue8m0 and not fmt.packed else sf
-    stored = torch.empty(0, dtype=torch.uint8).set_(stored.untyped_storage())
-    step = 1 if fmt.ue8m0 else 4
+    results = quantized(x, fmt)
+    stored = torch.empty(0, dtype=torch.uint8).set_(results[1].untyped_storage())
+    step = 1 if fmt.byte_scales else 4
     for place in range(step - 1, len(stored), step if len(stored) < 400 else 37):
         stored[place] ^= 1
         with pytest.raises(AssertionError, match="scales: "):
-            within((q, sf), fmt, x)
+            within(results, fmt, x, 0.0)
         stored[place] ^= 1
-    assert within((q, sf), fmt, x) == 0
+    assert within(results, fmt, x, 0.0) == 0
+
+
+def test_every_wrong_scale_of_a_row_is_seen():
+    fmt = NVFP4.replace(row_scale=True)
+    x = values(5, 70)
+    results = quantized(x, fmt, Indexed(torch.tensor([0, 1, -1, 0, 0], dtype=torch.int32)))
+    rows = Indexed(torch.tensor([0, 1, -1, 0, 0], dtype=torch.int32))
+    assert within(results, fmt, x, 0.0, rows) == 0
+    for row in range(5):
+        before = results[2][row].item()
+        results[2][row] = 1.0 if row == 2 else results[2][row].nan_to_num(1.0) * (1 + 2.0**-20)
+        with pytest.raises(AssertionError, match="row scales: "):
+            within(results, fmt, x, 0.0, rows)
+        results[2][row] = before
 
 
 def test_swapped_groups_are_seen():

@@ -3,7 +3,7 @@
 Every byte has to be the reference's. Activations and norms compute in float32, the reference in
 float64: there the line says how many values and scales are rounded to the neighbour, of which few
 may be. Without a GPU, compile each kernel for each architecture; nothing is run, and no result is
-compared. Kernels are those of bf16 and the formats of DeepGEMM, or of a preset.
+compared. Kernels are those of bf16 and the formats of DeepGEMM, NVFP4 and MXFP4, or of a preset.
 
 examples:
   cute-quant check
@@ -20,27 +20,32 @@ from typing import Any, NamedTuple
 import torch
 
 import cute_quant
-from cute_quant.contract.dtypes import ceil_div
+from cute_quant.contract.dtypes import UPPER_MAX, ceil_div
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED, UNFUSED
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
+from cute_quant.contract.upper_scales import AMAX, DECODE, ENCODE
 from cute_quant.dispatch import presets
 from cute_quant.jit import keys, lookup, progress
 from cute_quant.kernels.config import (
     DENSE_ROWS,
+    AmaxSpec,
     DequantizeSpec,
     Domain,
+    QuantizerSpec,
     QuantizeSpec,
     RmsNormSpec,
     SiluMulSpec,
     Spec,
 )
-from cute_quant.kernels.heuristics import TWO_ROWS, TWO_ROWS_FROM
+from cute_quant.kernels.heuristics import TWO_ROWS, TWO_ROWS_FROM, TWO_TILES
 
 COLUMNS = 1024
 FEW_ROWS = 203
 """No multiple of 4, so that columns of scales have padding."""
 MATRICES = 3
+GROUPS = {PrefixSum.kind: 2, Indexed.kind: 4}
+"""Groups of rows stacked along M."""
 SEED = 0
 POISON = 0xA5
 
@@ -61,12 +66,14 @@ class Results(NamedTuple):
         values: what is quantized, or multiplied back.
         scales: if there are any, with all padding in their storage.
         residual, normalized: of a norm, if it writes them.
+        decode_scales: of rows, where the call returns them; else of the upper scale, if it has one.
     """
 
     values: torch.Tensor
     scales: torch.Tensor | None = None
     residual: torch.Tensor | None = None
     normalized: torch.Tensor | None = None
+    decode_scales: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,12 @@ def _compare(spec: Spec, actual: Results, expected: Results) -> int | None:
         a, b = (_present("the residual", r.residual).cpu() for r in (actual, expected))
         a, b = a.nan_to_num(nan=torch.inf), b.nan_to_num(nan=torch.inf)
         _require_equal("the residual", _bytes(a), _bytes(b))
+    if expected.decode_scales is not None:
+        a, b = (_present("decode scales", r.decode_scales).cpu() for r in (actual, expected))
+        if isinstance(spec, QuantizeSpec):
+            _require_equal("decode scales", _bytes(a), _bytes(b))
+        wrong = f"more than {SCALE_ERROR:.1g} away from the reference's"
+        _require_all("decode scales", _close(a, b), wrong)
     if isinstance(spec, (SiluMulSpec, RmsNormSpec)):
         count = _neighbouring_scales(_scales(actual), _scales(expected), spec.fmt)
         count += _neighbouring_values(actual, expected, spec.fmt)
@@ -192,13 +205,13 @@ def _require_equal(name: str, actual: torch.Tensor, expected: torch.Tensor) -> N
 
 
 def _neighbouring_scales(actual: torch.Tensor, expected: torch.Tensor, fmt: Format) -> int:
-    """Return how many powers of two are next to the reference's; 0 where scales are none.
+    """Return how many scales of a byte are next to the reference's; 0 where scales are floats.
 
-    Scales that are no powers of two have to be close to the reference's. Padding and rows that
+    Floats have to be close to the reference's. Padding and rows that
     nobody writes are equal in any case.
     """
     actual, expected = _storage(actual).cpu(), _storage(expected)
-    if not fmt.ue8m0:
+    if not fmt.byte_scales:
         close = _close(actual.view(torch.float32), expected.view(torch.float32))
         _require_all("scales", close, f"more than {SCALE_ERROR:.1g} away from the reference's")
         return 0
@@ -210,20 +223,47 @@ def _neighbouring_scales(actual: torch.Tensor, expected: torch.Tensor, fmt: Form
 def _neighbouring_values(actual: Results, expected: Results, fmt: Format) -> int:
     """How many values are the reference's neighbours, but for those under a scale that is."""
     (a, a_scales), (b, b_scales) = (_multiplied_back(r, fmt) for r in (actual, expected))
-    kind, largest = torch.finfo(fmt.values), torch.maximum(a.abs(), b.abs())
-    smallest = torch.maximum(a_scales.abs(), b_scales.abs()) * (kind.smallest_normal * kind.eps)
+    largest = torch.maximum(a.abs(), b.abs())
+    relative, least = _steps(fmt.values)
+    smallest = torch.maximum(a_scales.abs(), b_scales.abs()) * least
     # Multiples of the smallest are as far apart as it, and as their scales put them.
-    most = torch.maximum(largest * kind.eps, smallest + largest * SCALE_ERROR)
+    most = torch.maximum(largest * relative, smallest + largest * SCALE_ERROR)
     _require_near("values", a, b, most)
-    differing = _bytes(actual.values) != _bytes(expected.values)
+    differing = _codes(actual.values) != _codes(expected.values)
     return _few("values", differing & _close(a_scales, b_scales).flatten())
+
+
+def _steps(values: torch.dtype) -> tuple[float, float]:
+    """Return the distance of 1 to the next value, and the smallest value."""
+    if values is torch.float4_e2m1fn_x2:
+        return 0.5, 0.5
+    kind = torch.finfo(values)
+    return kind.eps, kind.smallest_normal * kind.eps
+
+
+def _codes(values: torch.Tensor) -> torch.Tensor:
+    """Return the codes of values, each in a byte of its own, on the CPU."""
+    if values.dtype is not torch.float4_e2m1fn_x2:
+        return _bytes(values)
+    pairs = _bytes(values)
+    return torch.stack([pairs & 0xF, pairs >> 4], -1).flatten()
+
+
+def _ones(values: torch.Tensor) -> torch.Tensor:
+    """Return ones in the shape and dtype of values."""
+    if values.dtype is not torch.float4_e2m1fn_x2:
+        return torch.ones(values.shape).to(values.dtype)
+    return torch.full(values.shape, 0x22, dtype=torch.uint8).view(values.dtype)
 
 
 def _multiplied_back(results: Results, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """Values times scales, and the scale of each value, in float32 on the CPU."""
     q, sf = results.values.cpu(), _scales(results).cpu()
-    ones = torch.ones(q.shape).to(fmt.values)
-    values, scales = (cute_quant.dequantize(t, sf, fmt, dtype=torch.float32) for t in (q, ones))
+    upper = None if results.decode_scales is None else results.decode_scales.cpu()
+    values, scales = (
+        cute_quant.dequantize(t, sf, fmt, dtype=torch.float32, decode_scale=upper)
+        for t in (q, _ones(q))
+    )
     return values, scales
 
 
@@ -253,6 +293,7 @@ def _few(name: str, differing: torch.Tensor) -> int:
 
 def _results(spec: Spec, device: str) -> Results:
     """Return the results of a call that takes this kernel."""
+    assert not isinstance(spec, AmaxSpec), "no selection has it"
     fmt = spec.fmt
     generator = torch.Generator().manual_seed(SEED)
     domain = DENSE_ROWS if isinstance(spec, DequantizeSpec) else spec.domain
@@ -264,22 +305,36 @@ def _results(spec: Spec, device: str) -> Results:
     shape = (FEW_ROWS, k) if domain.gathered else (*batch_shape, mn, k)
     if isinstance(spec, SiluMulSpec):
         shape = (*shape[:-1], 2 * k)
-    x = _activations(shape, spec.dtype, generator).to(device)
+    x = _activations(shape, spec.dtype, generator)
+    decode_scales = None if spec.upper is None else _decode_scale(spec, x).to(device)
+    upper: dict[str, Any] = _upper_scale(spec.upper, decode_scales)
+    if domain.grouped:
+        # Values are compared before they are multiplied with those of their groups.
+        factors = 2.0 ** torch.arange(GROUPS[domain.kind], device=device)
+        upper = {name: t * factors for name, t in upper.items()}
+        decode_scales = torch.ones((), device=device)
+    x = x.to(device)
     if isinstance(spec, QuantizeSpec) and spec.fake:
-        return Results(cute_quant.fake_quantize(x, fmt))
+        return Results(cute_quant.fake_quantize(x, fmt, **upper))
     if isinstance(spec, DequantizeSpec):
-        q, sf = cute_quant.quantize(x, fmt)
-        return Results(cute_quant.dequantize(q, sf, fmt, dtype=spec.dtype))
-    q = torch.empty((*batch_shape, mn, k), dtype=fmt.values, device=device)
-    q.view(torch.uint8).fill_(POISON)
+        q, sf, *row_scales = cute_quant.quantize(x, fmt, **({} if fmt.row_scale else upper))
+        upper = {DECODE: row_scales[0]} if row_scales else upper
+        return Results(cute_quant.dequantize(q, sf, fmt, dtype=spec.dtype, **upper))
+    columns = fmt.value_columns(k)
+    q = torch.full((*batch_shape, mn, columns), POISON, dtype=torch.uint8, device=device)
+    q = q.view(fmt.values)
     sf = fmt.empty_scales(batch_shape, mn, k, q.device)
     _storage(sf).fill_(POISON)
+    out: tuple[torch.Tensor, ...] = (q, sf)
+    if fmt.row_scale:
+        decode_scales = torch.full((*batch_shape, mn), torch.nan, device=device)
+        out = (q, sf, decode_scales)
     rows = _rows(domain, mn, device, generator)
     index = None if index is None else index.to(device)
     residual = normalized = None
     match spec:
         case QuantizeSpec():
-            cute_quant.quantize(x, fmt, rows=rows, index=index, out=(q, sf))
+            cute_quant.quantize(x, fmt, rows=rows, index=index, out=out, **upper)
         case SiluMulSpec():
             weight = None
             if spec.weighted:
@@ -295,7 +350,8 @@ def _results(spec: Spec, device: str) -> Results:
                 beta=1.0 if spec.shifted else 0.0,
                 weight=weight,
                 rounding=UNFUSED if spec.unfused else FUSED,
-                out=(q, sf),
+                out=out,
+                **upper,
             )
         case RmsNormSpec():
             weight = torch.randn(k, generator=generator).to(device, spec.weight_dtype)
@@ -310,18 +366,41 @@ def _results(spec: Spec, device: str) -> Results:
                 index=index,
                 rounding=UNFUSED if spec.unfused else FUSED,
                 normalized=spec.normalized,
-                out=(q, sf),
+                out=out,
+                **upper,
             )
             normalized = written[-1] if spec.normalized else None
-    return Results(q, sf, residual, normalized)
+    return Results(q, sf, residual, normalized, decode_scales)
+
+
+def _decode_scale(spec: Spec, x: torch.Tensor) -> torch.Tensor:
+    """Return a scale that maps what a call quantizes to the range of its format."""
+    amax = x.float().nan_to_num(0.0, 0.0, 0.0).abs().amax()
+    match spec:
+        case SiluMulSpec():
+            amax = amax * amax
+        case RmsNormSpec():
+            amax = amax.new_tensor(32.0)
+    return amax / UPPER_MAX
+
+
+def _upper_scale(kind: str | None, decode_scale: torch.Tensor | None) -> dict[str, Any]:
+    """Return the argument that gives an upper scale, none without one."""
+    if kind is None or decode_scale is None:
+        return {}
+    forms = {
+        DECODE: decode_scale,
+        ENCODE: 1.0 / decode_scale,
+        AMAX: decode_scale * UPPER_MAX,
+    }
+    return {kind: forms[kind]}
 
 
 def _size(spec: Spec) -> tuple[int, int]:
     """(mn, k) of a result that a kernel of this tile is launched for."""
-    if isinstance(spec, RmsNormSpec):
-        columns = presets.norm_columns(spec.fmt)
-        return FEW_ROWS, columns[(spec.tile, spec.tiles_per_thread, spec.max_warps)]
-    if isinstance(spec, QuantizeSpec) and spec.tile == TWO_ROWS:
+    if isinstance(spec, QuantizerSpec) and (isinstance(spec, RmsNormSpec) or spec.fmt.row_scale):
+        return FEW_ROWS, presets.columns_of_whole_rows(spec)
+    if isinstance(spec, QuantizeSpec) and spec.tile in (TWO_ROWS, TWO_TILES):
         sms = lookup.multiprocessors(torch.cuda.current_device())
         return ceil_div(TWO_ROWS_FROM * sms, COLUMNS), COLUMNS
     return FEW_ROWS, COLUMNS
@@ -346,9 +425,10 @@ def _rows(domain: Domain, mn: int, device: str, generator: torch.Generator) -> R
     if domain.masked:
         return Masked(integers(0, mn // 3, mn))
     if domain.prefix_sum:
-        return PrefixSum(integers(mn // 4, mn // 2 + 64))
+        return PrefixSum(integers(mn // 4, mn // 2 + 64))  # GROUPS of them
     if domain.indexed:
-        experts = torch.randint(-1, 4, (mn,), dtype=torch.int32, generator=generator)
+        groups = GROUPS[domain.kind]
+        experts = torch.randint(-1, groups, (mn,), dtype=torch.int32, generator=generator)
         return Indexed(experts.to(device))
     return None
 

@@ -12,6 +12,8 @@ from cute_quant.contract.dtypes import INPUT_DTYPES, LOAD_BYTES
 from cute_quant.contract.formats import DEEP_GEMM, Format
 from cute_quant.contract.prologues import FUSED, ROUNDINGS
 from cute_quant.contract.rows import DENSE, KINDS, Masked
+from cute_quant.contract.upper_scales import ENCODE
+from cute_quant.contract.upper_scales import KINDS as UPPER_KINDS
 from cute_quant.dispatch import presets, reachable
 from cute_quant.dispatch.call_range import OPERATIONS, CallRange
 from cute_quant.dispatch.plan import Gpu
@@ -55,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         calls.add_argument(f"--{choice}", action="store_true", help="of silu_mul_quantize")
     calls.add_argument("--rounding", choices=ROUNDINGS, default=FUSED)
     calls.add_argument("--weight-dtype", choices=DTYPES, help="of rms_norm_quantize")
+    calls.add_argument(
+        "--upper-scale",
+        choices=UPPER_KINDS,
+        default=ENCODE,
+        help="the argument that the scale over e4m3 scales is given as (encode_scale)",
+    )
 
 
 def name(spec: Spec) -> str:
@@ -125,13 +133,15 @@ def _ranges(options: argparse.Namespace) -> list[CallRange]:
             options.shifted,
             options.rounding,
             _weight_dtype(options),
-        )
+        ).with_upper_scale(options.upper_scale)
         for operation in options.operation or OPERATIONS[:1]
         for kind in options.rows or (DENSE,)
     ]
     possible = [of_one for of_one in calls if of_one.possible]
     if not possible:
         raise ValueError("--operation, --rows: expected calls that there are, got none")
+    for of_one in possible:
+        of_one.check_columns()
     return possible
 
 

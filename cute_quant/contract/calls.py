@@ -8,7 +8,7 @@ import torch
 
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import Prologue
-from cute_quant.contract.rows import Rows
+from cute_quant.contract.rows import Indexed, PrefixSum, Rows
 from cute_quant.contract.upper_scales import UpperScale
 
 
@@ -50,6 +50,16 @@ class Call(NamedTuple):
     row_scales: torch.Tensor | None = None
 
     @property
+    def upper_of_groups(self) -> bool:
+        """Return whether each group of rows stacked along M has an upper scale of its own."""
+        return (
+            self.upper is not None
+            and isinstance(self.rows, PrefixSum | Indexed)
+            and self.upper.tensor.ndim == 1
+            and self.upper.tensor.shape[0] != 1
+        )
+
+    @property
     def input_name(self) -> str:
         """Return the name of the argument that `x` was given as."""
         return "x" if self.prologue is None else self.prologue.input_name
@@ -57,10 +67,7 @@ class Call(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Return whether all rows of x are quantized, in their order, without a prologue."""
-        return all(
-            part is None
-            for part in (self.rows, self.index, self.prologue, self.upper, self.row_scales)
-        )
+        return all(part is None for part in (self.rows, self.index, self.prologue, self.row_scales))
 
     @property
     def tensors(self) -> dict[str, torch.Tensor | None]:

@@ -14,7 +14,7 @@ from cute_quant.contract.dtypes import INPUT_DTYPES, align, ceil_div, describe, 
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import MAX_NORM_COLUMNS, RmsNorm, SiluMul
-from cute_quant.contract.rows import KINDS, Masked, PrefixSum, Rows
+from cute_quant.contract.rows import KINDS, Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.tensors import (
     MAX_SIZE,
     check_count,
@@ -70,7 +70,7 @@ def check_call(call: Call) -> ResultShape:
         _check_rms_norm(prologue, x, every_row=call.rows is None and call.index is None)
     _check_number_of_scales(name, fmt, shape)
     _check_whole_bytes(name, fmt, shape.k)
-    _check_upper_scale(call.upper, fmt, _upper_scale_shapes(fmt, shape.batch_shape), x, name)
+    _check_upper_scale(call.upper, fmt, _upper_scale_shapes(fmt, shape.batch_shape, call), x, name)
     _check_row_scales(call, shape)
     if call.q is not None:
         check_written("out q", call.q, fmt.values, x, name)
@@ -181,9 +181,22 @@ def _check_upper_scale(
     check_operand(upper.kind, t, x, input_name)
 
 
-def _upper_scale_shapes(fmt: Format, batch_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Return the shapes of an upper scale that is given: one number, or one for each matrix."""
-    return [(), (1,), batch_shape] if fmt.upper_scale and not fmt.row_scale else []
+def _upper_scale_shapes(
+    fmt: Format, batch_shape: tuple[int, ...], call: Call | None = None
+) -> list[tuple[int, ...]]:
+    """Return the shapes of an upper scale that is given.
+
+    It is one number, or one for each matrix, or for each group of rows that are stacked along M.
+    """
+    if not fmt.upper_scale or fmt.row_scale:
+        return []
+    shapes = [(), (1,), batch_shape]
+    if call is not None and call.upper is not None and call.upper.tensor.ndim == 1:
+        if isinstance(call.rows, PrefixSum):
+            shapes.append(tuple(call.rows.ends.shape))
+        elif isinstance(call.rows, Indexed):
+            shapes.append(tuple(call.upper.tensor.shape))
+    return shapes
 
 
 def _check_row_scales(call: Call, shape: ResultShape) -> None:

@@ -70,7 +70,9 @@ def group_scales(x: torch.Tensor, fmt: Format, upper: Factors | None = None) -> 
     """
     amax = _in_groups(x, fmt).abs().amax(-1)
     if upper is not None:
-        return _e4m3_scales(amax.float(), upper, fmt)
+        quotients = _e4m3_quotients(amax.float(), upper, fmt)
+        scales = _e4m3_scales(quotients, fmt)
+        return _better_scales(x, scales, quotients, upper, fmt) if fmt.four_over_six else scales
     # As a tensor: torch multiplies a CUDA tensor with the reciprocal of a number.
     exact = torch.float64 if fmt.power_of_two else torch.float32
     largest = amax.new_full((), fmt.value_type.max, dtype=exact)
@@ -97,8 +99,11 @@ def _half_up_exponents(amax: torch.Tensor, fmt: Format) -> torch.Tensor:
     return exponent.where(amax.isfinite(), UE8M0_NAN)
 
 
-def _e4m3_scales(amax: torch.Tensor, upper: Factors, fmt: Format) -> torch.Tensor:
-    """Return e4m3 scales of groups as float32, NaN where amax or the upper scale is not finite."""
+def _e4m3_quotients(amax: torch.Tensor, upper: Factors, fmt: Format) -> torch.Tensor:
+    """Return the scales of groups before they are rounded to e4m3, at least the floor.
+
+    They are NaN where amax or the upper scale is not finite.
+    """
     encode, decode = upper
     largest = encode.new_full((), E2M1_MAX)
     sixth = 1.0 / largest
@@ -111,8 +116,38 @@ def _e4m3_scales(amax: torch.Tensor, upper: Factors, fmt: Format) -> torch.Tenso
             scales = amax * sixth * (1.0 / decode)
         case _:
             scales = amax * (encode * sixth)
-    scales = scales.clamp(fmt.floor, E4M3_MAX).to(torch.float8_e4m3fn).float()
-    return scales.where(amax.isfinite() & encode.isfinite(), torch.nan)
+    finite = amax.isfinite() & encode.isfinite()
+    return scales.clamp(min=fmt.floor).where(finite, torch.nan)
+
+
+def _e4m3_scales(quotients: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return quotients rounded to e4m3, as float32; NaN stays NaN."""
+    scales = quotients.clamp(max=E4M3_MAX).to(fmt.scale_dtype).float()
+    return scales.where(quotients.isfinite() | (quotients > 0), torch.nan)
+
+
+def _better_scales(
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    quotients: torch.Tensor,
+    upper: Factors,
+    fmt: Format,
+) -> torch.Tensor:
+    """Return scales that map the amax of a group to 6, or to 4 where that has the smaller error."""
+    larger = _e4m3_scales(1.5 * quotients, fmt)
+    better = _errors(x, larger, upper, fmt) < _errors(x, scales, upper, fmt)
+    return larger.where(better, scales)
+
+
+def _errors(x: torch.Tensor, scales: torch.Tensor, upper: Factors, fmt: Format) -> torch.Tensor:
+    """Return the sum of absolute errors of each group, added in order, in float32."""
+    q = group_values(x, scales, fmt, upper)
+    decoded = multiply_back(q, scales * upper.decode, fmt, torch.float32)
+    differences = _in_groups((decoded - x.float()).abs(), fmt)
+    total = torch.zeros_like(differences[..., 0])
+    for difference in differences.unbind(-1):
+        total = total + difference
+    return total
 
 
 def _e4m3_multipliers(scales: torch.Tensor, upper: Factors, fmt: Format) -> torch.Tensor:
@@ -135,7 +170,38 @@ def upper_factors(x: torch.Tensor, call: Call) -> Factors | None:
     """Return forms of the upper scale of rows `x` (batch, mn, k), each (batch or 1, mn or 1, 1)."""
     if call.fmt.row_scale:
         return factors_of_amax(x.abs().amax(-1, keepdim=True).float())
-    return None if call.upper is None else Factors(*(t.view(-1, 1, 1) for t in factors(call.upper)))
+    if call.upper is None:
+        return None
+    forms = factors(call.upper)
+    if call.upper_of_groups:
+        group = groups_of_rows(call.rows, x.shape[1])
+        exists = (group >= 0) & (group < call.upper.tensor.shape[0])
+        padded = (pad(form, (0, 1), value=torch.nan) for form in forms)
+        return Factors(*(form[group.where(exists, -1)].view(1, -1, 1) for form in padded))
+    return Factors(*(form.view(-1, 1, 1) for form in forms))
+
+
+def groups_of_rows(rows: Rows | None, mn: int) -> torch.Tensor:
+    """Return the group of each row stacked along M, the first where there are several, -1 of none.
+
+    Returns:
+        (mn,), int64.
+    """
+    if isinstance(rows, Indexed):
+        return rows.m_indices.long()
+    assert isinstance(rows, PrefixSum)
+    # A last group of all rows, for those that belong to none.
+    belongs = pad(in_groups(rows, mn), (0, 0, 0, 1), value=True)
+    group = belongs.int().argmax(0)
+    return group.where(group < len(rows.ends), -1)
+
+
+def in_groups(rows: PrefixSum, mn: int) -> torch.Tensor:
+    """Return which rows, (G, mn), each group has."""
+    row = torch.arange(mn, device=rows.ends.device)
+    ends = rows.ends.long().clamp(0, mn)
+    starts = pad(align(ends, rows.alignment)[:-1], (1, 0))[: ends.shape[0]]
+    return (starts[:, None] <= row) & (row < ends[:, None])
 
 
 def check_upper_scale(call: Call) -> None:
@@ -159,19 +225,30 @@ def check_upper_scale(call: Call) -> None:
         )
     if call.prologue is not None:
         return
-    live, source = live_rows(call.x, call.rows, call.index)
-    amax = source.abs().where(live.unsqueeze(2), 0).flatten(1).amax(1).double()
-    if encode.numel() == 1:
-        amax = amax.amax(0, keepdim=True)
+    amax = _amax_under_each(call, encode.numel())
     ratio = amax * encode / UPPER_MAX
     outside = (amax > 0) & amax.isfinite() & ((ratio < 2.0**-20) | (ratio > 2.0**20))
     if outside.any():
-        matrix = int(outside.nonzero()[0])
+        i = int(outside.nonzero()[0])
         raise ValueError(
-            f"{kind}: expected about 2688 / amax = {UPPER_MAX / amax[matrix]:.3g} as an encode "
-            f"scale, or amax / 2688 = {amax[matrix] / UPPER_MAX:.3g} as a decode scale, got "
-            f"{given.reshape(-1)[matrix].item():.3g}: were the two mixed up?"
+            f"{kind}: expected about 2688 / amax = {UPPER_MAX / amax[i]:.3g} as an encode scale, "
+            f"or amax / 2688 = {amax[i] / UPPER_MAX:.3g} as a decode scale, got "
+            f"{given.reshape(-1)[i].item():.3g}: were the two mixed up?"
         )
+
+
+def _amax_under_each(call: Call, count: int) -> torch.Tensor:
+    """Return the largest magnitudes that lie under each of the `count` upper scales of a call."""
+    live, source = live_rows(call.x, call.rows, call.index)
+    if source.numel() == 0:
+        return torch.zeros(count, dtype=torch.float64, device=source.device)
+    of_rows = source.abs().amax(-1).where(live, 0).double()
+    if call.upper_of_groups:
+        group = groups_of_rows(call.rows, of_rows.shape[1])
+        inside = (group >= 0) & (group < count)
+        of_groups = of_rows.new_zeros(count + 1)
+        return of_groups.scatter_reduce(0, group.where(inside, count), of_rows[0], "amax")[:count]
+    return of_rows.flatten().amax(0, keepdim=True) if count == 1 else of_rows.amax(1)
 
 
 def group_values(
@@ -267,14 +344,11 @@ def live_rows(
         live = (index >= 0) & (index < tokens)
         # A row of zeros for those that have none, also where x has no rows at all.
         source = torch.cat([x, x.new_zeros(1, x.shape[1])])[index.long().where(live, tokens)]
-    row = torch.arange(live.shape[1], device=x.device)
     match rows:
         case Masked():
             live = live & below_count(rows, live.shape[1], live.shape[1])
         case PrefixSum():
-            ends = rows.ends.long().clamp(0, live.shape[1])
-            starts = pad(align(ends, rows.alignment)[:-1], (1, 0))[: ends.shape[0]]
-            live = live & ((starts[:, None] <= row) & (row < ends[:, None])).any(0)
+            live = live & in_groups(rows, live.shape[1]).any(0)
         case Indexed():
             live = live & (rows.m_indices >= 0)
     return live, source

@@ -12,10 +12,11 @@ import torch
 
 from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import LOAD_BYTES
+from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import NAMED_FORMATS, Format
-from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
+from cute_quant.contract.prologues import FUSED, MAX_NORM_COLUMNS, RmsNorm, SiluMul
 from cute_quant.contract.rows import DENSE, Masked
-from cute_quant.contract.upper_scales import UpperScale
+from cute_quant.contract.upper_scales import DECODE, UpperScale
 
 QUANTIZE, SILU_MUL, RMS_NORM, DEQUANTIZE, FAKE_QUANTIZE = OPERATIONS = (
     "quantize",
@@ -74,6 +75,33 @@ class CallRange(NamedTuple):
         if self.kind != DENSE:
             return self.operation in GROUPED and not self.batched
         return self.operation in GROUPED or not self.gathered
+
+    def with_upper_scale(self, kind: str) -> CallRange:
+        """Return these calls with their upper scale given as an argument, where they take one."""
+        if not self.fmt.upper_scale:
+            return self
+        if self.fmt.row_scale:
+            # Operations compute and return them.
+            return self._replace(upper=DECODE if self.operation == DEQUANTIZE else None)
+        return self._replace(upper=kind)
+
+    def check_columns(self) -> None:
+        """Check that calls may have these columns.
+
+        Raises:
+            ValueError: one number is too large, or of values that do not fill their bytes.
+        """
+        whole_rows = self.operation == RMS_NORM or self.fmt.row_scale
+        bounded = whole_rows and self.operation != DEQUANTIZE
+        most = MAX_NORM_COLUMNS if bounded else MAX_COLUMNS
+        per_byte = self.fmt.value_type.per_byte
+        for k in self.k:
+            if k > most:
+                raise ValueError(
+                    f"k: expected at most {most} for {self.operation} to {self.fmt}, got {k}"
+                )
+            if k % per_byte:
+                raise ValueError(f"k: expected multiples of {per_byte} for {self.fmt}, got {k}")
 
     @staticmethod
     def of(call: Call, result_dtype: torch.dtype, result_alignment: int) -> CallRange:
@@ -150,7 +178,7 @@ class CallRange(NamedTuple):
         if self.rounding != FUSED:
             yield "rounding", self.rounding
         if self.upper is not None:
-            yield "upper", self.upper
+            yield "upper-scale", self.upper
         if self.operation == RMS_NORM and self.weight_dtype is not torch.bfloat16:
             yield "weight-dtype", _name(self.weight_dtype)
 

@@ -62,12 +62,16 @@ class _Recent(NamedTuple):
     """A plan of a recent call without rows, index and prologue, found again without a key.
 
     Attributes:
-        matches: whether x, or x, q and sf, look like those of that call.
+        kind: the argument that the upper scale was given as, None without one.
+        matches: whether x, or x, q and sf, and then the upper scale, look like those of that call.
+        upper_view: what the kernel takes the upper scale with, None where it is as given.
         x_offset, q_offset: their addresses over the alignment that loads and stores need.
     """
 
     fmt: Format
+    kind: str | None
     matches: Callable[..., bool]
+    upper_view: View | None
     x_offset: int
     q_offset: int
     plan: Plan
@@ -175,34 +179,53 @@ def _run(
     function(*arguments)
 
 
-def quantize_again(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor] | None:
+def quantize_again(x: torch.Tensor, fmt: Format, upper: UpperScale | None) -> Results | None:
     """Allocate and launch, for an x that looks like that of a recent call.
 
     Return None where there was none, or anything else is unusual: `quantize` then looks closer.
     """
     if num_dispatch_modes() or in_dual_level() or _captures:
         return None
+    kind: str | None = None
+    tensors: tuple[torch.Tensor, ...] = (x,)
+    if upper is not None:
+        kind, tensors = upper.kind, (x, upper.tensor)
     for recent in _recent:
-        if recent.fmt is fmt and recent.matches(x) and recent.x_offset == x.data_ptr() % LOAD_BYTES:
+        if (
+            recent.fmt is fmt
+            and recent.kind == kind
+            and recent.matches(*tensors)
+            and recent.x_offset == x.data_ptr() % LOAD_BYTES
+        ):
             break
     else:
         return None
     plan = recent.plan
     q, sf = plan.new_q(), plan.new_sf()
-    recent.function(x, q, sf, None, None, None, 0, *recent.numbers)
+    if plan.new_row_scales is not None:
+        row_scales = plan.new_row_scales()
+        recent.function(x, q, sf, row_scales, None, None, 0, *recent.numbers)
+        return q, sf, row_scales
+    over_groups = None if upper is None else _upper_operand(recent, upper)
+    recent.function(x, q, sf, over_groups, None, None, 0, *recent.numbers)
     return q, sf
 
 
 def quantize_into_again(
-    x: torch.Tensor, fmt: Format, q: torch.Tensor, sf: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+    x: torch.Tensor, fmt: Format, upper: UpperScale | None, q: torch.Tensor, sf: torch.Tensor
+) -> Results | None:
     """Launch into memory of the caller, for tensors that look like those of a recent call."""
     if num_dispatch_modes() or in_dual_level() or _captures:
         return None
+    kind: str | None = None
+    tensors: tuple[torch.Tensor, ...] = (x, q, sf)
+    if upper is not None:
+        kind, tensors = upper.kind, (x, q, sf, upper.tensor)
     for recent in _recent_out:
         if (
             recent.fmt is fmt
-            and recent.matches(x, q, sf)
+            and recent.kind == kind
+            and recent.matches(*tensors)
             and recent.x_offset == x.data_ptr() % LOAD_BYTES
             and recent.q_offset == q.data_ptr() % STORE_BYTES
         ):
@@ -218,12 +241,25 @@ def quantize_into_again(
         or (sf_start < q_end and q_start < sf_end)
     ):
         return None
+    over_groups = None
+    if upper is not None:
+        start = upper.tensor.data_ptr()
+        end = start + upper.tensor.nbytes
+        if (q_start < end and start < q_end) or (sf_start < end and start < sf_end):
+            return None
+        over_groups = _upper_operand(recent, upper)
     missing_rows = 0
     if plan.scale_rows > plan.mn:
         missing_rows = plan.scale_rows - last_column_rows(sf)
     increment_version((q, sf))
-    recent.function(x, q, sf, None, None, None, missing_rows, *recent.numbers)
+    recent.function(x, q, sf, over_groups, None, None, missing_rows, *recent.numbers)
     return q, sf
+
+
+def _upper_operand(recent: _Recent, upper: UpperScale) -> torch.Tensor:
+    """Return an upper scale as the kernel of a recent call takes it."""
+    view = recent.upper_view
+    return upper.tensor if view is None else upper.tensor.as_strided(*view)
 
 
 def quantize(call: Call, *, check: bool = False, remember: bool = False) -> Results:
@@ -236,7 +272,7 @@ def quantize(call: Call, *, check: bool = False, remember: bool = False) -> Resu
     """
     if in_dual_level():
         check_no_tangents(call.tensors)
-    if not _has_kernels(call.x):
+    if not has_kernels(call.x):
         return _quantize_by_reference(call, check=check)
     key = _key(call)
     plan = _plans.get(key) if key else None
@@ -255,7 +291,7 @@ def quantize(call: Call, *, check: bool = False, remember: bool = False) -> Resu
     return result
 
 
-def _has_kernels(x: torch.Tensor) -> bool:
+def has_kernels(x: torch.Tensor) -> bool:
     """Return whether kernels are built for the device of a tensor."""
     if not x.is_cuda:
         return False
@@ -279,22 +315,34 @@ def _warn_of_reference(device_index: int) -> None:
 
 def _remember(plan: Plan, kernel: Kernel, call: Call) -> None:
     """Put a plan where `quantize_again` finds it, if the call is of its kind."""
-    x, fmt, q, sf = call.x, call.fmt, call.q, call.sf
-    plain = call.is_plain and kernel.views is None and type(x) is torch.Tensor
-    # Whether gradients are recorded is no part of its looks.
-    if not plain or x.requires_grad:
+    x, fmt, q, sf, upper = call.x, call.fmt, call.q, call.sf, call.upper
+    if not call.is_plain:
         return
     recent, q_offset, tensors = _recent, 0, [x]
-    if q is not None and sf is not None:
+    if q is not None and sf is not None and not fmt.row_scale:
         recent, q_offset, tensors = _recent_out, q.data_ptr() % STORE_BYTES, [x, q, sf]
     elif q is not None or sf is not None:
         return
+    kind, read = None, [x]
+    if upper is not None:
+        kind, read = upper.kind, [x, upper.tensor]
+        tensors.append(upper.tensor)
+    # Whether gradients are recorded is no part of their looks.
+    if any(type(t) is not torch.Tensor or t.requires_grad for t in read):
+        return
+    upper_view = None
+    if kernel.views is not None:
+        *others, upper_view = kernel.views[:3] + kernel.views[4:] + kernel.views[3:4]
+        if any(others):
+            return
     # One that is there was passed over for something else, and will be again.
     if any(other.plan is plan for other in recent):
         return
     found = _Recent(
         fmt,
+        kind,
         look_alike_check(*tensors),
+        upper_view,
         x.data_ptr() % LOAD_BYTES,
         q_offset,
         plan,
@@ -435,7 +483,7 @@ def fake_quantize(call: Call, out: torch.Tensor | None) -> torch.Tensor:
     else:
         reads = [region(name, t) for name, t in call.tensors.items() if t is not None]
         check_disjoint(reads, [region("out", out)])
-    if not _has_kernels(x):
+    if not has_kernels(x):
         _run(reference.fake_quantize_into, (call, out), [])
     elif x.numel():
         result = Destination(View(tuple(out.shape), out.stride()), out.data_ptr(), x.dtype)
@@ -464,7 +512,7 @@ def dequantize(
     if in_dual_level():
         check_no_tangents(tensors)
     y = torch.empty((*shape.batch_shape, shape.mn, shape.k), dtype=dtype, device=q.device)
-    if not _has_kernels(q):
+    if not has_kernels(q):
         _run(reference.dequantize_into, (q, sf, fmt, y, upper), [])
     elif q.numel():
         kernel = choose_dequantize_kernel(q, sf, y, fmt, upper)

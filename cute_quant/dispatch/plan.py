@@ -211,8 +211,8 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
     k = call.result_shape.k
     shape = ResultShape(tuple(batch_shape), q_rows, k)
     launch = _launch_shape(call, shape, gpu)
-    domain = Domain(kind, index is not None, bool(batch_shape) or launch.tall)
-    batched = domain.batched
+    batched = bool(batch_shape) or launch.tall
+    domain = Domain(kind, index is not None, batched, call.upper_of_groups)
     match call.prologue:
         case None:
             prologue = _Prologue(QuantizeSpec, {"fake": scales is None})
@@ -245,7 +245,9 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
     pdl = architectures.named(gpu.arch).pdl
     choices = {**prologue.choices, "upper": upper, "pdl": pdl}
     if isinstance(launch, heuristics.NormShape):
-        choices |= {"tiles_per_thread": launch.tiles_per_thread, "max_warps": launch.max_warps}
+        choices["max_warps"] = launch.max_warps
+        if isinstance(call.prologue, RmsNorm):
+            choices["tiles_per_thread"] = launch.tiles_per_thread
     spec = prologue.spec_class(x.dtype, fmt, launch.tile, domain, access, **choices)
     row_alignment = 1 if rows is None else rows.alignment
     numbers = row_alignment, launch.row_ctas, call.fmt.floor, *prologue.numbers
@@ -258,8 +260,8 @@ def _launch_shape(
     """Return tile and grid for the size of a call."""
     masked = isinstance(call.rows, Masked)
     size = math.prod(shape.batch_shape), shape.mn, shape.k, call.fmt, masked, gpu.sms
-    if call.fmt.row_scale:
-        return heuristics.norm_shape(*size)
+    if call.fmt.row_scale and not isinstance(call.prologue, RmsNorm):
+        return heuristics.row_shape(*size)
     match call.prologue:
         case None:
             return heuristics.shape(*size, architectures.named(gpu.arch).warps)
@@ -383,6 +385,8 @@ def _upper_view(call: Call, shape: ResultShape, *, batched: bool) -> View | None
     if call.upper is None:
         return None
     t = call.upper.tensor
+    if call.upper_of_groups:
+        return None
     size, stride = (math.prod(shape.batch_shape), int(t.numel() > 1)) if batched else (1, 1)
     return None if t.shape == (size,) else View((size,), (stride,))
 

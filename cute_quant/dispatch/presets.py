@@ -13,9 +13,20 @@ from collections.abc import Callable, Iterable
 import torch
 
 from cute_quant.contract.dtypes import INPUT_DTYPES
-from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90, Format, all_formats
+from cute_quant.contract.format_choices import BLOCKED_8, ROW_MAJOR_PACKED, SCALE_LAYOUTS
+from cute_quant.contract.formats import (
+    DEEP_GEMM,
+    DEEP_GEMM_32,
+    DEEP_GEMM_SM90,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    Format,
+    all_formats,
+)
 from cute_quant.contract.prologues import MAX_NORM_COLUMNS
 from cute_quant.contract.rows import DENSE, KINDS, Masked
+from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.dispatch import reachable
 from cute_quant.dispatch.call_range import (
     DEQUANTIZE,
@@ -27,9 +38,15 @@ from cute_quant.dispatch.call_range import (
 )
 from cute_quant.dispatch.plan import Gpu
 from cute_quant.kernels import heuristics
-from cute_quant.kernels.config import DEFAULT_TILE, Spec, Tile
+from cute_quant.kernels.config import (
+    DEFAULT_TILE,
+    QuantizerSpec,
+    RmsNormSpec,
+    Spec,
+)
 
 DEEPGEMM_FORMATS = (DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90)
+MOE_FORMATS = (*DEEPGEMM_FORMATS, NVFP4, MXFP4)
 BF16 = (torch.bfloat16,)
 
 COLUMNS = tuple(
@@ -50,16 +67,20 @@ Kernels = dict[Spec, reachable.Variant]
 """Specs, each with calls that take it."""
 
 
-def norm_columns(fmt: Format) -> dict[tuple[Tile, int, int], int]:
-    """Return a number of columns for each choice of `heuristics.norm_shape`.
-
-    A choice is a tile with tiles_per_thread and max_warps.
-    """
-    columns: dict[tuple[Tile, int, int], int] = {}
-    for k in COLUMNS:
-        shape = heuristics.norm_shape(1, 1, k, fmt, False, 1)
-        columns[shape.tile, shape.tiles_per_thread, shape.max_warps] = k
-    return columns
+def columns_of_whole_rows(spec: QuantizerSpec) -> int:
+    """Return a number of columns for which a kernel whose CTAs hold whole rows is chosen."""
+    norm = isinstance(spec, RmsNormSpec)
+    shape_of = heuristics.norm_shape if norm else heuristics.row_shape
+    for k in reversed(COLUMNS):
+        shape = shape_of(1, 1, k, spec.fmt, False, 1)
+        tiles = spec.tiles_per_thread if isinstance(spec, RmsNormSpec) else shape.tiles_per_thread
+        if (shape.tile, shape.tiles_per_thread, shape.max_warps) == (
+            spec.tile,
+            tiles,
+            spec.max_warps,
+        ):
+            return k
+    raise ValueError(f"spec: expected one that is chosen for some columns, got {spec}")
 
 
 def _quantize(
@@ -107,17 +128,32 @@ def _of_deepgemm() -> list[CallRange]:
 
 def _of_moe() -> list[CallRange]:
     return [
-        *_quantize(BF16, DEEPGEMM_FORMATS, (DENSE, *GROUPED), (False, True)),
-        *(calls for fmt in DEEPGEMM_FORMATS for calls in _layer(fmt)),
+        *_quantize(BF16, MOE_FORMATS, (DENSE, *GROUPED), (False, True)),
+        *(calls for fmt in MOE_FORMATS for calls in _layer(fmt)),
     ]
 
 
 def _of_each_kind() -> list[CallRange]:
-    return [*_of_deepgemm(), *_of_moe(), *_there_and_back(BF16, DEEPGEMM_FORMATS)]
+    return [*_of_deepgemm(), *_of_moe(), *_there_and_back(BF16, MOE_FORMATS)]
+
+
+def _formats_of_all() -> list[Format]:
+    """Return every 8-bit format, and of FP4 and the newer layouts one each, not every pair."""
+    eight_bits = [
+        fmt
+        for fmt in all_formats()
+        if fmt.value_type.per_byte == 1 and fmt.scale_layout not in (BLOCKED_8, ROW_MAJOR_PACKED)
+    ]
+    layouts = [
+        fmt.replace(scale_layout=layout)
+        for fmt in (MXFP8, MXFP4, NVFP4)
+        for layout in SCALE_LAYOUTS[fmt.scale_dtype]
+    ]
+    return list(dict.fromkeys([*eight_bits, *layouts, NVFP4.replace(row_scale=True)]))
 
 
 def _of_all() -> list[CallRange]:
-    formats = all_formats()
+    formats = _formats_of_all()
     return [
         *_of_each_kind(),
         *_quantize(INPUT_DTYPES, formats, (DENSE,)),
@@ -129,7 +165,8 @@ def _of_all() -> list[CallRange]:
 def _kernels(ranges: Callable[[], list[CallRange]], arch: str) -> Kernels:
     found: Kernels = {}
     for calls in ranges():
-        for spec, variant in reachable.specs(calls, Gpu(arch, SMS)).items():
+        given = calls.with_upper_scale(ENCODE)
+        for spec, variant in reachable.specs(given, Gpu(arch, SMS)).items():
             found.setdefault(spec, variant)
     return found
 
@@ -140,7 +177,7 @@ def deepgemm(arch: str) -> Kernels:
 
 
 def moe(arch: str) -> Kernels:
-    """Return a layer with a mixture of experts in bf16.
+    """Return a layer with a mixture of experts in bf16, for DeepGEMM, NVFP4 and MXFP4.
 
     It has the norm in front of the experts, tokens gathered for them, and SwiGLU between their
     GEMMs, plain or as in gpt-oss.
@@ -149,12 +186,15 @@ def moe(arch: str) -> Kernels:
 
 
 def of_each_kind(arch: str) -> Kernels:
-    """Return every kernel in bf16 and the formats of DeepGEMM."""
+    """Return every kernel in bf16 and the formats of DeepGEMM, NVFP4 and MXFP4."""
     return _kernels(_of_each_kind, arch)
 
 
 def all_kernels(arch: str) -> Kernels:
-    """Return every dtype and format of dense rows, there and back, and the other presets."""
+    """Return dense rows of every dtype and 8-bit format, there and back, and the other presets.
+
+    FP4 has one format of each layout. NVFP4 has its upper scale as an encode scale.
+    """
     return _kernels(_of_all, arch)
 
 

@@ -14,9 +14,17 @@ from typing import NamedTuple
 import torch
 
 from cute_quant.contract.calls import Call, ResultShape
-from cute_quant.contract.dtypes import LOAD_BYTES, align
+from cute_quant.contract.dtypes import LOAD_BYTES, VALUE_TYPES, align
 from cute_quant.contract.prologues import Prologue, make_rms_norm, make_silu_mul
-from cute_quant.contract.rows import DENSE, Masked, RowOperands, Rows, from_operands
+from cute_quant.contract.rows import (
+    DENSE,
+    Indexed,
+    Masked,
+    PrefixSum,
+    RowOperands,
+    Rows,
+    from_operands,
+)
 from cute_quant.contract.tensors import MAX_MATRICES
 from cute_quant.contract.upper_scales import UpperScale
 from cute_quant.dispatch.call_range import (
@@ -36,6 +44,9 @@ from cute_quant.dispatch.plan import (
 )
 from cute_quant.kernels.config import Spec
 
+GROUPS = 2
+"""Groups of rows stacked along M in a call that stands for others; one group is no batch."""
+
 
 class Variant(NamedTuple):
     """Calls of a range with one number of columns and the same further tensors.
@@ -43,6 +54,7 @@ class Variant(NamedTuple):
     Attributes:
         weighted: whether rows have a factor, in `silu_mul_quantize`.
         residual, normalized: whether there are such tensors, in `rms_norm_quantize`.
+        upper_of_groups: whether each group of rows stacked along M has an upper scale of its own.
     """
 
     calls: CallRange
@@ -50,6 +62,7 @@ class Variant(NamedTuple):
     weighted: bool = False
     residual: bool = False
     normalized: bool = False
+    upper_of_groups: bool = False
 
     @property
     def input_columns(self) -> int:
@@ -71,14 +84,18 @@ class Variant(NamedTuple):
         kind = self.calls.upper
         if kind is None:
             return None
-        per_row = self.calls.fmt.row_scale
-        return UpperScale(kind, like.new_ones(shape[:-1] if per_row else (), dtype=torch.float32))
+        size: tuple[int, ...] = (GROUPS,) if self.upper_of_groups else ()
+        if self.calls.fmt.row_scale:
+            size = shape[:-1]
+        return UpperScale(kind, like.new_ones(size, dtype=torch.float32))
 
     def _rows(self, shape: tuple[int, ...], like: torch.Tensor) -> Rows | None:
         kind = self.calls.kind
         if kind == DENSE:
             return None
         counts = shape[0] if kind == Masked.kind else shape[-2]
+        if kind == PrefixSum.kind:
+            counts = GROUPS
         return from_operands(RowOperands(kind, like.new_zeros(counts, dtype=torch.int32)))
 
     def _prologue(
@@ -112,12 +129,14 @@ class Variant(NamedTuple):
 def variants(calls: CallRange) -> Iterator[Variant]:
     """Yield the variants of a range."""
     weighted: tuple[bool, ...] = (False,)
-    residual = normalized = weighted
+    residual = normalized = of_groups = weighted
     if calls.operation == SILU_MUL:
         weighted = (False, True)
     if calls.operation == RMS_NORM and calls.kind == DENSE and not calls.gathered:
         residual = normalized = (False, True)
-    for choices in itertools.product(calls.k, weighted, residual, normalized):
+    if calls.upper is not None and calls.kind in (PrefixSum.kind, Indexed.kind):
+        of_groups = (False, True)
+    for choices in itertools.product(calls.k, weighted, residual, normalized, of_groups):
         yield Variant(calls, *choices)
 
 
@@ -132,8 +151,8 @@ def specs(calls: CallRange, gpu: Gpu) -> dict[Spec, Variant]:
             result_dtype = calls.dtype
         x_dtype = calls.fmt.values if calls.operation == DEQUANTIZE else calls.dtype
         alignments = itertools.product(
-            _alignments(calls.alignment, variant.input_columns, x_dtype),
-            _alignments(calls.alignment, variant.k, result_dtype),
+            _alignments(calls.alignment, _row_bytes(variant.input_columns, x_dtype), x_dtype),
+            _alignments(calls.alignment, _row_bytes(variant.k, result_dtype), result_dtype),
         )
         for (x_bytes, q_bytes), shape in itertools.product(alignments, _shapes(calls)):
 
@@ -150,9 +169,15 @@ def specs(calls: CallRange, gpu: Gpu) -> dict[Spec, Variant]:
     return found
 
 
-def _alignments(least: int, columns: int, dtype: torch.dtype) -> list[int]:
+def _row_bytes(columns: int, dtype: torch.dtype) -> int:
+    """Return the bytes of a contiguous row."""
+    per_byte = VALUE_TYPES[dtype].per_byte if dtype in VALUE_TYPES else 1
+    return columns // per_byte * dtype.itemsize
+
+
+def _alignments(least: int, row_bytes: int, dtype: torch.dtype) -> list[int]:
     """Return the alignments that rows can have: as in a contiguous tensor, or `least` and more."""
-    first = min(least, math.gcd(LOAD_BYTES, columns * dtype.itemsize))
+    first = min(least, math.gcd(LOAD_BYTES, row_bytes))
     first = max(first, dtype.itemsize)
     return [first << i for i in range((LOAD_BYTES // first).bit_length())]
 

@@ -15,11 +15,12 @@ import torch
 
 from cute_quant.contract import checks
 from cute_quant.contract.calls import Call, ResultShape
+from cute_quant.contract.dtypes import describe
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import RmsNorm, SiluMul, make_rms_norm, make_silu_mul
 from cute_quant.contract.rows import RowOperands, from_operands, to_operands
 from cute_quant.contract.torch_private import CustomOpDef
-from cute_quant.contract.upper_scales import UpperScale, make_upper_scale
+from cute_quant.contract.upper_scales import KINDS, UpperScale
 from cute_quant.dispatch import launch
 from cute_quant.dispatch.launch import Results
 
@@ -61,9 +62,14 @@ def _from_stored(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _upper_scale(kind: str | None, upper: torch.Tensor | None) -> UpperScale | None:
     """Return the upper scale that the arguments of an operator describe."""
-    if (kind is None) != (upper is None):
-        raise ValueError(f"upper_kind: expected a kind with a tensor, got {kind!r} and {upper!r}")
-    return None if kind is None or upper is None else make_upper_scale(**{kind: upper})
+    if kind is None and upper is None:
+        return None
+    if kind not in KINDS or upper is None:
+        raise ValueError(
+            f"upper_kind: expected one of {', '.join(KINDS)} with a tensor `upper`, or neither, "
+            f"got {kind!r} and {describe(upper)}"
+        )
+    return UpperScale(kind, upper)
 
 
 def _quantize_call(
@@ -154,13 +160,22 @@ def _register(
     returns = "q" not in names
     results = "(Tensor, Tensor)" if returns else "()"
 
-    def run(*positional: Any, **keywords: Any) -> Results | None:
+    def call_of(positional: tuple[Any, ...], keywords: dict[str, Any]) -> Call:
         call = make_call(**dict(zip(names, positional, strict=False)), **keywords)
+        if returns and call.fmt.row_scale:
+            raise ValueError(
+                f"fmt: expected a format without row_scale, whose scales of rows {name} does not "
+                f"return, got {call.fmt}: use {name.removesuffix('_residual')}_out"
+            )
+        return call
+
+    def run(*positional: Any, **keywords: Any) -> Results | None:
+        call = call_of(positional, keywords)
         results = launch.quantize(call)
         return tuple(map(_as_stored, results[:2])) if returns else None
 
     def fake(*positional: Any, **keywords: Any) -> Results | None:
-        call = make_call(**dict(zip(names, positional, strict=False)), **keywords)
+        call = call_of(positional, keywords)
         if returns:
             return _fake_results(call)
         checks.check_call(call)
@@ -323,7 +338,8 @@ def quantize(call: Call) -> Results:
         dtypes = fmt.values, fmt.sf_dtype
         return tuple(_from_stored(t, dtype) for t, dtype in zip(stored, dtypes, strict=True))
     q, sf, row_scales = _allocate(call)
-    operator_out(*inputs, _as_stored(q), _as_stored(sf), row_scales, *extra, *end, **options)
+    operator_out(*inputs, q, _as_stored(sf), row_scales, *extra, *end, **options)
+    q = _from_stored(q, fmt.values)
     return (q, sf) if row_scales is None else (q, sf, row_scales)
 
 
@@ -350,11 +366,15 @@ def fake_quantize(call: Call) -> torch.Tensor:
 
 
 def _allocate(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return q, sf and scales of rows: the caller's, or new ones."""
+    """Return q, sf and scales of rows: the caller's, or new ones.
+
+    New values are as stored. The caller's are no view: with one Inductor writes to a copy, and
+    copies that back, for which it has no code where values are FP4.
+    """
     shape, fmt = call.result_shape, call.fmt
     q, sf, row_scales = call.q, call.sf, call.row_scales
     if q is None:
-        q = _from_stored(_new_stored_values(call, shape), fmt.values)
+        q = _new_stored_values(call, shape)
     if sf is None:
         sf = _from_stored(_new_stored_scales(call.x, fmt, shape), fmt.sf_dtype)
     if row_scales is None and fmt.row_scale:

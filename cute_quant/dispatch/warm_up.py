@@ -13,21 +13,22 @@ from cute_quant.contract.checks import check_format
 from cute_quant.contract.dtypes import INPUT_DTYPES, LOAD_BYTES, describe
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import DEEP_GEMM, Format
-from cute_quant.contract.prologues import FUSED, MAX_NORM_COLUMNS, make_silu_mul
+from cute_quant.contract.prologues import FUSED, make_silu_mul
 from cute_quant.contract.rows import DENSE, KINDS, Masked, Rows
 from cute_quant.contract.tensors import MAX_SIZE
+from cute_quant.contract.upper_scales import ENCODE
+from cute_quant.contract.upper_scales import KINDS as UPPER_KINDS
 from cute_quant.dispatch import launch, reachable
 from cute_quant.dispatch.call_range import (
     DEQUANTIZE,
     FAKE_QUANTIZE,
     OPERATIONS,
     QUANTIZE,
-    RMS_NORM,
     CallRange,
 )
 from cute_quant.dispatch.plan import Gpu
 from cute_quant.jit import keys, lookup, progress, workers
-from cute_quant.kernels.config import DequantizeSpec, Spec
+from cute_quant.kernels.config import AmaxSpec, DequantizeSpec, Spec
 
 
 class WarmKernel(NamedTuple):
@@ -97,6 +98,7 @@ def warm_up(
     beta: float = 0.0,
     rounding: str = FUSED,
     weight_dtype: torch.dtype | None = None,
+    upper_scale: str = ENCODE,
     device: torch.device | str | int | None = None,
 ) -> WarmUp:
     """Compile, or load, every kernel that calls of a range take, and launch each once.
@@ -126,6 +128,9 @@ def warm_up(
         rounding: as of ``silu_mul_quantize`` and ``rms_norm_quantize``.
         weight_dtype: of the weight of ``rms_norm_quantize``, by default `dtype`. Calls may have
             `residual` and `normalized`.
+        upper_scale: the argument that calls give the scale over e4m3 scales as: "encode_scale",
+            "decode_scale" or "amax". Only formats with such scales, and without `row_scale`, have
+            calls that depend on it.
         device: that the calls run on, by default the current CUDA device. On the CPU,
             and on a GPU without kernels, there is nothing to compile.
 
@@ -140,6 +145,8 @@ def warm_up(
     for name, given in (("dtype", dtype), ("weight_dtype", weight_dtype)):
         if given not in INPUT_DTYPES:
             raise ValueError(f"{name}: expected one of {INPUT_DTYPES}, got {describe(given)}")
+    if upper_scale not in UPPER_KINDS:
+        raise ValueError(f"upper_scale: expected one of {UPPER_KINDS}, got {describe(upper_scale)}")
     activation = make_silu_mul(
         interleaved=interleaved, clamp=clamp, alpha=alpha, beta=beta, rounding=rounding, weight=None
     )
@@ -158,18 +165,14 @@ def warm_up(
             shifted=activation.beta != 0.0,
             rounding=rounding,
             weight_dtype=weight_dtype,
-        )
+        ).with_upper_scale(upper_scale)
         for operation in _operations(operations)
         for kind in kinds
         for index in {False, gathered}
         for leading in ({True} if kind == Masked.kind else {False, batched})
     ]
     for of_one in calls:
-        most = MAX_NORM_COLUMNS if of_one.operation == RMS_NORM else MAX_COLUMNS
-        if max(of_one.k) > most:
-            raise ValueError(
-                f"k: expected at most {most} for {of_one.operation}, got {max(of_one.k)}"
-            )
+        of_one.check_columns()
     gpu = _cuda_device(device)
     if gpu is None or lookup.find_architecture(gpu.index) is None:
         return WarmUp([], 0.0)
@@ -295,7 +298,7 @@ def _launch_each(found: Mapping[Spec, reachable.Variant], arch: str, device: tor
     """Launch each kernel once: the first launch loads its machine code, which no capture allows."""
     launches: dict[reachable.Variant, launch.Launch] = {}
     for spec, variant in found.items():
-        batched = not isinstance(spec, DequantizeSpec) and spec.domain.batched
+        batched = not isinstance(spec, (DequantizeSpec, AmaxSpec)) and spec.domain.batched
         if batched and not variant.calls.batched:
             # Rows are too many for one dimension of a grid: no small call takes this kernel.
             continue

@@ -5,19 +5,27 @@ from __future__ import annotations
 import torch
 
 from cute_quant.contract.dtypes import (
+    BLOCK_GROUPS,
     E4M3_MAX,
     INPUT_DTYPES,
     MAX_MIN_SCALE,
     VLLM_MIN_SCALE,
+    align,
     describe,
     is_number,
     to_float32,
 )
-from cute_quant.contract.formats import DEEP_GEMM
-from cute_quant.contract.tensors import check_tensor
-from cute_quant.ops import quantize
+from cute_quant.contract.format_choices import ROW_MAJOR, VLLM
+from cute_quant.contract.formats import DEEP_GEMM, NVFP4, Format
+from cute_quant.contract.tensors import check_device, check_tensor
+from cute_quant.ops import dequantize, quantize
 
 GROUP_SIZES = (32, 128)
+BYTE_DTYPES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
+"""Dtypes that e4m3 scales come in."""
+
+_ROW_MAJOR = NVFP4.replace(scale_layout=ROW_MAJOR, numerics=VLLM)
+_FLOAT32_SCALES = Format(NVFP4.values, NVFP4.group_size, torch.float32, ROW_MAJOR)
 
 
 def per_token_group_quant_fp8_packed_for_deepgemm(
@@ -77,6 +85,134 @@ def per_token_group_quant_fp8_packed_for_deepgemm(
     fmt = DEEP_GEMM.replace(group_size=group_size, min_scale=min_scale)
     q, sf = quantize(rows, fmt, out=(out_q, None))
     return q[: rows.shape[0]].view(x.shape), sf
+
+
+def dequantize_to_dtype(
+    tensor_fp4: torch.Tensor,
+    tensor_sf: torch.Tensor,
+    global_scale: torch.Tensor,
+    dtype: torch.dtype,
+    block_size: int = 16,
+    swizzle: bool | None = True,
+) -> torch.Tensor:
+    """Dequantize NVFP4 as vLLM does, to the bit: value * (scale * global_scale), then rounded.
+
+    The original is ``vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils
+    .dequantize_to_dtype``. It runs in one kernel for either layout of scales, and on strided
+    values, which vLLM's kernel for row-major scales takes for contiguous ones.
+
+    Args:
+        tensor_fp4: uint8, two values in a byte, the earlier one in the low four bits: (m, k / 2),
+            or (E, m, k / 2) of experts. k is a multiple of 16.
+        tensor_sf: the e4m3 scales, as float8_e4m3fn or bytes. In blocks of 128x4, contiguous, those
+            of all E * m rows together, in any shape; or row-major, of the shape
+            (..., m, k / 16) and any strides.
+        global_scale: float32, one element, or one for each expert; the decode scale: what values
+            and scales are multiplied with.
+        dtype: of the result: bfloat16, float16 or float32.
+        block_size: elements that share a scale, 16.
+        swizzle: whether scales lie in blocks of 128x4.
+
+    Returns:
+        `dtype`, (m, k) or (E, m, k), contiguous.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`cute_quant.dequantize`.
+    """
+    _check_block_size(block_size)
+    if swizzle is not None and not isinstance(swizzle, bool):
+        raise TypeError(f"swizzle: expected a bool or None, got {describe(swizzle)}")
+    check_tensor("tensor_fp4", tensor_fp4, (torch.uint8,))
+    check_tensor("tensor_sf", tensor_sf, BYTE_DTYPES)
+    check_device("tensor_sf", tensor_sf, tensor_fp4, "tensor_fp4")
+    if tensor_fp4.ndim not in (2, 3) or tensor_fp4.shape[-1] % (block_size // 2):
+        raise ValueError(
+            f"tensor_fp4: expected (m, k / 2) or (E, m, k / 2), k a multiple of {block_size}, "
+            f"got shape {tuple(tensor_fp4.shape)}"
+        )
+    *leading, m, columns = tensor_fp4.shape
+    experts = leading[0] if leading else 1
+    scale = _global_scale(global_scale, tensor_fp4, "tensor_fp4", experts)
+    groups = 2 * columns // block_size
+    if tensor_fp4.stride(-1) != 1:
+        tensor_fp4 = tensor_fp4.contiguous()
+    values, scales = tensor_fp4.view(NVFP4.values), tensor_sf.view(NVFP4.scale_dtype)
+    if not swizzle:
+        shape = (*leading, m, groups)
+        if scales.shape != shape:
+            raise ValueError(
+                f"tensor_sf: expected shape {shape} without swizzle, got {tuple(scales.shape)}"
+            )
+        return dequantize(values, scales, _ROW_MAJOR, dtype=dtype, decode_scale=scale)
+    rows = experts * m
+    size = align(rows, NVFP4.block_rows) * align(groups, BLOCK_GROUPS)
+    if scales.numel() != size or not scales.is_contiguous():
+        raise ValueError(
+            f"tensor_sf: expected {size} contiguous scales in blocks of 128x4, those of {rows} "
+            f"rows, got shape {tuple(scales.shape)}, strides {scales.stride()}"
+        )
+    if m % NVFP4.block_rows == 0 or not leading:
+        scales = scales.view(*leading, -1) if size else scales.view(*leading, 0)
+        return dequantize(values, scales, NVFP4, dtype=dtype, decode_scale=scale)
+    # A block has rows of two experts: each row brings the scale of its own.
+    row_scales = scale.reshape(-1, 1).expand(experts, m).flatten().contiguous()
+    fmt = NVFP4.replace(row_scale=True)
+    y = dequantize(
+        values.flatten(0, 1), scales.view(size), fmt, dtype=dtype, decode_scale=row_scales
+    )
+    return y.view(experts, m, 2 * columns)
+
+
+def ref_nvfp4_quant_dequant(
+    x: torch.Tensor, global_scale: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Quantize to NVFP4 and multiply back, as vLLM's reference does, to the bit on finite input.
+
+    The original is ``vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils
+    .ref_nvfp4_quant_dequant``. Here it is, on every device, what vLLM's kernel for SM100 quantizes,
+    and so does its reference in torch. On CUDA that function multiplies by global_scale / scale in
+    Triton instead, whose division is approximate: an x next to the middle of two values may get the
+    other one. Zeros keep their sign here, and become +0 there.
+
+    Args:
+        x: (m, k), bfloat16, float16 or float32, k a multiple of 16, contiguous along k.
+        global_scale: float32, one element, from 2^-117 to 2^117; the encode scale: about 2688 over
+            the largest magnitude.
+        block_size: elements that share a scale, 16.
+
+    Returns:
+        x's dtype and shape, contiguous: value * (scale / global_scale), the quotient rounded.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`cute_quant.quantize`.
+    """
+    _check_block_size(block_size)
+    check_tensor("x", x, INPUT_DTYPES)
+    if x.ndim != 2 or x.shape[1] % block_size:
+        raise ValueError(
+            f"x: expected (m, k), k a multiple of {block_size}, got shape {tuple(x.shape)}"
+        )
+    scale = _global_scale(global_scale, x, "x")
+    q, sf = quantize(x, _ROW_MAJOR, encode_scale=scale)
+    # `fake_quantize` would multiply by 1 / global_scale, which is not always the same float32.
+    return dequantize(q, sf.float() / scale, _FLOAT32_SCALES, dtype=x.dtype)
+
+
+def _check_block_size(block_size: object) -> None:
+    if type(block_size) is not int or block_size != NVFP4.group_size:
+        raise ValueError(f"block_size: expected {NVFP4.group_size}, got {describe(block_size)}")
+
+
+def _global_scale(t: torch.Tensor, x: torch.Tensor, name: str, experts: int = 1) -> torch.Tensor:
+    """Return a global scale, (), or (experts,) where each has its own."""
+    check_tensor("global_scale", t, (torch.float32,))
+    check_device("global_scale", t, x, name)
+    if t.numel() == 1:
+        return t.reshape(())
+    if t.shape != (experts,):
+        more = f" or {experts}, one for each expert" if experts > 1 else ""
+        raise ValueError(f"global_scale: expected 1 element{more}, got shape {tuple(t.shape)}")
+    return t.contiguous()
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:

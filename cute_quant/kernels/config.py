@@ -51,6 +51,8 @@ class Tile(NamedTuple):
             multiple of them. As many lanes store their scales at once; k is a multiple of what
             these lanes hold.
         column_warps: warps along N, each with columns of its own.
+        tiles_per_thread: tiles of a warp along N, one after the other. Their loads are in flight at
+            once like those of rows, and their addresses differ by constants.
         warp_order: rasterization order of the warps of a CTA, one of ``ORDERS``.
         cta_order: rasterization order of CTAs.
     """
@@ -59,6 +61,7 @@ class Tile(NamedTuple):
     row_warps: int = 4
     rows_per_thread: int = 1
     column_warps: int = 1
+    tiles_per_thread: int = 1
     warp_order: str = DOWN
     cta_order: str = ALONG
 
@@ -98,7 +101,7 @@ class Tile(NamedTuple):
             f"values_per_thread: expected a power of two from {least} on, whose results fill "
             f"registers, got {values}",
         )
-        for name in ("row_warps", "column_warps", "rows_per_thread"):
+        for name in ("row_warps", "column_warps", "rows_per_thread", "tiles_per_thread"):
             count = getattr(self, name)
             _require(count >= 1, f"{name}: expected at least 1, got {count}")
         for name in ("warp_order", "cta_order"):
@@ -111,11 +114,12 @@ class Tile(NamedTuple):
             f"{self.row_warps} * {self.column_warps} warps, {threads} threads",
         )
         self._check_groups(fmt.group_size)
-        held = values * rows * dtype.itemsize
+        held = values * rows * self.tiles_per_thread * dtype.itemsize
         _require(
             held <= MAX_THREAD_BYTES,
-            f"values_per_thread, rows_per_thread: expected at most {MAX_THREAD_BYTES} bytes of x "
-            f"in the registers of a thread, got {values} * {rows} values, {held} bytes",
+            f"values_per_thread, rows_per_thread, tiles_per_thread: expected at most "
+            f"{MAX_THREAD_BYTES} bytes of x in the registers of a thread, got {values} * {rows} * "
+            f"{self.tiles_per_thread} values, {held} bytes",
         )
         if access is not None:
             _check_width("load_bytes", access.load_bytes, dtype.itemsize, values, "x")
@@ -131,9 +135,10 @@ class Tile(NamedTuple):
         values, rows = self.values_per_thread, self.rows_per_thread
         if size == WHOLE_ROW:
             _require(
-                rows == self.column_warps == 1,
-                f"rows_per_thread, column_warps: expected 1 and 1, a row being one group that a "
-                f"warp goes over alone, got {rows} and {self.column_warps}",
+                rows == self.column_warps == self.tiles_per_thread == 1,
+                f"rows_per_thread, column_warps, tiles_per_thread: expected 1, 1 and 1, a row "
+                f"being one group that a warp goes over alone, got {rows}, {self.column_warps} and "
+                f"{self.tiles_per_thread}",
             )
             return
         _require(
@@ -206,11 +211,13 @@ class Domain(NamedTuple):
         gathered: whether an index names the rows of x.
         batched: whether there are several matrices, or more rows than one dimension of a grid
             counts; the results of masked experts always are.
+        grouped: whether each group of a prefix sum or an index has an upper scale of its own.
     """
 
     kind: str = DENSE
     gathered: bool = False
     batched: bool = False
+    grouped: bool = False
 
     @property
     def masked(self) -> bool:
@@ -248,7 +255,7 @@ class QuantizeSpec(NamedTuple):
         dtype: of the elements of x.
         fmt: of the results.
         fake: whether the result is the products of values and scales, in x's dtype.
-        tiles_per_thread, max_warps: as of a `RmsNormSpec`, where each row has a scale of its own.
+        max_warps: most warps that share a row, where each row has a scale of its own.
         upper: the argument that the scale over e4m3 scales is given as, as of
             `cute_quant.contract.upper_scales`; None where the format has none, or one for each row.
         pdl: programmatic dependent launch. CTAs start while the kernel before still runs, and wait
@@ -261,7 +268,6 @@ class QuantizeSpec(NamedTuple):
     domain: Domain = DENSE_ROWS
     access: Access = WIDEST
     fake: bool = False
-    tiles_per_thread: int = 1
     max_warps: int = 16
     upper: str | None = None
     pdl: bool = True
@@ -279,7 +285,7 @@ class SiluMulSpec(NamedTuple):
         scaled: whether the gate has a factor in the sigmoid.
         shifted: whether something is added to the up.
         weighted: whether rows have a factor of their own.
-        tiles_per_thread, max_warps: as of a `QuantizeSpec`.
+        max_warps: as of a `QuantizeSpec`.
     """
 
     dtype: torch.dtype
@@ -293,7 +299,6 @@ class SiluMulSpec(NamedTuple):
     scaled: bool = False
     shifted: bool = False
     weighted: bool = False
-    tiles_per_thread: int = 1
     max_warps: int = 16
     upper: str | None = None
     pdl: bool = True
@@ -347,7 +352,34 @@ class DequantizeSpec(NamedTuple):
     kernel: str = "dequantize.Dequantize"
 
 
-Spec = QuantizeSpec | SiluMulSpec | RmsNormSpec | DequantizeSpec
+class AmaxSpec(NamedTuple):
+    """Choices of `kernels.amax.Amax`.
+
+    Attributes:
+        dtype: of the elements of x.
+        load_bytes: as of an `Access`.
+        pdl: as of a `QuantizeSpec`.
+    """
+
+    dtype: torch.dtype
+    load_bytes: int = LOAD_BYTES
+    pdl: bool = True
+    kernel: str = "amax.Amax"
+
+    @property
+    def tiles(self) -> int:
+        """Return the tiles of a warp whose loads are in flight at once."""
+        return AMAX_BYTES // (DEFAULT_TILE.values_per_thread * self.dtype.itemsize)
+
+
+AMAX_BYTES = 128
+"""Bytes that each thread of `kernels.amax.Amax` has in flight."""
+AMAX_WARPS = 8
+"""Most warps of its CTAs."""
+
+
+QuantizerSpec = QuantizeSpec | SiluMulSpec | RmsNormSpec
+Spec = QuantizerSpec | DequantizeSpec | AmaxSpec
 
 
 def launched_on(spec: Spec, arch: str) -> Spec:

@@ -231,20 +231,36 @@ def decode(rQ: cute.Tensor, fmt: Format) -> cute.Tensor:
 
 @cute.jit
 def decode_e2m1(rQ: cute.Tensor) -> cute.Tensor:
-    """Return the float32 values, (2 bytes,), of e2m1 in bytes.
+    """Return the float32 values, (2 bytes,), of e2m1 in bytes."""
+    rX = cute.make_rmem_tensor(2 * cute.size(rQ), Float32)
+    words = cute.recast_tensor(rQ, Uint32)
+    for i in cutlass.range_constexpr(cute.size(words)):
+        values = f32_of_e2m1(words[i])
+        for j in cutlass.range_constexpr(E2M1_PER_WORD):
+            rX[E2M1_PER_WORD * i + j] = values[j]
+    return rX
+
+
+def f32_of_e2m1(word: Uint32) -> list[Float32]:
+    """Return the eight e2m1 of a word.
 
     Three bits of a code, at the place of the last exponent bit and of the first two of the mantissa
     of a float16, are the value times 2^-14: there and here the lowest exponent means subnormal.
     """
-    rX = cute.make_rmem_tensor(2 * cute.size(rQ), Float32)
-    words = cute.recast_tensor(rQ, Uint32)
-    for i in cutlass.range_constexpr(cute.size(words)):
-        for j in cutlass.range_constexpr(E2M1_PER_WORD // 2):
-            # The halves of a pair are four codes apart, so that a mask finds both.
-            pair = words[i] >> 4 * j
-            bits = pair << 9 & Uint32(0x0E000E00) | pair << 12 & Uint32(0x80008000)
-            low, high = Uint16(bits), Uint16(bits >> 16)
-            for half, k in ((low, j), (high, j + E2M1_PER_WORD // 2)):
-                value = half.bitcast(Float16).to(Float32) * Float32(2.0**14)
-                rX[E2M1_PER_WORD * i + k] = value
-    return rX
+    pairs = range(E2M1_PER_WORD // 2)
+    if ptx.target().e2m1:
+        halves = [ptx.f16x2_of_e2m1(word, j) for j in pairs]
+        return [f16.to(Float32) for pair in halves for f16 in halves_of(pair)]
+    values = []
+    for j in pairs:
+        # The halves of a pair are four codes apart, so that a mask finds both.
+        pair = word >> 4 * j
+        bits = pair << 9 & Uint32(0x0E000E00) | pair << 12 & Uint32(0x80008000)
+        values.append([f16.to(Float32) * Float32(2.0**14) for f16 in halves_of(bits)])
+    low, high = zip(*values, strict=True)
+    return [*low, *high]
+
+
+def halves_of(pair: Uint32) -> tuple[Float16, Float16]:
+    """Return the float16 in the low and the high half of a register."""
+    return Uint16(pair).bitcast(Float16), Uint16(pair >> 16).bitcast(Float16)

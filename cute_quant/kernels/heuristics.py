@@ -31,6 +31,9 @@ TWO_ROWS = Tile(rows_per_thread=2)
 TWO_ROWS_FROM = 30_000
 """Least elements for each SM of 64 warps from which a thread takes two rows. An SM of fewer warps
 holds fewer elements in proportion, which is not measured."""
+TWO_TILES = Tile(tiles_per_thread=2)
+"""Tile of FP4 values from as many elements on: two tiles of a row have one address, where two rows
+have two, and half the bytes of FP8 leave a GPU half the time for instructions."""
 
 SILU_TILES = {16: Tile(values_per_thread=8, row_warps=8), 32: DEFAULT_TILE}
 """Tiles of gates and ups by the bytes of a load. On an H100, which loads 16, threads of fewer
@@ -82,8 +85,12 @@ def shape(
         fits_two = lanes > 1 and k % (2 * tile.values_per_thread) == 0
         full = sms * warps_per_sm / MAX_WARPS_PER_SM
         large = matrices * rows * k >= TWO_ROWS_FROM * full
-        if large and fits_two and not whole_row and not masked:
-            tile = TWO_ROWS
+        fp4 = fmt.value_type.per_byte > 1
+        if large and not whole_row and not masked:
+            if fp4 and k > tile.columns:
+                tile = TWO_TILES
+            elif fits_two and not fp4:
+                tile = TWO_ROWS
     row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)
     tiles = 1 if whole_row else ceil_div(k, tile.columns)
     slots = min(ceil_div(RESIDENT_CTAS * sms, tiles * max(matrices, 1)), row_tiles)
@@ -115,15 +122,32 @@ class NormShape(NamedTuple):
     max_warps: int
 
 
-def norm_shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int) -> NormShape:
+def row_shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int) -> NormShape:
+    """Return the launch for rows with a scale of their own, by a warp for each two of their tiles.
+
+    The tiles of a thread are adjacent, so that they share addresses.
+    """
+    shape = norm_shape(matrices, rows, k, fmt, masked, sms, least_tiles=2)
+    return shape._replace(tile=shape.tile._replace(tiles_per_thread=shape.tiles_per_thread))
+
+
+def norm_shape(
+    matrices: int,
+    rows: int,
+    k: int,
+    fmt: Format,
+    masked: bool,
+    sms: int,
+    least_tiles: int = 1,
+) -> NormShape:
     """Return the launch for rows that are normalized, by as many warps as a row has tiles.
 
     Fewer warps with two tiles each, or several rows in a CTA, were slower at every size (k = 2048
-    and 7168).
+    and 7168). `least_tiles` is the least number of tiles of a thread.
     """
     unit = 1 if fmt.group_size == WHOLE_ROW else fmt.group_size * fmt.groups_per_unit
     columns = ceil_div(align(k, unit), DEFAULT_TILE.columns)
-    tiles_per_thread, max_warps = 1, MAX_WARPS
+    tiles_per_thread, max_warps = min(least_tiles, columns), MAX_WARPS
     while max_warps * tiles_per_thread < columns:
         tiles_per_thread *= 2
     while max_warps > 1 and max_warps * tiles_per_thread >= 2 * columns:

@@ -23,6 +23,7 @@ import cutlass.cute as cute
 from cutlass import Float4E2M1FNx2, Int32, Int64, Uint8, Uint32, Uint64
 
 from cute_quant.contract.dtypes import BLOCK_GROUPS, BLOCK_LANES, BYTES_PER_WORD
+from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import Format
 from cute_quant.kernels.config import DOWN, LANES, Tile
 from cute_quant.kernels.params import Params
@@ -50,6 +51,15 @@ def warps(tile: Tile) -> cute.Layout:
     shape, stride = zip(*modes, strict=True)
     stride = tuple(0 * step if size == 1 else step for size, step in modes)
     return cute.make_layout(shape, stride=stride)
+
+
+def tiles_of_thread(tile: Tile) -> cute.Layout:
+    """Return the layout (tile of a thread, place of its warp along N) -> tile of the row.
+
+    ``(tiles, warps) : (1, tiles)``. A product that the layout makes is known not to overflow.
+    """
+    tiles = tile.tiles_per_thread
+    return cute.make_layout((tiles, MAX_COLUMNS // tile.columns), stride=(1, tiles))
 
 
 def thread_value(tile: Tile, group_size: int) -> cute.Layout:
@@ -182,6 +192,11 @@ def scales_by_block(rows: Int32 | int, groups: Int32 | int, block_rows: int) -> 
     """
     shape, stride = blocks(rows, groups, block_rows)
     return cute.make_layout(shape, stride=tuple(tuple(s * cute.E(1) for s in m) for m in stride))
+
+
+def block_lanes(fmt: Format) -> int:
+    """Return how many rows of a block have scales a constant distance apart."""
+    return min(BLOCK_LANES, fmt.block_rows)
 
 
 def blocks(rows: Int32 | int, groups: Int32 | int, block_rows: int) -> tuple[tuple, tuple]:

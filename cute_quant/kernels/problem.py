@@ -19,8 +19,8 @@ class Operands(NamedTuple):
     Attributes:
         mQ: (q_rows, k) or (batch, q_rows, k), or k / 2 bytes of two values; q_rows >= mn.
         mS: as the format has it; None where only values are wanted.
-        mUpper: the scale over e4m3 scales, (1,) or (batch,), or, where each row has its own, their
-            memory, (mn,) or (batch, mn); None without.
+        mUpper: the scale over e4m3 scales, (1,), (batch,) or (groups,), or, where each row has its
+            own, their memory, (mn,) or (batch, mn); None without.
         mCounts: what the row domain reads: (experts,), (groups,) or (mn,).
         mIndex: row of x of each row of the result, (mn,) or (batch, mn).
         missing_rows: padding rows of the last MN-major scale column without storage.
@@ -100,10 +100,16 @@ class Problem(Params):
         """Return the matrices of a batch."""
         return self.q.tensor.shape[0]
 
-    def load_bound(self) -> Float32 | Factors:
-        """Return what `Stage.scale` takes; the scale over those of groups is read."""
-        upper = isinstance(self.scale_bound, UpperScale)
-        return self.scale_bound.load() if upper else self.scale_bound
+    def load_bound(self, group: Int32 | None = None) -> Float32 | Factors:
+        """Return what `Stage.scale` takes; the scale over those of groups is read.
+
+        Args:
+            group: of the row, where each group of rows has its own; None else.
+        """
+        bound = self.scale_bound
+        if not isinstance(bound, UpperScale):
+            return bound
+        return bound.load() if group is None else bound.load_of_group(group)
 
     def slice_batch(self, batch: Int32) -> Problem:
         """Return the problem of one matrix of a batch."""

@@ -108,6 +108,17 @@ def e2m1_of_bf16x2(pairs: list[Uint32], *, loc=None, ip=None) -> Uint32:
 
 
 @dsl_user_op
+def f16x2_of_e2m1(word: Uint32, byte: int, *, loc=None, ip=None) -> Uint32:
+    """Return the two e2m1 of a byte of a word as float16: needs `e2m1`."""
+    ptx = (
+        "{ .reg .b8 b0, b1, b2, b3; mov.b32 {b0, b1, b2, b3}, $1; "
+        f"cvt.rn.f16x2.e2m1x2 $0, b{byte}; }}"
+    )
+    operand = [Uint32(word).ir_value(loc=loc, ip=ip)]
+    return Uint32(llvm.inline_asm(T.i32(), operand, ptx, "=r,r", loc=loc, ip=ip))
+
+
+@dsl_user_op
 def pack_int8(a: Float32, b: Float32, upper: Uint32, *, loc=None, ip=None) -> Uint32:
     """Return ``upper << 16`` over two values as int8, rounded to nearest even and saturated.
 

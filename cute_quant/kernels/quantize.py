@@ -25,7 +25,7 @@ from cute_quant.kernels.quantize_rows import RowQuantizer
 from cute_quant.kernels.row_domains import Row, select_rows
 from cute_quant.kernels.scales import GroupScale
 from cute_quant.kernels.scheduler import Scheduler
-from cute_quant.kernels.stage import Rows, Stage
+from cute_quant.kernels.stage import Origin, Rows, Scales, Stage
 from cute_quant.kernels.upper_scales import Factors
 
 
@@ -55,7 +55,8 @@ class GroupQuantizer:
         problem = self.scheduler.problem(prologue, operands)
         num_column_ctas = 1
         if const_expr(not stage.whole_row):
-            num_column_ctas = cute.ceil_div(stage.tiles(problem.k), tile.column_warps)
+            columns = tile.column_warps * tile.tiles_per_thread
+            num_column_ctas = cute.ceil_div(stage.tiles(problem.k), columns)
         self.kernel(problem).launch(
             grid=self.scheduler.grid(problem, operands, num_column_ctas),
             block=[LANES, *layouts.warps(tile).shape],
@@ -72,38 +73,48 @@ class GroupQuantizer:
     def quantize_tile(self, row_tile: Int32, problem: Problem):
         """Load, reduce, scale, quantize and store a warp's part of a tile of rows."""
         stage, k = self.stage, problem.k
-        segment, row_indices = self.thread_tile(row_tile)
+        segments, row_indices = self.thread_tile(row_tile)
         rows = select_rows(problem, self.spec.domain, row_indices)
         inputs = [problem.prologue.row(row, k) for row in rows]
         gQ = [problem.q.row(row.index) for row in rows]  # (k,) each
 
-        row_scales, bound = [], problem.load_bound()
+        scales, bounds = [], self.load_bounds(rows, problem)
         if const_expr(stage.whole_row):
-            row_scales = [self.quantize_row(rows[0], inputs[0], gQ[0], problem)]
+            scales = [[self.quantize_row(rows[0], inputs[0], gQ[0], problem)]]
         else:
-            tXrX = [row.load(segment) for row in inputs]  # (values,) of each row
-            for i in cutlass.range_constexpr(len(rows)):
-                tXrV = inputs[i].values(tXrX[i])  # (values,)
-                amax = stage.group_amax(stage.thread_amax(tXrV))
-                scale = stage.scale(amax, bound)
-                tXrQ = self.encode(tXrV, scale, bound)  # (values,), or bytes of two
-                copy.store(tXrQ, gQ[i], segment, rows[i].in_bounds, self.spec.access)
-                row_scales.append(scale)
+            # (values,) of each tile and row
+            tXrX = [[row.load(segment) for row in inputs] for segment in segments]
+            for j in cutlass.range_constexpr(len(segments)):
+                row_scales = []
+                for i in cutlass.range_constexpr(len(rows)):
+                    tXrV = inputs[i].values(tXrX[j][i])  # (values,)
+                    amax = stage.group_amax(stage.thread_amax(tXrV))
+                    scale = stage.refine(tXrV, stage.scale(amax, bounds[i]), bounds[i])
+                    tXrQ = self.encode(tXrV, scale, bounds[i])  # (values,), or bytes of two
+                    copy.store(tXrQ, gQ[i], segments[j], rows[i].in_bounds, self.spec.access)
+                    row_scales.append(scale)
+                scales.append(row_scales)
         if const_expr(problem.scales is not None):
-            self.store_scales(rows, row_scales, segment, problem)
+            self.store_scales(rows, scales, segments, problem)
+
+    def load_bounds(self, rows: list[Row], problem: Problem) -> list[Float32 | Factors]:
+        """Return what the scales of each row are bounded by, or lie under."""
+        if self.spec.domain.grouped:
+            return [problem.load_bound(row.group) for row in rows]
+        return [problem.load_bound()] * len(rows)
 
     @cute.jit
     def quantize_row(
         self, row: Row, source: Params, gQ: cute.Tensor, problem: Problem
     ) -> GroupScale:
         """Quantize and store a row that is one group, by one warp, and return its scale."""
-        stage, lane = self.stage, cute.arch.lane_idx()
-        tiles = cute.ceil_div(problem.k, stage.tile.columns)
+        lane = cute.arch.lane_idx()
+        tiles = cute.ceil_div(problem.k, self.stage.tile.columns)
         amax = Uint32(0)
         for i in range(tiles):
             tXrV = source.values(source.load(Segment(i, lane)))
-            amax = stage.larger(amax, stage.thread_amax(tXrV))
-        scale = stage.scale(stage.group_amax(amax), problem.scale_bound)
+            amax = self.stage.larger(amax, self.stage.thread_amax(tXrV))
+        scale = self.stage.scale(self.stage.group_amax(amax), problem.scale_bound)
         for i in range(tiles):
             tXrV = source.values(source.load(Segment(i, lane)))
             tXrQ = self.encode(tXrV, scale, problem.scale_bound)
@@ -116,8 +127,8 @@ class GroupQuantizer:
             return self.stage.encode_and_decode(tXrV, scale, bound)
         return self.stage.encode(tXrV, scale)
 
-    def thread_tile(self, row_tile: Int32) -> tuple[Segment, list[Uint32]]:
-        """Return the thread's segment of its warp's tile, and the indices of its rows."""
+    def thread_tile(self, row_tile: Int32) -> tuple[list[Segment], list[Uint32]]:
+        """Return the thread's segments of its warp's tiles, and the indices of its rows."""
         tile = self.stage.tile
         lane, *warp = cute.arch.thread_idx()
         column_cta, _ = self.scheduler.cta_coordinates()
@@ -126,26 +137,39 @@ class GroupQuantizer:
         first_row = Uint32(row_tile) * tile.rows + layouts.unsigned(row)
         thread_value = layouts.thread_value(tile, self.spec.fmt.group_size)
         rows = [thread_value((0, (0, i)))[0] for i in range(tile.rows_per_thread)]
-        return Segment(column_tile, lane), [first_row + row for row in rows]
+        tiles = layouts.tiles_of_thread(tile)
+        segments = [Segment(tiles((i, column_tile)), lane) for i in range(tile.tiles_per_thread)]
+        return segments, [first_row + row for row in rows]
+
+    def store_scales(
+        self,
+        rows: list[Row],
+        scales: list[list[GroupScale]],
+        segments: list[Segment],
+        problem: Problem,
+    ):
+        """Store the scales of the thread's tiles, each a list of those of its rows."""
+        exist = None
+        if self.spec.domain.selects:
+            exist = [row.exists for row in rows]
+        scale_rows = Rows([row.index for row in rows], problem.num_rows, exist)
+        for i, (segment, row_scales) in enumerate(zip(segments, scales, strict=True)):
+            memory = self.scales_of_tile(segment, problem)
+            origin = Origin(segments[0], i)
+            self.stage.store_scales(memory, scale_rows, row_scales, segment, problem.k, origin)
 
     @cute.jit
-    def store_scales(
-        self, rows: list[Row], row_scales: list[GroupScale], segment: Segment, problem: Problem
-    ):
-        """Store the scales of the thread's rows."""
+    def scales_of_tile(self, segment: Segment, problem: Problem) -> Scales:
+        """Return where the scales of a warp's tile go: nowhere if it is past all columns."""
         stage, scales = self.stage, problem.scales
-        if const_expr(stage.tile.column_warps > 1):
-            # Some warps of the last CTA may be past all columns of scales.
+        tiles = stage.tile.column_warps * stage.tile.tiles_per_thread
+        if const_expr(tiles > 1 and not stage.tiles_have_units):
             written_rows = scales.written_rows
             if const_expr(written_rows is None):
                 written_rows = scales.rows
             written_rows = written_rows if segment.tile < stage.tiles(problem.k) else Uint32(0)
             scales = scales.replace(written_rows=written_rows)
-        exist = None
-        if const_expr(self.spec.domain.selects):
-            exist = [row.exists for row in rows]
-        scale_rows = Rows([row.index for row in rows], problem.num_rows, exist)
-        stage.store_scales(scales, scale_rows, row_scales, segment, problem.k)
+        return scales
 
 
 def quantizer(

@@ -42,7 +42,10 @@ class RowQuantizer(WholeRows):
         tXrV = [source.values(t) for t in tXrX]
         amaxes = [stage.group_amax(stage.thread_amax(t)) for t in tXrV]
         bound = self.row_bound(amaxes, problem)
-        scales = [stage.scale(amax, bound) for amax in amaxes]
+        scales = [
+            stage.refine(t, stage.scale(amax, bound), bound)
+            for t, amax in zip(tXrV, amaxes, strict=True)
+        ]
         for segment, t, scale in zip(segments, tXrV, scales, strict=True):
             if const_expr(self.fake):
                 tXrQ = stage.encode_and_decode(t, scale, bound)

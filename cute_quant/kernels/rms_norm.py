@@ -169,19 +169,33 @@ class RmsNorm(WholeRows):
         factor = arithmetic.rsqrt(square * inputs.reciprocal + inputs.eps)
         factor = zero_unless(row.exists, factor)
 
-        gQ, bound = problem.q.row(row.index), problem.load_bound()  # (k,)
+        gQ = problem.q.row(row.index)  # (k,)
+        bound = problem.load_bound(row.group if spec.domain.grouped else None)
         if const_expr(spec.fmt.row_scale):
             largest = self.round(row_amax.bitcast(Float32) * factor)
             bound = self.bound_of_amax(largest.bitcast(Uint32), problem)
             self.store_row_scale(row, bound, problem)
-        scales = [self.normalized_scale(amax, factor, bound) for amax in amaxes]
-        for segment, product, scale in zip(segments, products, scales, strict=True):
+        scales = []
+        for segment, product, amax in zip(segments, products, amaxes, strict=True):
             value = self.round(product * factor)
+            tXrV = registers(value.to(stage.dtype))
+            scale = stage.refine(tXrV, self.normalized_scale(amax, factor, bound), bound)
+            scales.append(scale)
             if const_expr(spec.normalized):
                 self.store(value, inputs.normalized.row(row.index, k), segment, row)
-            tXrQ = stage.encode(registers(value.to(stage.dtype)), scale)
+            tXrQ = stage.encode(tXrV, scale)
             copy.store(tXrQ, gQ, segment, row.in_bounds, spec.access)
         self.store_scales(row, scales, segments, problem)
+
+    @property
+    def tiles_per_thread(self) -> int:
+        """Return how many tiles of a row each thread has a part of."""
+        return self.spec.tiles_per_thread
+
+    def tiles_of_warp(self, warp: Int32) -> list[Int32]:
+        """Return a warp's tiles of its row, as many apart as the row has warps."""
+        _, warps, _ = cute.arch.block_dim()
+        return [warp + i * warps for i in range(self.tiles_per_thread)]
 
     @cute.jit
     def add_residual(
@@ -225,7 +239,7 @@ class RmsNorm(WholeRows):
         if const_expr(needs_row_amax):
             row_amax = arithmetic.thread_max(maxima.load())
         if const_expr(self.stage.whole_row):
-            amaxes = [row_amax] * self.spec.tiles_per_thread
+            amaxes = [row_amax] * self.tiles_per_thread
         return square, row_amax, amaxes
 
     def normalized_scale(

@@ -24,12 +24,14 @@ class Row(NamedTuple):
         exists: whether there is such a row in the input; if not, it is quantized as zeros.
         source: index of the row in x.
         in_bounds: whether q has the row, and it is to be written.
+        group: that it belongs to, of a prefix sum or an index; -1 of none, and where nobody asks.
     """
 
     index: Uint32
     exists: Boolean
     source: Uint32
     in_bounds: Boolean
+    group: Int32
 
 
 @cute.jit
@@ -39,16 +41,21 @@ def select_rows(
     """Return the rows of these indices; asked by whole warps."""
     num_rows, sources = problem.num_rows, indices
     exist = [index < num_rows for index in indices]
-    if const_expr(domain.prefix_sum):
+    groups = [Int32(-1)] * len(indices)
+    if const_expr(domain.prefix_sum and domain.grouped):
+        groups = groups_of(problem.counts, problem.alignment, num_rows, indices)
+        exist = [group >= 0 for group in groups]
+    elif const_expr(domain.prefix_sum):
         exist = in_a_group(problem.counts, problem.alignment, num_rows, indices)
     if const_expr(domain.indexed):
-        exist = [has_index(problem.counts, index, num_rows) for index in indices]
+        groups = [index_of(problem.counts, index, num_rows) for index in indices]
+        exist = [group >= 0 for group in groups]
     if const_expr(domain.gathered):
         tokens = problem.prologue.x.rows
         sources = [gather(problem.index, index, num_rows) for index in indices]
         exist = [here and row < tokens for here, row in zip(exist, sources, strict=True)]
     return [
-        Row(indices[i], exist[i], sources[i], indices[i] < problem.num_q_rows)
+        Row(indices[i], exist[i], sources[i], indices[i] < problem.num_q_rows, groups[i])
         for i in range(len(indices))
     ]
 
@@ -64,16 +71,9 @@ def in_a_group(
 
     The lanes of a warp look at a group each, for all of its rows.
     """
-    lane = cute.arch.lane_idx()
-    groups = mEnds.shape[0]
     found = Uint32(0)
-    for base in range(0, groups, LANES):
-        group = base + lane
-        start, end = Uint32(0), Uint32(0)
-        if group < groups:
-            end = clamp(mEnds[group], mn)
-            if group > 0:
-                start = next_multiple(clamp(mEnds[group - 1], mn), alignment)
+    for base in range(0, mEnds.shape[0], LANES):
+        start, end = span_of(mEnds, alignment, mn, base + cute.arch.lane_idx())
         for i in cutlass.range_constexpr(len(indices)):
             if start <= indices[i] and indices[i] < end:
                 found = found | Uint32(1 << i)
@@ -81,12 +81,43 @@ def in_a_group(
 
 
 @cute.jit
-def has_index(mIndices: cute.Tensor, row: Uint32, mn: Uint32) -> Boolean:
-    """Return whether a row belongs to an expert."""
+def groups_of(
+    mEnds: cute.Tensor,  # (groups,)
+    alignment: Int32,
+    mn: Uint32,
+    indices: list,
+) -> list:
+    """Return the group of each of some rows, the first where there are several, -1 of none."""
+    groups = [Int32(-1)] * len(indices)
+    for base in range(0, mEnds.shape[0], LANES):
+        start, end = span_of(mEnds, alignment, mn, base + cute.arch.lane_idx())
+        for i in cutlass.range_constexpr(len(indices)):
+            lanes = Uint32(cute.arch.vote_ballot_sync(start <= indices[i] and indices[i] < end))
+            # The zeros below the lowest bit are the number of the first lane.
+            first = Int32(cute.arch.popc(~lanes & (lanes - 1)))
+            found = lanes != 0 and groups[i] < 0
+            groups[i] = base + first if found else groups[i]
+    return groups
+
+
+@cute.jit
+def span_of(mEnds: cute.Tensor, alignment: Int32, mn: Uint32, group: Int32) -> tuple:
+    """Return the first row of a group and the row past its last, 0 and 0 if there is none."""
+    start, end = Uint32(0), Uint32(0)
+    if group < mEnds.shape[0]:
+        end = clamp(mEnds[group], mn)
+        if group > 0:
+            start = next_multiple(clamp(mEnds[group - 1], mn), alignment)
+    return start, end
+
+
+@cute.jit
+def index_of(mIndices: cute.Tensor, row: Uint32, mn: Uint32) -> Int32:
+    """Return the index that a row carries, -1 past the last row."""
     index = Int32(-1)
     if row < mn:
         index = mIndices[Int32(row)]
-    return index >= 0
+    return index
 
 
 @cute.jit

@@ -263,9 +263,13 @@ def e4m3_scale(
     scale = e4m3_quotient(largest, upper, numerics)
     # Inf times zero is NaN, and any other amax times zero adds nothing.
     scale = cute.math.fma(largest, Float32(0.0), scale)
-    scale = cute.arch.fmax(scale, upper.floor, nan=True)
-    byte = ptx.e4m3_of_f32(scale)
-    return GroupScale(e4m3_multiplier(ptx.f32_of_e4m3(byte), upper, numerics), byte, scale)
+    return rounded_e4m3_scale(cute.arch.fmax(scale, upper.floor, nan=True), upper, numerics)
+
+
+def rounded_e4m3_scale(unrounded: Float32, upper: Factors, numerics: str) -> GroupScale:
+    """Return multiplier and scale for a scale before it is rounded."""
+    byte = ptx.e4m3_of_f32(unrounded)
+    return GroupScale(e4m3_multiplier(ptx.f32_of_e4m3(byte), upper, numerics), byte, unrounded)
 
 
 def e4m3_quotient(largest: Float32, upper: Factors, numerics: str) -> Float32:
@@ -281,18 +285,19 @@ def e4m3_quotient(largest: Float32, upper: Factors, numerics: str) -> Float32:
     return largest * (upper.encode * sixth)
 
 
-def e4m3_multiplier(scale: Float32, upper: Factors, numerics: str) -> Float32:
+@cute.jit
+def e4m3_multiplier(scale: Float32, upper: Factors, numerics: cutlass.Constexpr[str]) -> Float32:
     """Return what values are multiplied with under an e4m3 scale; DeepGEMM divides by it."""
-    if numerics in (VLLM, FLASHINFER):
+    if const_expr(numerics in (VLLM, FLASHINFER)):
         return approximate_reciprocal(scale * cute.arch.rcp_approx(upper.encode))
-    if numerics == TORCHAO:
+    if const_expr(numerics == TORCHAO):
         return arithmetic.reciprocal(upper.decode) / scale
-    if numerics == DEEPGEMM:
+    if const_expr(numerics == DEEPGEMM):
         return scale * upper.decode
     multiplier = arithmetic.reciprocal(scale * upper.decode)
     # The step of Newton's method makes NaN of the reciprocal of 0, and a maximum or minimum drops
     # it.
-    if numerics == TE:
+    if const_expr(numerics == TE):
         return cute.arch.fmin(multiplier, Float32(FLOAT32_MAX))
     return cute.arch.fmax(multiplier, Float32(0.0))
 

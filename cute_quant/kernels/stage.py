@@ -91,6 +91,33 @@ class Rows(NamedTuple):
     exist: list[Boolean] | None = None
 
 
+class Origin(NamedTuple):
+    """The first of the tiles that a thread has a part of.
+
+    Attributes:
+        segment: of the thread in the first tile.
+        tiles: how many tiles later another one is.
+    """
+
+    segment: Segment
+    tiles: int
+
+
+class Base(NamedTuple):
+    """A row and a tile whose scales have an address from which those of others are constants away.
+
+    Attributes:
+        row: the first row of the thread.
+        segment: of the thread in its first tile.
+        rows, tiles: how many rows and tiles later another one is.
+    """
+
+    row: Uint32
+    segment: Segment
+    rows: int
+    tiles: int
+
+
 class Stage:
     """Quantizes segments of rows in registers, and stores the scales of their groups.
 
@@ -120,6 +147,10 @@ class Stage:
         self.lanes_per_group = tile.lanes_per_group(fmt.group_size)
         self.groups_per_tile = tile.groups(fmt.group_size)
         self.groups_per_unit = fmt.groups_per_unit
+        # Each unit of scales in a tile is written if its first group exists.
+        self.tiles_have_units = self.groups_per_unit == 1 or (
+            not self.whole_row and self.groups_per_tile > self.groups_per_unit
+        )
         self.rows_at_once = min(tile.rows_per_thread, self.lanes_per_group)
 
     def scales(
@@ -185,6 +216,7 @@ class Stage:
         if self.whole_row:
             raise ValueError("fmt: expected groups, which a warp has whole, got whole rows")
         scale = self.scale(self.group_amax(self.thread_amax(tXrX)), bound)
+        scale = self.refine(tXrX, scale, bound)
         return self.encode(tXrX, scale), scale
 
     @property
@@ -213,6 +245,34 @@ class Stage:
         """Return multiplier and scale of the group of a `group_amax`."""
         return scaling.group_scale(amax, self.amax_dtype, bound, self.fmt)
 
+    @cute.jit
+    def refine(self, tXrX: cute.Tensor, scale: GroupScale, bound: Float32 | Factors) -> GroupScale:
+        """Return the better of two scales of a group, in formats that are `four_over_six`.
+
+        One maps amax to 6, the other to 4, where values lie closer together: it is taken if its sum
+        of absolute errors is smaller. A thread has the whole group.
+        """
+        if const_expr(not self.fmt.four_over_six):
+            return scale
+        larger = scaling.rounded_e4m3_scale(
+            Float32(1.5) * scale.unrounded, bound, self.fmt.numerics
+        )
+        better = self.error(tXrX, larger, bound) < self.error(tXrX, scale, bound)
+        return GroupScale(
+            larger.multiplier if better else scale.multiplier,
+            larger.scale if better else scale.scale,
+            larger.unrounded if better else scale.unrounded,
+        )
+
+    def error(self, tXrX: cute.Tensor, scale: GroupScale, bound: Factors) -> Float32:
+        """Return the sum of absolute errors of a thread's values, added in order."""
+        decoded, tXrV = self.decode(tXrX, scale, bound), encodings.widen(tXrX)
+        total = Float32(0.0)
+        for i in range(cute.size(tXrV)):
+            bits = (decoded[i] - tXrV[i]).bitcast(Uint32) & Uint32(scaling.MAGNITUDE_MASK)
+            total = total + bits.bitcast(Float32)
+        return total
+
     def encode(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
         """Return a segment times its multiplier, quantized: (values,), or bytes of two."""
         fmt = self.fmt
@@ -234,6 +294,10 @@ class Stage:
         self, tXrX: cute.Tensor, scale: GroupScale, bound: Float32 | Factors
     ) -> cute.Tensor:
         """Return the products of quantized values and their scale in x's dtype, (values,)."""
+        return encodings.encode(self.decode(tXrX, scale, bound), self.dtype)
+
+    def decode(self, tXrX: cute.Tensor, scale: GroupScale, bound: Float32 | Factors) -> cute.Tensor:
+        """Return the products of quantized values and their scale as float32, (values,)."""
         fmt = self.fmt
         if fmt.power_of_two and not fmt.flushes:
             factor = scaling.float32_of_multiplier(scale.multiplier, fmt.ue8m0)
@@ -241,8 +305,7 @@ class Stage:
             factor = scaling.float32_of_scale(scale.scale, fmt)
         if fmt.upper_scale:
             factor = factor * bound.decode
-        decoded = encodings.decode(self.encode(tXrX, scale), fmt)
-        return encodings.encode(encodings.multiply(decoded, factor), self.dtype)
+        return encodings.multiply(encodings.decode(self.encode(tXrX, scale), fmt), factor)
 
     def store_scales(
         self,
@@ -251,6 +314,7 @@ class Stage:
         row_scales: list[GroupScale],
         segment: Segment,
         k: Int32,
+        origin: Origin | None = None,
     ):
         """Store the scales of a warp's groups: of each row another lane of the group.
 
@@ -262,12 +326,26 @@ class Stage:
             row_scales: of a lane's group in each of the rows.
             segment: of the thread, the same in each of the rows.
             k: columns of a matrix.
+            origin: the first of the thread's tiles, where it has several.
         """
+        origin = Origin(segment, 0) if origin is None else origin
+        several = len(row_scales) > self.lanes_per_group or self.tile.tiles_per_thread > 1
         for first in range(0, len(row_scales), self.lanes_per_group):
             some = slice(first, first + self.lanes_per_group)
             exist = None if rows.exist is None else rows.exist[some]
             some_rows = Rows(rows.indices[some], rows.num_rows, exist)
-            self._store_scale_of_lane(scales, some_rows, row_scales[some], segment, k)
+            base = None
+            if several and self.scales_are_linear(len(row_scales)):
+                base = Base(rows.indices[0], origin.segment, first, origin.tiles)
+            self._store_scale_of_lane(scales, some_rows, row_scales[some], segment, k, base)
+
+    def scales_are_linear(self, rows: int) -> bool:
+        """Return whether scales of rows, and of tiles, of a thread are a constant distance apart.
+
+        No block ends between the rows, and tiles have whole blocks or words.
+        """
+        lanes = layouts.block_lanes(self.fmt) if self.fmt.blocked else rows
+        return lanes % rows == 0 and self.groups_per_tile % self.groups_per_unit == 0
 
     @cute.jit
     def _store_scale_of_lane(
@@ -277,6 +355,7 @@ class Stage:
         row_scales: list[GroupScale],
         segment: Segment,
         k: Int32,
+        base: Base | None,
     ):
         """Store the scale of a lane's group in one of as many rows as the group has lanes."""
         fmt, tile = self.fmt, self.tile
@@ -300,8 +379,7 @@ class Stage:
             predicate = lane_row < num_rows
             if const_expr(self.groups_per_unit == 1):
                 predicate = predicate and group_exists
-            elif const_expr(self.groups_per_tile > self.groups_per_unit):
-                # A unit is written if its first group exists.
+            elif const_expr(self.tiles_have_units):
                 _, unit = group
                 unit_columns = fmt.group_size * self.groups_per_unit
                 predicate = predicate and copy.tile_coordinates(k, unit, unit_columns)[0] < k
@@ -315,7 +393,20 @@ class Stage:
         row_exists = row < rows.num_rows
         if const_expr(rows.exist is not None):
             row_exists = pick(rows.exist, lane_row)
-        if predicate:
+        if const_expr(base is not None):
+            base_row = base.row
+            if const_expr(num_rows > 1):
+                base_row = base_row + layouts.unsigned(lane_row)
+            groups = layouts.groups_by_tile(layout, groups_per_tile)
+            _, base_group = layouts.lanes(self.lanes_per_group)(base.segment.lane)
+            base_coordinate = type(coordinate[0])(base_row), groups((base_group, base.segment.tile))
+            byte, element = layout(base_coordinate)
+            _, distance = layout((base.rows, groups((0, base.tiles))))
+            address = scales.start + Int64(self.index(element)) + Int64(self.index(distance))
+            if predicate:
+                scale = scale if row_exists and group_exists else type(scale)(0)
+                store_scale(scale, address, byte)
+        elif predicate:
             scale = scale if row_exists and group_exists else type(scale)(0)
             byte, element = layout(coordinate)
             carried = scales.written_rows is not None and self.dtype is Float32
@@ -325,9 +416,12 @@ class Stage:
                 _, group = layouts.lanes(self.lanes_per_group)(cute.arch.lane_idx())
                 group = layouts.groups_by_tile(layout, groups_per_tile)((group, segment.tile))
                 byte, _ = layout((Int32(row), group))
-            if const_expr(fmt.mn_major or fmt.blocked):
-                element = layouts.unsigned(element)
-            store_scale(scale, scales.start + Int64(element), byte)
+            store_scale(scale, scales.start + Int64(self.index(element)), byte)
+
+    def index(self, element: Int32 | Int64) -> Uint32 | Int64:
+        """Return the index of an element of a matrix's scales; 32 bits hold all but row-major."""
+        narrow = self.fmt.mn_major or self.fmt.blocked
+        return layouts.unsigned(element) if narrow else element
 
 
 def store_scale(scale: Uint32 | Float32, element: cute.Pointer, byte: Int32):

@@ -40,7 +40,7 @@ class UpperScale(Params):
     """An upper scale that a call gives, as an argument of a kernel.
 
     Attributes:
-        tensor: one number, (1,), or one for each matrix of a batch, (batch,).
+        tensor: one number, (1,), or one for each matrix of a batch or each group of rows.
         floor: the smallest e4m3 scale.
         kind: as of `cute_quant.contract.upper_scales`.
         batch: the matrix, None for all of them.
@@ -60,7 +60,18 @@ class UpperScale(Params):
 
     def load(self) -> Factors:
         """Read the scale."""
-        given = self.read()
+        return self.factors(self.read())
+
+    @cute.jit
+    def load_of_group(self, group: Int32) -> Factors:
+        """Read the scale of a group of rows; NaN where there is none."""
+        given = Uint32(FLOAT32_NAN).bitcast(Float32)
+        if group >= 0 and group < self.tensor.shape[0]:
+            given = self.tensor[group]
+        return self.factors(given)
+
+    def factors(self, given: Float32) -> Factors:
+        """Return all forms of a scale that is given in one."""
         if self.kind == AMAX:
             return factors_of_amax(given, self.floor)
         given = number_in_range(given)

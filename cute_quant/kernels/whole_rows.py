@@ -13,6 +13,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, const_expr
 
+from cute_quant.kernels import layouts
 from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.config import LANES, QuantizeSpec, RmsNormSpec, SiluMulSpec
 from cute_quant.kernels.copy import Segment
@@ -21,7 +22,7 @@ from cute_quant.kernels.problem import Operands, Problem
 from cute_quant.kernels.row_domains import Row, select_rows
 from cute_quant.kernels.scales import GroupScale
 from cute_quant.kernels.scheduler import Scheduler
-from cute_quant.kernels.stage import Rows, Stage
+from cute_quant.kernels.stage import Origin, Rows, Stage
 from cute_quant.kernels.upper_scales import FLOAT32_NAN, Factors, factors_of_amax
 
 
@@ -38,10 +39,15 @@ class WholeRows:
         self.stage = stage
         self.scheduler = Scheduler(spec, stage)
 
+    @property
+    def tiles_per_thread(self) -> int:
+        """Return how many tiles of a row each thread has a part of."""
+        return self.stage.tile.tiles_per_thread
+
     def launch(self, prologue: Params, operands: Operands, stream: cuda.CUstream):
         """Launch the kernel: as many warps for a row as its tiles need."""
         problem = self.scheduler.problem(prologue, operands)
-        warps = cute.ceil_div(self.stage.tiles(problem.k), self.spec.tiles_per_thread)
+        warps = cute.ceil_div(self.stage.tiles(problem.k), self.tiles_per_thread)
         self.kernel(problem).launch(
             grid=self.scheduler.grid(problem, operands, 1),
             block=[LANES, warps, self.stage.tile.rows],
@@ -58,11 +64,14 @@ class WholeRows:
     def row_segments(self, row_tile: Int32, problem: Problem) -> tuple[Row, list[Segment]]:
         """Return the warp's row, and the thread's segment of each of its tiles."""
         lane, warp, slot = cute.arch.thread_idx()
-        _, warps, _ = cute.arch.block_dim()
         first_row = Uint32(row_tile) * self.stage.tile.rows + slot
         (row,) = select_rows(problem, self.spec.domain, [first_row])
-        tiles = [warp + i * warps for i in range(self.spec.tiles_per_thread)]
-        return row, [Segment(tile, lane) for tile in tiles]
+        return row, [Segment(tile, lane) for tile in self.tiles_of_warp(warp)]
+
+    def tiles_of_warp(self, warp: Int32) -> list[Int32]:
+        """Return a warp's tiles of its row, one after the other."""
+        tiles = layouts.tiles_of_thread(self.stage.tile)
+        return [tiles((i, warp)) for i in range(self.tiles_per_thread)]
 
     @cute.jit
     def store_warp_partial(self, value: Float32 | Uint32) -> cute.Tensor:
@@ -103,9 +112,12 @@ class WholeRows:
         _, warp, _ = cute.arch.thread_idx()
         last = stage.tiles(k)
         for i in cutlass.range_constexpr(1 if stage.whole_row else len(segments)):
-            takes_part = warp == 0 if const_expr(stage.whole_row) else segments[i].tile < last
+            origin = Origin(segments[0], i)
+            takes_part = True
+            if const_expr(not stage.tiles_have_units):
+                takes_part = warp == 0 if const_expr(stage.whole_row) else segments[i].tile < last
             if takes_part:
-                self.stage.store_scales(problem.scales, rows, [scales[i]], segments[i], k)
+                self.stage.store_scales(problem.scales, rows, [scales[i]], segments[i], k, origin)
 
     @cute.jit
     def store_row_scale(self, row: Row, upper: Factors, problem: Problem):

@@ -82,14 +82,18 @@ def test_values_within_the_error_are_right():
     assert not difference and differing > 0
 
 
-@pytest.mark.parametrize(("loads", "stores"), [(1, 1), (2, 1), (2, 3)])
-def test_every_word_counts_in_a_stream(loads, stores):
-    x = torch.arange(loads * 16, dtype=torch.int32)
-    y = stream.expected(x, loads, stores)
-    assert y.shape == (stores, 8)
+@pytest.mark.parametrize(
+    ("loads", "stores", "words_in", "words_out", "written"),
+    [(1, 1, 8, 4, 1), (2, 1, 8, 4, 1), (2, 3, 8, 4, 2), (1, 1, 8, 2, 1), (1, 1, 2, 8, 4)],
+)
+def test_every_word_counts_in_a_stream(loads, stores, words_in, words_out, written):
+    spec = stream.Stream(True, loads, stores, words_in, words_out)
+    x = torch.arange(loads * 2 * words_in, dtype=torch.int32)
+    y = stream.expected(spec, x)
+    assert y.shape == (stores, 2 * words_out)
     for i in range(len(x)):
         x[i] ^= 1 << 20
-        assert int((stream.expected(x, loads, stores) != y).sum()) == min(stores, 2)
+        assert int((stream.expected(spec, x) != y).sum()) == written
         x[i] ^= 1 << 20
 
 

@@ -484,7 +484,7 @@ def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
     asked = []
     function = unittest.mock.Mock()
 
-    def quantize_into(call: Call, q: torch.Tensor, sf: torch.Tensor) -> None:
+    def quantize_into(call: Call, q: torch.Tensor, sf: torch.Tensor, row_scales: object) -> None:
         values = plan.View(tuple(q.shape), q.stride())
         scales = plan.View(tuple(sf.shape), sf.stride())
         plan.choose_kernel(call, plan.Destination(values, q.data_ptr(), q.dtype), scales)

@@ -149,7 +149,7 @@ def test_group_size(group_size):
 
 @pytest.mark.parametrize("group_size", [16, 64, 128, -1])
 def test_group_size_of_blocked_scales(group_size):
-    message = rf"group_size: expected 32 for scale_layout='128x4', .*MXFP8.*got {group_size}"
+    message = rf"group_size: expected 32 for scale_layout=128x4, .*MX formats.*got {group_size}"
     with pytest.raises(ValueError, match=message):
         MXFP8.replace(group_size=group_size)
 
@@ -158,21 +158,27 @@ def test_group_size_of_blocked_scales(group_size):
     "values", [torch.float8_e8m0fnu, torch.float8_e4m3fnuz, torch.uint8, "int8", None, int, []]
 )
 def test_values(values):
-    message = r"values: expected one of float8_e4m3fn or float8_e5m2 or int8, got"
+    message = (
+        r"values: expected one of float8_e4m3fn or float8_e5m2 or int8 or float4_e2m1fn_x2, got"
+    )
     with pytest.raises(TypeError, match=message):
         DEEP_GEMM.replace(values=values)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.uint8, torch.int32, torch.bfloat16, "ue8m0", None])
 def test_scale_dtype(scale_dtype):
-    with pytest.raises(TypeError, match=r"scale_dtype: expected float8_e8m0fnu or float32, got"):
+    message = r"scale_dtype: expected float8_e8m0fnu or float8_e4m3fn or float32, got"
+    with pytest.raises(TypeError, match=message):
         DEEP_GEMM.replace(scale_dtype=scale_dtype)
 
 
 def test_scale_layout():
     for layout in ("", "mn_major", "MN_MAJOR_PACKED", None, torch.float32, ["row_major"]):
-        message = r"scale_layout: expected one of \('mn_major_packed', 'row_major', '128x4'\) for "
-        with pytest.raises(ValueError, match=message + "float8_e8m0fnu scales, got"):
+        message = (
+            r"scale_layout: expected one of \('mn_major_packed', 'row_major', "
+            r"'row_major_packed', '128x4', '8x4'\) for float8_e8m0fnu scales, got"
+        )
+        with pytest.raises(ValueError, match=message):
             DEEP_GEMM.replace(scale_layout=layout)
     for layout in ("mn_major_packed", "128x4", "row", 4):
         message = r"scale_layout: expected one of \('mn_major', 'row_major'\) for float32 scales"
@@ -195,8 +201,12 @@ def test_numerics():
         with pytest.raises(ValueError, match=r"numerics: expected one of \('ieee', 'deepgemm'\)"):
             DEEP_GEMM_SM90.replace(numerics=numerics)
     for fmt in (DEEP_GEMM, MXFP8, DEEP_GEMM_SM90.replace(round_scale=True)):
-        with pytest.raises(ValueError, match=r"numerics: expected 'ieee' for scales that are"):
-            fmt.replace(numerics="deepgemm")
+        if fmt is not MXFP8:
+            message = r"numerics: expected one of \('ieee',\) for .*, got 'deepgemm'"
+            with pytest.raises(ValueError, match=message):
+                fmt.replace(numerics="deepgemm")
+        with pytest.raises(ValueError, match=r"numerics: expected one of .*, got 'sglang'"):
+            fmt.replace(numerics="sglang")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +227,7 @@ def test_min_scale_of_float32_scales_is_normal():
                 DEEP_GEMM_SM90.replace(round_scale=round_scale, min_scale=min_scale)
 
 
-@pytest.mark.parametrize("min_scale", [None, True, [1e-10], 1j, torch.tensor(1e-10)])
+@pytest.mark.parametrize("min_scale", [True, [1e-10], 1j, torch.tensor(1e-10)])
 def test_min_scale_is_a_number(min_scale):
     with pytest.raises(TypeError, match=r"min_scale: expected a number or one of \('vllm', .*got"):
         DEEP_GEMM.replace(min_scale=min_scale)
@@ -341,7 +351,7 @@ def test_row_stride(device):
 
 @pytest.mark.parametrize("out", [torch.empty(1), (torch.empty(1),), (1, 2, 3), "qs"])
 def test_out_is_a_pair(out, device):
-    with pytest.raises(TypeError, match=r"out: expected a pair \(q, sf\), got"):
+    with pytest.raises(TypeError, match=r"out: expected \(q, sf\), got"):
         quantize(activations(device), out=out)
 
 
@@ -1058,7 +1068,7 @@ def test_out_of_prologues(function, name, device):
     k = 128 if function is silu_mul_quantize else 256
     triple = function is norm
     message = (
-        r"out: expected \(q, sf\) or \(q, sf, residual\)" if triple else r"out: expected a pair"
+        r"out: expected \(q, sf\) or \(q, sf, residual\)" if triple else r"out: expected \(q, sf\)"
     )
     for out in (torch.empty(1), (None,), (None, None, None, None), "qs"):
         with pytest.raises(TypeError, match=message):
@@ -1327,7 +1337,7 @@ def test_operators_write_no_residual_that_they_read():
     residual = torch.zeros_like(x)
     with pytest.raises(ValueError, match=r"residual_out: expected a tensor with a residual.*None"):
         operators.rms_norm_quantize_out(
-            x, x[0], q, sf, residual, None, None, str(DEEP_GEMM), **options
+            x, x[0], q, sf, None, residual, None, None, str(DEEP_GEMM), **options
         )
     assert residual.eq(0).all()
 

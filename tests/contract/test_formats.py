@@ -18,8 +18,10 @@ from cute_quant import (
     DEEP_GEMM_SM90,
     GROUPWISE_FP8,
     INT8,
+    MXFP4,
     MXFP8,
     NAMED_FORMATS,
+    NVFP4,
     ROWWISE_FP8,
     ROWWISE_INT8,
     Format,
@@ -29,10 +31,18 @@ from cute_quant import (
 )
 from cute_quant.contract.formats import all_formats
 from tests.exact import POWERS, exact_min_scale
-from tests.helpers import EVERY_DTYPE, assert_same_bits, random_bits
+from tests.helpers import (
+    EVERY_DTYPE,
+    as_arguments,
+    assert_same_bits,
+    random_bits,
+    upper_scale,
+    whole_bytes,
+)
 from tests.helpers import all_formats as combinations
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
+E2M1 = torch.float4_e2m1fn_x2
 
 WITH_OPTIONS = [
     *(DEEP_GEMM.replace(min_scale=value) for value in ("deepgemm", "sglang", "ocp")),
@@ -43,6 +53,12 @@ WITH_OPTIONS = [
     GROUPWISE_FP8.replace(round_scale=True, min_scale=1 / 3),
     ROWWISE_INT8.replace(numerics="deepgemm", min_scale="sglang"),
     MXFP8.replace(values=E5M2, min_scale="ocp"),
+    *(MXFP8.replace(numerics=name) for name in ("vllm", "flashinfer", "te", "torchao", "deepgemm")),
+    *(MXFP4.replace(numerics=name) for name in ("vllm", "flashinfer", "torchao", "deepgemm")),
+    *(NVFP4.replace(numerics=name) for name in ("vllm", "flashinfer", "te", "torchao", "deepgemm")),
+    *(NVFP4.replace(min_scale=value) for value in ("deepgemm", "torchao", 2.0**-9, 1, 448)),
+    NVFP4.replace(numerics="torchao", min_scale="none", row_scale=True),
+    NVFP4.replace(four_over_six=True, scale_layout="8x4"),
 ]
 every_format = pytest.mark.parametrize("fmt", [*all_formats(), *WITH_OPTIONS], ids=str)
 every_name = pytest.mark.parametrize("name", NAMED_FORMATS)
@@ -70,9 +86,12 @@ def test_named_formats():
     assert Format(E4M3, -1, torch.float32, "row_major") is ROWWISE_FP8
     assert Format(torch.int8, 128, torch.float32, "row_major") is INT8
     assert Format(torch.int8, -1, torch.float32, "row_major") is ROWWISE_INT8
-    assert len(set(NAMED_FORMATS.values())) == len(NAMED_FORMATS) == 8
+    assert Format(E2M1, 32, E8M0, "128x4") is MXFP4
+    assert Format(E2M1, 16, E4M3, "128x4") is NVFP4
+    assert len(set(NAMED_FORMATS.values())) == len(NAMED_FORMATS) == 10
     for fmt in NAMED_FORMATS.values():
-        assert (fmt.round_scale, fmt.min_scale, fmt.numerics) == (False, "vllm", "ieee")
+        assert (fmt.round_scale, fmt.min_scale, fmt.numerics) == (False, None, "ieee")
+        assert (fmt.row_scale, fmt.four_over_six) == (False, False)
 
 
 # Text.
@@ -104,6 +123,13 @@ def test_text_of_names(name):
             GROUPWISE_FP8.replace(min_scale=3, numerics="deepgemm"),
             "e4m3:128:float32:row_major:min_scale=3.0:numerics=deepgemm",
         ),
+        (MXFP4, "e2m1:32:e8m0:128x4"),
+        (NVFP4.replace(row_scale=True), "e2m1:16:e4m3:128x4:row_scale"),
+        (
+            NVFP4.replace(scale_layout="row_major_packed", numerics="te", min_scale="torchao"),
+            "e2m1:16:e4m3:row_major_packed:min_scale=torchao:numerics=te",
+        ),
+        (NVFP4.replace(scale_layout="8x4", four_over_six=True), "e2m1:16:e4m3:8x4:four_over_six"),
     ],
     ids=str,
 )
@@ -130,7 +156,14 @@ def test_text_is_different_for_each_format():
         "e4m3:128:e8m0:mn_major",
         "e4m3:128:e8m0:mn_major_packed:",
         "e4m3:128:float16:mn_major",
-        "e2m1:128:e8m0:mn_major_packed",
+        "e3m0:128:e8m0:mn_major_packed",
+        "e2m1:32:e4m3:128x4",
+        "e4m3:16:e4m3:128x4",
+        "e2m1:32:e8m0:128x4:row_scale",
+        "e2m1:16:e4m3:128x4:row_scale=True",
+        "e2m1:16:e4m3:128x4:numerics=vllm:four_over_six",
+        "e2m1:16:e4m3:128x4:min_scale=vllm",
+        "e2m1:32:e8m0:128x4:min_scale=none",
         "float32:128:e8m0:mn_major_packed",
         "e4m3:128.0:e8m0:mn_major_packed",
         "e4m3:127:e8m0:mn_major_packed",
@@ -167,7 +200,7 @@ def test_parse_takes_text_alone(value):
 @every_format
 def test_equal_formats_are_one_object(fmt):
     fields = ("values", "group_size", "scale_dtype", "scale_layout")
-    options = ("round_scale", "min_scale", "numerics")
+    options = ("round_scale", "min_scale", "numerics", "row_scale", "four_over_six")
     positional = [getattr(fmt, name) for name in fields]
     keywords = {name: getattr(fmt, name) for name in options}
     assert Format(*positional, **keywords) is fmt
@@ -211,8 +244,19 @@ def test_each_choice_makes_another_format(choice):
     assert other is not GROUPWISE_FP8 and other != GROUPWISE_FP8
     for name in ("values", "group_size", "scale_dtype", "scale_layout", "round_scale"):
         assert getattr(other, name) == choice.get(name, getattr(GROUPWISE_FP8, name))
-    assert other.min_scale == choice.get("min_scale", "vllm")
+    assert other.min_scale == choice.get("min_scale")
     assert other.numerics == choice.get("numerics", "ieee")
+
+
+def test_the_default_has_a_name_and_is_one_object():
+    assert DEEP_GEMM.replace(min_scale="vllm") is DEEP_GEMM.replace(min_scale=None) is DEEP_GEMM
+    assert NVFP4.replace(min_scale="none") is NVFP4
+    assert MXFP4.replace(numerics="torchao", min_scale="ocp") is MXFP4.replace(numerics="torchao")
+    deepgemm = NVFP4.replace(numerics="deepgemm")
+    assert deepgemm.replace(min_scale="deepgemm") is deepgemm
+    assert deepgemm.replace(min_scale="none") is not deepgemm
+    # Numerics of another library have another default.
+    assert deepgemm.floor == 2.0**-9 and deepgemm.replace(numerics="ieee").floor == 0.0
 
 
 @pytest.mark.parametrize("name", ["min_scale", "group_size", "floor", "text", "anything"])
@@ -286,6 +330,23 @@ def test_threads_make_the_same_object(number):
             "<Format(float8_e5m2, 64, float32, 'row_major', round_scale=True): "
             "sf float32 (mn, ceil(k/64)), contiguous; read by kernels of your own>",
         ),
+        (
+            NVFP4,
+            "<NVFP4 = Format(float4_e2m1fn_x2, 16, float8_e4m3fn, '128x4'): sf float8_e4m3fn "
+            "(align(mn, 128) * align(ceil(k/16), 4),), contiguous blocks of 128x4; "
+            "read by cuBLAS, CUTLASS and torch.nn.functional.scaled_mm for NVFP4>",
+        ),
+        (
+            NVFP4.replace(scale_layout="8x4", row_scale=True),
+            "<Format(float4_e2m1fn_x2, 16, float8_e4m3fn, '8x4', row_scale=True): "
+            "sf float8_e4m3fn (align(mn, 8) * align(ceil(k/16), 4),), contiguous blocks of 8x4; "
+            "read by TensorRT-LLM's NVFP4 kernels for few rows>",
+        ),
+        (
+            MXFP8.replace(scale_layout="row_major_packed"),
+            "<Format(float8_e4m3fn, 32, float8_e8m0fnu, 'row_major_packed'): "
+            "sf int32 (mn, ceil(k/128)), contiguous; read by DeepGEMM's mega-MoE on SM100>",
+        ),
     ],
     ids=str,
 )
@@ -340,7 +401,10 @@ class Unprintable:
     ids=lambda value: "" if isinstance(value, Unprintable) else None,
 )
 def test_values(value, got):
-    message = f"values: expected one of float8_e4m3fn or float8_e5m2 or int8, got {got}"
+    message = (
+        "values: expected one of float8_e4m3fn or float8_e5m2 or int8 or float4_e2m1fn_x2, "
+        f"got {got}"
+    )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         Format(value)
 
@@ -373,11 +437,50 @@ def test_group_size(value, got):
         DEEP_GEMM.replace(group_size=value)
 
 
+@pytest.mark.parametrize("layout", ["128x4", "8x4"])
 @pytest.mark.parametrize("group_size", [16, 64, 128, 256, -1])
-def test_group_size_of_blocks(group_size):
-    message = f"group_size: expected 32 for scale_layout='128x4', .*, got {group_size}"
+def test_group_size_of_blocks(group_size, layout):
+    message = f"group_size: expected 32 for scale_layout={layout}, .*, got {group_size}"
     with pytest.raises(ValueError, match=message):
-        MXFP8.replace(group_size=group_size)
+        MXFP8.replace(group_size=group_size, scale_layout=layout)
+
+
+def test_choices_of_nvfp4():
+    cases = [
+        ("group_size: expected 16 for scale_layout=128x4, .*, got 32", {"group_size": 32}),
+        (
+            "group_size: expected 16 for float8_e4m3fn scales, those of NVFP4, got 64",
+            {"group_size": 64, "scale_layout": "row_major"},
+        ),
+        (
+            "values: expected float4_e2m1fn_x2 for float8_e4m3fn scales, .*, got float8_e4m3fn",
+            {"values": E4M3},
+        ),
+        (
+            "scale_layout: expected one of .* for float8_e4m3fn scales, got 'mn_major'",
+            {"scale_layout": "mn_major"},
+        ),
+        (
+            "four_over_six: expected False for numerics=te, which has one scale, got True",
+            {"numerics": "te", "four_over_six": True},
+        ),
+        ("round_scale: expected False for float8_e4m3fn scales, .*", {"round_scale": True}),
+    ]
+    for message, choices in cases:
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            NVFP4.replace(**choices)
+
+
+@pytest.mark.parametrize("name", ["row_scale", "four_over_six"])
+def test_flags_of_e4m3_scales(name):
+    for value, got in ((1, "1"), (None, "None"), ("yes", "'yes'")):
+        with pytest.raises(TypeError, match=f"^{name}: expected a bool, got {got}$"):
+            NVFP4.replace(**{name: value})
+    for fmt in (MXFP4, DEEP_GEMM_SM90):
+        dtype = str(fmt.scale_dtype).removeprefix("torch.")
+        message = f"^{name}: expected False for {dtype} scales, over which .*, got True$"
+        with pytest.raises(ValueError, match=message):
+            fmt.replace(**{name: True})
 
 
 @pytest.mark.parametrize(
@@ -385,7 +488,7 @@ def test_group_size_of_blocks(group_size):
     [
         (torch.bfloat16, "torch.bfloat16"),
         (torch.int32, "torch.int32"),
-        (E4M3, "torch.float8_e4m3fn"),
+        (E5M2, "torch.float8_e5m2"),
         ("float32", "'float32'"),
         (None, "None"),
         ([torch.float32], "list"),
@@ -393,19 +496,23 @@ def test_group_size_of_blocks(group_size):
     ids=str,
 )
 def test_scale_dtype(value, got):
-    message = f"scale_dtype: expected float8_e8m0fnu or float32, got {got}"
+    message = f"scale_dtype: expected float8_e8m0fnu or float8_e4m3fn or float32, got {got}"
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         DEEP_GEMM.replace(scale_dtype=value)
+
+
+BYTE_LAYOUTS = ("mn_major_packed", "row_major", "row_major_packed", "128x4", "8x4")
 
 
 @pytest.mark.parametrize(
     ("scale_dtype", "layouts", "value", "got"),
     [
-        (E8M0, ("mn_major_packed", "row_major", "128x4"), "mn_major", "'mn_major'"),
-        (E8M0, ("mn_major_packed", "row_major", "128x4"), "ue8m0", "'ue8m0'"),
-        (E8M0, ("mn_major_packed", "row_major", "128x4"), None, "None"),
+        (E8M0, BYTE_LAYOUTS, "mn_major", "'mn_major'"),
+        (E8M0, BYTE_LAYOUTS, "ue8m0", "'ue8m0'"),
+        (E8M0, BYTE_LAYOUTS, None, "None"),
         (torch.float32, ("mn_major", "row_major"), "mn_major_packed", "'mn_major_packed'"),
         (torch.float32, ("mn_major", "row_major"), "128x4", "'128x4'"),
+        (torch.float32, ("mn_major", "row_major"), "row_major_packed", "'row_major_packed'"),
         (torch.float32, ("mn_major", "row_major"), ["mn_major"], "list"),
     ],
 )
@@ -433,7 +540,6 @@ def test_round_scale_of_exponents(fmt):
     ("value", "got"),
     [
         (True, "True"),
-        (None, "None"),
         ([1.0], "list"),
         (1j, "complex"),
         (torch.tensor(1.0), "a tensor of float32"),
@@ -469,32 +575,40 @@ def test_name_of_min_scale(name):
         ),
         (DEEP_GEMM_SM90.replace(round_scale=True), 2.0**-126, 0),
         (GROUPWISE_FP8, 2.0**-126, "ocp"),
+        *((NVFP4, 0.0, value) for value in (-1, 448.5, 2.0**100, math.inf, math.nan)),
     ],
     ids=lambda value: repr(value)[:20] if isinstance(value, (int, float)) else str(value),
 )
 def test_value_of_min_scale(fmt, lowest, value):
     message = (
-        f"min_scale: expected {lowest} <= min_scale <= {2.0**100} for "
+        f"min_scale: expected {lowest} <= min_scale <= {448.0 if fmt is NVFP4 else 2.0**100} for "
         f"{str(fmt.scale_dtype).removeprefix('torch.')} scales, got {value!r}"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         fmt.replace(min_scale=value)
 
 
-@pytest.mark.parametrize(
-    ("value", "got"), [("fast", "'fast'"), ("", "''"), (None, "None"), (["ieee"], "list")]
-)
-def test_numerics(value, got):
-    message = f"numerics: expected one of ('ieee', 'deepgemm'), got {got}"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        DEEP_GEMM_SM90.replace(numerics=value)
+LIBRARIES = ("vllm", "flashinfer", "te", "torchao", "deepgemm")
+NUMERICS = [
+    (NVFP4, ("ieee", *LIBRARIES)),
+    (MXFP8, ("ieee", *LIBRARIES)),
+    (MXFP4, ("ieee", "vllm", "flashinfer", "torchao", "deepgemm")),
+    (MXFP8.replace(values=E5M2), ("ieee",)),
+    (DEEP_GEMM, ("ieee",)),
+    (DEEP_GEMM_SM90, ("ieee", "deepgemm")),
+    (DEEP_GEMM_SM90.replace(round_scale=True), ("ieee",)),
+]
 
 
-@pytest.mark.parametrize("fmt", [DEEP_GEMM, MXFP8, DEEP_GEMM_SM90.replace(round_scale=True)])
-def test_numerics_of_powers_of_two(fmt):
-    message = "numerics: expected 'ieee' for scales that are powers of two, .*, got 'deepgemm'"
-    with pytest.raises(ValueError, match=message):
-        fmt.replace(numerics="deepgemm")
+@pytest.mark.parametrize(("fmt", "known"), NUMERICS, ids=str)
+def test_numerics(fmt, known):
+    for name in known:
+        assert fmt.replace(numerics=name).numerics == name
+    wrong = [(name, repr(name)) for name in ("ieee", *LIBRARIES) if name not in known]
+    for value, got in (*wrong, ("fast", "'fast'"), ("", "''"), (None, "None"), (["ieee"], "list")):
+        message = f"numerics: expected one of {known} for "
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}.* scales.*, got {got}$"):
+            fmt.replace(numerics=value)
 
 
 def test_choices_that_there_are_not():
@@ -511,10 +625,10 @@ def test_choices_that_there_are_not():
 def test_kernel_format(fmt):
     """Formats that differ in `min_scale` alone share a kernel."""
     kernel_format = fmt.kernel_format
-    assert kernel_format.min_scale == "vllm" and kernel_format.kernel_format is kernel_format
+    assert kernel_format.min_scale is None and kernel_format.kernel_format is kernel_format
     assert kernel_format.replace(min_scale=fmt.min_scale) is fmt
-    assert (kernel_format is fmt) == (fmt.min_scale == "vllm")
-    for name in ("round_scale", "numerics", "group_size", "values"):
+    assert (kernel_format is fmt) == (fmt.min_scale is None)
+    for name in ("round_scale", "numerics", "group_size", "values", "row_scale", "four_over_six"):
         assert getattr(kernel_format, name) == getattr(fmt, name)
 
 
@@ -534,6 +648,18 @@ def test_floor(min_scale, values):
     assert fmt.floor == byte and type(fmt.floor) is int
     fmt = DEEP_GEMM_SM90.replace(**choices)
     assert fmt.floor == np.float32(bound) and type(fmt.floor) is float
+
+
+def test_floors_of_e4m3_scales():
+    """Names are bounds of the scale; numbers are rounded to e4m3, to nearest even."""
+    floors = {None: 0.0, "none": 0.0, "deepgemm": 2.0**-9, "torchao": 2.0**-6}
+    floors |= {2.0**-11: 0.0, 2.0**-10: 0.0, 1.1 * 2.0**-10: 2.0**-9, 0.3: 0.3125, 17: 16.0}
+    for min_scale, floor in floors.items():
+        assert NVFP4.replace(min_scale=min_scale).floor == floor
+    for name in ("vllm", "sglang", "ocp", "ieee"):
+        message = "min_scale: expected a number or one of ('none', 'deepgemm', 'torchao'), got"
+        with pytest.raises(ValueError, match=re.escape(f"{message} {name!r}")):
+            NVFP4.replace(min_scale=name)
 
 
 def test_floors_of_e4m3():
@@ -563,14 +689,15 @@ def test_floors_of_numbers(number, byte):
 @pytest.mark.parametrize("shape", [(5, 70), (1, 300), (3, 5, 70), (2, 1, 6, 33), (0, 70), (4, 0)])
 def test_empty_scales(fmt, shape, device):
     """Scales match those that an operation allocates, and `out` takes them."""
-    x = random_bits(shape, torch.bfloat16, seed=1).to(device)
-    sf = empty_scales(fmt, shape, device=device)
-    q, expected = quantize(x, fmt)
+    x = whole_bytes(random_bits(shape, torch.bfloat16, seed=1).to(device), fmt)
+    sf = empty_scales(fmt, x.shape, device=device)
+    scale = as_arguments(upper_scale(x, fmt, turn=len(shape)))
+    q, expected, *row_scales = quantize(x, fmt, **scale)
     assert (sf.shape, sf.stride(), sf.dtype) == (expected.shape, expected.stride(), fmt.sf_dtype)
     assert sf.device == expected.device
     assert sf.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
-    results = quantize(x, fmt, out=(None, sf))
-    assert results[1] is sf
+    results = quantize(x, fmt, out=(None, sf, *[None] * fmt.row_scale), **scale)
+    assert results[1] is sf and len(results) == 2 + len(row_scales)
     assert_same_bits(results[0], q)
     assert_same_bits(sf, expected)
 

@@ -19,26 +19,31 @@ from cute_quant import (
     quantize,
     rms_norm_quantize,
 )
-from tests.contract.test_inputs import ROWS, inputs, int32
+from tests.contract.test_inputs import ONE_OF_EACH_LAYOUT, ROWS, inputs, int32
 from tests.helpers import (
     INPUT_DTYPES,
     UE8M0,
     all_formats,
+    as_arguments,
     assert_quantized_as,
     assert_same_bits,
     bits,
+    mostly_slow,
     moved,
     on_device,
     poisoned,
+    poisoned_results,
     poisoned_scales,
     poisoned_values,
     random_bits,
     storage_bits,
+    upper_scale,
+    whole_bytes,
 )
 from tests.prologues import Bounds, gathered, norm_bounds
 
-every_format = pytest.mark.parametrize("fmt", all_formats(), ids=str)
-e4m3_of_32 = pytest.mark.parametrize("fmt", all_formats((torch.float8_e4m3fn,), (32,)), ids=str)
+every_format = pytest.mark.parametrize("fmt", mostly_slow(all_formats(), 3), ids=str)
+every_layout = pytest.mark.parametrize("fmt", ONE_OF_EACH_LAYOUT, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=str)
 both_roundings = pytest.mark.parametrize("rounding", ["fused", "unfused"])
 
@@ -70,20 +75,22 @@ def check(
         place: where the updated residual goes: to "residual" in place, which is "same" as a third
             of `out`, "alias" as another tensor of its memory, or to "other" memory.
     """
+    x = whole_bytes(x, fmt)
+    residual = None if residual is None else whole_bytes(residual, fmt)
     source, places = gathered(x, index)
     weight = normal(x.shape[-1], dtype=x.dtype, seed=9) if weight is None else weight
     total = source.float() if residual is None else source.float() + residual.float()
     bounds = norm_bounds(total, weight, eps, weight_offset, rounding, x.dtype)
     *batch_shape, mn, k = total.shape
-    q = poisoned_values(mn + extra_rows, k, device, fmt.values, tuple(batch_shape))
-    sf = poisoned_scales(fmt, mn, k, device, last_padding, tuple(batch_shape))
-    out, row, given, before = (q, sf), None, None, None
+    own = poisoned_results(fmt, mn, k, device, extra_rows, last_padding, tuple(batch_shape))
+    upper = upper_scale(bounds.values.float().to(device), fmt)
+    out, row, given, before = own, None, None, None
     if residual is not None:
         given = moved(residual, device).clone(memory_format=torch.preserve_format)
         assert given.stride() == residual.stride()
         before = given.clone()
         target = {"other": poisoned_like(given), "alias": given.view_as(given)}.get(place, given)
-        out = out if place == "residual" else (q, sf, target)
+        out = out if place == "residual" else (*own, target)
     if normalized:
         row = poisoned_like(source).to(device)
     results = rms_norm_quantize(
@@ -98,8 +105,9 @@ def check(
         rows=on_device(rows, device),
         index=None if index is None else index.to(device),
         out=out,
+        **as_arguments(upper),
     )
-    expected = [q, sf, *([] if residual is None else [target]), *([] if row is None else [row])]
+    expected = [*own, *([] if residual is None else [target]), *([] if row is None else [row])]
     assert len(results) == len(expected)
     assert all(result is wanted for result, wanted in zip(results, expected, strict=True))
     if residual is not None:
@@ -115,7 +123,9 @@ def check(
         assert inside.all()
     if index is not None:
         bounds = Bounds(*(t.flatten(0, -2) for t in bounds))
-    assert_quantized_as(q, sf, fmt, bounds, rows, places)
+    q, sf, *row_scales = own
+    row_scales = row_scales[0] if row_scales else None
+    assert_quantized_as(q, sf, fmt, bounds, rows, places, upper=upper, row_scales=row_scales)
     return results
 
 
@@ -202,7 +212,7 @@ def test_magnitudes(scale, dtype, rounding, device):
 
 @both_roundings
 @pytest.mark.parametrize("name", ROWS)
-@e4m3_of_32
+@every_layout
 def test_rows(name, fmt, rounding, device):
     rows, shape, index = ROWS[name]
     x = inputs(shape, torch.bfloat16, 2) if shape[0] else torch.empty(shape, dtype=torch.bfloat16)

@@ -23,26 +23,31 @@ from cute_quant import (
     quantize,
     silu_mul_quantize,
 )
-from tests.contract.test_inputs import ROWS, inputs, int32
+from tests.contract.test_inputs import ONE_OF_EACH_LAYOUT, ROWS, inputs, int32
 from tests.helpers import (
     DIFFERING_SHARE,
     INPUT_DTYPES,
     UE8M0,
     all_formats,
+    as_arguments,
     assert_quantized_as,
     assert_same_bits,
     bits,
+    mostly_slow,
     moved,
     on_device,
+    poisoned_results,
     poisoned_scales,
     poisoned_values,
     random_bits,
     storage_bits,
+    upper_scale,
+    whole_bytes,
 )
 from tests.prologues import Bounds, gathered, silu_bounds, split_halves
 
-every_format = pytest.mark.parametrize("fmt", all_formats(), ids=str)
-e4m3_of_32 = pytest.mark.parametrize("fmt", all_formats((torch.float8_e4m3fn,), (32,)), ids=str)
+every_format = pytest.mark.parametrize("fmt", mostly_slow(all_formats(), 3), ids=str)
+every_layout = pytest.mark.parametrize("fmt", ONE_OF_EACH_LAYOUT, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=str)
 both_roundings = pytest.mark.parametrize("rounding", ["fused", "unfused"])
 
@@ -73,13 +78,14 @@ def check(
     last_padding: bool = True,
     share: float = DIFFERING_SHARE,
     **options: object,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Quantize into poisoned memory, and compare every byte; on a GPU a `share` may differ."""
+    gate_up = whole_bytes(gate_up, fmt, 2)
     source, place = gathered(gate_up, index)
     bounds = silu_bounds(source, weight, rounding, **options)
     *batch_shape, mn, k = bounds.values.shape
-    q = poisoned_values(mn + extra_rows, k, device, fmt.values, tuple(batch_shape))
-    sf = poisoned_scales(fmt, mn, k, device, last_padding, tuple(batch_shape))
+    out = poisoned_results(fmt, mn, k, device, extra_rows, last_padding, tuple(batch_shape))
+    upper = upper_scale(bounds.values.float().to(device), fmt)
     results = silu_mul_quantize(
         moved(gate_up, device),
         fmt,
@@ -88,13 +94,17 @@ def check(
         rounding=rounding,
         rows=on_device(rows, device),
         index=None if index is None else index.to(device),
-        out=(q, sf),
+        out=out,
+        **as_arguments(upper),
     )
-    assert results[0] is q and results[1] is sf
+    assert len(results) == len(out)
+    assert all(result is own for result, own in zip(results, out, strict=True))
+    q, sf, *row_scales = out
     if index is not None:
         bounds = Bounds(*(t.flatten(0, -2) for t in bounds))
-    assert_quantized_as(q, sf, fmt, bounds, rows, place, share)
-    return q, sf
+    row_scales = row_scales[0] if row_scales else None
+    assert_quantized_as(q, sf, fmt, bounds, rows, place, share, upper, row_scales)
+    return out
 
 
 def weights(*shape: int) -> torch.Tensor:
@@ -162,7 +172,7 @@ def test_every_gate(dtype, rounding, options, device):
 
 @both_roundings
 @pytest.mark.parametrize("name", ROWS)
-@e4m3_of_32
+@every_layout
 def test_rows(name, fmt, rounding, device):
     rows, shape, index = ROWS[name]
     shape = (*shape[:-1], 66)

@@ -24,7 +24,7 @@ from cute_quant import (
     fake_quantize,
     quantize,
 )
-from cute_quant.contract.dtypes import BLOCK_ROWS, SCALE_ROW_ALIGNMENT, align
+from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT, align
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import Format
 from cute_quant.contract.tensors import MAX_SIZE
@@ -41,7 +41,7 @@ from tests.helpers import (
 
 pytestmark = pytest.mark.gpu
 
-PIECE_ROWS = 1024 * BLOCK_ROWS
+PIECE_ROWS = 1024 * MXFP8.block_rows
 """Rows of a piece: with 16 to 8192 columns less than 2^31 elements."""
 
 ROW_MAJOR = INT8.replace(group_size=64)
@@ -81,7 +81,7 @@ def scales_of(sf: torch.Tensor, fmt: Format, k: int, start: int, end: int) -> to
 def interesting_rows(mn: int, k: int) -> list[int]:
     """Return first rows of blocks: near 2^31 and 2^32 elements and bytes, and at both ends."""
     beside = (0, 2**30 // k, 2**31 // k, mn - 1)
-    return sorted({row // BLOCK_ROWS * BLOCK_ROWS for row in beside if row < mn})
+    return sorted({row // MXFP8.block_rows * MXFP8.block_rows for row in beside if row < mn})
 
 
 def check_rows(
@@ -90,7 +90,7 @@ def check_rows(
     """Compare some rows of the results with the reference; in blocks, all rows of a block."""
     mn, k = x.shape
     for start in starts:
-        end = min(start + (BLOCK_ROWS if fmt.blocked else rows), mn)
+        end = min(start + (MXFP8.block_rows if fmt.blocked else rows), mn)
         expected_q, expected_sf = quantize(x[start:end].cpu(), fmt)
         assert_same_bits(q[start:end], expected_q)
         assert_same_bits(scales_of(sf, fmt, k, start, end), expected_sf)
@@ -208,7 +208,7 @@ def test_most_rows(fmt):
     q = poisoned_values(mn, 1, "cuda", fmt.values)
     sf = poisoned_scales(fmt, mn, 1, "cuda")
     quantize(x, fmt, out=(q, sf))
-    starts = [0, 2**16 * 4, 2**16 * 8, 2**29, 2**30, 2**31 - BLOCK_ROWS]
+    starts = [0, 2**16 * 4, 2**16 * 8, 2**29, 2**30, 2**31 - MXFP8.block_rows]
     check_rows(x, q, sf, fmt, starts, 1000)
     if fmt.mn_major:
         padding = torch.empty(0, dtype=sf.dtype, device="cuda").set_(sf.untyped_storage())[mn:]
@@ -242,8 +242,8 @@ def test_most_columns_of_many_rows(fmt):
     quantize(x, fmt, out=(q, sf))
     # A whole block of so many columns takes the reference too long; the last one has three rows.
     check_rows(x, q, sf, fmt, [2048] if fmt.blocked else [0, 1024, 1920, 2048], 3)
-    for start in range(0, mn, 2 * BLOCK_ROWS):
-        end = min(start + 2 * BLOCK_ROWS, mn)
+    for start in range(0, mn, 2 * MXFP8.block_rows):
+        end = min(start + 2 * MXFP8.block_rows, mn)
         piece_q, piece_sf = quantize(x[start:end], fmt)
         assert same(q[start:end], piece_q)
         assert same(scales_of(sf, fmt, k, start, end), piece_sf)
@@ -308,7 +308,7 @@ def test_large_batch(fmt):
         one_q, one_sf = quantize(x[matrix], fmt)
         assert same(q[matrix], one_q)
         assert same(sf[matrix], one_sf)
-    check_rows(x[-1], q[-1], sf[-1], fmt, [0, mn // BLOCK_ROWS * BLOCK_ROWS], 5)
+    check_rows(x[-1], q[-1], sf[-1], fmt, [0, mn // MXFP8.block_rows * MXFP8.block_rows], 5)
 
 
 @pytest.mark.parametrize("fmt", [UE8M0, FLOAT32, MXFP8, WHOLE_ROW], ids=str)

@@ -232,7 +232,7 @@ def test_binding_refuses_what_the_operation_refuses(device):
         (TypeError, "x: expected a torch.Tensor, got list", quantize, ([1.0],), {}),
         (TypeError, "fmt: expected a Format", quantize, (x, "DEEP_GEMM"), {}),
         (ValueError, "x: expected rows contiguous along k", quantize, (x.t(),), {}),
-        (TypeError, "out: expected a pair", quantize, (x,), {"out": q}),
+        (TypeError, r"out: expected \(q, sf\), got a tensor", quantize, (x,), {"out": q}),
         (ValueError, "out q: expected memory of its own", quantize, (x,), {"out": (x8, None)}),
         (TypeError, "check: expected a bool", quantize, (x,), {"check": 1}),
         (

@@ -9,7 +9,9 @@ import torch
 
 from cute_quant import (
     DEEP_GEMM,
+    MXFP4,
     MXFP8,
+    NVFP4,
     PrefixSum,
     dequantize,
     fake_quantize,
@@ -23,6 +25,8 @@ from tests.helpers import UE8M0, poisoned_scales, poisoned_values
 
 BF16 = torch.bfloat16
 ROW_MAJOR = DEEP_GEMM.replace(scale_layout="row_major")
+NVFP4_ROWS = NVFP4.replace(row_scale=True)
+SCALES = ("encode_scale", "decode_scale", "amax")
 
 
 class Launched:
@@ -174,7 +178,7 @@ def test_plans_are_of_the_alignment_of_groups(launched):
     x, ends = x_at(), torch.tensor([3, 6], dtype=torch.int32)
     for alignment in (4, 8, 4):
         quantize(x, rows=PrefixSum(ends, alignment))
-        assert launched[-1].arguments[6] == alignment
+        assert launched[-1].arguments[7] == alignment
 
 
 def test_plans_are_of_a_device():
@@ -183,12 +187,148 @@ def test_plans_are_of_a_device():
     assert launch._looks(first) != launch._looks(second)
 
 
+# Upper scales
+
+
+def looks(t: object) -> object:
+    """Return how a kernel takes an argument."""
+    return (t.shape, t.stride(), t.dtype) if isinstance(t, torch.Tensor) else t
+
+
+def out_of(fmt, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    *batch_shape, mn, k = shape
+    q = torch.zeros(*batch_shape, mn, fmt.value_columns(k), dtype=torch.uint8).view(fmt.values)
+    return q, fmt.empty_scales(tuple(batch_shape), mn, k, "cpu")
+
+
+@pytest.mark.parametrize("with_out", [False, True])
+@pytest.mark.parametrize("kind", SCALES)
+@pytest.mark.parametrize(
+    ("shape", "scale_shape"),
+    [((6, 256), ()), ((6, 256), (1,)), ((2, 6, 256), ()), ((2, 6, 256), (2,))],
+)
+def test_warm_calls_with_an_upper_scale_need_no_key(
+    launched, monkeypatch, shape, scale_shape, kind, with_out
+):
+    inputs = [(x_at(0, shape), torch.ones(scale_shape)) for _ in range(2)]
+    out = out_of(NVFP4, *shape) if with_out else None
+    first = quantize(inputs[0][0], NVFP4, **{kind: inputs[0][1]}, out=out)
+    monkeypatch.setattr(launch, "_key", lambda call: pytest.fail("looked closer"))
+    for x, scale in inputs:
+        again = quantize(x, NVFP4, **{kind: scale}, out=out)
+        assert launched[-1].spec is launched[0].spec and launched[0].spec.upper == kind
+        assert list(map(looks, launched[-1].arguments)) == list(map(looks, launched[0].arguments))
+        assert launched[-1].arguments[0] is x
+        assert launched[-1].arguments[3].data_ptr() == scale.data_ptr()
+        assert launched[-1].arguments[1] is again[0] and launched[-1].arguments[2] is again[1]
+        assert list(map(looks, again)) == list(map(looks, first))
+        assert out is None or all(map(torch.Tensor.is_set_to, again, out))
+    assert len(launched) == 3
+
+
+def test_warm_calls_return_scales_of_rows(launched, monkeypatch):
+    x = x_at()
+    first = quantize(x, NVFP4_ROWS)
+    monkeypatch.setattr(launch, "_key", lambda call: pytest.fail("looked closer"))
+    again = quantize(x, NVFP4_ROWS)
+    assert list(map(looks, again)) == list(map(looks, first)) and again[2].shape == (6,)
+    assert launched[-1].arguments[3] is again[2]
+
+
+def test_recent_calls_are_of_one_kind_of_upper_scale(launched):
+    """Each kind has a kernel of its own, and so has another shape another view."""
+    x, one = x_at(), torch.ones(())
+    for _ in range(2):
+        for kind in SCALES:
+            quantize(x, NVFP4, **{kind: one})
+            assert launched[-1].spec.upper == kind
+    quantize(x, NVFP4, amax=torch.ones(1))
+    assert launched[-1].arguments[3].shape == (1,) and len(launched) == 7
+
+
+def test_warm_calls_refuse_what_cold_ones_do(launched):
+    x, one = x_at(), torch.ones(())
+    q, sf = out_of(NVFP4, 6, 256)
+    fp8 = out_of(DEEP_GEMM, 6, 256)
+    rows = *out_of(NVFP4_ROWS, 6, 256), None
+
+    def refused() -> None:
+        for message, fmt, given in (
+            ("encode_scale: expected None", DEEP_GEMM, {"encode_scale": one}),
+            ("amax: expected None", DEEP_GEMM, {"amax": one, "out": fp8}),
+            ("encode_scale: expected one of", NVFP4, {}),
+            ("encode_scale: expected one of", NVFP4, {"out": (q, sf)}),
+            ("decode_scale and amax: expected", NVFP4, {"decode_scale": one, "amax": one}),
+            ("encode_scale and decode_scale and amax", NVFP4, dict.fromkeys(SCALES, one)),
+            ("amax: expected shape", NVFP4, {"amax": torch.ones(6)}),
+            ("amax: expected None", NVFP4_ROWS, {"amax": one}),
+        ):
+            with pytest.raises(ValueError, match=message):
+                quantize(x, fmt, **given)
+        with pytest.raises(TypeError, match=r"amax: expected a float32 tensor on the device"):
+            quantize(x, NVFP4, amax=1.0)
+        with pytest.raises(TypeError, match=r"out: expected \(q, sf, row_scales\)"):
+            quantize(x, NVFP4_ROWS, out=rows[:2])
+        with pytest.raises(RuntimeError, match="amax: expected a tensor that requires no grad"):
+            quantize(x, NVFP4, amax=one.clone().requires_grad_())
+
+    refused()
+    for _ in range(2):
+        quantize(x)
+        quantize(x, out=fp8)
+        for kind in SCALES:
+            quantize(x, NVFP4, **{kind: one})
+            quantize(x, NVFP4, **{kind: one}, out=(q, sf))
+        quantize(x, NVFP4_ROWS)
+        quantize(x, NVFP4_ROWS, out=rows)
+    count = len(launched)
+    refused()
+    assert len(launched) == count
+
+
+@pytest.mark.parametrize("name", ["q", "sf"])
+def test_recent_calls_overwrite_no_upper_scale(launched, name):
+    """An upper scale that looks like a recent one, but lies in the results."""
+    x, (q, sf) = x_at(), out_of(NVFP4, 6, 256)
+    for _ in range(2):
+        quantize(x, NVFP4, amax=torch.ones(()), out=(q, sf))
+    inside = (q if name == "q" else sf).view(torch.uint8).flatten()[:4].view(torch.float32)[0]
+    with pytest.raises(ValueError, match=f"out {name}: expected memory of its own"):
+        quantize(x, NVFP4, amax=inside, out=(q, sf))
+    assert len(launched) == 2
+
+
+def test_kernels_take_one_number_or_one_of_each_matrix(launched):
+    """A view of the call's own tensor: a batch repeats one number."""
+    for shape, scale, expected in (
+        ((6, 256), torch.ones(()), ((1,), (1,))),
+        ((2, 6, 256), torch.ones(1), ((2,), (0,))),
+        ((2, 3, 4, 256), torch.ones(2, 3), ((6,), (1,))),
+    ):
+        for operation in (quantize, fake_quantize):
+            operation(x_at(0, shape), NVFP4, amax=scale)
+            upper = launched[-1].arguments[3]
+            assert (upper.shape, upper.stride()) == expected
+            assert upper.data_ptr() == scale.data_ptr()
+    quantize(x_at(), MXFP4)
+    assert launched[-1].arguments[3] is None and launched[-1].spec.upper is None
+
+
+def test_memory_for_scales_of_rows(launched):
+    row_scales = torch.zeros(2, 3, 4)
+    q, sf = out_of(NVFP4_ROWS, 2, 3, 4, 256)
+    results = quantize(x_at(0, (2, 3, 4, 256)), NVFP4_ROWS, out=(q, sf, row_scales))
+    assert results[2] is row_scales
+    viewed = launched[0].arguments[3]
+    assert viewed.shape == (6, 4) and viewed.data_ptr() == row_scales.data_ptr()
+
+
 # Numbers
 
 
 def numbers(launch: Launched) -> tuple[float, ...]:
     """Return those of the prologue, after the smallest scale."""
-    return launch.arguments[9 : 9 + (3 if "silu" in launch.spec.kernel else 2)]
+    return launch.arguments[10 : 10 + (3 if "silu" in launch.spec.kernel else 2)]
 
 
 def test_numbers_of_a_norm(launched):
@@ -226,7 +366,7 @@ def test_factors_of_a_batch_have_its_stride(launched):
     x = x_at(0, (2, 3, 4, 256))
     weight = torch.arange(24.0).view(2, 3, 4)
     silu_mul_quantize(x, weight=weight)
-    viewed = launched[0].arguments[12]
+    viewed = launched[0].arguments[13]
     assert viewed.shape == (6, 4) and torch.equal(viewed, weight.view(6, 4))
 
 
@@ -246,7 +386,7 @@ def test_views_of_a_residual_have_its_strides(launched):
     x, weight = x_at(0, (2, 3, 256)), x_at(0, (1, 256))[0]
     residual = x_at(0, (2, 3, 256), stride=512)
     rms_norm_quantize(x, weight, residual=residual)
-    for viewed in launched[0].arguments[12:14]:
+    for viewed in launched[0].arguments[13:15]:
         assert viewed.stride() == (1536, 512, 1) and viewed.data_ptr() == residual.data_ptr()
 
 

@@ -102,7 +102,7 @@ def test_opcheck_out(fmt, mn, device):
         poisoned_scales(fmt, mn, 640, device),
     )
     operator = operators.quantize_out.default
-    torch.library.opcheck(operator, (*args, str(fmt)), test_utils=utils)
+    torch.library.opcheck(operator, (*args, None, str(fmt)), test_utils=utils)
 
 
 @every_format
@@ -472,7 +472,7 @@ OUT_UTILS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch
 @every_format
 def test_opcheck_silu_mul_out(fmt, device):
     out = poisoned_values(11, 320, device), poisoned_scales(fmt, 8, 320, device)
-    args = (activations(8, device), torch.ones(8, device=device), *out, str(fmt))
+    args = (activations(8, device), torch.ones(8, device=device), *out, None, str(fmt))
     operator = operators.silu_mul_quantize_out.default
     torch.library.opcheck(operator, args, GPT_OSS, test_utils=OUT_UTILS)
 
@@ -519,6 +519,7 @@ def test_opcheck_rms_norm_out(normalized, in_place, fmt, device):
         normal(640, device=device),
         poisoned_values(11, 640, device),
         poisoned_scales(fmt, 8, 640, device),
+        None,
         None if in_place else residual,
         residual if in_place else torch.empty_like(x),
         row,
@@ -919,14 +920,14 @@ def writer_arguments(name, device):
         x, _, column, residual = prologue_inputs(4, 128, device=device)
         tensors = {"x": x, "weight": column}
         if name.endswith("_out"):
-            tensors |= {"q": q, "sf": sf}
+            tensors |= {"q": q, "sf": sf, "row_scales": None}
         tensors |= {"residual": residual, "residual_out": torch.empty_like(x)}
         tensors |= {"normalized": torch.empty_like(x)}
         return tensors, {"eps": 1e-6, "weight_offset": 0.0, "rounding": "fused"}
     if name.startswith("silu_mul"):
         gate_up, row, *_ = prologue_inputs(4, 256, device=device)
-        return {"gate_up": gate_up, "weight": row, "q": q, "sf": sf}, PLAIN
-    return {"x": activations(4, device)[:, :128], "q": q, "sf": sf}, {}
+        return {"gate_up": gate_up, "weight": row, "q": q, "sf": sf, "row_scales": None}, PLAIN
+    return {"x": activations(4, device)[:, :128], "q": q, "sf": sf, "row_scales": None}, {}
 
 
 @pytest.mark.parametrize("kind", ["real", "meta"])
@@ -934,11 +935,11 @@ def writer_arguments(name, device):
 def test_autograd_knows_what_operators_write(name, kind, device):
     tensors, options = writer_arguments(name, device)
     if kind == "meta":
-        tensors = {argument: t.to("meta") for argument, t in tensors.items()}
-    before = {argument: t._version for argument, t in tensors.items()}
+        tensors = {argument: t if t is None else t.to("meta") for argument, t in tensors.items()}
+    before = {argument: t._version for argument, t in tensors.items() if t is not None}
     getattr(operators, name)(*tensors.values(), str(UE8M0), **options)
-    written = {argument for argument, t in tensors.items() if t._version > before[argument]}
-    assert written == tensors.keys() - {"x", "gate_up", "weight", "residual"}
+    written = {argument for argument in before if tensors[argument]._version > before[argument]}
+    assert written == before.keys() - {"x", "gate_up", "weight", "residual"}
 
 
 def test_operators_take_a_residual_once(device):

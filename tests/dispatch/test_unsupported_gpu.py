@@ -80,7 +80,7 @@ def test_one_warning_for_all_calls():
     with one_warning() as given:
         q, sf = launch.quantize(Call(on_gpu(x), DEEP_GEMM))
         launch.quantize(Call(on_gpu(x), DEEP_GEMM))
-        launch.fake_quantize(on_gpu(x), DEEP_GEMM, None)
+        launch.fake_quantize(Call(on_gpu(x), DEEP_GEMM), None)
         launch.dequantize(on_gpu(q), sf, DEEP_GEMM, BF16)
     assert len(given) == 1
 
@@ -89,7 +89,7 @@ def test_there_and_back(warned):
     x = special_groups(5, 256, BF16, 1)
     q, sf = launch.quantize(Call(on_gpu(x), MXFP8))
     y = launch.dequantize(on_gpu(q), sf, MXFP8, BF16)
-    out = launch.fake_quantize(on_gpu(x), MXFP8, None)
+    out = launch.fake_quantize(Call(on_gpu(x), MXFP8), None)
     expected = oracle.dequantize(q, sf, MXFP8, BF16)
     for result in (y, out):
         torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)

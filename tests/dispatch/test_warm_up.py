@@ -110,6 +110,14 @@ LAUNCHED = {
     "silu": {"operations": "silu_mul_quantize", "k": 24, "max_rows": 3, "rows": (None, Masked)},
     "norm": {"operations": "rms_norm_quantize", "k": 12, "max_rows": 3, "rows": (None, PrefixSum)},
     "back": {"operations": ("dequantize", "fake_quantize"), "k": 33, "max_rows": 3},
+    "upper": {"fmt": cq.NVFP4, "k": 72, "max_rows": 3, "rows": (None, PrefixSum, Indexed)},
+    "scales of rows": {
+        "operations": ("quantize", "dequantize", "fake_quantize"),
+        "fmt": cq.NVFP4.replace(row_scale=True),
+        "k": 72,
+        "max_rows": 3,
+        "batched": True,
+    },
     "gathered": {"k": 128, "max_rows": 3, "rows": (Masked, Indexed), "gathered": True},
 }
 
@@ -132,6 +140,30 @@ def test_each_kernel_takes_the_launch_of_a_warm_up(name, gpu, kernels, monkeypat
     monkeypatch.setattr(compiled, "function", function, raising=False)
     done = cq.warm_up(**LAUNCHED[name])
     assert {keys.spec_name(spec) for spec in launched} == {kernel.name for kernel in done}
+
+
+@pytest.mark.parametrize("kind", ["encode_scale", "decode_scale", "amax"])
+def test_a_warm_up_is_of_one_kind_of_upper_scale(kind, gpu):
+    compiled = gpu("sm_90a", 132)
+    cq.warm_up(cq.NVFP4, k=64, max_rows=4, upper_scale=kind)
+    compiled.forbidden = True
+    x = torch.zeros(3, 64, dtype=torch.bfloat16)
+    for other in ("encode_scale", "decode_scale", "amax"):
+        if other == kind:
+            cq.quantize(x, cq.NVFP4, **{other: torch.ones(())})
+            continue
+        with pytest.raises(RuntimeError, match=f"--upper-scale {other} --arch sm_90a"):
+            cq.quantize(x, cq.NVFP4, **{other: torch.ones(())})
+
+
+@pytest.mark.parametrize("rows", [PrefixSum, Indexed])
+def test_a_warm_up_has_an_upper_scale_of_each_group(rows, gpu):
+    compiled = gpu("sm_90a", 132)
+    cq.warm_up(cq.NVFP4, k=64, max_rows=4, rows=(rows,))
+    compiled.forbidden = True
+    x, counts = torch.zeros(4, 64), torch.tensor([0, 1, 0, 1], dtype=torch.int32)
+    for shape in ((), (1,), (4,)):
+        cq.quantize(x.bfloat16(), cq.NVFP4, rows=rows(counts), encode_scale=torch.ones(shape))
 
 
 @pytest.mark.slow
@@ -259,6 +291,12 @@ WRONG = {
     "rounding: expected one of": {"rounding": "up"},
     "clamp: expected": {"clamp": -1.0},
     "device: expected a CUDA device or the CPU": {"device": "meta"},
+    "k: expected multiples of 2 for e2m1": {"k": (64, 65), "fmt": cq.MXFP4},
+    "k: expected at most 32768 for quantize to e2m1": {
+        "k": 2**15 + 2,
+        "fmt": cq.NVFP4.replace(row_scale=True),
+    },
+    "upper_scale: expected one of .*'encode_scale'.*, got 'scale'": {"upper_scale": "scale"},
 }
 
 

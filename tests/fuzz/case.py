@@ -16,18 +16,21 @@ from cute_quant import fake_quantize, quantize, rms_norm_quantize, silu_mul_quan
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import make_rms_norm, make_silu_mul
 from cute_quant.contract.rows import RowOperands, from_operands
+from cute_quant.contract.upper_scales import UpperScale
 from tests import oracle
 from tests.helpers import (
     POISON,
+    as_arguments,
     assert_quantized_within,
-    poisoned_scales,
-    poisoned_values,
+    poisoned_results,
     random_bits,
     storage_bits,
 )
 from tests.prologues import Bounds, gathered, norm_bounds, silu_bounds
 
 OPERATIONS = ("quantize", "fake_quantize", "silu_mul", "rms_norm")
+RESULTS = ("q", "sf", "row_scales")
+"""Places of what calls return."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Kernel:
         ragged: whether k is no multiple of the values of a thread.
         operation: one of ``OPERATIONS``.
         options: of the prologue, those that are compiled in, by name.
+        upper: the argument that the scale over e4m3 scales is given as, None without one.
     """
 
     dtype: torch.dtype
@@ -54,6 +58,7 @@ class Kernel:
     ragged: bool
     operation: str = "quantize"
     options: tuple[tuple[str, Any], ...] = ()
+    upper: str | None = None
 
     @property
     def fake(self) -> bool:
@@ -74,6 +79,7 @@ class Kernel:
             f"{self.load_bytes}to{self.store_bytes}",
             *(["ragged"] if self.ragged else []),
             *([] if self.operation == "quantize" else [self.operation]),
+            *([] if self.upper is None else [self.upper]),
             *(f"{name}={value}" for name, value in self.options if value not in (False, None)),
         ]
         return "-".join(parts)
@@ -117,7 +123,7 @@ class Case:
 
     Attributes:
         places: of the tensors by name; results that are not here get allocated.
-        contents: of counts and index.
+        contents: of counts, index and upper scales.
         mn: rows of the result.
         fmt: the kernel's, with the smallest scale of the call.
         numbers: of the prologue, by name.
@@ -127,7 +133,7 @@ class Case:
 
     kernel: Kernel
     places: dict[str, Place]
-    contents: dict[str, list[int]]
+    contents: dict[str, list]
     batch_shape: tuple[int, ...]
     mn: int
     k: int
@@ -150,6 +156,9 @@ class Case:
             tame = self.kernel.operation == "rms_norm"
             seed = self.seed + len(name)
             typed[own] = values(len(typed), place.dtype, seed, special, tame)[own]
+        elif name == "upper":
+            typed = arena.fill_(0xFF).view(place.dtype)
+            typed[place.elements()] = torch.tensor(self.contents[name], dtype=place.dtype)
         elif name in self.contents:
             # What lies beside them would make more rows live.
             arena.view(torch.int32).fill_(0 if name == "index" else self.mn)
@@ -165,21 +174,29 @@ class Case:
         """Return the row domain of the call."""
         return from_operands(RowOperands(self.kernel.kind, tensors.get("counts"), self.alignment))
 
+    def upper(self, tensors: dict[str, torch.Tensor]) -> UpperScale | None:
+        """Return the upper scale of the call."""
+        return (
+            None if self.kernel.upper is None else UpperScale(self.kernel.upper, tensors["upper"])
+        )
+
     def call(self, arenas: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Run the call and return q and sf; those that have a place are views of the arenas."""
+        """Run the call and return q, sf and scales of rows; those that have a place are views."""
         tensors, options = self.views(arenas), dict(self.kernel.options)
-        x, q, sf = (tensors.get(name) for name in ("x", "q", "sf"))
-        out = None if q is None and sf is None else (q, sf)
-        domain = {"rows": self.rows(tensors), "index": tensors.get("index")}
+        x, q, sf, row_scales = (tensors.get(name) for name in ("x", "q", "sf", "row_scales"))
+        memory = (q, sf, row_scales) if self.fmt.row_scale else (q, sf)
+        out = None if all(t is None for t in memory) else memory
+        upper = as_arguments(self.upper(tensors))
+        domain = {"rows": self.rows(tensors), "index": tensors.get("index"), **upper}
         match self.kernel.operation:
             case "quantize":
                 return quantize(x, self.fmt, **domain, out=out)
             case "fake_quantize":
-                return (fake_quantize(x, self.fmt, out=q),)
+                return (fake_quantize(x, self.fmt, out=q, **upper),)
             case "silu_mul":
                 options |= {"weight": tensors.get("weight")} | self.numbers
                 return silu_mul_quantize(x, self.fmt, **options, **domain, out=out)
-        out = (q, sf, tensors["residual_out"]) if "residual_out" in tensors else out
+        out = (*memory, tensors["residual_out"]) if "residual_out" in tensors else out
         normalized = tensors.get("normalized", False)
         results = rms_norm_quantize(
             x,
@@ -192,16 +209,16 @@ class Case:
             **domain,
             out=out,
         )
-        return results[:2]
+        return results[: len(memory)]
 
     def emulate(self, gpu: Any, arenas: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run the call on an emulated GPU, as :meth:`call` does on a device."""
         tensors, options = self.views(arenas), dict(self.kernel.options)
-        x, q, sf = (tensors.get(name) for name in ("x", "q", "sf"))
-        prologue = None
+        x, q, sf, row_scales = (tensors.get(name) for name in ("x", "q", "sf", "row_scales"))
+        prologue, upper = None, self.upper(tensors)
         match self.kernel.operation:
             case "fake_quantize":
-                return (gpu.fake_quantize(x, q, self.fmt),)
+                return (gpu.fake_quantize(x, q, self.fmt, upper),)
             case "silu_mul":
                 prologue = make_silu_mul(weight=tensors.get("weight"), **options, **self.numbers)
             case "rms_norm":
@@ -213,7 +230,8 @@ class Case:
                     normalized=tensors.get("normalized"),
                     **self.numbers,
                 )
-        return gpu.quantize(x, q, sf, self.fmt, self.rows(tensors), tensors.get("index"), prologue)
+        domain = self.rows(tensors), tensors.get("index")
+        return gpu.quantize(x, q, sf, self.fmt, *domain, prologue, upper, row_scales)
 
     def check(
         self,
@@ -238,20 +256,21 @@ class Case:
             assert result.shape == shape, self
             self._expect_fake(expected, actual, result)
         else:
-            q, sf = results
+            q, sf, *row_scales = results
             fmt = self.fmt
-            assert q.shape[-1] == self.k and q.dtype is fmt.values, self
+            assert q.shape[-1] == fmt.value_columns(self.k) and q.dtype is fmt.values, self
             assert sf.shape == fmt.scale_shape(self.batch_shape, self.mn, self.k), self
+            assert [t.shape for t in row_scales] == [shape[:-1]] * fmt.row_scale, self
             if self.kernel.operation == "quantize":
-                self._expect_quantized(expected, actual, q, sf)
+                self._expect_quantized(expected, actual, results)
             else:
-                self._check_prologue(expected, actual, q, sf, exact)
+                self._check_prologue(expected, actual, results, exact)
         for name in expected:
             check_same_bytes(name, self, actual[name], expected[name])
 
     def _expect_fake(self, expected: dict, actual: dict, result: torch.Tensor) -> None:
         x = self.places["x"].view(expected["x"])
-        y = oracle.fake_quantize(x, self.fmt)
+        y = oracle.fake_quantize(x, self.fmt, self.upper(self.views(expected)))
         if "q" not in self.places:
             assert result.is_contiguous(), self
             actual["q"] = same_nan(storage_bits(result), x.dtype)
@@ -263,14 +282,12 @@ class Case:
             arenas["q"] = same_nan(arenas["q"], x.dtype)
 
     def _expect_quantized(
-        self, expected: dict, actual: dict, q: torch.Tensor, sf: torch.Tensor
+        self, expected: dict, actual: dict, results: tuple[torch.Tensor, ...]
     ) -> None:
         tensors = self.views(expected)
-        new = {
-            "q": poisoned_values(self.mn, self.k, "cpu", self.fmt.values, self.batch_shape),
-            "sf": poisoned_scales(self.fmt, self.mn, self.k, "cpu", True, self.batch_shape),
-        }
-        for name, result in (("q", q), ("sf", sf)):
+        memory = poisoned_results(self.fmt, self.mn, self.k, "cpu", batch_shape=self.batch_shape)
+        new = dict(zip(RESULTS, memory, strict=False))
+        for name, result in zip(RESULTS, results, strict=False):
             if name not in tensors:
                 assert result.stride() == new[name].stride() or not result.numel(), self
                 actual[name] = storage_bits(result)
@@ -282,18 +299,21 @@ class Case:
             self.fmt,
             self.rows(tensors),
             tensors.get("index"),
+            self.upper(tensors),
+            tensors.get("row_scales"),
         )
         if not self.k or not math.prod(self.batch_shape):
             return
-        for name in ("q", "sf"):
+        for name in new:
             if name not in self.places:
                 expected[name] = storage_bits(tensors[name])
 
     def _check_prologue(
-        self, expected: dict, actual: dict, q: torch.Tensor, sf: torch.Tensor, exact: bool
+        self, expected: dict, actual: dict, results: tuple[torch.Tensor, ...], exact: bool
     ) -> None:
         """Check what prologues write against its bounds; what it may write is taken over."""
         tensors, written = self.views(expected), self.views(actual)
+        q = results[0]
         rounding = self.kernel.option("rounding")
         x, index = tensors["x"], tensors.get("index")
         source, places = gathered(x, index)
@@ -311,21 +331,26 @@ class Case:
             if exact:
                 bounds = Bounds(*[bounds.values] * 3)
             flat = bounds if index is None else Bounds(*(t.flatten(0, -2) for t in bounds))
-            q, sf = written.get("q", q), written.get("sf", sf)
-            rows = self.rows(tensors)
+            q, sf, *row_scales = (
+                written.get(name, t) for name, t in zip(RESULTS, results, strict=False)
+            )
+            # In storage of their own.
+            upper = self.upper(tensors), *(t.cpu().clone() for t in row_scales)
+            domain = self.rows(tensors), places
             try:
-                differing = assert_quantized_within(q, sf, self.fmt, *flat, rows, places)
+                differing = assert_quantized_within(q, sf, self.fmt, *flat, *domain, *upper)
                 assert not (exact and differing), "other bytes than those of the exact values"
             except AssertionError as error:
                 raise AssertionError(f"{error}\n{self}") from error
         elif "q" in self.places:
             expected["q"][self.places["q"].elements()] = 0
-        for name in ("q", "sf"):
+        for name in RESULTS:
             # Every byte of these was compared; those around them were not.
             if name in self.places and q.numel() and self.mn:
                 place = self.places[name]
-                own = place.elements() if name == "q" else slice(place.start, place.end)
-                expected[name][own] = actual[name][own]
+                own = slice(place.start, place.end) if name == "sf" else place.elements()
+                kind = torch.int32 if name == "row_scales" else torch.uint8
+                expected[name].view(kind)[own] = actual[name].view(kind)[own]
 
     def _expect_rows(
         self, expected: dict, actual: dict, total: torch.Tensor, bounds: Bounds

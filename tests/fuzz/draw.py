@@ -14,10 +14,12 @@ import torch
 
 from cute_quant.contract.dtypes import align
 from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
+from cute_quant.contract.upper_scales import AMAX, ENCODE
+from cute_quant.contract.upper_scales import KINDS as UPPER_KINDS
 from cute_quant.kernels.config import DEFAULT_TILE
 from cute_quant.kernels.scheduler import EXPERTS_PER_CHUNK
 from tests.fuzz.case import Case, Kernel, Place
-from tests.helpers import INPUT_DTYPES, all_formats
+from tests.helpers import E2M1, INPUT_DTYPES, all_formats
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 GUARD_BYTES = 256
@@ -64,6 +66,7 @@ def draw_kernels(count: int, operation: str, seed: int) -> list[Kernel]:
     domains = deck(DENSE_DOMAINS if fake else DOMAINS)
     loads = {size: deck(powers_of_two(size, 32)) for size in (2, 4)}
     stores = {size: deck(powers_of_two(size, 16 if size == 1 else 32)) for size in (1, 2, 4)}
+    uppers = deck(UPPER_KINDS)
     options = {name: deck(values) for name, values in OPTIONS.get(operation, {}).items()}
     kernels = []
     for _ in range(count):
@@ -75,7 +78,9 @@ def draw_kernels(count: int, operation: str, seed: int) -> list[Kernel]:
         if domain[:2] != (DENSE, False):
             # Rows of these that do not exist would not be defined.
             chosen |= {name: None for name in ("residual", "normalized") if name in chosen}
-        kernels.append(Kernel(dtype, fmt, *domain, *accesses, operation, tuple(chosen.items())))
+        upper = uppers.draw() if fmt.upper_scale and not fmt.row_scale else None
+        chosen_in = tuple(chosen.items())
+        kernels.append(Kernel(dtype, fmt, *domain, *accesses, operation, chosen_in, upper))
     return kernels
 
 
@@ -141,7 +146,10 @@ class Draw:
         if self.kernel.ragged:
             tile = self.any_of([16, 16, 64, DEFAULT_TILE.columns])
             k = tile * self.between(0, limit // tile) + self.any_of([1, 2, 8, 15, tile - 1])
-            return k if k % 16 else k + self.between(1, 15)
+            k = k if k % 16 else k + self.between(1, 15)
+            if self.kernel.fmt.values is E2M1 and k % 2:
+                k += 1 if (k + 1) % 16 else -1
+            return k
         tile = self.any_of([16, 16, 64, 128, DEFAULT_TILE.columns])
         return max(tile * self.between(0, limit // tile) + 16 * self.between(-1, 1), 16)
 
@@ -169,13 +177,21 @@ class Draw:
         dtype = kernel.dtype if kernel.fake else fmt.values
         # What is allocated is not all defined where rows are masked. Where it starts at multiples
         # of other numbers than the kernel's, another one is compiled, so mostly it does not.
-        same_kernel = kernel.store_bytes == min(16 * dtype.itemsize, 32) and not kernel.ragged
+        columns = k if kernel.fake else fmt.value_columns(k)
+        most = min(16 * dtype.itemsize * columns // max(k, 1), 32)
+        same_kernel = kernel.store_bytes == most and not kernel.ragged
         given = self.chance(0.5 if same_kernel else 0.98)
         if masked or self.elements <= TINY or given:
-            shape = (*batch_shape, q_rows, k)
+            shape = (*batch_shape, q_rows, columns)
             places["q"] = self.matrix(dtype, shape, kernel.store_bytes, False)
         if not kernel.fake and (masked or self.elements <= TINY or self.chance(0.85)):
             places["sf"] = self.scales(batch_shape, mn, k)
+            if fmt.row_scale:
+                places["row_scales"] = self.vector((*batch_shape, mn), torch.float32)
+        if kernel.upper is not None:
+            shape = self.any_of([(), (1,), batch_shape])
+            places["upper"] = self.vector(shape, torch.float32)
+            contents["upper"] = self.upper_scales(math.prod(shape), kernel.upper)
         numbers = self.prologue(places, batch_shape, mn, k)
         return Case(
             kernel,
@@ -277,7 +293,7 @@ class Draw:
         return self.place(fmt.sf_dtype, shape, strides, fmt.sf_dtype.itemsize, after)
 
     def vector(self, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Place:
-        strides = [1]
+        strides = [1] * bool(shape)
         for size in reversed(shape[1:]):
             strides.append(strides[-1] * size)
         strides = (
@@ -335,7 +351,19 @@ class Draw:
         ends = self.numbers(groups, 0, mn)
         return sorted(ends) if self.chance(0.8) else ends, alignment
 
-    def min_scale(self) -> float | str:
+    def upper_scales(self, count: int, kind: str) -> list[float]:
+        """Draw upper scales, most of which fit the values, and a few that are out of range."""
+        special = [0.0, -1.0, math.nan, math.inf, 2.0**-149, 2.0**-117, 2.0**117, 3.0e38]
+        scales = []
+        for _ in range(count):
+            amax = 2.0 ** self.generator.uniform(-12, 12)
+            likely = {AMAX: amax, ENCODE: 2688 / amax}.get(kind, amax / 2688)
+            scales.append(self.any_of(special) if self.chance(0.1) else likely)
+        return scales
+
+    def min_scale(self) -> float | str | None:
+        if self.kernel.fmt.upper_scale:
+            return self.any_of([None, None, "deepgemm", "torchao", 2.0**-7, 0.3, 448.0])
         if self.chance(0.4):
             return self.any_of([1e-10, "vllm", "deepgemm", "sglang"])
         values = [2.0**-126, 1e-4, 1.0, 3.0, 2.0**100, 2.0 ** self.between(-30, 10)]

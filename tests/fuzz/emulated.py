@@ -55,7 +55,7 @@ class Session:
             results: Any
             if isinstance(case, Dequantization):
                 fmt, dtype = self.kernel.fmt, self.kernel.dtype
-                results = gpu.dequantize(*case.views(after), fmt, dtype)
+                results = gpu.dequantize(*case.views(after), fmt, dtype, case.upper(after))
             else:
                 results = case.emulate(gpu, after)
         except Exception as error:

@@ -19,17 +19,18 @@ import torch
 
 from cute_quant import dequantize
 from cute_quant.contract.rows import DENSE
+from cute_quant.contract.upper_scales import KINDS as UPPER_KINDS
 from cute_quant.kernels.config import DEFAULT_TILE, MAX_GRID_Y, MAX_GRID_Z
 from cute_quant.kernels.heuristics import TWO_ROWS_FROM
 from tests.fuzz import dequantization, emulated
 from tests.fuzz.case import OPERATIONS, Case
 from tests.fuzz.dequantization import Dequantization
 from tests.fuzz.draw import DOMAINS, OPTIONS, TINY, Draw, draw_kernels
-from tests.helpers import EVERY_DTYPE, all_formats
+from tests.helpers import EVERY_DTYPE, all_formats, as_arguments
 
 SEED = int(os.environ.get("FUZZ_SEED", 0))
 CASES = int(os.environ.get("FUZZ_CASES", 4000))
-KERNELS = {"quantize": 150, "fake_quantize": 30, "silu_mul": 40, "rms_norm": 40}
+KERNELS = {"quantize": 210, "fake_quantize": 30, "silu_mul": 40, "rms_norm": 40}
 DEQUANTIZATIONS = 40
 CASES_PER_KERNEL = -(-CASES // (sum(KERNELS.values()) + DEQUANTIZATIONS))
 CASES_ON_CPU = 3
@@ -63,6 +64,12 @@ def run(case: Case, device: str) -> None:
     counted["cases"] += 1
 
 
+def back(drawn: Dequantization, arenas: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Run a call of ``dequantize``."""
+    kernel, upper = drawn.kernel, as_arguments(drawn.upper(arenas))
+    return dequantize(*drawn.views(arenas), kernel.fmt, dtype=kernel.dtype, **upper)
+
+
 @pytest.mark.parametrize("kernel", EVERY_KERNEL[::3], ids=str)
 def test_on_the_cpu(kernel):
     for number in range(CASES_ON_CPU):
@@ -74,8 +81,7 @@ def test_dequantize_on_the_cpu(kernel):
     for number in range(CASES_ON_CPU):
         drawn = Dequantization(kernel, f"{SEED} {number}", 10 * TINY)
         after = {name: arena.clone() for name, arena in drawn.arenas.items()}
-        result = dequantize(*drawn.views(after), fmt=kernel.fmt, dtype=kernel.dtype)
-        drawn.check(after, result)
+        drawn.check(after, back(drawn, after))
         counted["cases"] += 1
 
 
@@ -108,7 +114,7 @@ def test_dequantize_on_a_gpu(kernel):
         drawn = Dequantization(kernel, f"{SEED} {number}")
         on_gpu = {name: arena.cuda() for name, arena in drawn.arenas.items()}
         try:
-            result = dequantize(*drawn.views(on_gpu), fmt=kernel.fmt, dtype=kernel.dtype)
+            result = back(drawn, on_gpu)
         except Exception as error:
             raise AssertionError(f"FUZZ_SEED={SEED}, {drawn}") from error
         drawn.check(on_gpu, result)
@@ -178,6 +184,9 @@ def test_the_generator_draws_everything():
             seen |= {"sf-padding"} if "sf" in case.places else {"allocated"}
             seen |= {"expanded"} if 0 in x.strides else set()
             seen |= {"nothing"} if 0 in x.shape else set()
+            if kernel.upper is not None:
+                shape = case.places["upper"].shape
+                seen |= {(kernel.upper, len(shape) if math.prod(shape) == 1 else "matrices")}
             address = x.start + x.offset * kernel.dtype.itemsize
             strides = [
                 stride * kernel.dtype.itemsize
@@ -186,4 +195,6 @@ def test_the_generator_draws_everything():
             ]
             assert math.gcd(32, address, *strides) == kernel.load_bytes, case
             assert case.k % 16 == 0 or kernel.ragged
-    assert seen == {"sf-padding", "allocated", "expanded", "nothing"}
+    kinds, shapes = zip(*(pair for pair in seen if isinstance(pair, tuple)), strict=True)
+    assert set(kinds) == set(UPPER_KINDS) and set(shapes) == {0, 1, "matrices"}
+    assert seen >= {"sf-padding", "allocated", "expanded", "nothing"}

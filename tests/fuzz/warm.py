@@ -68,6 +68,39 @@ RANGES: dict[str, dict[str, Any]] = {
         "gathered": True,
         "alignment": 1,
     },
+    "NVFP4": {
+        "fmt": cq.NVFP4,
+        "k": (512, 72, 2048),
+        "max_rows": 700,
+        "batched": True,
+        "alignment": 8,
+        "upper_scale": "amax",
+    },
+    "MXFP4 experts": {
+        "fmt": cq.MXFP4,
+        "k": (512, 34),
+        "max_rows": 600,
+        "rows": (None, Masked, Indexed),
+        "gathered": True,
+        "alignment": 2,
+    },
+    "NVFP4 with scales of rows": {
+        "operations": ("quantize", "silu_mul_quantize", "fake_quantize", "dequantize"),
+        "fmt": cq.NVFP4.replace(row_scale=True),
+        "k": (512, 4096),
+        "max_rows": 300,
+        "batched": True,
+        "alignment": 16,
+    },
+    "NVFP4 there and back": {
+        "operations": ("fake_quantize", "dequantize"),
+        "fmt": cq.NVFP4,
+        "k": (512, 24, 34),
+        "max_rows": 600,
+        "batched": True,
+        "alignment": 16,
+        "upper_scale": "decode_scale",
+    },
     "there and back": {
         "operations": ("fake_quantize", "dequantize"),
         "k": (2048, 96, 33),
@@ -96,12 +129,13 @@ def draw_call(arguments: dict[str, Any], seed: object) -> Callable[[str], object
     batched = batched or rows is Masked
     least = arguments.get("alignment", 32)
     result = dtype if operation == "fake_quantize" else fmt.values
+    result_columns = k if operation == "fake_quantize" else fmt.value_columns(k)
     columns = 2 * k if operation == "silu_mul_quantize" else k
     loads = powers_of_two(max(least, dtype.itemsize), 32)
     stores = powers_of_two(max(min(least, 16), result.itemsize), 16)
     if generator.random() < 0.3:  # as contiguous rows are aligned
         loads = [math.gcd(32, columns * dtype.itemsize)]
-        stores = [math.gcd(16, k * result.itemsize)]
+        stores = [math.gcd(16, result_columns * result.itemsize)]
     kernel = Kernel(
         dtype,
         fmt,
@@ -113,6 +147,7 @@ def draw_call(arguments: dict[str, Any], seed: object) -> Callable[[str], object
         k % 16 != 0,
         KERNELS.get(operation, operation),
         tuple(_options(arguments, operation, rows, gathered, generator).items()),
+        _upper_scale(arguments, operation, fmt),
     )
     draw = Draw(kernel, seed)
     batch_shape, mn = _shape(arguments["max_rows"], batched, rows is Masked or gathered, generator)
@@ -128,6 +163,15 @@ def draw_call(arguments: dict[str, Any], seed: object) -> Callable[[str], object
         return case.call({name: arena.to(device) for name, arena in case.arenas().items()})
 
     return run
+
+
+def _upper_scale(arguments: dict[str, Any], operation: str, fmt: cq.Format) -> str | None:
+    """Return the argument that the upper scale of a call is given as."""
+    if not fmt.upper_scale:
+        return None
+    if fmt.row_scale:
+        return "decode_scale" if operation == "dequantize" else None
+    return arguments.get("upper_scale", "encode_scale")
 
 
 def _neutral() -> dict[str, Any]:
@@ -178,11 +222,14 @@ def _dequantize(
 ) -> Callable[[str], object]:
     kernel = draw.kernel
     nbytes = draw.any_of(powers_of_two(kernel.load_bytes if kernel.load_bytes < 16 else 16, 16))
-    place = draw.matrix(kernel.fmt.values, (*batch_shape, mn, k), nbytes, True)
+    columns = kernel.fmt.value_columns(k)
+    place = draw.matrix(kernel.fmt.values, (*batch_shape, mn, columns), nbytes, True)
+    shape = (*batch_shape, mn) if kernel.fmt.row_scale else draw.any_of([(), (1,), batch_shape])
 
     def run(device: str) -> object:
         q = place.view(torch.zeros(place.nbytes, dtype=torch.uint8, device=device))
         sf = kernel.fmt.empty_scales(batch_shape, mn, k, torch.device(device))
-        return cq.dequantize(q, sf, kernel.fmt, dtype=kernel.dtype)
+        upper = {} if kernel.upper is None else {kernel.upper: torch.ones(shape, device=device)}
+        return cq.dequantize(q, sf, kernel.fmt, dtype=kernel.dtype, **upper)
 
     return run

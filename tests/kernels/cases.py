@@ -6,17 +6,24 @@ import math
 
 import torch
 
+from cute_quant import quantize
 from cute_quant.contract.format_choices import DEEPGEMM, WHOLE_ROW
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import Rows
+from cute_quant.contract.upper_scales import UpperScale
 from tests import oracle
 from tests.helpers import (
     FLOAT32,
     FORMATS,
+    as_arguments,
+    expect,
     poisoned,
+    poisoned_row_scales,
     poisoned_scales,
     random_bits,
     storage_bits,
+    upper_scale,
+    whole_bytes,
 )
 from tests.kernels.emulated_gpu import Gpu
 from tests.oracle import INTEGERS
@@ -97,29 +104,38 @@ def check(
     last_padding: bool = True,
     q_strides: tuple[int, ...] | None = None,
     q_offset: int = 0,
+    upper: UpperScale | None = None,
     **options,
 ) -> None:
     """Run a call into poisoned memory; every byte of it must be the oracle's.
 
     Args:
+        x: gets another column where values share bytes and their number is odd.
         q_strides: of all dimensions but the last, in elements.
+        upper: by default one that fits x, of a kind and shape that its size chooses.
     """
+    x = whole_bytes(x, fmt)
+    upper = upper_scale(x, fmt, index) if upper is None else upper
     *batch_shape, mn, k = x.shape if index is None else (*index.shape, x.shape[-1])
-    q_shape = (*batch_shape, mn + extra_rows, k)
+    q_shape = (*batch_shape, mn + extra_rows, fmt.value_columns(k))
     if q_strides is None:
         q_strides = torch.empty(q_shape, device="meta").stride()[:-1]
     results = [
         (
             poisoned_matrix(q_shape, (*q_strides, 1), fmt.values, q_offset),
             poisoned_scales(fmt, mn, k, "cpu", last_padding, tuple(batch_shape)),
+            *[poisoned_row_scales((*batch_shape, mn), "cpu")] * fmt.row_scale,
         )
         for _ in range(2)
     ]
     inputs = [t for t in (x, None if rows is None else rows.data, index) if t is not None]
+    inputs += [] if upper is None else [upper.tensor]
     before = [storage_bits(t).clone() for t in inputs]
-    gpu.quantize(x, *results[0], fmt, rows, index, **options)
-    oracle.quantize_into(x, *results[1], fmt, rows, index)
-    for name, actual, expected in zip(("q", "sf"), *results, strict=True):
+    q, sf, *row_scales = results[0]
+    row_scales = row_scales[0] if row_scales else None
+    gpu.quantize(x, q, sf, fmt, rows, index, upper=upper, row_scales=row_scales, **options)
+    expect(results[1], x, fmt, rows, index, upper)
+    for name, actual, expected in zip(("q", "sf", "row scales"), *results, strict=False):
         assert_same_storage(name, actual, expected)
     for t, bits in zip(inputs, before, strict=True):
         assert torch.equal(storage_bits(t), bits), "an input was written"
@@ -132,22 +148,38 @@ def check_fake(
     *,
     strides: tuple[int, ...] | None = None,
     offset: int = 0,
+    upper: UpperScale | None = None,
 ) -> None:
     """The same for a call of `fake_quantize`."""
+    x = whole_bytes(x, fmt)
+    upper = upper_scale(x, fmt) if upper is None else upper
     strides = (strides or x.contiguous().stride()[:-1]) + (1,)
     actual, expected = (poisoned_matrix(tuple(x.shape), strides, x.dtype, offset) for _ in range(2))
-    gpu.fake_quantize(x, actual, fmt)
+    gpu.fake_quantize(x, actual, fmt, upper)
     integer = INTEGERS[x.itemsize]
-    expected.view(integer).copy_(oracle.fake_quantize(x, fmt).view(integer))
+    expected.view(integer).copy_(oracle.fake_quantize(x, fmt, upper).view(integer))
     assert_same_products("out", actual, expected)
 
 
 def check_dequantize(
-    gpu: Gpu, q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype
+    gpu: Gpu,
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    dtype: torch.dtype,
+    upper: UpperScale | None = None,
 ) -> None:
     """The same for a call of `dequantize`."""
-    actual = gpu.dequantize(q, sf, fmt, dtype)
-    assert_same_products("y", actual, oracle.dequantize(q, sf, fmt, dtype))
+    actual = gpu.dequantize(q, sf, fmt, dtype, upper)
+    assert_same_products("y", actual, oracle.dequantize(q, sf, fmt, dtype, upper))
+
+
+def quantized(x: torch.Tensor, fmt: Format) -> tuple[tuple[torch.Tensor, ...], UpperScale | None]:
+    """Return values and scales that the CPU makes of x, and what they are multiplied back with."""
+    x = whole_bytes(x, fmt)
+    upper = upper_scale(x, fmt)
+    q, sf, *row_scales = quantize(x, fmt, **as_arguments(upper))
+    return (q, sf), UpperScale("decode_scale", row_scales[0]) if row_scales else upper
 
 
 def assert_same_products(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cutlass._mlir import ir
 
-from cute_quant import DEEP_GEMM_32, GROUPWISE_FP8, MXFP8, ROWWISE_FP8
+from cute_quant import DEEP_GEMM_32, GROUPWISE_FP8, MXFP8, NVFP4, ROWWISE_FP8
 from cute_quant.contract import reference
 from cute_quant.contract.checks import MIN_TILE_ROWS
 from cute_quant.jit.lookup import ARCHITECTURES
@@ -19,6 +19,7 @@ from cute_quant.kernels.heuristics import TWO_ROWS
 from tests.helpers import FLOAT32, UE8M0
 
 BLOCKED = MXFP8
+BLOCKED_8 = NVFP4.replace(scale_layout="8x4")
 EVERY_LAYOUT = (
     UE8M0,
     DEEP_GEMM_32,
@@ -26,6 +27,9 @@ EVERY_LAYOUT = (
     GROUPWISE_FP8,
     MXFP8.replace(scale_layout="row_major"),
     BLOCKED,
+    BLOCKED_8,
+    NVFP4.replace(scale_layout="mn_major_packed"),
+    NVFP4.replace(scale_layout="row_major_packed"),
 )
 
 every_size = pytest.mark.parametrize(("mn", "groups"), [(1, 1), (3, 4), (5, 7), (8, 56)])
@@ -72,10 +76,11 @@ def test_scales_are_where_the_strides_say(mlir, mn, groups, fmt):
 
 
 @pytest.mark.parametrize(("mn", "groups"), [(1, 1), (130, 7), (300, 8)])
-def test_scales_in_blocks(mlir, mn, groups):
-    found = addresses(BLOCKED, mn, 32 * groups)
+@pytest.mark.parametrize("fmt", [BLOCKED, BLOCKED_8], ids=str)
+def test_scales_in_blocks(mlir, fmt, mn, groups):
+    found = addresses(fmt, mn, fmt.group_size * groups)
     places = torch.arange(found.numel()).view(1, *found.shape)
-    blocks = reference.to_blocks(places)[0]
+    blocks = reference.to_blocks(places, fmt.block_rows)[0]
     assert torch.equal(blocks[found], places[0])
 
 

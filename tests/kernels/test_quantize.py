@@ -6,9 +6,19 @@ import math
 import pytest
 import torch
 
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8, quantize
+from cute_quant import (
+    DEEP_GEMM,
+    DEEP_GEMM_SM90,
+    GROUPWISE_FP8,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    ROWWISE_FP8,
+    quantize,
+)
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
+from cute_quant.contract.upper_scales import KINDS, UpperScale
 from cute_quant.kernels.config import DOWN, MAX_GRID_Y, Domain, QuantizeSpec, Tile
 from tests import oracle
 from tests.helpers import (
@@ -18,6 +28,7 @@ from tests.helpers import (
     EVERY_LAYOUT,
     FLOAT32,
     INPUT_DTYPES,
+    NVFP4_FORMATS,
     POISON,
     UE8M0,
     all_formats,
@@ -25,6 +36,7 @@ from tests.helpers import (
     poisoned_values,
     random_bits,
     storage_bits,
+    upper_scale,
 )
 from tests.kernels.cases import (
     DTYPES,
@@ -32,25 +44,33 @@ from tests.kernels.cases import (
     check,
     check_dequantize,
     check_fake,
+    quantized,
     special_groups,
     strided,
 )
 from tests.kernels.emulated_gpu import Gpu
 
 BF16, FP16, FP32 = INPUT_DTYPES
-E4M3, E5M2, INT8 = EVERY_DTYPE
+E4M3, E5M2, INT8, E2M1 = EVERY_DTYPE
 
 # Of each dtype, group size and layout some, of k that are and are not multiples of everything.
 MIXED = (
     (BF16, DEEP_GEMM.replace(values=E4M3), 640),
-    (FP32, MXFP8.replace(values=E5M2), 130),
+    (FP32, NVFP4, 130),
     (FP16, DEEP_GEMM_SM90.replace(group_size=16, values=INT8, round_scale=True), 100),
+    (BF16, NVFP4.replace(scale_layout="row_major_packed", row_scale=True), 544),
+    (FP16, MXFP4.replace(scale_layout="8x4"), 100),
     (BF16, DEEP_GEMM.replace(scale_layout="row_major", group_size=256, values=E4M3), 544),
+    (FP32, MXFP8.replace(values=E5M2), 130),
     (FP32, ROWWISE_FP8.replace(values=INT8), 1000),
     (BF16, DEEP_GEMM.replace(group_size=-1, values=E5M2), 7),
     (FP16, DEEP_GEMM.replace(group_size=64, values=E4M3), 520),
     (FP32, DEEP_GEMM_SM90.replace(values=E5M2), 513),
+    (BF16, NVFP4.replace(scale_layout="8x4"), 512),
+    (FP16, GROUPWISE_FP8.replace(values=E2M1), 1000),
 )
+BYTE_MIXED = tuple(mixed for mixed in MIXED if mixed[1].values is not E2M1)
+PER_ROW = NVFP4.replace(row_scale=True)
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_format = pytest.mark.parametrize("fmt", EVERY_FORMAT, ids=str)
@@ -130,7 +150,7 @@ def test_every_pattern_as_amax(gpu, dtype, fmt):
     check(gpu, x.view(dtype).view(-1, 1024), fmt)
 
 
-@pytest.mark.parametrize("fmt", all_formats(group_sizes=[16])[::3], ids=str)
+@pytest.mark.parametrize("fmt", all_formats(group_sizes=[16])[::5], ids=str)
 def test_every_exponent_of_float32(gpu, fmt):
     """As amax, with the mantissas at which a scale or the rounding to the float32 scale steps."""
     exponents = torch.arange(256, dtype=torch.int32).view(-1, 1) << 23
@@ -149,6 +169,80 @@ def test_random_bits(gpu, dtype, fmt):
     check(gpu, random_bits((130, 1536), dtype, seed=5), fmt)
 
 
+# Two values a byte
+
+
+FP4 = (NVFP4, MXFP4.replace(scale_layout="8x4"), PER_ROW)
+every_fp4 = pytest.mark.parametrize("fmt", FP4, ids=str)
+
+
+@every_fp4
+def test_fp4(gpu, fmt):
+    """Rows, short groups, batches, gathered and masked rows; what k is a multiple of changes."""
+    for mn, k in ((1, 16), (5, 544), (9, 130)):
+        check(gpu, special_groups(mn, k, BF16, k, fmt), fmt, extra_rows=mn % 3)
+    x = batch((3, 9), 96, BF16, fmt)
+    check(gpu, x, fmt, rows=Masked(torch.tensor([9, 0, 5], dtype=torch.int32)))
+    check(gpu, x[0], fmt, index=numbers((7,), -2, 10, 3))
+
+
+@pytest.mark.parametrize("turn", range(9))
+def test_upper_scales(gpu, turn):
+    """Each kind of argument, of each shape."""
+    x = batch((2, 5), 160, BF16, NVFP4) * torch.tensor([1.0, 2.0**-12], dtype=BF16).view(2, 1, 1)
+    upper = upper_scale(x, NVFP4, turn=turn)
+    check(gpu, x, NVFP4, upper=upper)
+    check(gpu, x, NVFP4.replace(min_scale=2.0**-9), upper=upper)
+    if turn < 3 or turn == 7:
+        check_fake(gpu, x, NVFP4, upper=upper)
+        (q, sf), _ = quantized(x, NVFP4)
+        check_dequantize(gpu, q, sf, NVFP4, BF16, upper)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_upper_scale(gpu, kind):
+    """At the edges of its range, beyond it, and no numbers, for groups of all magnitudes."""
+    values = [2.0**e for e in (-149, -126, -118, -117, -116, 0, 1, 116, 117, 118, 127)]
+    values += [0.0, -0.0, -1.0, torch.inf, -torch.inf, torch.nan, 2688 * 2.0**-117, 3.0, 1e-30]
+    given = torch.tensor(values)
+    x = torch.randn(len(values), 3, 160, generator=torch.Generator().manual_seed(1))
+    x = (
+        torch.ldexp(x, torch.arange(len(values) * 30).view(len(values), 3, 10) % 277 - 149)
+        if False
+        else x.unflatten(2, (10, 16))
+        * torch.ldexp(torch.ones(()), torch.arange(len(values) * 30).view(-1, 3, 10, 1) % 250 - 140)
+    )
+    check(gpu, x.flatten(2), NVFP4, upper=UpperScale(kind, given))
+
+
+def test_groups_beside_each_step_of_an_e4m3_scale(gpu):
+    """All e4m3 scales, the ties between them, and the floats beside those; underflow among them."""
+    codes = torch.arange(0x7F, dtype=torch.uint8).view(E4M3).float()
+    steps = torch.cat([codes, (codes[1:] + codes[:-1]) / 2])
+    amax = torch.cat([steps, *(steps.nextafter(torch.tensor(v)) for v in (0.0, torch.inf))]) * 6
+    x = amax[:, None] * torch.linspace(-1, 1, 16)
+    x = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 4)).view(-1, 64)
+    check(gpu, x, NVFP4, upper=UpperScale("encode_scale", torch.ones(())))
+
+
+def test_every_tie_of_two_codes(gpu):
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    middles = (values[1:] + values[:-1]) / 2
+    x = torch.cat([values, middles, *(middles.nextafter(torch.tensor(v)) for v in (0.0, 9.0))])
+    x = torch.cat([x, -x, torch.zeros(2)]).view(-1, 15)
+    x = torch.cat([x, torch.full((len(x), 1), 6.0)], 1)
+    check(gpu, x, NVFP4, upper=UpperScale("encode_scale", torch.ones(())))
+    check(gpu, x, MXFP4)
+
+
+@every_fp4
+def test_multiplying_fp4_back(gpu, fmt):
+    x = special_groups(5, 160, FP16, 1, fmt)
+    check_fake(gpu, x, fmt)
+    (q, sf), upper = quantized(x, fmt)
+    check_dequantize(gpu, q, sf, fmt, FP16, upper)
+
+
 # Every format
 
 
@@ -159,12 +253,15 @@ def _rotated() -> list[tuple]:
     for (g, size), (i, layout) in itertools.product(
         enumerate(EVERY_GROUP_SIZE), enumerate(EVERY_LAYOUT)
     ):
-        if layout is MXFP8 and size != 32:
+        if layout.blocked and size != 32:
             continue
         ks = (aligned, ragged)[(g + i) % 2]
-        fmt = layout.replace(group_size=size, values=EVERY_DTYPE[(g + 2 * i) % 3])
+        fmt = layout.replace(group_size=size, values=EVERY_DTYPE[(3 * g + i) % 4])
         mixed = INPUT_DTYPES[(g + i) % 3], fmt, ks[(g + 3 * i) % len(ks)]
         cases.append((ARCHITECTURES[(g + i // 2) % 2], mixed))
+    for i, fmt in enumerate(NVFP4_FORMATS):
+        mixed = INPUT_DTYPES[i % 3], fmt, (1040, 2, 130, 512, 18)[i // 2]
+        cases.append((ARCHITECTURES[(i + i // 2) % 2], mixed))
     return cases
 
 
@@ -179,7 +276,8 @@ def test_formats(gpu, mixed):
         check(gpu, x, fmt, extra_rows=extra_rows, last_padding=mn != 5)
 
 
-TWO_ROWS = [(INPUT_DTYPES[i % 3], fmt, 0) for i, fmt in enumerate(all_formats([E4M3], [32, 256]))]
+TWO_ROWS_FORMATS = [*all_formats([E4M3], [32, 256]), MXFP4, NVFP4, NVFP4_FORMATS[0]]
+TWO_ROWS = [(INPUT_DTYPES[i % 3], fmt, 0) for i, fmt in enumerate(TWO_ROWS_FORMATS)]
 
 
 @pytest.mark.slow
@@ -203,7 +301,7 @@ def test_strided_rows(any_rows_gpu, fmt):
 
 
 @pytest.mark.slow
-@on_mixed(0, MIXED[:4])
+@on_mixed(0, BYTE_MIXED[:4])
 def test_every_width_of_access(gpu, mixed):
     """Rows that start at multiples of fewer bytes, for their stride or the first one's place."""
     dtype, fmt, k = mixed
@@ -435,7 +533,8 @@ def test_fake_quantize(kernels, arch, mixed):
     dtype, fmt, k = mixed
     gpu = Gpu(kernels, arch, rows_per_thread=2)
     check_fake(gpu, special_groups(7, k, dtype, 1, fmt), fmt)
-    check_fake(gpu, batch((3, 5), k, dtype, fmt), fmt, strides=(6 * k + 6, k + 1), offset=1)
+    row = k + k % 2 + 1
+    check_fake(gpu, batch((3, 5), k, dtype, fmt), fmt, strides=(6 * row, row), offset=1)
     check_fake(gpu, batch((5, 3), k, dtype, fmt).transpose(0, 1), fmt.replace(min_scale=1.0))
 
 
@@ -447,9 +546,9 @@ def test_dequantize(kernels, arch, mixed):
     for shape, max_grid in (((5,), 65535), ((2, 3, 9), 2)):
         gpu = Gpu(kernels, arch, max_grid=max_grid)
         x = batch(shape, k, dtype, fmt)
-        q, sf = quantize(x, fmt)
-        check_dequantize(gpu, q, sf, fmt, dtype)
-        check_dequantize(gpu, strided(q, k + 3, offset=1), sf, fmt, FP32)
+        (q, sf), upper = quantized(x, fmt)
+        check_dequantize(gpu, q, sf, fmt, dtype, upper)
+        check_dequantize(gpu, strided(q, k + 3, offset=1), sf, fmt, FP32, upper)
 
 
 def test_fake_quantize_smallest_scales(gpu):

@@ -5,12 +5,16 @@ from tests.mutants.fault import Fault
 PLAN = "dispatch/plan.py"
 LAUNCH = "dispatch/launch.py"
 TORCH_OPS = "dispatch/torch_ops.py"
+REACHABLE = "dispatch/reachable.py"
+CALL_RANGE = "dispatch/call_range.py"
 
 ON_INPUTS = "tests/contract/test_inputs.py"
 ON_CHECKS = "tests/contract/test_checks.py"
 ON_PLAN = "tests/dispatch/test_plan.py"
 ON_LAUNCH = "tests/dispatch/test_launch.py"
 ON_TORCH_OPS = "tests/dispatch/test_torch_ops.py"
+ON_TORCH_FP4 = "tests/dispatch/test_torch_fp4.py"
+ON_WARM_UP = "tests/dispatch/test_warm_up.py"
 ON_OPERATORS = "tests/dispatch/test_gradients.py"
 ON_QUANTIZE_KERNEL = "tests/kernels/test_quantize.py"
 
@@ -182,15 +186,15 @@ FAULTS = [
     Fault(
         "launch-recent-x-of-any-alignment",
         LAUNCH,
-        "recent.matches(x) and recent.x_offset == x.data_ptr() % LOAD_BYTES:",
-        "recent.matches(x):",
+        "and recent.x_offset == x.data_ptr() % LOAD_BYTES\n        ):",
+        "):",
         [f"{ON_CHECKS}::test_plans_tell_alignments_apart"],
     ),
     Fault(
         "launch-recent-overlap",
         LAUNCH,
-        "(q_start < end and start < q_end)",
-        "(q_start < start and end < q_end)",
+        "(q_start < end and start < q_end)\n        or (sf_start",
+        "(q_start < start and end < q_end)\n        or (sf_start",
         [f"{ON_PLAN}::test_recent_calls_overlap_nothing"],
     ),
     Fault(
@@ -210,8 +214,8 @@ FAULTS = [
     Fault(
         "launch-tangents-of-values",
         LAUNCH,
-        'check_no_tangents({"q": q, "sf": sf})',
-        "pass",
+        "check_no_tangents(tensors)\n    y = torch.empty",
+        "pass\n    y = torch.empty",
         [f"{ON_PLAN}::test_there_are_no_tangents_of_values"],
     ),
     Fault(
@@ -251,8 +255,8 @@ FAULTS = [
     Fault(
         "torch-ops-fake-dtype-of-dequantize",
         TORCH_OPS,
-        "return q.new_empty(q.shape, dtype=dtype)",
-        "return q.new_empty(q.shape, dtype=torch.float32)",
+        "return q.new_empty((*shape.batch_shape, shape.mn, shape.k), dtype=dtype)",
+        "return q.new_empty((*shape.batch_shape, shape.mn, shape.k), dtype=torch.float32)",
         [f"{ON_TORCH_OPS}::test_opcheck_dequantize"],
     ),
     Fault(
@@ -275,5 +279,110 @@ FAULTS = [
         "        _refuse_vmap(operator)",
         "        pass",
         [f"{ON_TORCH_OPS}::test_vmap_of_operators_is_refused"],
+    ),
+    Fault(
+        "launch-recent-upper-scale-of-any-kind",
+        LAUNCH,
+        "            and recent.kind == kind\n"
+        "            and recent.matches(*tensors)\n"
+        "            and recent.x_offset == x.data_ptr() % LOAD_BYTES\n"
+        "        ):",
+        "            and recent.matches(*tensors)\n"
+        "            and recent.x_offset == x.data_ptr() % LOAD_BYTES\n"
+        "        ):",
+        [f"{ON_PLAN}::test_recent_calls_are_of_one_kind_of_upper_scale"],
+    ),
+    Fault(
+        "launch-recent-upper-scale-as-given",
+        LAUNCH,
+        "return upper.tensor if view is None else upper.tensor.as_strided(*view)",
+        "return upper.tensor",
+        [f"{ON_PLAN}::test_warm_calls_with_an_upper_scale_need_no_key"],
+    ),
+    Fault(
+        "launch-recent-upper-scale-in-sf",
+        LAUNCH,
+        "if (q_start < end and start < q_end) or (sf_start < end and start < sf_end):\n"
+        "            return None\n"
+        "        over_groups",
+        "if q_start < end and start < q_end:\n            return None\n        over_groups",
+        [f"{ON_PLAN}::test_recent_calls_overwrite_no_upper_scale"],
+    ),
+    Fault(
+        "launch-warm-scales-of-rows-lost",
+        LAUNCH,
+        "        return q, sf, row_scales\n    over_groups",
+        "        return q, sf\n    over_groups",
+        [f"{ON_PLAN}::test_warm_calls_return_scales_of_rows"],
+    ),
+    Fault(
+        "launch-key-without-kind-of-upper-scale",
+        LAUNCH,
+        "key += (kind, _looks(given))",
+        "key += (_looks(given),)",
+        [f"{ON_PLAN}::test_recent_calls_are_of_one_kind_of_upper_scale"],
+    ),
+    Fault(
+        "launch-upper-scale-overwritten",
+        LAUNCH,
+        "reads.append(region(call.upper.kind, call.upper.tensor))",
+        "pass",
+        [f"{ON_PLAN}::test_recent_calls_overwrite_no_upper_scale"],
+    ),
+    Fault(
+        "plan-upper-scale-of-the-first-matrix",
+        PLAN,
+        "size, stride = (math.prod(shape.batch_shape), int(t.numel() > 1)) if batched else (1, 1)",
+        "size, stride = (math.prod(shape.batch_shape), 0) if batched else (1, 1)",
+        [f"{ON_PLAN}::test_kernels_take_one_number_or_one_of_each_matrix"],
+    ),
+    Fault(
+        "torch-ops-view-of-the-callers-values",
+        TORCH_OPS,
+        "operator_out(*inputs, q, _as_stored(sf),",
+        "operator_out(*inputs, _as_stored(q), _as_stored(sf),",
+        [f"{ON_TORCH_FP4}::test_compiled_with_out"],
+    ),
+    Fault(
+        "torch-ops-any-kind-of-upper-scale",
+        TORCH_OPS,
+        "if kind not in KINDS or upper is None:",
+        "if (kind is None) != (upper is None):",
+        [f"{ON_TORCH_FP4}::test_operators_check_their_upper_scale"],
+    ),
+    Fault(
+        "torch-ops-scales-of-rows-lost",
+        TORCH_OPS,
+        "if returns and call.fmt.row_scale:",
+        "if False:",
+        [f"{ON_TORCH_FP4}::test_operators_that_return_have_no_scales_of_rows"],
+    ),
+    Fault(
+        "torch-ops-a-byte-for-each-value",
+        TORCH_OPS,
+        "return call.x.new_empty(shape.values(call.fmt), dtype=",
+        "return call.x.new_empty((*shape.batch_shape, shape.mn, shape.k), dtype=",
+        [f"{ON_TORCH_FP4}::test_fakes_have_the_shapes_dtypes_and_strides"],
+    ),
+    Fault(
+        "reachable-a-byte-for-each-value",
+        REACHABLE,
+        "return columns // per_byte * dtype.itemsize",
+        "return columns * dtype.itemsize",
+        [f"{ON_WARM_UP}::test_nothing_is_compiled_after_a_warm_up"],
+    ),
+    Fault(
+        "reachable-one-upper-scale-for-all-groups",
+        REACHABLE,
+        "of_groups = (False, True)",
+        "of_groups = (False,)",
+        [f"{ON_WARM_UP}::test_a_warm_up_has_an_upper_scale_of_each_group"],
+    ),
+    Fault(
+        "call-range-scales-of-rows-not-given",
+        CALL_RANGE,
+        "upper=DECODE if self.operation == DEQUANTIZE else None",
+        "upper=None",
+        [f"{ON_WARM_UP}::test_nothing_is_compiled_after_a_warm_up"],
     ),
 ]
