@@ -64,12 +64,12 @@ def results(x: torch.Tensor, name: str, factor: float) -> list[Result]:
     """Return the results of every numerics of a format, one for those with equal bits."""
     base = cq.NAMED_FORMATS[name].replace(scale_layout="row_major")
     choices = base.values, base.group_size, base.scale_dtype, base.round_scale
-    given = {"amax": x.abs().amax().float() * factor} if base.upper_scale else {}
+    amax = x.abs().amax().float() * factor if base.upper_scale else None
     found: dict[bytes, tuple[list[str], torch.Tensor, torch.Tensor, float]] = {}
     for numerics in known_numerics(*choices):
         fmt = base.replace(numerics=numerics)
-        q, sf = cq.quantize(x, fmt, **given)
-        y = cq.dequantize(q, sf, fmt, dtype=torch.float32, **given).double()
+        q, sf = cq.quantize(x, fmt, amax=amax)
+        y = cq.dequantize(q, sf, fmt, dtype=torch.float32, amax=amax).double()
         codes = q.view(torch.uint8)
         if fmt.value_type.per_byte == 2:
             codes = torch.stack([codes & 0xF, codes >> 4], -1).flatten(-2)
@@ -151,7 +151,7 @@ def _draw(drawing: Drawing, result: Result, largest: float, colour: str, y: floa
         Box(LEFT[2], y + 8, length, 18, colour, "line"),
         Words(LEFT[2] + length + 6, y + 22, f"{result.error:.2%}", 12),
         Words(LEFT[3], y + 16, f"{result.different:,}", 12),
-        Words(LEFT[3], y + 32, f"{result.negative_zeros:,} are −0", 11, colour="muted"),
+        Words(LEFT[3], y + 32, f"{result.negative_zeros:,} are -0", 11, colour="muted"),
     )
 
 
