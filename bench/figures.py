@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import masked, report, sass, stage_report
+from bench import masked, numerics, report, sass, stage_report
 from bench.names import CUTE_QUANT, EMPTY_LIKE, NEG, PDL, STREAM
 from bench.results import Results
 from cute_quant import NVFP4
@@ -182,6 +182,7 @@ def main() -> None:
     stage_report.draw(results, STAGES.with_suffix(".png"), main_column(results))
     for name, choices in PICTURES.items():
         draw(make_layout(**choices), LAYOUTS / f"{name}.svg")
+    numerics.main()
     data = json.loads(SWEEP.read_text(encoding="utf-8"))
     drawing = sweep_report.plot(from_json(data), origin(data))
     (LAYOUTS / "sweep.svg").write_text(drawing.svg(), encoding="utf-8")

@@ -204,7 +204,7 @@ RAISED: dict[str, Callable[[], object]] = {
     "sf: expected a tensor of float8_e8m0fnu": (
         lambda: cq.dequantize(*cq.quantize(bf16(4, 256)), cq.MXFP8)
     ),
-    "group_size: expected 32 for scale_layout='128x4'": lambda: cq.MXFP8.replace(group_size=128),
+    "group_size: expected 32 for scale_layout=128x4": lambda: cq.MXFP8.replace(group_size=128),
     "check: expected False under a tracer": (
         lambda: torch.export.export(Checked(), (bf16(2, 4, 256), torch.ones(2, dtype=torch.int32)))
     ),

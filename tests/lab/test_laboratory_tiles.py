@@ -12,8 +12,6 @@ from cute_quant import (
     MXFP8,
     NVFP4,
 )
-from cute_quant.contract import reference
-from cute_quant.contract.calls import Call
 from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.contract.upper_scales import ENCODE, UpperScale
 from cute_quant.kernels.config import ALONG, DOWN, LOAD_HINTS, Access, Domain, QuantizeSpec, Tile
@@ -57,15 +55,6 @@ TILES = {
 }
 
 
-def reference_into(upper):
-    """Return the reference as a function such as the oracle's, which knows no FP4."""
-
-    def quantize_into(x, q, sf, fmt):
-        reference.quantize_into(Call(x, fmt, upper=upper), q, sf)
-
-    return quantize_into
-
-
 def check(kernels, arch, tile, fmt, dtype, access, mn, k, batch=()):
     """Run a kernel into poisoned memory; every byte of it must be the oracle's."""
     tile.check(fmt, dtype, access)
@@ -79,15 +68,11 @@ def check(kernels, arch, tile, fmt, dtype, access, mn, k, batch=()):
         for _ in range(2)
     ]
     spec = QuantizeSpec(dtype, fmt, tile, Domain(batched=bool(batch)), access)
-    upper, expected = None, oracle.quantize_into
-    if fmt.value_type.per_byte > 1:
-        upper = UpperScale(ENCODE, torch.ones(1)) if fmt.upper_scale else None
-        spec = spec._replace(upper=upper and upper.kind)
-        expected = reference_into(upper)
-    scale = upper and upper.tensor
-    operands = x, *results[0], scale, None, None, 0, 1, 1, fmt.floor
+    upper = UpperScale(ENCODE, torch.ones(1)) if fmt.upper_scale else None
+    spec = spec._replace(upper=upper and upper.kind)
+    operands = x, *results[0], upper and upper.tensor, None, None, 0, 1, 1, fmt.floor
     kernels.get(spec, arch)(*operands, outputs=results[0])
-    expected(x, *results[1], fmt)
+    oracle.quantize_into(x, *results[1], fmt, upper=upper)
     for name, actual, expected in zip(("q", "sf"), *results, strict=True):
         assert_same_storage(name, actual, expected)
 
