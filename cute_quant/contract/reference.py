@@ -455,11 +455,13 @@ def quantize_into(
         call: a call that was checked. What else its prologue writes is written too.
         q: (..., q_rows, k), q_rows >= mn, or bytes of two values. Rows past mn become 0.
         sf: scales as the format lays them out. Padding rows become 0 if the storage has them.
-        row_scales: (..., mn), for the decode scales of rows, 0 of those that do not exist; None
-            without.
+        row_scales: (..., mn), for the decode scales of rows, 0 of those that do not exist, 1 where
+            rows have no columns; None without.
     """
     x, fmt, rows, prologue = call.x, call.fmt, call.rows, call.prologue
     if x.shape[-1] == 0:
+        if row_scales is not None:
+            row_scales.fill_(1.0)
         return
     live, source = live_rows(x, rows, call.index)
     match prologue:

@@ -371,6 +371,8 @@ def _execute(plan: Plan, call: Call) -> Results:
         _check_regions(call, q_region, Region("out sf", sf.data_ptr(), sf_bytes))
     kernel = plan.kernel
     if kernel is None:
+        if row_scales is not None:
+            row_scales.fill_(1.0)
         return results
     row_data = None if rows is None else rows.data
     upper = row_scales if call.upper is None else call.upper.tensor

@@ -148,8 +148,8 @@ class Stage:
         self.groups_per_tile = tile.groups(fmt.group_size)
         self.groups_per_unit = fmt.groups_per_unit
         # Each unit of scales in a tile is written if its first group exists.
-        self.tiles_have_units = self.groups_per_unit == 1 or (
-            not self.whole_row and self.groups_per_tile > self.groups_per_unit
+        self.tiles_have_units = not self.whole_row and (
+            self.groups_per_unit == 1 or self.groups_per_tile > self.groups_per_unit
         )
         self.rows_at_once = min(tile.rows_per_thread, self.lanes_per_group)
 
