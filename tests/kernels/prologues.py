@@ -11,9 +11,9 @@ from cute_quant.contract.prologues import make_rms_norm, make_silu_mul
 from cute_quant.contract.rows import Masked
 from tests.helpers import (
     assert_quantized_within,
-    poisoned_scales,
-    poisoned_values,
+    poisoned_results,
     storage_bits,
+    upper_scale,
 )
 from tests.kernels.cases import assert_same_storage, poisoned_matrix, strided
 from tests.kernels.emulated_gpu import Gpu
@@ -58,13 +58,33 @@ def check_silu_mul(
     x = torch.stack((gate, up), 2).flatten(1) if interleaved else torch.cat((gate, up), 1)
     x = strided(x.view(*batch, mn, 2 * k), 2 * k)
     weight = torch.linspace(-2, 3, rows).view(*batch, mn) if weighted else None
-    q = poisoned_values(mn + extra_rows, k, "cpu", fmt.values, batch)
-    sf = poisoned_scales(fmt, mn, k, "cpu", last_padding, batch)
+    results = poisoned_results(fmt, mn, k, "cpu", extra_rows, last_padding, batch)
     options = {"clamp": None, "alpha": 1.0, "beta": 0.0} | numbers
     prologue = make_silu_mul(interleaved=interleaved, rounding=rounding, weight=weight, **options)
-    gpu.quantize(x, q, sf, fmt, prologue=prologue)
     bounds = silu_bounds(x, weight, rounding, interleaved=interleaved, **numbers)
-    assert_quantized_within(q, sf, fmt, *bounds)
+    quantize_within(gpu, x, results, fmt, bounds, prologue=prologue)
+
+
+def quantize_within(
+    gpu: Gpu,
+    x: torch.Tensor,
+    results: tuple[torch.Tensor, ...],
+    fmt: Format,
+    bounds: Bounds,
+    rows: Masked | None = None,
+    index: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+    **options: object,
+) -> None:
+    """Run a call into `results`, under an upper scale that fits, and compare it with its bounds."""
+    q, sf, *row_scales = results
+    choices = {
+        "upper": upper_scale(bounds.values.float(), fmt),
+        "row_scales": row_scales[0] if row_scales else None,
+    }
+    gpu.quantize(x, q, sf, fmt, rows, index, **options, **choices)
+    flat = bounds if index is None else Bounds(*(t.flatten(0, -2) for t in bounds))
+    assert_quantized_within(q, sf, fmt, *flat, rows, places, **choices)
 
 
 def rows_of(mn: int, k: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -118,14 +138,11 @@ def check_rms_norm(
         total = total + added.float()
     if normalized:
         outputs["normalized"] = poisoned_matrix(shape, strides, dtype)
-    q = poisoned_values(mn + extra_rows, k, "cpu", fmt.values, batch)
-    sf = poisoned_scales(fmt, mn, k, "cpu", last_padding, batch)
+    results = poisoned_results(fmt, mn, k, "cpu", extra_rows, last_padding, batch)
     prologue = make_rms_norm(weight, eps=eps, weight_offset=offset, rounding=rounding, **outputs)
-    gpu.quantize(strided(x, k), q, sf, fmt, rows, index, prologue)
-
     bounds = norm_bounds(total, weight, eps, offset, rounding, dtype)
-    flat = bounds if index is None else Bounds(*(t.flatten(0, -2) for t in bounds))
-    assert_quantized_within(q, sf, fmt, *flat, rows, places)
+    choices = rows, index, places
+    quantize_within(gpu, strided(x, k), results, fmt, bounds, *choices, prologue=prologue)
     if residual:
         expected = strided(total.to(dtype), k)
         for t in (sums, expected):

@@ -14,7 +14,7 @@ from cutlass.base_dsl.enums import Arch
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.cutlass_dsl import SMEM_CAPACITY_MAP, T, dsl_user_op
 
-from cute_quant import DEEP_GEMM, MXFP8, ROWWISE_FP8, quantize
+from cute_quant import DEEP_GEMM, MXFP4, MXFP8, NVFP4, ROWWISE_FP8, quantize
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
 from cute_quant.dispatch import presets
 from cute_quant.emulator.errors import EmulatorError
@@ -24,7 +24,13 @@ from cute_quant.kernels.architectures import ARCHITECTURES, FAMILIES
 from cute_quant.kernels.config import DequantizeSpec, QuantizeSpec
 from tests.helpers import FLOAT32, INPUT_DTYPES, UE8M0
 from tests.kernels import test_rms_norm, test_silu_mul
-from tests.kernels.cases import check, check_dequantize, check_fake, special_groups
+from tests.kernels.cases import (
+    check,
+    check_dequantize,
+    check_fake,
+    quantized,
+    special_groups,
+)
 from tests.kernels.emulated_gpu import Gpu
 from tests.kernels.prologues import check_rms_norm, check_silu_mul
 from tests.kernels.test_quantize import MIXED, mixed_id
@@ -233,12 +239,12 @@ def inputs():
 @every_name
 def test_smoke(kernels, arch, inputs):
     gpu = Gpu(kernels, arch)
-    x, quantized = inputs
+    x, results = inputs
     check(gpu, x, UE8M0, extra_rows=1)
     check(gpu, x.view(1, 5, 640), FLOAT32, rows=Masked(torch.tensor([3], dtype=torch.int32)))
     check_silu_mul(gpu, 3, 128, UE8M0)
     check_rms_norm(gpu, 3, 128, UE8M0)
-    check_dequantize(gpu, *quantized, UE8M0, BF16)
+    check_dequantize(gpu, *results, UE8M0, BF16)
     pdl = {kernel.kernel.spec.pdl for kernel in gpu.launched if hasattr(kernel.kernel, "spec")}
     assert pdl == {architectures.named(arch).pdl}
     assert all(kernel.program.kernel.target == arch for kernel in gpu.launched)
@@ -304,10 +310,14 @@ def test_norms(kernels, arch, variant):
         (FP32, MXFP8, 416),
         (FP16, ROWWISE_FP8, 520),
         (BF16, FLOAT32.replace(group_size=16, values=torch.int8), 130),
+        (BF16, NVFP4, 130),
+        (FP32, MXFP4, 416),
+        (FP16, NVFP4.replace(row_scale=True), 520),
     ],
     ids=str,
 )
 def test_there_and_back(kernels, arch, dtype, fmt, k):
     gpu, x = Gpu(kernels, arch), special_groups(9, k, dtype, 1, fmt)
     check_fake(gpu, x, fmt)
-    check_dequantize(gpu, *quantize(x, fmt), fmt, dtype)
+    (q, sf), upper = quantized(x, fmt)
+    check_dequantize(gpu, q, sf, fmt, dtype, upper)

@@ -217,12 +217,24 @@ def test_every_upper_scale(gpu, kind):
 
 def test_groups_beside_each_step_of_an_e4m3_scale(gpu):
     """All e4m3 scales, the ties between them, and the floats beside those; underflow among them."""
-    codes = torch.arange(0x7F, dtype=torch.uint8).view(E4M3).float()
+    codes = torch.arange(0x7F, dtype=torch.uint8).view(E4M3).double()
     steps = torch.cat([codes, (codes[1:] + codes[:-1]) / 2])
-    amax = torch.cat([steps, *(steps.nextafter(torch.tensor(v)) for v in (0.0, torch.inf))]) * 6
-    x = amax[:, None] * torch.linspace(-1, 1, 16)
-    x = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 4)).view(-1, 64)
-    check(gpu, x, NVFP4, upper=UpperScale("encode_scale", torch.ones(())))
+    encode = torch.tensor([1.0, 1.7, 3.3e5, 0.01])
+    amax = (steps * 6 / encode.double()[:, None]).float()
+    amax = torch.cat([amax, *(amax.nextafter(torch.tensor(v)) for v in (0.0, torch.inf))], 1)
+    x = amax.unsqueeze(2) * torch.linspace(-1, 1, 16)
+    x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % 4)).view(4, -1, 64)
+    check(gpu, x, NVFP4, upper=UpperScale("encode_scale", encode))
+
+
+def test_rows_of_several_tiles_a_thread(kernels, arch):
+    """The amax of each row lies in another tile."""
+    x = torch.randn(4, 1040, generator=torch.Generator().manual_seed(1)).to(BF16)
+    for row, column in enumerate((3, 520, 1000, 1039)):
+        x[row, column] = 30.0
+    gpu = Gpu(kernels, arch, tiles_per_thread=2, max_warps=2)
+    check(gpu, x, PER_ROW)
+    assert gpu.launched[-1].kernel.spec.tiles_per_thread == 2
 
 
 def test_every_tie_of_two_codes(gpu):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8, Masked
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, NVFP4, ROWWISE_FP8, Masked
 from cute_quant.contract.prologues import FUSED, make_rms_norm
 from cute_quant.emulator.errors import EmulatorError
 from cute_quant.kernels.config import Tile
@@ -33,6 +33,9 @@ FORMATS = (
     (BF16, DEEP_GEMM.replace(scale_layout="row_major", group_size=256), 640),
     (BF16, ROWWISE_FP8, 1040),
     (FP16, DEEP_GEMM.replace(group_size=-1), 520),
+    (FP32, NVFP4, 130),
+    (BF16, MXFP4.replace(scale_layout="8x4"), 416),
+    (BF16, NVFP4.replace(scale_layout="row_major_packed", row_scale=True), 1040),
 )
 WIDE = {"tiles_per_thread": 2, "max_warps": 32}
 """Rows of many warps, each with two tiles."""

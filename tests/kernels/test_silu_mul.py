@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, NVFP4, ROWWISE_FP8
 from cute_quant.contract.prologues import FUSED, make_silu_mul
 from tests.helpers import (
     FLOAT32,
@@ -40,6 +40,9 @@ FORMATS = (
     (BF16, ROWWISE_FP8, 1040),
     (FP16, DEEP_GEMM.replace(group_size=-1), 520),
     (BF16, DEEP_GEMM.replace(scale_layout="row_major", group_size=256), 640),
+    (BF16, NVFP4, 416),
+    (FP16, MXFP4.replace(scale_layout="mn_major_packed"), 520),
+    (BF16, NVFP4.replace(scale_layout="row_major", row_scale=True), 130),
 )
 
 

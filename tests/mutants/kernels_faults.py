@@ -986,7 +986,7 @@ FAULTS = [
         SCALES,
         "return largest * (upper.encode * sixth)",
         "return largest * upper.encode * sixth",
-        [f"{ON_QUANTIZE_KERNEL}::test_upper_scales", f"{ON_QUANTIZE_KERNEL}::test_fp4"],
+        [f"{ON_QUANTIZE_KERNEL}::test_groups_beside_each_step_of_an_e4m3_scale"],
     ),
     Fault(
         "stage-codes-of-groups-that-are-not-finite",
@@ -1035,7 +1035,7 @@ FAULTS = [
         WHOLE_ROWS,
         "amax = functools.reduce(cutlass.max, amaxes)",
         "amax = amaxes[0]",
-        [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4:row_scale]"],
+        [f"{ON_QUANTIZE_KERNEL}::test_rows_of_several_tiles_a_thread"],
     ),
     Fault(
         "layouts-words-of-rows",
