@@ -95,9 +95,9 @@ def factors_of_amax(amax: Float32, floor: Float32) -> Factors:
     bounded = cute.arch.fmax(amax, Float32(UPPER_MAX / MAX_UPPER_SCALE), nan=True)
     encode = arithmetic.divide(Float32(UPPER_MAX * HEADROOM), bounded * Float32(HEADROOM))
     # An amax that is Inf or below 0 has no scale.
-    finite = amax.bitcast(Uint32) < Uint32(FLOAT32_INFINITY)
-    encode = encode if finite else Uint32(FLOAT32_NAN).bitcast(Float32)
-    encode = Float32(1.0) if amax == 0.0 else encode
+    bits = amax.bitcast(Uint32)
+    encode = encode if bits < Uint32(FLOAT32_INFINITY) else Uint32(FLOAT32_NAN).bitcast(Float32)
+    encode = Float32(1.0) if bits << 1 == Uint32(0) else encode
     return Factors(encode, arithmetic.reciprocal(encode), floor)
 
 
