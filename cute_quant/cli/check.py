@@ -305,7 +305,8 @@ def _results(spec: Spec, device: str) -> Results:
     shape = (FEW_ROWS, k) if domain.gathered else (*batch_shape, mn, k)
     if isinstance(spec, SiluMulSpec):
         shape = (*shape[:-1], 2 * k)
-    x = _activations(shape, spec.dtype, generator)
+    # Under one scale for all rows, smaller ones would be 0.
+    x = _activations(shape, spec.dtype, generator, 3 if fmt.upper_scale else 14)
     decode_scales = None if spec.upper is None else _decode_scale(spec, x).to(device)
     upper: dict[str, Any] = _upper_scale(spec.upper, decode_scales)
     if domain.grouped:
@@ -407,11 +408,11 @@ def _size(spec: Spec) -> tuple[int, int]:
 
 
 def _activations(
-    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, octaves: int
 ) -> torch.Tensor:
-    """Rows of all magnitudes, and some with what is not finite."""
+    """Rows of magnitudes from 2^-octaves to 2^octaves, and some with what is not finite."""
     x = torch.randn(shape, generator=generator)
-    x *= 2.0 ** torch.randint(-14, 14, (*shape[:-1], 1), generator=generator)
+    x *= 2.0 ** torch.randint(-octaves, octaves, (*shape[:-1], 1), generator=generator)
     x[..., 1, :] = 0.0
     x[..., 2, 5] = float("nan")
     x[..., 3, 200] = float("inf")

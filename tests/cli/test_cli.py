@@ -468,6 +468,8 @@ def test_check_names_what_fails(monkeypatch, capsys):
 SPECS = [(spec, arch) for arch in ("sm_90a", "sm_100a") for spec in presets.of_each_kind(arch)]
 EXACT = [s for s, _ in SPECS if isinstance(s, (QuantizeSpec, DequantizeSpec))]
 COMPUTED = [s for s, _ in SPECS if isinstance(s, (SiluMulSpec, RmsNormSpec))]
+FP4_COMPUTED = [s for s in COMPUTED if s.fmt.value_type.per_byte == 2]
+COMPUTED = [s for s in COMPUTED if s.fmt.value_type.per_byte == 1]
 NORMS = [s for s in COMPUTED if isinstance(s, RmsNormSpec)]
 
 
@@ -607,6 +609,60 @@ def test_check_sees_a_norms_other_results(name):
         assert check._compare(spec, actual, expected) == 1
         flip(getattr(actual, name), 2, 0x40)
     with pytest.raises(check.WrongResult, match=rf"1 of \d+ .*{name} are not"):
+        check._compare(spec, actual, expected)
+
+
+SOME_FP4 = [
+    next(s for s in FP4_COMPUTED if isinstance(s, kind) and s.fmt is fmt)
+    for kind in (SiluMulSpec, RmsNormSpec)
+    for fmt in (cute_quant.NVFP4, cute_quant.MXFP4)
+]
+
+
+@pytest.fixture(scope="module", params=SOME_FP4, ids=keys.spec_name)
+def computed_fp4(request: pytest.FixtureRequest) -> tuple[Spec, check.Results]:
+    return request.param, check._results(request.param, "cpu")
+
+
+def test_check_counts_each_value_of_a_byte(computed_fp4):
+    """The lowest bit of a code is that of a neighbour, bit 4 of a byte that of another value."""
+    spec, expected = computed_fp4
+    actual = copied(expected)
+    flip(actual.values, 3, 0x01)
+    assert check._compare(spec, actual, expected) == 3
+    flip(actual.values, 2, 0x10)
+    assert check._compare(spec, actual, expected) == 5
+
+
+@pytest.mark.parametrize("bit", [0x04, 0x40])
+def test_check_sees_fp4_values_that_are_far_off(computed_fp4, bit):
+    spec, expected = computed_fp4
+    actual = copied(expected)
+    flip(actual.values, 8, bit)
+    with pytest.raises(check.WrongResult, match=r"of \d+ values are not neighbours"):
+        check._compare(spec, actual, expected)
+
+
+def test_check_sees_wrong_scales_of_fp4(computed_fp4):
+    spec, expected = computed_fp4
+    actual = copied(expected)
+    flip(actual.scales, 1, 0x10)
+    with pytest.raises(check.WrongResult, match=r"scales are not neighbours"):
+        check._compare(spec, actual, expected)
+
+
+def test_check_sees_wrong_scales_of_rows():
+    fmt = cute_quant.NVFP4.replace(row_scale=True)
+    spec = next(
+        s
+        for s in presets.all_kernels("sm_90a")
+        if isinstance(s, QuantizeSpec) and s.fmt is fmt and not s.fake
+    )
+    expected = check._results(spec, "cpu")
+    actual = copied(expected)
+    assert check._compare(spec, actual, expected) is None
+    flip(actual.decode_scales, 1, 1)
+    with pytest.raises(check.WrongResult, match=r"1 of \d+ bytes of decode scales are not"):
         check._compare(spec, actual, expected)
 
 

@@ -10,10 +10,12 @@ TENSORS = "contract/tensors.py"
 PROLOGUES = "contract/prologues.py"
 ROWS = "contract/rows.py"
 DTYPES = "contract/dtypes.py"
+UPPER_SCALES = "contract/upper_scales.py"
 
 ON_INPUTS = "tests/contract/test_inputs.py"
 ON_OUTPUTS = "tests/contract/test_outputs.py"
 ON_REFERENCE = "tests/contract/test_reference.py"
+ON_UPPER_SCALE = "tests/contract/test_upper_scale.py"
 ON_SILU = "tests/contract/test_silu_mul.py"
 ON_NORM = "tests/contract/test_rms_norm.py"
 ON_FORMATS = "tests/contract/test_formats.py"
@@ -89,15 +91,15 @@ FAULTS = [
     Fault(
         "reference-values-divided",
         REFERENCE,
-        "values = _in_groups(x.float(), fmt) * multipliers.unsqueeze(-1)",
-        "values = _in_groups(x.float(), fmt) / (1.0 / multipliers.unsqueeze(-1))",
+        "values = groups * (1.0 / scales).unsqueeze(-1)",
+        "values = groups / scales.unsqueeze(-1)",
         [f"{ON_REFERENCE}::test_exact_oracle_of_float32_scales"],
     ),
     Fault(
         "reference-nan-codes",
         REFERENCE,
-        "codes.where(finite.unsqueeze(-1), fmt.value_type.nan_byte)",
-        "codes.where(finite.unsqueeze(-1), 0xFF)",
+        "return codes.where(~nan, value_type.nan_byte).view(fmt.values)",
+        "return codes.where(~nan, 0xFF).view(fmt.values)",
         [f"{ON_REFERENCE}::test_one_special_value_poisons_its_group_alone"],
     ),
     Fault(
@@ -312,8 +314,8 @@ FAULTS = [
     Fault(
         "formats-floor-in-shared-code",
         FORMATS,
-        "same_code = self.min_scale == DEFAULT_MIN_SCALE",
-        "same_code = True",
+        "kernel_format=self if self.min_scale is None else self.replace(min_scale=None),",
+        "kernel_format=self,",
         [f"{ON_FORMATS}::test_kernel_format"],
     ),
     Fault(
@@ -337,8 +339,8 @@ FAULTS = [
     Fault(
         "formats-text-without-numerics",
         CHOICES,
-        'for name in ("min_scale", "numerics"):',
-        'for name in ("min_scale",):',
+        "        if value != default:",
+        '        if value != default and name != "numerics":',
         [f"{ON_FORMATS}::test_text_is_different_for_each_format"],
     ),
     Fault(
@@ -358,7 +360,7 @@ FAULTS = [
     Fault(
         "formats-subnormal-floor-of-floats",
         CHOICES,
-        "lowest = 0.0 if scale_dtype is torch.float8_e8m0fnu else SMALLEST_NORMAL",
+        "lowest = SMALLEST_NORMAL if scale_dtype is torch.float32 else 0.0",
         "lowest = 0.0",
         [f"{ON_FORMATS}::test_value_of_min_scale"],
     ),
@@ -372,7 +374,7 @@ FAULTS = [
     Fault(
         "formats-blocks-of-any-group",
         CHOICES,
-        "if scale_layout == BLOCKED and group_size != BLOCKED_GROUP_SIZE:",
+        "if scale_layout in BLOCK_ROWS and group_size != BLOCKED_GROUP_SIZES[scale_dtype]:",
         "if False:",
         [f"{ON_FORMATS}::test_group_size_of_blocks"],
     ),
@@ -470,7 +472,7 @@ FAULTS = [
     Fault(
         "checks-tiles-of-a-norm",
         CHECKS,
-        "tile_rows = 1 if isinstance(prologue, RmsNorm) else MIN_TILE_ROWS",
+        "tile_rows = 1 if whole_rows else MIN_TILE_ROWS",
         "tile_rows = MIN_TILE_ROWS",
         [f"{ON_TENSORS}::test_most_rows_of_experts"],
     ),
@@ -609,5 +611,144 @@ FAULTS = [
         "return PrefixSum(data, alignment) if",
         "return PrefixSum(data) if",
         [f"{ON_TORCH_OPS}::test_compile_all_rows"],
+    ),
+    Fault(
+        "reference-later-nibble-below",
+        REFERENCE,
+        "(codes[..., 0::2] | codes[..., 1::2] << 4)",
+        "(codes[..., 1::2] | codes[..., 0::2] << 4)",
+        [f"{ON_UPPER_SCALE}::test_known_values"],
+    ),
+    Fault(
+        "reference-ties-of-e2m1-go-up",
+        REFERENCE,
+        "bounds = middles.where(even, below)",
+        "bounds = below",
+        [f"{ON_UPPER_SCALE}::test_known_values"],
+    ),
+    Fault(
+        "reference-sign-of-negative-zero",
+        REFERENCE,
+        "E2M1_SIGN * values.signbit()",
+        "E2M1_SIGN * (values < 0)",
+        [f"{ON_UPPER_SCALE}::test_known_values"],
+    ),
+    Fault(
+        "reference-multiplier-of-scale-0",
+        REFERENCE,
+        "return multipliers.where(scales != 0, 0.0)",
+        "return multipliers",
+        [f"{ON_UPPER_SCALE}::test_underflowing_groups"],
+    ),
+    Fault(
+        "reference-e4m3-scale-of-two-products",
+        REFERENCE,
+        "scales = amax * (encode * sixth)",
+        "scales = amax * encode * sixth",
+        [f"{ON_INPUTS}::test_random_bits", f"{ON_UPPER_SCALE}::test_every_kind_and_shape"],
+    ),
+    Fault(
+        "reference-e4m3-scale-of-nan",
+        REFERENCE,
+        "scales.where(amax.isfinite() & encode.isfinite(), torch.nan)",
+        "scales.where(encode.isfinite(), torch.nan)",
+        [
+            f"{ON_UPPER_SCALE}::test_scales_of_rows_are_those_of_single_matrices",
+            f"{ON_UPPER_SCALE}::test_every_kind_and_shape",
+        ],
+    ),
+    Fault(
+        "reference-row-scales-past-the-count",
+        REFERENCE,
+        "below = below_count(rows, mn, mn) if isinstance(rows, Masked) else torch.ones_like(live)",
+        "below = torch.ones_like(live)",
+        [f"{ON_UPPER_SCALE}::test_scales_of_rows_that_do_not_exist"],
+    ),
+    Fault(
+        "reference-row-scales-of-dead-rows",
+        REFERENCE,
+        "decode_scales = upper.decode.squeeze(-1).where(live, 0.0)",
+        "decode_scales = upper.decode.squeeze(-1)",
+        [f"{ON_UPPER_SCALE}::test_scales_of_rows_that_do_not_exist"],
+    ),
+    Fault(
+        "reference-scale-of-one-matrix-for-all",
+        REFERENCE,
+        "Factors(*(t.view(-1, 1, 1) for t in factors(call.upper)))",
+        "Factors(*(t.view(-1, 1, 1)[:1] for t in factors(call.upper)))",
+        [f"{ON_UPPER_SCALE}::test_every_kind_and_shape"],
+    ),
+    Fault(
+        "reference-check-of-scales-sees-dead-rows",
+        REFERENCE,
+        "source.abs().where(live.unsqueeze(2), 0)",
+        "source.abs()",
+        [f"{ON_UPPER_SCALE}::test_check_looks_at_each_matrix_and_at_rows_that_exist"],
+    ),
+    Fault(
+        "upper-scales-conventions-mixed-up",
+        UPPER_SCALES,
+        "if scale.kind == ENCODE else Factors(reciprocal, given)",
+        "if scale.kind == DECODE else Factors(reciprocal, given)",
+        [
+            f"{ON_UPPER_SCALE}::test_both_conventions_are_inverses",
+            f"{ON_UPPER_SCALE}::test_every_kind_and_shape",
+        ],
+    ),
+    Fault(
+        "upper-scales-encode-scale-of-zeros",
+        UPPER_SCALES,
+        "encode = encode.where(amax != 0, 1.0)",
+        "encode = encode",
+        [f"{ON_UPPER_SCALE}::test_encode_scale_of_an_amax"],
+    ),
+    Fault(
+        "upper-scales-without-a-limit",
+        UPPER_SCALES,
+        "amax.clamp(min=UPPER_MAX / MAX_UPPER_SCALE)",
+        "amax",
+        [f"{ON_UPPER_SCALE}::test_encode_scale_of_an_amax"],
+    ),
+    Fault(
+        "upper-scales-no-lower-limit",
+        UPPER_SCALES,
+        "(given >= 1 / MAX_UPPER_SCALE)",
+        "(given > 0)",
+        [f"{ON_UPPER_SCALE}::test_upper_scales_out_of_range"],
+    ),
+    Fault(
+        "checks-odd-columns-of-fp4",
+        CHECKS,
+        "if per_byte > 1 and known(k % per_byte != 0):",
+        "if False:",
+        [f"{ON_UPPER_SCALE}::test_odd_columns"],
+    ),
+    Fault(
+        "checks-shape-of-an-upper-scale",
+        CHECKS,
+        "if not any(same_sizes(t.shape, shape) for shape in shapes):",
+        "if False:",
+        [f"{ON_UPPER_SCALE}::test_bad_upper_scales"],
+    ),
+    Fault(
+        "checks-columns-of-a-row-scale",
+        CHECKS,
+        "if known(shape.k > MAX_NORM_COLUMNS):",
+        "if False:",
+        [f"{ON_UPPER_SCALE}::test_scales_of_rows_need_rows_in_registers"],
+    ),
+    Fault(
+        "formats-default-floor-has-two-objects",
+        FORMATS,
+        "if min_scale == default_min_scale(scale_dtype, numerics):",
+        "if False:",
+        [f"{ON_FORMATS}::test_the_default_has_a_name_and_is_one_object"],
+    ),
+    Fault(
+        "formats-rows-of-small-blocks",
+        CHOICES,
+        "BLOCKED_8: 8}",
+        "BLOCKED_8: 16}",
+        [f"{ON_INPUTS}::test_blocks_of_8_rows"],
     ),
 ]

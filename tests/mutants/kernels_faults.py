@@ -17,6 +17,9 @@ QUANTIZE = "kernels/quantize.py"
 SILU_MUL = "kernels/silu_mul.py"
 RMS_NORM = "kernels/rms_norm.py"
 DEQUANTIZE = "kernels/dequantize.py"
+UPPER_SCALES = "kernels/upper_scales.py"
+WHOLE_ROWS = "kernels/whole_rows.py"
+QUANTIZE_ROWS = "kernels/quantize_rows.py"
 
 ON_ARCHITECTURES = "tests/kernels/test_architectures.py"
 ON_LAUNCH_SHAPES = "tests/kernels/test_launch_shapes.py"
@@ -259,8 +262,8 @@ FAULTS = [
     Fault(
         "stage-exact-products-of-rounded-scales",
         STAGE,
-        "exact = self.fmt.power_of_two",
-        "exact = True",
+        "encodings.multiply_power_of_two if fmt.power_of_two else encodings.multiply",
+        "encodings.multiply_power_of_two",
         [f"{ON_QUANTIZE_KERNEL}::test_shapes"],
     ),
     Fault(
@@ -273,8 +276,8 @@ FAULTS = [
     Fault(
         "layouts-row-major-in-32-bits",
         LAYOUTS,
-        "stride=(_wide(groups) * cute.E(1), cute.E(1))",
-        "stride=(groups * cute.E(1), cute.E(1))",
+        "stride = _wide(columns) * cute.E(1)",
+        "stride = columns * cute.E(1)",
         [f"{ON_QUANTIZE_KERNEL}::test_scales_past_32_bits"],
     ),
     Fault(
@@ -301,8 +304,8 @@ FAULTS = [
     Fault(
         "layouts-blocks-not-interleaved",
         LAYOUTS,
-        "rows_stride = interleaved * BLOCK_GROUPS, BLOCK_GROUPS,",
-        "rows_stride = BLOCK_GROUPS, BLOCK_LANES * BLOCK_GROUPS,",
+        "modes = [(lanes, interleaved * BLOCK_GROUPS)]",
+        "modes = [(lanes, BLOCK_GROUPS)]",
         [f"{ON_LAYOUTS}::test_scales_in_blocks"],
     ),
     Fault(
@@ -518,7 +521,7 @@ FAULTS = [
     Fault(
         "arithmetic-reciprocal-without-newton",
         ARITHMETIC,
-        "error = cute.math.fma(Float32(0.0) - a, estimate, Float32(1.0))\n"
+        "error = cute.math.fma(-a, estimate, Float32(1.0))\n"
         "    return cute.math.fma(error, estimate, estimate)",
         "return estimate",
         [f"{ON_ARITHMETIC}::test_reciprocal_is_rounded_whatever_its_estimate"],
@@ -568,9 +571,9 @@ FAULTS = [
     Fault(
         "quantize-row-amax-of-the-last-tile",
         QUANTIZE,
-        "amax = scaling.larger(stage.dtype)(amax, scaling.thread_amax(tXrV))",
-        "amax = scaling.thread_amax(tXrV)",
-        [f"{ON_QUANTIZE_KERNEL}::test_formats[sm_90a-float32-int8:row:e8m0:mn_major_packed-1000]"],
+        "amax = self.stage.larger(amax, self.stage.thread_amax(tXrV))",
+        "amax = self.stage.thread_amax(tXrV)",
+        [f"{ON_QUANTIZE_KERNEL}::test_formats"],
     ),
     Fault(
         "quantize-second-row-from-the-first",
@@ -588,8 +591,8 @@ FAULTS = [
     ),
     Fault(
         "quantize-fake-of-rounded-scale",
-        QUANTIZE,
-        "factor = scaling.float32_of_multiplier(scale.multiplier, self.spec.fmt.ue8m0)",
+        STAGE,
+        "factor = scaling.float32_of_multiplier(scale.multiplier, fmt.ue8m0)",
         "factor = scale.multiplier",
         [f"{ON_QUANTIZE_KERNEL}::test_fake_quantize"],
     ),
@@ -658,7 +661,7 @@ FAULTS = [
     ),
     Fault(
         "norm-padding-scales-of-the-last-tile",
-        RMS_NORM,
+        WHOLE_ROWS,
         "last = stage.tiles(k)",
         "last = cute.ceil_div(k, stage.tile.columns)",
         [f"{ON_NORM_KERNEL}::test_padding_scales"],
@@ -686,7 +689,7 @@ FAULTS = [
     ),
     Fault(
         "norm-partials-not-zeroed",
-        RMS_NORM,
+        WHOLE_ROWS,
         "shared[lane] = type(value)(0)",
         "shared[lane] = shared[lane]",
         [f"{ON_NORM_KERNEL}::test_shapes_of_blocks"],
@@ -708,8 +711,8 @@ FAULTS = [
     Fault(
         "norm-row-amax-of-a-warp",
         RMS_NORM,
-        "amaxes = [arithmetic.thread_max(maxima.load())] * self.spec.tiles_per_thread",
-        "amaxes = amaxes * self.spec.tiles_per_thread",
+        "row_amax = arithmetic.thread_max(maxima.load())",
+        "pass",
         [f"{ON_NORM_KERNEL}::test_formats[sm_100a-torch.bfloat16-e4m3:row:float32:row_major-1040]"],
     ),
     Fault(
@@ -743,14 +746,14 @@ FAULTS = [
     Fault(
         "layouts-groups-of-dequantized-blocks",
         LAYOUTS,
-        "groups = cute.round_up(groups, BLOCK_GROUPS)",
-        "pass",
+        "rows, groups = cute.round_up(rows, block_rows), cute.round_up(groups, BLOCK_GROUPS)",
+        "rows = cute.round_up(rows, block_rows)",
         [f"{ON_QUANTIZE_KERNEL}::test_several_blocks_of_scales"],
     ),
     Fault(
         "dequantize-value-past-the-row",
         DEQUANTIZE,
-        "if exists and tXcX[0] < cute.size(gQ):",
+        "if exists and tXcX[0] < cute.size(gY):",
         "if exists:",
         [f"{ON_QUANTIZE_KERNEL}::test_dequantize"],
     ),
@@ -855,8 +858,8 @@ FAULTS = [
     Fault(
         "architectures-wide-loads-on-hopper",
         ARCHITECTURES,
-        '"sm_90a", (9, 0), widest_load=16,',
-        '"sm_90a", (9, 0), widest_load=32,',
+        '"sm_90a",\n    (9, 0),\n    widest_load=16,',
+        '"sm_90a",\n    (9, 0),\n    widest_load=32,',
         [f"{ON_ARCHITECTURES}::test_instructions"],
     ),
     Fault(
@@ -928,5 +931,117 @@ FAULTS = [
         "    if lookup.find_architecture(x.get_device()) is not None:\n",
         "    if x.is_cuda:\n",
         ["tests/dispatch/test_unsupported_gpu.py::test_quantize"],
+    ),
+    Fault(
+        "upper-scales-range-of-exponents",
+        UPPER_SCALES,
+        "SPAN_BITS = 2 * 117 << 23",
+        "SPAN_BITS = 2 * 118 << 23",
+        [f"{ON_QUANTIZE_KERNEL}::test_every_upper_scale"],
+    ),
+    Fault(
+        "upper-scales-one-for-all-matrices",
+        UPPER_SCALES,
+        "return self.replace(batch=batch)",
+        "return self",
+        [f"{ON_QUANTIZE_KERNEL}::test_upper_scales[sm_100a-6]"],
+    ),
+    Fault(
+        "upper-scales-amax-of-0",
+        UPPER_SCALES,
+        "encode = Float32(1.0) if amax == 0.0 else encode",
+        "encode = encode",
+        [f"{ON_QUANTIZE_KERNEL}::test_every_upper_scale[sm_100a-amax]"],
+    ),
+    Fault(
+        "upper-scales-amax-of-inf",
+        UPPER_SCALES,
+        "encode = encode if finite else Uint32(FLOAT32_NAN).bitcast(Float32)",
+        "encode = encode",
+        [f"{ON_QUANTIZE_KERNEL}::test_every_upper_scale[sm_100a-amax]"],
+    ),
+    Fault(
+        "scales-e4m3-of-inf",
+        SCALES,
+        "scale = cute.math.fma(largest, Float32(0.0), scale)",
+        "scale = scale",
+        [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4]"],
+    ),
+    Fault(
+        "scales-e4m3-floor-drops-nan",
+        SCALES,
+        "scale = cute.arch.fmax(scale, upper.floor, nan=True)",
+        "scale = cute.arch.fmax(scale, upper.floor)",
+        [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4]"],
+    ),
+    Fault(
+        "scales-multiplier-of-an-e4m3-scale-of-0",
+        SCALES,
+        "return cute.arch.fmax(multiplier, Float32(0.0))",
+        "return multiplier",
+        [f"{ON_QUANTIZE_KERNEL}::test_groups_beside_each_step_of_an_e4m3_scale"],
+    ),
+    Fault(
+        "scales-e4m3-of-two-products",
+        SCALES,
+        "return largest * (upper.encode * sixth)",
+        "return largest * upper.encode * sixth",
+        [f"{ON_QUANTIZE_KERNEL}::test_upper_scales", f"{ON_QUANTIZE_KERNEL}::test_fp4"],
+    ),
+    Fault(
+        "stage-codes-of-groups-that-are-not-finite",
+        STAGE,
+        "encodings.clear_unless(scaling.is_number(scale, fmt), tXrQ)",
+        "pass",
+        [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4]"],
+    ),
+    Fault(
+        "stage-fake-without-the-upper-scale",
+        STAGE,
+        "factor = factor * bound.decode",
+        "factor = factor",
+        [f"{ON_QUANTIZE_KERNEL}::test_multiplying_fp4_back[sm_100a-e2m1:16:e4m3:128x4]"],
+    ),
+    Fault(
+        "encodings-decoded-nibbles-swapped",
+        ENCODINGS,
+        "pair = words[i] >> 4 * j",
+        "pair = words[i] >> 4 * (j ^ 1)",
+        [f"{ON_QUANTIZE_KERNEL}::test_multiplying_fp4_back[sm_100a-e2m1:16:e4m3:128x4]"],
+    ),
+    Fault(
+        "encodings-coarse-codes-by-arithmetic",
+        ENCODINGS,
+        "coarse = cute.math.fma(magnitude, Float32(0.5), Float32(_INTEGERS + 4))",
+        "coarse = steps",
+        [f"{ON_QUANTIZE_KERNEL}::test_every_tie_of_two_codes[sm_90a]"],
+    ),
+    Fault(
+        "rows-store-scales-of-dead-rows",
+        WHOLE_ROWS,
+        "scale if row.exists else Float32(0.0)",
+        "scale",
+        [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4:row_scale]"],
+    ),
+    Fault(
+        "rows-store-scales-past-the-count",
+        WHOLE_ROWS,
+        "if lane == 0 and warp == 0 and row.index < problem.num_rows:",
+        "if lane == 0 and warp == 0:",
+        [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4:row_scale]"],
+    ),
+    Fault(
+        "rows-amax-of-the-first-tile",
+        WHOLE_ROWS,
+        "amax = functools.reduce(cutlass.max, amaxes)",
+        "amax = amaxes[0]",
+        [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4:row_scale]"],
+    ),
+    Fault(
+        "layouts-words-of-rows",
+        LAYOUTS,
+        "return cute.make_layout(shape, stride=(stride, (cute.E(0), cute.E(1))))",
+        "return cute.make_layout(shape, stride=(stride, (cute.E(1), cute.E(0))))",
+        [f"{ON_LAYOUTS}::test_scales_are_where_the_strides_say"],
     ),
 ]
