@@ -172,6 +172,11 @@ def make_layout(
         load_hint=load_hint,
     )
     layout = Layout(Tile(values, **tile), access, fmt, dtype)
+    if layout.tile.tiles_per_thread != 1:
+        raise ValueError(
+            f"tiles_per_thread: expected 1, to be drawn and tried, got "
+            f"{layout.tile.tiles_per_thread}"
+        )
     layout.tile.check(fmt, dtype, access)
     return layout
 

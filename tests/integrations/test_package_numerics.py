@@ -17,7 +17,7 @@ from cute_quant.contract.upper_scales import DECODE, ENCODE, UpperScale
 from cute_quant.emulator.host import C_COMPILER
 from tests.helpers import ARCHITECTURES
 from tests.peers import formulas
-from tests.peers.groups import BF16_KINDS, KINDS, UPPER_SCALES, groups
+from tests.peers.groups import BF16_KINDS, KINDS, UPPER_SCALES, groups, neighbours
 
 Formula = Callable[..., formulas.Quantized]
 Quantize = Callable[..., tuple[torch.Tensor, ...]]
@@ -214,7 +214,12 @@ def test_kernels(name, numerics, arch, kernels):
         for kind in BF16_KINDS if dtype is not torch.float32 else KINDS:
             x = in_dtype(some_groups(size, kind), dtype).view(-1, ROW_GROUPS * size)
             check(x, name, numerics, encode_scale(UPPER_SCALES[len(kind) % 4]), quantize)
-    if name == "NVFP4":
+    if name != "NVFP4":
+        x = np.zeros((ROW_GROUPS, size), np.float32)
+        largest = cq.NAMED_FORMATS[name].value_type.max
+        x[:8, 0] = neighbours(np.array([largest * 2.0**-127]))
+        check(in_dtype(x, torch.float32).view(1, -1), name, numerics, encode_scale(1.0), quantize)
+    else:
         scales = scales_of_the_domain(64)
         x = groups(16, "underflowing")[: 64 * 8].reshape(64, 2, 64).astype(np.float64)
         x = (x * 2.0**14 / scales[:, None, None]).clip(-3e38, 3e38).astype(np.float32)

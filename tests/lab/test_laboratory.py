@@ -229,6 +229,7 @@ def test_names_tell_layouts_apart():
         ({"fmt": NVFP4, "values_per_thread": 4}, "a power of two from 8 on"),
         ({"fmt": NVFP4, "values_per_thread": 32}, "a divisor of group_size 16"),
         ({"fmt": NVFP4.replace(row_scale=True)}, "row_scale: expected False"),
+        ({"tiles_per_thread": 2}, "tiles_per_thread: expected 1"),
         ({"load_bytes": 64}, "load_bytes: expected a power of two from 2 to 32"),
         ({"column_warps": 16}, "at most 1024 threads"),
         ({"fmt": DEEP_GEMM_SM90.replace(group_size=-1)}, "got whole rows"),

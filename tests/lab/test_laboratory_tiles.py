@@ -37,10 +37,10 @@ TILES = {
     "1 thread a group": (Tile(128, row_warps=1), UE8M0, BF16, Access(32, 32)),
     "32 threads a group": (Tile(4), UE8M0, BF16, Access(8, 4)),
     "4 packs along k": (Tile(16, 1, 1, 4), UE8M0, BF16, Access()),
-    "2 packs, 2 rows, along": (Tile(16, 2, 2, 2, ALONG), UE8M0, BF16, Access()),
-    "2 packs, float32": (Tile(16, 2, 1, 2, DOWN), FLOAT32, BF16, Access()),
-    "half a word a warp, 3 along k": (Tile(8, 2, 2, 3, ALONG, DOWN), UE8M0, BF16, Access(16, 8)),
-    "CTAs down first": (Tile(16, 4, 1, 1, DOWN, DOWN), UE8M0, BF16, Access()),
+    "2 packs, 2 rows, along": (Tile(16, 2, 2, 2, 1, ALONG), UE8M0, BF16, Access()),
+    "2 packs, float32": (Tile(16, 2, 1, 2, 1, DOWN), FLOAT32, BF16, Access()),
+    "half a word a warp, 3 along k": (Tile(8, 2, 2, 3, 1, ALONG, DOWN), UE8M0, BF16, Access(16, 8)),
+    "CTAs down first": (Tile(16, 4, 1, 1, 1, DOWN, DOWN), UE8M0, BF16, Access()),
     "8 rows a thread": (Tile(16, 2, 8), UE8M0, BF16, Access()),
     "narrow": (Tile(), UE8M0, BF16, Access(4, 2)),
     "2 packs of 16 groups": (Tile(16, 2, 1, 2), DEEP_GEMM_32, BF16, Access()),
@@ -50,6 +50,7 @@ TILES = {
     "NVFP4, 4 rows of 1 lane": (Tile(16, 2, 4), NVFP4, BF16, Access(32, 8)),
     "NVFP4, 2 warps along k, 8x4": (Tile(16, 2, 1, 2), NVFP4_8, FP32, Access(32, 8)),
     "MXFP4, 32 values": (Tile(32, 2, 2), MXFP4, BF16, Access(32, 16)),
+    "NVFP4, 2 tiles a thread": (Tile(tiles_per_thread=2), NVFP4, BF16, Access(32, 8)),
     "NVFP4, packed": (Tile(16, 2, 2), NVFP4_PACKED, BF16, Access(32, 8)),
     **{hint: (Tile(), UE8M0, BF16, Access(load_hint=hint)) for hint in LOAD_HINTS},
 }
@@ -62,7 +63,7 @@ def check(kernels, arch, tile, fmt, dtype, access, mn, k, batch=()):
     x = special_groups(rows, k, dtype, k, fmt).view(*batch, mn, k)
     results = [
         (
-            poisoned_values(mn, fmt.value_columns(k), "cpu", fmt.values, batch),
+            poisoned_values(mn, k, "cpu", fmt.values, batch),
             poisoned_scales(fmt, mn, k, "cpu", batch_shape=batch),
         )
         for _ in range(2)
@@ -102,7 +103,7 @@ def test_hints_are_in_the_machine_code(arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", [UE8M0, FLOAT32, ROW_MAJOR])
 def test_warps_past_the_columns_of_one_matrix_leave_the_next_alone(kernels, fmt):
-    for tile in (Tile(16, 2, 1, 4), Tile(8, 1, 2, 3, ALONG)):
+    for tile in (Tile(16, 2, 1, 4), Tile(8, 1, 2, 3, 1, ALONG)):
         access = Access(store_bytes=8 if tile.values_per_thread == 8 else 16)
         access = Access(min(32, 2 * tile.values_per_thread), access.store_bytes)
         check(kernels, "sm_90a", tile, fmt, BF16, access, 6, 640, (3,))
