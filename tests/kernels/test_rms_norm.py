@@ -35,7 +35,7 @@ FORMATS = (
     (FP16, DEEP_GEMM.replace(group_size=-1), 520),
     (FP32, NVFP4, 130),
     (BF16, MXFP4.replace(scale_layout="8x4"), 416),
-    (BF16, NVFP4.replace(scale_layout="row_major_packed", row_scale=True), 1040),
+    (FP16, NVFP4.replace(scale_layout="row_major_packed", row_scale=True), 1040),
 )
 WIDE = {"tiles_per_thread": 2, "max_warps": 32}
 """Rows of many warps, each with two tiles."""
