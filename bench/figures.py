@@ -48,7 +48,7 @@ PICTURES: dict[str, dict[str, Any]] = {
 }
 """Choices of the layouts that are drawn."""
 
-SASS_KERNELS = ("bf16 -> e4m3, ue8m0, rows", "SiLU", "RMSNorm")
+SASS_KERNELS = ("bf16 -> e4m3, ue8m0, rows", "bf16 -> nvfp4", "bf16 -> mxfp4", "SiLU", "RMSNorm")
 """How the names of kernels start whose instructions are tabled."""
 
 PAGE: dict[str, Any] = {"rows_per_thread": 2, "row_warps": 2, "column_warps": 2}
@@ -107,7 +107,7 @@ def host_table() -> Iterable[str]:
 
 
 def sass_table() -> Iterable[str]:
-    """Return instructions of the kernels for bf16 and packed scales, beside the issue budget."""
+    """Return instructions of kernels for bf16, beside the issue budget."""
     gpus = {arch: architecture.gpu for arch, architecture in EXAMINED.items() if architecture.gpu}
     targets = (f"{arch}, of {gpu.name}'s budget" for arch, gpu in gpus.items())
     yield f"| kernel | {' | '.join(targets)} |"
