@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import shutil
 from typing import TYPE_CHECKING
@@ -31,12 +33,24 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if HAS_GPU:
-        return
-    deselected = [item for item in items if item.get_closest_marker("gpu")]
+    deselected = [item for item in items if not can_run(item)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        left_out = set(deselected)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def can_run(item: pytest.Item) -> bool:
+    """Return whether the GPU and the libraries that a test needs are there."""
+    if item.get_closest_marker("gpu") and not HAS_GPU:
+        return False
+    library = item.get_closest_marker("library")
+    return library is None or any(map(is_installed, library.args))
+
+
+@functools.cache
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

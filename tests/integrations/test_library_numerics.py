@@ -150,6 +150,7 @@ def torchao() -> tuple[ModuleType, ModuleType]:
     return mx_tensor, nvfp4_tensor
 
 
+@pytest.mark.library("torchao")
 @every_upper_scale
 @every_kind
 def test_nvfp4_of_torchao(torchao, kind, amax):
@@ -159,6 +160,7 @@ def test_nvfp4_of_torchao(torchao, kind, amax):
     check(formulas.nvfp4_torchao(x, decode_scale.item()), as_bytes(sf), unpacked(q))
 
 
+@pytest.mark.library("torchao")
 @every_kind
 def test_nvfp4_of_torchao_without_an_upper_scale(torchao, kind):
     x = groups(16, kind)
@@ -166,12 +168,14 @@ def test_nvfp4_of_torchao_without_an_upper_scale(torchao, kind):
     check(formulas.nvfp4_torchao(x, None), as_bytes(sf), unpacked(q))
 
 
+@pytest.mark.library("torchao")
 @pytest.mark.parametrize("mode", ["floor", "ceil", "even"])
 @every_kind
 def test_mx_of_torchao(torchao, kind, mode):
     check_mx_of_torchao(torchao, kind, mode)
 
 
+@pytest.mark.library("torchao")
 @every_kind_for_log2
 def test_mx_of_torchao_by_log2(torchao, kind):
     check_mx_of_torchao(torchao, kind, "rceil")
@@ -189,6 +193,7 @@ def check_mx_of_torchao(torchao, kind, mode):
 # DeepGEMM
 
 
+@pytest.mark.library("deep_gemm", "vllm")
 @pytest.mark.parametrize("amax", [None, *UPPER_SCALES])
 @every_kind
 def test_nvfp4_of_deep_gemm(kind, amax):
@@ -206,6 +211,7 @@ def test_nvfp4_of_deep_gemm(kind, amax):
     check(formulas.nvfp4_deepgemm(x, decode_scale), as_bytes(sf), unpacked(q))
 
 
+@pytest.mark.library("deep_gemm", "vllm")
 @every_kind
 def test_mx_of_deep_gemm(kind):
     math = libraries.deep_gemm_math()
@@ -220,6 +226,7 @@ def test_mx_of_deep_gemm(kind):
 # vLLM
 
 
+@pytest.mark.library("vllm")
 @every_upper_scale
 @every_kind
 def test_nvfp4_of_vllm(kind, amax):
@@ -231,6 +238,7 @@ def test_nvfp4_of_vllm(kind, amax):
     check(formulas.nvfp4_vllm_emulated(x, encode_scale.item()), sf, codes)
 
 
+@pytest.mark.library("vllm")
 @every_upper_scale
 @every_kind
 def test_dequantization_of_vllm(kind, amax):
@@ -244,6 +252,7 @@ def test_dequantization_of_vllm(kind, amax):
     np.testing.assert_array_equal(values.numpy().view(np.uint32), expected.view(np.uint32))
 
 
+@pytest.mark.library("vllm")
 @every_kind_for_log2
 def test_mxfp8_of_vllm(kind):
     x = groups(32, kind)
@@ -271,6 +280,7 @@ def without_negative_zero(
     return sf, np.where(products == 0, np.uint8(0), codes)
 
 
+@pytest.mark.library("transformer_engine")
 @every_upper_scale
 @every_kind
 def test_nvfp4_of_te(kind, amax):
@@ -281,6 +291,7 @@ def test_nvfp4_of_te(kind, amax):
     check(expected, *reference_of_te(x, largest))
 
 
+@pytest.mark.library("transformer_engine")
 @every_kind
 def test_row_scaled_nvfp4_of_te(kind):
     x = groups(16, kind)
@@ -291,6 +302,7 @@ def test_row_scaled_nvfp4_of_te(kind):
     check(expected, *result)
 
 
+@pytest.mark.library("transformer_engine")
 @every_domain
 @every_error
 @both_largest
@@ -313,6 +325,7 @@ def test_4over6_of_te(kind, e4m3_max, squared, scaled_errors):
 # FlashInfer
 
 
+@pytest.mark.library("flashinfer")
 @in_emulator
 @pytest.mark.parametrize("strict", [False, True], ids=["fast", "strict"])
 @every_bf16_kind
@@ -325,6 +338,7 @@ def test_nvfp4_of_flashinfer(kind, strict):
     check(formula(x, ENCODE_SCALE), *kernels.nvfp4(module, strict).run(x, ENCODE_SCALE))
 
 
+@pytest.mark.library("flashinfer")
 @in_emulator
 @every_domain
 @every_error
@@ -349,6 +363,7 @@ def rows_of_groups(kind: str) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
     return t.bfloat16(), t.view(-1, 16).numpy(), row_amax
 
 
+@pytest.mark.library("flashinfer")
 @in_emulator
 @pytest.mark.parametrize("strict", [False, True], ids=["fast", "strict"])
 @every_bf16_kind
@@ -369,6 +384,7 @@ def test_per_token_nvfp4_of_flashinfer(kind, strict):
     np.testing.assert_array_equal(row_scale, stored[::4])
 
 
+@pytest.mark.library("flashinfer")
 @in_emulator
 @every_error
 @both_largest
@@ -389,6 +405,7 @@ def test_per_token_4over6_of_flashinfer(kind, strict, e4m3_max, squared):
     check(expected, *result)
 
 
+@pytest.mark.library("flashinfer")
 @in_emulator
 @every_bf16_kind
 def test_mxfp4_of_flashinfer(kind):
@@ -399,6 +416,7 @@ def test_mxfp4_of_flashinfer(kind):
     check(formulas.mxfp4_flashinfer(x), *kernels.mxfp4(module).run(x))
 
 
+@pytest.mark.library("flashinfer")
 @in_emulator
 @every_kind
 def test_mxfp8_of_flashinfer(kind):
