@@ -187,7 +187,7 @@ def test_a_refused_choice_says_why_and_leaves_the_pictures(page):
     choose(page, rows_per_thread=4)
     refusal = page.evaluate("document.getElementById('refusal').textContent")
     assert refusal.startswith(
-        "Refused: values_per_thread, rows_per_thread: expected at most 512 bytes of x"
+        "Refused: values_per_thread, rows_per_thread, tiles_per_thread: expected at most 512 bytes"
     )
     assert drawn(page, "t") == before
     choose(page, rows_per_thread=1)
