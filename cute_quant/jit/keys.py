@@ -20,6 +20,7 @@ SOURCES = (
     "contract/formats.py",
     "contract/rows.py",
     "contract/torch_private.py",
+    "contract/upper_scales.py",
     "jit/dsl_private.py",
     "jit/shared_objects.py",
 )
