@@ -66,6 +66,12 @@ def test_smallest_scale():
     assert place.column == 0 and place.x == pytest.approx(5e-4)
 
 
+def test_places_of_a_later_group():
+    found = compare(torch.cat([group(24.0), group(0.0, 5e-4)], 1), NVFP4, "te", "torchao", 24.0)
+    (place,) = found.places
+    assert (place.group, place.column) == (1, 17) and place.x == pytest.approx(5e-4)
+
+
 def test_smallest_power_of_two():
     found = compare(group(1e-6, size=32), MXFP4, "ieee", "deepgemm")
     assert found.scale_reasons == {SMALLEST: 1}

@@ -40,6 +40,8 @@ def int32(*numbers):
 DOMAINS = {
     "prefix sum": (PrefixSum(int32(5, 5, 20, 40, 33), 8), 5),
     "many groups": (PrefixSum(torch.arange(1, 41, dtype=torch.int32), 1), 40),
+    # Rows 3 to 19 belong to groups 0 and 34, rows 12 to 29 to 34 and 36.
+    "groups that overlap": (PrefixSum(int32(20, *[3] * 33, 30, 12, 50), 1), 37),
     "no groups": (PrefixSum(int32(), 1), 0),
     "indexed": (Indexed(torch.arange(50, dtype=torch.int32) * 7 % 6 - 1), 3),
 }
