@@ -233,9 +233,15 @@ def test_rows_of_several_tiles_a_thread(kernels, arch):
     x = torch.randn(4, 1040, generator=torch.Generator().manual_seed(1)).to(BF16)
     for row, column in enumerate((3, 520, 1000, 1039)):
         x[row, column] = 30.0
-    gpu = Gpu(kernels, arch, tiles_per_thread=2, max_warps=2)
+    gpu = Gpu(kernels, arch)
     check(gpu, x, PER_ROW)
-    assert gpu.launched[-1].kernel.spec.tiles_per_thread == 2
+    assert gpu.launched[-1].kernel.spec.tile.tiles_per_thread == 2
+
+
+def test_scales_of_rows_of_several_matrices(kernels, arch):
+    """A CTA of several warps goes round a loop with its barriers for them."""
+    x = torch.randn(5, 3, 1040, generator=torch.Generator().manual_seed(1)).to(BF16)
+    check(Gpu(kernels, arch, max_grid=2), x, PER_ROW)
 
 
 def test_every_tie_of_two_codes(gpu):

@@ -190,12 +190,23 @@ def test_the_better_of_two_scales():
 @pytest.mark.parametrize("row_scale", [False, True])
 def test_kernels_find_the_better_of_two_scales(kernels, arch, row_scale):
     fmt = NVFP4.replace(four_over_six=True, row_scale=row_scale)
-    x = special_groups(24, 560, BF16, 3, fmt)
+    # Rows of special groups are not finite; the others have finite scales of their own.
+    finite = torch.randn(8, 560, generator=torch.Generator().manual_seed(1)).to(BF16)
+    x = torch.cat([special_groups(24, 560, BF16, 3, fmt), finite])
     upper = None if row_scale else UpperScale("amax", torch.tensor(20.0))
     arguments = {} if upper is None else {"amax": upper.tensor}
     results = Gpu(kernels, arch).quantize(x, None, None, fmt, upper=upper)
     for actual, wanted in zip(results, quantize(x, fmt, **arguments), strict=True):
         assert torch.equal(bits(actual), bits(wanted))
+
+
+def test_the_smaller_of_two_scales_without_errors(kernels, arch):
+    """A group of 6 alone is 6 times 1, and 4 times 1.5."""
+    fmt = NVFP4.replace(four_over_six=True, scale_layout="row_major")
+    x, amax = torch.full((3, 32), 6.0), torch.tensor(2688.0)
+    on_gpu = Gpu(kernels, arch).quantize(x, None, None, fmt, upper=UpperScale("amax", amax))
+    for q, sf in (quantize(x, fmt, amax=amax), on_gpu):
+        assert bits(sf).eq(0x38).all() and bits(q).eq(0x77).all()
 
 
 # Several tiles of a thread.

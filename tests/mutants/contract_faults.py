@@ -762,6 +762,13 @@ FAULTS = [
         [f"{ON_UPPER_SCALES}::test_the_better_of_two_scales"],
     ),
     Fault(
+        "reference-larger-of-two-equal-scales",
+        REFERENCE,
+        "_errors(x, larger, upper, fmt) < _errors(x, scales, upper, fmt)",
+        "_errors(x, larger, upper, fmt) <= _errors(x, scales, upper, fmt)",
+        [f"{ON_UPPER_SCALES}::test_the_smaller_of_two_scales_without_errors"],
+    ),
+    Fault(
         "reference-larger-of-a-rounded-scale",
         REFERENCE,
         "_e4m3_scales(1.5 * quotients, fmt)",
@@ -815,7 +822,7 @@ FAULTS = [
         DIFFERENCES,
         "(one.scale_values == floor) & (other.scale_values < floor)",
         "one.scale_values == floor",
-        [f"{ON_DIFF}::test_quotient"],
+        [f"{ON_DIFF}::test_quotient_beside_the_smallest_scale"],
     ),
     Fault(
         "diff-second-reciprocal-exact",

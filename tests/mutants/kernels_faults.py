@@ -1066,7 +1066,7 @@ FAULTS = [
         QUANTIZE_ROWS,
         "scaling.magnitude(amax, dtype).bitcast(Uint32) for amax",
         "amax for amax",
-        [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4:row_scale]"],
+        [f"{ON_QUANTIZE_KERNEL}::test_rows_of_several_tiles_a_thread[sm_90a]"],
     ),
     Fault(
         "rows-scale-before-all-warps-have-stored",
@@ -1080,7 +1080,7 @@ FAULTS = [
         QUANTIZE_ROWS,
         "cute.arch.sync_threads()  # all have read the partial results of the row before",
         "pass",
-        [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4:row_scale]"],
+        [f"{ON_QUANTIZE_KERNEL}::test_scales_of_rows_of_several_matrices"],
     ),
     Fault(
         "rows-first-of-two-scales",
@@ -1178,7 +1178,7 @@ FAULTS = [
         STAGE,
         "self.error(tXrX, larger, bound) < self.error(tXrX, scale, bound)",
         "self.error(tXrX, larger, bound) <= self.error(tXrX, scale, bound)",
-        [f"{ON_UPPER_SCALES}::test_kernels_find_the_better_of_two_scales"],
+        [f"{ON_UPPER_SCALES}::test_the_smaller_of_two_scales_without_errors"],
     ),
     Fault(
         "stage-errors-cancel",
