@@ -1213,17 +1213,14 @@ FAULTS = [
         AMAX,
         "problem.parts[row_cta * column_ctas + column_cta]",
         "problem.parts[row_cta + column_cta]",
-        [
-            f"{ON_AMAX}::test_every_element_counts",
-            f"{ON_AMAX}::test_launches_of_small_and_large_inputs",
-        ],
+        [f"{ON_AMAX}::test_every_cta_has_its_part"],
     ),
     Fault(
-        "amax-part-of-the-last-cta-missing",
+        "amax-parts-of-the-first-columns-alone",
         AMAX,
         "if lane == 0:\n                problem.parts",
-        "if lane == 0 and column_cta < 27:\n                problem.parts",
-        [f"{ON_AMAX}::test_launches_of_small_and_large_inputs"],
+        "if lane == 0 and column_cta == 0:\n                problem.parts",
+        [f"{ON_AMAX}::test_every_cta_has_its_part"],
     ),
     Fault(
         "amax-inf-is-nan",
