@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cute_quant as cq
 from cute_quant.dispatch import tensor_amax
 from cute_quant.jit import lookup
-from tests.helpers import assert_same_bits, random_bits
+from tests.helpers import assert_same_bits, bits, random_bits
 from tests.kernels.emulated_gpu import OnGpu
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -37,7 +37,7 @@ class EmulatedGpu:
     def amax(self, x, per_matrix):
         """``cute_quant.tensor_amax`` of a CPU tensor; results of a launch are what the next reads.
 
-        Nothing wrote to them before it: a part that is left out is an error of the emulator.
+        They are NaN before it, as is the result if a part is left out.
         """
         with mock.patch.multiple(
             lookup,
@@ -51,6 +51,7 @@ class EmulatedGpu:
     def function(self, spec, arch):
         def run(x, parts, column_warps, column_ctas):
             kernel = self.kernels.get(spec, arch)
+            parts.fill_(math.nan)
             kernel(x, parts, column_warps, column_ctas, outputs=[parts])
             self.grids.append(kernel.host.launches[-1].grid)
 
@@ -126,7 +127,7 @@ def test_every_pattern_of_bits(dtype, emulated):
     amax = emulated().amax(x, True).as_subclass(torch.Tensor)
     reference = cq.tensor_amax(x, per_matrix=True)
     assert torch.equal(amax.isnan(), x.isnan().any(-1).squeeze(-1))
-    assert torch.equal(amax.nan_to_num(-1.0), reference.nan_to_num(-1.0))
+    assert torch.equal(bits(amax), bits(reference))  # one NaN
     assert torch.equal(reference.nan_to_num(-1.0), expected(x, True).nan_to_num(-1.0))
 
 
@@ -140,6 +141,13 @@ def test_launches_of_small_and_large_inputs(emulated):
     matrices = emulated(1)
     matrices.amax(filled((3, 40, 512), torch.bfloat16)[:, 1:33], True)
     assert matrices.grids == [(1, 1, 3)]
+
+
+def test_every_cta_has_its_part(emulated):
+    gpu, x = emulated(4), filled((64, 20008), torch.bfloat16)[:, :20000]
+    assert_same_bits(gpu.amax(x, False).as_subclass(torch.Tensor), expected(x, False))
+    column_ctas, row_ctas, _ = gpu.grids[0]
+    assert column_ctas > 1 and row_ctas > 1
 
 
 @pytest.mark.parametrize("per_matrix", [False, True])

@@ -16,6 +16,7 @@ from cute_quant import (
     ROWWISE_FP8,
     quantize,
 )
+from cute_quant.contract.dtypes import ceil_div
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
 from cute_quant.contract.upper_scales import KINDS, UpperScale
@@ -232,9 +233,15 @@ def test_rows_of_several_tiles_a_thread(kernels, arch):
     x = torch.randn(4, 1040, generator=torch.Generator().manual_seed(1)).to(BF16)
     for row, column in enumerate((3, 520, 1000, 1039)):
         x[row, column] = 30.0
-    gpu = Gpu(kernels, arch, tiles_per_thread=2, max_warps=2)
+    gpu = Gpu(kernels, arch)
     check(gpu, x, PER_ROW)
-    assert gpu.launched[-1].kernel.spec.tiles_per_thread == 2
+    assert gpu.launched[-1].kernel.spec.tile.tiles_per_thread == 2
+
+
+def test_scales_of_rows_of_several_matrices(kernels, arch):
+    """A CTA of several warps goes round a loop with its barriers for them."""
+    x = torch.randn(5, 3, 1040, generator=torch.Generator().manual_seed(1)).to(BF16)
+    check(Gpu(kernels, arch, max_grid=2), x, PER_ROW)
 
 
 def test_every_tie_of_two_codes(gpu):
@@ -288,7 +295,7 @@ def test_formats(gpu, mixed):
         check(gpu, x, fmt, extra_rows=extra_rows, last_padding=mn != 5)
 
 
-TWO_ROWS_FORMATS = [*all_formats([E4M3], [32, 256]), MXFP4]
+TWO_ROWS_FORMATS = all_formats([E4M3], [32, 256])  # FP4 takes two tiles instead
 TWO_ROWS = [(INPUT_DTYPES[i % 3], fmt, 0) for i, fmt in enumerate(TWO_ROWS_FORMATS)]
 
 
@@ -360,30 +367,34 @@ FLOAT32_16 = DEEP_GEMM_SM90.replace(group_size=16)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fmt", "batches", "mn"),
+    ("fmt", "batches", "mn", "k", "tiles_per_thread"),
     [
-        (ROW_MAJOR_16, 1, 2**26 + 32),
-        (ROW_MAJOR_16, 3, 2**25),
-        (FLOAT32_16, 1, 2**26 + 32),
+        (ROW_MAJOR_16, 1, 2**26 + 32, 512, 1),
+        (ROW_MAJOR_16, 3, 2**25, 512, 1),
+        (FLOAT32_16, 1, 2**26 + 32, 512, 1),
+        (FLOAT32_16, 1, 2**26 + 32, 528, 2),
+        (FLOAT32_16, 1, 2**25 + 32, 1040, 2),
     ],
-    ids=["row-major", "batch", "mn-major"],
+    ids=["row-major", "batch", "mn-major", "from tile to tile", "first tile"],
 )
-def test_scales_past_32_bits(kernels, arch, fmt, batches, mn):
-    """More than 2^31 scales: run the block that has the last rows.
+def test_scales_past_32_bits(kernels, arch, fmt, batches, mn, k, tiles_per_thread):
+    """More than 2^31 scales: run the blocks that have the last rows.
 
     An index makes one row of all, and q has so few rows that they hardly need memory.
     """
-    row = special_groups(1, 512, BF16, 1, fmt)
+    row = special_groups(1, k, BF16, 1, fmt)
     index = torch.zeros(batches, mn, dtype=torch.int32)
-    q = poisoned_values(4, 512, "cpu", batch_shape=(batches,))
-    sf = fmt.empty_scales((batches,), mn, 512, "cpu")
+    q = poisoned_values(4, k, "cpu", batch_shape=(batches,))
+    sf = fmt.empty_scales((batches,), mn, k, "cpu")
     assert sf.numel() > 2**31
-    tile = Tile(cta_order=DOWN)  # has no loop over rows
+    # Has no loop over rows.
+    tile = Tile(cta_order=DOWN, tiles_per_thread=tiles_per_thread)
     spec = QuantizeSpec(BF16, fmt, tile, Domain(gathered=True, batched=True))
+    column_ctas = ceil_div(k, tile.columns * tile.column_warps * tiles_per_thread)
     kernels.get(spec, arch)(
-        *(row, q, sf, None, index, 0, 1, 1, fmt.floor),
+        *(row, q, sf, None, None, index, 0, 1, 1, fmt.floor),
         outputs=(q, sf),
-        only=[(mn // tile.rows - 1, 0, batches - 1)],
+        only=[(mn // tile.rows - 1, column, batches - 1) for column in range(column_ctas)],
     )
     _, expected = quantize(row, fmt)
     written = sf[batches - 1, -tile.rows :].contiguous().view(torch.uint8)

@@ -40,6 +40,8 @@ def int32(*numbers):
 DOMAINS = {
     "prefix sum": (PrefixSum(int32(5, 5, 20, 40, 33), 8), 5),
     "many groups": (PrefixSum(torch.arange(1, 41, dtype=torch.int32), 1), 40),
+    # Rows 3 to 19 belong to groups 0 and 34, rows 12 to 29 to 34 and 36.
+    "groups that overlap": (PrefixSum(int32(20, *[3] * 33, 30, 12, 50), 1), 37),
     "no groups": (PrefixSum(int32(), 1), 0),
     "indexed": (Indexed(torch.arange(50, dtype=torch.int32) * 7 % 6 - 1), 3),
 }
@@ -188,12 +190,23 @@ def test_the_better_of_two_scales():
 @pytest.mark.parametrize("row_scale", [False, True])
 def test_kernels_find_the_better_of_two_scales(kernels, arch, row_scale):
     fmt = NVFP4.replace(four_over_six=True, row_scale=row_scale)
-    x = special_groups(24, 560, BF16, 3, fmt)
+    # Rows of special groups are not finite; the others have finite scales of their own.
+    finite = torch.randn(8, 560, generator=torch.Generator().manual_seed(1)).to(BF16)
+    x = torch.cat([special_groups(24, 560, BF16, 3, fmt), finite])
     upper = None if row_scale else UpperScale("amax", torch.tensor(20.0))
     arguments = {} if upper is None else {"amax": upper.tensor}
     results = Gpu(kernels, arch).quantize(x, None, None, fmt, upper=upper)
     for actual, wanted in zip(results, quantize(x, fmt, **arguments), strict=True):
         assert torch.equal(bits(actual), bits(wanted))
+
+
+def test_the_smaller_of_two_scales_without_errors(kernels, arch):
+    """A group of 6 alone is 6 times 1, and 4 times 1.5."""
+    fmt = NVFP4.replace(four_over_six=True, scale_layout="row_major")
+    x, amax = torch.full((3, 32), 6.0), torch.tensor(2688.0)
+    on_gpu = Gpu(kernels, arch).quantize(x, None, None, fmt, upper=UpperScale("amax", amax))
+    for q, sf in (quantize(x, fmt, amax=amax), on_gpu):
+        assert bits(sf).eq(0x38).all() and bits(q).eq(0x77).all()
 
 
 # Several tiles of a thread.

@@ -1,4 +1,4 @@
-"""Faults in what results are: the reference, formats, checks and prologues."""
+"""Faults in what results are: the reference, formats, checks and prologues, and `diff`."""
 
 from tests.mutants.fault import Fault
 
@@ -11,6 +11,7 @@ PROLOGUES = "contract/prologues.py"
 ROWS = "contract/rows.py"
 DTYPES = "contract/dtypes.py"
 UPPER_SCALES = "contract/upper_scales.py"
+DIFFERENCES = "cli/differences.py"
 
 ON_INPUTS = "tests/contract/test_inputs.py"
 ON_OUTPUTS = "tests/contract/test_outputs.py"
@@ -23,6 +24,8 @@ ON_CHECKS = "tests/contract/test_checks.py"
 ON_TENSORS = "tests/contract/test_tensors.py"
 ON_PLAN = "tests/dispatch/test_plan.py"
 ON_TORCH_OPS = "tests/dispatch/test_torch_ops.py"
+ON_UPPER_SCALES = "tests/kernels/test_upper_scales.py"
+ON_DIFF = "tests/cli/test_diff.py"
 
 FAULTS = [
     Fault(
@@ -49,8 +52,8 @@ FAULTS = [
     Fault(
         "reference-float-scale-without-floor",
         REFERENCE,
-        "scales.clamp(min=fmt.floor).where(",
-        "scales.where(",
+        "scales.clamp(min=fmt.floor).where(amax",
+        "scales.where(amax",
         [f"{ON_INPUTS}::test_floors_of_floats"],
     ),
     Fault(
@@ -70,8 +73,8 @@ FAULTS = [
     Fault(
         "reference-quotient-in-float32",
         REFERENCE,
-        "torch.frexp(amax.double() / largest)",
-        "torch.frexp(amax.float() / largest.float())",
+        "quotients = amax.double() / largest",
+        "quotients = (amax.float() / largest.float()).double()",
         [f"{ON_INPUTS}::test_amax_beside_each_step_of_the_scale"],
     ),
     Fault(
@@ -650,8 +653,8 @@ FAULTS = [
     Fault(
         "reference-e4m3-scale-of-nan",
         REFERENCE,
-        "scales.where(amax.isfinite() & encode.isfinite(), torch.nan)",
-        "scales.where(encode.isfinite(), torch.nan)",
+        "finite = amax.isfinite() & encode.isfinite()",
+        "finite = encode.isfinite()",
         [
             f"{ON_UPPER_SCALE}::test_scales_of_rows_are_those_of_single_matrices",
             f"{ON_UPPER_SCALE}::test_every_kind_and_shape",
@@ -674,15 +677,15 @@ FAULTS = [
     Fault(
         "reference-scale-of-one-matrix-for-all",
         REFERENCE,
-        "Factors(*(t.view(-1, 1, 1) for t in factors(call.upper)))",
-        "Factors(*(t.view(-1, 1, 1)[:1] for t in factors(call.upper)))",
+        "Factors(*(form.view(-1, 1, 1) for form in forms))",
+        "Factors(*(form.view(-1, 1, 1)[:1] for form in forms))",
         [f"{ON_UPPER_SCALE}::test_every_kind_and_shape"],
     ),
     Fault(
         "reference-check-of-scales-sees-dead-rows",
         REFERENCE,
-        "source.abs().where(live.unsqueeze(2), 0)",
-        "source.abs()",
+        "source.abs().amax(-1).where(live, 0)",
+        "source.abs().amax(-1)",
         [f"{ON_UPPER_SCALE}::test_check_looks_at_each_matrix_and_at_rows_that_exist"],
     ),
     Fault(
@@ -750,5 +753,82 @@ FAULTS = [
         "BLOCKED_8: 8}",
         "BLOCKED_8: 16}",
         [f"{ON_INPUTS}::test_blocks_of_8_rows"],
+    ),
+    Fault(
+        "reference-worse-of-two-scales",
+        REFERENCE,
+        "_errors(x, larger, upper, fmt) < _errors(x, scales, upper, fmt)",
+        "_errors(x, larger, upper, fmt) > _errors(x, scales, upper, fmt)",
+        [f"{ON_UPPER_SCALES}::test_the_better_of_two_scales"],
+    ),
+    Fault(
+        "reference-larger-of-two-equal-scales",
+        REFERENCE,
+        "_errors(x, larger, upper, fmt) < _errors(x, scales, upper, fmt)",
+        "_errors(x, larger, upper, fmt) <= _errors(x, scales, upper, fmt)",
+        [f"{ON_UPPER_SCALES}::test_the_smaller_of_two_scales_without_errors"],
+    ),
+    Fault(
+        "reference-larger-of-a-rounded-scale",
+        REFERENCE,
+        "_e4m3_scales(1.5 * quotients, fmt)",
+        "_e4m3_scales(1.5 * scales, fmt)",
+        [f"{ON_UPPER_SCALES}::test_the_better_of_two_scales"],
+    ),
+    Fault(
+        "reference-errors-cancel",
+        REFERENCE,
+        "(decoded - x.float()).abs()",
+        "(decoded - x.float())",
+        [f"{ON_UPPER_SCALES}::test_the_better_of_two_scales"],
+    ),
+    Fault(
+        "reference-last-of-several-groups",
+        REFERENCE,
+        "group = belongs.int().argmax(0)",
+        "group = (belongs * torch.arange(len(belongs))[:, None] % len(rows.ends)).argmax(0)",
+        [f"{ON_UPPER_SCALES}::test_each_group_of_rows_has_a_scale"],
+    ),
+    Fault(
+        "reference-group-past-the-last-scale",
+        REFERENCE,
+        "exists = (group >= 0) & (group < call.upper.tensor.shape[0])",
+        "exists = group >= 0",
+        [f"{ON_UPPER_SCALES}::test_each_group_of_rows_has_a_scale"],
+    ),
+    Fault(
+        "diff-codes-of-several-reasons",
+        DIFFERENCES,
+        "left = left & ~where",
+        "pass",
+        [f"{ON_DIFF}::test_counts_are_those_of_the_results"],
+    ),
+    Fault(
+        "diff-places-of-the-first-group",
+        DIFFERENCES,
+        "column = group * size + int(differing[0])",
+        "column = int(differing[0])",
+        [f"{ON_DIFF}::test_places_of_a_later_group"],
+    ),
+    Fault(
+        "diff-places-of-the-first-rows",
+        DIFFERENCES,
+        "first += len(block)",
+        "pass",
+        [f"{ON_DIFF}::test_blocks_of_rows"],
+    ),
+    Fault(
+        "diff-smallest-scale-of-both",
+        DIFFERENCES,
+        "(one.scale_values == floor) & (other.scale_values < floor)",
+        "one.scale_values == floor",
+        [f"{ON_DIFF}::test_quotient_beside_the_smallest_scale"],
+    ),
+    Fault(
+        "diff-second-reciprocal-exact",
+        DIFFERENCES,
+        "changed |= codes(_neighbour(upper.decode, first), second) != rounded",
+        "changed |= codes(_neighbour(upper.decode, first), 0) != rounded",
+        [f"{ON_DIFF}::test_codes_that_an_approximation_can_change"],
     ),
 ]

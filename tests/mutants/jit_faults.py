@@ -364,14 +364,14 @@ FAULTS = [
     Fault(
         "warm-up-of-contiguous-rows",
         REACHABLE,
-        "first = min(least, math.gcd(LOAD_BYTES, columns * dtype.itemsize))",
-        "first = math.gcd(LOAD_BYTES, columns * dtype.itemsize)",
+        "first = min(least, math.gcd(LOAD_BYTES, row_bytes))",
+        "first = math.gcd(LOAD_BYTES, row_bytes)",
         [f"{ON_WARM_UP}::test_nothing_is_compiled_after_a_warm_up"],
     ),
     Fault(
         "warm-up-of-aligned-rows",
         REACHABLE,
-        "first = min(least, math.gcd(LOAD_BYTES, columns * dtype.itemsize))",
+        "first = min(least, math.gcd(LOAD_BYTES, row_bytes))",
         "first = least",
         [f"{ON_WARM_UP}::test_nothing_is_compiled_after_a_warm_up"],
     ),
@@ -406,8 +406,8 @@ FAULTS = [
     Fault(
         "deep-gemm-floor",
         DEEP_GEMM,
-        'return quantize(x, DEEP_GEMM.replace(group_size=gran_k, min_scale="deepgemm"))',
-        "return quantize(x, DEEP_GEMM.replace(group_size=gran_k))",
+        'fmt = DEEP_GEMM.replace(group_size=gran_k, min_scale="deepgemm")',
+        "fmt = DEEP_GEMM.replace(group_size=gran_k)",
         [f"{ON_VLLM}::test_deep_gemm_packed_cast"],
     ),
     Fault(

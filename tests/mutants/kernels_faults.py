@@ -20,6 +20,7 @@ DEQUANTIZE = "kernels/dequantize.py"
 UPPER_SCALES = "kernels/upper_scales.py"
 WHOLE_ROWS = "kernels/whole_rows.py"
 QUANTIZE_ROWS = "kernels/quantize_rows.py"
+AMAX = "kernels/amax.py"
 
 ON_ARCHITECTURES = "tests/kernels/test_architectures.py"
 ON_LAUNCH_SHAPES = "tests/kernels/test_launch_shapes.py"
@@ -28,6 +29,8 @@ ON_LAYOUTS = "tests/kernels/test_layouts.py"
 ON_ARITHMETIC = "tests/kernels/test_arithmetic.py"
 ON_SILU_KERNEL = "tests/kernels/test_silu_mul.py"
 ON_NORM_KERNEL = "tests/kernels/test_rms_norm.py"
+ON_UPPER_SCALES = "tests/kernels/test_upper_scales.py"
+ON_AMAX = "tests/kernels/test_amax.py"
 
 DEEPGEMM_CASE = "sm_100a-e4m3:128:float32:mn_major:numerics=deepgemm-torch.bfloat16"
 
@@ -164,22 +167,22 @@ FAULTS = [
     Fault(
         "rows-first-32-groups-alone",
         ROW_DOMAINS,
-        "for base in range(0, groups, LANES):",
-        "for base in range(0, 1, LANES):",
+        "found = Uint32(0)\n    for base in range(0, mEnds.shape[0], LANES):",
+        "found = Uint32(0)\n    for base in range(0, 1, LANES):",
         [f"{ON_QUANTIZE_KERNEL}::test_prefix_sums"],
     ),
     Fault(
         "rows-index-0-is-padding",
         ROW_DOMAINS,
-        "return index >= 0",
-        "return index > 0",
+        "for index in indices]\n        exist = [group >= 0 for group in groups]",
+        "for index in indices]\n        exist = [group > 0 for group in groups]",
         [f"{ON_QUANTIZE_KERNEL}::test_indexed"],
     ),
     Fault(
         "rows-of-q-past-the-rows",
         ROW_DOMAINS,
-        "indices[i] < problem.num_q_rows)",
-        "indices[i] < num_rows)",
+        "indices[i] < problem.num_q_rows, groups[i])",
+        "indices[i] < num_rows, groups[i])",
         [f"{ON_QUANTIZE_KERNEL}::test_more_rows_of_q"],
     ),
     Fault(
@@ -227,15 +230,15 @@ FAULTS = [
     Fault(
         "stage-scale-of-a-dead-row",
         STAGE,
-        "scale = scale if row_exists and group_exists else type(scale)(0)",
-        "scale = scale if group_exists else type(scale)(0)",
+        "elif predicate:\n            scale = scale if row_exists and group_exists",
+        "elif predicate:\n            scale = scale if group_exists",
         [f"{ON_QUANTIZE_KERNEL}::test_more_rows_of_q"],
     ),
     Fault(
         "stage-scale-of-a-dead-group",
         STAGE,
-        "scale = scale if row_exists and group_exists else type(scale)(0)",
-        "scale = scale if row_exists else type(scale)(0)",
+        "elif predicate:\n            scale = scale if row_exists and group_exists",
+        "elif predicate:\n            scale = scale if row_exists",
         [f"{ON_QUANTIZE_KERNEL}::test_shapes"],
     ),
     Fault(
@@ -269,8 +272,8 @@ FAULTS = [
     Fault(
         "stage-element-signed",
         STAGE,
-        "                element = layouts.unsigned(element)",
-        "                element = Int32(element)",
+        "return layouts.unsigned(element) if narrow else element",
+        "return Int32(element) if narrow else element",
         [f"{ON_QUANTIZE_KERNEL}::test_scales_past_32_bits"],
     ),
     Fault(
@@ -430,8 +433,8 @@ FAULTS = [
     Fault(
         "scales-mantissa-of-the-largest",
         SCALES,
-        "<< FLOAT32_MANTISSA_BITS | values.max_mantissa",
-        "<< FLOAT32_MANTISSA_BITS",
+        "UE8M0_MAX + values.max_exponent << FLOAT32_MANTISSA_BITS | values.max_mantissa",
+        "UE8M0_MAX + values.max_exponent << FLOAT32_MANTISSA_BITS",
         [f"{ON_QUANTIZE_KERNEL}::test_every_pattern_as_amax"],
     ),
     Fault(
@@ -578,8 +581,8 @@ FAULTS = [
     Fault(
         "quantize-second-row-from-the-first",
         QUANTIZE,
-        "return Segment(column_tile, lane), [first_row + row for row in rows]",
-        "return Segment(column_tile, lane), [first_row for row in rows]",
+        "return segments, [first_row + row for row in rows]",
+        "return segments, [first_row for row in rows]",
         [f"{ON_QUANTIZE_KERNEL}::test_two_rows_a_thread"],
     ),
     Fault(
@@ -774,8 +777,8 @@ FAULTS = [
     Fault(
         "heuristics-two-rows-of-masked-experts",
         HEURISTICS,
-        "if large and fits_two and not whole_row and not masked:",
-        "if large and fits_two and not whole_row:",
+        "if large and not whole_row and not masked:",
+        "if large and not whole_row:",
         [f"{ON_LAUNCH_SHAPES}::test_a_thread_takes_two_rows_of_large_matrices"],
     ),
     Fault(
@@ -893,15 +896,15 @@ FAULTS = [
     Fault(
         "plan-pdl-everywhere",
         "dispatch/plan.py",
-        '"pdl": architectures.named(gpu.arch).pdl}',
-        '"pdl": True}',
+        "pdl = architectures.named(gpu.arch).pdl",
+        "pdl = True",
         [f"{ON_ARCHITECTURES}::test_smoke[sm_89]"],
     ),
     Fault(
         "plan-pdl-of-dequantize-everywhere",
         "dispatch/plan.py",
-        "access, architectures.named(arch).pdl)",
-        "access)",
+        "upper.kind, architectures.named(arch).pdl",
+        "upper.kind, True",
         [f"{ON_ARCHITECTURES}::test_smoke[sm_89]"],
     ),
     Fault(
@@ -949,15 +952,15 @@ FAULTS = [
     Fault(
         "upper-scales-amax-of-0",
         UPPER_SCALES,
-        "encode = Float32(1.0) if amax == 0.0 else encode",
+        "encode = Float32(1.0) if bits << 1 == Uint32(0) else encode",
         "encode = encode",
         [f"{ON_QUANTIZE_KERNEL}::test_every_upper_scale[sm_100a-amax]"],
     ),
     Fault(
         "upper-scales-amax-of-inf",
         UPPER_SCALES,
-        "encode = encode if finite else Uint32(FLOAT32_NAN).bitcast(Float32)",
-        "encode = encode",
+        "encode = encode if bits < Uint32(FLOAT32_INFINITY) else",
+        "encode = encode if True else",
         [f"{ON_QUANTIZE_KERNEL}::test_every_upper_scale[sm_100a-amax]"],
     ),
     Fault(
@@ -970,8 +973,8 @@ FAULTS = [
     Fault(
         "scales-e4m3-floor-drops-nan",
         SCALES,
-        "scale = cute.arch.fmax(scale, upper.floor, nan=True)",
-        "scale = cute.arch.fmax(scale, upper.floor)",
+        "cute.arch.fmax(scale, upper.floor, nan=True)",
+        "cute.arch.fmax(scale, upper.floor)",
         [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4]"],
     ),
     Fault(
@@ -1005,9 +1008,9 @@ FAULTS = [
     Fault(
         "encodings-decoded-nibbles-swapped",
         ENCODINGS,
-        "pair = words[i] >> 4 * j",
-        "pair = words[i] >> 4 * (j ^ 1)",
-        [f"{ON_QUANTIZE_KERNEL}::test_multiplying_fp4_back[sm_100a-e2m1:16:e4m3:128x4]"],
+        "pair = word >> 4 * j",
+        "pair = word >> 4 * (j ^ 1)",
+        [f"{ON_QUANTIZE_KERNEL}::test_multiplying_fp4_back[sm_90a-e2m1:16:e4m3:128x4]"],
     ),
     Fault(
         "encodings-coarse-codes-by-arithmetic",
@@ -1043,5 +1046,201 @@ FAULTS = [
         "return cute.make_layout(shape, stride=(stride, (cute.E(0), cute.E(1))))",
         "return cute.make_layout(shape, stride=(stride, (cute.E(1), cute.E(0))))",
         [f"{ON_LAYOUTS}::test_scales_are_where_the_strides_say"],
+    ),
+    Fault(
+        "rows-each-warp-stores-the-scale-of-a-whole-row",
+        WHOLE_ROWS,
+        "takes_part = warp == 0 if const_expr(stage.whole_row)",
+        "takes_part = True if const_expr(stage.whole_row)",
+        [f"{ON_NORM_KERNEL}::test_formats"],
+    ),
+    Fault(
+        "rows-nan-of-a-row-as-it-is-computed",
+        WHOLE_ROWS,
+        "scale = scale if scale == scale else Uint32(FLOAT32_NAN).bitcast(Float32)",
+        "scale = scale",
+        [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4:row_scale]"],
+    ),
+    Fault(
+        "rows-bits-below-the-precision-of-amax",
+        QUANTIZE_ROWS,
+        "scaling.magnitude(amax, dtype).bitcast(Uint32) for amax",
+        "amax for amax",
+        [f"{ON_QUANTIZE_KERNEL}::test_rows_of_several_tiles_a_thread[sm_90a]"],
+    ),
+    Fault(
+        "rows-scale-before-all-warps-have-stored",
+        QUANTIZE_ROWS,
+        "maxima = self.store_warp_amax(magnitudes)\n        cute.arch.sync_threads()",
+        "maxima = self.store_warp_amax(magnitudes)",
+        [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4:row_scale]"],
+    ),
+    Fault(
+        "rows-partial-results-of-the-next-row",
+        QUANTIZE_ROWS,
+        "cute.arch.sync_threads()  # all have read the partial results of the row before",
+        "pass",
+        [f"{ON_QUANTIZE_KERNEL}::test_scales_of_rows_of_several_matrices"],
+    ),
+    Fault(
+        "rows-first-of-two-scales",
+        QUANTIZE_ROWS,
+        "stage.refine(t, stage.scale(amax, bound), bound)",
+        "stage.scale(amax, bound)",
+        [f"{ON_UPPER_SCALES}::test_kernels_find_the_better_of_two_scales"],
+    ),
+    Fault(
+        "rows-first-32-groups-have-scales",
+        ROW_DOMAINS,
+        "groups = [Int32(-1)] * len(indices)\n    for base in range(0, mEnds.shape[0], LANES):",
+        "groups = [Int32(-1)] * len(indices)\n    for base in range(0, 1, LANES):",
+        [f"{ON_UPPER_SCALES}::test_kernels_read_the_scale_of_a_group"],
+    ),
+    Fault(
+        "rows-last-of-several-groups",
+        ROW_DOMAINS,
+        "found = lanes != 0 and groups[i] < 0",
+        "found = lanes != 0",
+        [f"{ON_UPPER_SCALES}::test_kernels_read_the_scale_of_a_group"],
+    ),
+    Fault(
+        "rows-group-of-the-highest-lane",
+        ROW_DOMAINS,
+        "popc(~lanes & (lanes - 1))",
+        "popc(lanes | lanes >> 1 | lanes >> 2) - 1",
+        [f"{ON_UPPER_SCALES}::test_kernels_read_the_scale_of_a_group"],
+    ),
+    Fault(
+        "stage-tile-distance-is-one-of-groups",
+        STAGE,
+        "groups((0, base.tiles))",
+        "groups((base.tiles, 0))",
+        [f"{ON_UPPER_SCALES}::test_every_tile_of_a_thread"],
+    ),
+    Fault(
+        "stage-tile-distance-signed",
+        STAGE,
+        "Int64(self.index(distance))",
+        "Int64(Int32(distance))",
+        [f"{ON_QUANTIZE_KERNEL}::test_scales_past_32_bits"],
+    ),
+    Fault(
+        "stage-base-signed",
+        STAGE,
+        "address = scales.start + Int64(self.index(element))",
+        "address = scales.start + Int64(Int32(element))",
+        [f"{ON_QUANTIZE_KERNEL}::test_scales_past_32_bits"],
+    ),
+    Fault(
+        "stage-base-of-the-first-row",
+        STAGE,
+        "base_row = base_row + layouts.unsigned(lane_row)",
+        "base_row = base_row",
+        [f"{ON_UPPER_SCALES}::test_every_tile_of_a_thread"],
+    ),
+    Fault(
+        "stage-scale-of-a-dead-row-of-tiles",
+        STAGE,
+        "if predicate:\n                scale = scale if row_exists and group_exists",
+        "if predicate:\n                scale = scale if group_exists",
+        [f"{ON_UPPER_SCALES}::test_every_tile_of_a_thread"],
+    ),
+    Fault(
+        "stage-scale-of-a-dead-group-of-tiles",
+        STAGE,
+        "if predicate:\n                scale = scale if row_exists and group_exists",
+        "if predicate:\n                scale = scale if row_exists",
+        [f"{ON_UPPER_SCALES}::test_every_tile_of_a_thread"],
+    ),
+    Fault(
+        "stage-rows-across-blocks-have-one-address",
+        STAGE,
+        "return lanes % rows == 0 and ",
+        "return ",
+        [f"{ON_UPPER_SCALES}::test_every_tile_of_a_thread"],
+    ),
+    Fault(
+        "stage-parts-of-words-have-one-address",
+        STAGE,
+        "return lanes % rows == 0 and self.groups_per_tile % self.groups_per_unit == 0",
+        "return lanes % rows == 0",
+        [f"{ON_UPPER_SCALES}::test_every_tile_of_a_thread"],
+    ),
+    Fault(
+        "stage-worse-of-two-scales",
+        STAGE,
+        "self.error(tXrX, larger, bound) < self.error(tXrX, scale, bound)",
+        "self.error(tXrX, larger, bound) > self.error(tXrX, scale, bound)",
+        [f"{ON_UPPER_SCALES}::test_kernels_find_the_better_of_two_scales"],
+    ),
+    Fault(
+        "stage-larger-of-two-equal-scales",
+        STAGE,
+        "self.error(tXrX, larger, bound) < self.error(tXrX, scale, bound)",
+        "self.error(tXrX, larger, bound) <= self.error(tXrX, scale, bound)",
+        [f"{ON_UPPER_SCALES}::test_the_smaller_of_two_scales_without_errors"],
+    ),
+    Fault(
+        "stage-errors-cancel",
+        STAGE,
+        ".bitcast(Uint32) & Uint32(scaling.MAGNITUDE_MASK)",
+        ".bitcast(Uint32)",
+        [f"{ON_UPPER_SCALES}::test_kernels_find_the_better_of_two_scales"],
+    ),
+    Fault(
+        "upper-scales-group-past-the-last",
+        UPPER_SCALES,
+        "if group >= 0 and group < self.tensor.shape[0]:",
+        "if group >= 0:",
+        [f"{ON_UPPER_SCALES}::test_kernels_read_the_scale_of_a_group"],
+    ),
+    Fault(
+        "upper-scales-of-no-group",
+        UPPER_SCALES,
+        "if group >= 0 and group < self.tensor.shape[0]:",
+        "if group < self.tensor.shape[0]:",
+        [f"{ON_UPPER_SCALES}::test_kernels_read_the_scale_of_a_group"],
+    ),
+    Fault(
+        "amax-last-tile-of-rows",
+        AMAX,
+        "for row_tile in range(row_cta, problem.num_row_tiles, row_ctas):",
+        "for row_tile in range(row_cta, problem.num_row_tiles - 1, row_ctas):",
+        [f"{ON_AMAX}::test_every_element_counts"],
+    ),
+    Fault(
+        "amax-part-of-another-cta",
+        AMAX,
+        "problem.parts[row_cta * column_ctas + column_cta]",
+        "problem.parts[row_cta + column_cta]",
+        [f"{ON_AMAX}::test_every_cta_has_its_part"],
+    ),
+    Fault(
+        "amax-parts-of-the-first-columns-alone",
+        AMAX,
+        "if lane == 0:\n                problem.parts",
+        "if lane == 0 and column_cta == 0:\n                problem.parts",
+        [f"{ON_AMAX}::test_every_cta_has_its_part"],
+    ),
+    Fault(
+        "amax-inf-is-nan",
+        AMAX,
+        "if amax > Uint32(scaling.FLOAT32_INFINITY):",
+        "if amax >= Uint32(scaling.FLOAT32_INFINITY):",
+        [f"{ON_AMAX}::test_what_is_not_finite"],
+    ),
+    Fault(
+        "amax-nan-keeps-its-payload",
+        AMAX,
+        "if amax > Uint32(scaling.FLOAT32_INFINITY):",
+        "if amax < Uint32(0):",
+        [f"{ON_AMAX}::test_every_pattern_of_bits"],
+    ),
+    Fault(
+        "amax-warps-of-the-next-matrix",
+        AMAX,
+        "        # The next matrix has the same shared memory.\n        cute.arch.barrier()",
+        "        pass",
+        [f"{ON_AMAX}::test_more_matrices_than_a_grid_counts"],
     ),
 ]
