@@ -5,6 +5,7 @@ The CPU reference is held to them on many groups, the kernels in the emulator on
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -47,7 +48,9 @@ every_nvfp4_formula = pytest.mark.parametrize(("name", "numerics"), NVFP4_FORMUL
 every_input_dtype = pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=dtype_name)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
-SLOW_GROUPS, BLOCK = 1 << 20, 1 << 16
+SLOW_GROUPS = int(os.environ.get("NUMERICS_GROUPS", 1 << 18))
+"""Groups of each numerics. NUMERICS_GROUPS=1048576 takes some minutes."""
+BLOCK = 1 << 16
 ROW_GROUPS = 64
 """Groups of a row in the emulator."""
 
