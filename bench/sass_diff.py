@@ -71,6 +71,9 @@ def format_text(fmt: Any) -> str:
     values = fmt.values if hasattr(fmt, "values") else fmt.dtype
     kinds = ("packed", "blocked", "mn_major", "ue8m0", "power_of_two", "reciprocal")
     words = [name for name in kinds if getattr(fmt, name)]
+    # An older commit has only blocks of 128 rows.
+    if (rows := getattr(fmt, "block_rows", 0)) not in (0, 128):
+        words.append(f"{rows} rows")
     return " ".join([str(fmt.group_size), str(values), *words])
 
 
