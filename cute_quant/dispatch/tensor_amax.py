@@ -182,5 +182,5 @@ operator = torch.library.custom_op(
 )
 """What a tracer sees of ``cute_quant.tensor_amax``."""
 operator.register_fake(_meta)
-torch_ops._refuse_gradients(operator, "tensor_amax", "x")
-torch_ops._refuse_vmap(operator)
+torch_ops.refuse_gradients(operator, "tensor_amax", "x")
+torch_ops.refuse_vmap(operator)

@@ -234,14 +234,18 @@ def _fake_quantize_meta(*arguments: Any) -> torch.Tensor:
     return call.x.new_empty(call.x.shape)
 
 
-def _refuse_gradients(operator: CustomOpDef, function: str, name: str) -> None:
+def refuse_gradients(operator: CustomOpDef, function: str, name: str) -> None:
+    """Let an operator raise RuntimeError for arguments `name` that require gradients."""
+
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError(not_differentiable(function, name))
 
     operator.register_autograd(refuse, setup_context=refuse)
 
 
-def _refuse_vmap(operator: CustomOpDef) -> None:
+def refuse_vmap(operator: CustomOpDef) -> None:
+    """Let an operator raise RuntimeError under torch.vmap."""
+
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError(
             "torch.vmap is not supported: quantize the batch as leading dimensions instead"
@@ -274,11 +278,11 @@ def _register_all() -> list[CustomOpDef]:
         schema=f"(Tensor x, str fmt, {_UPPER}) -> Tensor",
     )
     fake_quantize.register_fake(_fake_quantize_meta)
-    _refuse_gradients(quantize, "quantize", "x")
-    _refuse_gradients(silu_mul_quantize, "silu_mul_quantize", "gate_up and weight")
-    _refuse_gradients(rms_norm_quantize, "rms_norm_quantize", "x and weight")
-    _refuse_gradients(dequantize, "dequantize", "q and sf")
-    _refuse_gradients(fake_quantize, "fake_quantize", "x")
+    refuse_gradients(quantize, "quantize", "x")
+    refuse_gradients(silu_mul_quantize, "silu_mul_quantize", "gate_up and weight")
+    refuse_gradients(rms_norm_quantize, "rms_norm_quantize", "x and weight")
+    refuse_gradients(dequantize, "dequantize", "q and sf")
+    refuse_gradients(fake_quantize, "fake_quantize", "x")
     operators = [
         quantize,
         silu_mul_quantize,
@@ -298,7 +302,7 @@ def _register_all() -> list[CustomOpDef]:
         ),
     ]
     for operator in operators:
-        _refuse_vmap(operator)
+        refuse_vmap(operator)
     return operators
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cute_quant.kernels.params import Params
     from cute_quant.kernels.scales import GroupScale
     from cute_quant.kernels.stage import Rows, Scales, Stage
+    from cute_quant.kernels.upper_scales import UpperScale
 
 __all__ = [
     "LANES",
@@ -34,6 +35,7 @@ __all__ = [
     "Segment",
     "Stage",
     "Tile",
+    "UpperScale",
     "fake_matrix",
     "last_column_rows",
     "load",
@@ -52,6 +54,7 @@ _MODULES = {
     "cute_quant.kernels.params": ("Params",),
     "cute_quant.kernels.scales": ("GroupScale",),
     "cute_quant.kernels.stage": ("Rows", "Scales", "Stage"),
+    "cute_quant.kernels.upper_scales": ("UpperScale",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

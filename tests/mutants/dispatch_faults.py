@@ -248,7 +248,7 @@ FAULTS = [
     Fault(
         "torch-ops-gradient-of-dequantize",
         TORCH_OPS,
-        '    _refuse_gradients(dequantize, "dequantize", "q and sf")\n',
+        '    refuse_gradients(dequantize, "dequantize", "q and sf")\n',
         "",
         [f"{ON_OPERATORS}::test_operators_have_no_gradient"],
     ),
@@ -276,7 +276,7 @@ FAULTS = [
     Fault(
         "torch-ops-vmap",
         TORCH_OPS,
-        "        _refuse_vmap(operator)",
+        "        refuse_vmap(operator)",
         "        pass",
         [f"{ON_TORCH_OPS}::test_vmap_of_operators_is_refused"],
     ),
