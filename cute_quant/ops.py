@@ -46,9 +46,10 @@ def quantize(
 
     Each group of ``fmt.group_size`` elements contiguous along k gets the scale
     ``s = max(amax / M, min_scale)``, M the largest value of ``fmt.values``. It is rounded up to a
-    power of two for UE8M0 scales and with ``round_scale``, as DeepGEMM does. The values are x times
-    1 / s, both float32, rounded to nearest even. A group that holds NaN or Inf becomes NaN, values
-    and scale; int8 has no NaN, so its values are 0 there.
+    power of two for UE8M0 scales and with ``round_scale``, as DeepGEMM does. An e4m3 scale is
+    amax / M times the encode scale, rounded to e4m3, and s is its product with the decode scale.
+    The values are x times 1 / s, both float32, rounded to nearest even. A group that holds NaN or
+    Inf becomes NaN, values and scale; int8 and FP4 have no NaN, so their values are 0 there.
 
     On a GPU this is one kernel on the current stream. Dtype, format, size, strides and alignment
     choose it, and the first call that takes it compiles it; :func:`warm_up` does so before calls of
@@ -60,7 +61,8 @@ def quantize(
     Args:
         x: (..., mn, k), bfloat16, float16 or float32, contiguous along k. Other strides are free, 0
             included, as long as one of them walks the leading dimensions. k is at most 2^20; it
-            need not be a multiple of the group size: the last group may be short.
+            need not be a multiple of the group size: the last group may be short. For FP4 it is
+            even.
         fmt: what the result looks like: dtypes, group size, layout of the scales.
         rows: which rows exist: all of them, or :class:`Masked`, :class:`PrefixSum` or
             :class:`Indexed`. Their counts are read on the device of x. Every byte of the result is
@@ -75,10 +77,13 @@ def quantize(
             never waited for. Groups become NaN unless it is from 2^-117 to 2^117, and so do those
             of rows whose index is past its end. A call gives one of these three.
         decode_scale: the same, but its reciprocal, with which GEMMs multiply their result.
-        amax: the same, but the largest magnitude, from which the encode scale is computed.
-        check: whether to read the counts of `rows` and `index`, which synchronizes, and raise on
-            those that are out of range. Otherwise they are clamped.
-        out: q and sf to write into, either of them None to have it allocated. `q` has the leading
+        amax: the same, but the largest magnitude, from which the encode scale is computed: 2688
+            over it, at most 2^117, and 1 for an amax of 0.
+        check: whether to read the counts of `rows`, `index` and the upper scale, which
+            synchronizes, and raise on those that are out of range or do not fit x. Otherwise counts
+            are clamped.
+        out: q and sf to write into, and with ``fmt.row_scale`` the scales of rows, each of them
+            None to have it allocated. `q` has the leading
             dimensions of the result, any strides that do not overlap, and, unless rows are
             ``Masked``, may have more rows, which become 0. `sf` has the shape and strides of the
             format; :func:`empty_scales` makes one. Padding rows of its last column become 0 as far
@@ -87,8 +92,9 @@ def quantize(
 
     Returns:
         q: that of `out`, or (..., mn, k), ``fmt.values``, contiguous; with an index,
-            (*index.shape, k).
+            (*index.shape, k). FP4 has two values in an element, so k / 2 of them.
         sf: that of `out`, or a new one: ``fmt.sf_dtype``, shape and strides as in :class:`Format`.
+        row_scales: with ``fmt.row_scale``, that of `out`, or (..., mn), float32: decode scales.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -104,7 +110,7 @@ def quantize(
         results = None
         if out is None:
             results = launch.quantize_again(x, fmt, upper)
-        elif len(out) == 2:
+        elif isinstance(out, (tuple, list)) and len(out) == 2:
             q, sf = out
             if q is not None and sf is not None:
                 results = launch.quantize_into_again(x, fmt, upper, q, sf)
@@ -254,9 +260,9 @@ def rms_norm_quantize(
         decode_scale: as for :func:`quantize`.
         amax: as for :func:`quantize`.
         check: whether to read counts and indices and raise on those out of range.
-        out: q and sf as for :func:`quantize`, and maybe a third for the updated residual, each of
-            them None to have it as by default. The third is a tensor as `residual` has to be, or
-            `residual` itself; with another, `residual` is only read.
+        out: as for :func:`quantize`, and maybe one more for the updated residual, each of them None
+            to have it as by default. That one is a tensor as `residual` has to be, or `residual`
+            itself; with another, `residual` is only read.
 
     Returns:
         q, sf: as :func:`quantize` of the normalized rows returns them.
@@ -308,7 +314,7 @@ def dequantize(
         q: (..., mn, k), ``fmt.values``, contiguous along k, other strides free as long as one of
             them walks the leading dimensions; without rows past those of `sf`.
         sf: the scales that :func:`quantize` returned with it. Strides are free, except inside of
-            128x4 blocks and as for q.
+            blocks and as for q.
         fmt: the format that they were quantized to.
         dtype: of the result: bfloat16, float16 or float32. Products are computed in float32 and
             rounded once, to Inf where they are beyond its largest number.

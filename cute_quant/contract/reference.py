@@ -25,6 +25,7 @@ from cute_quant.contract.dtypes import (
     E4M3_NAN,
     FLOAT32_MAX,
     INT8_MAX,
+    MAX_UPPER_SCALE,
     SCALE_ROW_ALIGNMENT,
     SMALLEST_NORMAL,
     UE8M0_BIAS,
@@ -39,6 +40,7 @@ from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.tensors import flat_batch, last_column_rows
 from cute_quant.contract.upper_scales import (
+    AMAX,
     Factors,
     UpperScale,
     decode_scale,
@@ -207,8 +209,9 @@ def in_groups(rows: PrefixSum, mn: int) -> torch.Tensor:
 def check_upper_scale(call: Call) -> None:
     """Read the upper scale of a call, which synchronizes, and check that it fits the input.
 
-    The amax of x times the encode scale has to lie within 2^20 of 2688, x being what is quantized:
-    of other calls the upper scale alone is checked.
+    The amax of x times the encode scale has to lie within 2^20 of 2688, and within 2^8 if its
+    reciprocal lies within 2^4, x being what is quantized: of other calls the upper scale alone is
+    checked.
 
     Raises:
         ValueError: a scale is out of range, or is the other of the two conventions.
@@ -219,21 +222,34 @@ def check_upper_scale(call: Call) -> None:
     encode = factors(call.upper).encode.reshape(-1)
     if not encode.isfinite().all():
         bad = given.reshape(-1)[~encode.isfinite()][0].item()
-        raise ValueError(
-            f"{kind}: expected finite numbers above 0, from 2^-117 to 2^117 unless they are an "
-            f"amax, got {bad}"
-        )
+        numbers = "finite numbers, 0 or above" if kind == AMAX else "numbers from 2^-117 to 2^117"
+        raise ValueError(f"{kind}: expected {numbers}, got {bad}")
+    count = encode.numel()
+    if call.upper_of_groups:
+        last = int(groups_of_rows(call.rows, call.result_shape.mn).max()) if call.x.numel() else -1
+        if last >= count:
+            raise ValueError(
+                f"{kind}: expected a scale for each group of rows, {last + 1} or more, got {count}"
+            )
     if call.prologue is not None:
         return
-    amax = _amax_under_each(call, encode.numel())
-    ratio = amax * encode / UPPER_MAX
-    outside = (amax > 0) & amax.isfinite() & ((ratio < 2.0**-20) | (ratio > 2.0**20))
+    amax = _amax_under_each(call, count)
+    # As near as scales come to the amax of tiny numbers.
+    fitting = (UPPER_MAX / amax).clamp(max=MAX_UPPER_SCALE)
+    off = (encode / fitting).log2().abs()
+    outside = off > 20
+    if kind != AMAX:
+        outside |= (off > 8) & ((encode * fitting).log2().abs() < 4)
+    outside &= (amax > 0) & amax.isfinite()
     if outside.any():
         i = int(outside.nonzero()[0])
+        got = given.reshape(-1)[i].item()
+        if kind == AMAX:
+            raise ValueError(f"amax: expected about {amax[i]:.3g}, that of x, got {got:.3g}")
         raise ValueError(
             f"{kind}: expected about 2688 / amax = {UPPER_MAX / amax[i]:.3g} as an encode scale, "
-            f"or amax / 2688 = {amax[i] / UPPER_MAX:.3g} as a decode scale, got "
-            f"{given.reshape(-1)[i].item():.3g}: were the two mixed up?"
+            f"or amax / 2688 = {amax[i] / UPPER_MAX:.3g} as a decode scale, got {got:.3g}: were "
+            "the two mixed up?"
         )
 
 

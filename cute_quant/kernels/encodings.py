@@ -1,4 +1,4 @@
-"""Values in registers: element types, widening to float32, products, and encoding to 8 bits."""
+"""Values in registers: element types, widening to float32, products, encoding to 8 and 4 bits."""
 
 import cutlass
 import cutlass.cute as cute

@@ -349,7 +349,7 @@ def test_row_stride(device):
         quantize(far)
 
 
-@pytest.mark.parametrize("out", [torch.empty(1), (torch.empty(1),), (1, 2, 3), "qs"])
+@pytest.mark.parametrize("out", [torch.empty(1), (torch.empty(1),), (1, 2, 3), "qs", 5, True])
 def test_out_is_a_pair(out, device):
     with pytest.raises(TypeError, match=r"out: expected \(q, sf\), got"):
         quantize(activations(device), out=out)
