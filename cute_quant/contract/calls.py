@@ -21,7 +21,7 @@ class ResultShape(NamedTuple):
 
     def values(self, fmt: Format) -> tuple[int, ...]:
         """Return the shape of q, whose bytes may hold two columns each."""
-        return (*self.batch_shape, self.mn, fmt.value_columns(self.k))
+        return (*self.batch_shape, self.mn, Format.value_columns(fmt, self.k))
 
 
 class Call(NamedTuple):

@@ -323,6 +323,9 @@ class Format:
     def __delattr__(self, name: str) -> None:
         self.__setattr__(name, None)
 
+    # Shapes name the methods that they call by the class: tracers find those of a format that a
+    # graph makes, whose own methods they cannot guard.
+
     def groups(self, k: int) -> int:
         """Return the number of groups in a row of `k`, of which the last may be short."""
         # In arithmetic that symbolic sizes take without a branch.
@@ -331,8 +334,8 @@ class Format:
     def columns(self, k: int) -> int:
         """Return the columns of scales that are stored for a row of `k`, padding included."""
         if self.blocked:
-            return align(self.groups(k), BLOCK_GROUPS)
-        return ceil_div(self.groups(k), self.groups_per_column)
+            return align(Format.groups(self, k), BLOCK_GROUPS)
+        return ceil_div(Format.groups(self, k), self.groups_per_column)
 
     def scale_rows(self, mn: int) -> int:
         """Return the rows of scales that are stored for `mn` rows, padding included."""
@@ -349,12 +352,12 @@ class Format:
     def scale_shape(self, batch_shape: Sequence[int], mn: int, k: int) -> tuple[int, ...]:
         """Return the shape of the scales of values (..., mn, k), ``...`` being `batch_shape`."""
         if self.blocked:
-            return (*batch_shape, self.scale_rows(mn) * self.columns(k))
-        return (*batch_shape, mn, self.columns(k))
+            return (*batch_shape, Format.scale_rows(self, mn) * Format.columns(self, k))
+        return (*batch_shape, mn, Format.columns(self, k))
 
     def scale_strides(self, batch_shape: Sequence[int], mn: int, k: int) -> tuple[int, ...]:
         """Return the strides of the scales of values (..., mn, k), in elements."""
-        rows, columns = self.scale_rows(mn), self.columns(k)
+        rows, columns = Format.scale_rows(self, mn), Format.columns(self, k)
         matrix = rows * columns
         if not self.mn_major:
             # Those of contiguous tensors, which torch computes as if no size were 0.

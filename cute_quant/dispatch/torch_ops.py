@@ -396,7 +396,8 @@ def _new_stored_scales(x: torch.Tensor, fmt: Format, shape: ResultShape) -> torc
 
     Whether there are any depends on mn % 4, which must not become a guard.
     """
-    sf_shape = fmt.scale_shape(*shape)
+    sf_shape = Format.scale_shape(fmt, *shape)
     if fmt.mn_major:
-        return x.new_empty_strided(sf_shape, fmt.scale_strides(*shape), dtype=fmt.sf_dtype)
+        strides = Format.scale_strides(fmt, *shape)
+        return x.new_empty_strided(sf_shape, strides, dtype=fmt.sf_dtype)
     return x.new_empty(sf_shape, dtype=_stored_dtype(fmt.sf_dtype))

@@ -109,6 +109,27 @@ def test_upper_scales_computed_in_a_graph():
     assert_results(torch.compile(call, fullgraph=True)(x), call(x))
 
 
+@pytest.mark.parametrize("layout", ["128x4", "mn_major_packed"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_formats_made_in_a_graph(layout, dynamic):
+    """Also where the graph allocates results: scales of rows, and the other of two in `out`."""
+
+    def calls(x, sf):
+        per_row = NVFP4.replace(row_scale=True, scale_layout=layout)
+        per_group = MXFP4.replace(min_scale="ocp", scale_layout=layout)
+        return (
+            *quantize(x, per_row),
+            *silu_mul_quantize(x, per_row),
+            *quantize(x, per_group, out=(None, sf)),
+        )
+
+    x = normal(7, 192)
+    fmt = MXFP4.replace(scale_layout=layout)
+    given, expected = (empty_scales(fmt, x.shape) for _ in range(2))
+    compiled = torch.compile(calls, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    assert_results(compiled(x, given), calls(x, expected))
+
+
 def memory(fmt, mn, k, names):
     """Return memory for some of q, sf and scales of rows, None for the rest."""
     sf = empty_scales(fmt, (mn, k))
