@@ -296,8 +296,8 @@ FAULTS = [
     Fault(
         "formats-columns-of-blocks",
         FORMATS,
-        "return align(self.groups(k), BLOCK_GROUPS)",
-        "return self.groups(k)",
+        "return align(Format.groups(self, k), BLOCK_GROUPS)",
+        "return Format.groups(self, k)",
         [f"{ON_FORMATS}::test_empty_scales", f"{ON_INPUTS}::test_shapes_and_strides"],
     ),
     Fault(
@@ -687,6 +687,20 @@ FAULTS = [
         "source.abs().amax(-1).where(live, 0)",
         "source.abs().amax(-1)",
         [f"{ON_UPPER_SCALE}::test_check_looks_at_each_matrix_and_at_rows_that_exist"],
+    ),
+    Fault(
+        "reference-check-of-swapped-scales",
+        REFERENCE,
+        "(encode * fitting).log2().abs() < 4",
+        "(encode * fitting).log2().abs() < 0",
+        [f"{ON_UPPER_SCALE}::test_check_names_a_mixed_up_scale"],
+    ),
+    Fault(
+        "reference-check-of-groups-without-a-scale",
+        REFERENCE,
+        "if last >= count:",
+        "if last > count:",
+        [f"{ON_UPPER_SCALE}::test_check_names_groups_without_a_scale"],
     ),
     Fault(
         "upper-scales-conventions-mixed-up",

@@ -262,7 +262,7 @@ FAULTS = [
     Fault(
         "torch-ops-fake-strides-of-scales",
         TORCH_OPS,
-        "return x.new_empty_strided(sf_shape, fmt.scale_strides(*shape), dtype=fmt.sf_dtype)",
+        "return x.new_empty_strided(sf_shape, strides, dtype=fmt.sf_dtype)",
         "return x.new_empty(sf_shape, dtype=fmt.sf_dtype)",
         [f"{ON_TORCH_OPS}::test_fake_tensors_have_the_shapes_dtypes_and_strides"],
     ),
