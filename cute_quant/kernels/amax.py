@@ -13,6 +13,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.kernels import copy, encodings
 from cute_quant.kernels import scales as scaling
+from cute_quant.kernels.arithmetic import FLOAT32_INFINITY, FLOAT32_NAN
 from cute_quant.kernels.config import (
     AMAX_WARPS,
     DEFAULT_TILE,
@@ -144,8 +145,8 @@ class Amax:
             if lane < AMAX_WARPS:
                 amax = Uint32(warp_amaxes[lane])
             amax = cute.arch.warp_reduction(amax, cutlass.max, threads_in_group=AMAX_WARPS)
-            if amax > Uint32(scaling.FLOAT32_INFINITY):
-                amax = Uint32(scaling.FLOAT32_NAN)
+            if amax > Uint32(FLOAT32_INFINITY):
+                amax = Uint32(FLOAT32_NAN)
             if lane == 0:
                 problem.parts[row_cta * column_ctas + column_cta] = amax.bitcast(Float32)
         # The next matrix has the same shared memory.

@@ -12,6 +12,9 @@ from cute_quant.kernels.config import LANES
 from cute_quant.kernels.encodings import registers
 from cute_quant.kernels.params import Params
 
+FLOAT32_INFINITY = 0x7F800000
+FLOAT32_NAN = 0x7FC00000
+"""As the bits of a float32."""
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
 LARGEST_EXPONENT = 127.99
 """Largest exponent of 2 in `sigmoid`, whose power is finite."""

@@ -23,10 +23,9 @@ from cute_quant.contract.dtypes import (
 from cute_quant.contract.format_choices import DEEPGEMM, FLASHINFER, TE, TORCHAO, VLLM
 from cute_quant.contract.formats import Format
 from cute_quant.kernels import arithmetic, ptx
+from cute_quant.kernels.arithmetic import FLOAT32_INFINITY, FLOAT32_NAN
 from cute_quant.kernels.upper_scales import Factors
 
-FLOAT32_INFINITY = 0x7F800000
-FLOAT32_NAN = 0x7FC00000
 SMALLEST_UE8M0 = 0x400000
 """2^-127, the only UE8M0 scale that is a subnormal float32."""
 MANTISSA_MASK = 0x7FFFFF

@@ -10,14 +10,13 @@ from cutlass import Float32, Int32, Uint32
 from cute_quant.contract.dtypes import MAX_UPPER_SCALE, UPPER_MAX
 from cute_quant.contract.upper_scales import AMAX, DECODE
 from cute_quant.kernels import arithmetic
+from cute_quant.kernels.arithmetic import FLOAT32_INFINITY, FLOAT32_NAN
 from cute_quant.kernels.params import Params
 
 LEAST_BITS = 0x05000000
 """2^-117 as the bits of a float32."""
 SPAN_BITS = 2 * 117 << 23
 """The bits of 2^117, less those of 2^-117."""
-FLOAT32_NAN = 0x7FC00000
-FLOAT32_INFINITY = 0x7F800000
 HEADROOM = 2.0**-11
 """Takes every amax to where its reciprocal is a normal number."""
 

@@ -15,6 +15,7 @@ from cutlass import Float32, Int32, Uint32, const_expr
 
 from cute_quant.kernels import layouts
 from cute_quant.kernels import scales as scaling
+from cute_quant.kernels.arithmetic import FLOAT32_NAN
 from cute_quant.kernels.config import LANES, QuantizeSpec, RmsNormSpec, SiluMulSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.params import Params
@@ -23,7 +24,7 @@ from cute_quant.kernels.row_domains import Row, select_rows
 from cute_quant.kernels.scales import GroupScale
 from cute_quant.kernels.scheduler import Scheduler
 from cute_quant.kernels.stage import Origin, Rows, Stage
-from cute_quant.kernels.upper_scales import FLOAT32_NAN, Factors, factors_of_amax
+from cute_quant.kernels.upper_scales import Factors, factors_of_amax
 
 
 class WholeRows:

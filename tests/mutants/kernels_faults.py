@@ -1225,14 +1225,14 @@ FAULTS = [
     Fault(
         "amax-inf-is-nan",
         AMAX,
-        "if amax > Uint32(scaling.FLOAT32_INFINITY):",
-        "if amax >= Uint32(scaling.FLOAT32_INFINITY):",
+        "if amax > Uint32(FLOAT32_INFINITY):",
+        "if amax >= Uint32(FLOAT32_INFINITY):",
         [f"{ON_AMAX}::test_what_is_not_finite"],
     ),
     Fault(
         "amax-nan-keeps-its-payload",
         AMAX,
-        "if amax > Uint32(scaling.FLOAT32_INFINITY):",
+        "if amax > Uint32(FLOAT32_INFINITY):",
         "if amax < Uint32(0):",
         [f"{ON_AMAX}::test_every_pattern_of_bits"],
     ),
