@@ -316,14 +316,16 @@ def assert_quantized_within(
     least = torch.minimum(*magnitudes).where((low < 0) == (high < 0), 0.0)
     least, most = least.where(~low.isnan(), torch.nan), torch.maximum(*magnitudes)
     given = [q, sf, *([] if row_scales is None else [row_scales])]
-    # A larger amax of a row makes its groups' scales smaller.
-    expected, lower, upper_bound = (
+    expected = _expected_in_poison(values, given, fmt, rows, index, upper, values)
+    # A larger amax of a row makes its groups' scales smaller, but not that of zeros or Inf.
+    amax_of_rows = (values,) if row_scales is None else (least, most)
+    ends = [
         _expected_in_poison(x, given, fmt, rows, index, upper, scaled_as)
-        for x, scaled_as in ((values, values), (least, most), (most, least))
-    )
-    _assert_between("scales", sf, lower[1], upper_bound[1], fmt.byte_scales)
+        for x, scaled_as in itertools.product((least, most), amax_of_rows)
+    ]
+    _assert_between("scales", sf, [end[1] for end in ends], fmt.byte_scales)
     if row_scales is not None:
-        _assert_between("row scales", row_scales, upper_bound[2], lower[2], False)
+        _assert_between("row scales", row_scales, [end[2] for end in ends], False)
 
     leading = (low if index is None else index).shape[: -1 if index is not None else -2]
     batch = math.prod(leading)
@@ -360,14 +362,15 @@ def assert_quantized_within(
 
 
 def _assert_between(
-    name: str, stored: torch.Tensor, low: torch.Tensor, high: torch.Tensor, in_bytes: bool
+    name: str, stored: torch.Tensor, ends: list[torch.Tensor], in_bytes: bool
 ) -> None:
     """Check the whole storages of scales, positive numbers whose order is that of their bytes."""
     kind = torch.uint8 if in_bytes else torch.float32
-    stored, low, high = (storage_bits(t).view(kind) for t in (stored, low, high))
+    stored, *ends = (storage_bits(t).view(kind) for t in (stored, *ends))
     if not in_bytes:
         assert not stored.isinf().any()
-        stored, low, high = (t.nan_to_num(math.inf) for t in (stored, low, high))
+        stored, *ends = (t.nan_to_num(math.inf) for t in (stored, *ends))
+    low, high = torch.stack(ends).aminmax(dim=0)
     outside = ((stored < low) | (stored > high)).nonzero().flatten()
     assert not len(outside), f"{name}: {stored[outside[0]]} at {outside[0]} of the storage"
 
