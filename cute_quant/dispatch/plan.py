@@ -21,7 +21,6 @@ from cute_quant.dispatch.call_range import CallRange, row_alignment
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures, heuristics
 from cute_quant.kernels.config import (
-    DEFAULT_TILE,
     Access,
     DequantizeSpec,
     Domain,
@@ -210,7 +209,7 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
     *batch_shape, q_rows, _ = result.view.shape
     k = call.result_shape.k
     shape = ResultShape(tuple(batch_shape), q_rows, k)
-    launch = _launch_shape(call, shape, gpu)
+    launch = _launch_shape(call, shape, gpu, fake=scales is None)
     batched = bool(batch_shape) or launch.tall
     domain = Domain(kind, index is not None, batched, call.upper_of_groups)
     match call.prologue:
@@ -255,7 +254,7 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
 
 
 def _launch_shape(
-    call: Call, shape: ResultShape, gpu: Gpu
+    call: Call, shape: ResultShape, gpu: Gpu, *, fake: bool
 ) -> heuristics.Shape | heuristics.NormShape:
     """Return tile and grid for the size of a call."""
     masked = isinstance(call.rows, Masked)
@@ -263,6 +262,8 @@ def _launch_shape(
     if call.fmt.row_scale and not isinstance(call.prologue, RmsNorm):
         return heuristics.row_shape(*size)
     match call.prologue:
+        case None if fake:
+            return heuristics.fake_shape(*size, gpu.arch)
         case None:
             return heuristics.shape(*size, architectures.named(gpu.arch).warps)
         case SiluMul():
@@ -353,16 +354,17 @@ def choose_dequantize_spec(
     q: torch.Tensor, y: torch.Tensor, fmt: Format, upper: UpperScale | None, arch: str
 ) -> DequantizeSpec:
     """Choose the spec of the kernel that multiplies values by their scales."""
-    values = DEFAULT_TILE.values_per_thread
+    tile = heuristics.DEQUANTIZE_TILES[architectures.named(arch).widest_load]
+    values = tile.values_per_thread
     load_bytes = values // fmt.value_type.per_byte
-    store_bytes = heuristics.store_bytes(DEFAULT_TILE, y.dtype)
+    store_bytes = heuristics.store_bytes(tile, y.dtype)
     access = Access(
         alignment(q.data_ptr(), matrix_view(q, batched=True), q.element_size(), load_bytes),
         alignment(y.data_ptr(), matrix_view(y, batched=True), y.element_size(), store_bytes),
         ragged=y.shape[-1] % values != 0,
     )
     kind, pdl = None if upper is None else upper.kind, architectures.named(arch).pdl
-    return DequantizeSpec(fmt.kernel_format, y.dtype, access, kind, pdl)
+    return DequantizeSpec(fmt.kernel_format, y.dtype, tile, access, kind, pdl)
 
 
 def _scales_view(scales: View | None, fmt: Format, shape: ResultShape) -> View | None:

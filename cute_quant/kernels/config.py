@@ -340,12 +340,14 @@ class DequantizeSpec(NamedTuple):
     Attributes:
         fmt: of values and scales.
         dtype: of the result.
+        tile: of a CTA's threads, which have one row each.
         access: to the values and the result.
         upper, pdl: as of a `QuantizeSpec`.
     """
 
     fmt: Format
     dtype: torch.dtype
+    tile: Tile = DEFAULT_TILE
     access: Access = WIDEST
     upper: str | None = None
     pdl: bool = True

@@ -1,32 +1,24 @@
 """Multiply quantized values by their scales: load, widen, multiply, store.
 
-The thread-value layout is that of `quantize`: a thread holds 16 values of a row, contiguous along
-k, and reads the scale that they share.
+The thread-value layout is that of `quantize`: a thread holds values of a row, contiguous along k,
+in each of its tiles, and reads the scale that they share.
 """
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint8, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Uint8, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.kernels import copy, encodings, layouts
 from cute_quant.kernels import scales as scaling
-from cute_quant.kernels.config import (
-    DEFAULT_TILE,
-    LANES,
-    MAX_GRID_Y,
-    MAX_GRID_Z,
-    DequantizeSpec,
-)
+from cute_quant.kernels.config import LANES, MAX_GRID_Y, MAX_GRID_Z, DequantizeSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.upper_scales import UpperScale
-
-TILE = DEFAULT_TILE
 
 
 class Problem(Params):
@@ -38,7 +30,7 @@ class Problem(Params):
         upper: the scale over those of groups, or those of rows, (batch, mn); None without.
         y: (batch, mn, k).
         num_rows: of each matrix.
-        num_row_tiles: tiles of these rows.
+        first_batch, first_row_tile: of the launch, where a grid does not count all.
     """
 
     def __init__(
@@ -47,13 +39,16 @@ class Problem(Params):
         scales: cute.Tensor,
         upper: UpperScale | cute.Tensor | None,
         y: Matrix,
+        first_batch: Int32,
+        first_row_tile: Int32,
     ):
         self.q = q
         self.scales = scales
         self.upper = upper
         self.y = y
         self.num_rows = q.rows
-        self.num_row_tiles = Int32((self.num_rows + (TILE.rows - 1)) // TILE.rows)
+        self.first_batch = first_batch
+        self.first_row_tile = first_row_tile
 
     def slice_batch(self, batch: Int32) -> "Problem":
         """Return the problem of one matrix of a batch."""
@@ -71,6 +66,7 @@ class Dequantize:
     def __init__(self, spec: DequantizeSpec):
         self.fmt = spec.fmt
         self.dtype = ELEMENT_TYPES[spec.dtype]
+        self.tile = spec.tile
         self.access = spec.access
         self.upper = spec.upper
         self.pdl = spec.pdl
@@ -80,7 +76,7 @@ class Dequantize:
         fmt, access = self.fmt, self.access
         batch, mn = cute.sym_int32(), cute.sym_int32()
         q_dtype = encodings.value_type_of(fmt)
-        divisor = 1 if access.ragged else TILE.values_per_thread
+        divisor = 1 if access.ragged else self.tile.values_per_thread
         k = columns = cute.sym_int32(divisibility=divisor)
         if fmt.value_type.per_byte > 1:
             columns = cute.sym_int32(divisibility=max(1, divisor // fmt.value_type.per_byte))
@@ -122,65 +118,84 @@ class Dequantize:
         upper = mUpper
         if const_expr(self.upper is not None and not self.fmt.row_scale):
             upper = UpperScale(mUpper, Float32(0.0), self.upper)
-        problem = Problem(Matrix(mQ), mS, upper, Matrix(mY))
-        self.kernel(problem).launch(
-            grid=[
-                cute.ceil_div(k, TILE.columns),
-                cutlass.min(problem.num_row_tiles, MAX_GRID_Y),
-                cutlass.min(batches, MAX_GRID_Z),
-            ],
-            block=[LANES, TILE.rows, 1],
-            stream=stream,
-            use_pdl=self.pdl,
-        )
+        row_tiles = cute.ceil_div(mn, self.tile.rows)
+        # A kernel with loops over what a grid does not count is 1.5 times as slow at one row.
+        for first_batch in range(0, batches, MAX_GRID_Z):
+            for first_row_tile in range(0, row_tiles, MAX_GRID_Y):
+                problem = Problem(Matrix(mQ), mS, upper, Matrix(mY), first_batch, first_row_tile)
+                self.kernel(problem).launch(
+                    grid=[
+                        cute.ceil_div(k, self.tile.columns * self.tile.tiles_per_thread),
+                        cutlass.min(row_tiles - first_row_tile, MAX_GRID_Y),
+                        cutlass.min(batches - first_batch, MAX_GRID_Z),
+                    ],
+                    block=[LANES, self.tile.row_warps, 1],
+                    stream=stream,
+                    use_pdl=self.pdl,
+                )
 
     @cute.kernel
     def kernel(self, problem: Problem):
-        """Dequantize the tiles of rows that the CTA takes."""
+        """Load, widen, multiply and store a warp's tiles of a row."""
         if const_expr(self.pdl):
             cute.arch.griddepcontrol_launch_dependents()
-        _, first, z = cute.arch.block_idx()
-        _, num_row_ctas, depth = cute.arch.grid_dim()
-        if const_expr(self.pdl):
-            cute.arch.griddepcontrol_wait()
-        for batch in range(z, problem.q.tensor.shape[0], depth):
-            for row_tile in range(first, problem.num_row_tiles, num_row_ctas):
-                self.dequantize_tile(row_tile, problem.slice_batch(batch))
-
-    @cute.jit
-    def dequantize_tile(self, row_tile: Int32, problem: Problem):
-        """Load, widen, multiply and store a warp's part of a row."""
         lane, warp, _ = cute.arch.thread_idx()
-        column_tile, _, _ = cute.arch.block_idx()
-        segment, row = Segment(column_tile, lane), Uint32(row_tile) * TILE.rows + warp
+        column_cta, row_tile, batch = cute.arch.block_idx()
+        problem = problem.slice_batch(problem.first_batch + batch)
+        tiles = layouts.tiles_of_thread(self.tile)
+        segments = [
+            Segment(tiles((i, column_cta)), lane) for i in range(self.tile.tiles_per_thread)
+        ]
+        row = Uint32(problem.first_row_tile + row_tile) * self.tile.rows + warp
         exists = row < problem.num_rows
         gQ, gY = problem.q.row(row), problem.y.row(row)  # (k,) each
 
-        columns = TILE.values_per_thread // self.fmt.value_type.per_byte
-        tXrQ = encodings.zeros(columns, gQ.element_type)  # (values,), or bytes of two
-        copy.load(gQ, segment, exists, tXrQ, self.access)
-        scale = Float32(0.0)
-        tXcX = copy.column_coordinates(cute.size(gY), segment, TILE.values_per_thread)
-        if exists and tXcX[0] < cute.size(gY):
-            scale = self.load_scale(problem.scales, Int32(row), segment)
-            if const_expr(self.upper is not None):
-                row_scales = self.fmt.row_scale
-                upper = problem.upper[row] if row_scales else problem.upper.load_decode_scale()
-                scale = scale * upper
-        decoded = encodings.decode(tXrQ, self.fmt)  # (values,)
-        tXrY = encodings.encode(encodings.multiply(decoded, scale), self.dtype)  # (values,)
-        copy.store(tXrY, gY, segment, exists, self.access)
+        # What comes before needs no memory, and overlaps with the end of the kernel before.
+        if const_expr(self.pdl):
+            cute.arch.griddepcontrol_wait()
+        upper = self.load_upper(problem, row, exists)
+        scales = [self.load_scale(problem, Int32(row), segment, exists) for segment in segments]
+        columns = self.tile.values_per_thread // self.fmt.value_type.per_byte
+        tXrQ = [encodings.zeros(columns, gQ.element_type) for _ in segments]
+        for i in cutlass.range_constexpr(len(segments)):
+            copy.load(gQ, segments[i], exists, tXrQ[i], self.access)
+        for i in cutlass.range_constexpr(len(segments)):
+            decoded = encodings.decode(tXrQ[i], self.fmt)  # (values,)
+            scale = self.float32_of_scale(scales[i], upper)
+            tXrY = encodings.encode(encodings.multiply(decoded, scale), self.dtype)  # (values,)
+            copy.store(tXrY, gY, segments[i], exists, self.access)
 
     @cute.jit
-    def load_scale(self, mS: cute.Tensor, row: Int32, segment: Segment) -> Float32:
-        """Load the scale of a thread's values as float32."""
-        size = self.fmt.group_size
-        if const_expr(size == WHOLE_ROW):
-            scale = mS[row, 0]
-        else:
-            _, group = layouts.lanes(TILE.lanes_per_group(size))(segment.lane)
-            groups = layouts.groups_by_tile(mS.layout, TILE.groups(size))
-            scale = mS[row, groups((group, segment.tile))]
-        if const_expr(self.fmt.byte_scales):
-            return scaling.float32_of_scale(Uint32(scale), self.fmt)
+    def load_upper(self, problem: Problem, row: Uint32, exists: Boolean) -> Float32:
+        """Load what the scales of a row are multiplied with."""
+        upper = Float32(1.0)
+        if const_expr(self.fmt.row_scale):
+            if exists:
+                upper = problem.upper[row]
+        elif const_expr(self.upper is not None):
+            upper = problem.upper.load_decode_scale()
+        return upper
+
+    @cute.jit
+    def load_scale(
+        self, problem: Problem, row: Int32, segment: Segment, exists: Boolean
+    ) -> Uint8 | Float32:
+        """Load the scale of a thread's values, 0 where there are none."""
+        size, mS, k = self.fmt.group_size, problem.scales, problem.y.tensor.shape[1]
+        scale = mS.element_type(0)
+        tXcX = copy.column_coordinates(k, segment, self.tile.values_per_thread)
+        if exists and tXcX[0] < k:
+            if const_expr(size == WHOLE_ROW):
+                scale = mS[row, 0]
+            else:
+                _, group = layouts.lanes(self.tile.lanes_per_group(size))(segment.lane)
+                groups = layouts.groups_by_tile(mS.layout, self.tile.groups(size))
+                scale = mS[row, groups((group, segment.tile))]
         return scale
+
+    def float32_of_scale(self, stored: Uint8 | Float32, upper: Float32) -> Float32:
+        """Return what values are multiplied with."""
+        scale = stored
+        if self.fmt.byte_scales:
+            scale = scaling.float32_of_scale(Uint32(stored), self.fmt)
+        return scale * upper if self.upper is not None else scale

@@ -215,6 +215,26 @@ def e2m1_by_arithmetic(values: list[Float32]) -> Uint32:
 
 
 @cute.jit
+def round_to_e2m1(rX: cute.Tensor) -> cute.Tensor:
+    """Return float32 values rounded to those of e2m1, without a code for them; NaN gives 6.
+
+    Below 2 the values are multiples of 0.5, and of twice as much from each power of two on. A sum
+    with 2^22 times that power has no bits for less.
+    """
+    rY = cute.make_rmem_tensor(rX.shape, Float32)
+    for i in cutlass.range_constexpr(cute.size(rX)):
+        bits = rX[i].bitcast(Uint32)
+        magnitude = (bits & Uint32(0x7FFFFFFF)).bitcast(Float32)
+        magnitude = cute.arch.fmin(magnitude, Float32(E2M1_MAX))
+        power = (magnitude.bitcast(Uint32) & Uint32(0x7F800000)).bitcast(Float32)
+        power = cute.arch.fmax(power, Float32(1.0))
+        total = cute.math.fma(power, Float32(2.0**22), magnitude)
+        rounded = cute.math.fma(power, Float32(-(2.0**22)), total)
+        rY[i] = (rounded.bitcast(Uint32) | bits & Uint32(0x80000000)).bitcast(Float32)
+    return rY
+
+
+@cute.jit
 def drop_signs_of_zeros(rQ: cute.Tensor):
     """Make 0 of each -0 among e2m1 in bytes, (values / 2,)."""
     words = cute.recast_tensor(rQ, Uint32)

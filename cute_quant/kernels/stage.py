@@ -287,8 +287,23 @@ class Stage:
             # There is no NaN of 4 bits.
             encodings.clear_unless(scaling.is_number(scale, fmt), tXrQ)
             return tXrQ
-        multiply = encodings.multiply_power_of_two if fmt.power_of_two else encodings.multiply
-        return encodings.encode(multiply(tXrX, scale.multiplier), encodings.value_type_of(fmt))
+        return encodings.encode(self.products(tXrX, scale), encodings.value_type_of(fmt))
+
+    def products(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
+        """Return a segment times its multiplier as float32, (values,)."""
+        power_of_two = self.fmt.power_of_two
+        multiply = encodings.multiply_power_of_two if power_of_two else encodings.multiply
+        return multiply(tXrX, scale.multiplier)
+
+    def rounded(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
+        """Return a segment's quantized values as float32, (values,).
+
+        Where arithmetic rounds to e2m1 it needs no codes. Then values under a scale of NaN are any.
+        """
+        fmt = self.fmt
+        if fmt.value_type.per_byte == 1 or ptx.target().e2m1 or fmt.positive_zero:
+            return encodings.decode(self.encode(tXrX, scale), fmt)
+        return encodings.round_to_e2m1(self.products(tXrX, scale))
 
     def encode_and_decode(
         self, tXrX: cute.Tensor, scale: GroupScale, bound: Float32 | Factors
@@ -305,7 +320,7 @@ class Stage:
             factor = scaling.float32_of_scale(scale.scale, fmt)
         if fmt.upper_scale:
             factor = factor * bound.decode
-        return encodings.multiply(encodings.decode(self.encode(tXrX, scale), fmt), factor)
+        return encodings.multiply(self.rounded(tXrX, scale), factor)
 
     def store_scales(
         self,

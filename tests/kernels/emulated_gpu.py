@@ -157,7 +157,9 @@ class Gpu:
             mock.patch.multiple(scheduler, **limits),
             mock.patch.multiple(dequantize, **limits),
             mock.patch.object(
-                plan, "_launch_shape", lambda *size: choose_shape(*size)._replace(**self.shape)
+                plan,
+                "_launch_shape",
+                lambda *size, **options: choose_shape(*size, **options)._replace(**self.shape),
             ),
             mock.patch.object(launch, "_plans", {}),
         ):

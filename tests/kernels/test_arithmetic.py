@@ -8,8 +8,10 @@ from cutlass import Float32
 
 from cute_quant.emulator import EmulatedKernel, isa
 from cute_quant.emulator.host import C_COMPILER
-from cute_quant.kernels import arithmetic
+from cute_quant.kernels import arithmetic, encodings
 from cute_quant.kernels.encodings import registers
+from tests import oracle
+from tests.exact import E2M1
 from tests.kernels.elementwise import Apply
 
 pytestmark = pytest.mark.skipif(C_COMPILER is None, reason="needs a C compiler")
@@ -59,6 +61,26 @@ def test_quotient_is_rounded(largest, tmp_path):
     x = floats(4096, -100, 100)
     quotients = apply(lambda a: arithmetic.quotient(a, largest), x, tmp_path)
     assert torch.equal(quotients, x / largest)
+
+
+def test_rounding_to_e2m1(tmp_path):
+    """Every bfloat16 but NaN, and the float32 beside the middles of two values."""
+
+    def rounded(x: Float32) -> Float32:
+        rX = cute.make_rmem_tensor(1, Float32)
+        rX[0] = x
+        return encodings.round_to_e2m1(rX)[0]
+
+    x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    x = x.where(~x.isnan(), 0.0)
+    table = torch.from_numpy(oracle.TABLES[E2M1]).float()
+    middles = (table[1:] + table[:-1]) / 2
+    for i, towards in enumerate((0.0, 10.0)):
+        beside = torch.nextafter(middles, torch.tensor(towards))
+        x[16 * i : 16 * i + 7], x[16 * i + 8 : 16 * i + 15] = beside, -beside
+    expected = table[oracle.nearest(x.abs().double().numpy(), table.numpy())].copysign(x)
+    actual = apply(rounded, x, tmp_path, "sm_90a")
+    assert torch.equal(actual.view(torch.int32), expected.view(torch.int32))
 
 
 @pytest.mark.parametrize("factor", [None, 1.702, -3.3])

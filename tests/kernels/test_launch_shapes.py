@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, ROWWISE_FP8
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, NVFP4, ROWWISE_FP8
 from cute_quant.kernels import heuristics
 from cute_quant.kernels.config import DEFAULT_TILE, MAX_GRID_Y
 from cute_quant.kernels.heuristics import TWO_ROWS, TWO_ROWS_FROM
@@ -74,6 +74,14 @@ def test_tiles_of_gates_and_ups():
         for arch in ("sm_90a", "sm_100a", "sm_89", "sm_120f")
     ]
     assert [tile.values_per_thread for tile in by_arch] == [8, 16, 8, 16]
+
+
+@pytest.mark.parametrize(("fmt", "values"), [(DEEP_GEMM, 16), (NVFP4, 8), (MXFP4, 8)], ids=str)
+def test_tiles_of_fake_quantization(fmt, values):
+    """Large ones, too: there is no scale to be stored with those of another row."""
+    for arch, expected in (("sm_90a", values), ("sm_100a", 16)):
+        tile = heuristics.fake_shape(1, 8192, 8192, fmt, False, SMS, arch).tile
+        assert (tile.values_per_thread, tile.rows_per_thread) == (expected, 1)
 
 
 @pytest.mark.parametrize(

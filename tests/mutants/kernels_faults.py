@@ -265,7 +265,7 @@ FAULTS = [
     Fault(
         "stage-exact-products-of-rounded-scales",
         STAGE,
-        "encodings.multiply_power_of_two if fmt.power_of_two else encodings.multiply",
+        "encodings.multiply_power_of_two if power_of_two else encodings.multiply",
         "encodings.multiply_power_of_two",
         [f"{ON_QUANTIZE_KERNEL}::test_shapes"],
     ),
@@ -735,9 +735,44 @@ FAULTS = [
     Fault(
         "dequantize-matrices-past-the-grid",
         DEQUANTIZE,
-        "for batch in range(z, problem.q.tensor.shape[0], depth):",
-        "for batch in range(z, depth, depth):",
+        "problem.slice_batch(problem.first_batch + batch)",
+        "problem.slice_batch(batch)",
         [f"{ON_QUANTIZE_KERNEL}::test_dequantize"],
+    ),
+    Fault(
+        "dequantize-rows-past-the-grid",
+        DEQUANTIZE,
+        "Uint32(problem.first_row_tile + row_tile)",
+        "Uint32(row_tile)",
+        [f"{ON_QUANTIZE_KERNEL}::test_dequantize"],
+    ),
+    Fault(
+        "dequantize-values-of-the-first-tile",
+        DEQUANTIZE,
+        "decoded = encodings.decode(tXrQ[i], self.fmt)",
+        "decoded = encodings.decode(tXrQ[0], self.fmt)",
+        [f"{ON_QUANTIZE_KERNEL}::test_dequantize"],
+    ),
+    Fault(
+        "encodings-e2m1-of-one-step",
+        ENCODINGS,
+        "power = cute.arch.fmax(power, Float32(1.0))",
+        "power = Float32(1.0)",
+        [f"{ON_ARITHMETIC}::test_rounding_to_e2m1"],
+    ),
+    Fault(
+        "encodings-e2m1-of-ever-smaller-steps",
+        ENCODINGS,
+        "power = cute.arch.fmax(power, Float32(1.0))",
+        "pass",
+        [f"{ON_ARITHMETIC}::test_rounding_to_e2m1"],
+    ),
+    Fault(
+        "encodings-rounded-e2m1-without-signs",
+        ENCODINGS,
+        "rounded.bitcast(Uint32) | bits & Uint32(0x80000000)",
+        "rounded.bitcast(Uint32)",
+        [f"{ON_ARITHMETIC}::test_rounding_to_e2m1"],
     ),
     Fault(
         "dequantize-scale-of-the-first-tile",
@@ -756,7 +791,7 @@ FAULTS = [
     Fault(
         "dequantize-value-past-the-row",
         DEQUANTIZE,
-        "if exists and tXcX[0] < cute.size(gY):",
+        "if exists and tXcX[0] < k:",
         "if exists:",
         [f"{ON_QUANTIZE_KERNEL}::test_dequantize"],
     ),
@@ -840,9 +875,16 @@ FAULTS = [
     Fault(
         "heuristics-gates-and-ups-of-any-arch",
         HEURISTICS,
-        "tile = SILU_TILES[architectures.named(arch).widest_load]",
-        "tile = DEFAULT_TILE",
+        "tile = VECTOR_TILES[architectures.named(arch).widest_load]\n",
+        "tile = DEFAULT_TILE\n",
         [f"{ON_LAUNCH_SHAPES}::test_tiles_of_gates_and_ups"],
+    ),
+    Fault(
+        "heuristics-vectors-of-8-bit-values",
+        HEURISTICS,
+        "fp4 = fmt.value_type.per_byte > 1\n    tile",
+        "fp4 = True\n    tile",
+        [f"{ON_LAUNCH_SHAPES}::test_tiles_of_fake_quantization"],
     ),
     Fault(
         "heuristics-an-sm-of-64-warps",
