@@ -16,6 +16,7 @@ from cute_quant import (
     GROUPWISE_FP8,
     INT8,
     MXFP8,
+    NVFP4,
     ROWWISE_FP8,
     Indexed,
     Masked,
@@ -49,7 +50,7 @@ ROW_MAJOR_BYTES = DEEP_GEMM.replace(
     scale_layout="row_major", group_size=256, values=torch.float8_e5m2
 )
 WHOLE_ROW = ROWWISE_FP8
-FORMATS = (UE8M0, FLOAT32, MXFP8, ROW_MAJOR, ROW_MAJOR_BYTES, WHOLE_ROW)
+FORMATS = (UE8M0, FLOAT32, MXFP8, NVFP4, ROW_MAJOR, ROW_MAJOR_BYTES, WHOLE_ROW)
 
 
 def needs(gigabytes: float) -> None:
@@ -69,6 +70,11 @@ def give_back():
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     torch.manual_seed(0)
     return torch.empty(shape, dtype=dtype, device="cuda").normal_()
+
+
+def upper_scale(fmt: Format, device: str = "cuda") -> dict[str, torch.Tensor]:
+    """Return the argument of a call that is the upper scale, if the format has one."""
+    return {"encode_scale": torch.full((), 500.0, device=device)} if fmt.upper_scale else {}
 
 
 def scales_of(sf: torch.Tensor, fmt: Format, k: int, start: int, end: int) -> torch.Tensor:
@@ -91,7 +97,7 @@ def check_rows(
     mn, k = x.shape
     for start in starts:
         end = min(start + (MXFP8.block_rows if fmt.blocked else rows), mn)
-        expected_q, expected_sf = quantize(x[start:end].cpu(), fmt)
+        expected_q, expected_sf = quantize(x[start:end].cpu(), fmt, **upper_scale(fmt, "cpu"))
         assert_same_bits(q[start:end], expected_q)
         assert_same_bits(scales_of(sf, fmt, k, start, end), expected_sf)
 
@@ -111,7 +117,7 @@ def check_pieces(x: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, fmt: Format
     mn, k = x.shape
     for start in range(0, mn, PIECE_ROWS):
         end = min(start + PIECE_ROWS, mn)
-        piece_q, piece_sf = quantize(x[start:end], fmt)
+        piece_q, piece_sf = quantize(x[start:end], fmt, **upper_scale(fmt))
         assert same(q[start:end], piece_q)
         assert same(scales_of(sf, fmt, k, start, end), piece_sf)
 
@@ -124,7 +130,7 @@ def test_many_elements(fmt):
     x = random(mn, k)
     q = poisoned_values(mn + 3, k, "cuda", fmt.values)
     sf = poisoned_scales(fmt, mn, k, "cuda")
-    quantize(x, fmt, out=(q, sf))
+    quantize(x, fmt, **upper_scale(fmt), out=(q, sf))
     assert q[mn:].view(torch.uint8).eq(0).all()
     check_rows(x, q, sf, fmt, interesting_rows(mn, k), 5)
     check_pieces(x, q[:mn], sf, fmt)
@@ -141,21 +147,23 @@ def test_many_float32_elements():
         check_pieces(x, q, sf, fmt)
 
 
-@pytest.mark.parametrize("fmt", [UE8M0, MXFP8, ROW_MAJOR], ids=str)
+@pytest.mark.parametrize("fmt", [UE8M0, MXFP8, NVFP4, ROW_MAJOR], ids=str)
 def test_multiplied_back(fmt):
     needs(30)
     mn, k = 300_000, 7680
-    x = random(mn, k)
-    q, sf = quantize(x, fmt)
-    y = dequantize(q, sf, fmt)
+    x, upper = random(mn, k), upper_scale(fmt)
+    q, sf = quantize(x, fmt, **upper)
+    y = dequantize(q, sf, fmt, **upper)
     for start in interesting_rows(mn, k):
         end = min(start + 5, mn)
-        assert_same_bits(y[start:end], fake_quantize(x[start:end].cpu(), fmt))
+        assert_same_bits(
+            y[start:end], fake_quantize(x[start:end].cpu(), fmt, **upper_scale(fmt, "cpu"))
+        )
     for start in range(0, mn, PIECE_ROWS):
         end = start + PIECE_ROWS
-        assert same(y[start:end], fake_quantize(x[start:end], fmt))
+        assert same(y[start:end], fake_quantize(x[start:end], fmt, **upper))
     del q, sf
-    assert same(fake_quantize(x, fmt), y)
+    assert same(fake_quantize(x, fmt, **upper), y)
 
 
 @pytest.mark.parametrize("kind", ["index", "prefix_sum", "indexed"])
