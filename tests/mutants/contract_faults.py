@@ -917,11 +917,4 @@ FAULTS = [
         "one.scale_values == floor",
         [f"{ON_DIFF}::test_quotient_beside_the_smallest_scale"],
     ),
-    Fault(
-        "diff-second-reciprocal-exact",
-        DIFFERENCES,
-        "changed |= codes(_neighbour(upper.decode, first), second) != rounded",
-        "changed |= codes(_neighbour(upper.decode, first), 0) != rounded",
-        [f"{ON_DIFF}::test_codes_that_an_approximation_can_change"],
-    ),
 ]
