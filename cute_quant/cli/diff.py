@@ -134,7 +134,6 @@ def _numbers(found: Comparison) -> dict[str, Any]:
         "codes_differ": found.code_reasons.total(),
         "code_reasons": dict(found.code_reasons),
         "largest_difference": found.largest_difference,
-        "approximate": dict(found.approximate),
         "places": [place._asdict() for place in found.places],
     }
 
@@ -155,11 +154,6 @@ def _lines(report: dict[str, Any], a: str, b: str) -> Iterator[str]:
         for reason in filter(counts.get, reasons):
             yield f"  {counts[reason]:14} {reason}: {reasons[reason]}"
     yield f"  {'values':14} largest difference {report['largest_difference']:g}"
-    for numerics, count in report["approximate"].items():
-        yield (
-            f"  {'rcp.approx':14} of {numerics} can change {count} codes on a GPU, "
-            f"one ulp each at most"
-        )
     if report["places"]:
         yield f"  {'row':>6} {'group':>6} {'column':>6} {'scales':>23} {'codes':>7} {'x':>12}"
     for place in report["places"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,9 +10,7 @@ import torch
 
 from cute_quant import ops
 from cute_quant.contract import reference
-from cute_quant.contract.format_choices import FLASHINFER, VLLM
 from cute_quant.contract.formats import Format
-from cute_quant.contract.upper_scales import Factors, factors_of_amax
 
 BLOCK_ELEMENTS = 1 << 21
 """Elements that are compared at a time, so that a weight of gigabytes needs little more memory."""
@@ -34,19 +31,14 @@ SCALE_REASONS = {
 OTHER_SCALE = "another scale"
 ZERO_SIGN = "sign of zero"
 UNDERFLOW = "scale of zero"
-APPROXIMATE = "rcp.approx"
 MULTIPLIER = "last bit of the multiplier"
 CODE_REASONS = {
     OTHER_SCALE: "the group has another scale",
     ZERO_SIGN: "one keeps the sign of what rounds to zero",
     UNDERFLOW: "the scale is 0, or 2^-127, under which one multiplies by 0",
-    APPROXIMATE: "the GPU's approximate reciprocal is not the rounded one of the CPU",
-    MULTIPLIER: "the multiplier is rounded otherwise, or x is divided",
+    MULTIPLIER: "the multiplier is rounded otherwise, or approximate, or x is divided",
 }
 """Why codes differ."""
-
-APPROXIMATING = (VLLM, FLASHINFER)
-"""Numerics that take reciprocals of NVFP4 scales by ``rcp.approx``."""
 
 
 class Quantized(NamedTuple):
@@ -92,7 +84,6 @@ class Comparison:
         groups, elements: how many were compared.
         scale_reasons, code_reasons: differing scales and codes by their reason.
         largest_difference: of dequantized values, both of them finite.
-        approximate: by numerics, codes that change where each ``rcp.approx`` is one ulp off.
         places: the first ``PLACES`` of each reason.
     """
 
@@ -101,7 +92,6 @@ class Comparison:
     scale_reasons: Counter[str] = field(default_factory=Counter)
     code_reasons: Counter[str] = field(default_factory=Counter)
     largest_difference: float = 0.0
-    approximate: Counter[str] = field(default_factory=Counter)
     places: list[Place] = field(default_factory=list)
 
 
@@ -134,7 +124,7 @@ def _compare_rows(
     difference = (pair[0].values - pair[1].values).abs().nan_to_num(0.0, 0.0)
     to.largest_difference = max(to.largest_difference, difference.max().item())
     by_group = _scale_reasons(*pair, a, b)
-    by_value = _code_reasons(x, *pair, a, b, amax)
+    by_value = _code_reasons(*pair, a)
     places = Counter(place.reason for place in to.places)
     for counts, reasons in ((to.scale_reasons, by_group), (to.code_reasons, by_value)):
         for reason, where in reasons.items():
@@ -144,9 +134,6 @@ def _compare_rows(
             if reason != OTHER_SCALE:
                 left = where.nonzero()[: PLACES - places[reason]].tolist()
                 to.places += [_place(x, pair, a, row, i, reason, first) for row, i in left]
-    for fmt in (a, b):
-        if fmt.upper_scale and fmt.numerics in APPROXIMATING:
-            to.approximate[fmt.numerics] += _sensitive_codes(x.cpu(), fmt, amax)
 
 
 def _place(
@@ -207,29 +194,14 @@ def _scale_reasons(
     return {SMALLEST: differ & bounded, rest: differ & ~bounded}
 
 
-def _code_reasons(
-    x: torch.Tensor,
-    of_a: Quantized,
-    of_b: Quantized,
-    a: Format,
-    b: Format,
-    amax: torch.Tensor | None,
-) -> dict[str, torch.Tensor]:
-    """Return by reason where codes differ for it, and for none before it."""
-    k, sign = x.shape[1], FP4_SIGN if a.value_type.per_byte == 2 else FP8_SIGN
-    zero = of_a.scales == 0
-    approximate = torch.zeros_like(of_a.codes, dtype=torch.bool)
-    if x.is_cuda and a.upper_scale:
-        for of_one, fmt in ((of_a, a), (of_b, b)):
-            if fmt.numerics in APPROXIMATING:
-                on_cpu = _quantized(x.cpu(), fmt, None if amax is None else amax.cpu())
-                approximate |= of_one.codes != on_cpu.codes
+def _code_reasons(of_a: Quantized, of_b: Quantized, fmt: Format) -> dict[str, torch.Tensor]:
+    """Return by reason where codes differ for it, and for none before it; `fmt` is of either."""
+    k, sign = of_a.codes.shape[1], FP4_SIGN if fmt.value_type.per_byte == 2 else FP8_SIGN
     left, found = of_a.codes != of_b.codes, {}
     for reason, where in (
-        (OTHER_SCALE, _of_values(of_a.scales != of_b.scales, a, k)),
+        (OTHER_SCALE, _of_values(of_a.scales != of_b.scales, fmt, k)),
         (ZERO_SIGN, (of_a.codes | of_b.codes) == sign),
-        (UNDERFLOW, _of_values(zero, a, k)),
-        (APPROXIMATE, approximate),
+        (UNDERFLOW, _of_values(of_a.scales == 0, fmt, k)),
         (MULTIPLIER, left),
     ):
         found[reason] = left & where
@@ -244,30 +216,3 @@ def _group_size(fmt: Format, k: int) -> int:
 def _of_values(of_groups: torch.Tensor, fmt: Format, k: int) -> torch.Tensor:
     """Return what holds of groups (rows, groups) for each of their values (rows, k)."""
     return of_groups.repeat_interleave(_group_size(fmt, k), 1)[:, :k]
-
-
-def _sensitive_codes(x: torch.Tensor, fmt: Format, amax: torch.Tensor | None) -> int:
-    """Return the number of codes that change where each of two ``rcp.approx`` is one ulp off.
-
-    That is its largest error.
-    """
-    largest = x.abs().amax(-1, keepdim=True).float() if fmt.row_scale else amax
-    assert largest is not None
-    upper = Factors(*(t.reshape(-1, 1) for t in factors_of_amax(largest.cpu())))
-    scales = reference.group_scales(x, fmt, upper)
-
-    def codes(decode: torch.Tensor, ulps: int) -> torch.Tensor:
-        multipliers = _neighbour(1.0 / (scales * decode), ulps)
-        return reference.e2m1_codes(x.float() * _of_values(multipliers, fmt, x.shape[1]))
-
-    rounded = codes(upper.decode, 0)
-    changed = torch.zeros_like(rounded, dtype=torch.bool)
-    for first, second in itertools.product((-1, 0, 1), repeat=2):
-        changed |= codes(_neighbour(upper.decode, first), second) != rounded
-    valid = scales.isfinite() & (scales != 0)
-    return int((changed & _of_values(valid, fmt, x.shape[1])).sum())
-
-
-def _neighbour(t: torch.Tensor, ulps: int) -> torch.Tensor:
-    """Return positive floats some ulps away."""
-    return (t.view(torch.int32) + ulps).view(torch.float32)

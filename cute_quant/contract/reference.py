@@ -37,6 +37,7 @@ from cute_quant.contract.dtypes import (
 from cute_quant.contract.format_choices import DEEPGEMM
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
+from cute_quant.contract.rcp_approx import rcp_approx
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.tensors import flat_batch, last_column_rows
 from cute_quant.contract.upper_scales import (
@@ -157,8 +158,7 @@ def _e4m3_multipliers(scales: torch.Tensor, upper: Factors, fmt: Format) -> torc
     encode, decode = upper
     match fmt.numerics:
         case "vllm" | "flashinfer":
-            # rcp.approx, taken as correctly rounded.
-            multipliers = 1.0 / (scales * (1.0 / encode))
+            multipliers = rcp_approx(scales * rcp_approx(encode))
         case "te":
             return (1.0 / (scales * decode)).clamp(max=FLOAT32_MAX)
         case "torchao":

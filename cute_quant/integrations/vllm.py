@@ -1,4 +1,7 @@
-"""Functions of vLLM, with its names and lower bounds and, on finite input, its bits."""
+"""Functions of vLLM, with its names and lower bounds and, on finite input, its bits.
+
+`ref_nvfp4_quant_dequant` has those of vLLM's kernel.
+"""
 
 from __future__ import annotations
 
@@ -166,13 +169,14 @@ def dequantize_to_dtype(
 def ref_nvfp4_quant_dequant(
     x: torch.Tensor, global_scale: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    """Quantize to NVFP4 and multiply back, as vLLM's reference does, to the bit on finite input.
+    """Quantize to NVFP4 as vLLM's kernel does, and multiply back.
 
     The original is ``vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils
-    .ref_nvfp4_quant_dequant``. Here it is, on every device, what vLLM's kernel for SM100 quantizes,
-    and so does its reference in torch. On CUDA that function multiplies by global_scale / scale in
-    Triton instead, whose division is approximate: an x next to the middle of two values may get the
-    other one. Zeros keep their sign here, and become +0 there.
+    .ref_nvfp4_quant_dequant``. Here values are those of vLLM's kernel for SM100, which takes
+    approximate reciprocals (``numerics="vllm"``). The original rounds them correctly in torch, and
+    on CUDA it multiplies by global_scale / scale in Triton, whose division is approximate. So an x
+    next to the middle of two values may get the other one. Zeros keep their sign here, and become
+    +0 there.
 
     Args:
         x: (m, k), bfloat16, float16 or float32, k a multiple of 16, contiguous along k.

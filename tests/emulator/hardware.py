@@ -5,7 +5,7 @@
 runs every probe and the quantizer's kernels for sm_90a on the GPU. Inputs are computed, not
 stored, and of results most is kept as checksums: one for each ``probes.CHUNK`` inputs, one for
 each row of q. The first results of each probe, those of its corner cases, are kept whole, and all
-results of approximations: those are compared by distance, for which checksums do not do. It prints
+results of ex2 and rsqrt: those are compared by distance, for which checksums do not do. It prints
 where the emulator differs; what it records is the hardware's.
 """
 
@@ -37,7 +37,7 @@ WHOLE = 64  # results of a probe that are kept, beside the checksums
 WHOLE_ROWS = 2  # rows of q
 APPROXIMATION_ULPS = 2
 """How far approximations may be from the exact result, rounded. PTX ISA 9.7.3 promises 2 units in
-the last place of ex2 and 1 of rcp; of rsqrt it bounds the relative error, by about as much."""
+the last place of ex2; of rsqrt it bounds the relative error, by about as much."""
 MN, K, EXTRA_ROWS = 131, 640, 3
 
 CONFIGURATIONS = [(dtype, fmt) for dtype in DTYPES for fmt in EVERY_FORMAT]

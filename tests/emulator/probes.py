@@ -20,8 +20,8 @@ CHUNK = 512  # inputs of one checksum
 COUNT = 16 * CHUNK
 PATTERNS = 1 << 16
 
-APPROXIMATE = re.compile(r".*\.approx\..*")
-"""Instructions whose last bits are the hardware's own: the emulator computes what they are near."""
+APPROXIMATE = re.compile(r"(?!rcp\.).*\.approx\..*")
+"""Instructions whose last bits the emulator does not know: it computes what they are near."""
 
 # Needs sm_100: PTX ISA 9.7.3 (f32x2) and 9.7.5. These are two scalar operations, or a widening and
 # a scalar one, which are probed.

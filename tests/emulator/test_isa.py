@@ -2,6 +2,7 @@
 
 import math
 import struct
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -345,6 +346,18 @@ def test_reciprocal():
         (0xFE800001, MINUS),
     ):
         assert bits(compute("rcp.approx.ftz.f32", word(a))) == expected, hex(a)
+
+
+def test_reciprocals_of_any_array():
+    """Reversed, and of memory that must not be written."""
+    opcode = "rcp.approx.ftz.f32"
+    expected = compute(opcode, WORDS).view(np.uint32)
+    assert np.array_equal(compute(opcode, WORDS[::-1])[::-1].view(np.uint32), expected)
+    constant = WORDS.copy()
+    constant.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(compute(opcode, constant).view(np.uint32), expected)
 
 
 @given(words)

@@ -164,6 +164,38 @@ def test_upper_scales(name, numerics):
     check(torch.from_numpy(x), name, numerics, scales, on_cpu)
 
 
+def beside_middles(scales: np.ndarray, rows: int) -> np.ndarray:
+    """Return groups with elements that an error of the last bit of their multiplier can change.
+
+    After the amax come 15 elements, at most two units in the last place from the middle of two
+    codes.
+
+    Args:
+        scales: encode scales, one for each matrix.
+
+    Returns:
+        (matrices, rows, 16), float32.
+    """
+    rng = np.random.default_rng(rows)
+    encode = scales.astype(np.float64)[:, None]
+    shape = len(scales), rows
+    x = np.empty((*shape, 16), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        x[..., 0] = 2688 / encode * 2.0 ** rng.uniform(-10, 0, shape)
+        scale_bytes = formulas.e4m3(x[..., 0].astype(np.float64) * encode / 6)
+        steps = formulas.decoded(scale_bytes) / encode
+        middles = rng.choice([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], (*shape, 15))
+        x[..., 1:] = middles * steps[..., None]
+    x[..., 1:].view(np.int32)[...] += rng.integers(-2, 3, (*shape, 15), dtype=np.int32)
+    return np.where(np.isfinite(x), x, np.float32(1))
+
+
+@every_nvfp4_formula
+def test_products_beside_middles(name, numerics):
+    scales = scales_of_the_domain(2048)
+    check(torch.from_numpy(beside_middles(scales, 16)), name, numerics, scales, on_cpu)
+
+
 @pytest.mark.parametrize("amax", [*UPPER_SCALES, 0.0, 1e-30, 3.3e38])
 def test_amax_of_te(amax):
     """From the amax of a tensor, TransformerEngine computes the encode scale as the package."""
@@ -226,4 +258,6 @@ def test_kernels(name, numerics, arch, kernels):
         scales = scales_of_the_domain(64)
         x = groups(16, "underflowing")[: 64 * 8].reshape(64, 2, 64).astype(np.float64)
         x = (x * 2.0**14 / scales[:, None, None]).clip(-3e38, 3e38).astype(np.float32)
+        check(torch.from_numpy(x), name, numerics, scales, quantize)
+        x = beside_middles(scales, 4).reshape(64, 1, 64)
         check(torch.from_numpy(x), name, numerics, scales, quantize)

@@ -1,11 +1,14 @@
 """float32 arithmetic of the kernels, where approximate instructions err as far as they may."""
 
+from fractions import Fraction
+
 import cutlass.cute as cute
 import numpy as np
 import pytest
 import torch
 from cutlass import Float32
 
+from cute_quant.contract.rcp_approx import rcp_approx
 from cute_quant.emulator import EmulatedKernel, isa
 from cute_quant.emulator.host import C_COMPILER
 from cute_quant.kernels import arithmetic, encodings
@@ -54,6 +57,29 @@ def test_reciprocal_is_rounded_whatever_its_estimate(step, tmp_path, monkeypatch
     monkeypatch.setitem(isa.OPERATIONS, opcode, isa.OPERATIONS[opcode]._replace(compute=off))
     x = floats(4096, -100, 100)
     assert torch.equal(apply(arithmetic.reciprocal, x, tmp_path), 1.0 / x)
+
+
+def test_reciprocal_of_every_mantissa():
+    """With the estimates that were recorded. An exponent scales every step, exactly.
+
+    Both steps are `fma`. The first has an exact sum in float64. The second is rounded there, and a
+    second rounding errs only from the middle of two float32: those sums are computed as fractions.
+    """
+    significands = np.arange(0x3F800000, 0x40000000, dtype=np.int32)
+    x = significands.view(np.float32)
+    estimates = rcp_approx(torch.from_numpy(x)).numpy()
+    a, estimate = x.astype(np.float64), estimates.astype(np.float64)
+    error = (1 - a * estimate).astype(np.float32).astype(np.float64)
+    total = error * estimate + estimate
+    below_float32 = total.view(np.int64) & (1 << 29) - 1
+    middles = np.flatnonzero(below_float32 == 1 << 28)
+    expected = np.float32(1) / x
+    assert len(middles) == 3
+    for i in middles:
+        exact = Fraction(error[i]) * Fraction(estimate[i]) + Fraction(estimate[i])
+        assert exact != Fraction(total[i])
+        total[i] = np.nextafter(total[i], 2 if exact > Fraction(total[i]) else 0)
+    assert np.array_equal(total.astype(np.float32), expected)
 
 
 @pytest.mark.parametrize("largest", [448.0, 57344.0, 127.0])

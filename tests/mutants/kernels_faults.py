@@ -1027,6 +1027,13 @@ FAULTS = [
         [f"{ON_QUANTIZE_KERNEL}::test_groups_beside_each_step_of_an_e4m3_scale"],
     ),
     Fault(
+        "scales-approximate-reciprocal-of-a-rounded-one",
+        SCALES,
+        "scale * cute.arch.rcp_approx(upper.encode)",
+        "scale * upper.decode",
+        ["tests/integrations/test_package_numerics.py::test_kernels[NVFP4-vllm-sm_100a]"],
+    ),
+    Fault(
         "scales-e4m3-of-two-products",
         SCALES,
         "return largest * (upper.encode * sixth)",

@@ -9,7 +9,10 @@ The encode scale of NVFP4 is 2688 / amax of the tensor, the decode scale is its 
 `test_library_numerics` compares the functions with the libraries where they are installed.
 """
 
+import functools
+import lzma
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -24,6 +27,7 @@ E4M3 = np.array([(m / 8 + (e > 0)) * 2.0 ** (max(e, 1) - 7) for e in range(16) f
 """Magnitudes by their code."""
 FLOAT32_MAX = np.float64(np.finfo(np.float32).max)
 SMALLEST_NORMAL = 2.0**-126
+RECORDED_ERRORS = Path(__file__).parents[2] / "cute_quant" / "contract" / "rcp_approx.xz"
 SIXTH = np.float64(np.float32(1 / 6))
 """1/6 as a float32 constant; the assembler makes it of ``rcp.approx.ftz.f32`` of 6, too."""
 
@@ -45,8 +49,23 @@ def div(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def rcp_approx(a: np.ndarray) -> np.ndarray:
-    """Return what ``rcp.approx.ftz.f32`` returns, taken as correctly rounded."""
-    return flushed(div(1.0, flushed(a)))
+    """Return what ``rcp.approx.ftz.f32`` returns on an H100, of which the recording is read.
+
+    The recording has units in the last place of the reciprocals of 1 to 2, which are from 1/2 to 1.
+    """
+    a = flushed(a)
+    finite = np.isfinite(a) & (a != 0)
+    significand, exponent = np.frexp(np.where(finite, np.abs(a), 0.5))
+    from_one = np.asarray(2 * significand)
+    errors = recorded_errors()[((from_one - 1) * 2**23).astype(np.int64)]
+    result = np.ldexp(div(1.0, from_one) + errors * 2.0**-24, 1 - exponent)
+    return flushed(np.where(finite, np.copysign(result, a), div(1.0, a)))
+
+
+@functools.cache
+def recorded_errors() -> np.ndarray:
+    """Return by how much ``rcp.approx`` differs from the rounded reciprocal, by mantissa."""
+    return np.frombuffer(lzma.decompress(RECORDED_ERRORS.read_bytes()), np.int8)
 
 
 def flushed(a: np.ndarray) -> np.ndarray:
