@@ -72,6 +72,8 @@ VALUE_TYPES = {
 }
 
 VLLM_MIN_SCALE = 1e-10
+VLLM_ZERO_MULTIPLIER = 1e-8
+"""Multiplier under a scale of 0 in vLLM's emulation of NVFP4."""
 MAX_MIN_SCALE = 2.0**100
 MIN_SCALES: dict[str, Callable[[float], float]] = {
     "vllm": lambda largest: VLLM_MIN_SCALE,

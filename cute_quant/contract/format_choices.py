@@ -52,8 +52,9 @@ E4M3_GROUP_SIZE = 16
 """The one group size under e4m3 scales, that of NVFP4."""
 
 IEEE = "ieee"
-VLLM, FLASHINFER, TE, TORCHAO, DEEPGEMM = LIBRARIES = (
+VLLM, VLLM_EMULATION, FLASHINFER, TE, TORCHAO, DEEPGEMM = LIBRARIES = (
     "vllm",
+    "vllm_emulation",
     "flashinfer",
     "te",
     "torchao",
@@ -63,7 +64,7 @@ NUMERICS = (IEEE, *LIBRARIES)
 """How scales and values are computed: each operation rounded correctly, or as a library does."""
 MX_GROUP_SIZE = 32
 MX_LIBRARIES = {
-    torch.float8_e4m3fn: LIBRARIES,
+    torch.float8_e4m3fn: (VLLM, FLASHINFER, TE, TORCHAO, DEEPGEMM),
     torch.float4_e2m1fn_x2: (VLLM, FLASHINFER, TORCHAO, DEEPGEMM),
 }
 """Libraries that quantize to MX formats, by the dtype of values."""

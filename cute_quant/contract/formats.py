@@ -96,7 +96,8 @@ class Format:
             e4m3 scales it is rounded to e4m3: a number from 0 to 448, "deepgemm" (2^-9), "torchao"
             (2^-6), or "none" (0), the default but with these numerics.
         numerics: "ieee", where each operation is rounded correctly, or the bits of a library on
-            finite input: "vllm", "flashinfer", "te" (TransformerEngine), "torchao" or "deepgemm"
+            finite input: "vllm", "vllm_emulation" (its reference in torch), "flashinfer", "te"
+            (TransformerEngine), "torchao" or "deepgemm"
             for NVFP4, MXFP4 (not "te") and MXFP8, and "deepgemm" for float32 scales, which its cast
             on CUDA computes as amax times float32(1 / M).
         row_scale: whether each row has a float32 scale over its e4m3 scales, computed from the

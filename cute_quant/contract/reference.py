@@ -32,9 +32,10 @@ from cute_quant.contract.dtypes import (
     UE8M0_MAX,
     UE8M0_NAN,
     UPPER_MAX,
+    VLLM_ZERO_MULTIPLIER,
     align,
 )
-from cute_quant.contract.format_choices import DEEPGEMM
+from cute_quant.contract.format_choices import DEEPGEMM, VLLM_EMULATION
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
 from cute_quant.contract.rcp_approx import rcp_approx
@@ -111,7 +112,7 @@ def _e4m3_quotients(amax: torch.Tensor, upper: Factors, fmt: Format) -> torch.Te
     largest = encode.new_full((), E2M1_MAX)
     sixth = 1.0 / largest
     match fmt.numerics:
-        case "vllm" | "flashinfer":
+        case "vllm" | "vllm_emulation" | "flashinfer":
             scales = encode * (amax * sixth)
         case "torchao":
             scales = amax / largest / decode
@@ -161,6 +162,8 @@ def _e4m3_multipliers(scales: torch.Tensor, upper: Factors, fmt: Format) -> torc
             multipliers = rcp_approx(scales * rcp_approx(encode))
         case "te":
             return (1.0 / (scales * decode)).clamp(max=FLOAT32_MAX)
+        case "vllm_emulation":
+            return (1.0 / (scales * decode)).where(scales != 0, VLLM_ZERO_MULTIPLIER)
         case "torchao":
             multipliers = 1.0 / decode / scales
         case _:
@@ -291,6 +294,8 @@ def group_values(
     else:
         finite = scales.isfinite()
         values = groups * _e4m3_multipliers(scales, upper, fmt).unsqueeze(-1)
+        if fmt.numerics == VLLM_EMULATION:
+            values = values + 0.0  # which makes 0 of -0
     values = values.where(finite.unsqueeze(-1), torch.nan).flatten(-2)[..., : x.shape[-1]]
     return encode(values, fmt)
 

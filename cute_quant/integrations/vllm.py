@@ -1,7 +1,4 @@
-"""Functions of vLLM, with its names and lower bounds and, on finite input, its bits.
-
-`ref_nvfp4_quant_dequant` has those of vLLM's kernel.
-"""
+"""Functions of vLLM, with its names and lower bounds and, on finite input, its bits."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from cute_quant.contract.dtypes import (
     is_number,
     to_float32,
 )
-from cute_quant.contract.format_choices import ROW_MAJOR, VLLM
+from cute_quant.contract.format_choices import ROW_MAJOR, VLLM_EMULATION
 from cute_quant.contract.formats import DEEP_GEMM, NVFP4, Format
 from cute_quant.contract.tensors import check_device, check_tensor
 from cute_quant.ops import dequantize, quantize
@@ -27,7 +24,7 @@ GROUP_SIZES = (32, 128)
 BYTE_DTYPES = (torch.float8_e4m3fn, torch.uint8, torch.int8)
 """Dtypes that e4m3 scales come in."""
 
-_ROW_MAJOR = NVFP4.replace(scale_layout=ROW_MAJOR, numerics=VLLM)
+_ROW_MAJOR = NVFP4.replace(scale_layout=ROW_MAJOR, numerics=VLLM_EMULATION)
 _FLOAT32_SCALES = Format(NVFP4.values, NVFP4.group_size, torch.float32, ROW_MAJOR)
 
 
@@ -169,14 +166,13 @@ def dequantize_to_dtype(
 def ref_nvfp4_quant_dequant(
     x: torch.Tensor, global_scale: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    """Quantize to NVFP4 as vLLM's kernel does, and multiply back.
+    """Quantize to NVFP4 as vLLM's emulation does, and multiply back.
 
     The original is ``vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils
-    .ref_nvfp4_quant_dequant``. Here values are those of vLLM's kernel for SM100, which takes
-    approximate reciprocals (``numerics="vllm"``). The original rounds them correctly in torch, and
-    on CUDA it multiplies by global_scale / scale in Triton, whose division is approximate. So an x
-    next to the middle of two values may get the other one. Zeros keep their sign here, and become
-    +0 there.
+    .ref_nvfp4_quant_dequant``. The result is that of its reference in torch, to the bit
+    (``numerics="vllm_emulation"``). On CUDA the original multiplies by global_scale / scale in
+    Triton instead, whose division is approximate: an x next to the middle of two values may get the
+    other one.
 
     Args:
         x: (m, k), bfloat16, float16 or float32, k a multiple of 16, contiguous along k.

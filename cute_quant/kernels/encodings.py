@@ -244,6 +244,14 @@ def drop_signs_of_zeros(rQ: cute.Tensor):
         words[i] = word & (Uint32(0x77777777) | nonzero << 3)
 
 
+@cute.jit
+def drop_signs_of_zero_products(rX: cute.Tensor):
+    """Make 0 of each -0 among float32, (values,). A sum with 0 would be fused with the product."""
+    words = cute.recast_tensor(rX, Uint32)
+    for i in cutlass.range_constexpr(cute.size(words)):
+        words[i] = words[i] if words[i] != Uint32(0x80000000) else Uint32(0)
+
+
 def decode(rQ: cute.Tensor, fmt: Format) -> cute.Tensor:
     """Return a thread's quantized values, (values,) or bytes of two, as float32, (values,)."""
     return decode_e2m1(rQ) if fmt.value_type.per_byte > 1 else widen(rQ)

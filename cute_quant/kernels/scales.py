@@ -18,9 +18,17 @@ from cute_quant.contract.dtypes import (
     FLOAT32_MAX,
     UE8M0_MAX,
     UE8M0_NAN,
+    VLLM_ZERO_MULTIPLIER,
     ValueType,
 )
-from cute_quant.contract.format_choices import DEEPGEMM, FLASHINFER, TE, TORCHAO, VLLM
+from cute_quant.contract.format_choices import (
+    DEEPGEMM,
+    FLASHINFER,
+    TE,
+    TORCHAO,
+    VLLM,
+    VLLM_EMULATION,
+)
 from cute_quant.contract.formats import Format
 from cute_quant.kernels import arithmetic, ptx
 from cute_quant.kernels.arithmetic import FLOAT32_INFINITY, FLOAT32_NAN
@@ -274,7 +282,7 @@ def rounded_e4m3_scale(unrounded: Float32, upper: Factors, numerics: str) -> Gro
 def e4m3_quotient(largest: Float32, upper: Factors, numerics: str) -> Float32:
     """Return the amax of a group over the largest value, in units of the upper scale."""
     sixth = Float32(1.0 / E2M1_MAX)
-    if numerics in (VLLM, FLASHINFER):
+    if numerics in (VLLM, VLLM_EMULATION, FLASHINFER):
         return upper.encode * (largest * sixth)
     if numerics == TORCHAO:
         # Where the quotient overflows it is Inf, and e4m3 saturates.
@@ -293,7 +301,10 @@ def e4m3_multiplier(scale: Float32, upper: Factors, numerics: cutlass.Constexpr[
         return arithmetic.reciprocal(upper.decode) / scale
     if const_expr(numerics == DEEPGEMM):
         return scale * upper.decode
-    multiplier = arithmetic.reciprocal(scale * upper.decode)
+    divisor = scale * upper.decode
+    multiplier = arithmetic.reciprocal(divisor)
+    if const_expr(numerics == VLLM_EMULATION):
+        return multiplier if divisor != Float32(0.0) else Float32(VLLM_ZERO_MULTIPLIER)
     # The step of Newton's method makes NaN of the reciprocal of 0, and a maximum or minimum drops
     # it.
     if const_expr(numerics == TE):

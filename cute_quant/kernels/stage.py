@@ -29,7 +29,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 
 from cute_quant.contract.dtypes import BLOCK_GROUPS, BYTES_PER_WORD, SCALE_ROW_ALIGNMENT
-from cute_quant.contract.format_choices import DEEPGEMM, WHOLE_ROW
+from cute_quant.contract.format_choices import DEEPGEMM, VLLM_EMULATION, WHOLE_ROW
 from cute_quant.contract.formats import Format
 from cute_quant.kernels import copy, encodings, layouts, ptx
 from cute_quant.kernels import scales as scaling
@@ -280,6 +280,8 @@ class Stage:
             if const_expr(fmt.upper_scale and fmt.numerics == DEEPGEMM):
                 quotients = encodings.divide(tXrX, scale.multiplier)
                 tXrQ = encodings.encode_e2m1(quotients)
+            elif const_expr(fmt.numerics == VLLM_EMULATION):
+                tXrQ = encodings.encode_e2m1(self.products(tXrX, scale))
             else:
                 tXrQ = encodings.products_e2m1(tXrX, scale.multiplier, fmt.power_of_two)
             if const_expr(fmt.positive_zero):
@@ -293,7 +295,10 @@ class Stage:
         """Return a segment times its multiplier as float32, (values,)."""
         power_of_two = self.fmt.power_of_two
         multiply = encodings.multiply_power_of_two if power_of_two else encodings.multiply
-        return multiply(tXrX, scale.multiplier)
+        tXrV = multiply(tXrX, scale.multiplier)
+        if self.fmt.numerics == VLLM_EMULATION:
+            encodings.drop_signs_of_zero_products(tXrV)
+        return tXrV
 
     def rounded(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
         """Return a segment's quantized values as float32, (values,).

@@ -44,6 +44,8 @@ from tests.helpers import all_formats as combinations
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 E2M1 = torch.float4_e2m1fn_x2
 
+LIBRARIES = ("vllm", "vllm_emulation", "flashinfer", "te", "torchao", "deepgemm")
+
 WITH_OPTIONS = [
     *(DEEP_GEMM.replace(min_scale=value) for value in ("deepgemm", "sglang", "ocp")),
     *(DEEP_GEMM.replace(min_scale=value) for value in (0, 2.0**-149, 1e-10, 0.1, 3, 2.0**100)),
@@ -55,7 +57,7 @@ WITH_OPTIONS = [
     MXFP8.replace(values=E5M2, min_scale="ocp"),
     *(MXFP8.replace(numerics=name) for name in ("vllm", "flashinfer", "te", "torchao", "deepgemm")),
     *(MXFP4.replace(numerics=name) for name in ("vllm", "flashinfer", "torchao", "deepgemm")),
-    *(NVFP4.replace(numerics=name) for name in ("vllm", "flashinfer", "te", "torchao", "deepgemm")),
+    *(NVFP4.replace(numerics=name) for name in LIBRARIES),
     *(NVFP4.replace(min_scale=value) for value in ("deepgemm", "torchao", 2.0**-9, 1, 448)),
     NVFP4.replace(numerics="torchao", min_scale="none", row_scale=True),
     NVFP4.replace(four_over_six=True, scale_layout="8x4"),
@@ -588,10 +590,9 @@ def test_value_of_min_scale(fmt, lowest, value):
         fmt.replace(min_scale=value)
 
 
-LIBRARIES = ("vllm", "flashinfer", "te", "torchao", "deepgemm")
 NUMERICS = [
     (NVFP4, ("ieee", *LIBRARIES)),
-    (MXFP8, ("ieee", *LIBRARIES)),
+    (MXFP8, ("ieee", "vllm", "flashinfer", "te", "torchao", "deepgemm")),
     (MXFP4, ("ieee", "vllm", "flashinfer", "torchao", "deepgemm")),
     (MXFP8.replace(values=E5M2), ("ieee",)),
     (DEEP_GEMM, ("ieee",)),

@@ -25,6 +25,7 @@ Quantize = Callable[..., tuple[torch.Tensor, ...]]
 
 FORMULAS: dict[tuple[str, str], Formula] = {
     ("NVFP4", "vllm"): formulas.nvfp4_vllm,
+    ("NVFP4", "vllm_emulation"): formulas.nvfp4_vllm_emulated,
     ("NVFP4", "flashinfer"): formulas.nvfp4_flashinfer,
     ("NVFP4", "te"): formulas.nvfp4_te,
     ("NVFP4", "torchao"): formulas.nvfp4_torchao,

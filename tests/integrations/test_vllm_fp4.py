@@ -9,14 +9,13 @@ import torch
 from bench.shapes import VLLM_FP4_SHAPES
 from cute_quant.integrations.vllm import dequantize_to_dtype, ref_nvfp4_quant_dequant
 from tests.helpers import assert_same_bits
-from tests.peers import formulas, libraries
+from tests.peers import libraries
 
 SHAPES = (*VLLM_FP4_SHAPES, (127, 272), (257, 1040))
 CPU_VALUES = 2**15
 """Most values on the CPU, in rows of the whole width."""
 GLOBAL_SCALES = [0.5, 1.0, 0.001]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-ieee = torch.reciprocal
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 every_shape = pytest.mark.parametrize(("m", "k"), SHAPES)
@@ -82,10 +81,6 @@ def finite_rows(m, k, dtype, seed=0):
     x *= torch.rand(m, k // 16, 1, generator=generator) > 0.05
     # +0: zeros keep their sign here, and lose it there.
     return (x.view(m, k) + 0.0).to(dtype).where(x.view(m, k) != 0, 0.0)
-
-
-def normal_rows():
-    return torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
 @every_shape
@@ -169,18 +164,14 @@ def test_dequantize_experts_equals_vllm(swizzle, m):
     assert_equal(dequantize_to_dtype(*options), vllm.dequantize_to_dtype(*options))
 
 
-def rcp_approx(t):
-    return torch.from_numpy(formulas.rcp_approx(t.double().numpy())).float()
-
-
-def quant_dequant(x, g, reciprocal=rcp_approx):
+def quant_dequant(x, g):
     """Return what the formulas give, in float64 where float32 rounds no further."""
     groups = x.float().unflatten(-1, (-1, 16))
     amax = groups.abs().amax(-1, keepdim=True)
     sixth = torch.tensor(1.0) / 6.0
     d = (g * (amax * sixth)).clamp(max=448.0).to(torch.float8_e4m3fn).float()
-    multiplier = reciprocal(d * reciprocal(g)).where(d != 0, 0.0)
-    codes = rounded_to_e2m1(groups * multiplier)
+    multiplier = (1.0 / (d * (1.0 / g))).where(d != 0, 1e-8)
+    codes = rounded_to_e2m1(groups * multiplier + 0.0)  # -0 loses its sign
     return (codes * (d / g)).flatten(-2).to(x.dtype)
 
 
@@ -208,22 +199,12 @@ def test_quant_dequant(global_scale, m, k, device):
 @pytest.mark.library("vllm")
 @pytest.mark.parametrize("global_scale", [*GLOBAL_SCALES, 57.0, 2688 / 4.5, 1e-5, 3e4])
 @every_dtype
-def test_quant_dequant_of_vllm_rounds_the_reciprocals(dtype, global_scale):
+def test_quant_dequant_equals_vllm(dtype, global_scale):
     vllm = libraries.vllm_nvfp4()
     for m, k in SHAPES:
         x, g = finite_rows(fewer_rows(m, k), k, dtype, seed=m), scalar(global_scale)
-        assert torch.equal(vllm.ref_nvfp4_quant_dequant(x, g, 16), quant_dequant(x, g, ieee))
-
-
-@pytest.mark.parametrize(
-    ("global_scale", "share"),
-    [*((g, 0) for g in (*GLOBAL_SCALES, 57.0, 1e-5, 3e4)), (2688 / 4.5, 1 / 400)],
-)
-def test_quant_dequant_differs_from_rounded_reciprocals(global_scale, share):
-    """The docs say for whom that matters."""
-    x, g = normal_rows(), scalar(global_scale)
-    different = ref_nvfp4_quant_dequant(x, g, 16) != quant_dequant(x, g, ieee)
-    assert different.double().mean().item() == pytest.approx(share, rel=0.1)
+        y = ref_nvfp4_quant_dequant(x, g, 16)
+        assert torch.equal(y, vllm.ref_nvfp4_quant_dequant(x, g, 16))
 
 
 def test_quant_dequant_divides(device):
@@ -237,9 +218,8 @@ def test_quant_dequant_divides(device):
 
 def test_quant_dequant_differs_from_a_quotient_as_multiplier():
     """Triton on CUDA multiplies by global_scale / scale: the docs say for whom that matters."""
-    x = normal_rows()
-    for global_scale, expected in ((0.5, 0), (1.0, 0), (0.001, 0), (2688 / 4.5, 1 / 2000)):
-        g = scalar(global_scale)
+    for global_scale, most in ((0.5, 0), (1.0, 0), (0.001, 0), (2688 / 4.5, 0.01)):
+        x, g = finite_rows(256, 1024, torch.bfloat16), scalar(global_scale)
         groups = x.float().unflatten(-1, (-1, 16))
         amax = groups.abs().amax(-1, keepdim=True)
         d = (g * (amax * (torch.tensor(1.0) / 6.0))).clamp(max=448.0).to(torch.float8_e4m3fn)
@@ -247,7 +227,7 @@ def test_quant_dequant_differs_from_a_quotient_as_multiplier():
         codes = rounded_to_e2m1(groups * (g / d).where(d != 0, 0.0))
         theirs = (codes * (d / g)).flatten(-2).to(x.dtype)
         share = (ref_nvfp4_quant_dequant(x, g, 16) != theirs).double().mean().item()
-        assert share == pytest.approx(expected, rel=0.1)
+        assert share <= most and (share > 0) == (most > 0)
 
 
 def test_quant_dequant_strided(device):

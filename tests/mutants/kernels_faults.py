@@ -263,6 +263,20 @@ FAULTS = [
         [f"{ON_QUANTIZE_KERNEL}::test_formats[sm_100a-float16-e5m2:256:e8m0:mn_major_packed-16]"],
     ),
     Fault(
+        "scales-emulated-zero-multiplier",
+        SCALES,
+        "multiplier if divisor != Float32(0.0) else Float32(VLLM_ZERO_MULTIPLIER)",
+        "multiplier if divisor != Float32(0.0) else Float32(0.0)",
+        ["tests/integrations/test_package_numerics.py::test_kernels[NVFP4-vllm_emulation-sm_100a]"],
+    ),
+    Fault(
+        "stage-emulated-sign-of-zero",
+        STAGE,
+        "            encodings.drop_signs_of_zero_products(tXrV)\n",
+        "            pass\n",
+        ["tests/integrations/test_package_numerics.py::test_kernels[NVFP4-vllm_emulation-sm_100a]"],
+    ),
+    Fault(
         "stage-exact-products-of-rounded-scales",
         STAGE,
         "encodings.multiply_power_of_two if power_of_two else encodings.multiply",
