@@ -316,7 +316,9 @@ def _small_launch(variant: reachable.Variant, device: torch.device) -> launch.La
     leading = (1, 1) if calls.batched else (1,)
     if calls.operation == DEQUANTIZE:
         columns = calls.fmt.value_columns(variant.k)
-        q = torch.zeros((*leading, columns), dtype=calls.fmt.values, device=device)
+        # CUDA fills no tensor of float4.
+        q = torch.zeros((*leading, columns), dtype=torch.uint8, device=device)
+        q = q.view(calls.fmt.values)
         sf = calls.fmt.empty_scales(leading[:-1], 1, variant.k, device)
         upper = variant.upper_scale((*leading, variant.k), sf.view(-1))
         return launch.bind(lambda: launch.dequantize(q, sf, calls.fmt, calls.dtype, upper))

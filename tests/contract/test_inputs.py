@@ -675,11 +675,11 @@ def test_dead_rows_multiply_back_to_zero(input_dtype, dtype, device):
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
 @every_input_dtype
 def test_one_special_value_poisons_its_group_alone(special, input_dtype, fmt, device):
-    x = torch.randn(4, 150, generator=torch.Generator().manual_seed(0)).to(input_dtype)
+    x = torch.randn(4, 150, generator=torch.Generator().manual_seed(0)).to(device, input_dtype)
     upper = upper_scale(x, fmt)
-    clean = fake_quantize(x, fmt, **as_arguments(upper))
+    clean = fake_quantize(x, fmt, **as_arguments(upper)).cpu()
     x[0, 0], x[1, 149], x[2, 40] = special, special, special
-    results = quantize(x.to(device), fmt, **as_arguments(upper))
+    results = quantize(x, fmt, **as_arguments(upper))
     q, sf = results[:2]
     y = dequantize(q, sf, fmt, dtype=input_dtype, **decode_arguments(upper, results)).cpu()
     nan_byte = 0 if fmt.values in (torch.int8, E2M1) else 0x7F
