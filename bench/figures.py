@@ -36,6 +36,7 @@ QUANTIZE = RECORDS / "h100.jsonl"
 STAGES = RECORDS / "h100-stages.jsonl"
 MASKED = RECORDS / "h100-masked.jsonl"
 HOST = RECORDS / "h100-host.jsonl"
+FP4 = RECORDS / "h100-fp4.jsonl"
 SWEEP = LAYOUTS / "sweep.json"
 
 SUMMARY_ROWS = 1, 64, 1024, 4096, 32768
@@ -96,6 +97,22 @@ def masked_table() -> Iterable[str]:
         yield masked.table_row(masked.Result(**line["result"]))
 
 
+def fp4_table() -> Iterable[str]:
+    """Return the rows of `quantize` for each format, and of the way back beside vLLM."""
+    lines = [json.loads(line) for line in FP4.read_text(encoding="utf-8").splitlines()]
+    yield from report.origin_lines(lines[0]["machine"])
+    yield "| call | M x k | µs | / stream | vLLM / cute_quant |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for line in lines[1:]:
+        result = line["result"]
+        seconds = result["seconds"]
+        own = seconds[CUTE_QUANT]
+        cells = [result["name"], f"{result['m']} x {result['k']}", report.microseconds(own)]
+        cells.append(f"{own / seconds[STREAM]:.2f}")
+        cells.append(f"{seconds['vLLM'] / own:.2f}" if "vLLM" in seconds else "")
+        yield f"| {' | '.join(cells)} |"
+
+
 def host_table() -> Iterable[str]:
     results = Results.read(HOST)
     yield from report.origin_lines(results.machine)
@@ -133,6 +150,7 @@ TABLES: dict[str, tuple[Path | None, Callable[[], Iterable[str]]]] = {
     "quantize": (QUANTIZE, quantize_table),
     "stages": (STAGES, stages_table),
     "masked": (MASKED, masked_table),
+    "fp4": (FP4, fp4_table),
     "host": (HOST, host_table),
     "sass": (None, sass_table),
     "sweep": (SWEEP, sweep_table),

@@ -72,6 +72,22 @@ def test_tables_name_gpu_and_commit(monkeypatch, tmp_path):
     assert "| whole row | 64 | 3.00 |  |  | 2.00 |" in text
 
 
+def test_the_table_of_fp4_has_what_vllm_does(monkeypatch, tmp_path):
+    path = tmp_path / "fp4.jsonl"
+    seconds = {"cute_quant": 2e-6, "stream": 1e-6}
+    results = [
+        {"name": "quantize NVFP4", "m": 64, "k": 128, "seconds": seconds},
+        {"name": "dequantize NVFP4", "m": 1, "k": 16, "seconds": {**seconds, "vLLM": 3e-6}},
+    ]
+    records = [{"machine": machine()}, *({"result": result} for result in results)]
+    path.write_text("\n".join(map(json.dumps, records)))
+    monkeypatch.setattr(figures, "FP4", path)
+    text = "\n".join(figures.fp4_table())
+    assert "NVIDIA H100" in text and "commit abcdef" in text
+    assert "| quantize NVFP4 | 64 x 128 | 2.00 | 2.00 |  |" in text
+    assert "| dequantize NVFP4 | 1 x 16 | 2.00 | 2.00 | 1.50 |" in text
+
+
 def test_the_plot_of_the_sweep_is_of_its_record():
     data = json.loads(figures.SWEEP.read_text(encoding="utf-8"))
     drawing = sweep_report.plot(from_json(data), origin(data))
