@@ -19,7 +19,7 @@ RUNTIME_NAME = "libcute_dsl_runtime.so"
 
 
 BOUNDS = {
-    "nvidia-cutlass-dsl": ((4, 7), (5,)),
+    "nvidia-cutlass-dsl": ((4, 8), (5,)),
     "apache-tvm-ffi": ((0, 1, 10), (0, 2)),
 }
 """Versions that this package works with, from and below, as its dependencies say."""

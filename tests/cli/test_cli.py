@@ -222,7 +222,7 @@ def test_info_says_what_does_not_fit_together(store, monkeypatch, capsys):
     monkeypatch.setattr(toolchain, "tvm_ffi_version", lambda: "0.1.9.post1")
     assert main.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["conflicts"] == [
-        "nvidia-cutlass-dsl: expected at least 4.7 and below 5, got 5.1.0.dev1",
+        "nvidia-cutlass-dsl: expected at least 4.8 and below 5, got 5.1.0.dev1",
         "apache-tvm-ffi: expected at least 0.1.10 and below 0.2, got 0.1.9.post1",
         "torch is built for CUDA 13.0, and CuTe DSL runs in its flavour cu12: "
         "pip install 'nvidia-cutlass-dsl[cu13]'",

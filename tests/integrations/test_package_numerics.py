@@ -49,7 +49,7 @@ every_nvfp4_formula = pytest.mark.parametrize(("name", "numerics"), NVFP4_FORMUL
 every_input_dtype = pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=dtype_name)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
-SLOW_GROUPS = int(os.environ.get("NUMERICS_GROUPS", 1 << 18))
+SLOW_GROUPS = int(os.environ.get("NUMERICS_GROUPS", 1 << 16))
 """Groups of each numerics. NUMERICS_GROUPS=1048576 takes some minutes."""
 BLOCK = 1 << 16
 ROW_GROUPS = 64

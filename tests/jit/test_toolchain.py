@@ -18,7 +18,7 @@ def test_the_newest_flavour_that_the_driver_runs(monkeypatch, tmp_path, driver, 
         submodule_search_locations = (str(tmp_path),)
 
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: Spec)
-    monkeypatch.setattr(toolchain.importlib.metadata, "version", lambda name: "4.7")
+    monkeypatch.setattr(toolchain.importlib.metadata, "version", lambda name: "4.8")
     monkeypatch.setattr(toolchain, "driver_cuda_version", lambda: driver)
     dsl = toolchain.installed_dsl.__wrapped__()
     assert (dsl and dsl.flavour) == flavour
