@@ -380,8 +380,38 @@ AMAX_WARPS = 8
 """Most warps of its CTAs."""
 
 
+class BlocksSpec(NamedTuple):
+    """Choices of `kernels.blocks.Blocks`.
+
+    Attributes:
+        dtype: of the weights; e4m3 where they have scales of blocks, which they are multiplied with
+            first.
+        fmt: of the results.
+        values_per_thread: of a row or column of the weights, contiguous, that a thread holds.
+        access: to the weights.
+        q_access: to the quantized values.
+        transposed: whether the weights are contiguous along n.
+        pdl: as of a `QuantizeSpec`.
+    """
+
+    dtype: torch.dtype
+    fmt: Format
+    values_per_thread: int
+    access: Access
+    q_access: Access
+    transposed: bool = False
+    pdl: bool = True
+    kernel: str = "blocks.Blocks"
+
+
+BLOCK_TILE = 128
+"""Rows, and columns, of the weights that a CTA of `kernels.blocks.Blocks` has."""
+BLOCK_WARPS = 8
+"""Its warps."""
+
+
 QuantizerSpec = QuantizeSpec | SiluMulSpec | RmsNormSpec
-Spec = QuantizerSpec | DequantizeSpec | AmaxSpec
+Spec = QuantizerSpec | DequantizeSpec | AmaxSpec | BlocksSpec
 
 
 def launched_on(spec: Spec, arch: str) -> Spec:

@@ -179,6 +179,22 @@ def norm_shape(
     return NormShape(tile, False, row_ctas, tiles_per_thread, max_warps)
 
 
+def block_values(dtype: torch.dtype, fmt: Format, arch: str) -> int:
+    """Return the values that a thread loads at once of weights to be quantized in blocks.
+
+    As one vector, so that a warp's is contiguous, but not more than it has registers for, and not
+    less than fill registers with results.
+    """
+    widest = architectures.named(arch).widest_load // dtype.itemsize
+    if fmt.value_type.per_byte > 1:
+        return FP4_BLOCK_VALUES
+    return min(widest, DEFAULT_TILE.values_per_thread)
+
+
+FP4_BLOCK_VALUES = 8
+"""Values whose codes fill a register, along rows and along columns."""
+
+
 def store_bytes(tile: Tile, dtype: torch.dtype) -> int:
     """Return how many bytes of results of a dtype a thread stores at once."""
     per_byte = VALUE_TYPES[dtype].per_byte if dtype in VALUE_TYPES else 1
