@@ -6,8 +6,9 @@ import torch
 from torch.nn.functional import pad
 
 from cute_quant.contract import reference
-from cute_quant.contract.blocks import SOURCE_BLOCK, in_groups, stored_once
+from cute_quant.contract.blocks import in_groups, stored_once
 from cute_quant.contract.calls import Call
+from cute_quant.contract.dtypes import SOURCE_BLOCK
 from cute_quant.contract.formats import Format
 from cute_quant.contract.upper_scales import UpperScale
 

@@ -22,7 +22,14 @@ from cute_quant.contract.checks import (
     check_whole_bytes,
     upper_scale_shapes,
 )
-from cute_quant.contract.dtypes import INPUT_DTYPES, ceil_div, describe, dtype_name
+from cute_quant.contract.dtypes import (
+    BLOCK_SIZES,
+    INPUT_DTYPES,
+    SOURCE_BLOCK,
+    SOURCE_DTYPE,
+    ceil_div,
+    describe,
+)
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import Format
 from cute_quant.contract.tensors import (
@@ -37,13 +44,6 @@ from cute_quant.contract.tensors import (
     same_sizes,
 )
 from cute_quant.contract.upper_scales import UpperScale
-
-BLOCK_SIZES = (32, 128)
-"""Rows, and columns, of a block."""
-SOURCE_BLOCK = 128
-"""Those of the blocks of FP8 checkpoints."""
-SOURCE_DTYPE = torch.float8_e4m3fn
-"""The dtype of their values."""
 
 
 def check_block_format(fmt: object) -> None:
@@ -228,11 +228,7 @@ def _check_result(
 ) -> None:
     """Check that kernels can count the scales, and the caller's memory for the result.
 
-    Args:
-        name, w: the input.
-        fmt, shape: of the result.
-        q, sf: the caller's memory, None to allocate it.
-        blocks: whether scales are of blocks, not of groups of rows.
+    Scales are of square `blocks`, or of groups of rows.
     """
     once = blocks and stored_once(fmt)
     if not once:

@@ -259,9 +259,7 @@ class Blocks:
         return amaxes
 
     @cute.jit
-    def scale(
-        self, amaxes: cute.Tensor, block: tuple[Int32, Int32], bound: Float32
-    ) -> GroupScale:
+    def scale(self, amaxes: cute.Tensor, block: tuple[Int32, Int32], bound: Float32) -> GroupScale:
         """Return the scale of a block, by its place along rows and columns of the tile of w."""
         row_block, group = block
         warps = BLOCK_WARPS * self.size // BLOCK_TILE
@@ -319,7 +317,7 @@ class Blocks:
     def store_scales(
         self, amaxes: cute.Tensor, row_tile: Int32, column_tile: Int32, problem: Problem
     ):
-        """Store the scales of the blocks of a tile, one for each of their rows where they are bytes.
+        """Store the scales of a tile's blocks, for each of their rows where they are bytes.
 
         Each thread stores those of a row, and of other blocks than a thread of the same row.
         """
@@ -330,15 +328,18 @@ class Blocks:
         for i in cutlass.range_constexpr(0, groups, LANES * BLOCK_WARPS // BLOCK_TILE):
             group = first_group + i
             if group < groups:
-                block = (group, row_block) if const_expr(self.spec.transposed) else (row_block, group)
+                block = (
+                    (group, row_block) if const_expr(self.spec.transposed) else (row_block, group)
+                )
                 scale = self.scale(amaxes, block, problem.bound).scale
                 column = column_tile * groups + group
                 row_index = self.rows_of(row_tile, row, 1)[0]
                 if const_expr(self.fmt.byte_scales):
                     self.store_scale_of_row(scale, row_index, column, problem)
-                elif row_in_block == 0 and row_index < problem.n:
-                    if column < cute.ceil_div(problem.k, self.size):
-                        problem.scales[row_tile * groups + row_block, column] = scale
+                elif row_in_block == 0 and (
+                    row_index < problem.n and column < cute.ceil_div(problem.k, self.size)
+                ):
+                    problem.scales[row_tile * groups + row_block, column] = scale
 
     @cute.jit
     def store_scale_of_row(self, scale: Uint32, row: Uint32, group: Int32, problem: Problem):

@@ -343,6 +343,7 @@ class DequantizeSpec(NamedTuple):
         tile: of a CTA's threads, which have one row each.
         access: to the values and the result.
         upper, pdl: as of a `QuantizeSpec`.
+        square: whether a scale is that of a square block.
     """
 
     fmt: Format
@@ -350,6 +351,7 @@ class DequantizeSpec(NamedTuple):
     tile: Tile = DEFAULT_TILE
     access: Access = WIDEST
     upper: str | None = None
+    square: bool = False
     pdl: bool = True
     kernel: str = "dequantize.Dequantize"
 
@@ -404,6 +406,24 @@ class BlocksSpec(NamedTuple):
     kernel: str = "blocks.Blocks"
 
 
+class RequantizeSpec(NamedTuple):
+    """Choices of `kernels.requantize.Requantize`.
+
+    Attributes:
+        dtype: of the values that come in, e4m3.
+        fmt, tile, domain, access, upper, pdl: as of a `QuantizeSpec`.
+    """
+
+    dtype: torch.dtype
+    fmt: Format
+    tile: Tile = DEFAULT_TILE
+    domain: Domain = DENSE_ROWS
+    access: Access = WIDEST
+    upper: str | None = None
+    pdl: bool = True
+    kernel: str = "requantize.Requantize"
+
+
 BLOCK_TILE = 128
 """Rows, and columns, of the weights that a CTA of `kernels.blocks.Blocks` has."""
 BLOCK_WARPS = 8
@@ -411,7 +431,7 @@ BLOCK_WARPS = 8
 
 
 QuantizerSpec = QuantizeSpec | SiluMulSpec | RmsNormSpec
-Spec = QuantizerSpec | DequantizeSpec | AmaxSpec | BlocksSpec
+Spec = QuantizerSpec | DequantizeSpec | AmaxSpec | BlocksSpec | RequantizeSpec
 
 
 def launched_on(spec: Spec, arch: str) -> Spec:

@@ -322,6 +322,18 @@ def bytes_of_words(words: cute.Layout) -> cute.Layout:
     return cute.make_layout((*shape, (BYTES_PER_WORD, columns)), stride=(*strides, (1, stride)))
 
 
+def rows_of_square_blocks(scales: cute.Layout, size: int) -> cute.Layout:
+    """Return (..., row, group) -> element for a layout (..., block of rows, group) -> element.
+
+    ``(..., (size, blocks), groups) : (..., (0, stride), stride)``
+    """
+    *shape, blocks, groups = scales.shape
+    *stride, block_stride, group_stride = scales.stride
+    return cute.make_layout(
+        (*shape, (size, blocks), groups), stride=(*stride, (0, block_stride), group_stride)
+    )
+
+
 def batch_of_blocks(
     matrices: cute.Layout, rows: Int32, groups: Int32, block_rows: int
 ) -> cute.Layout:
