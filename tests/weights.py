@@ -134,11 +134,12 @@ def expect_requantized(
 def checkpoint(shape: tuple[int, ...], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return e4m3 of any bits but few NaN, and scales of blocks of which some are special."""
     *leading, n, k = shape
-    w8 = random_bits(shape, torch.float8_e4m3fn, seed).view(torch.uint8)
-    rare = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 1e-5
+    generator = torch.Generator().manual_seed(seed)
+    w8 = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    rare = torch.rand(shape, generator=generator) < 1e-5
     w8 = w8.where((w8 & 0x7F != 0x7F) | rare, 0x31).view(torch.float8_e4m3fn)
     blocks = (*leading, -(-n // 128), -(-k // 128))
-    w_sf = torch.rand(blocks, generator=torch.Generator().manual_seed(seed)) * 1e-3
+    w_sf = torch.rand(blocks, generator=generator) * 1e-3
     special = torch.tensor([0.0, 1e-30, 1e30, math.nan, math.inf, -2e-4])
     flat = w_sf.view(-1)
     flat[2::7] = special.repeat(len(flat))[: len(flat[2::7])]
