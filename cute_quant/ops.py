@@ -443,8 +443,8 @@ def quantize_blocks(
     """
     _check_input("quantize_blocks", "w", w)
     outputs = _outputs(out, fmt)
-    quantizer = block_ops if _is_traced(w) else block_launches
-    return quantizer.quantize(w, fmt, outputs.q, outputs.sf)
+    run = block_ops.quantize if _is_traced(w) else block_launches.quantize
+    return run(w, fmt, outputs.q, outputs.sf)
 
 
 def dequantize_blocks(
@@ -475,8 +475,9 @@ def dequantize_blocks(
         return dequantize(q, sf, fmt, dtype=dtype)
     _check_input("dequantize_blocks", "q", q)
     _check_input("dequantize_blocks", "sf", sf)
-    dequantizer = block_ops if _is_traced(q) or _is_traced(sf) else block_launches
-    return dequantizer.dequantize(q, sf, fmt, dtype)
+    traced = _is_traced(q) or _is_traced(sf)
+    run = block_ops.dequantize if traced else block_launches.dequantize
+    return run(q, sf, fmt, dtype)
 
 
 def requantize_blocks(
@@ -520,8 +521,9 @@ def requantize_blocks(
     if upper is not None:
         _check_input("requantize_blocks", *upper)
     outputs = _outputs(out, fmt)
-    quantizer = block_ops if _is_traced(w8) or _is_traced(w_sf) else block_launches
-    return quantizer.requantize(w8, w_sf, fmt, upper, outputs.q, outputs.sf)
+    traced = _is_traced(w8) or _is_traced(w_sf)
+    run = block_ops.requantize if traced else block_launches.requantize
+    return run(w8, w_sf, fmt, upper, outputs.q, outputs.sf)
 
 
 @outside_of_graphs

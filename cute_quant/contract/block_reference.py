@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from cute_quant.contract import reference
 from cute_quant.contract.blocks import in_groups, stored_once
 from cute_quant.contract.calls import Call
-from cute_quant.contract.dtypes import SOURCE_BLOCK
+from cute_quant.contract.dtypes import SOURCE_BLOCK, ceil_div
 from cute_quant.contract.formats import Format
 from cute_quant.contract.upper_scales import UpperScale
 
@@ -44,9 +44,10 @@ def block_amax(w: torch.Tensor, size: int) -> torch.Tensor:
     Returns:
         (batch, ceil(n / size), ceil(k / size)), w's dtype.
     """
-    _, n, k = w.shape
+    batch, n, k = w.shape
     padded = pad(w, (0, -k % size, 0, -n % size))
-    return padded.unflatten(2, (-1, size)).unflatten(1, (-1, size)).abs().amax((2, 4))
+    of_blocks = padded.view(batch, ceil_div(n, size), size, ceil_div(k, size), size)
+    return of_blocks.abs().amax((2, 4))
 
 
 def rows_of_blocks(scales: torch.Tensor, size: int, n: int) -> torch.Tensor:

@@ -83,7 +83,7 @@ def scale_strides(fmt: Format, batch_shape: Sequence[int], n: int, k: int) -> tu
         return Format.scale_strides(fmt, batch_shape, n, k)
     strides = [1]
     for size in reversed(scale_shape(fmt, batch_shape, n, k)[1:]):
-        strides.append(strides[-1] * torch.sym_max(size, 1))
+        strides.append(strides[-1] * size)
     return tuple(reversed(strides))
 
 
