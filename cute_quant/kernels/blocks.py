@@ -210,7 +210,7 @@ class Blocks:
         for i in cutlass.range_constexpr(self.rows):
             copy.load(gW[i], segment, exist[i], tXrW[i], self.spec.access)
         if const_expr(self.scaled):
-            w_scale = problem.w_scales[w_tile]
+            w_scale = self.load_scale(problem.w_scales, w_tile)
             tXrW = [encodings.multiply(tXrV, w_scale) for tXrV in tXrW]
 
         amaxes = self.share_amaxes(tXrW, column_lane)
@@ -235,6 +235,14 @@ class Blocks:
         """Return the indices of rows of a tile that follow each other."""
         first = Uint32(tile) * BLOCK_TILE + layouts.unsigned(first)
         return [first + i for i in range(count)]
+
+    @cute.jit
+    def load_scale(self, scales: cute.Tensor, tile: tuple[Int32, Int32]) -> Float32:
+        """Load the scale of a tile of w, 0 where a CTA has padding of the result alone."""
+        scale = Float32(0.0)
+        if tile[1] < scales.shape[1]:
+            scale = scales[tile]
+        return scale
 
     @cute.jit
     def share_amaxes(self, tXrW: list[cute.Tensor], column_lane: Int32) -> cute.Tensor:

@@ -13,7 +13,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.kernels import copy, encodings, layouts
 from cute_quant.kernels import scales as scaling
-from cute_quant.kernels.config import LANES, MAX_GRID_Y, MAX_GRID_Z, DequantizeSpec, Tile
+from cute_quant.kernels.config import LANES, MAX_GRID_Y, MAX_GRID_Z, DequantizeSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
@@ -187,13 +187,16 @@ class Dequantize:
         self, problem: Problem, row: Int32, segment: Segment, exists: Boolean
     ) -> Uint8 | Float32:
         """Load the scale of a thread's values, 0 where there are none."""
-        size, k = self.fmt.group_size, problem.y.tensor.shape[1]
-        if const_expr(size != WHOLE_ROW):
-            return load_group_scale(problem.scales, row, segment, exists, k, size, self.tile)
-        scale = problem.scales.element_type(0)
+        size, mS, k = self.fmt.group_size, problem.scales, problem.y.tensor.shape[1]
+        scale = mS.element_type(0)
         tXcX = copy.column_coordinates(k, segment, self.tile.values_per_thread)
         if exists and tXcX[0] < k:
-            scale = problem.scales[row, 0]
+            if const_expr(size == WHOLE_ROW):
+                scale = mS[row, 0]
+            else:
+                _, group = layouts.lanes(self.tile.lanes_per_group(size))(segment.lane)
+                groups = layouts.groups_by_tile(mS.layout, self.tile.groups(size))
+                scale = mS[row, groups((group, segment.tile))]
         return scale
 
     def float32_of_scale(self, stored: Uint8 | Float32, upper: Float32) -> Float32:
@@ -202,33 +205,3 @@ class Dequantize:
         if self.fmt.byte_scales:
             scale = scaling.float32_of_scale(Uint32(stored), self.fmt)
         return scale * upper if self.upper is not None else scale
-
-
-@cute.jit
-def load_group_scale(
-    mS: cute.Tensor,  # (rows, groups)
-    row: Int32,
-    segment: Segment,
-    exists: Boolean,
-    k: Int32,
-    size: cutlass.Constexpr[int],
-    tile: cutlass.Constexpr[Tile],
-) -> Uint8 | Float32:
-    """Load the scale of the group of a thread's values in a row, 0 where there are none.
-
-    Args:
-        mS: scales of a matrix.
-        row: of the matrix.
-        segment: of the thread.
-        exists: whether the row does.
-        k: columns of the matrix.
-        size: columns of a group.
-        tile: of a CTA's threads.
-    """
-    scale = mS.element_type(0)
-    tXcX = copy.column_coordinates(k, segment, tile.values_per_thread)
-    if exists and tXcX[0] < k:
-        _, group = layouts.lanes(tile.lanes_per_group(size))(segment.lane)
-        groups = layouts.groups_by_tile(mS.layout, tile.groups(size))
-        scale = mS[row, groups((group, segment.tile))]
-    return scale

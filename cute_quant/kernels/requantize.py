@@ -14,7 +14,6 @@ from cute_quant.contract.dtypes import SOURCE_BLOCK
 from cute_quant.kernels import copy, encodings, layouts
 from cute_quant.kernels.config import RequantizeSpec
 from cute_quant.kernels.copy import Segment
-from cute_quant.kernels.dequantize import load_group_scale
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.problem import Operands
@@ -69,19 +68,21 @@ class ProductsRow(Params):
 
     def load(self, segment: Segment) -> tuple[cute.Tensor, Float32]:
         """Load a thread's segment, (values,), and its scale; zeros where there is nothing."""
-        tile = self.spec.tile
-        scale = load_group_scale(
-            self.scales,
-            self.index,
-            segment,
-            self.predicate,
-            cute.size(self.gX),
-            SOURCE_BLOCK,
-            tile,
-        )
-        tXrX = encodings.zeros(tile.values_per_thread, self.gX.element_type)
+        scale = self.load_scale(segment)
+        tXrX = encodings.zeros(self.spec.tile.values_per_thread, self.gX.element_type)
         copy.load(self.gX, segment, self.predicate, tXrX, self.spec.access)
         return tXrX, scale
+
+    @cute.jit
+    def load_scale(self, segment: Segment) -> Float32:
+        """Load the scale of the block that a thread's segment lies in, 0 where there is none."""
+        k, scale = cute.size(self.gX), Float32(0.0)
+        tXcX = copy.column_coordinates(k, segment, self.spec.tile.values_per_thread)
+        _, block = layouts.lanes(self.spec.tile.lanes_per_group(SOURCE_BLOCK))(segment.lane)
+        blocks = layouts.groups_by_tile(self.scales.layout, self.spec.tile.groups(SOURCE_BLOCK))
+        if self.predicate and tXcX[0] < k:
+            scale = self.scales[self.index, blocks((block, segment.tile))]
+        return scale
 
     def values(self, loaded: tuple[cute.Tensor, Float32]) -> cute.Tensor:
         """Return the values to be quantized, (values,), float32."""
