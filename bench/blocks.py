@@ -4,9 +4,9 @@
 
 The tables have `quantize_blocks` of bf16 weights contiguous along k and along n, and
 `dequantize_blocks` and `requantize_blocks`. With FILE, DeepGEMM's ``utils/math.py``, its cast in
-torch stands beside. Times are of launches in CUDA graphs over rotating buffers, ours and those of the ceiling
-programmatic dependents of each other. Outputs are compared before they are timed: with the
-reference on the CPU in the first and the last rows of blocks, DeepGEMM's with ours everywhere.
+torch stands beside. Times are of launches in CUDA graphs over rotating buffers, ours and those of
+the ceiling programmatic dependents of each other. Outputs are compared before they are timed: with
+the reference on the CPU in the first and the last rows of blocks, DeepGEMM's with ours everywhere.
 """
 
 from __future__ import annotations
