@@ -164,7 +164,7 @@ def _missing_rows(sf: torch.Tensor, fmt: Format) -> int:
 def choose_spec(w: torch.Tensor, fmt: Format, q: torch.Tensor, arch: str) -> BlocksSpec:
     """Choose the spec of the kernel for weights and memory for their quantized values."""
     transposed = blocks.is_transposed(w)
-    values = heuristics.block_values(w.dtype, fmt, arch)
+    values = heuristics.block_values(w.dtype, fmt, arch, transposed=transposed)
     source = w.mT if transposed else w
     per_byte = fmt.value_type.per_byte
     q_values = STORE_BYTES * per_byte if transposed else values
