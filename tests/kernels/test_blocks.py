@@ -21,6 +21,8 @@ from tests.weights import (
     views,
 )
 
+SMALL_BLOCKS = GROUPWISE_FP8.replace(group_size=32)
+
 
 def check(gpu, w, fmt, last_padding=True):
     """Quantize on the emulated GPU into poisoned memory; every byte must be the oracle's."""
@@ -56,7 +58,7 @@ def test_every_stride(shape, fmt, name, gpu):
     check(gpu, views(w)[name], fmt)
 
 
-@pytest.mark.parametrize("fmt", [DEEP_GEMM, DEEP_GEMM_32, MXFP8, GROUPWISE_FP8], ids=str)
+@pytest.mark.parametrize("fmt", [DEEP_GEMM, DEEP_GEMM_32, MXFP8, SMALL_BLOCKS], ids=str)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 130), (130, 1), (3, 513), (136, 30), (129, 641)])
 def test_sizes_of_no_whole_block(n, k, fmt, gpu):
     w = special_weights((n, k), torch.bfloat16, fmt.group_size, n + k)
@@ -65,7 +67,7 @@ def test_sizes_of_no_whole_block(n, k, fmt, gpu):
 
 
 @pytest.mark.parametrize("place", [(0, 0), (15, 127), (16, 0), (31, 96), (32, 31), (127, 127)])
-@pytest.mark.parametrize("fmt", [DEEP_GEMM_SM90, GROUPWISE_FP8.replace(group_size=32)], ids=str)
+@pytest.mark.parametrize("fmt", [DEEP_GEMM_SM90, SMALL_BLOCKS], ids=str)
 def test_each_value_counts_in_its_block_alone(fmt, place, gpu):
     w = torch.ones(128, 256, dtype=torch.bfloat16)
     w[place] = -5.0
