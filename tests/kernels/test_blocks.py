@@ -42,7 +42,7 @@ def formats_and_dtypes():
             yield pytest.param(fmt, dtype, marks=marks, id=f"{fmt}-{dtype}")
 
 
-@pytest.mark.parametrize(("fmt", "dtype"), formats_and_dtypes())
+@pytest.mark.parametrize(("fmt", "dtype"), list(formats_and_dtypes()))
 def test_every_format(fmt, dtype, gpu):
     for seed, shape in enumerate([(128, 256), (2, 133, 302)]):
         w = special_weights(shape, dtype, fmt.group_size, seed)
