@@ -5,6 +5,7 @@
     q, sf = cute_quant.silu_mul_quantize(gate_up)           # with what comes before it
     q, sf, residual = cute_quant.rms_norm_quantize(x, weight, residual=residual)
     q, sf = cute_quant.quantize(x, cute_quant.NVFP4, amax=cute_quant.tensor_amax(x))
+    w8, w_sf = cute_quant.quantize_blocks(w)                # weights, in square blocks
     launch = cute_quant.bind(x, out=(q, sf))                # checked once, launched often
 
 ``Format`` and the named formats say what results look like, ``Masked``, ``PrefixSum`` and
@@ -35,9 +36,12 @@ from cute_quant.ops import (
     bind,
     deep_gemm_format,
     dequantize,
+    dequantize_blocks,
     empty_scales,
     fake_quantize,
     quantize,
+    quantize_blocks,
+    requantize_blocks,
     rms_norm_quantize,
     silu_mul_quantize,
     tensor_amax,
@@ -64,11 +68,14 @@ __all__ = [
     "bind",
     "deep_gemm_format",
     "dequantize",
+    "dequantize_blocks",
     "empty_scales",
     "fake_quantize",
     "forbid_compilation",
     "load",
     "quantize",
+    "quantize_blocks",
+    "requantize_blocks",
     "rms_norm_quantize",
     "silu_mul_quantize",
     "tensor_amax",

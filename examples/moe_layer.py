@@ -253,7 +253,6 @@ class TorchDeepGemm:
             layout=SimpleNamespace(get_mk_alignment_for_contiguous_layout=lambda: BLOCK_M),
             math=SimpleNamespace(
                 per_token_cast_to_fp8=per_token_cast_to_fp8,
-                per_block_cast_to_fp8=per_block_cast_to_fp8,
             ),
         )
 
@@ -273,23 +272,17 @@ class TorchDeepGemm:
             d[expert, rows] = (x[expert, rows] @ weights[expert].t()).to(d.dtype)
 
 
-def per_block_cast_to_fp8(w: Tensor, use_ue8m0: bool) -> Fp8:
-    """Cast (n, k) with a scale for each block, (n / 128, k / 128), as DeepGEMM's tests do."""
-    by_block = w.float().unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
-    sf = by_block.abs().amax((1, 3)).clamp(1e-4) / 448
-    sf = sf.log2().ceil().exp2() if use_ue8m0 else sf
-    q = (by_block / sf[:, None, :, None]).to(torch.float8_e4m3fn)
-    return q.flatten(2, 3).flatten(0, 1), sf
+def format_of(sf: Tensor) -> cq.Format:
+    return cq.DEEP_GEMM if sf.dtype is torch.int32 else cq.DEEP_GEMM_SM90
 
 
 def dequantize_rows(q: Tensor, sf: Tensor) -> Tensor:
     """Return activations in float32, whether their scales are packed or float32."""
-    fmt = cq.DEEP_GEMM if sf.dtype is torch.int32 else cq.DEEP_GEMM_SM90
-    return cq.dequantize(q, sf, fmt, dtype=torch.float32)
+    return cq.dequantize(q, sf, format_of(sf), dtype=torch.float32)
 
 
 def dequantize_blocks(q: Tensor, sf: Tensor) -> Tensor:
-    return q.float() * sf.repeat_interleave(128, -2).repeat_interleave(128, -1)
+    return cq.dequantize_blocks(q, sf, format_of(sf), dtype=torch.float32)
 
 
 # Inputs, errors, times
@@ -301,15 +294,11 @@ def random_layer(
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.bfloat16, device=device)
 
-    def cast(weights: Tensor) -> Fp8:
-        per_block = deep_gemm.utils.math.per_block_cast_to_fp8
-        q, sf = zip(*(per_block(w, fmt.ue8m0) for w in weights), strict=True)
-        return torch.stack(q), torch.stack(sf)
-
     gate_up = randn(experts, 2 * intermediate, hidden).mul_(hidden**-0.5)
     down = randn(experts, hidden, intermediate).mul_(intermediate**-0.5)
     norm = 1 + randn(hidden) / 8
-    return MoeLayer(norm, gate_up, down, cast(gate_up), cast(down), fmt)
+    quantized = cq.quantize_blocks(gate_up, fmt), cq.quantize_blocks(down, fmt)
+    return MoeLayer(norm, gate_up, down, *quantized, fmt)
 
 
 def route(scores: Tensor, top_k: int) -> Routing:

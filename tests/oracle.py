@@ -421,3 +421,47 @@ def fake_quantize(x: torch.Tensor, fmt: Format, upper: UpperScale | None = None)
     values = to_array(x).reshape(-1, *x.shape[-2:])
     scales = scales_of(values, fmt, forms_of_call(values, fmt, upper)).floats
     return products(codes_of(values, scales, fmt), scales, fmt, x.dtype).view(x.shape)
+
+
+def block_scales(values: np.ndarray, fmt: Format) -> Scales:
+    """Return the scales (matrices, blocks of n, blocks of k) of square blocks of (..., n, k)."""
+    size = fmt.group_size
+    matrices, n, k = values.shape
+    # A group of which one element is the block's largest.
+    groups = np.zeros((matrices, -(-n // size), -(-k // size) * size))
+    for i, j in np.ndindex(groups.shape[1], groups.shape[2] // size):
+        block = values[:, i * size : (i + 1) * size, j * size : (j + 1) * size]
+        groups[:, i, j * size] = np.abs(block).reshape(matrices, -1).max(-1)
+    return scales_of(groups, fmt)
+
+
+def quantize_blocks_into(w: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, fmt: Format) -> None:
+    """Write what ``quantize_blocks`` writes to `q` and to the storage of `sf`, on the CPU."""
+    if w.numel() == 0:
+        return
+    n, k = w.shape[-2:]
+    values = to_array(w).reshape(-1, n, k)
+    of_blocks = block_scales(values, fmt)
+    block = np.arange(n) // fmt.group_size
+    codes = codes_of(values, of_blocks.floats[:, block], fmt)
+    new = torch.from_numpy(packed(codes, fmt.values))
+    q.view(torch.uint8).copy_(new.view(q.shape))
+    if fmt.scale_dtype is torch.float32:
+        stored = torch.from_numpy(of_blocks.floats.astype(np.float32)).view(sf.shape)
+        sf.copy_(stored.where(stored == stored, torch.nan))
+        return
+    rows = Scales(of_blocks.codes[:, block], of_blocks.floats[:, block])
+    _store_scales(rows, np.ones(values.shape[:2], bool), None, sf, fmt)
+
+
+def products_of_blocks(
+    q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype, size: int
+) -> torch.Tensor:
+    """Return values (..., n, k) times the float32 scales of blocks of `size` rows and columns."""
+    content = q.view(torch.uint8).contiguous().numpy()
+    codes = unpacked(content, fmt.values)
+    n, k = codes.shape[-2:]
+    scales = to_array(sf)[..., np.arange(n) // size, :][..., np.arange(k) // size]
+    with np.errstate(invalid="ignore", over="ignore"):
+        exact = values_of(codes, fmt.values) * scales
+        return _rounded(exact.astype(np.float32), dtype)

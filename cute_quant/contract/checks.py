@@ -68,16 +68,16 @@ def check_call(call: Call) -> ResultShape:
         _check_silu_mul(prologue, x, shape)
     elif isinstance(prologue, RmsNorm):
         _check_rms_norm(prologue, x, every_row=call.rows is None and call.index is None)
-    _check_number_of_scales(name, fmt, shape)
-    _check_whole_bytes(name, fmt, shape.k)
-    _check_upper_scale(call.upper, fmt, _upper_scale_shapes(fmt, shape.batch_shape, call), x, name)
+    check_number_of_scales(name, fmt, shape)
+    check_whole_bytes(name, fmt, shape.k)
+    check_upper_scale(call.upper, fmt, upper_scale_shapes(fmt, shape.batch_shape, call), x, name)
     _check_row_scales(call, shape)
     if call.q is not None:
         check_written("out q", call.q, fmt.values, x, name)
-        _check_values_out(call.q, fmt, shape, exact=isinstance(call.rows, Masked))
+        check_values_out(call.q, fmt, shape, exact=isinstance(call.rows, Masked))
     if call.sf is not None:
         check_written("out sf", call.sf, fmt.sf_dtype, x, name)
-        _check_scales_out(call.sf, fmt, shape)
+        check_scales_out(call.sf, fmt.scale_shape(*shape), fmt.scale_strides(*shape))
     return shape
 
 
@@ -128,7 +128,8 @@ def check_format(fmt: object) -> None:
     )
 
 
-def _check_number_of_scales(name: str, fmt: Format, shape: ResultShape) -> None:
+def check_number_of_scales(name: str, fmt: Format, shape: ResultShape) -> None:
+    """Check that kernels can index the scales of a matrix."""
     count = fmt.scale_rows(shape.mn) * fmt.columns(shape.k)
     most = MAX_SCALES if fmt.mn_major else MAX_SCALE_BYTES if fmt.blocked else None
     if most is not None and known(count > most):
@@ -138,7 +139,8 @@ def _check_number_of_scales(name: str, fmt: Format, shape: ResultShape) -> None:
         )
 
 
-def _check_whole_bytes(name: str, fmt: Format, k: int) -> None:
+def check_whole_bytes(name: str, fmt: Format, k: int) -> None:
+    """Check that the values of a row fill their bytes."""
     per_byte = fmt.value_type.per_byte
     if per_byte > 1 and known(k % per_byte != 0):
         raise ValueError(
@@ -147,7 +149,7 @@ def _check_whole_bytes(name: str, fmt: Format, k: int) -> None:
         )
 
 
-def _check_upper_scale(
+def check_upper_scale(
     upper: UpperScale | None,
     fmt: Format,
     shapes: Sequence[tuple[int, ...]],
@@ -181,7 +183,7 @@ def _check_upper_scale(
     check_operand(upper.kind, t, x, input_name)
 
 
-def _upper_scale_shapes(
+def upper_scale_shapes(
     fmt: Format, batch_shape: tuple[int, ...], call: Call | None = None
 ) -> list[tuple[int, ...]]:
     """Return the shapes of an upper scale that is given.
@@ -329,10 +331,10 @@ def check_dequantize(
         raise ValueError(
             f"{DECODE}: expected the scales of rows that quantize returned for {fmt}, got {got}"
         )
-    shapes = _upper_scale_shapes(fmt, tuple(batch_shape))
+    shapes = upper_scale_shapes(fmt, tuple(batch_shape))
     if fmt.row_scale:
         shapes = [(*batch_shape, mn)]
-    _check_upper_scale(upper, fmt, shapes, q, "q")
+    check_upper_scale(upper, fmt, shapes, q, "q")
     return ResultShape(tuple(batch_shape), mn, k)
 
 
@@ -407,7 +409,7 @@ def _check_range(name: str, t: torch.Tensor, lowest: int, highest: int) -> None:
         raise ValueError(f"{name}: expected {lowest} to {highest}, got {t[at].item()} at {at}")
 
 
-def _check_values_out(q: torch.Tensor, fmt: Format, shape: ResultShape, *, exact: bool) -> None:
+def check_values_out(q: torch.Tensor, fmt: Format, shape: ResultShape, *, exact: bool) -> None:
     """Check shape and strides of a caller's `q`.
 
     Args:
@@ -429,12 +431,10 @@ def _check_values_out(q: torch.Tensor, fmt: Format, shape: ResultShape, *, exact
     check_disjoint_rows("out q", q)
 
 
-def _check_scales_out(sf: torch.Tensor, fmt: Format, result: ResultShape) -> None:
+def check_scales_out(sf: torch.Tensor, shape: Sequence[int], strides: Sequence[int]) -> None:
     """Check shape and strides of a caller's `sf`."""
-    shape = fmt.scale_shape(*result)
     if not same_sizes(sf.shape, shape):
         raise ValueError(f"out sf: expected shape {shape}, got {tuple(sf.shape)}")
-    strides = fmt.scale_strides(*result)
     if not known(sf.numel() == 0) and any(
         known(size > 1) and known(actual != stride)
         for size, actual, stride in zip(shape, sf.stride(), strides, strict=True)

@@ -39,6 +39,13 @@ BLOCK_LANES = 32
 """Most rows of a block whose scales are a constant distance apart; those of the block's other rows
 lie between."""
 
+BLOCK_SIZES = (32, 128)
+"""Rows, and columns, of a square block of weights."""
+SOURCE_BLOCK = 128
+"""Those of the blocks of FP8 checkpoints."""
+SOURCE_DTYPE = torch.float8_e4m3fn
+"""The dtype of their values."""
+
 
 class ValueType(NamedTuple):
     """Facts about a dtype of values.

@@ -77,6 +77,15 @@ def group_scales(x: torch.Tensor, fmt: Format, upper: Factors | None = None) -> 
         quotients = _e4m3_quotients(amax.float(), upper, fmt)
         scales = _e4m3_scales(quotients, fmt)
         return _better_scales(x, scales, quotients, upper, fmt) if fmt.four_over_six else scales
+    return scales_of_amax(amax, fmt)
+
+
+def scales_of_amax(amax: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return the scales for largest magnitudes, without an upper scale; NaN stays NaN.
+
+    Returns:
+        amax's shape: int32 biased exponents where scales are powers of two, else float32.
+    """
     # As a tensor: torch multiplies a CUDA tensor with the reciprocal of a number.
     exact = torch.float64 if fmt.power_of_two else torch.float32
     largest = amax.new_full((), fmt.value_type.max, dtype=exact)
@@ -510,10 +519,10 @@ def quantize_into(
         bytes_[:, :mn].copy_(codes)
         bytes_[:, mn:].zero_()
         written = live.new_ones(batch, fmt.scale_rows(mn))
-    _store_scales(scales.where(live.unsqueeze(2), 0), written, sf, fmt)
+    store_scales(scales.where(live.unsqueeze(2), 0), written, sf, fmt)
 
 
-def _store_scales(
+def store_scales(
     scales: torch.Tensor, written: torch.Tensor, sf: torch.Tensor, fmt: Format
 ) -> None:
     """Write scales to the rows of `sf` that `written` names.

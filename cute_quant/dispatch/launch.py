@@ -165,7 +165,7 @@ def _nothing() -> None:
     """Launch nothing, for results without elements."""
 
 
-def _run(
+def run(
     function: Callable[..., object], arguments: tuple[Any, ...], written: list[torch.Tensor]
 ) -> None:
     """Call a function that writes to tensors, or leave it to the launch that the thread binds."""
@@ -382,7 +382,7 @@ def _execute(plan: Plan, call: Call) -> Results:
     if kernel.views is not None:
         operands, further = _viewed(kernel.views, operands, further)
     try:
-        _run(kernel.function, (*operands, missing_rows, *kernel.numbers, *further), written)
+        run(kernel.function, (*operands, missing_rows, *kernel.numbers, *further), written)
     except (TypeError, ValueError):
         # The kernel refuses dtypes and devices that do not fit. Say so by name.
         checks.check_real_call(call)
@@ -469,7 +469,7 @@ def _quantize_by_reference(call: Call, *, check: bool) -> Results:
         sf_bytes = span(sf) + padding_rows * sf.element_size()
         sf_region = Region("out sf", sf.data_ptr(), sf_bytes)
         _check_regions(call, region("out q", q), sf_region)
-    _run(reference.quantize_into, (call, q, sf, row_scales), [])
+    run(reference.quantize_into, (call, q, sf, row_scales), [])
     return (q, sf) if row_scales is None else (q, sf, row_scales)
 
 
@@ -486,7 +486,7 @@ def fake_quantize(call: Call, out: torch.Tensor | None) -> torch.Tensor:
         reads = [region(name, t) for name, t in call.tensors.items() if t is not None]
         check_disjoint(reads, [region("out", out)])
     if not has_kernels(x):
-        _run(reference.fake_quantize_into, (call, out), [])
+        run(reference.fake_quantize_into, (call, out), [])
     elif x.numel():
         result = Destination(View(tuple(out.shape), out.stride()), out.data_ptr(), x.dtype)
         kernel = choose_kernel(call, result, None)
@@ -494,7 +494,7 @@ def fake_quantize(call: Call, out: torch.Tensor | None) -> torch.Tensor:
         operands: tuple[torch.Tensor | None, ...] = (x, out, None, upper, None, None)
         if kernel.views is not None:
             operands, _ = _viewed(kernel.views, operands, ())
-        _run(kernel.function, (*operands, 0, *kernel.numbers), [out])
+        run(kernel.function, (*operands, 0, *kernel.numbers), [out])
     return out
 
 
@@ -515,8 +515,8 @@ def dequantize(
         check_no_tangents(tensors)
     y = torch.empty((*shape.batch_shape, shape.mn, shape.k), dtype=dtype, device=q.device)
     if not has_kernels(q):
-        _run(reference.dequantize_into, (q, sf, fmt, y, upper), [])
+        run(reference.dequantize_into, (q, sf, fmt, y, upper), [])
     elif q.numel():
         kernel = choose_dequantize_kernel(q, sf, y, fmt, upper)
-        _run(kernel.function, kernel.arguments(q, sf, y, upper), [y])
+        run(kernel.function, kernel.arguments(q, sf, y, upper), [y])
     return y

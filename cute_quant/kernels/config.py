@@ -343,6 +343,7 @@ class DequantizeSpec(NamedTuple):
         tile: of a CTA's threads, which have one row each.
         access: to the values and the result.
         upper, pdl: as of a `QuantizeSpec`.
+        square: whether a scale is that of a square block.
     """
 
     fmt: Format
@@ -350,6 +351,7 @@ class DequantizeSpec(NamedTuple):
     tile: Tile = DEFAULT_TILE
     access: Access = WIDEST
     upper: str | None = None
+    square: bool = False
     pdl: bool = True
     kernel: str = "dequantize.Dequantize"
 
@@ -380,8 +382,56 @@ AMAX_WARPS = 8
 """Most warps of its CTAs."""
 
 
+class BlocksSpec(NamedTuple):
+    """Choices of `kernels.blocks.Blocks`.
+
+    Attributes:
+        dtype: of the weights; e4m3 where they have scales of blocks, which they are multiplied with
+            first.
+        fmt: of the results.
+        values_per_thread: of a row or column of the weights, contiguous, that a thread holds.
+        access: to the weights.
+        q_access: to the quantized values.
+        transposed: whether the weights are contiguous along n.
+        pdl: as of a `QuantizeSpec`.
+    """
+
+    dtype: torch.dtype
+    fmt: Format
+    values_per_thread: int
+    access: Access
+    q_access: Access
+    transposed: bool = False
+    pdl: bool = True
+    kernel: str = "blocks.Blocks"
+
+
+class RequantizeSpec(NamedTuple):
+    """Choices of `kernels.requantize.Requantize`.
+
+    Attributes:
+        dtype: of the values that come in, e4m3.
+        fmt, tile, domain, access, upper, pdl: as of a `QuantizeSpec`.
+    """
+
+    dtype: torch.dtype
+    fmt: Format
+    tile: Tile = DEFAULT_TILE
+    domain: Domain = DENSE_ROWS
+    access: Access = WIDEST
+    upper: str | None = None
+    pdl: bool = True
+    kernel: str = "requantize.Requantize"
+
+
+BLOCK_TILE = 128
+"""Rows, and columns, of the weights that a CTA of `kernels.blocks.Blocks` has."""
+BLOCK_WARPS = 8
+"""Its warps."""
+
+
 QuantizerSpec = QuantizeSpec | SiluMulSpec | RmsNormSpec
-Spec = QuantizerSpec | DequantizeSpec | AmaxSpec
+Spec = QuantizerSpec | DequantizeSpec | AmaxSpec | BlocksSpec | RequantizeSpec
 
 
 def launched_on(spec: Spec, arch: str) -> Spec:

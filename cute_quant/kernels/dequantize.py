@@ -69,6 +69,7 @@ class Dequantize:
         self.tile = spec.tile
         self.access = spec.access
         self.upper = spec.upper
+        self.square = spec.square
         self.pdl = spec.pdl
 
     def signature(self) -> tuple:
@@ -86,6 +87,8 @@ class Dequantize:
             strides = tuple(cute.sym_int64() for _ in shape)
             upper = make_fake_tensor(Float32, shape, stride=strides)
         scales = (batch, cute.sym_int32()) if fmt.blocked else (batch, mn, cute.sym_int32())
+        if self.square:
+            scales = (batch, cute.sym_int32(), cute.sym_int32())
         scale_strides = tuple(cute.sym_int64() for _ in scales)
         return (
             copy.fake_matrix(q_dtype, (batch, mn, columns), access.load_bytes),
@@ -99,7 +102,7 @@ class Dequantize:
     def __call__(
         self,
         mQ: cute.Tensor,  # (batch, mn, k), or bytes of two
-        mS: cute.Tensor,  # (batch, mn, columns), or (batch, bytes) in blocks
+        mS: cute.Tensor,  # (batch, mn, columns), (batch, bytes) in blocks, or of square blocks
         mUpper: cute.Tensor | None,  # (batch,), or (batch, mn) with a scale for each row
         mY: cute.Tensor,  # (batch, mn, k)
         stream: cuda.CUstream,
@@ -110,7 +113,10 @@ class Dequantize:
             groups = cute.ceil_div(k, self.fmt.group_size)
             layout = layouts.batch_of_blocks(mS.layout, mn, groups, self.fmt.block_rows)
             mS = cute.make_tensor(mS.iterator, layout)
-        if const_expr(self.fmt.packed):
+        if const_expr(self.square):
+            layout = layouts.rows_of_square_blocks(mS.layout, self.fmt.group_size)
+            mS = cute.make_tensor(mS.iterator, layout)
+        elif const_expr(self.fmt.packed):
             layout = layouts.bytes_of_words(mS.layout)
             mS = cute.make_tensor(cute.recast_ptr(mS.iterator, dtype=Uint8), layout)
         elif const_expr(self.fmt.byte_scales):

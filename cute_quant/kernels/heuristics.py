@@ -179,6 +179,25 @@ def norm_shape(
     return NormShape(tile, False, row_ctas, tiles_per_thread, max_warps)
 
 
+BLOCK_VALUES = 16
+"""Most values of weights that a thread loads as one vector: it has registers for several."""
+FP4_VALUES = 8
+"""Values whose codes fill a register."""
+
+
+def block_values(dtype: torch.dtype, fmt: Format, arch: str, *, transposed: bool) -> int:
+    """Return the values that a thread loads at once of weights to be quantized in blocks.
+
+    They are one vector, so that a warp loads contiguous memory, but not less than fill a register
+    with results. A thread of transposed weights has 64 values in all, and packs those of its
+    vectors along k: 8 vectors of 8 for FP4.
+    """
+    values = min(architectures.named(arch).widest_load // dtype.itemsize, BLOCK_VALUES)
+    if fmt.value_type.per_byte == 1:
+        return values
+    return FP4_VALUES if transposed else max(values, FP4_VALUES)
+
+
 def store_bytes(tile: Tile, dtype: torch.dtype) -> int:
     """Return how many bytes of results of a dtype a thread stores at once."""
     per_byte = VALUE_TYPES[dtype].per_byte if dtype in VALUE_TYPES else 1

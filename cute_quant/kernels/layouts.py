@@ -25,7 +25,7 @@ from cutlass import Float4E2M1FNx2, Int32, Int64, Uint8, Uint32, Uint64
 from cute_quant.contract.dtypes import BLOCK_GROUPS, BLOCK_LANES, BYTES_PER_WORD
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import Format
-from cute_quant.kernels.config import DOWN, LANES, Tile
+from cute_quant.kernels.config import BLOCK_TILE, BLOCK_WARPS, DOWN, LANES, Tile
 from cute_quant.kernels.params import Params
 
 
@@ -82,6 +82,97 @@ def lanes(lanes_per_group: int) -> cute.Layout:
     """
     shape = lanes_per_group, LANES // lanes_per_group
     return cute.make_layout(shape, stride=(cute.E(0), cute.E(1)))
+
+
+def threads_of_block_tile(values: int) -> cute.Layout:
+    """Return the layout (lane, warp) -> (its first row, its lane along columns) in a CTA's tile.
+
+    ``((lanes along columns, lanes along rows), warps)``, ``((1@1, rows of a thread@0), 16@0)``. A
+    warp has adjacent lanes along the tile's columns, and each thread rows that follow each other.
+    """
+    lanes, rows = BLOCK_TILE // values, rows_of_block_thread(values)
+    return cute.make_layout(
+        ((lanes, LANES // lanes), BLOCK_WARPS),
+        stride=((cute.E(1), rows * cute.E(0)), BLOCK_TILE // BLOCK_WARPS * cute.E(0)),
+    )
+
+
+def rows_of_block_thread(values: int) -> int:
+    """Return how many rows of a tile of weights a thread has `values` of."""
+    return BLOCK_TILE * BLOCK_TILE // (LANES * BLOCK_WARPS * values)
+
+
+def segments_of_block_tile(values: int) -> cute.Layout:
+    """Return the layout (lane along columns, tile of weights) -> (lane, tile) of a `copy.Segment`.
+
+    ``(lanes, (tiles in a warp's, warps' tiles)) : (1@0, (lanes@0, 1@1))``
+    """
+    lanes = BLOCK_TILE // values
+    shape = lanes, (LANES // lanes, MAX_COLUMNS)
+    return cute.make_layout(shape, stride=(cute.E(0), (lanes * cute.E(0), cute.E(1))))
+
+
+def blocks_of_tile(size: int) -> cute.Layout:
+    """Return the layout (row of a tile of weights) -> (its row in its block, its block).
+
+    ``(size, blocks) : (1@0, 1@1)``, for columns too.
+    """
+    return cute.make_layout((size, BLOCK_TILE // size), stride=(cute.E(0), cute.E(1)))
+
+
+def amaxes_of_block_tile(size: int) -> cute.Layout:
+    """Return the layout ((warp of a block, block along rows), block along columns) -> word.
+
+    A warp has as many rows of a tile as another, and so the largest magnitudes of as many blocks as
+    lie side by side. Those of a block are contiguous.
+    """
+    blocks = BLOCK_TILE // size
+    warps = BLOCK_WARPS // blocks
+    return cute.make_layout(((warps, blocks), blocks), stride=((1, BLOCK_WARPS), warps))
+
+
+def rows_of_scales() -> cute.Layout:
+    """Return the layout (lane, warp) -> (row, first group) of the scales that a thread stores.
+
+    ``(lanes, (warps of a column, columns)) : (1@0, (lanes@0, 1@1))``
+    """
+    warps = BLOCK_TILE // LANES
+    return cute.make_layout(
+        (LANES, (warps, BLOCK_WARPS // warps)),
+        stride=(cute.E(0), (LANES * cute.E(0), cute.E(1))),
+    )
+
+
+def transposed_tile(values: int, per_byte: int) -> cute.ComposedLayout:
+    """Return the layout (row, k) -> byte of a tile of q in shared memory.
+
+    ``S<3,4,s> o (128, (values of a byte, row bytes)) : (row bytes, (0, 1))``. Threads whose rows
+    are `values` apart store to the same columns at once, and s takes the bits of rows that tell
+    them apart to the banks.
+    """
+    row_bytes = BLOCK_TILE // per_byte
+    swizzle = cute.make_swizzle(3, 4, (row_bytes * values).bit_length() - 1 - 4)
+    shape, stride = (BLOCK_TILE, (per_byte, row_bytes)), (row_bytes, (0, 1))
+    return cute.make_composed_layout(swizzle, 0, cute.make_layout(shape, stride=stride))
+
+
+def vectors_of_transposed_tile(values: int) -> cute.Layout:
+    """Return the layout (lane, warp, vector) -> (row, place in the row) of vectors along k.
+
+    ``((vectors of a row, rows of a warp), warps, vectors of a thread)``, each vector having
+    `values`.
+    """
+    lanes = BLOCK_TILE // values
+    rows = LANES // lanes
+    count = BLOCK_TILE // (rows * BLOCK_WARPS)
+    return cute.make_layout(
+        ((lanes, rows), BLOCK_WARPS, count),
+        stride=(
+            (cute.E(1), cute.E(0)),
+            rows * cute.E(0),
+            rows * BLOCK_WARPS * cute.E(0),
+        ),
+    )
 
 
 class Matrix(Params):
@@ -229,6 +320,18 @@ def bytes_of_words(words: cute.Layout) -> cute.Layout:
     *shape, columns = words.shape
     *strides, stride = (Int64(step) * BYTES_PER_WORD for step in words.stride)
     return cute.make_layout((*shape, (BYTES_PER_WORD, columns)), stride=(*strides, (1, stride)))
+
+
+def rows_of_square_blocks(scales: cute.Layout, size: int) -> cute.Layout:
+    """Return (..., row, group) -> element for a layout (..., block of rows, group) -> element.
+
+    ``(..., (size, blocks), groups) : (..., (0, stride), stride)``
+    """
+    *shape, blocks, groups = scales.shape
+    *stride, block_stride, group_stride = scales.stride
+    return cute.make_layout(
+        (*shape, (size, blocks), groups), stride=(*stride, (0, block_stride), group_stride)
+    )
 
 
 def batch_of_blocks(

@@ -154,6 +154,7 @@ def test_the_reference_has_every_public_name():
                 assert f"::: {prefix}.{name}{f'.{name}' if module_too else ''}\n" in text
     for function in (
         deep_gemm.per_token_cast_to_fp8,
+        deep_gemm.per_block_cast_to_fp8,
         vllm.per_token_group_quant_fp8_packed_for_deepgemm,
     ):
         assert f"::: {function.__module__}.{function.__name__}\n" in text

@@ -19,9 +19,10 @@ from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import Prologue
 from cute_quant.contract.rows import Rows
 from cute_quant.contract.upper_scales import UpperScale
-from cute_quant.dispatch import launch, plan
+from cute_quant.dispatch import blocks, launch, plan
 from cute_quant.emulator import EmulatedKernel
 from cute_quant.jit import lookup
+from cute_quant.kernels import blocks as block_kernels
 from cute_quant.kernels import dequantize, heuristics, scheduler
 from cute_quant.kernels.config import Spec
 
@@ -127,6 +128,44 @@ class Gpu:
         with self._present([q, sf, *([] if upper is None else [upper.tensor])], options):
             return launch.dequantize(q.as_subclass(OnGpu), sf, fmt, dtype, upper)
 
+    def quantize_blocks(
+        self,
+        w: torch.Tensor,
+        q: torch.Tensor | None,
+        sf: torch.Tensor | None,
+        fmt: Format,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``cute_quant.quantize_blocks``."""
+        with self._present([w], options):
+            return blocks.quantize(w.as_subclass(OnGpu), fmt, q, sf)
+
+    def requantize_blocks(
+        self,
+        w8: torch.Tensor,
+        w_sf: torch.Tensor,
+        q: torch.Tensor | None,
+        sf: torch.Tensor | None,
+        fmt: Format,
+        upper: UpperScale | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``cute_quant.requantize_blocks``."""
+        with self._present([w8, w_sf, *([] if upper is None else [upper.tensor])], options):
+            return blocks.requantize(w8.as_subclass(OnGpu), w_sf, fmt, upper, q, sf)
+
+    def dequantize_blocks(
+        self,
+        q: torch.Tensor,
+        sf: torch.Tensor,
+        fmt: Format,
+        dtype: torch.dtype,
+        **options: Any,
+    ) -> torch.Tensor:
+        """``cute_quant.dequantize_blocks``."""
+        with self._present([q, sf], options):
+            return blocks.dequantize(q.as_subclass(OnGpu), sf, fmt, dtype)
+
     @contextlib.contextmanager
     def _present(self, reads: list[torch.Tensor | None], options: dict[str, Any]) -> Iterator[None]:
         """Put the emulated GPU in place; only the memory of `reads` holds values."""
@@ -156,6 +195,7 @@ class Gpu:
             mock.patch.multiple(heuristics, TWO_ROWS_FROM=two_rows_from, MAX_GRID_Y=self.max_grid),
             mock.patch.multiple(scheduler, **limits),
             mock.patch.multiple(dequantize, **limits),
+            mock.patch.multiple(block_kernels, **limits),
             mock.patch.object(
                 plan,
                 "_launch_shape",

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bench.sass import machine_code
-from cute_quant import DEEP_GEMM_SM90, MXFP8, ROWWISE_INT8
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, ROWWISE_INT8
+from cute_quant.dispatch import blocks
 from cute_quant.jit.lookup import ARCHITECTURES
 from cute_quant.kernels import architectures
 from cute_quant.kernels.config import DEFAULT_TILE, Access, Domain, QuantizeSpec, launched_on
@@ -120,3 +121,28 @@ def test_no_division(arch, dtype, fmt):
 def test_instruction_budget(fmt, rows):
     code = machine_code(QuantizeSpec(BF16, fmt, TILES[rows]), "sm_100a")
     assert len(code.opcodes) <= MAX_INSTRUCTIONS[fmt, rows]
+
+
+@every_arch
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        DEEP_GEMM,
+        *(pytest.param(fmt, marks=pytest.mark.slow) for fmt in (DEEP_GEMM_SM90, MXFP8, MXFP4)),
+    ],
+    ids=str,
+)
+def test_blocks_of_weights(fmt, transposed, arch):
+    """Vectors as wide as the architecture has them, no spills, and 4 CTAs of 8 warps on an SM."""
+    w = torch.empty(4096, 4096, dtype=BF16, device="meta")
+    q = torch.empty(4096, fmt.value_columns(4096), dtype=fmt.values, device="meta")
+    spec = blocks.choose_spec(w.mT if transposed else w, fmt, q, arch)
+    code = machine_code(spec, arch)
+    values = spec.values_per_thread
+    width = ".256" if values * BF16.itemsize == 32 else ".128"
+    loads = [opcode for opcode in code.opcodes if opcode.startswith("LDG")]
+    assert len(loads) == 64 // values and all(opcode.endswith(width) for opcode in loads)
+    assert code.count("BAR") == 1 + transposed
+    assert code.stack == 0 and code.registers <= 64
+    assert code.count("CALL") == 0

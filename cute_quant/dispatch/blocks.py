@@ -1,0 +1,244 @@
+"""Calls on weights in square blocks: views of their tensors, kernels, launches."""
+
+from __future__ import annotations
+
+import torch
+
+from cute_quant.contract import block_reference, blocks
+from cute_quant.contract.dtypes import LOAD_BYTES, STORE_BYTES
+from cute_quant.contract.formats import Format
+from cute_quant.contract.tensors import (
+    Region,
+    check_disjoint,
+    check_no_tangents,
+    check_real,
+    flat_batch,
+    last_column_rows,
+    region,
+    span,
+)
+from cute_quant.contract.torch_private import in_dual_level
+from cute_quant.contract.upper_scales import UpperScale
+from cute_quant.dispatch import launch
+from cute_quant.dispatch.plan import (
+    Function,
+    View,
+    alignment,
+    choose_dequantize_spec,
+    matrix_view,
+)
+from cute_quant.jit import lookup
+from cute_quant.kernels import architectures, heuristics
+from cute_quant.kernels.config import (
+    DEFAULT_TILE,
+    Access,
+    BlocksSpec,
+    Domain,
+    RequantizeSpec,
+    Spec,
+)
+
+
+def quantize(
+    w: torch.Tensor, fmt: Format, q: torch.Tensor | None, sf: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run ``cute_quant.quantize_blocks`` on tensors with memory."""
+    shape = blocks.check_quantize_blocks(w, fmt, q, sf)
+    _check_memory({"w": w, "out q": q, "out sf": sf})
+    if q is None:
+        q = torch.empty(shape.values(fmt), dtype=fmt.values, device=w.device)
+    if sf is None:
+        sf = blocks.empty_scales(fmt, shape, w.device)
+    _check_regions({"w": w}, q, sf, fmt)
+    if not launch.has_kernels(w):
+        launch.run(block_reference.quantize_into, (w, fmt, q, sf), [])
+    elif w.numel():
+        _launch_blocks(w, None, fmt, q, sf)
+    return q, sf
+
+
+def requantize(
+    w8: torch.Tensor,
+    w_sf: torch.Tensor,
+    fmt: Format,
+    upper: UpperScale | None,
+    q: torch.Tensor | None,
+    sf: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run ``cute_quant.requantize_blocks`` on tensors with memory."""
+    shape = blocks.check_requantize_blocks(w8, w_sf, fmt, upper, q, sf)
+    reads = {"w8": w8, "w_sf": w_sf}
+    if upper is not None:
+        reads[upper.kind] = upper.tensor
+    _check_memory({**reads, "out q": q, "out sf": sf})
+    if q is None:
+        q = torch.empty(shape.values(fmt), dtype=fmt.values, device=w8.device)
+    if sf is None and blocks.in_groups(fmt):
+        sf = fmt.empty_scales(*shape, w8.device)
+    elif sf is None:
+        sf = blocks.empty_scales(fmt, shape, w8.device)
+    _check_regions(reads, q, sf, fmt)
+    if not launch.has_kernels(w8):
+        launch.run(block_reference.requantize_into, (w8, w_sf, fmt, upper, q, sf), [])
+    elif w8.numel() and blocks.in_groups(fmt):
+        _launch_groups(w8, w_sf, fmt, upper, q, sf)
+    elif w8.numel():
+        _launch_blocks(w8, w_sf, fmt, q, sf)
+    return q, sf
+
+
+def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
+    """Run ``cute_quant.dequantize_blocks`` on tensors with memory."""
+    if not blocks.stored_once(fmt):
+        return launch.dequantize(q, sf, fmt, dtype)
+    shape = blocks.check_dequantize_blocks(q, sf, fmt, dtype)
+    _check_memory({"q": q, "sf": sf})
+    y = torch.empty((*shape.batch_shape, shape.mn, shape.k), dtype=dtype, device=q.device)
+    if not launch.has_kernels(q):
+        launch.run(block_reference.dequantize_into, (q, sf, fmt, y), [])
+    elif q.numel():
+        arch = lookup.architecture(q.get_device())
+        spec = choose_dequantize_spec(q, y, fmt, None, arch)._replace(square=True)
+        operands = (
+            matrix_view(q, batched=True).of(q),
+            _matrices(sf, 2).of(sf),
+            None,
+            matrix_view(y, batched=True).of(y),
+        )
+        launch.run(_function(spec, arch), operands, [y])
+    return y
+
+
+def _launch_blocks(
+    w: torch.Tensor, w_sf: torch.Tensor | None, fmt: Format, q: torch.Tensor, sf: torch.Tensor
+) -> None:
+    """Launch the kernel of blocks on weights, or on e4m3 with the scales of its blocks."""
+    arch = lookup.architecture(w.get_device())
+    spec = choose_spec(w, fmt, q, arch)
+    operands = (
+        matrix_view(w.mT if spec.transposed else w, batched=True).of(w),
+        None if w_sf is None else _matrices(w_sf, 2).of(w_sf),
+        matrix_view(q, batched=True).of(q),
+        _matrices(sf, 2 if blocks.stored_once(fmt) else fmt.scale_dims).of(sf),
+    )
+    missing_rows = 0 if blocks.stored_once(fmt) else _missing_rows(sf, fmt)
+    launch.run(_function(spec, arch), (*operands, missing_rows, fmt.floor), [q, sf])
+
+
+def _launch_groups(
+    w8: torch.Tensor,
+    w_sf: torch.Tensor,
+    fmt: Format,
+    upper: UpperScale | None,
+    q: torch.Tensor,
+    sf: torch.Tensor,
+) -> None:
+    """Launch the kernel of groups of rows on e4m3 with the scales of its blocks."""
+    arch = lookup.architecture(w8.get_device())
+    kind = None if upper is None else upper.kind
+    spec = choose_requantize_spec(w8, fmt, q, kind, arch)
+    given = None
+    if upper is not None:
+        matrices = flat_batch("w8", w8.shape, w8.stride())[0]
+        given = View((matrices,), (int(upper.tensor.numel() > 1),)).of(upper.tensor)
+    operands = (
+        matrix_view(w8, batched=True).of(w8),
+        _matrices(w_sf, 2).of(w_sf),
+        matrix_view(q, batched=True).of(q),
+        _matrices(sf, fmt.scale_dims).of(sf),
+        given,
+        None,
+        None,
+    )
+    numbers = _missing_rows(sf, fmt), 1, 1, fmt.floor
+    launch.run(_function(spec, arch), (*operands, *numbers), [q, sf])
+
+
+def _missing_rows(sf: torch.Tensor, fmt: Format) -> int:
+    """Return the padding rows of the last column of scales of rows that have no storage."""
+    if not fmt.mn_major:
+        return 0
+    return fmt.scale_rows(sf.shape[-2]) - last_column_rows(sf)
+
+
+def choose_spec(w: torch.Tensor, fmt: Format, q: torch.Tensor, arch: str) -> BlocksSpec:
+    """Choose the spec of the kernel for weights and memory for their quantized values."""
+    transposed = blocks.is_transposed(w)
+    values = heuristics.block_values(w.dtype, fmt, arch, transposed=transposed)
+    source = w.mT if transposed else w
+    per_byte = fmt.value_type.per_byte
+    q_values = STORE_BYTES * per_byte if transposed else values
+    load_bytes = min(LOAD_BYTES, values * w.element_size())
+    store_bytes = min(STORE_BYTES, q_values // per_byte)
+    return BlocksSpec(
+        w.dtype,
+        fmt.kernel_format,
+        values,
+        Access(
+            alignment(w.data_ptr(), matrix_view(source, batched=True), w.itemsize, load_bytes),
+            ragged=source.shape[-1] % values != 0,
+        ),
+        Access(
+            store_bytes=alignment(
+                q.data_ptr(), matrix_view(q, batched=True), q.itemsize, store_bytes
+            ),
+            ragged=w.shape[-1] % q_values != 0,
+        ),
+        transposed,
+        architectures.named(arch).pdl,
+    )
+
+
+def choose_requantize_spec(
+    w8: torch.Tensor, fmt: Format, q: torch.Tensor, upper: str | None, arch: str
+) -> RequantizeSpec:
+    """Choose the spec of the kernel that requantizes in groups of rows."""
+    tile = DEFAULT_TILE
+    values = tile.values_per_thread
+    load_bytes, store_bytes = values, values // fmt.value_type.per_byte
+    access = Access(
+        alignment(w8.data_ptr(), matrix_view(w8, batched=True), w8.itemsize, load_bytes),
+        alignment(q.data_ptr(), matrix_view(q, batched=True), q.itemsize, store_bytes),
+        ragged=w8.shape[-1] % values != 0,
+    )
+    domain, pdl = Domain(batched=True), architectures.named(arch).pdl
+    return RequantizeSpec(w8.dtype, fmt.kernel_format, tile, domain, access, upper, pdl)
+
+
+def _function(spec: Spec, arch: str) -> Function:
+    """Return a compiled kernel.
+
+    Raises:
+        RuntimeError: the kernel is missing and cannot be compiled.
+    """
+    try:
+        return lookup.function(spec, arch)
+    except lookup.NotBuilt as error:
+        raise RuntimeError(
+            f"{error}: call the operation before, on tensors of the same dtype and alignment"
+        ) from None
+
+
+def _matrices(sf: torch.Tensor, inner: int) -> View:
+    """Return the view of scales with one batch dimension before the `inner` last ones."""
+    batch, stride = flat_batch("sf", sf.shape, sf.stride(), inner)
+    return View((batch, *sf.shape[-inner:]), (stride, *sf.stride()[-inner:]))
+
+
+def _check_memory(tensors: dict[str, torch.Tensor | None]) -> None:
+    check_real(tensors)
+    if in_dual_level():
+        check_no_tangents(tensors)
+
+
+def _check_regions(
+    reads: dict[str, torch.Tensor], q: torch.Tensor, sf: torch.Tensor, fmt: Format
+) -> None:
+    """Check that the memory that a call writes overlaps nothing else of it."""
+    nbytes = span(sf)
+    if sf.numel() and fmt.mn_major and sf.shape[-2] == q.shape[-2]:
+        nbytes += (last_column_rows(sf) - sf.shape[-2]) * sf.element_size()
+    check_disjoint(
+        [region(name, t) for name, t in reads.items()],
+        [region("out q", q), Region("out sf", sf.data_ptr(), nbytes)],
+    )

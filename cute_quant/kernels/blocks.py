@@ -1,0 +1,377 @@
+"""Quantize weights in square blocks: load, reduce, scale, quantize, store.
+
+A CTA has a tile of 128 x 128 weights, one block or 16 of 32 x 32, in the registers of its threads.
+Each warp finds the largest magnitudes of its rows in shuffles, and shared memory takes those of all
+warps past one barrier. Every thread then knows the scales of the tile's blocks.
+
+Weights that are contiguous along n are loaded as the rows of their transpose. Their quantized
+values go to rows of n through shared memory.
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from cute_quant.contract.dtypes import INPUT_DTYPES
+from cute_quant.kernels import copy, encodings, layouts
+from cute_quant.kernels.config import (
+    BLOCK_TILE,
+    BLOCK_WARPS,
+    LANES,
+    MAX_GRID_Y,
+    MAX_GRID_Z,
+    BlocksSpec,
+    Tile,
+)
+from cute_quant.kernels.copy import Segment
+from cute_quant.kernels.encodings import ELEMENT_TYPES
+from cute_quant.kernels.layouts import Matrix
+from cute_quant.kernels.params import Params
+from cute_quant.kernels.scales import GroupScale
+from cute_quant.kernels.stage import Scales, Stage, store_scale
+
+VECTOR_BYTES = 16
+"""Bytes of q that a thread takes from shared memory at once."""
+
+
+class Problem(Params):
+    """Arguments of the kernel, for a batch of matrices or one of them.
+
+    Attributes:
+        w: (batch, n, k), or (batch, k, n) if the weights are transposed.
+        w_scales: those of blocks of w, (batch, blocks of n, blocks of k), or None.
+        q: (batch, n, k), or k / 2 bytes of two values.
+        scales: where scales of rows go, or those of blocks, (batch, blocks of n, blocks of k).
+        bound: as `Stage.scale_bound` returns it.
+        n, k: rows and columns of a matrix.
+        batches: matrices.
+        first_batch, first_row_tile: of the launch, where a grid does not count all.
+    """
+
+    def __init__(
+        self,
+        w: Matrix,
+        w_scales: cute.Tensor | None,
+        q: Matrix,
+        scales: Scales | cute.Tensor,
+        bound: Float32,
+        k: Int32,
+        first_batch: Int32,
+        first_row_tile: Int32,
+    ):
+        self.w = w
+        self.w_scales = w_scales
+        self.q = q
+        self.scales = scales
+        self.bound = bound
+        self.n = q.rows
+        self.k = k
+        self.batches = q.tensor.shape[0]
+        self.first_batch = first_batch
+        self.first_row_tile = first_row_tile
+
+    def slice_batch(self, batch: Int32) -> "Problem":
+        """Return the problem of one matrix of a batch."""
+        w_scales, scales = self.w_scales, self.scales
+        if const_expr(w_scales is not None):
+            w_scales = w_scales[batch, None, None]
+        if const_expr(isinstance(scales, Scales)):
+            scales = scales.slice_batch(batch, batch == self.batches - 1)
+        else:
+            scales = scales[batch, None, None]
+        return self.replace(w=self.w[batch], w_scales=w_scales, q=self.q[batch], scales=scales)
+
+
+class Blocks:
+    """Entry point: weights, or e4m3 with scales of blocks, to values and scales of blocks."""
+
+    def __init__(self, spec: BlocksSpec):
+        self.spec = spec
+        self.fmt = spec.fmt
+        self.size = spec.fmt.group_size
+        self.values = spec.values_per_thread
+        self.rows = layouts.rows_of_block_thread(self.values)
+        self.w_dtype = ELEMENT_TYPES[spec.dtype]
+        # Weights with scales are multiplied first, and those products are quantized.
+        self.scaled = spec.dtype not in INPUT_DTYPES
+        self.dtype = Float32 if self.scaled else self.w_dtype
+        self.stage = Stage(self.dtype, self.fmt, Tile(values_per_thread=self.values))
+
+    def signature(self) -> tuple:
+        """Return stand-ins for the arguments, with the sizes that vary and the alignment."""
+        spec, fmt = self.spec, self.fmt
+        batch = cute.sym_int32()
+        divisor = 1 if spec.access.ragged else self.values
+        q_divisor = 1 if spec.q_access.ragged else self.q_values
+        per_byte = fmt.value_type.per_byte
+        n = cute.sym_int32(divisibility=divisor if spec.transposed else 1)
+        k = cute.sym_int32(divisibility=q_divisor if spec.transposed else divisor)
+        columns = k
+        if per_byte > 1:
+            columns = cute.sym_int32(divisibility=max(1, q_divisor // per_byte))
+        shape = (batch, k, n) if spec.transposed else (batch, n, k)
+        w_scales = None
+        if self.scaled:
+            w_scales = self.fake_scales(Float32, (batch, cute.sym_int32(), cute.sym_int32()))
+        scales = (batch, cute.sym_int32(), cute.sym_int32())
+        if fmt.blocked:
+            scales = (batch, cute.sym_int32())
+        elif fmt.byte_scales:
+            scales = (batch, n, cute.sym_int32())
+        return (
+            copy.fake_matrix(self.w_dtype, shape, spec.access.load_bytes),
+            w_scales,
+            copy.fake_matrix(
+                encodings.value_type_of(fmt), (batch, n, columns), spec.q_access.store_bytes
+            ),
+            self.fake_scales(encodings.scale_type_of(fmt), scales),
+            Int32(0),
+            Int32(0) if fmt.power_of_two else Float32(0),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+        )
+
+    def fake_scales(self, dtype: type[cutlass.Numeric], shape: tuple) -> cute.Tensor:
+        """Return a stand-in for scales of any strides."""
+        return make_fake_tensor(dtype, shape, stride=tuple(cute.sym_int64() for _ in shape))
+
+    @property
+    def q_values(self) -> int:
+        """Return how many values, contiguous along k, a thread stores at once."""
+        return VECTOR_BYTES * self.fmt.value_type.per_byte if self.spec.transposed else self.values
+
+    @cute.jit
+    def __call__(
+        self,
+        mW: cute.Tensor,  # (batch, n, k), or (batch, k, n)
+        mWS: cute.Tensor | None,  # (batch, blocks of n, blocks of k)
+        mQ: cute.Tensor,  # (batch, n, k), or bytes of two
+        mS: cute.Tensor,  # as the format has it, or (batch, blocks of n, blocks of k)
+        missing_rows: Int32,
+        floor: Int32 | Float32,
+        stream: cuda.CUstream,
+    ):
+        """Launch the kernel, on batches of matrices."""
+        batches, n, columns = mQ.shape
+        k = columns * self.fmt.value_type.per_byte
+        scales, padded_k = mS, k
+        if const_expr(self.fmt.byte_scales):
+            scales = self.stage.scales(mS, n, k, missing_rows)
+            unit = self.size * self.fmt.groups_per_unit
+            padded_k = cute.round_up(k, unit)
+        row_tiles = cute.ceil_div(n, BLOCK_TILE)
+        for first_batch in range(0, batches, MAX_GRID_Z):
+            for first_row_tile in range(0, row_tiles, MAX_GRID_Y):
+                problem = Problem(
+                    Matrix(mW),
+                    mWS,
+                    Matrix(mQ),
+                    scales,
+                    self.stage.scale_bound(floor),
+                    k,
+                    first_batch,
+                    first_row_tile,
+                )
+                self.kernel(problem).launch(
+                    grid=[
+                        # Padding of scales past the last column has CTAs too.
+                        cute.ceil_div(padded_k, BLOCK_TILE),
+                        cutlass.min(row_tiles - first_row_tile, MAX_GRID_Y),
+                        cutlass.min(batches - first_batch, MAX_GRID_Z),
+                    ],
+                    block=[LANES, BLOCK_WARPS, 1],
+                    stream=stream,
+                    use_pdl=self.spec.pdl,
+                )
+
+    @cute.kernel
+    def kernel(self, problem: Problem):
+        """Quantize the blocks of a tile of weights."""
+        if const_expr(self.spec.pdl):
+            cute.arch.griddepcontrol_launch_dependents()
+        lane, warp, _ = cute.arch.thread_idx()
+        column_tile, row_tile, batch = cute.arch.block_idx()
+        problem = problem.slice_batch(problem.first_batch + batch)
+        row_tile = problem.first_row_tile + row_tile
+        w_tile = (row_tile, column_tile)
+        if const_expr(self.spec.transposed):
+            w_tile = (column_tile, row_tile)
+        first_row, column_lane = layouts.threads_of_block_tile(self.values)((lane, warp))
+        segment = self.segment(self.values, column_lane, w_tile[1])
+        rows = self.rows_of(w_tile[0], first_row, self.rows)
+        exist = [row < problem.w.rows for row in rows]
+        gW = [problem.w.row(row) for row in rows]  # (columns,) each
+
+        # What comes before needs no memory, and overlaps with the end of the kernel before.
+        if const_expr(self.spec.pdl):
+            cute.arch.griddepcontrol_wait()
+        tXrW = [encodings.zeros(self.values, self.w_dtype) for _ in rows]  # (values,) each
+        for i in cutlass.range_constexpr(self.rows):
+            copy.load(gW[i], segment, exist[i], tXrW[i], self.spec.access)
+        if const_expr(self.scaled):
+            w_scale = self.load_scale(problem.w_scales, w_tile)
+            tXrW = [encodings.multiply(tXrV, w_scale) for tXrV in tXrW]
+
+        amaxes = self.share_amaxes(tXrW, column_lane)
+        _, group = layouts.lanes(self.stage.lanes_per_group)(column_lane)
+        _, row_block = layouts.blocks_of_tile(self.size)(first_row)
+        scale = self.scale(amaxes, (row_block, group), problem.bound)
+        if const_expr(self.spec.transposed):
+            self.store_transposed(tXrW, scale, (first_row, column_lane), row_tile, problem)
+        else:
+            gQ = [problem.q.row(row) for row in rows]
+            for i in cutlass.range_constexpr(self.rows):
+                tXrQ = self.stage.encode(tXrW[i], scale)
+                copy.store(tXrQ, gQ[i], segment, exist[i], self.spec.q_access)
+        self.store_scales(amaxes, row_tile, column_tile, problem)
+
+    def segment(self, values: int, column_lane: Int32, column_tile: Int32) -> Segment:
+        """Return the segment of a row of all tiles that a lane of a tile's row has."""
+        lane, tile = layouts.segments_of_block_tile(values)((column_lane, column_tile))
+        return Segment(tile, lane)
+
+    def rows_of(self, tile: Int32, first: Int32, count: int) -> list[Uint32]:
+        """Return the indices of rows of a tile that follow each other."""
+        first = Uint32(tile) * BLOCK_TILE + layouts.unsigned(first)
+        return [first + i for i in range(count)]
+
+    @cute.jit
+    def load_scale(self, scales: cute.Tensor, tile: tuple[Int32, Int32]) -> Float32:
+        """Load the scale of a tile of w, 0 where a CTA has padding of the result alone."""
+        scale = Float32(0.0)
+        if tile[1] < scales.shape[1]:
+            scale = scales[tile]
+        return scale
+
+    @cute.jit
+    def share_amaxes(self, tXrW: list[cute.Tensor], column_lane: Int32) -> cute.Tensor:
+        """Return the largest magnitudes of the parts of blocks that warps have, of all warps."""
+        stage, lanes = self.stage, BLOCK_TILE // self.values
+        amax = stage.thread_amax(tXrW[0])
+        for i in cutlass.range_constexpr(1, self.rows):
+            amax = stage.larger(amax, stage.thread_amax(tXrW[i]))
+        # Lanes with other rows of the same columns, then those of the same rows.
+        for i in cutlass.range_constexpr((LANES // lanes).bit_length() - 1):
+            amax = stage.larger(amax, cute.arch.shuffle_sync_bfly(amax, offset=lanes << i))
+        amax = stage.group_amax(amax)
+
+        layout = layouts.amaxes_of_block_tile(self.size)
+        memory = cute.arch.alloc_smem(Uint32, cute.size(layout), alignment=VECTOR_BYTES)
+        amaxes = cute.make_tensor(memory, layout)
+        lane_of_group, group = layouts.lanes(stage.lanes_per_group)(column_lane)
+        lane, warp, _ = cute.arch.thread_idx()
+        if lane_of_group == 0 and lane < lanes:
+            amaxes[warp, group] = amax
+        cute.arch.barrier()
+        return amaxes
+
+    @cute.jit
+    def scale(self, amaxes: cute.Tensor, block: tuple[Int32, Int32], bound: Float32) -> GroupScale:
+        """Return the scale of a block, by its place along rows and columns of the tile of w."""
+        row_block, group = block
+        warps = BLOCK_WARPS * self.size // BLOCK_TILE
+        amax = Uint32(amaxes[(0, row_block), group])
+        for warp in cutlass.range_constexpr(1, warps):
+            amax = cutlass.max(amax, Uint32(amaxes[(warp, row_block), group]))
+        return self.stage.scale(amax, bound)
+
+    @cute.jit
+    def store_transposed(
+        self,
+        tXrW: list[cute.Tensor],
+        scale: GroupScale,
+        place: tuple[Int32, Int32],
+        row_tile: Int32,
+        problem: Problem,
+    ):
+        """Quantize values that are contiguous along n, and store them contiguous along k.
+
+        Args:
+            tXrW: (values,) along n, for each of the thread's k.
+            scale: of the thread's block.
+            place: the thread's first k, and its lane along n, in the tile.
+            row_tile: the tile along n.
+            problem: of one matrix.
+        """
+        per_byte, vector = self.fmt.value_type.per_byte, self.q_values
+        first_k, lane = place
+        layout = layouts.transposed_tile(self.values, per_byte)
+        memory = cute.arch.alloc_smem(Uint8, BLOCK_TILE * BLOCK_TILE // per_byte, alignment=128)
+        wide = [encodings.widen(tXrV) for tXrV in tXrW]
+        for i in cutlass.range_constexpr(self.values):
+            tXrV = cute.make_rmem_tensor(self.rows, Float32)  # along k
+            for j in cutlass.range_constexpr(self.rows):
+                tXrV[j] = wide[j][i]
+            tXrQ = cute.recast_tensor(self.stage.encode(tXrV, scale), Uint8)
+            byte = layout((lane * self.values + i, first_k))
+            copy_vector(tXrQ, bytes_at(memory, byte, self.rows // per_byte))
+        cute.arch.barrier()
+
+        thread_lane, warp, _ = cute.arch.thread_idx()
+        column_tile, _, _ = cute.arch.block_idx()
+        vectors = layouts.vectors_of_transposed_tile(vector)
+        for i in cutlass.range_constexpr(cute.size(vectors.shape[2])):
+            row, column = vectors((thread_lane, warp, i))
+            row_index = self.rows_of(row_tile, row, 1)[0]
+            gQ = problem.q.row(row_index)
+            tXrQ = cute.make_rmem_tensor(VECTOR_BYTES, gQ.element_type)
+            byte = layout((row, column * vector))
+            copy_vector(bytes_at(memory, byte, VECTOR_BYTES), cute.recast_tensor(tXrQ, Uint8))
+            segment = self.segment(vector, column, column_tile)
+            copy.store(tXrQ, gQ, segment, row_index < problem.n, self.spec.q_access)
+
+    @cute.jit
+    def store_scales(
+        self, amaxes: cute.Tensor, row_tile: Int32, column_tile: Int32, problem: Problem
+    ):
+        """Store the scales of a tile's blocks, for each of their rows where they are bytes.
+
+        Each thread stores those of a row, and of other blocks than a thread of the same row.
+        """
+        lane, warp, _ = cute.arch.thread_idx()
+        row, first_group = layouts.rows_of_scales()((lane, warp))
+        row_in_block, row_block = layouts.blocks_of_tile(self.size)(row)
+        groups = BLOCK_TILE // self.size
+        for i in cutlass.range_constexpr(0, groups, LANES * BLOCK_WARPS // BLOCK_TILE):
+            group = first_group + i
+            if group < groups:
+                block = (
+                    (group, row_block) if const_expr(self.spec.transposed) else (row_block, group)
+                )
+                scale = self.scale(amaxes, block, problem.bound).scale
+                column = column_tile * groups + group
+                row_index = self.rows_of(row_tile, row, 1)[0]
+                if const_expr(self.fmt.byte_scales):
+                    self.store_scale_of_row(scale, row_index, column, problem)
+                elif row_in_block == 0 and (
+                    row_index < problem.n and column < cute.ceil_div(problem.k, self.size)
+                ):
+                    problem.scales[row_tile * groups + row_block, column] = scale
+
+    @cute.jit
+    def store_scale_of_row(self, scale: Uint32, row: Uint32, group: Int32, problem: Problem):
+        """Store the scale of a row's group, 0 in the padding past rows and groups."""
+        fmt, scales = self.fmt, problem.scales
+        groups = cute.ceil_div(problem.k, self.size)
+        layout = layouts.scales(fmt, Int32(scales.rows), scales.groups)
+        coordinate = (Int32 if const_expr(fmt.mn_major or fmt.blocked) else Int64)(row), group
+        byte, element = layout(coordinate)
+        predicate = row < scales.rows and group < cute.round_up(groups, fmt.groups_per_unit)
+        if const_expr(fmt.mn_major):
+            predicate = predicate and layouts.unsigned(element) < scales.elements
+        if predicate:
+            scale = scale if row < problem.n and group < groups else Uint32(0)
+            store_scale(scale, scales.start + Int64(self.stage.index(element)), byte)
+
+
+def bytes_at(memory: cute.Pointer, byte: Int32, nbytes: int) -> cute.Tensor:
+    """Return as many bytes of shared memory from a multiple of their number on."""
+    return cute.make_tensor(memory + cute.assume(byte, divby=nbytes), nbytes)
+
+
+def copy_vector(source: cute.Tensor, target: cute.Tensor):
+    """Copy bytes, (bytes,), as one vector."""
+    op = cute.nvgpu.CopyUniversalOp()
+    atom = cute.make_copy_atom(op, Uint8, num_bits_per_copy=8 * cute.size(source))
+    cute.copy(atom, source, target)
