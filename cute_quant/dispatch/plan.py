@@ -364,7 +364,7 @@ def choose_dequantize_spec(
         ragged=y.shape[-1] % values != 0,
     )
     kind, pdl = None if upper is None else upper.kind, architectures.named(arch).pdl
-    return DequantizeSpec(fmt.kernel_format, y.dtype, tile, access, kind, pdl)
+    return DequantizeSpec(fmt.kernel_format, y.dtype, tile, access, kind, pdl=pdl)
 
 
 def _scales_view(scales: View | None, fmt: Format, shape: ResultShape) -> View | None:
