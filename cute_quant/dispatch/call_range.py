@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from cute_quant.contract.blocks import check_block_format
 from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import LOAD_BYTES
 from cute_quant.contract.format_choices import MAX_COLUMNS
@@ -18,12 +19,13 @@ from cute_quant.contract.prologues import FUSED, MAX_NORM_COLUMNS, RmsNorm, Silu
 from cute_quant.contract.rows import DENSE, Masked
 from cute_quant.contract.upper_scales import DECODE, UpperScale
 
-QUANTIZE, SILU_MUL, RMS_NORM, DEQUANTIZE, FAKE_QUANTIZE = OPERATIONS = (
+QUANTIZE, SILU_MUL, RMS_NORM, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE_BLOCKS = OPERATIONS = (
     "quantize",
     "silu_mul_quantize",
     "rms_norm_quantize",
     "dequantize",
     "fake_quantize",
+    "quantize_blocks",
 )
 """Names of the public operations."""
 GROUPED = (QUANTIZE, SILU_MUL, RMS_NORM)
@@ -89,8 +91,11 @@ class CallRange(NamedTuple):
         """Check that calls may have these columns.
 
         Raises:
-            ValueError: one number is too large, or of values that do not fill their bytes.
+            ValueError: one number is too large, or of values that do not fill their bytes, or the
+                format has no blocks.
         """
+        if self.operation == QUANTIZE_BLOCKS:
+            check_block_format(self.fmt)
         whole_rows = self.operation == RMS_NORM or self.fmt.row_scale
         bounded = whole_rows and self.operation != DEQUANTIZE
         most = MAX_NORM_COLUMNS if bounded else MAX_COLUMNS

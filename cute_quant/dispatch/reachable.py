@@ -27,9 +27,11 @@ from cute_quant.contract.rows import (
 )
 from cute_quant.contract.tensors import MAX_MATRICES
 from cute_quant.contract.upper_scales import UpperScale
+from cute_quant.dispatch.blocks import choose_spec as choose_blocks_spec
 from cute_quant.dispatch.call_range import (
     DEQUANTIZE,
     FAKE_QUANTIZE,
+    QUANTIZE_BLOCKS,
     RMS_NORM,
     SILU_MUL,
     CallRange,
@@ -55,6 +57,7 @@ class Variant(NamedTuple):
         weighted: whether rows have a factor, in `silu_mul_quantize`.
         residual, normalized: whether there are such tensors, in `rms_norm_quantize`.
         upper_of_groups: whether each group of rows stacked along M has an upper scale of its own.
+        along_n: whether weights are contiguous along n, in `quantize_blocks`.
     """
 
     calls: CallRange
@@ -63,6 +66,7 @@ class Variant(NamedTuple):
     residual: bool = False
     normalized: bool = False
     upper_of_groups: bool = False
+    along_n: bool = False
 
     @property
     def input_columns(self) -> int:
@@ -129,14 +133,16 @@ class Variant(NamedTuple):
 def variants(calls: CallRange) -> Iterator[Variant]:
     """Yield the variants of a range."""
     weighted: tuple[bool, ...] = (False,)
-    residual = normalized = of_groups = weighted
+    residual = normalized = of_groups = along_n = weighted
     if calls.operation == SILU_MUL:
         weighted = (False, True)
     if calls.operation == RMS_NORM and calls.kind == DENSE and not calls.gathered:
         residual = normalized = (False, True)
     if calls.upper is not None and calls.kind in (PrefixSum.kind, Indexed.kind):
         of_groups = (False, True)
-    for choices in itertools.product(calls.k, weighted, residual, normalized, of_groups):
+    if calls.operation == QUANTIZE_BLOCKS:
+        along_n = (False, True)
+    for choices in itertools.product(calls.k, weighted, residual, normalized, of_groups, along_n):
         yield Variant(calls, *choices)
 
 
@@ -150,8 +156,10 @@ def specs(calls: CallRange, gpu: Gpu) -> dict[Spec, Variant]:
         if calls.operation in (DEQUANTIZE, FAKE_QUANTIZE):
             result_dtype = calls.dtype
         x_dtype = calls.fmt.values if calls.operation == DEQUANTIZE else calls.dtype
+        # Any number of weights may be contiguous along n.
+        x_columns = 1 if variant.along_n else variant.input_columns
         alignments = itertools.product(
-            _alignments(calls.alignment, _row_bytes(variant.input_columns, x_dtype), x_dtype),
+            _alignments(calls.alignment, _row_bytes(x_columns, x_dtype), x_dtype),
             _alignments(calls.alignment, _row_bytes(variant.k, result_dtype), result_dtype),
         )
         for (x_bytes, q_bytes), shape in itertools.product(alignments, _shapes(calls)):
@@ -218,6 +226,11 @@ def _spec(variant: Variant, leading: tuple[int, ...], x_bytes: int, q_bytes: int
         y = _aligned(shape, calls.dtype, q_bytes)
         upper = variant.upper_scale(shape, nowhere)
         return choose_dequantize_spec(q, y, calls.fmt, upper, gpu.arch)
+    if calls.operation == QUANTIZE_BLOCKS:
+        *matrices, n = leading
+        w = _aligned((*matrices, k, n) if variant.along_n else shape, calls.dtype, x_bytes)
+        q = _aligned(values_shape, calls.fmt.values, q_bytes)
+        return choose_blocks_spec(w.mT if variant.along_n else w, calls.fmt, q, gpu.arch)
     tokens = (2,) if calls.gathered else leading
     x = _aligned((*tokens, variant.input_columns), calls.dtype, x_bytes)
     call = variant.call(x, shape, nowhere)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from cute_quant.contract.checks import check_format
-from cute_quant.contract.dtypes import INPUT_DTYPES, LOAD_BYTES, describe
+from cute_quant.contract.dtypes import INPUT_DTYPES, LOAD_BYTES, align, describe
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import DEEP_GEMM, Format
 from cute_quant.contract.prologues import FUSED, make_silu_mul
@@ -18,12 +18,13 @@ from cute_quant.contract.rows import DENSE, KINDS, Masked, Rows
 from cute_quant.contract.tensors import MAX_SIZE
 from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.contract.upper_scales import KINDS as UPPER_KINDS
-from cute_quant.dispatch import launch, reachable
+from cute_quant.dispatch import blocks, launch, reachable
 from cute_quant.dispatch.call_range import (
     DEQUANTIZE,
     FAKE_QUANTIZE,
     OPERATIONS,
     QUANTIZE,
+    QUANTIZE_BLOCKS,
     CallRange,
 )
 from cute_quant.dispatch.plan import Gpu
@@ -113,7 +114,7 @@ def warm_up(
         max_rows: most rows of a result, all leading dimensions, and more rows of an `out`,
             included.
         operations: names: "quantize", "silu_mul_quantize", "rms_norm_quantize", "dequantize",
-            "fake_quantize".
+            "fake_quantize", "quantize_blocks", whose weights may be contiguous along k or n.
         dtype: of the inputs: bfloat16, float16 or float32; of the result of ``dequantize``.
         rows: row domains: some of None, ``Masked``, ``PrefixSum`` and ``Indexed``.
         gathered: whether there are calls with `index` too.
@@ -322,9 +323,32 @@ def _small_launch(variant: reachable.Variant, device: torch.device) -> launch.La
         sf = calls.fmt.empty_scales(leading[:-1], 1, variant.k, device)
         upper = variant.upper_scale((*leading, variant.k), sf.view(-1))
         return launch.bind(lambda: launch.dequantize(q, sf, calls.fmt, calls.dtype, upper))
+    if calls.operation == QUANTIZE_BLOCKS:
+        w, q = small_weights(variant, device)
+        return launch.bind(lambda: blocks.quantize(w, calls.fmt, q, None))
     x_rows = (1,) if calls.gathered else leading
     x = torch.zeros((*x_rows, variant.input_columns), dtype=calls.dtype, device=device)
     call = variant.call(x, (*leading, variant.k), x)
     if calls.operation == FAKE_QUANTIZE:
         return launch.bind(lambda: launch.fake_quantize(call, None))
     return launch.bind(lambda: launch.quantize(call))
+
+
+def small_weights(
+    variant: reachable.Variant, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights, and memory for their values, that any kernel of a variant takes.
+
+    All rows and columns start at multiples of the widest vectors.
+    """
+    matrices = (1,) if variant.calls.batched else ()
+    k, n = variant.k, LOAD_BYTES
+    columns = variant.calls.fmt.value_columns(k)
+    q = torch.zeros(
+        (*matrices, n, align(columns, LOAD_BYTES)), dtype=torch.uint8, device=device
+    ).view(variant.calls.fmt.values)[..., :columns]
+    if variant.along_n:
+        w = torch.zeros((*matrices, k, n), dtype=variant.calls.dtype, device=device)
+        return w.mT, q
+    w = torch.zeros((*matrices, n, align(k, LOAD_BYTES)), dtype=variant.calls.dtype, device=device)
+    return w[..., :k], q

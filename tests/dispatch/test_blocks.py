@@ -8,9 +8,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_quant as cq
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, NVFP4
+from cute_quant.contract.blocks import is_transposed
+from cute_quant.dispatch import blocks, reachable
+from cute_quant.dispatch.call_range import CallRange
+from cute_quant.dispatch.plan import Gpu
+from cute_quant.dispatch.warm_up import small_weights
 from cute_quant.jit import lookup
 from tests.helpers import assert_same_bits
 from tests.kernels.emulated_gpu import OnGpu
+from tests.weights import views
 
 W = torch.randn(2, 200, 304, generator=torch.Generator().manual_seed(0)).bfloat16()
 Q8, SF8 = cq.quantize_blocks(W, DEEP_GEMM_SM90)
@@ -139,6 +145,47 @@ def test_a_missing_kernel_is_named(call, name, monkeypatch):
         pytest.raises(RuntimeError, match=rf"{name}.* for sm_90a.*call the operation before"),
     ):
         call(W.as_subclass(OnGpu))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_a_warm_up_has_every_kernel_of_a_range(fmt, dtype):
+    for arch, k in (("sm_90a", 304), ("sm_100a", 70)):
+        of_any = CallRange("quantize_blocks", fmt, dtype, (k,), 1000, batched=True, alignment=1)
+        any_view = reachable.specs(of_any, Gpu(arch, 132))
+        contiguous = reachable.specs(of_any._replace(alignment=32), Gpu(arch, 132))
+        for shape in ((1, k), (130, k), (2, 136, k), (3, 1, k), (2, 33, k)):
+            for name, w in views(torch.zeros(shape, dtype=dtype)).items():
+                q = torch.empty((*shape[:-1], fmt.value_columns(k)), dtype=fmt.values)
+                spec = blocks.choose_spec(w, fmt, q, arch)
+                assert spec in any_view
+                assert spec in contiguous or not name.startswith("whole")
+
+
+@pytest.mark.parametrize("k", [64, 70])
+def test_a_small_launch_fits_every_kernel_of_a_warm_up(k, gpu):
+    calls = CallRange("quantize_blocks", MXFP8, torch.bfloat16, (k,), 64, alignment=16)
+    found = sorted(reachable.specs(calls, Gpu(gpu.arch, 132)).items(), key=str)
+    for spec, variant in found[:: max(1, len(found) // 5)]:
+        w, q = small_weights(variant, torch.device("cpu"))
+        assert is_transposed(w) == variant.along_n
+        with mock.patch.object(blocks, "choose_spec", lambda *arguments, spec=spec: spec):
+            gpu.quantize_blocks(w, q, None, MXFP8)
+
+
+def test_a_warm_up_of_formats_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="fmt: expected UE8M0 or float32 scales"):
+        cq.warm_up(NVFP4, k=128, max_rows=8, operations="quantize_blocks")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_a_warm_up(fmt):
+    cq.warm_up(fmt, k=304, max_rows=400, operations="quantize_blocks", batched=True)
+    w = W.cuda()
+    with cq.forbid_compilation():
+        for one in (w, w[0], w.mT.contiguous().mT):
+            cq.quantize_blocks(one, fmt)
 
 
 @pytest.mark.gpu

@@ -121,6 +121,20 @@ FAULTS = [
         [f"{ON_DISPATCH}::test_fakes_are_like_results"],
     ),
     Fault(
+        "blocks-warm-up-of-aligned-weights",
+        "dispatch/reachable.py",
+        "x_columns = 1 if variant.along_n else variant.input_columns",
+        "x_columns = variant.input_columns",
+        [f"{ON_DISPATCH}::test_a_warm_up_has_every_kernel_of_a_range"],
+    ),
+    Fault(
+        "blocks-warm-up-along-k-alone",
+        "dispatch/reachable.py",
+        "along_n = (False, True)",
+        "along_n = (False,)",
+        [f"{ON_DISPATCH}::test_a_warm_up_has_every_kernel_of_a_range"],
+    ),
+    Fault(
         "blocks-batch-of-the-first-launch",
         KERNEL,
         "problem = problem.slice_batch(problem.first_batch + batch)",
