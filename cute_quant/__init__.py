@@ -33,6 +33,7 @@ from cute_quant.jit.aot_load import load
 from cute_quant.jit.compilation import forbid_compilation
 from cute_quant.ops import (
     bind,
+    convert_scales,
     deep_gemm_format,
     dequantize,
     empty_scales,
@@ -62,6 +63,7 @@ __all__ = [
     "PrefixSum",
     "WarmUp",
     "bind",
+    "convert_scales",
     "deep_gemm_format",
     "dequantize",
     "empty_scales",

@@ -49,12 +49,12 @@ def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.uint8 if dtype in _STORED_AS_BYTES else dtype
 
 
-def _as_stored(t: torch.Tensor) -> torch.Tensor:
+def as_stored(t: torch.Tensor) -> torch.Tensor:
     """Return values or scales as an operator takes and returns them."""
     return t.view(torch.uint8) if t.dtype in _STORED_AS_BYTES else t
 
 
-def _from_stored(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def from_stored(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return values or scales that came as bytes in the dtype of their format."""
     as_bytes = stored.dtype is torch.uint8 and dtype in _STORED_AS_BYTES
     return stored.view(dtype) if as_bytes else stored
@@ -91,8 +91,8 @@ def _quantize_call(
     return Call(
         x,
         parsed,
-        None if q is None else _from_stored(q, parsed.values),
-        None if sf is None else _from_stored(sf, parsed.sf_dtype),
+        None if q is None else from_stored(q, parsed.values),
+        None if sf is None else from_stored(sf, parsed.sf_dtype),
         from_operands(RowOperands(rows, row_data, alignment)),
         index,
         upper=_upper_scale(upper_kind, upper),
@@ -139,7 +139,7 @@ def _rms_norm_call(
 
 def _fake_results(call: Call) -> Results:
     shape = checks.check_call(call)
-    return _new_stored_values(call, shape), _new_stored_scales(call.x, call.fmt, shape)
+    return _new_stored_values(call, shape), new_stored_scales(call.x, call.fmt, shape)
 
 
 def _register(
@@ -172,7 +172,7 @@ def _register(
     def run(*positional: Any, **keywords: Any) -> Results | None:
         call = call_of(positional, keywords)
         results = launch.quantize(call)
-        return tuple(map(_as_stored, results[:2])) if returns else None
+        return tuple(map(as_stored, results[:2])) if returns else None
 
     def fake(*positional: Any, **keywords: Any) -> Results | None:
         call = call_of(positional, keywords)
@@ -201,7 +201,7 @@ def _dequantize_arguments(
 ) -> tuple[torch.Tensor, torch.Tensor, Format, torch.dtype, UpperScale | None]:
     """Return what the arguments of an operator describe."""
     parsed = Format.parse(fmt)
-    q, sf = _from_stored(q, parsed.values), _from_stored(sf, parsed.sf_dtype)
+    q, sf = from_stored(q, parsed.values), from_stored(sf, parsed.sf_dtype)
     return q, sf, parsed, dtype, _upper_scale(upper_kind, upper)
 
 
@@ -340,10 +340,10 @@ def quantize(call: Call) -> Results:
         else:
             stored = operator(*inputs, *end, **options)
         dtypes = fmt.values, fmt.sf_dtype
-        return tuple(_from_stored(t, dtype) for t, dtype in zip(stored, dtypes, strict=True))
+        return tuple(from_stored(t, dtype) for t, dtype in zip(stored, dtypes, strict=True))
     q, sf, row_scales = _allocate(call)
-    operator_out(*inputs, q, _as_stored(sf), row_scales, *extra, *end, **options)
-    q = _from_stored(q, fmt.values)
+    operator_out(*inputs, q, as_stored(sf), row_scales, *extra, *end, **options)
+    q = from_stored(q, fmt.values)
     return (q, sf) if row_scales is None else (q, sf, row_scales)
 
 
@@ -357,7 +357,7 @@ def dequantize(
     """Hand the arguments of a call to its operator, for a tracer to see."""
     kind, tensor = (None, None) if upper is None else upper
     y: torch.Tensor = torch.ops.cute_quant.dequantize(
-        _as_stored(q), _as_stored(sf), fmt.text, dtype, tensor, kind
+        as_stored(q), as_stored(sf), fmt.text, dtype, tensor, kind
     )
     return y
 
@@ -380,7 +380,7 @@ def _allocate(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | No
     if q is None:
         q = _new_stored_values(call, shape)
     if sf is None:
-        sf = _from_stored(_new_stored_scales(call.x, fmt, shape), fmt.sf_dtype)
+        sf = from_stored(new_stored_scales(call.x, fmt, shape), fmt.sf_dtype)
     if row_scales is None and fmt.row_scale:
         row_scales = call.x.new_empty((*shape.batch_shape, shape.mn), dtype=torch.float32)
     return q, sf, row_scales
@@ -391,7 +391,7 @@ def _new_stored_values(call: Call, shape: ResultShape) -> torch.Tensor:
     return call.x.new_empty(shape.values(call.fmt), dtype=_stored_dtype(call.fmt.values))
 
 
-def _new_stored_scales(x: torch.Tensor, fmt: Format, shape: ResultShape) -> torch.Tensor:
+def new_stored_scales(x: torch.Tensor, fmt: Format, shape: ResultShape) -> torch.Tensor:
     """Return memory for scales without padding rows in the last column.
 
     Whether there are any depends on mn % 4, which must not become a guard.

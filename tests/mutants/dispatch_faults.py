@@ -339,8 +339,8 @@ FAULTS = [
     Fault(
         "torch-ops-view-of-the-callers-values",
         TORCH_OPS,
-        "operator_out(*inputs, q, _as_stored(sf),",
-        "operator_out(*inputs, _as_stored(q), _as_stored(sf),",
+        "operator_out(*inputs, q, as_stored(sf),",
+        "operator_out(*inputs, as_stored(q), as_stored(sf),",
         [f"{ON_TORCH_FP4}::test_compiled_with_out"],
     ),
     Fault(
