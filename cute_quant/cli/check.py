@@ -30,6 +30,7 @@ from cute_quant.jit import keys, lookup, progress
 from cute_quant.kernels.config import (
     DENSE_ROWS,
     AmaxSpec,
+    ConvertSpec,
     DequantizeSpec,
     Domain,
     QuantizerSpec,
@@ -293,7 +294,7 @@ def _few(name: str, differing: torch.Tensor) -> int:
 
 def _results(spec: Spec, device: str) -> Results:
     """Return the results of a call that takes this kernel."""
-    assert not isinstance(spec, AmaxSpec), "no selection has it"
+    assert not isinstance(spec, AmaxSpec | ConvertSpec), "no selection has them"
     fmt = spec.fmt
     generator = torch.Generator().manual_seed(SEED)
     domain = DENSE_ROWS if isinstance(spec, DequantizeSpec) else spec.domain

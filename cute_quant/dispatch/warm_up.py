@@ -28,7 +28,7 @@ from cute_quant.dispatch.call_range import (
 )
 from cute_quant.dispatch.plan import Gpu
 from cute_quant.jit import keys, lookup, progress, workers
-from cute_quant.kernels.config import AmaxSpec, DequantizeSpec, Spec
+from cute_quant.kernels.config import QuantizerSpec, Spec
 
 
 class WarmKernel(NamedTuple):
@@ -298,7 +298,7 @@ def _launch_each(found: Mapping[Spec, reachable.Variant], arch: str, device: tor
     """Launch each kernel once: the first launch loads its machine code, which no capture allows."""
     launches: dict[reachable.Variant, launch.Launch] = {}
     for spec, variant in found.items():
-        batched = not isinstance(spec, (DequantizeSpec, AmaxSpec)) and spec.domain.batched
+        batched = isinstance(spec, QuantizerSpec) and spec.domain.batched
         if batched and not variant.calls.batched:
             # Rows are too many for one dimension of a grid: no small call takes this kernel.
             continue
