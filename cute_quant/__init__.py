@@ -33,6 +33,7 @@ from cute_quant.jit.aot_load import load
 from cute_quant.jit.compilation import forbid_compilation
 from cute_quant.ops import (
     bind,
+    check_scales,
     convert_scales,
     deep_gemm_format,
     dequantize,
@@ -63,6 +64,7 @@ __all__ = [
     "PrefixSum",
     "WarmUp",
     "bind",
+    "check_scales",
     "convert_scales",
     "deep_gemm_format",
     "dequantize",

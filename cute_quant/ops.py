@@ -13,6 +13,8 @@ from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import INPUT_DTYPES, describe
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90, Format
 from cute_quant.contract.prologues import FUSED, make_rms_norm, make_silu_mul
+from cute_quant.contract.reader_checks import Finding, Quantized, findings
+from cute_quant.contract.readers import READERS
 from cute_quant.contract.rows import Rows
 from cute_quant.contract.scale_conversion import Conversion
 from cute_quant.contract.tensors import check_tensor
@@ -470,6 +472,61 @@ def convert_scales(
     checks.check_format(to, "to")
     checks.check_row_kind(rows)
     return conversions.trace(call)
+
+
+@outside_of_graphs
+def check_scales(
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    reader: str,
+    *,
+    rows: Rows | None = None,
+    encode_scale: torch.Tensor | None = None,
+    decode_scale: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
+    x: torch.Tensor | None = None,
+) -> list[Finding]:
+    """Find what is wrong between a producer of quantized values and the GEMM that reads them.
+
+    Looks at dtypes, shapes, strides, alignment, padding, scales that are no powers of two, NaN, an
+    upper scale of the other convention, and scales that are not in blocks. With `x` it also sees
+    that values and scales belong to it. It reads values and scales, so it synchronizes: it is for
+    finding a mistake, not for serving. Nothing is found in what operations return for a reader.
+
+    Args:
+        q: values, (..., mn, k), of any producer; bytes of two for FP4.
+        sf: their scales.
+        fmt: the format that they are said to have.
+        reader: "deep_gemm_sm90" or "deep_gemm_sm100", whose dense, masked, contiguous and psum
+            GEMMs `rows` tells apart; "deep_gemm_sm90_k_grouped" or "deep_gemm_sm100_k_grouped",
+            with q and sf as these take them; "scaled_mm" (cuBLAS), "cutlass" or "trtllm_8x4".
+        rows: which rows exist, as for :func:`quantize`.
+        encode_scale: the scale over e4m3 scales that values are multiplied back with, as for
+            :func:`dequantize`.
+        decode_scale: as for :func:`dequantize`.
+        amax: as for :func:`dequantize`.
+        x: what was quantized, (..., mn, k), where it is at hand.
+
+    Returns:
+        A finding for each mistake: a `rule` and a `text`, one sentence. Empty if all is right.
+
+    Raises:
+        TypeError: an argument is no tensor, Format or row domain.
+        ValueError: there is no such reader, or `rows` do not fit.
+    """
+    for name, t in (("q", q), ("sf", sf), ("x", x)):
+        if not isinstance(t, torch.Tensor) and not (t is None and name == "x"):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {describe(t)}")
+    checks.check_format(fmt)
+    if not isinstance(reader, str) or reader not in READERS:
+        raise ValueError(f"reader: expected one of {tuple(READERS)}, got {describe(reader)}")
+    checks.check_row_kind(rows)
+    if rows is not None and q.ndim == 1 + len(rows.dimensions):
+        checks.check_row_domain(rows, q, "q", tuple(q.shape[:-1]), "q", q.shape[-1])
+    upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    with torch.no_grad():
+        return findings(Quantized(q, sf, fmt, READERS[reader], reader, rows, upper, x))
 
 
 @outside_of_graphs
