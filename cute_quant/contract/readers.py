@@ -1,7 +1,7 @@
 """What GEMMs require of quantized values and scales, as their own checks and kernels say.
 
-Sources: DeepGEMM ``csrc/utils/layout.hpp`` (`major_check`, `check_sf_layout`),
-``csrc/apis/gemm.hpp``, ``csrc/apis/layout.hpp``; torch ``aten/src/ATen/native/cuda/ScaledBlas.cpp``; FlashInfer
+Sources: DeepGEMM ``csrc/utils/layout.hpp`` (`major_check`, `check_sf_layout`) and ``csrc/apis``
+(``gemm.hpp``, ``layout.hpp``); torch ``aten/src/ATen/native/cuda/ScaledBlas.cpp``; FlashInfer
 ``gemm/gemm_base.py``. TMA wants addresses and strides at multiples of 16 bytes.
 """
 

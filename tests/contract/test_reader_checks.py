@@ -278,7 +278,7 @@ def test_k_grouped(device):
 
 def test_bad_arguments(x):
     q, sf, _ = quantized(x, cq.MXFP8)
-    with pytest.raises(ValueError, match="reader: expected one of .* got 'cublas'"):
+    with pytest.raises(ValueError, match=r"reader: expected one of .* got 'cublas'"):
         cq.check_scales(q, sf, cq.MXFP8, "cublas")
     with pytest.raises(TypeError, match=r"sf: expected a torch.Tensor, got None"):
         cq.check_scales(q, None, cq.MXFP8, "scaled_mm")
