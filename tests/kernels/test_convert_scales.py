@@ -466,7 +466,9 @@ def test_in_a_graph(fmt, to, device):
     assert found.stride() == expected.stride()
     assert_same_bits(found, expected)
     out = cq.empty_scales(to, shape, device=device)
-    torch.compile(into, fullgraph=True)(sf, out)
+    # Inductor has no code to write to a tensor of float8_e8m0fnu.
+    backend = "aot_eager" if out.dtype is E8M0 else "inductor"
+    torch.compile(into, fullgraph=True, backend=backend)(sf, out)
     assert_same_bits(out, cq.convert_scales(sf, fmt, to, shape, rows=rows))
     with FakeTensorMode() as mode:
         fake = converted(mode.from_tensor(sf))
