@@ -6,6 +6,7 @@
     q, sf, residual = cute_quant.rms_norm_quantize(x, weight, residual=residual)
     q, sf = cute_quant.quantize(x, cute_quant.NVFP4, amax=cute_quant.tensor_amax(x))
     launch = cute_quant.bind(x, out=(q, sf))                # checked once, launched often
+    sf = cute_quant.convert_scales(sf, fmt, to, x.shape)    # the same scales in another layout
 
 ``Format`` and the named formats say what results look like, ``Masked``, ``PrefixSum`` and
 ``Indexed`` which rows exist. ``cute_quant.kernels`` has the stage for kernels of your own,
