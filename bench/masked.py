@@ -39,7 +39,7 @@ from cute_quant import (
     fake_quantize,
     quantize,
 )
-from cute_quant.contract import scale_layouts
+from cute_quant.contract import scale_storage
 from cute_quant.jit import lookup
 from cute_quant.lab import timing
 
@@ -136,7 +136,7 @@ def sample(live: torch.Tensor) -> torch.Tensor:
 
 def scales_by_row(sf: torch.Tensor, fmt: Format, mn: int, k: int) -> torch.Tensor:
     """Return scales as integers (rows, columns), the matrices of a batch stacked along M."""
-    scales = scale_layouts.read(sf, fmt, mn, k)
+    scales = scale_storage.read(sf, fmt, mn, k)
     return scales.view(torch.int32 if scales.dtype is torch.float32 else torch.uint8).flatten(0, 1)
 
 

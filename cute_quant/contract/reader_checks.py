@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from cute_quant.contract import reference, scale_layouts
+from cute_quant.contract import reference, scale_storage
 from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.dtypes import (
     BYTES_PER_WORD,
     E4M3_NAN,
+    SMALLEST_UE8M0,
     UE8M0_NAN,
     UPPER_MAX,
     ceil_div,
@@ -248,7 +249,7 @@ def _contents(given: Quantized) -> Iterator[Finding]:
     """Look at values and scales, which synchronizes."""
     sf, fmt = given.sf, given.fmt
     shape = _shape_of(given)
-    scales = scale_layouts.read(sf, fmt, shape.mn, shape.k)
+    scales = scale_storage.read(sf, fmt, shape.mn, shape.k)
     live = torch.ones(scales.shape[:2], dtype=torch.bool, device=sf.device)
     if given.rows is not None:
         live = live & rows_that_exist(given.rows, shape.mn)
@@ -265,8 +266,8 @@ def _contents(given: Quantized) -> Iterator[Finding]:
 
 def _padding(given: Quantized, shape: ResultShape) -> Iterator[Finding]:
     sf, fmt = given.sf, given.fmt
-    modes = scale_layouts.view(sf, fmt, shape.mn, shape.k)
-    stored = scale_layouts.stored_matrix(modes, fmt, shape.mn, shape.k)
+    modes = scale_storage.view(sf, fmt, shape.mn, shape.k)
+    stored = scale_storage.stored_matrix(modes, fmt, shape.mn, shape.k)
     groups = fmt.groups(shape.k)
     rows, columns = stored.shape[1:]
     real = torch.zeros(rows, columns, dtype=torch.bool, device=sf.device)
@@ -318,7 +319,7 @@ def _offset(sf: torch.Tensor, column: int, aligned: int, mn: int) -> int:
 def _powers_of_two(scales: torch.Tensor, reader: Reader) -> Iterator[Finding]:
     # +Inf has the bits of a power of two, NaN has not.
     bits = scales.view(torch.int32)
-    wrong = ((exponents(scales) == UE8M0_NAN) & ~scales.isposinf()) | (bits == 0x00400000)
+    wrong = ((exponents(scales) == UE8M0_NAN) & ~scales.isposinf()) | (bits == SMALLEST_UE8M0)
     if wrong.any():
         batch, row, group = wrong.nonzero()[0].tolist()
         yield Finding(

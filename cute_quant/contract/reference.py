@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 from torch.nn.functional import pad
 
-from cute_quant.contract import scale_layouts
+from cute_quant.contract import scale_storage
 from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import (
     E2M1_MAX,
@@ -525,7 +525,7 @@ def _store_scales(
     elif fmt.power_of_two:
         # Exponent 0 is that of a row that does not exist: float32 scales are normal numbers.
         scales = ue8m0_to_float32(scales).where(scales > 0, 0.0)
-    scale_layouts.write(scales, written, sf, fmt, k)
+    scale_storage.write(scales, written, sf, fmt, k)
 
 
 def _scale_bytes(scales: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -576,7 +576,7 @@ def dequantize_into(
     mn, k = y.shape[-2:]
     if y.numel() == 0:
         return
-    scales = scale_layouts.read(sf, fmt, mn, k)
+    scales = scale_storage.read(sf, fmt, mn, k)
     if fmt.byte_scales:
         scales = _scale_floats(scales, fmt)
     if upper is not None:

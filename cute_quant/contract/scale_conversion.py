@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from cute_quant.contract import reference, scale_layouts
+from cute_quant.contract import reference, scale_storage
 from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.checks import (
     check_format,
@@ -22,6 +22,8 @@ from cute_quant.contract.checks import (
 )
 from cute_quant.contract.dtypes import (
     FLOAT32_MANTISSA_BITS,
+    NOT_A_POWER_OF_TWO,
+    SMALLEST_UE8M0,
     UE8M0_NAN,
     dtype_name,
 )
@@ -34,11 +36,6 @@ from cute_quant.contract.tensors import (
     check_written,
     known,
 )
-
-NOT_A_POWER_OF_TWO = 0x807FFFFF
-"""Bits of a float32 that are 0 in 0, in normal powers of two and in Inf."""
-SMALLEST_POWER = 0x00400000
-"""Bits of 2^-127, the float32 of the byte 0."""
 
 
 class Conversion(NamedTuple):
@@ -74,7 +71,7 @@ class Conversion(NamedTuple):
 
         It is 2^-127, or 0 where the smallest scale is larger: a row that does not exist has it.
         """
-        return 0 if self.fmt.floor > 0 else SMALLEST_POWER
+        return 0 if self.fmt.floor > 0 else SMALLEST_UE8M0
 
 
 def check(call: Conversion) -> None:
@@ -142,7 +139,7 @@ def check_powers_of_two(call: Conversion) -> None:
     sf, fmt, to, shape, rows, _ = call
     if fmt.byte_scales or not to.power_of_two or not sf.numel():
         return
-    scales = scale_layouts.read(sf, fmt, shape.mn, shape.k)
+    scales = scale_storage.read(sf, fmt, shape.mn, shape.k)
     lost = (exponents(scales) == UE8M0_NAN) & scales.isfinite()
     if rows is not None:
         lost &= rows_that_exist(rows, shape.mn).unsqueeze(2)
@@ -162,7 +159,7 @@ def exponents(scales: torch.Tensor) -> torch.Tensor:
     # The mask as an int32, whose sign it has.
     powers = (bits & (NOT_A_POWER_OF_TWO - 2**32)) == 0
     bytes_ = (bits >> FLOAT32_MANTISSA_BITS).where(powers, UE8M0_NAN)
-    return bytes_.where(bits != SMALLEST_POWER, 0).to(torch.uint8)
+    return bytes_.where(bits != SMALLEST_UE8M0, 0).to(torch.uint8)
 
 
 def rows_that_exist(rows: Rows, mn: int) -> torch.Tensor:
@@ -181,7 +178,7 @@ def convert_into(call: Conversion, result: torch.Tensor) -> None:
     sf, fmt, to, shape, rows, _ = call
     if not result.numel():
         return
-    scales = scale_layouts.read(sf, fmt, shape.mn, shape.k)
+    scales = scale_storage.read(sf, fmt, shape.mn, shape.k)
     if to.byte_scales and not fmt.byte_scales:
         scales = exponents(scales)
     elif fmt.byte_scales and not to.byte_scales:
@@ -190,4 +187,4 @@ def convert_into(call: Conversion, result: torch.Tensor) -> None:
     if rows is not None:
         scales = scales.where(rows_that_exist(rows, shape.mn).unsqueeze(2), 0)
     written = torch.ones(1, to.scale_rows(shape.mn), dtype=torch.bool, device=sf.device)
-    scale_layouts.write(scales, written.expand(len(scales), -1), result, to, shape.k)
+    scale_storage.write(scales, written.expand(len(scales), -1), result, to, shape.k)

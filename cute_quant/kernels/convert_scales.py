@@ -13,12 +13,13 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cute_quant.contract.dtypes import (
     BYTES_PER_WORD,
     FLOAT32_MANTISSA_BITS,
+    NOT_A_POWER_OF_TWO,
     SCALE_ROW_ALIGNMENT,
+    SMALLEST_UE8M0,
     UE8M0_NAN,
 )
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
-from cute_quant.contract.scale_conversion import NOT_A_POWER_OF_TWO, SMALLEST_POWER
 from cute_quant.kernels import encodings, layouts, row_domains
 from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.config import CONVERT_WARPS, LANES, MAX_GRID_Z, ConvertSpec
@@ -28,7 +29,6 @@ from cute_quant.kernels.stage import round_up
 
 GROUPS = BYTES_PER_WORD
 """Groups of a thread, whose bytes make a word."""
-VECTOR_BYTES = 16
 
 
 class Problem(Params):
@@ -243,7 +243,7 @@ class ConvertScales:
     def store_words(self, problem: Problem, batch: Int32, rows: list, group: Int32, words: list):
         """Store a word of each row; those of several rows are contiguous."""
         mR, num_groups = problem.result, problem.num_groups
-        nbytes = cutlass.const_expr(self.store_bytes)
+        nbytes = self.store_bytes
         start = _address(mR, (batch, Int64(rows[0]), group), nbytes)
         last = group + GROUPS >= num_groups
         limit = self.rows_in_storage(problem, batch, last)
@@ -258,7 +258,7 @@ class ConvertScales:
     def store_floats(self, problem: Problem, batch: Int32, rows: list, group: Int32, floats: list):
         """Store four float32 of each row: vectors along M, or along N in row-major layouts."""
         mR, num_groups = problem.result, problem.num_groups
-        nbytes = cutlass.const_expr(self.store_bytes)
+        nbytes = self.store_bytes
         if const_expr(self.result.mn_major):
             for j in cutlass.range_constexpr(GROUPS):
                 if group + j < num_groups:
@@ -287,7 +287,7 @@ def exponent(bits: Uint32) -> Uint32:
     byte = Uint32(UE8M0_NAN)
     if (bits & Uint32(NOT_A_POWER_OF_TWO)) == 0:
         byte = bits >> FLOAT32_MANTISSA_BITS
-    elif bits == Uint32(SMALLEST_POWER):
+    elif bits == Uint32(SMALLEST_UE8M0):
         byte = Uint32(0)
     return byte
 
