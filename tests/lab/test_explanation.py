@@ -40,7 +40,7 @@ def test_the_scale_of_a_place_is_there(fmt):
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_a_drawing_has_places_and_padding(fmt):
-    text = explanation.describe(fmt, 5, 512)
+    text = explanation.describe(fmt, 5, 560)
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("Place of"))
     header, *rows = lines[start + 1 : lines.index("", start)]
@@ -48,14 +48,14 @@ def test_a_drawing_has_places_and_padding(fmt):
     for row in rows:
         number, *places = row.split()
         for group, place in zip(groups, places, strict=True):
-            found = explanation.place(fmt, 5, 512, int(number), group)
+            found = explanation.place(fmt, 5, 560, int(number), group)
             unit = 1 if fmt.byte_scales else 4
             assert int(place.strip("[]")) * unit == found["byte"]
             assert place.startswith("[") == found["padding"]
     first = lines[-1].split()
     for offset, word in enumerate(first):
         row, group = map(int, word.split("."))
-        found = explanation.place(fmt, 5, 512, row, group)
+        found = explanation.place(fmt, 5, 560, row, group)
         assert found["byte"] == offset * (1 if fmt.byte_scales else 4)
 
 

@@ -160,7 +160,7 @@ FAULTS = [
         KERNEL,
         "return bits if exists else Uint32(0)",
         "return bits",
-        ON_GPU,
+        [f"{ON_CONVERT}::test_padding_rows_are_0_where_the_byte_0_is_a_scale"],
     ),
     Fault(
         "convert-kernel-zero",
