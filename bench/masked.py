@@ -39,7 +39,7 @@ from cute_quant import (
     fake_quantize,
     quantize,
 )
-from cute_quant.contract import reference
+from cute_quant.contract import scale_storage
 from cute_quant.jit import lookup
 from cute_quant.lab import timing
 
@@ -136,12 +136,8 @@ def sample(live: torch.Tensor) -> torch.Tensor:
 
 def scales_by_row(sf: torch.Tensor, fmt: Format, mn: int, k: int) -> torch.Tensor:
     """Return scales as integers (rows, columns), the matrices of a batch stacked along M."""
-    if fmt.blocked:
-        rows, columns = fmt.scale_rows(mn), fmt.columns(k)
-        blocks = sf.view(torch.uint8)[None]
-        return reference.from_blocks(blocks, rows, columns, fmt.block_rows)[0]
-    scales = sf.view(torch.uint8 if fmt.ue8m0 and not fmt.packed else torch.int32)
-    return scales.flatten(0, -2)
+    scales = scale_storage.read(sf, fmt, mn, k)
+    return scales.view(torch.int32 if scales.dtype is torch.float32 else torch.uint8).flatten(0, 1)
 
 
 def difference(
@@ -165,7 +161,7 @@ def difference(
     actual_q = q.view(torch.uint8).flatten(0, -2)[numbers].cpu()
     wrong_q = int((actual_q != expected_q.view(torch.uint8)).sum())
     actual_sf = scales_by_row(sf, fmt, mn, k)[numbers].cpu()
-    expected_sf = scales_by_row(expected_sf, fmt, len(numbers), k)[: len(numbers)]
+    expected_sf = scales_by_row(expected_sf, fmt, len(numbers), k)
     wrong_sf = int((actual_sf != expected_sf).sum())
     if wrong_q or wrong_sf:
         return f"{wrong_q} values and {wrong_sf} scales in {len(numbers)} rows"

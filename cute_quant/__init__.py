@@ -7,6 +7,7 @@
     q, sf = cute_quant.quantize(x, cute_quant.NVFP4, amax=cute_quant.tensor_amax(x))
     w8, w_sf = cute_quant.quantize_blocks(w)                # weights, in square blocks
     launch = cute_quant.bind(x, out=(q, sf))                # checked once, launched often
+    sf = cute_quant.convert_scales(sf, fmt, to, x.shape)    # the same scales in another layout
 
 ``Format`` and the named formats say what results look like, ``Masked``, ``PrefixSum`` and
 ``Indexed`` which rows exist. ``cute_quant.kernels`` has the stage for kernels of your own,
@@ -34,6 +35,8 @@ from cute_quant.jit.aot_load import load
 from cute_quant.jit.compilation import forbid_compilation
 from cute_quant.ops import (
     bind,
+    check_scales,
+    convert_scales,
     deep_gemm_format,
     dequantize,
     dequantize_blocks,
@@ -66,6 +69,8 @@ __all__ = [
     "PrefixSum",
     "WarmUp",
     "bind",
+    "check_scales",
+    "convert_scales",
     "deep_gemm_format",
     "dequantize",
     "dequantize_blocks",

@@ -12,11 +12,13 @@ from cute_quant.contract import checks
 from cute_quant.contract.blocks import check_block_format, stored_once
 from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import INPUT_DTYPES, describe
-from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90, Format
 from cute_quant.contract.prologues import FUSED, make_rms_norm, make_silu_mul
+from cute_quant.contract.reader_checks import Finding, Quantized, findings
+from cute_quant.contract.readers import READERS
 from cute_quant.contract.rows import Rows
-from cute_quant.contract.tensors import check_tensor, known
+from cute_quant.contract.scale_conversion import Conversion
+from cute_quant.contract.tensors import check_tensor
 from cute_quant.contract.torch_private import (
     is_fake,
     jit_tracing_state,
@@ -26,6 +28,7 @@ from cute_quant.contract.torch_private import (
 from cute_quant.contract.upper_scales import make_upper_scale
 from cute_quant.dispatch import block_ops, launch, torch_ops
 from cute_quant.dispatch import blocks as block_launches
+from cute_quant.dispatch import convert_scales as conversions
 from cute_quant.dispatch import tensor_amax as amaxes
 from cute_quant.dispatch.launch import Launch
 
@@ -526,6 +529,123 @@ def requantize_blocks(
     return run(w8, w_sf, fmt, upper, outputs.q, outputs.sf)
 
 
+def convert_scales(
+    sf: torch.Tensor,
+    fmt: Format,
+    to: Format,
+    shape: Sequence[int],
+    *,
+    rows: Rows | None = None,
+    check: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Convert scales to another layout that holds the same numbers, in one pass.
+
+    The values that they belong to stay as they are. Any layout converts to any other, and float32
+    scales that are powers of two to UE8M0 and back. A float32 that is no power of two would be
+    lost: it becomes the UE8M0 NaN, 255, so that the GEMM does not hide it, and so do NaN and Inf.
+    The byte 255 becomes NaN, and the byte 0 becomes 2^-127, or 0 where the smallest scale of `fmt`
+    is above that: rows that do not exist have it. Padding becomes 0, as operations leave it.
+
+    In place of DeepGEMM's ``get_mn_major_tma_aligned_packed_ue8m0_tensor`` and
+    ``get_mn_major_tma_aligned_tensor``, and FlashInfer's ``block_scale_interleave``. On a GPU this
+    is one kernel on the current stream; the first call that takes it compiles it.
+
+    Args:
+        sf: scales in the dtype and shape of `fmt`, with any strides as for :func:`dequantize`.
+        fmt: the format of `sf`. Float32 scales that are powers of two have one with
+            ``round_scale=True``.
+        to: the format of the result, with the same values and group size.
+        shape: shape of the values, (..., mn, k); of FP4 the numbers, not the bytes.
+        rows: which rows exist, as for :func:`quantize`; all others get the scale 0, dead rows of
+            ``Masked`` experts too.
+        check: whether to read the scales and the counts of `rows`, which synchronizes, and raise on
+            float32 scales that are lost, and on counts out of range.
+        out: to write into: the shape and strides of `to`, as for :func:`quantize`.
+
+    Returns:
+        `out`, or new scales: ``to.sf_dtype``, shape and strides as in :class:`Format`.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: an argument has a wrong value, shape, stride or device, or `to` cannot hold the
+            scales of `fmt`.
+        RuntimeError: as :func:`quantize`.
+    """
+    _check_input("convert_scales", "sf", sf)
+    _check_bool("check", check)
+    if out is not None and not isinstance(out, torch.Tensor):
+        raise TypeError(f"out: expected a tensor or None, got {describe(out)}")
+    call = Conversion(sf, fmt, to, checks.check_values_shape(shape), rows, out)
+    if not _is_traced(sf):
+        return conversions.run(call, check=check)
+    if check:
+        raise ValueError(
+            "check: expected False under a tracer or dispatch mode, or with a tensor subclass, "
+            "whose scales are not read"
+        )
+    # A schema cannot name what is wrong with these.
+    checks.check_format(fmt)
+    checks.check_format(to, "to")
+    checks.check_row_kind(rows)
+    return conversions.trace(call)
+
+
+@outside_of_graphs
+def check_scales(
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    reader: str,
+    *,
+    rows: Rows | None = None,
+    encode_scale: torch.Tensor | None = None,
+    decode_scale: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
+    x: torch.Tensor | None = None,
+) -> list[Finding]:
+    """Find what is wrong between a producer of quantized values and the GEMM that reads them.
+
+    Looks at dtypes, shapes, strides, alignment, padding, scales that are no powers of two, NaN, an
+    upper scale of the other convention, and scales that are not in blocks. With `x` it also sees
+    that values and scales belong to it. It reads values and scales, so it synchronizes: it is for
+    finding a mistake, not for serving. Nothing is found in what operations return for a reader.
+
+    Args:
+        q: values, (..., mn, k), of any producer; bytes of two for FP4.
+        sf: their scales.
+        fmt: the format that they are said to have.
+        reader: "deep_gemm_sm90" or "deep_gemm_sm100", whose dense, masked, contiguous and psum
+            GEMMs `rows` tells apart; "deep_gemm_sm90_k_grouped" or "deep_gemm_sm100_k_grouped",
+            with q and sf as these take them; "scaled_mm" (cuBLAS), "cutlass" or "trtllm_8x4".
+        rows: which rows exist, as for :func:`quantize`.
+        encode_scale: the scale over e4m3 scales that values are multiplied back with, as for
+            :func:`dequantize`.
+        decode_scale: as for :func:`dequantize`.
+        amax: as for :func:`dequantize`.
+        x: what was quantized, (..., mn, k), where it is at hand.
+
+    Returns:
+        A finding for each mistake: a `rule` and a `text`, one sentence. Empty if all is right.
+
+    Raises:
+        TypeError: an argument is no tensor, Format or row domain.
+        ValueError: there is no such reader, or `rows` do not fit.
+    """
+    for name, t in (("q", q), ("sf", sf), ("x", x)):
+        if not isinstance(t, torch.Tensor) and not (t is None and name == "x"):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {describe(t)}")
+    checks.check_format(fmt)
+    if not isinstance(reader, str) or reader not in READERS:
+        raise ValueError(f"reader: expected one of {tuple(READERS)}, got {describe(reader)}")
+    checks.check_row_kind(rows)
+    if rows is not None and q.ndim == 1 + len(rows.dimensions):
+        checks.check_row_domain(rows, q, "q", tuple(q.shape[:-1]), "q", q.shape[-1])
+    upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    with torch.no_grad():
+        return findings(Quantized(q, sf, fmt, READERS[reader], reader, rows, upper, x))
+
+
 @outside_of_graphs
 def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) -> Launch:
     """Check a call once, and return its launch, for loops over the same memory.
@@ -588,20 +708,7 @@ def empty_scales(
         ValueError: `shape` has less than 2 dimensions, or too many columns.
     """
     checks.check_format(fmt)
-    if not isinstance(shape, (tuple, list)):
-        raise TypeError(f"shape: expected ints (..., mn, k), got {describe(shape)}")
-    sizes = list(shape)
-    for size in sizes:
-        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
-            raise TypeError(f"shape: expected ints (..., mn, k), got {describe(size)} among them")
-    negative = any(known(size < 0) for size in sizes)
-    if len(sizes) < 2 or negative or known(sizes[-1] > MAX_COLUMNS):
-        raise ValueError(
-            f"shape: expected (..., mn, k), none below 0, with k up to {MAX_COLUMNS}, "
-            f"got {tuple(shape)}"
-        )
-    *batch_shape, mn, k = sizes
-    return fmt.empty_scales(batch_shape, mn, k, device)
+    return fmt.empty_scales(*checks.check_values_shape(shape), device)
 
 
 def deep_gemm_format(device: torch.device | str | int | None = None) -> Format:
@@ -647,6 +754,11 @@ def _check_input(function: str, name: str, t: object) -> None:
         raise RuntimeError(torch_ops.not_differentiable(function, name))
 
 
+def _check_bool(name: str, value: object) -> None:
+    if value is not False and value is not True:
+        raise TypeError(f"{name}: expected a bool, got {describe(value)}")
+
+
 def _is_traced(t: torch.Tensor) -> bool:
     """Return whether the dispatcher has to see a call: a tracer, a mode or a subclass wants it."""
     if is_dynamo_compiling():
@@ -661,8 +773,7 @@ def _is_traced(t: torch.Tensor) -> bool:
 
 def _run(call: Call, check: bool) -> tuple[torch.Tensor, ...]:
     """Launch a call, or hand it to its operator."""
-    if check is not False and check is not True:
-        raise TypeError(f"check: expected a bool, got {describe(check)}")
+    _check_bool("check", check)
     tensors = [call.x]
     if call.prologue is not None:
         # A fake beside a real input is a mistake that the checks name.

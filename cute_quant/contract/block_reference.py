@@ -35,7 +35,7 @@ def quantize_into(w: torch.Tensor, fmt: Format, q: torch.Tensor, sf: torch.Tenso
         sf.copy_(floats.view(sf.shape))
     else:
         written = torch.ones(len(w), fmt.scale_rows(n), dtype=torch.bool, device=w.device)
-        reference.store_scales(by_row, written, sf, fmt)
+        reference.store_scales(by_row, written, sf, fmt, k)
 
 
 def block_amax(w: torch.Tensor, size: int) -> torch.Tensor:

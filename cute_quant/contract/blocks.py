@@ -240,6 +240,6 @@ def _check_result(
     if sf is not None:
         check_written("out sf", sf, fmt.sf_dtype, w, name)
         if once:
-            check_scales_out(sf, scale_shape(fmt, *shape), scale_strides(fmt, *shape))
+            check_scales_out("out sf", sf, scale_shape(fmt, *shape), scale_strides(fmt, *shape))
         else:
-            check_scales_out(sf, fmt.scale_shape(*shape), fmt.scale_strides(*shape))
+            check_scales_out("out sf", sf, fmt.scale_shape(*shape), fmt.scale_strides(*shape))

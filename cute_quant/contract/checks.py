@@ -77,7 +77,7 @@ def check_call(call: Call) -> ResultShape:
         check_values_out(call.q, fmt, shape, exact=isinstance(call.rows, Masked))
     if call.sf is not None:
         check_written("out sf", call.sf, fmt.sf_dtype, x, name)
-        check_scales_out(call.sf, fmt.scale_shape(*shape), fmt.scale_strides(*shape))
+        check_scales_out("out sf", call.sf, fmt.scale_shape(*shape), fmt.scale_strides(*shape))
     return shape
 
 
@@ -95,7 +95,7 @@ def check_kinds(call: Call) -> None:
     for name, t in tensors.items():
         if t is not None and not isinstance(t, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor or None, got {describe(t)}")
-    _check_row_kind(call.rows)
+    check_row_kind(call.rows)
     if call.x.ndim < 2:
         raise ValueError(
             f"{call.input_name}: expected 2 or more dimensions (..., mn, k), "
@@ -103,7 +103,7 @@ def check_kinds(call: Call) -> None:
         )
 
 
-def _check_row_kind(rows: Rows | None) -> None:
+def check_row_kind(rows: Rows | None) -> None:
     """Check the type of a row domain, and of its alignment."""
     if rows is None:
         return
@@ -114,8 +114,8 @@ def _check_row_kind(rows: Rows | None) -> None:
         raise TypeError(f"rows.alignment: expected an int, got {describe(rows.alignment)}")
 
 
-def check_format(fmt: object) -> None:
-    """Check that `fmt` is a Format."""
+def check_format(fmt: object, name: str = "fmt") -> None:
+    """Check that an argument is a Format."""
     if isinstance(fmt, Format):
         return
     hint = ""
@@ -124,7 +124,7 @@ def check_format(fmt: object) -> None:
     elif isinstance(fmt, str):
         hint = ": Format.parse reads text"
     raise TypeError(
-        f"fmt: expected a Format, such as cute_quant.DEEP_GEMM, got {describe(fmt)}{hint}"
+        f"{name}: expected a Format, such as cute_quant.DEEP_GEMM, got {describe(fmt)}{hint}"
     )
 
 
@@ -316,16 +316,8 @@ def check_dequantize(
     check_matrices("q", q, fmt.value_columns(MAX_COLUMNS))
     *batch_shape, mn, columns = q.shape
     k = columns * fmt.value_type.per_byte
-    expected = fmt.scale_shape(batch_shape, mn, k)
-    if not same_sizes(sf.shape, expected):
-        raise ValueError(
-            f"sf: expected shape {expected}, the {dtype_name(fmt.scale_dtype)} scales of q "
-            f"{tuple(q.shape)} in layout {fmt.scale_layout} for groups of {fmt.group_size}, "
-            f"got {tuple(sf.shape)}"
-        )
-    flat_batch("sf", sf.shape, sf.stride(), fmt.scale_dims)
-    if fmt.blocked and known(sf.shape[-1] > 1) and known(sf.stride(-1) != 1):
-        raise ValueError(f"sf: expected the bytes of blocks to be contiguous, got {sf.stride()=}")
+    shape = ResultShape(tuple(batch_shape), mn, k)
+    check_scales_read(sf, fmt, shape)
     if fmt.row_scale and (upper is None or upper.kind != DECODE):
         got = "None" if upper is None else upper.kind
         raise ValueError(
@@ -335,6 +327,46 @@ def check_dequantize(
     if fmt.row_scale:
         shapes = [(*batch_shape, mn)]
     check_upper_scale(upper, fmt, shapes, q, "q")
+    return shape
+
+
+def check_scales_read(sf: torch.Tensor, fmt: Format, shape: ResultShape) -> None:
+    """Check shape and strides of the scales of values of a shape.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
+    expected = fmt.scale_shape(*shape)
+    if not same_sizes(sf.shape, expected):
+        values = (*shape.batch_shape, shape.mn, shape.k)
+        raise ValueError(
+            f"sf: expected shape {expected}, the {dtype_name(fmt.scale_dtype)} scales of values "
+            f"{values} in layout {fmt.scale_layout} for groups of {fmt.group_size}, "
+            f"got {tuple(sf.shape)}"
+        )
+    flat_batch("sf", sf.shape, sf.stride(), fmt.scale_dims)
+    if fmt.blocked and known(sf.shape[-1] > 1) and known(sf.stride(-1) != 1):
+        raise ValueError(f"sf: expected the bytes of blocks to be contiguous, got {sf.stride()=}")
+
+
+def check_values_shape(shape: object) -> ResultShape:
+    """Return the shape of values, (..., mn, k), by its parts.
+
+    Raises:
+        TypeError, ValueError: it is no such shape.
+    """
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"shape: expected ints (..., mn, k), got {describe(shape)}")
+    for size in shape:
+        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+            raise TypeError(f"shape: expected ints (..., mn, k), got {describe(size)} among them")
+    negative = any(known(size < 0) for size in shape)
+    if len(shape) < 2 or negative or known(shape[-1] > MAX_COLUMNS):
+        raise ValueError(
+            f"shape: expected (..., mn, k), none below 0, with k up to {MAX_COLUMNS}, "
+            f"got {tuple(shape)}"
+        )
+    *batch_shape, mn, k = shape
     return ResultShape(tuple(batch_shape), mn, k)
 
 
@@ -352,18 +384,41 @@ def _check_rows(call: Call) -> None:
         check_operand("index", index, x, input_name)
         if known(index.shape[-1] > MAX_SIZE):
             raise ValueError(f"index: expected up to {MAX_SIZE} rows, got {index.shape[-1]}")
-    _check_row_kind(rows)
+    if index is None:
+        check_row_domain(rows, x, input_name, tuple(x.shape[:-1]), input_name, x.shape[-1])
+    else:
+        check_row_domain(rows, x, input_name, tuple(index.shape), "index")
+
+
+def check_row_domain(
+    rows: Rows | None,
+    x: torch.Tensor,
+    input_name: str,
+    shape: tuple[int, ...],
+    shape_name: str,
+    k: int | None = None,
+) -> None:
+    """Check a row domain, without a look at what it holds.
+
+    Args:
+        rows: the row domain.
+        x: the input, which says the device.
+        input_name: the name of its argument.
+        shape: of the rows, without columns.
+        shape_name: the argument that has the shape.
+        k: columns of that argument, None where it has none.
+    """
+    check_row_kind(rows)
     if rows is None:
         return
     name = f"rows.{rows.data_name}"
     check_tensor(name, rows.data, (torch.int32,))
-    shape = tuple(x.shape[:-1]) if index is None else tuple(index.shape)
     if len(shape) != len(rows.dimensions):
-        argument, t, last = (input_name, x, ("k",)) if index is None else ("index", index, ())
+        last, columns = ((), ()) if k is None else (("k",), (k,))
         expected = ", ".join((*rows.dimensions, *last))
         raise ValueError(
-            f"{argument}: expected shape ({expected}) for rows={type(rows).__name__}, "
-            f"got {tuple(t.shape)}"
+            f"{shape_name}: expected shape ({expected}) for rows={type(rows).__name__}, "
+            f"got {(*shape, *columns)}"
         )
     length = None if isinstance(rows, PrefixSum) else shape[0]
     if rows.data.ndim != 1 or (length is not None and not same_sizes(rows.data.shape, (length,))):
@@ -431,12 +486,14 @@ def check_values_out(q: torch.Tensor, fmt: Format, shape: ResultShape, *, exact:
     check_disjoint_rows("out q", q)
 
 
-def check_scales_out(sf: torch.Tensor, shape: Sequence[int], strides: Sequence[int]) -> None:
-    """Check shape and strides of a caller's `sf`."""
+def check_scales_out(
+    name: str, sf: torch.Tensor, shape: Sequence[int], strides: Sequence[int]
+) -> None:
+    """Check shape and strides of a caller's memory for scales."""
     if not same_sizes(sf.shape, shape):
-        raise ValueError(f"out sf: expected shape {shape}, got {tuple(sf.shape)}")
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(sf.shape)}")
     if not known(sf.numel() == 0) and any(
         known(size > 1) and known(actual != stride)
         for size, actual, stride in zip(shape, sf.stride(), strides, strict=True)
     ):
-        raise ValueError(f"out sf: expected strides {strides}, got {sf.stride()}")
+        raise ValueError(f"{name}: expected strides {strides}, got {sf.stride()}")

@@ -23,6 +23,10 @@ SMALLEST_NORMAL = 2.0**-126
 UE8M0_BIAS = 127
 UE8M0_MAX = 254
 UE8M0_NAN = 255
+SMALLEST_UE8M0 = 0x00400000
+"""Bits of 2^-127, the byte 0 and the only UE8M0 scale that is a subnormal float32."""
+NOT_A_POWER_OF_TWO = 0x807FFFFF
+"""Bits of a float32 that are 0 in 0, in normal powers of two and in Inf."""
 E4M3_NAN = 0x7F
 
 LOAD_BYTES = 32

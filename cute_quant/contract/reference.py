@@ -15,11 +15,9 @@ import torch
 from torch.nn import functional
 from torch.nn.functional import pad
 
+from cute_quant.contract import scale_storage
 from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import (
-    BLOCK_GROUPS,
-    BLOCK_LANES,
-    BYTES_PER_WORD,
     E2M1_MAX,
     E4M3_MAX,
     E4M3_NAN,
@@ -40,7 +38,7 @@ from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
 from cute_quant.contract.rcp_approx import rcp_approx
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
-from cute_quant.contract.tensors import flat_batch, last_column_rows
+from cute_quant.contract.tensors import flat_batch
 from cute_quant.contract.upper_scales import (
     AMAX,
     Factors,
@@ -519,11 +517,11 @@ def quantize_into(
         bytes_[:, :mn].copy_(codes)
         bytes_[:, mn:].zero_()
         written = live.new_ones(batch, fmt.scale_rows(mn))
-    store_scales(scales.where(live.unsqueeze(2), 0), written, sf, fmt)
+    store_scales(scales.where(live.unsqueeze(2), 0), written, sf, fmt, call.result_shape.k)
 
 
 def store_scales(
-    scales: torch.Tensor, written: torch.Tensor, sf: torch.Tensor, fmt: Format
+    scales: torch.Tensor, written: torch.Tensor, sf: torch.Tensor, fmt: Format, k: int
 ) -> None:
     """Write scales to the rows of `sf` that `written` names.
 
@@ -534,29 +532,14 @@ def store_scales(
         written: (batch, stored rows), bool.
         sf: as the format lays it out.
         fmt: the format.
+        k: columns of the values.
     """
-    batch, mn, groups = scales.shape
-    if batch == 0 or mn == 0:
-        return
     if fmt.byte_scales:
         scales = _scale_bytes(scales, fmt)
-        padding = -groups % (BLOCK_GROUPS if fmt.blocked else BYTES_PER_WORD if fmt.packed else 1)
-        scales = pad(scales, (0, padding))
-        sf = sf if fmt.packed else sf.view(torch.uint8)
-        scales = scales.view(torch.int32) if fmt.packed else scales
     elif fmt.power_of_two:
         # Exponent 0 is that of a row that does not exist: float32 scales are normal numbers.
         scales = ue8m0_to_float32(scales).where(scales > 0, 0.0)
-    if fmt.blocked:
-        sf = sf.view(batch, -1)
-        stored = to_blocks(pad(scales, (0, 0, 0, written.shape[1] - mn)), fmt.block_rows)
-        written = written.unsqueeze(2).expand(-1, -1, scales.shape[2])
-        sf.copy_(stored.where(to_blocks(written, fmt.block_rows), sf))
-        return
-    flat = sf.view(batch, mn, scales.shape[2])
-    flat.copy_(scales.where(written[:, :mn].unsqueeze(2), flat))
-    if fmt.mn_major and fmt.scale_rows(mn) > mn:
-        _clear_padding_rows(sf, written[:, mn:].repeat_interleave(scales.shape[2], 0), mn)
+    scale_storage.write(scales, written, sf, fmt, k)
 
 
 def _scale_bytes(scales: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -572,45 +555,6 @@ def _scale_floats(stored: torch.Tensor, fmt: Format) -> torch.Tensor:
     if fmt.ue8m0:
         return ue8m0_to_float32(stored)
     return stored.to(torch.uint8).view(fmt.scale_dtype).float()
-
-
-def _clear_padding_rows(sf: torch.Tensor, written: torch.Tensor, mn: int) -> None:
-    """Write 0 to the rows past `mn` of MN-major scales, as far as their storage goes.
-
-    Args:
-        sf: (..., mn, columns).
-        written: (columns, padding rows), which of them, for the columns of all matrices in turn.
-        mn: rows of a matrix.
-    """
-    columns, padding = written.shape
-    aligned = mn + padding
-    start = sf.storage_offset() + mn
-    inner = sf.as_strided((columns - 1, padding), (aligned, 1), start)
-    inner.masked_fill_(written[:-1], 0)
-    last_padding = last_column_rows(sf) - mn
-    last = sf.as_strided((last_padding,), (1,), start + (columns - 1) * aligned)
-    last.masked_fill_(written[-1, :last_padding], 0)
-
-
-def to_blocks(t: torch.Tensor, block_rows: int) -> torch.Tensor:
-    """Return scales (batch, rows, groups) in blocks, (batch, rows * groups).
-
-    Rows and groups are multiples of a block's.
-    """
-    batch, rows, groups = t.shape
-    row_blocks, group_blocks = rows // block_rows, groups // BLOCK_GROUPS
-    lanes = min(BLOCK_LANES, block_rows)
-    blocks = t.reshape(batch, row_blocks, block_rows // lanes, lanes, group_blocks, BLOCK_GROUPS)
-    return blocks.permute(0, 1, 4, 3, 2, 5).reshape(batch, rows * groups)
-
-
-def from_blocks(t: torch.Tensor, rows: int, groups: int, block_rows: int) -> torch.Tensor:
-    """Invert :func:`to_blocks`: return (batch, rows * groups) as (batch, rows, groups)."""
-    row_blocks, group_blocks = rows // block_rows, groups // BLOCK_GROUPS
-    lanes = min(BLOCK_LANES, block_rows)
-    shape = row_blocks, group_blocks, lanes, block_rows // lanes, BLOCK_GROUPS
-    blocks = t.reshape(t.shape[0], *shape)
-    return blocks.permute(0, 1, 4, 3, 2, 5).reshape(t.shape[0], rows, groups)
 
 
 def dequantize(
@@ -646,22 +590,13 @@ def dequantize_into(
     mn, k = y.shape[-2:]
     if y.numel() == 0:
         return
-    if fmt.packed:
-        shifts = torch.arange(0, 32, 8, device=sf.device)
-        scales = _scale_floats((sf.unsqueeze(-1) >> shifts & 0xFF).flatten(-2), fmt)
-    elif fmt.blocked:
-        rows, columns = fmt.scale_rows(mn), fmt.columns(k)
-        blocks = sf.view(torch.uint8).reshape(-1, sf.shape[-1])
-        stored = from_blocks(blocks, rows, columns, fmt.block_rows)
-        scales = _scale_floats(stored[:, :mn], fmt).view(*y.shape[:-1], columns)
-    elif fmt.byte_scales:
-        scales = _scale_floats(sf.view(torch.uint8), fmt)
-    else:
-        scales = sf
-    scales = scales[..., : fmt.groups(k)]
+    scales = scale_storage.read(sf, fmt, mn, k)
+    if fmt.byte_scales:
+        scales = _scale_floats(scales, fmt)
     if upper is not None:
         upper_scales = decode_scale(upper).reshape(-1, mn if fmt.row_scale else 1, 1)
-        scales = (scales.reshape(-1, mn, scales.shape[-1]) * upper_scales).view(scales.shape)
+        scales = scales * upper_scales
+    scales = scales.reshape(*y.shape[:-1], scales.shape[-1])
     y.copy_(multiply_back(q, scales, fmt, y.dtype))
 
 

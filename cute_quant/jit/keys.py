@@ -19,6 +19,7 @@ SOURCES = (
     "contract/format_choices.py",
     "contract/formats.py",
     "contract/rows.py",
+    "contract/scale_layouts.py",
     "contract/torch_private.py",
     "contract/upper_scales.py",
     "jit/dsl_private.py",

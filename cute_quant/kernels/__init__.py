@@ -3,7 +3,8 @@
 The kernels of this package end in the same stage. `Stage` takes registers and returns 8-bit
 registers and scales. `Tile` is the thread-value layout, `Segment` a thread's part of a row.
 `Matrix` and `Params` are arguments of kernels. `load` and `store` move segments, and `fake_matrix`
-describes a tensor to the compiler, which is `cute_quant.jit.build`.
+describes a tensor to the compiler, which is `cute_quant.jit.build`. `scale_layout` says where the
+scale of a row and a group lies.
 
 Names are loaded when they are first used, so this package does not import CuTe DSL by itself.
 """
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from cute_quant.kernels.config import LANES, Access, Tile
     from cute_quant.kernels.copy import Segment, fake_matrix, load, store
     from cute_quant.kernels.encodings import registers, widen, zeros
-    from cute_quant.kernels.layouts import Matrix
+    from cute_quant.kernels.layouts import Matrix, scale_layout
     from cute_quant.kernels.params import Params
     from cute_quant.kernels.scales import GroupScale
     from cute_quant.kernels.stage import Rows, Scales, Stage
@@ -40,6 +41,7 @@ __all__ = [
     "last_column_rows",
     "load",
     "registers",
+    "scale_layout",
     "store",
     "widen",
     "zeros",
@@ -50,7 +52,7 @@ _MODULES = {
     "cute_quant.kernels.config": ("LANES", "Access", "Tile"),
     "cute_quant.kernels.copy": ("Segment", "fake_matrix", "load", "store"),
     "cute_quant.kernels.encodings": ("registers", "widen", "zeros"),
-    "cute_quant.kernels.layouts": ("Matrix",),
+    "cute_quant.kernels.layouts": ("Matrix", "scale_layout"),
     "cute_quant.kernels.params": ("Params",),
     "cute_quant.kernels.scales": ("GroupScale",),
     "cute_quant.kernels.stage": ("Rows", "Scales", "Stage"),

@@ -430,8 +430,34 @@ BLOCK_WARPS = 8
 """Its warps."""
 
 
+class ConvertSpec(NamedTuple):
+    """Choices of `kernels.convert_scales.ConvertScales`.
+
+    Attributes:
+        source, result: formats that stand for all with the same layout and scales of as many bytes.
+        kind: of the rows, as `cute_quant.contract.rows` names it.
+        load_bytes: bytes of a load of a row's scales: those of four groups, or of one.
+        store_bytes: bytes of a store: 16, or those of a word, or of a scale.
+        pdl: as of a `QuantizeSpec`.
+    """
+
+    source: Format
+    result: Format
+    kind: str = DENSE
+    load_bytes: int = 4
+    store_bytes: int = 16
+    pdl: bool = True
+    kernel: str = "convert_scales.ConvertScales"
+
+
+CONVERT_WARPS = 4
+"""Warps of its CTAs."""
+CONVERT_ROWS = 4
+"""Rows of a thread whose words are contiguous in the result."""
+
+
 QuantizerSpec = QuantizeSpec | SiluMulSpec | RmsNormSpec
-Spec = QuantizerSpec | DequantizeSpec | AmaxSpec | BlocksSpec | RequantizeSpec
+Spec = QuantizerSpec | DequantizeSpec | AmaxSpec | BlocksSpec | RequantizeSpec | ConvertSpec
 
 
 def launched_on(spec: Spec, arch: str) -> Spec:

@@ -109,18 +109,15 @@ class Dequantize:
     ):
         """Launch the kernel, on batches of matrices."""
         batches, mn, k = mY.shape
-        if const_expr(self.fmt.blocked):
-            groups = cute.ceil_div(k, self.fmt.group_size)
-            layout = layouts.batch_of_blocks(mS.layout, mn, groups, self.fmt.block_rows)
-            mS = cute.make_tensor(mS.iterator, layout)
+        groups = 1 if self.fmt.whole_row else cute.ceil_div(k, self.fmt.group_size)
         if const_expr(self.square):
             layout = layouts.rows_of_square_blocks(mS.layout, self.fmt.group_size)
-            mS = cute.make_tensor(mS.iterator, layout)
-        elif const_expr(self.fmt.packed):
-            layout = layouts.bytes_of_words(mS.layout)
-            mS = cute.make_tensor(cute.recast_ptr(mS.iterator, dtype=Uint8), layout)
-        elif const_expr(self.fmt.byte_scales):
-            mS = cute.recast_tensor(mS, Uint8)
+        else:
+            layout = layouts.batch_of_scales(self.fmt, mS.layout, mn, groups)
+        start = mS.iterator
+        if const_expr(self.fmt.byte_scales):
+            start = cute.recast_ptr(start, dtype=Uint8)
+        mS = cute.make_tensor(start, layout)
         upper = mUpper
         if const_expr(self.upper is not None and not self.fmt.row_scale):
             upper = UpperScale(mUpper, Float32(0.0), self.upper)

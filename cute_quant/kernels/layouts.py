@@ -22,10 +22,20 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Float4E2M1FNx2, Int32, Int64, Uint8, Uint32, Uint64
 
-from cute_quant.contract.dtypes import BLOCK_GROUPS, BLOCK_LANES, BYTES_PER_WORD
+from cute_quant.contract import scale_layouts
+from cute_quant.contract.dtypes import BLOCK_GROUPS, BLOCK_LANES
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import Format
-from cute_quant.kernels.config import BLOCK_TILE, BLOCK_WARPS, DOWN, LANES, Tile
+from cute_quant.contract.scale_layouts import Modes, ScaleLayout
+from cute_quant.kernels.config import (
+    BLOCK_TILE,
+    BLOCK_WARPS,
+    CONVERT_ROWS,
+    CONVERT_WARPS,
+    DOWN,
+    LANES,
+    Tile,
+)
 from cute_quant.kernels.params import Params
 
 
@@ -231,76 +241,75 @@ def unsigned(size: Int32 | int) -> Uint32:
     return Uint32(Int64(size))
 
 
+def as_layout(described: ScaleLayout) -> cute.Layout:
+    """Return a layout of scales as one of CuTe; a coordinate of one mode is a plain number."""
+    return cute.make_layout(_modes(described.shape), stride=_modes(described.strides))
+
+
+def scale_layout(fmt: Format, mn: int, k: int) -> cute.Layout:
+    """Return the layout (row, group) -> place of a scale, counted in bytes or float32.
+
+    It is that of `cute_quant.contract.scale_layouts`, of one matrix with its padding.
+
+    Args:
+        fmt: the format of the scales.
+        mn: rows of the quantized values.
+        k: columns of the quantized values.
+    """
+    return as_layout(scale_layouts.scale_layout(fmt, mn, k))
+
+
 def scales(fmt: Format, rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
     """Return the layout (row, group) -> (byte of an element, element) of a matrix's scales.
+
+    An element is a float32, a byte, or a word of four bytes. Its index has 32 bits but in row-major
+    layouts: they hold all elements of a matrix (`checks` sees to it) and count as signed: see
+    `unsigned`.
 
     Args:
         fmt: the format of the scales.
         rows: with padding.
         groups: with the padding of blocks.
     """
+    element = cute.E(1)
     if fmt.blocked:
-        return scales_by_block(rows, groups, fmt.block_rows)
+        shape, strides = scale_layouts.blocks(rows, groups, fmt.block_rows)
+        elements = tuple(tuple(step * element for step in modes) for modes in strides)
+        return as_layout(ScaleLayout(shape, elements))
     columns = cute.ceil_div(groups, fmt.groups_per_column)
-    by = scales_by_column if fmt.mn_major else scales_by_row
-    return by(rows, columns, fmt.groups_per_column)
+    byte = cute.E(0) if fmt.packed else None
+    if fmt.mn_major:
+        return as_layout(scale_layouts.strided(rows, columns, element, rows * element, byte))
+    row_stride = _wide(columns) * element
+    return as_layout(scale_layouts.strided(rows, columns, row_stride, element, byte))
 
 
-def scales_by_column(
-    rows: Int32 | int, columns: Int32 | int, groups_per_column: int
-) -> cute.Layout:
-    """Return the layout (row, group) -> (byte of an element, element) of MN-major scales.
+def conversion_tile(result: Format) -> tuple[int, int]:
+    """Return the rows of a CTA of `convert_scales`, and its quads: four groups of a row."""
+    if result.mn_major or result.blocked:
+        return LANES * CONVERT_ROWS, CONVERT_WARPS
+    return CONVERT_WARPS, LANES
 
-    ``(rows, (groups_per_column, columns)) : (1@1, (1@0, rows@1))``
 
-    An element is a float32, or a word of four UE8M0 bytes. Its index has 32 bits, which hold all
-    elements of a matrix (`checks` sees to it) but count as signed: see `unsigned`.
+def conversion_threads(result: Format) -> cute.Layout:
+    """Return the layout (lane, warp, row of a thread) -> (row, quad) of `convert_scales`.
+
+    Lanes are along the direction in which the result is contiguous. A thread has one row of a
+    row-major result, and else four rows whose words are contiguous.
     """
+    row, quad = cute.E(0), cute.E(1)
+    if not (result.mn_major or result.blocked):
+        return cute.make_layout((LANES, CONVERT_WARPS, 1), stride=(quad, row, 0 * row))
+    step = block_lanes(result) if result.block_rows == LANES * CONVERT_ROWS else 1
+    lane = 1 if step > 1 else CONVERT_ROWS
     return cute.make_layout(
-        (rows, (groups_per_column, columns)),
-        stride=(cute.E(1), (cute.E(0), rows * cute.E(1))),
+        (LANES, CONVERT_WARPS, CONVERT_ROWS), stride=(lane * row, quad, step * row)
     )
-
-
-def scales_by_row(rows: Int32 | int, columns: Int32 | int, groups_per_column: int) -> cute.Layout:
-    """Return the layout (row, group) -> (byte of an element, element) of row-major scales.
-
-    ``(rows, groups) : (groups@1, 1@1)``, or of words
-    ``(rows, (4, columns)) : (columns@1, (1@0, 1@1))``.
-    """
-    stride = _wide(columns) * cute.E(1)
-    if groups_per_column == 1:
-        return cute.make_layout((rows, columns), stride=(stride, cute.E(1)))
-    shape = rows, (groups_per_column, columns)
-    return cute.make_layout(shape, stride=(stride, (cute.E(0), cute.E(1))))
-
-
-def scales_by_block(rows: Int32 | int, groups: Int32 | int, block_rows: int) -> cute.Layout:
-    """Return the layout (row, group) -> (0, byte) of scales in blocks of some rows and 4 groups.
-
-    ``((32, 4, rows / 128), (4, groups / 4)) : ((16@1, 4@1, 128 groups@1), (1@1, 512@1))`` of blocks
-    of 128 rows, ``((8, rows / 8), (4, groups / 4)) : ((4@1, 8 groups@1), (1@1, 32@1))`` of 8.
-    """
-    shape, stride = blocks(rows, groups, block_rows)
-    return cute.make_layout(shape, stride=tuple(tuple(s * cute.E(1) for s in m) for m in stride))
 
 
 def block_lanes(fmt: Format) -> int:
     """Return how many rows of a block have scales a constant distance apart."""
     return min(BLOCK_LANES, fmt.block_rows)
-
-
-def blocks(rows: Int32 | int, groups: Int32 | int, block_rows: int) -> tuple[tuple, tuple]:
-    """Return shape and strides of scales in blocks of some rows and 4 groups."""
-    lanes = min(BLOCK_LANES, block_rows)
-    interleaved = block_rows // lanes
-    modes = [(lanes, interleaved * BLOCK_GROUPS)]
-    if interleaved > 1:
-        modes.append((interleaved, BLOCK_GROUPS))
-    modes.append((rows // block_rows, block_rows * groups))
-    rows_shape, rows_stride = zip(*modes, strict=True)
-    groups_shape = BLOCK_GROUPS, groups // BLOCK_GROUPS
-    return (rows_shape, groups_shape), (rows_stride, (1, block_rows * BLOCK_GROUPS))
 
 
 def groups_by_tile(scales: cute.Layout, groups_per_tile: int) -> cute.Layout:
@@ -312,14 +321,25 @@ def groups_by_tile(scales: cute.Layout, groups_per_tile: int) -> cute.Layout:
     return cute.logical_divide(cute.make_identity_layout(scales.shape[1]), groups_per_tile)
 
 
-def bytes_of_words(words: cute.Layout) -> cute.Layout:
-    """Return (batch, row, group) -> byte for a layout (batch, row, column) -> word of four.
+def batch_of_scales(fmt: Format, matrices: cute.Layout, rows: Int32, groups: Int32) -> cute.Layout:
+    """Return the layout (batch, row, group) -> place of a scale, in bytes or float32.
 
-    ``(batches, rows, (4, columns)) : (4 stride, 4 stride, (1, 4 stride))``
+    Args:
+        fmt: the format of the scales.
+        matrices: of their tensor: (batch, rows, columns), or (batch, bytes) in blocks.
+        rows: of a matrix, without padding.
+        groups: of a row, without padding.
     """
-    *shape, columns = words.shape
-    *strides, stride = (Int64(step) * BYTES_PER_WORD for step in words.stride)
-    return cute.make_layout((*shape, (BYTES_PER_WORD, columns)), stride=(*strides, (1, stride)))
+    batches, *_, columns = matrices.shape
+    batch_stride, *strides = (Int64(step) for step in matrices.stride)
+    if fmt.blocked:
+        rows, groups = cute.round_up(rows, fmt.block_rows), cute.round_up(groups, BLOCK_GROUPS)
+        described = scale_layouts.blocks(rows, groups, fmt.block_rows)
+    else:
+        described = scale_layouts.in_memory(fmt, rows, columns, *strides)
+        batch_stride = batch_stride * fmt.groups_per_column
+    shape, strides = _modes(described.shape), _modes(described.strides)
+    return cute.make_layout((batches, *shape), stride=(batch_stride, *strides))
 
 
 def rows_of_square_blocks(scales: cute.Layout, size: int) -> cute.Layout:
@@ -334,14 +354,9 @@ def rows_of_square_blocks(scales: cute.Layout, size: int) -> cute.Layout:
     )
 
 
-def batch_of_blocks(
-    matrices: cute.Layout, rows: Int32, groups: Int32, block_rows: int
-) -> cute.Layout:
-    """Return (batch, row, group) -> byte for a layout (batch, byte) of scales in blocks."""
-    rows, groups = cute.round_up(rows, block_rows), cute.round_up(groups, BLOCK_GROUPS)
-    shape, stride = blocks(rows, groups, block_rows)
-    batches, batch_stride = matrices.shape[0], Int64(matrices.stride[0])
-    return cute.make_layout((batches, *shape), stride=(batch_stride, *stride))
+def _modes(modes: Modes) -> tuple:
+    """Return modes as CuTe has them: one alone is a number, not a tuple."""
+    return tuple(mode[0] if len(mode) == 1 else mode for mode in modes)
 
 
 def _wide(size: Int32 | int) -> Int64 | int:

@@ -81,6 +81,24 @@ def in_a_group(
 
 
 @cute.jit
+def in_a_group_of_lane(
+    mEnds: cute.Tensor,  # (groups,)
+    alignment: Int32,
+    mn: Uint32,
+    rows: list,
+) -> list:
+    """Return the same as `in_a_group` for rows of each lane's own."""
+    found, start = Uint32(0), Uint32(0)
+    for group in range(mEnds.shape[0]):
+        end = clamp(mEnds[group], mn)
+        for i in cutlass.range_constexpr(len(rows)):
+            if start <= rows[i] and rows[i] < end:
+                found = found | Uint32(1 << i)
+        start = next_multiple(end, alignment)
+    return [(found & Uint32(1 << i)) != 0 for i in range(len(rows))]
+
+
+@cute.jit
 def groups_of(
     mEnds: cute.Tensor,  # (groups,)
     alignment: Int32,

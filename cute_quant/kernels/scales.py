@@ -16,6 +16,7 @@ from cute_quant.contract.dtypes import (
     E2M1_MAX,
     FLOAT32_MANTISSA_BITS,
     FLOAT32_MAX,
+    SMALLEST_UE8M0,
     UE8M0_MAX,
     UE8M0_NAN,
     VLLM_ZERO_MULTIPLIER,
@@ -34,8 +35,6 @@ from cute_quant.kernels import arithmetic, ptx
 from cute_quant.kernels.arithmetic import FLOAT32_INFINITY, FLOAT32_NAN
 from cute_quant.kernels.upper_scales import Factors
 
-SMALLEST_UE8M0 = 0x400000
-"""2^-127, the only UE8M0 scale that is a subnormal float32."""
 MANTISSA_MASK = 0x7FFFFF
 QUARTER_MANTISSA = 0x200000
 EXPONENT_MASK = 0xFF800000

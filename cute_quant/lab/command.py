@@ -1,4 +1,4 @@
-"""python -m cute_quant layout: show a layout, try one, sweep over many, report a sweep."""
+"""python -m cute_quant layout: show layouts of threads, explain those of scales, time many."""
 
 from __future__ import annotations
 
@@ -53,6 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     many.add_argument("--json", metavar="FILE", type=Path, help="write what `report` reads")
     many.add_argument("--plot", metavar="FILE", type=Path, help="write a plot, .svg or .png")
     many.add_argument("--commit", metavar="NAME", help="name of the measured version, for reports")
+    explained = commands.add_parser(
+        "explain", help="where the scale of a row and a group lies, and who reads it"
+    )
+    explained.add_argument("format", metavar="FORMAT", help="name or text of a format")
+    explained.add_argument("--mn", type=int, required=True, help="rows of the quantized values")
+    explained.add_argument("--k", type=int, required=True, help="columns of the values")
+    explained.add_argument("--row", type=int, help="of one scale, with --group")
+    explained.add_argument("--group", type=int, help="of one scale, with --row")
+    explained.add_argument("--json", action="store_true", help="print JSON")
     report = commands.add_parser("report", help="print what a sweep wrote")
     report.add_argument("file", metavar="FILE", type=Path)
     report.add_argument("--markdown", action="store_true", help="print a table for Markdown")
@@ -91,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
         BrokenPipeError: stdout is closed.
     """
     try:
-        {"show": _show, "try": _try, "sweep": _sweep, "report": _report}[options.command](options)
+        _COMMANDS[options.command](options)
     except BrokenPipeError:
         raise
     except (OSError, ValueError, ModuleNotFoundError) as error:
@@ -113,6 +122,21 @@ def _show(options: argparse.Namespace) -> None:
     layout = _layout(options)
     text = draw(layout, options.output, options.mn, options.k, _command(options))
     print(f"wrote {options.output}" if options.output else text)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from cute_quant.lab import explanation
+
+    if (options.row is None) != (options.group is None):
+        raise ValueError("row, group: expected both or neither")
+    size = _format(options), options.mn, options.k
+    facts: dict[str, Any] = explanation.explain(*size)
+    if options.row is None:
+        text = explanation.describe(*size)
+    else:
+        facts["place"] = explanation.place(*size, options.row, options.group)
+        text = explanation.describe_place(facts["place"])
+    print(json.dumps(facts, indent=1) if options.json else text)
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -199,6 +223,15 @@ def _print(trials: list[Any], data: dict[str, Any], plot: Path | None, markdown:
         plot.write_text(drawing.svg(), encoding="utf-8")
     else:
         plot.write_bytes(drawing.png())
+
+
+_COMMANDS = {
+    "show": _show,
+    "try": _try,
+    "sweep": _sweep,
+    "explain": _explain,
+    "report": _report,
+}
 
 
 def _check_plot(path: Path | None) -> None:

@@ -714,7 +714,7 @@ def test_layout_help(capsys):
     )
     assert done.returncode == 0 and not done.stderr
     assert done.stdout.startswith("usage: cute-quant layout")
-    for name in ("show", "try", "sweep", "report"):
+    for name in ("show", "try", "sweep", "explain", "report"):
         assert f"\n    {name} " in done.stdout
 
 

@@ -713,8 +713,8 @@ def test_dequantize(device):
         (
             DEEP_GEMM,
             (5, 1),
-            r"\(6, 1\), the float8_e8m0fnu scales of q \(6, 256\) in layout mn_major_packed for "
-            r"groups of 128, got \(5, 1\)",
+            r"\(6, 1\), the float8_e8m0fnu scales of values \(6, 256\) in layout mn_major_packed "
+            r"for groups of 128, got \(5, 1\)",
         ),
         (DEEP_GEMM_32, (6, 1), r"\(6, 2\), the float8_e8m0fnu scales .*groups of 32, got"),
         (DEEP_GEMM, (1, 6, 1), r"\(6, 1\), the float8_e8m0fnu scales"),

@@ -402,7 +402,7 @@ def test_dequantize_takes_the_scale_of_the_call(device):
         with pytest.raises(ValueError, match=f"^{message}"):
             dequantize(*arguments, **scale)
     message = (
-        r"^sf: expected shape \(2, 512\), the float8_e4m3fn scales of q \(2, 6, 32\) in layout"
+        r"^sf: expected shape \(2, 512\), the float8_e4m3fn scales of values \(2, 6, 64\) in layout"
     )
     with pytest.raises(ValueError, match=message):
         dequantize(q, sf[:, :256].contiguous(), NVFP4, encode_scale=one(device))

@@ -692,6 +692,7 @@ KERNEL_SOURCES = [
     "contract/format_choices.py",
     "contract/formats.py",
     "contract/rows.py",
+    "contract/scale_layouts.py",
     "contract/torch_private.py",
     "jit/dsl_private.py",
     "jit/shared_objects.py",

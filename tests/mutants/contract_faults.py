@@ -3,6 +3,7 @@
 from tests.mutants.fault import Fault
 
 REFERENCE = "contract/reference.py"
+SCALE_STORAGE = "contract/scale_storage.py"
 FORMATS = "contract/formats.py"
 CHOICES = "contract/format_choices.py"
 CHECKS = "contract/checks.py"
@@ -158,14 +159,14 @@ FAULTS = [
     ),
     Fault(
         "reference-inner-padding-rows",
-        REFERENCE,
+        SCALE_STORAGE,
         "inner.masked_fill_(written[:-1], 0)",
         "inner[:-1].masked_fill_(written[:-2], 0)",
         [f"{ON_INPUTS}::test_every_format"],
     ),
     Fault(
         "reference-last-padding-rows",
-        REFERENCE,
+        SCALE_STORAGE,
         "last.masked_fill_(written[-1, :last_padding], 0)",
         "pass",
         [f"{ON_INPUTS}::test_every_format"],
@@ -179,26 +180,17 @@ FAULTS = [
     ),
     Fault(
         "reference-blocks-not-interleaved",
-        REFERENCE,
-        "return blocks.permute(0, 1, 4, 3, 2, 5).reshape(batch, rows * groups)",
-        "return blocks.permute(0, 1, 4, 2, 3, 5).reshape(batch, rows * groups)",
+        SCALE_STORAGE,
+        "shape, strides = ((*rows[::-1], *groups[::-1]) for rows, groups in layout)",
+        "shape, strides = ((*rows, *groups[::-1]) for rows, groups in layout)",
         [f"{ON_INPUTS}::test_blocked_scales_are_those_that_torch_makes"],
     ),
     Fault(
-        "reference-blocks-read-not-interleaved",
-        REFERENCE,
-        "return blocks.permute(0, 1, 4, 3, 2, 5).reshape(t.shape[0], rows, groups)",
-        "return blocks.permute(0, 1, 3, 4, 2, 5).reshape(t.shape[0], rows, groups)",
-        [
-            f"{ON_INPUTS}::test_formats_share_their_values_and_numbers",
-        ],
-    ),
-    Fault(
         "reference-bytes-of-a-word-reversed",
-        REFERENCE,
-        "torch.arange(0, 32, 8, device=sf.device)",
-        "torch.arange(24, -8, -8, device=sf.device)",
-        [f"{ON_REFERENCE}::test_dequantize_is_close"],
+        SCALE_STORAGE,
+        "(*rows[::-1], *groups[::-1])",
+        "(*rows[::-1], *groups)",
+        ["tests/kernels/test_convert_scales.py::test_every_pair_of_layouts_by_hand"],
     ),
     Fault(
         "reference-gates-and-ups-swapped",

@@ -12,12 +12,20 @@ Left out, since nothing that a caller sees depends on them:
 - the lock around a compilation: no test makes two threads need it at the same time for sure.
 """
 
-from tests.mutants import block_faults, contract_faults, dispatch_faults, jit_faults, kernels_faults
+from tests.mutants import (
+    block_faults,
+    contract_faults,
+    dispatch_faults,
+    jit_faults,
+    kernels_faults,
+    scales_faults,
+)
 
 FAULTS = [
     *contract_faults.FAULTS,
     *dispatch_faults.FAULTS,
     *kernels_faults.FAULTS,
     *block_faults.FAULTS,
+    *scales_faults.FAULTS,
     *jit_faults.FAULTS,
 ]

@@ -8,6 +8,7 @@ SCHEDULER = "kernels/scheduler.py"
 ROW_DOMAINS = "kernels/row_domains.py"
 STAGE = "kernels/stage.py"
 LAYOUTS = "kernels/layouts.py"
+SCALE_LAYOUTS = "contract/scale_layouts.py"
 COPY = "kernels/copy.py"
 SCALES = "kernels/scales.py"
 ENCODINGS = "kernels/encodings.py"
@@ -293,8 +294,8 @@ FAULTS = [
     Fault(
         "layouts-row-major-in-32-bits",
         LAYOUTS,
-        "stride = _wide(columns) * cute.E(1)",
-        "stride = columns * cute.E(1)",
+        "row_stride = _wide(columns) * element",
+        "row_stride = columns * element",
         [f"{ON_QUANTIZE_KERNEL}::test_scales_past_32_bits"],
     ),
     Fault(
@@ -320,7 +321,7 @@ FAULTS = [
     ),
     Fault(
         "layouts-blocks-not-interleaved",
-        LAYOUTS,
+        SCALE_LAYOUTS,
         "modes = [(lanes, interleaved * BLOCK_GROUPS)]",
         "modes = [(lanes, BLOCK_GROUPS)]",
         [f"{ON_LAYOUTS}::test_scales_in_blocks"],
@@ -334,16 +335,16 @@ FAULTS = [
     ),
     Fault(
         "layouts-words-of-dequantize",
-        LAYOUTS,
-        "stride=(*strides, (1, stride))",
-        "stride=(*strides, (stride, 1))",
+        SCALE_LAYOUTS,
+        "((row_stride,), (byte_stride, column_stride))",
+        "((row_stride,), (column_stride, byte_stride))",
         [f"{ON_QUANTIZE_KERNEL}::test_dequantize"],
     ),
     Fault(
         "layouts-batch-of-words-in-32-bits",
         LAYOUTS,
-        "(Int64(step) * BYTES_PER_WORD for step in words.stride)",
-        "(Int64(Int32(step) * BYTES_PER_WORD) for step in words.stride)",
+        "batch_stride, *strides = (Int64(step) for step in matrices.stride)",
+        "batch_stride, *strides = (Int32(step) for step in matrices.stride)",
         [f"{ON_QUANTIZE_KERNEL}::test_dequantize_scales_past_32_bits"],
     ),
     Fault(
@@ -798,8 +799,8 @@ FAULTS = [
     Fault(
         "layouts-groups-of-dequantized-blocks",
         LAYOUTS,
-        "rows, groups = cute.round_up(rows, block_rows), cute.round_up(groups, BLOCK_GROUPS)",
-        "rows = cute.round_up(rows, block_rows)",
+        "rows, groups = cute.round_up(rows, fmt.block_rows), cute.round_up(groups, BLOCK_GROUPS)",
+        "rows = cute.round_up(rows, fmt.block_rows)",
         [f"{ON_QUANTIZE_KERNEL}::test_several_blocks_of_scales"],
     ),
     Fault(
@@ -1106,8 +1107,8 @@ FAULTS = [
     Fault(
         "layouts-words-of-rows",
         LAYOUTS,
-        "return cute.make_layout(shape, stride=(stride, (cute.E(0), cute.E(1))))",
-        "return cute.make_layout(shape, stride=(stride, (cute.E(1), cute.E(0))))",
+        "byte = cute.E(0) if fmt.packed else None",
+        "byte = cute.E(1) if fmt.packed else None",
         [f"{ON_LAYOUTS}::test_scales_are_where_the_strides_say"],
     ),
     Fault(

@@ -1,0 +1,294 @@
+"""Mix-ups between producers and readers: each is planted, and named; nothing else is."""
+
+import pytest
+import torch
+
+import cute_quant as cq
+from cute_quant.contract.reader_checks import RULES
+from cute_quant.contract.rows import Indexed, Masked, PrefixSum
+
+MN, K = 100, 1024
+POWERS = cq.DEEP_GEMM_SM90.replace(round_scale=True)
+E8X4 = cq.NVFP4.replace(scale_layout="8x4")
+RIGHT = [
+    (cq.DEEP_GEMM_SM90, "deep_gemm_sm90"),
+    (cq.GROUPWISE_FP8, "deep_gemm_sm90"),
+    (cq.DEEP_GEMM, "deep_gemm_sm100"),
+    (cq.DEEP_GEMM_32, "deep_gemm_sm100"),
+    (POWERS, "deep_gemm_sm100"),
+    (cq.ROWWISE_FP8, "scaled_mm"),
+    (cq.MXFP8, "scaled_mm"),
+    (cq.MXFP8, "cutlass"),
+    (cq.MXFP4, "scaled_mm"),
+    (cq.NVFP4, "scaled_mm"),
+    (cq.NVFP4, "cutlass"),
+    (E8X4, "trtllm_8x4"),
+]
+
+
+@pytest.fixture
+def x(device):
+    return torch.randn(MN, K, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def quantized(x, fmt, **options):
+    if fmt.upper_scale:
+        options["amax"] = cq.tensor_amax(x)
+    q, sf = cq.quantize(x, fmt, **options)[:2]
+    return q, sf, {name: options[name] for name in ("amax", "rows") if name in options}
+
+
+def rules(*arguments, **options):
+    found = cq.check_scales(*arguments, **options)
+    for finding in found:
+        assert finding.rule in RULES
+        assert str(finding) == finding.text and ": expected " in finding.text
+    return [finding.rule for finding in found]
+
+
+@pytest.mark.parametrize(("fmt", "reader"), RIGHT, ids=str)
+def test_nothing_is_found_in_results(fmt, reader, x):
+    q, sf, options = quantized(x, fmt)
+    assert rules(q, sf, fmt, reader, **options) == []
+    assert rules(q, sf, fmt, reader, x=x, **options) == []
+
+
+@pytest.mark.parametrize("reader", ["deep_gemm_sm90", "deep_gemm_sm100"])
+@pytest.mark.parametrize("kind", ["masked", "contiguous", "psum"])
+def test_grouped_rows(reader, kind, device):
+    x = torch.randn(3, 8, K).to(device)
+    fmt = cq.DEEP_GEMM if reader == "deep_gemm_sm100" else cq.DEEP_GEMM_SM90
+    counts = {"masked": [3, 0, 8], "contiguous": [0] * 8 + [-1] * 16, "psum": [3, 8, 20]}[kind]
+    data = torch.tensor(counts, dtype=torch.int32, device=device)
+    kinds = {"masked": Masked, "contiguous": Indexed, "psum": PrefixSum}
+    rows = PrefixSum(data, 4) if kind == "psum" else kinds[kind](data)
+    x = x if kind == "masked" else x.flatten(0, 1)
+    memory = cq.empty_scales(fmt, x.shape, device=device)
+    memory.untyped_storage().fill_(0)
+    q, sf = cq.quantize(x, fmt, rows=rows, out=(None, memory))
+    assert rules(q, sf, fmt, reader, rows=rows, x=x) == []
+    wrong = q.unsqueeze(0) if kind != "masked" else q[0]
+    assert "shape" in rules(wrong, sf, fmt, reader, rows=rows)
+
+
+def test_the_format_is_none_that_the_reader_takes(x):
+    q, sf, _ = quantized(x, cq.MXFP8)
+    for reader in ("deep_gemm_sm90", "deep_gemm_sm100", "trtllm_8x4"):
+        assert rules(q, sf, cq.MXFP8, reader) == ["format"]
+    q, sf, _ = quantized(x, cq.DEEP_GEMM_SM90)
+    assert rules(q, sf, cq.DEEP_GEMM_SM90, "deep_gemm_sm100") == ["format"]
+
+
+def test_dtypes(x):
+    q, sf, _ = quantized(x, cq.MXFP8)
+    assert rules(q.view(torch.uint8), sf, cq.MXFP8, "scaled_mm") == ["dtype"]
+    assert rules(q, sf.view(torch.uint8), cq.MXFP8, "scaled_mm") == ["dtype"]
+    assert "view(torch.float8_e8m0fnu)" in str(
+        cq.check_scales(q, sf.view(torch.uint8), cq.MXFP8, "cutlass")[0]
+    )
+    fp4 = cq.DEEP_GEMM_32.replace(values=torch.float4_e2m1fn_x2)
+    q, sf, _ = quantized(x, fp4)
+    assert rules(q, sf, fp4, "deep_gemm_sm100") == ["dtype"]
+    assert rules(q.view(torch.int8), sf, fp4, "deep_gemm_sm100") == []
+
+
+@pytest.mark.gpu
+def test_devices(x):
+    q, sf, _ = quantized(x.cuda(), cq.MXFP8)
+    assert rules(q, sf.cpu(), cq.MXFP8, "scaled_mm") == ["device"]
+
+
+def test_shapes(x):
+    q, sf, _ = quantized(x, cq.DEEP_GEMM)
+    assert rules(q, sf[:-1], cq.DEEP_GEMM, "deep_gemm_sm100") == ["shape"]
+    assert rules(q[:, :-8], sf, cq.DEEP_GEMM, "deep_gemm_sm100") == ["shape"]
+    q, sf, _ = quantized(x[:, :1016].contiguous(), cq.DEEP_GEMM)
+    assert "shape" in rules(q, sf, cq.DEEP_GEMM, "deep_gemm_sm100")
+    q, sf, _ = quantized(x, cq.MXFP8)
+    found = cq.check_scales(q, sf.view(128, 32), cq.MXFP8, "scaled_mm")
+    assert [f.rule for f in found] == ["shape"] and "flatten()" in found[0].text
+    assert rules(q[None], sf[None], cq.MXFP8, "scaled_mm") == ["shape"]
+    assert rules(q[None], sf[None], cq.MXFP8, "cutlass") == []
+
+
+def test_strides(x):
+    fmt = cq.DEEP_GEMM
+    q, sf, _ = quantized(x[:99], fmt)
+    assert rules(q, sf.contiguous(), fmt, "deep_gemm_sm100") == ["strides"]
+    compact = sf.t().contiguous().t()
+    assert compact.stride() == (1, 99)
+    assert rules(q, compact, fmt, "deep_gemm_sm100") == ["strides"]
+    by_column = q.view(torch.uint8).t().contiguous().t().view(q.dtype)
+    assert "strides" in rules(by_column, sf, fmt, "deep_gemm_sm100")
+    # Of one column, DeepGEMM looks at the stride too.
+    q, sf, _ = quantized(x[:, :512].contiguous(), fmt)
+    assert rules(q, sf.as_strided(sf.shape, (1, 1)), fmt, "deep_gemm_sm100") == ["strides"]
+    # Float32 scales it transposes itself.
+    q, sf, _ = quantized(x, cq.DEEP_GEMM_SM90)
+    assert rules(q, sf.contiguous(), cq.DEEP_GEMM_SM90, "deep_gemm_sm90") == []
+    batch = x.view(4, 25, K)
+    q, sf = cq.quantize(batch, fmt)
+    spread = torch.empty(4, 32, K, dtype=q.dtype, device=q.device)[:, :25].copy_(q)
+    assert "strides" in rules(spread, sf, fmt, "deep_gemm_sm100")
+    q, sf, _ = quantized(x, cq.ROWWISE_FP8)
+    assert rules(q, sf.expand(MN, 2)[:, :1].repeat(1, 2)[:, :1], cq.ROWWISE_FP8, "scaled_mm") == [
+        "strides"
+    ]
+
+
+def test_alignment(x):
+    q, sf, _ = quantized(x, cq.MXFP8)
+    moved = torch.empty(q.numel() + 8, dtype=torch.uint8, device=q.device)[8:].view(q.dtype)
+    moved = moved.view(q.shape).copy_(q)
+    assert rules(moved, sf, cq.MXFP8, "scaled_mm") == ["alignment"]
+    moved = torch.empty(sf.numel() + 4, dtype=torch.uint8, device=q.device)[4:].view(sf.dtype)
+    assert rules(q, moved.copy_(sf), cq.MXFP8, "scaled_mm") == ["alignment"]
+    apart = torch.empty(MN, K + 8, dtype=q.dtype, device=q.device)[:, :K].copy_(q)
+    assert "alignment" in rules(apart, sf, cq.MXFP8, "scaled_mm")
+
+
+def test_padding(x):
+    x = x[:99, :1000].contiguous()
+    for fmt, place in ((cq.MXFP8, -1), (E8X4, -1)):
+        wide = x[:, :992].contiguous()
+        q, sf, options = quantized(wide, fmt)
+        reader = "scaled_mm" if fmt is cq.MXFP8 else "trtllm_8x4"
+        sf.view(torch.uint8)[place] = 7
+        assert rules(q, sf, fmt, reader, **options) == ["padding"]
+    fmt = cq.DEEP_GEMM
+    wide = x[:, :528].contiguous()
+    q, sf, _ = quantized(wide, fmt)
+    assert rules(q, sf, fmt, "deep_gemm_sm100") == []
+    sf[5, 1] |= 0x7F << 24
+    assert rules(q, sf, fmt, "deep_gemm_sm100") == ["padding"]
+    q, sf, _ = quantized(wide, fmt)
+    sf.as_strided((1,), (1,), 99)[0] = 1
+    assert rules(q, sf, fmt, "deep_gemm_sm100") == ["padding"]
+    q, sf, _ = quantized(wide, fmt)
+    sf.as_strided((1,), (1,), 199)[0] = 1
+    assert rules(q, sf, fmt, "deep_gemm_sm100") == ["padding"]
+
+
+def test_scales_that_are_no_powers_of_two(x):
+    q, sf, _ = quantized(x, POWERS)
+    sf[MN - 1, 3] = 0.3
+    assert rules(q, sf, POWERS, "deep_gemm_sm100") == ["powers of two"]
+    assert "0.3" in cq.check_scales(q, sf, POWERS, "deep_gemm_sm100")[0].text
+    assert rules(q, sf, POWERS, "deep_gemm_sm90") == []
+    # Dead rows trap too.
+    counts = torch.tensor([MN - 1], dtype=torch.int32, device=x.device)
+    batch = q[None], sf[None], POWERS
+    assert rules(*batch, "deep_gemm_sm100", rows=Masked(counts)) == ["powers of two"]
+    sf[MN - 1, 3] = torch.inf
+    assert rules(q, sf, POWERS, "deep_gemm_sm100") == ["nan"]
+    sf[MN - 1, 3] = torch.nan
+    assert rules(q, sf, POWERS, "deep_gemm_sm100") == ["powers of two", "nan"]
+
+
+@pytest.mark.parametrize(("fmt", "reader"), RIGHT, ids=str)
+def test_nan(fmt, reader, x):
+    amax = cq.tensor_amax(x)
+    x[7, 3] = torch.nan
+    q, sf = cq.quantize(x, fmt, **({"amax": amax} if fmt.upper_scale else {}))
+    options = {"amax": amax} if fmt.upper_scale else {}
+    assert "nan" in rules(q, sf, fmt, reader, **options)
+    found = cq.check_scales(q, sf, fmt, reader, **options)
+    assert any("at (0, 7, 0)" in finding.text for finding in found if finding.rule == "nan")
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_encode_and_decode_scale_mixed_up(scale, x):
+    x = x * scale
+    amax = cq.tensor_amax(x)
+    encode = 2688 / amax
+    q, sf = cq.quantize(x, cq.NVFP4, encode_scale=encode)
+    call = q, sf, cq.NVFP4, "scaled_mm"
+    assert rules(*call, encode_scale=encode) == rules(*call, decode_scale=1 / encode) == []
+    # By the reader: with x at hand, of any magnitude.
+    assert "upper scale" in rules(*call, decode_scale=encode, x=x)
+    assert "upper scale" in rules(*call, encode_scale=1 / encode, x=x)
+    if scale != 100.0:
+        assert rules(*call, decode_scale=encode) == ["upper scale"]
+    assert rules(*call) == ["upper scale"]
+    # By the producer, whose scales underflow.
+    q, sf = cq.quantize(x, cq.NVFP4, encode_scale=1 / encode)
+    if scale == 1.0:
+        assert rules(q, sf, cq.NVFP4, "scaled_mm", decode_scale=encode) == ["upper scale"]
+    found = rules(q, sf, cq.NVFP4, "scaled_mm", amax=amax, x=x)
+    assert found[0] == "upper scale"
+
+
+def test_a_scale_too_large_saturates(x):
+    q, sf = cq.quantize(x, cq.NVFP4, encode_scale=2688 * 1000 / cq.tensor_amax(x))
+    found = rules(q, sf, cq.NVFP4, "scaled_mm", amax=cq.tensor_amax(x))
+    assert found == ["upper scale"]
+
+
+def test_a_swizzle_that_is_none(x):
+    for fmt, reader in ((cq.MXFP8, "scaled_mm"), (cq.NVFP4, "cutlass"), (E8X4, "trtllm_8x4")):
+        q, sf, options = quantized(x, fmt)
+        row_major = fmt.replace(scale_layout="row_major")
+        flat = cq.convert_scales(sf, fmt, row_major, x.shape).view(torch.uint8).flatten()
+        assert "swizzle" in rules(q, flat.view(sf.dtype), fmt, reader, **options)
+        padded = torch.zeros_like(sf.view(torch.uint8))
+        padded[: flat.numel()] = flat
+        found = rules(q, padded.view(sf.dtype), fmt, reader, **options)
+        assert found[:2] == ["padding", "swizzle"]
+        assert rules(q, sf, fmt, reader, x=x, **options) == []
+    # Without padding, x alone tells.
+    x = (
+        torch.randn(128, 1024, device=x.device)
+        * torch.logspace(-3, 3, 128, device=x.device)[:, None]
+    )
+    q, sf = cq.quantize(x, cq.MXFP8)
+    flat = cq.quantize(x, cq.MXFP8.replace(scale_layout="row_major"))[1].flatten()
+    assert rules(q, flat, cq.MXFP8, "scaled_mm") == []
+    assert rules(q, flat, cq.MXFP8, "scaled_mm", x=x) == ["swizzle"]
+    assert rules(q, sf, cq.MXFP8, "scaled_mm", x=x) == []
+    flipped = sf.view(torch.uint8).flip(0).view(sf.dtype)
+    assert rules(q, flipped, cq.MXFP8, "scaled_mm", x=x) == ["values"]
+    assert rules(q, sf, cq.MXFP8, "scaled_mm", x=x[1:]) == ["shape"]
+
+
+def test_k_grouped(device):
+    """Values (sum_k, mn) and scales of neighbouring rows."""
+    sum_k, mn = 512, 64
+    q = torch.zeros(sum_k, mn, dtype=torch.float8_e4m3fn, device=device)
+    floats = torch.ones(sum_k // 128, mn, device=device)
+    reader = "deep_gemm_sm100_k_grouped"
+    assert rules(q, floats, POWERS, reader) == []
+    assert rules(q, floats * 3, POWERS, reader) == ["powers of two"]
+    assert rules(q, floats[1:], POWERS, reader) == ["shape"]
+    assert rules(q, floats[:, 4:].contiguous(), POWERS, reader) == ["shape"]
+    assert rules(q, floats.t().contiguous().t(), POWERS, reader) == ["strides"]
+    assert rules(q[:, :62].contiguous(), floats[:, :62].contiguous(), POWERS, reader) == ["shape"]
+    assert rules(q, floats, cq.DEEP_GEMM_SM90, reader) == ["format"]
+    words = torch.full((sum_k // 128, mn), 0x7F7F7F7F, dtype=torch.int32, device=device)
+    assert rules(q, words, cq.DEEP_GEMM_32, reader) == []
+    words[0, 0] = -1
+    assert rules(q, words, cq.DEEP_GEMM_32, reader) == ["nan"]
+    assert rules(q, floats, cq.DEEP_GEMM_32, reader) == ["dtype"]
+    assert rules(q.view(torch.uint8), floats, POWERS, reader) == ["dtype"]
+    reader = "deep_gemm_sm90_k_grouped"
+    scales = floats.t() * 0.3
+    assert rules(q.flatten(), scales, cq.DEEP_GEMM_SM90, reader) == []
+    assert rules(q, scales, cq.DEEP_GEMM_SM90, reader) == ["shape"]
+    assert rules(q.flatten(), scales[:, 1:], cq.DEEP_GEMM_SM90, reader) == ["shape"]
+
+
+def test_bad_arguments(x):
+    q, sf, _ = quantized(x, cq.MXFP8)
+    with pytest.raises(ValueError, match=r"reader: expected one of .* got 'cublas'"):
+        cq.check_scales(q, sf, cq.MXFP8, "cublas")
+    with pytest.raises(TypeError, match=r"sf: expected a torch.Tensor, got None"):
+        cq.check_scales(q, None, cq.MXFP8, "scaled_mm")
+    with pytest.raises(TypeError, match="fmt: expected a Format"):
+        cq.check_scales(q, sf, "MXFP8", "scaled_mm")
+    with pytest.raises(TypeError, match="rows: expected None or one of"):
+        cq.check_scales(q, sf, cq.MXFP8, "scaled_mm", rows=3)
+
+
+def test_empty(device):
+    x = torch.empty(0, K, device=device)
+    q, sf = cq.quantize(x, cq.MXFP8)
+    assert rules(q, sf, cq.MXFP8, "scaled_mm") == []
