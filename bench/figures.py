@@ -37,6 +37,7 @@ STAGES = RECORDS / "h100-stages.jsonl"
 MASKED = RECORDS / "h100-masked.jsonl"
 HOST = RECORDS / "h100-host.jsonl"
 FP4 = RECORDS / "h100-fp4.jsonl"
+BLOCKS = RECORDS / "h100-blocks.jsonl"
 SWEEP = LAYOUTS / "sweep.json"
 
 SUMMARY_ROWS = 1, 64, 1024, 4096, 32768
@@ -99,9 +100,19 @@ def masked_table() -> Iterable[str]:
 
 def fp4_table() -> Iterable[str]:
     """Return the rows of `quantize` for each format, and of the way back beside vLLM."""
-    lines = [json.loads(line) for line in FP4.read_text(encoding="utf-8").splitlines()]
+    return cases_table(FP4, "vLLM")
+
+
+def blocks_table() -> Iterable[str]:
+    """Return the rows of weights in square blocks, beside DeepGEMM's cast."""
+    return cases_table(BLOCKS, "DeepGEMM")
+
+
+def cases_table(record: Path, other: str) -> Iterable[str]:
+    """Return the rows of a record of `bench.fp4.Case`, some of them beside another library."""
+    lines = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
     yield from report.origin_lines(lines[0]["machine"])
-    yield "| call | M x k | µs | / stream | vLLM / cute_quant |"
+    yield f"| call | rows x k | µs | / stream | {other} / cute_quant |"
     yield "| --- | ---: | ---: | ---: | ---: |"
     for line in lines[1:]:
         result = line["result"]
@@ -109,7 +120,7 @@ def fp4_table() -> Iterable[str]:
         own = seconds[CUTE_QUANT]
         cells = [result["name"], f"{result['m']} x {result['k']}", report.microseconds(own)]
         cells.append(f"{own / seconds[STREAM]:.2f}")
-        cells.append(f"{seconds['vLLM'] / own:.2f}" if "vLLM" in seconds else "")
+        cells.append(f"{seconds[other] / own:.2f}" if other in seconds else "")
         yield f"| {' | '.join(cells)} |"
 
 
@@ -151,6 +162,7 @@ TABLES: dict[str, tuple[Path | None, Callable[[], Iterable[str]]]] = {
     "stages": (STAGES, stages_table),
     "masked": (MASKED, masked_table),
     "fp4": (FP4, fp4_table),
+    "blocks": (BLOCKS, blocks_table),
     "host": (HOST, host_table),
     "sass": (None, sass_table),
     "sweep": (SWEEP, sweep_table),

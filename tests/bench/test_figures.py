@@ -72,17 +72,18 @@ def test_tables_name_gpu_and_commit(monkeypatch, tmp_path):
     assert "| whole row | 64 | 3.00 |  |  | 2.00 |" in text
 
 
-def test_the_table_of_fp4_has_what_vllm_does(monkeypatch, tmp_path):
-    path = tmp_path / "fp4.jsonl"
+@pytest.mark.parametrize(("name", "other"), [("FP4", "vLLM"), ("BLOCKS", "DeepGEMM")])
+def test_the_tables_of_cases_have_another_library(name, other, monkeypatch, tmp_path):
+    path = tmp_path / "cases.jsonl"
     seconds = {"cute_quant": 2e-6, "stream": 1e-6}
     results = [
         {"name": "quantize NVFP4", "m": 64, "k": 128, "seconds": seconds},
-        {"name": "dequantize NVFP4", "m": 1, "k": 16, "seconds": {**seconds, "vLLM": 3e-6}},
+        {"name": "dequantize NVFP4", "m": 1, "k": 16, "seconds": {**seconds, other: 3e-6}},
     ]
     records = [{"machine": machine()}, *({"result": result} for result in results)]
     path.write_text("\n".join(map(json.dumps, records)))
-    monkeypatch.setattr(figures, "FP4", path)
-    text = "\n".join(figures.fp4_table())
+    monkeypatch.setattr(figures, name, path)
+    text = "\n".join(figures.TABLES[name.lower()][1]())
     assert "NVIDIA H100" in text and "commit abcdef" in text
     assert "| quantize NVFP4 | 64 x 128 | 2.00 | 2.00 |  |" in text
     assert "| dequantize NVFP4 | 1 x 16 | 2.00 | 2.00 | 1.50 |" in text
