@@ -524,7 +524,7 @@ def requantize_blocks(
     if upper is not None:
         _check_input("requantize_blocks", *upper)
     outputs = _outputs(out, fmt)
-    traced = _is_traced(w8) or _is_traced(w_sf)
+    traced = _is_traced(w8)
     run = block_ops.requantize if traced else block_launches.requantize
     return run(w8, w_sf, fmt, upper, outputs.q, outputs.sf)
 

@@ -57,12 +57,12 @@ def check_block_format(fmt: object) -> None:
     assert isinstance(fmt, Format)
     if fmt.upper_scale:
         raise ValueError(
-            f"fmt: expected UE8M0 or float32 scales, got {fmt}, under whose e4m3 scales weights "
-            f"are quantized in groups: use quantize"
+            f"fmt: expected UE8M0 or float32 scales, got {fmt.text}, under whose e4m3 scales "
+            f"weights are quantized in groups: use quantize"
         )
     if fmt.group_size not in BLOCK_SIZES:
         sizes = " or ".join(f"{size} x {size}" for size in BLOCK_SIZES)
-        raise ValueError(f"fmt: expected a group_size for blocks of {sizes}, got {fmt}")
+        raise ValueError(f"fmt: expected a group_size for blocks of {sizes}, got {fmt.text}")
 
 
 def stored_once(fmt: Format) -> bool:

@@ -346,7 +346,9 @@ def check_scales_read(sf: torch.Tensor, fmt: Format, shape: ResultShape) -> None
         )
     flat_batch("sf", sf.shape, sf.stride(), fmt.scale_dims)
     if fmt.blocked and known(sf.shape[-1] > 1) and known(sf.stride(-1) != 1):
-        raise ValueError(f"sf: expected the bytes of blocks to be contiguous, got {sf.stride()=}")
+        raise ValueError(
+            f"sf: expected the bytes of blocks to be contiguous, got strides {sf.stride()}"
+        )
 
 
 def check_values_shape(shape: object) -> ResultShape:
@@ -361,9 +363,10 @@ def check_values_shape(shape: object) -> ResultShape:
         if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
             raise TypeError(f"shape: expected ints (..., mn, k), got {describe(size)} among them")
     negative = any(known(size < 0) for size in shape)
-    if len(shape) < 2 or negative or known(shape[-1] > MAX_COLUMNS):
+    large = any(known(size > MAX_SIZE) for size in shape)
+    if len(shape) < 2 or negative or large or known(shape[-1] > MAX_COLUMNS):
         raise ValueError(
-            f"shape: expected (..., mn, k), none below 0, with k up to {MAX_COLUMNS}, "
+            f"shape: expected (..., mn, k), each from 0 to {MAX_SIZE}, with k up to {MAX_COLUMNS}, "
             f"got {tuple(shape)}"
         )
     *batch_shape, mn, k = shape

@@ -19,6 +19,7 @@ from cute_quant.contract.checks import (
     check_row_domain,
     check_scales_out,
     check_scales_read,
+    check_whole_bytes,
 )
 from cute_quant.contract.dtypes import (
     FLOAT32_MANTISSA_BITS,
@@ -30,11 +31,9 @@ from cute_quant.contract.dtypes import (
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.tensors import (
-    MAX_SIZE,
     check_count,
     check_tensor,
     check_written,
-    known,
 )
 
 
@@ -83,8 +82,7 @@ def check(call: Conversion) -> None:
     sf, fmt, to, shape, rows, out = call
     check_format(fmt)
     check_formats(fmt, to)
-    if known(shape.mn > MAX_SIZE):
-        raise ValueError(f"shape: expected up to {MAX_SIZE} rows, got {shape.mn}")
+    check_whole_bytes("shape", to, shape.k)
     check_tensor("sf", sf, (fmt.sf_dtype,))
     check_scales_read(sf, fmt, shape)
     check_count("sf", shape.batch_shape, 1)

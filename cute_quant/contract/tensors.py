@@ -228,6 +228,14 @@ def check_disjoint(reads: Iterable[Region], writes: Iterable[Region]) -> None:
         others.append(written)
 
 
+def region_of_scales(name: str, sf: torch.Tensor, *, mn_major: bool) -> Region:
+    """Return the memory of scales (..., mn, columns), padding rows of MN-major ones included."""
+    nbytes = span(sf)
+    if mn_major and nbytes:
+        nbytes += (last_column_rows(sf) - sf.shape[-2]) * sf.element_size()
+    return Region(name, sf.data_ptr(), nbytes)
+
+
 def span(t: torch.Tensor) -> int:
     """Return the bytes from the first element of a tensor to its last."""
     if t.numel() == 0:

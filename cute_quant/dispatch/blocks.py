@@ -8,14 +8,13 @@ from cute_quant.contract import block_reference, blocks
 from cute_quant.contract.dtypes import LOAD_BYTES, STORE_BYTES
 from cute_quant.contract.formats import Format
 from cute_quant.contract.tensors import (
-    Region,
     check_disjoint,
     check_no_tangents,
     check_real,
     flat_batch,
     last_column_rows,
     region,
-    span,
+    region_of_scales,
 )
 from cute_quant.contract.torch_private import in_dual_level
 from cute_quant.contract.upper_scales import UpperScale
@@ -49,7 +48,8 @@ def quantize(
         q = torch.empty(shape.values(fmt), dtype=fmt.values, device=w.device)
     if sf is None:
         sf = blocks.empty_scales(fmt, shape, w.device)
-    _check_regions({"w": w}, q, sf, fmt)
+    of_rows = not blocks.stored_once(fmt)
+    _check_regions({"w": w}, q, sf, mn_major=fmt.mn_major and of_rows)
     if not launch.has_kernels(w):
         launch.run(block_reference.quantize_into, (w, fmt, q, sf), [])
     elif w.numel():
@@ -77,7 +77,8 @@ def requantize(
         sf = fmt.empty_scales(*shape, w8.device)
     elif sf is None:
         sf = blocks.empty_scales(fmt, shape, w8.device)
-    _check_regions(reads, q, sf, fmt)
+    of_rows = blocks.in_groups(fmt) or not blocks.stored_once(fmt)
+    _check_regions(reads, q, sf, mn_major=fmt.mn_major and of_rows)
     if not launch.has_kernels(w8):
         launch.run(block_reference.requantize_into, (w8, w_sf, fmt, upper, q, sf), [])
     elif w8.numel() and blocks.in_groups(fmt):
@@ -232,13 +233,17 @@ def _check_memory(tensors: dict[str, torch.Tensor | None]) -> None:
 
 
 def _check_regions(
-    reads: dict[str, torch.Tensor], q: torch.Tensor, sf: torch.Tensor, fmt: Format
+    reads: dict[str, torch.Tensor], q: torch.Tensor, sf: torch.Tensor, *, mn_major: bool
 ) -> None:
-    """Check that the memory that a call writes overlaps nothing else of it."""
-    nbytes = span(sf)
-    if sf.numel() and fmt.mn_major and sf.shape[-2] == q.shape[-2]:
-        nbytes += (last_column_rows(sf) - sf.shape[-2]) * sf.element_size()
+    """Check that the memory that a call writes overlaps nothing else of it.
+
+    Args:
+        reads: what it reads, by the names of the arguments.
+        q: values to write.
+        sf: scales to write.
+        mn_major: whether there is one for each row, and these have padding.
+    """
     check_disjoint(
         [region(name, t) for name, t in reads.items()],
-        [region("out q", q), Region("out sf", sf.data_ptr(), nbytes)],
+        [region("out q", q), region_of_scales("out sf", sf, mn_major=mn_major)],
     )

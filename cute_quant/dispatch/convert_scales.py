@@ -16,14 +16,13 @@ from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import RowOperands, from_operands, to_operands
 from cute_quant.contract.scale_conversion import Conversion
 from cute_quant.contract.tensors import (
-    Region,
     check_disjoint,
     check_no_tangents,
     check_real,
     flat_batch,
     last_column_rows,
     region,
-    span,
+    region_of_scales,
 )
 from cute_quant.contract.torch_private import in_dual_level, increment_version
 from cute_quant.dispatch import torch_ops
@@ -53,7 +52,7 @@ def run(call: Conversion, *, check: bool = False) -> torch.Tensor:
     else:
         reads = [region(name, t) for name, t in call.tensors.items() if t is not None]
         reads = [read for read in reads if read.name != "out"]
-        check_disjoint(reads, [Region("out", result.data_ptr(), _written_bytes(result, to))])
+        check_disjoint(reads, [region_of_scales("out", result, mn_major=to.mn_major)])
     if check:
         check_counts(call.rows, None, 0, shape.mn)
         scale_conversion.check_powers_of_two(call)
@@ -67,13 +66,6 @@ def run(call: Conversion, *, check: bool = False) -> torch.Tensor:
     else:
         scale_conversion.convert_into(call, result)
     return result
-
-
-def _written_bytes(sf: torch.Tensor, fmt: Format) -> int:
-    """Return the bytes from the first scale to the last, padding rows of MN-major ones included."""
-    if not sf.numel() or not fmt.mn_major:
-        return span(sf)
-    return span(sf) + (last_column_rows(sf) - sf.shape[-2]) * sf.element_size()
 
 
 def _launch(call: Conversion, result: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ from cute_quant.contract.tensors import (
     check_real,
     last_column_rows,
     region,
-    span,
+    region_of_scales,
 )
 from cute_quant.contract.torch_private import (
     in_dual_level,
@@ -465,9 +465,7 @@ def _quantize_by_reference(call: Call, *, check: bool) -> Results:
         row_scales = x.new_empty((*shape.batch_shape, shape.mn), dtype=torch.float32)
     given = (call.q, call.sf, call.row_scales, call.prologue)
     if any(part is not None for part in given):
-        padding_rows = last_column_rows(sf) - shape.mn if fmt.mn_major and sf.numel() else 0
-        sf_bytes = span(sf) + padding_rows * sf.element_size()
-        sf_region = Region("out sf", sf.data_ptr(), sf_bytes)
+        sf_region = region_of_scales("out sf", sf, mn_major=fmt.mn_major)
         _check_regions(call, region("out q", q), sf_region)
     run(reference.quantize_into, (call, q, sf, row_scales), [])
     return (q, sf) if row_scales is None else (q, sf, row_scales)

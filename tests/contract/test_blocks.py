@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cute_quant as cq
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, NVFP4, ROWWISE_FP8
+from cute_quant import (
+    DEEP_GEMM,
+    DEEP_GEMM_SM90,
+    GROUPWISE_FP8,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    ROWWISE_FP8,
+)
 from cute_quant.contract.upper_scales import UpperScale
 from tests import oracle
 from tests.helpers import as_arguments, assert_same_bits, poisoned_values, storage_bits
@@ -255,3 +263,26 @@ def test_a_view_into_a_larger_result(device):
     assert (
         wide[..., 96:].view(torch.uint8) == poisoned_values(1, 1, device).view(torch.uint8)
     ).all()
+
+
+@pytest.mark.parametrize("fmt", [DEEP_GEMM_SM90, GROUPWISE_FP8], ids=str)
+def test_one_row_of_float32_scales_has_no_padding(fmt):
+    """Its scales overlap what is read, and nothing past them does."""
+    memory = torch.ones(8)
+    w = memory[3:4].view(1, 1).expand(1, 512)
+    with pytest.raises(ValueError, match=r"out sf: expected memory of its own, .* overlaps w"):
+        cq.quantize_blocks(w, fmt, out=(None, memory[:4].view(1, 4)))
+    assert memory.eq(1).all()
+    w8 = torch.ones(1, 128).to(torch.float8_e4m3fn)
+    _, sf = cq.requantize_blocks(
+        w8, memory[1:2].view(1, 1), fmt, out=(None, memory[0:1].view(1, 1))
+    )
+    assert sf.item() == pytest.approx(1 / 448) and memory[1:].eq(1).all()
+
+
+def test_a_tracer_names_the_format_that_blocks_do_not_have():
+    call = torch.compile(
+        lambda w: cq.quantize_blocks(w, NVFP4), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(Exception, match="got e2m1:16:e4m3:128x4, under whose e4m3"):
+        call(torch.ones(32, 32))

@@ -293,7 +293,7 @@ def test_formats_are_parsed_from_text(text):
 
 def test_empty_scales():
     for shape in ((), (256,)):
-        with pytest.raises(ValueError, match=r"mn, k\), none below 0, with k up to"):
+        with pytest.raises(ValueError, match=r"mn, k\), each from 0 to 2147483647, with k up to"):
             empty_scales(DEEP_GEMM, shape)
 
 

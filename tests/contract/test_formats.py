@@ -733,7 +733,10 @@ def test_empty_scales_take_a_format(fmt, got):
 @pytest.mark.parametrize("shape", [(), (5,), [70], torch.Size((3,))], ids=repr)
 def test_empty_scales_take_matrices(shape):
     given = tuple(shape)
-    message = f"shape: expected (..., mn, k), none below 0, with k up to 1048576, got {given}"
+    message = (
+        f"shape: expected (..., mn, k), each from 0 to 2147483647, with k up to 1048576, "
+        f"got {given}"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         empty_scales(DEEP_GEMM, shape)
 

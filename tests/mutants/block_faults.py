@@ -81,8 +81,8 @@ FAULTS = [
     Fault(
         "blocks-overlapping-padding",
         DISPATCH,
-        "nbytes += (last_column_rows(sf) - sf.shape[-2]) * sf.element_size()",
-        "nbytes += 0",
+        "mn_major=fmt.mn_major and of_rows)\n    if not launch.has_kernels(w):",
+        "mn_major=False)\n    if not launch.has_kernels(w):",
         [f"{ON_CONTRACT}::test_memory_that_overlaps_is_refused"],
     ),
     Fault(

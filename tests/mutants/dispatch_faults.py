@@ -230,8 +230,8 @@ FAULTS = [
     Fault(
         "launch-padding-on-the-cpu",
         LAUNCH,
-        "sf_bytes = span(sf) + padding_rows * sf.element_size()",
-        "sf_bytes = span(sf)",
+        'region_of_scales("out sf", sf, mn_major=fmt.mn_major)',
+        'region_of_scales("out sf", sf, mn_major=False)',
         [
             f"{ON_INPUTS}::test_outputs_overlap_nothing",
             f"{ON_CHECKS}::test_out_overlaps",

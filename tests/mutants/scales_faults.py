@@ -130,8 +130,8 @@ FAULTS = [
     Fault(
         "convert-overlap-is-not-seen",
         DISPATCH,
-        "check_disjoint(reads, [Region(",
-        "check_disjoint([], [Region(",
+        "check_disjoint(reads, [region_of_scales(",
+        "check_disjoint([], [region_of_scales(",
         [f"{ON_CONVERT}::test_bad_arguments"],
     ),
     Fault(
