@@ -42,6 +42,15 @@ def formats_and_dtypes():
             yield pytest.param(fmt, dtype, marks=marks, id=f"{fmt}-{dtype}")
 
 
+def sizes_and_formats():
+    """Every size with a format of bytes or words, and with one of small blocks."""
+    formats = (DEEP_GEMM, DEEP_GEMM_32, MXFP8, SMALL_BLOCKS)
+    sizes = ((1, 1), (1, 130), (130, 1), (3, 513), (144, 30), (129, 641))
+    for i, (n, k) in enumerate(sizes):
+        for fmt in formats[i % 2 :: 2]:
+            yield pytest.param(n, k, fmt, id=f"{n}-{k}-{fmt}")
+
+
 @pytest.mark.parametrize(("fmt", "dtype"), list(formats_and_dtypes()))
 def test_every_format(fmt, dtype, gpu):
     for seed, shape in enumerate([(128, 256), (2, 133, 302)]):
@@ -51,28 +60,35 @@ def test_every_format(fmt, dtype, gpu):
 
 
 @pytest.mark.parametrize("name", views(torch.zeros(1, 1)))
-@pytest.mark.parametrize("fmt", [DEEP_GEMM, MXFP8, MXFP4, DEEP_GEMM_SM90], ids=str)
-@pytest.mark.parametrize("shape", [(3, 64, 160), (2, 2, 40, 136)])
+@pytest.mark.parametrize(
+    ("shape", "fmt"),
+    [
+        ((3, 64, 160), DEEP_GEMM),
+        ((3, 64, 160), MXFP4),
+        ((2, 2, 40, 136), MXFP8),
+        ((2, 2, 40, 136), DEEP_GEMM_SM90),
+    ],
+    ids=str,
+)
 def test_every_stride(shape, fmt, name, gpu):
     w = special_weights(shape, torch.bfloat16, fmt.group_size, 3)
     check(gpu, views(w)[name], fmt)
 
 
-@pytest.mark.parametrize("fmt", [DEEP_GEMM, DEEP_GEMM_32, MXFP8, SMALL_BLOCKS], ids=str)
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 130), (130, 1), (3, 513), (144, 30), (129, 641)])
+@pytest.mark.parametrize(("n", "k", "fmt"), list(sizes_and_formats()))
 def test_sizes_of_no_whole_block(n, k, fmt, gpu):
     w = special_weights((n, k), torch.bfloat16, fmt.group_size, n + k)
     check(gpu, w, fmt)
     check(gpu, w.mT.contiguous().mT, fmt)
 
 
-@pytest.mark.parametrize("place", [(0, 0), (15, 127), (16, 0), (31, 96), (32, 31), (127, 127)])
 @pytest.mark.parametrize("fmt", [DEEP_GEMM_SM90, SMALL_BLOCKS], ids=str)
-def test_each_value_counts_in_its_block_alone(fmt, place, gpu):
-    w = torch.ones(128, 256, dtype=torch.bfloat16)
-    w[place] = -5.0
-    check(gpu, w, fmt)
-    check(gpu, w.mT.contiguous().mT, fmt)
+def test_each_value_counts_in_its_block_alone(fmt, gpu):
+    for place in ((0, 0), (15, 127), (16, 0), (31, 96), (32, 31), (127, 127)):
+        w = torch.ones(128, 256, dtype=torch.bfloat16)
+        w[place] = -5.0
+        check(gpu, w, fmt)
+        check(gpu, w.mT.contiguous().mT, fmt)
 
 
 def test_a_view_into_a_larger_result(gpu):
