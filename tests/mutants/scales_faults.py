@@ -249,8 +249,8 @@ FAULTS = [
     Fault(
         "readers-dead-rows-may-be-anything",
         READER_CHECKS,
-        "yield from _powers_of_two(scales, given.reader)",
-        "yield from _powers_of_two(scales[live][None], given.reader)",
+        "for too.\n        yield from _powers_of_two(scales, given.reader)",
+        "for too.\n        yield from _powers_of_two(scales[live][None], given.reader)",
         [f"{ON_READERS}::test_scales_that_are_no_powers_of_two"],
     ),
     Fault(
