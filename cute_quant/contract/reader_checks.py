@@ -27,7 +27,7 @@ from cute_quant.contract.dtypes import (
     ceil_div,
     dtype_name,
 )
-from cute_quant.contract.format_choices import ROW_MAJOR
+from cute_quant.contract.format_choices import MN_MAJOR, ROW_MAJOR
 from cute_quant.contract.formats import Format
 from cute_quant.contract.readers import (
     DEEP_GEMM_SM90,
@@ -349,14 +349,13 @@ def _read_by_tma(given: Quantized) -> bool:
     sf, fmt = given.sf, given.fmt
     if fmt.byte_scales:
         return True
-    if given.kind == DEEP_GEMM_SM90_K_GROUPED:
-        return sf.ndim == 2 and sf.stride(0) == 1
-    return (
-        given.kind == DEEP_GEMM_SM90
-        and fmt.mn_major
-        and tuple(sf.shape) == fmt.scale_shape(*given.shape)
-        and _has_strides(sf, fmt.scale_strides(*given.shape))
-    )
+    if given.kind not in (DEEP_GEMM_SM90, DEEP_GEMM_SM90_K_GROUPED) or sf.ndim < 2:
+        return False
+    # DeepGEMM looks at strides alone, of scales of rows: whatever the format says of them.
+    *batch, mn, _ = sf.shape
+    own = fmt.replace(scale_layout=MN_MAJOR).scale_strides(batch, mn, sf.shape[-1] * fmt.group_size)
+    of_blocks = not given.reader.k_grouped and given.of_blocks
+    return sf.stride() == own and not of_blocks
 
 
 def _alignment(given: Quantized) -> Iterator[Finding]:

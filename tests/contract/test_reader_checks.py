@@ -517,6 +517,12 @@ def test_alignment_of_scales_that_tma_does_not_read(x):
     q, sf = cq.quantize(x, cq.DEEP_GEMM_SM90)
     moved = torch.empty(sf.numel() + 1, device=x.device)[1:].view(sf.mT.shape).mT.copy_(sf)
     assert rules(q, moved, cq.DEEP_GEMM_SM90, "deep_gemm_sm90") == ["alignment"]
+    assert rules(q, moved, cq.GROUPWISE_FP8, "deep_gemm_sm90") == ["alignment"]
+    k_grouped = q.mT.contiguous().flatten(), moved, cq.DEEP_GEMM_SM90, "deep_gemm_sm90_k_grouped"
+    assert rules(*k_grouped) == ["alignment"]
+    # Other strides than its own it transforms.
+    apart = torch.empty(sf.shape[1], MN + 4, device=x.device)[:, 1 : MN + 1].mT.copy_(sf)
+    assert rules(q, apart, cq.DEEP_GEMM_SM90, "deep_gemm_sm90", x=x) == []
 
 
 @pytest.mark.parametrize("shape", [(4, 130, 0), (4, 0, 128), (0, 130, 128), (0, 128)])
