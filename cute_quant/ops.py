@@ -14,7 +14,7 @@ from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import INPUT_DTYPES, describe
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90, Format
 from cute_quant.contract.prologues import FUSED, make_rms_norm, make_silu_mul
-from cute_quant.contract.reader_checks import Finding, Quantized, findings
+from cute_quant.contract.reader_checks import Finding, Quantized, check_arguments, findings
 from cute_quant.contract.readers import READERS
 from cute_quant.contract.rows import Rows
 from cute_quant.contract.scale_conversion import Conversion
@@ -613,24 +613,31 @@ def check_scales(
 
     Args:
         q: values, (..., mn, k), of any producer; bytes of two for FP4.
-        sf: their scales.
+        sf: their scales. For "deep_gemm_sm90" and "deep_gemm_sm100", float32 scales of groups of
+            128 may be those of square blocks of weights, (..., ceil(N / 128), ceil(K / 128)), as
+            :func:`quantize_blocks` returns them: q is the B operand then, and `rows` is None.
         fmt: the format that they are said to have.
         reader: "deep_gemm_sm90" or "deep_gemm_sm100", whose dense, masked, contiguous and psum
             GEMMs `rows` tells apart; "deep_gemm_sm90_k_grouped" or "deep_gemm_sm100_k_grouped",
             with q and sf as these take them; "scaled_mm" (cuBLAS), "cutlass" or "trtllm_8x4".
-        rows: which rows exist, as for :func:`quantize`.
+        rows: which rows exist, as for :func:`quantize`. None for k-grouped readers.
         encode_scale: the scale over e4m3 scales that values are multiplied back with, as for
-            :func:`dequantize`.
-        decode_scale: as for :func:`dequantize`.
-        amax: as for :func:`dequantize`.
-        x: what was quantized, (..., mn, k), where it is at hand.
+            :func:`dequantize`; with ``PrefixSum`` or ``Indexed`` rows also (G,), one for each
+            group, as for :func:`quantize`. Each is judged by the rows under it.
+        decode_scale: as `encode_scale`. With ``row_scale``, the scales of rows.
+        amax: as `encode_scale`.
+        x: what was quantized, (..., mn, k), on the device of q, where it is at hand. Dead rows and
+            groups that are not finite are left out. None for k-grouped readers.
 
     Returns:
         A finding for each mistake: a `rule` and a `text`, one sentence. Empty if all is right.
 
     Raises:
-        TypeError: an argument is no tensor, Format or row domain.
-        ValueError: there is no such reader, or `rows` do not fit.
+        TypeError: an argument is no tensor with memory, Format or row domain, or the upper scale or
+            `x` has a wrong dtype.
+        ValueError: there is no such reader, or `rows`, the upper scale or the device of `x` do not
+            fit. A wrong shape of `x` is a finding.
+        RuntimeError: a tensor is inside a transform of ``torch.func``.
     """
     for name, t in (("q", q), ("sf", sf), ("x", x)):
         if not isinstance(t, torch.Tensor) and not (t is None and name == "x"):
@@ -639,11 +646,11 @@ def check_scales(
     if not isinstance(reader, str) or reader not in READERS:
         raise ValueError(f"reader: expected one of {tuple(READERS)}, got {describe(reader)}")
     checks.check_row_kind(rows)
-    if rows is not None and q.ndim == 1 + len(rows.dimensions):
-        checks.check_row_domain(rows, q, "q", tuple(q.shape[:-1]), "q", q.shape[-1])
     upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    given = Quantized(q, sf, fmt, READERS[reader], reader, rows, upper, x)
     with torch.no_grad():
-        return findings(Quantized(q, sf, fmt, READERS[reader], reader, rows, upper, x))
+        check_arguments(given)
+        return findings(given)
 
 
 @outside_of_graphs

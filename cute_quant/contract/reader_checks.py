@@ -9,19 +9,25 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
-from cute_quant.contract import reference, scale_storage
-from cute_quant.contract.calls import ResultShape
+from cute_quant.contract import blocks, reference, scale_storage
+from cute_quant.contract.block_reference import rows_of_blocks
+from cute_quant.contract.calls import Call, ResultShape
+from cute_quant.contract.checks import check_row_domain, check_upper_scale, upper_scale_shapes
 from cute_quant.contract.dtypes import (
     BYTES_PER_WORD,
     E4M3_NAN,
+    INPUT_DTYPES,
+    SCALE_ROW_ALIGNMENT,
     SMALLEST_UE8M0,
+    SOURCE_BLOCK,
     UE8M0_NAN,
     UPPER_MAX,
     ceil_div,
     dtype_name,
 )
-from cute_quant.contract.format_choices import ROW_MAJOR
+from cute_quant.contract.format_choices import MN_MAJOR, ROW_MAJOR
 from cute_quant.contract.formats import Format
 from cute_quant.contract.readers import (
     DEEP_GEMM_SM90,
@@ -29,19 +35,24 @@ from cute_quant.contract.readers import (
     DEEP_GEMM_SM100,
     Reader,
 )
-from cute_quant.contract.rows import Rows
+from cute_quant.contract.rows import Masked, Rows
 from cute_quant.contract.scale_conversion import exponents, rows_that_exist
-from cute_quant.contract.tensors import flat_batch, last_column_rows
-from cute_quant.contract.upper_scales import UpperScale, decode_scale
+from cute_quant.contract.tensors import (
+    check_device,
+    check_real,
+    check_tensor,
+    flat_batch,
+    last_column_rows,
+)
+from cute_quant.contract.upper_scales import DECODE, UpperScale, decode_scale
 
 TMA_BYTES = 16
 """Alignment of addresses and strides that TMA reads."""
-K_GROUPS = 128
-"""Most groups of DeepGEMM's k-grouped GEMM."""
 LEAST_PRODUCT = UPPER_MAX / 2**8
 """Least of the largest products of a value and an e4m3 scale under an encode scale that fits."""
-MOST_SATURATED = 0.5
-"""Share of e4m3 scales at their largest, from which on the encode scale was too large."""
+MOST_SATURATED, LEAST_SCALES = 0.5, 16
+"""Share of e4m3 scales at their largest, from which on the encode scale was too large, and the
+scales under it that tell."""
 PLAUSIBLE_AMAX = 2.0**-16, 2.0**16
 """Bounds of the largest magnitude of activations and weights, half's range on both sides."""
 AMAX_FACTOR = 2.0
@@ -103,6 +114,84 @@ class Quantized(NamedTuple):
     upper: UpperScale | None
     x: torch.Tensor | None
 
+    @property
+    def shape(self) -> ResultShape:
+        """Return the shape of the values, of 2 or more dimensions."""
+        *batch, mn, columns = self.q.shape
+        return ResultShape(tuple(batch), mn, columns * self.fmt.value_type.per_byte)
+
+    @property
+    def takes_blocks(self) -> bool:
+        """Return whether the values may be weights with a scale for each square block."""
+        return (
+            self.kind in (DEEP_GEMM_SM90, DEEP_GEMM_SM100)
+            and self.rows is None
+            and blocks.stored_once(self.fmt)
+            and self.fmt.group_size == SOURCE_BLOCK
+        )
+
+    @property
+    def of_blocks(self) -> bool:
+        """Return whether the scales are those of square blocks; of one row, those of groups."""
+        sizes = tuple(self.sf.shape)
+        return (
+            self.takes_blocks
+            and sizes != self.fmt.scale_shape(*self.shape)
+            and sizes == blocks.scale_shape(self.fmt, *self.shape)
+        )
+
+    @property
+    def upper_of_groups(self) -> bool:
+        """Return whether each group of rows stacked along M has an upper scale of its own."""
+        return Call(self.q, self.fmt, rows=self.rows, upper=self.upper).upper_of_groups
+
+
+def check_arguments(given: Quantized) -> None:
+    """Check what no finding is about: memory, the row domain, the upper scale and x.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is wrong.
+    """
+    q, sf, _, reader, _, rows, upper, x = given
+    if reader.k_grouped:
+        for name, argument in (("rows", rows), ("x", x)):
+            if argument is not None:
+                raise ValueError(
+                    f"{name}: expected None for {reader.name}, whose groups lie along k, got one"
+                )
+    check_tensor("q", q, (q.dtype,))
+    check_tensor("sf", sf, (sf.dtype,))
+    tensors = {"q": q, "sf": sf, "x": x}
+    if x is not None:
+        check_tensor("x", x, INPUT_DTYPES)
+        check_device("x", x, q, "q")
+    if rows is not None:
+        name = f"rows.{rows.data_name}"
+        check_tensor(name, rows.data, (torch.int32,))
+        tensors[name] = rows.data
+        if q.ndim == 1 + len(rows.dimensions):
+            check_row_domain(rows, q, "q", tuple(q.shape[:-1]), "q", q.shape[-1])
+    if upper is not None:
+        _check_upper_scale(given, upper)
+        tensors[upper.kind] = upper.tensor
+    check_real(tensors)
+
+
+def _check_upper_scale(given: Quantized, upper: UpperScale) -> None:
+    """Check an upper scale that is given."""
+    q, fmt = given.q, given.fmt
+    shapes = upper_scale_shapes(
+        fmt, tuple(q.shape[:-2]), Call(q, fmt, rows=given.rows, upper=upper)
+    )
+    if fmt.row_scale:
+        if upper.kind != DECODE:
+            raise ValueError(
+                f"{upper.kind}: expected {DECODE} for {fmt}, the scales of rows that quantize "
+                "returned, got a tensor"
+            )
+        shapes = [tuple(q.shape[:-1])]
+    check_upper_scale(upper, fmt, shapes, q, "q")
+
 
 def findings(given: Quantized) -> list[Finding]:
     """Return all that is wrong, first what is wrong before values are looked at."""
@@ -111,10 +200,17 @@ def findings(given: Quantized) -> list[Finding]:
     found = [*_format(given), *_dtypes(given)]
     if found:
         return found
-    found = [*_shapes(given), *_strides(given), *_alignment(given)]
-    if any(finding.rule in ("shape", "strides") for finding in found) or not given.q.numel():
+    found = list(_shapes(given))
+    if not given.q.numel():
         return found
-    return [*found, *_contents(given)]
+    found += [*_strides(given), *_alignment(given)]
+    if any(finding.rule in ("shape", "strides") for finding in found):
+        return found
+    if given.x is not None and tuple(given.x.shape) != (expected := _sizes(given.shape)):
+        text = f"x: expected the shape of the values {expected}, got {tuple(given.x.shape)}"
+        found.append(Finding("shape", text))
+        given = given._replace(x=None)
+    return [*found, *(_contents_of_blocks if given.of_blocks else _contents)(given)]
 
 
 def _format(given: Quantized) -> Iterator[Finding]:
@@ -155,9 +251,8 @@ def _view_hint(t: torch.Tensor, dtype: torch.dtype) -> str:
     return f": view({dtype})" if t.element_size() == dtype.itemsize and t.dtype != dtype else ""
 
 
-def _shape_of(given: Quantized) -> ResultShape:
-    *batch, mn, columns = given.q.shape
-    return ResultShape(tuple(batch), mn, columns * given.fmt.value_type.per_byte)
+def _sizes(shape: ResultShape) -> tuple[int, ...]:
+    return (*shape.batch_shape, shape.mn, shape.k)
 
 
 def _shapes(given: Quantized) -> Iterator[Finding]:
@@ -171,7 +266,7 @@ def _shapes(given: Quantized) -> Iterator[Finding]:
         yield Finding("shape", text)
         if q.ndim < 2:
             return
-    shape = _shape_of(given)
+    shape = given.shape
     nbytes = q.shape[-1] * q.element_size()
     if nbytes % reader.k_multiple:
         yield Finding(
@@ -179,12 +274,15 @@ def _shapes(given: Quantized) -> Iterator[Finding]:
             f"q: expected rows of a multiple of {reader.k_multiple} bytes, got {nbytes}",
         )
     expected_shape = fmt.scale_shape(*shape)
-    if tuple(sf.shape) == expected_shape:
+    if tuple(sf.shape) == expected_shape or given.of_blocks:
         return
-    text = f"sf: expected shape {expected_shape} for q {tuple(q.shape)}, got {tuple(sf.shape)}"
+    words = f"{expected_shape}"
+    if given.takes_blocks:
+        words += f", or {blocks.scale_shape(fmt, *shape)} of blocks of weights,"
+    text = f"sf: expected shape {words} for q {tuple(q.shape)}, got {tuple(sf.shape)}"
     unpadded = shape.mn * fmt.groups(shape.k)
     if fmt.blocked and sf.numel() == expected_shape[-1] and sf.ndim == 2 == q.ndim:
-        text += ": flatten() it"
+        text += ": flatten() it if it is swizzled, convert_scales from row_major if it is row-major"
     elif fmt.blocked and not shape.batch_shape and sf.numel() == unpadded:
         yield Finding(
             "swizzle",
@@ -196,9 +294,8 @@ def _shapes(given: Quantized) -> Iterator[Finding]:
 
 def _strides(given: Quantized) -> Iterator[Finding]:
     q, sf, fmt, reader = given.q, given.sf, given.fmt, given.reader
-    if q.ndim < 2 or tuple(sf.shape) != fmt.scale_shape(*_shape_of(given)):
+    if q.ndim < 2 or (tuple(sf.shape) != fmt.scale_shape(*given.shape) and not given.of_blocks):
         return
-    shape = _shape_of(given)
     if q.shape[-1] > 1 and q.stride(-1) != 1:
         text = f"q: expected rows contiguous along k, got strides {q.stride()}"
         yield Finding("strides", text)
@@ -209,6 +306,9 @@ def _strides(given: Quantized) -> Iterator[Finding]:
             f"q: expected matrices {q.shape[1] * q.shape[2]} elements apart, got strides "
             f"{q.stride()}",
         )
+    if given.of_blocks and given.kind == DEEP_GEMM_SM90:
+        yield from _strides_of_blocks(sf)
+        return
     if deep_gemm and not fmt.byte_scales:
         # These are brought into the layout that it reads, whatever their strides.
         try:
@@ -216,20 +316,55 @@ def _strides(given: Quantized) -> Iterator[Finding]:
         except ValueError as error:
             yield Finding("strides", str(error))
         return
-    expected = fmt.scale_strides(*shape)
-    wrong = [
-        size > 1 and actual != stride
-        for size, actual, stride in zip(sf.shape, sf.stride(), expected, strict=True)
-    ]
+    expected = fmt.scale_strides(*given.shape)
     # DeepGEMM looks at the strides of single columns and matrices too.
     exact = sf.stride()[-1:] + sf.stride()[:-2] == expected[-1:] + expected[:-2]
-    if any(wrong) or (deep_gemm and sf.numel() and not exact):
+    if not _has_strides(sf, expected) or (deep_gemm and not exact):
         text = f"sf: expected strides {expected} for {reader.name}, got {sf.stride()}"
         yield Finding("strides", text)
 
 
+def _has_strides(t: torch.Tensor, expected: tuple[int, ...]) -> bool:
+    """Return whether a tensor has strides where they matter."""
+    return all(
+        size <= 1 or actual == stride
+        for size, actual, stride in zip(t.shape, t.stride(), expected, strict=True)
+    )
+
+
+def _strides_of_blocks(sf: torch.Tensor) -> Iterator[Finding]:
+    rows, columns = sf.shape[-2:]
+    matrices = rows * columns
+    together = sf.ndim == 2 or sf.stride(0) == matrices
+    if not together or sf.stride()[-2:] not in ((columns, 1), (1, rows)):
+        yield Finding(
+            "strides",
+            f"sf: expected scales of blocks contiguous along k or n, matrices {matrices} elements "
+            f"apart, got strides {sf.stride()}",
+        )
+
+
+def _read_by_tma(given: Quantized) -> bool:
+    """Return whether TMA reads the scales as they lie: others are loaded or transformed first."""
+    sf, fmt = given.sf, given.fmt
+    if fmt.byte_scales:
+        return True
+    if given.kind not in (DEEP_GEMM_SM90, DEEP_GEMM_SM90_K_GROUPED) or sf.ndim < 2:
+        return False
+    # DeepGEMM looks at strides alone, of scales of rows: whatever the format says of them.
+    *batch, mn, _ = sf.shape
+    own = fmt.replace(scale_layout=MN_MAJOR).scale_strides(batch, mn, sf.shape[-1] * fmt.group_size)
+    of_blocks = not given.reader.k_grouped and given.of_blocks
+    return sf.stride() == own and not of_blocks
+
+
 def _alignment(given: Quantized) -> Iterator[Finding]:
-    for name, t in (("q", given.q), ("sf", given.sf)):
+    if given.q.ndim < 2 and not given.reader.k_grouped:
+        return
+    read = {"q": given.q}
+    if _read_by_tma(given):
+        read["sf"] = given.sf
+    for name, t in read.items():
         if t.numel() and t.data_ptr() % TMA_BYTES:
             yield Finding(
                 "alignment",
@@ -247,8 +382,7 @@ def _alignment(given: Quantized) -> Iterator[Finding]:
 
 def _contents(given: Quantized) -> Iterator[Finding]:
     """Look at values and scales, which synchronizes."""
-    sf, fmt = given.sf, given.fmt
-    shape = _shape_of(given)
+    sf, fmt, shape = given.sf, given.fmt, given.shape
     scales = scale_storage.read(sf, fmt, shape.mn, shape.k)
     live = torch.ones(scales.shape[:2], dtype=torch.bool, device=sf.device)
     if given.rows is not None:
@@ -260,8 +394,28 @@ def _contents(given: Quantized) -> Iterator[Finding]:
     yield from _nan(scales, live, fmt)
     if fmt.upper_scale:
         yield from _upper_scale(given, scales, live)
-    if given.x is not None:
-        yield from _belongs_to(given, given.x, shape, live)
+    yield from _belongs_to(given, shape, live)
+
+
+def _contents_of_blocks(given: Quantized) -> Iterator[Finding]:
+    """Look at values and at float32 scales of square blocks, which synchronizes."""
+    fmt, shape = given.fmt, given.shape
+    scales = given.sf.reshape(-1, *given.sf.shape[-2:])
+    if given.reader.powers_of_two:
+        yield from _powers_of_two(scales, given.reader)
+    yield from _nan(scales, torch.ones_like(scales[..., 0], dtype=torch.bool), fmt)
+    by_row = rows_of_blocks(given.sf, fmt.group_size, shape.mn).contiguous()
+    given = given._replace(sf=by_row, fmt=fmt.replace(scale_layout=ROW_MAJOR))
+    live = torch.ones(len(scales), shape.mn, dtype=torch.bool, device=scales.device)
+    yield from _belongs_to(given, shape, live)
+
+
+def _written(given: Quantized, rows: int) -> torch.Tensor:
+    """Return which of the stored rows of scales are defined, (batch or 1, rows)."""
+    if isinstance(given.rows, Masked):
+        mn = given.shape.mn
+        return reference.below_count(given.rows, mn, rows, SCALE_ROW_ALIGNMENT)
+    return torch.ones(1, rows, dtype=torch.bool, device=given.sf.device)
 
 
 def _padding(given: Quantized, shape: ResultShape) -> Iterator[Finding]:
@@ -269,17 +423,17 @@ def _padding(given: Quantized, shape: ResultShape) -> Iterator[Finding]:
     modes = scale_storage.view(sf, fmt, shape.mn, shape.k)
     stored = scale_storage.stored_matrix(modes, fmt, shape.mn, shape.k)
     groups = fmt.groups(shape.k)
-    rows, columns = stored.shape[1:]
-    real = torch.zeros(rows, columns, dtype=torch.bool, device=sf.device)
-    real[: shape.mn, :groups] = True
-    wrong = (stored != 0) & ~real
+    padding = torch.ones_like(stored, dtype=torch.bool)
+    padding[:, : shape.mn, :groups] = False
+    padding &= _written(given, stored.shape[1]).unsqueeze(2)
+    wrong = (stored != 0) & padding
     if wrong.any():
-        _, row, group = wrong.nonzero()[0].tolist()
+        batch, row, group = wrong.nonzero()[0].tolist()
         yield Finding(
             "padding",
-            f"sf: expected 0 where there is no row or group, got {stored[wrong][0].item()} at row "
-            f"{row}, group {group}, and {int(wrong.sum())} such places of {int((~real).sum())} in "
-            "each matrix",
+            f"sf: expected 0 where there is no row or group, got {stored[wrong][0].item()} at "
+            f"({batch}, {row}, {group}), and {int(wrong.sum())} such places of "
+            f"{int(padding.sum())}",
         )
         if fmt.blocked and not _in_order(sf)[:, shape.mn * groups :].any():
             yield Finding(
@@ -289,7 +443,7 @@ def _padding(given: Quantized, shape: ResultShape) -> Iterator[Finding]:
                 "convert_scales from row_major makes blocks of them",
             )
     if fmt.mn_major and fmt.scale_rows(shape.mn) > shape.mn:
-        yield from _padding_rows(sf, fmt, shape.mn)
+        yield from _padding_rows(given, shape)
 
 
 def _in_order(sf: torch.Tensor) -> torch.Tensor:
@@ -297,23 +451,25 @@ def _in_order(sf: torch.Tensor) -> torch.Tensor:
     return sf.view(torch.uint8).reshape(-1, sf.shape[-1])
 
 
-def _padding_rows(sf: torch.Tensor, fmt: Format, mn: int) -> Iterator[Finding]:
+def _padding_rows(given: Quantized, shape: ResultShape) -> Iterator[Finding]:
     """Look at the rows past mn of MN-major scales that have storage."""
+    sf, fmt, mn = given.sf, given.fmt, shape.mn
     aligned = fmt.scale_rows(mn)
-    if sf.stride(-2) != 1 or sf.stride(-1) != aligned:
+    own = _has_strides(sf, fmt.scale_strides(*shape))
+    if not own or sf.stride()[-2:] != (1, aligned):
         return
     columns = sf.numel() // mn
-    last = sf.as_strided((last_column_rows(sf) - mn,), (1,), _offset(sf, columns - 1, aligned, mn))
-    inner = sf.as_strided((columns - 1, aligned - mn), (aligned, 1), sf.storage_offset() + mn)
-    count = int(inner.count_nonzero() + last.count_nonzero())
-    if count:
+    start = sf.storage_offset() + mn
+    inner = sf.as_strided((columns - 1, aligned - mn), (aligned, 1), start)
+    last = sf.as_strided((last_column_rows(sf) - mn,), (1,), start + (columns - 1) * aligned)
+    written = _written(given, aligned)[:, mn:].expand(columns // sf.shape[-1], -1)
+    written = written.repeat_interleave(sf.shape[-1], 0)
+    wrong = int(((inner != 0) & written[:-1]).sum())
+    wrong += int(((last != 0) & written[-1, : len(last)]).sum())
+    if wrong:
         yield Finding(
-            "padding", f"sf: expected 0 in rows {mn} to {aligned - 1}, got {count} other elements"
+            "padding", f"sf: expected 0 in rows {mn} to {aligned - 1}, got {wrong} other elements"
         )
-
-
-def _offset(sf: torch.Tensor, column: int, aligned: int, mn: int) -> int:
-    return int(sf.storage_offset()) + column * aligned + mn
 
 
 def _powers_of_two(scales: torch.Tensor, reader: Reader) -> Iterator[Finding]:
@@ -340,11 +496,70 @@ def _nan(scales: torch.Tensor, live: torch.Tensor, fmt: Format) -> Iterator[Find
     nan &= live.unsqueeze(2)
     if nan.any():
         batch, row, group = nan.nonzero()[0].tolist()
+        got = "NaN" if fmt.byte_scales else scales[batch, row, group].item()
         yield Finding(
             "nan",
-            f"sf: expected numbers, got NaN at ({batch}, {row}, {group}) and in {int(nan.sum())} "
-            f"of {nan.numel()} groups: x held NaN or Inf there, or this is no scale",
+            f"sf: expected finite scales, got {got} at ({batch}, {row}, {group}) and such in "
+            f"{int(nan.sum())} of {nan.numel()} places: x held NaN or Inf there, or this is no "
+            "scale",
         )
+
+
+class _Units(NamedTuple):
+    """Which upper scale each row is under.
+
+    Attributes:
+        word: for what has an upper scale of its own.
+        number: of upper scales.
+        of_rows: (batch, mn), int64: the upper scale of each row, `number` where it has none.
+    """
+
+    word: str
+    number: int
+    of_rows: torch.Tensor
+
+    def sum(self, t: torch.Tensor) -> torch.Tensor:
+        """Return sums of t (batch, mn) for each upper scale."""
+        sums = t.new_zeros(self.number + 1, dtype=torch.float32)
+        return sums.index_add(0, self.of_rows.flatten(), t.float().flatten())[: self.number]
+
+    def amax(self, t: torch.Tensor) -> torch.Tensor:
+        """Return the largest of non-negative t (batch, mn) for each upper scale."""
+        largest = t.new_zeros(self.number + 1)
+        index = self.of_rows.flatten()
+        return largest.scatter_reduce(0, index, t.flatten(), "amax")[: self.number]
+
+    def where(self, wrong: torch.Tensor) -> str:
+        """Return words for where something is wrong, none where there is one upper scale."""
+        if self.number == 1:
+            return ""
+        first, total = int(wrong.nonzero()[0]), int(wrong.sum())
+        return f" in {self.word} {first}, and such in {total} of {self.number}"
+
+
+def _units(given: Quantized, live: torch.Tensor) -> _Units:
+    """Return which upper scale each row is under."""
+    assert given.upper is not None
+    count = given.upper.tensor.numel()
+    if given.upper_of_groups:
+        assert given.rows is not None
+        group = reference.groups_of_rows(given.rows, live.shape[1])
+        of_rows = group.where((group >= 0) & (group < count), count)
+        return _Units("group", count, of_rows.expand(live.shape))
+    if given.fmt.row_scale or count == 1:
+        return _Units("tensor", 1, torch.zeros_like(live, dtype=torch.int64))
+    matrix = torch.arange(count, device=live.device)
+    return _Units("matrix", count, matrix.unsqueeze(1).expand(live.shape))
+
+
+def _factors(given: Quantized, live: torch.Tensor) -> torch.Tensor:
+    """Return what each row is multiplied back with above its scales, (batch or 1, mn or 1, 1)."""
+    assert given.upper is not None
+    decode = decode_scale(given.upper)
+    if given.upper_of_groups:
+        units = _units(given, live)
+        return pad(decode, (0, 1), value=torch.nan)[units.of_rows].unsqueeze(2)
+    return decode.reshape(-1, live.shape[1] if given.fmt.row_scale else 1, 1)
 
 
 def _upper_scale(given: Quantized, scales: torch.Tensor, live: torch.Tensor) -> Iterator[Finding]:
@@ -354,50 +569,63 @@ def _upper_scale(given: Quantized, scales: torch.Tensor, live: torch.Tensor) -> 
         text = f"decode_scale: expected the scale over the e4m3 scales of {fmt}, got none"
         yield Finding("upper scale", text)
         return
-    shape = _shape_of(given)
-    decoded = scales.view(fmt.scale_dtype).float().where(live.unsqueeze(2), 0.0)
+    units = _units(given, live)
+    decoded = scales.view(fmt.scale_dtype).float()
+    finite = decoded.isfinite() & live.unsqueeze(2)
+    decoded = decoded.where(finite, 0.0)
     q = given.q.view(torch.uint8).reshape(*live.shape, -1)
-    products = reference.multiply_back(q, decoded.nan_to_num(0.0), fmt, torch.float32).abs()
-    largest = products.amax()
-    if largest == 0 and given.x is None:
-        return
-    saturated = (decoded == torch.finfo(fmt.scale_dtype).max)[live].float().mean()
-    if not fmt.row_scale and largest < LEAST_PRODUCT:
+    by_row = reference.multiply_back(q, decoded, fmt, torch.float32).abs().amax(2)
+    largest = units.amax(by_row)
+    dequantized = by_row * _factors(given, live).squeeze(2)
+    amax = units.amax(dequantized.where(by_row > 0, 0.0))
+    expected = None if given.x is None else units.amax(_row_amax(given.x, finite, fmt))
+    # Nothing tells where all is 0.
+    tells = largest > 0 if expected is None else (largest > 0) | (expected > 0)
+    top = torch.finfo(fmt.scale_dtype).max
+    saturated = units.sum((decoded == top).sum(2)) / units.sum(finite.sum(2)).clamp(min=1)
+    enough = units.sum(finite.sum(2)) >= LEAST_SCALES
+    small = tells & (largest < LEAST_PRODUCT) & (not fmt.row_scale)
+    many = tells & enough & (saturated > MOST_SATURATED) & (not fmt.row_scale)
+    if small.any():
         yield Finding(
             "upper scale",
             f"sf: expected a largest product of value and scale near {UPPER_MAX:.0f}, got "
-            f"{largest:.3g}: was a decode scale taken for the encode scale?",
+            f"{largest[small][0]:.3g}{units.where(small)}: was a decode scale taken for the encode "
+            "scale?",
         )
-    elif not fmt.row_scale and saturated > MOST_SATURATED:
+    elif many.any():
         yield Finding(
             "upper scale",
-            f"sf: expected few scales of {torch.finfo(fmt.scale_dtype).max:.0f}, the largest, got "
-            f"{saturated:.0%}: was a decode scale taken for the encode scale?",
+            f"sf: expected few scales of {top:.0f}, the largest, got "
+            f"{saturated[many][0]:.0%}{units.where(many)}: was a decode scale taken for the encode "
+            "scale?",
         )
-    factor = decode_scale(upper).reshape(-1, shape.mn if fmt.row_scale else 1, 1)
-    amax = (products * factor).amax()
-    if given.x is not None:
-        expected = given.x.abs().amax().float()
-        low, high = expected / AMAX_FACTOR, expected * AMAX_FACTOR
-        words = f"the amax of x, {expected:.3g}"
+    if expected is None:
+        low, high = (torch.full_like(amax, bound) for bound in PLAUSIBLE_AMAX)
     else:
-        low, high = (largest.new_tensor(bound) for bound in PLAUSIBLE_AMAX)
-        words = f"from {low:.3g} to {high:.3g}"
-    if not (low <= amax) & (amax <= high):
+        low, high = expected / AMAX_FACTOR, expected * AMAX_FACTOR
+    wrong = tells & ~((low <= amax) & (amax <= high))
+    if wrong.any():
+        words = f"from {low[wrong][0]:.3g} to {high[wrong][0]:.3g}"
+        if expected is not None:
+            words = f"the amax of x, {expected[wrong][0]:.3g}"
         yield Finding(
             "upper scale",
-            f"{upper.kind}: expected a dequantized amax of {words}, got {amax:.3g}: were encode "
-            "and decode scale mixed up?",
+            f"{upper.kind}: expected a dequantized amax of {words}, got {amax[wrong][0]:.3g}"
+            f"{units.where(wrong)}: were encode and decode scale mixed up?",
         )
 
 
-def _belongs_to(
-    given: Quantized, x: torch.Tensor, shape: ResultShape, live: torch.Tensor
-) -> Iterator[Finding]:
-    """Compare dequantized values with what was quantized."""
-    if tuple(x.shape) != (*shape.batch_shape, shape.mn, shape.k):
-        text = f"x: expected the shape of the values {tuple(shape)}, got {tuple(x.shape)}"
-        yield Finding("shape", text)
+def _row_amax(x: torch.Tensor, finite: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return the amax of each row of x, (batch, mn), where its groups have a finite scale."""
+    x = x.float().reshape(*finite.shape[:2], -1).abs()
+    used = finite.repeat_interleave(fmt.group_size, 2)[..., : x.shape[2]]
+    return x.where(used & x.isfinite(), 0.0).amax(2)
+
+
+def _belongs_to(given: Quantized, shape: ResultShape, live: torch.Tensor) -> Iterator[Finding]:
+    """Compare dequantized values with what was quantized, where it is at hand."""
+    if given.x is None:
         return
     error = _error(given, given.sf, given.fmt, shape, live)
     if error <= ERROR:
@@ -427,8 +655,10 @@ def _error(
     """Return the relative error of the rows that exist, of the finite values of x."""
     assert given.x is not None
     q = given.q.view(fmt.values)
-    y = reference.dequantize(q, sf, fmt, torch.float32, given.upper).view(*live.shape, shape.k)
-    x = given.x.float().view(y.shape)
+    y = reference.dequantize(q, sf, fmt, torch.float32).view(*live.shape, shape.k)
+    if given.upper is not None:
+        y = y * _factors(given, live)
+    x = given.x.float().reshape(y.shape)
     used = (live.unsqueeze(2) & x.isfinite() & y.isfinite()).expand_as(x)
     difference = (y - x).where(used, 0.0).double().norm()
     return float(difference / x.where(used, 0.0).double().norm().clamp(min=1e-300))
@@ -437,14 +667,9 @@ def _error(
 def _k_grouped(given: Quantized) -> Iterator[Finding]:
     """Check operands of a GEMM whose groups lie along rows: k rows, mn columns."""
     q, sf, fmt, reader = given.q, given.sf, given.fmt, given.reader
-    yield from _format(given)
-    if q.dtype != fmt.values:
-        text = f"q: expected {dtype_name(fmt.values)}, got {dtype_name(q.dtype)}"
-        yield Finding("dtype", text)
-    expected_dtype = torch.int32 if fmt.byte_scales else torch.float32
-    if sf.dtype is not expected_dtype:
-        text = f"sf: expected {dtype_name(expected_dtype)}, got {dtype_name(sf.dtype)}"
-        yield Finding("dtype", text)
+    found = [*_format(given), *_k_grouped_dtypes(given)]
+    yield from found
+    if found:
         return
     sm90 = given.kind == DEEP_GEMM_SM90_K_GROUPED
     if q.ndim != (1 if sm90 else 2) or sf.ndim != 2:
@@ -457,30 +682,58 @@ def _k_grouped(given: Quantized) -> Iterator[Finding]:
     for name, t in (("q", q), ("sf", sf)):
         if not t.is_contiguous() and not (sm90 and name == "sf"):
             text = f"{name}: expected a contiguous tensor, got strides {t.stride()}"
-            yield Finding("strides", text)
+            found.append(Finding("strides", text))
+    yield from found
+    if found:
+        return
     yield from _alignment(given._replace(q=q.view(-1)))
-    size = fmt.group_size
-    mn = sf.shape[0] if sm90 else sf.shape[1]
-    sum_k = q.numel() // max(mn, 1) if sm90 else q.shape[0]
-    groups = sf.shape[1] if sm90 else sf.shape[0]
-    if not sm90 and q.shape[1] != mn:
-        text = f"sf: expected {q.shape[1]} columns, those of q, got shape {tuple(sf.shape)}"
+    yield from _k_grouped_shapes_sm90(given) if sm90 else _k_grouped_shapes(given)
+    if not sf.numel():
+        return
+    scales = sf.reshape(1, *sf.shape)
+    if fmt.byte_scales:
+        scales = scales.view(torch.uint8)
+    elif reader.powers_of_two:
+        yield from _powers_of_two(scales, reader)
+    yield from _nan(scales, torch.ones_like(scales[..., 0], dtype=torch.bool), fmt)
+
+
+def _k_grouped_dtypes(given: Quantized) -> Iterator[Finding]:
+    q, sf, fmt = given.q, given.sf, given.fmt
+    if q.dtype != fmt.values:
+        text = f"q: expected {dtype_name(fmt.values)}, got {dtype_name(q.dtype)}"
+        yield Finding("dtype", text)
+    if sf.dtype is not fmt.sf_dtype:
+        text = f"sf: expected {dtype_name(fmt.sf_dtype)}, got {dtype_name(sf.dtype)}"
+        yield Finding("dtype", text)
+    if q.device != sf.device:
+        yield Finding("device", f"sf: expected the device of q, {q.device}, got {sf.device}")
+
+
+def _k_grouped_shapes_sm90(given: Quantized) -> Iterator[Finding]:
+    (mn, columns), size = given.sf.shape, given.fmt.group_size
+    if given.q.numel() != mn * columns * size:
+        yield Finding(
+            "shape",
+            f"sf: expected exactly sum_k / {size} columns of scales for the {given.q.numel()} "
+            f"elements of q, sum_k * {mn}, got {columns}, which are those of "
+            f"{mn * columns * size}",
+        )
+
+
+def _k_grouped_shapes(given: Quantized) -> Iterator[Finding]:
+    (sum_k, mn), (groups, columns) = given.q.shape, given.sf.shape
+    fmt = given.fmt
+    if columns != mn:
+        text = f"sf: expected {mn} columns, those of q, got shape {tuple(given.sf.shape)}"
         yield Finding("shape", text)
-    if not sm90 and mn % BYTES_PER_WORD:
-        yield Finding("shape", f"sf: expected a multiple of {BYTES_PER_WORD} columns, got {mn}")
-    per_row = size * BYTES_PER_WORD if fmt.byte_scales else size
-    least = ceil_div(sum_k, per_row)
-    if groups < least or (sm90 and groups * size != sum_k):
+    if columns % BYTES_PER_WORD:
+        text = f"sf: expected a multiple of {BYTES_PER_WORD} columns, got {columns}"
+        yield Finding("shape", text)
+    least = ceil_div(sum_k, fmt.group_size * fmt.groups_per_column)
+    if groups < least:
         yield Finding(
             "shape",
             f"sf: expected {least} or more rows of scales for {sum_k} rows of values in groups of "
-            f"{size}, got {groups}",
+            f"{fmt.group_size}, got {groups}",
         )
-    if not fmt.byte_scales and sf.numel():
-        scales = sf.reshape(1, *sf.shape)
-        if reader.powers_of_two:
-            yield from _powers_of_two(scales, reader)
-        yield from _nan(scales, torch.ones_like(scales[..., 0], dtype=torch.bool), fmt)
-    elif sf.numel():
-        bytes_ = sf.view(torch.uint8).view(1, groups, -1)
-        yield from _nan(bytes_, torch.ones_like(bytes_[..., 0], dtype=torch.bool), fmt)

@@ -63,7 +63,7 @@ class Reader(NamedTuple):
         fp4_dtype: dtype of tensors of FP4 values.
         powers_of_two: whether float32 scales must be these, in every row of the tensor: the device
             traps on others.
-        batched: whether it takes a batch (E, mn, k), and a matrix if not `grouped`.
+        batched: whether it takes a batch (E, mn, k) besides a matrix (mn, k).
         k_multiple: columns of values come in multiples of this many.
         k_grouped: whether groups lie along rows, for weight gradients.
     """
@@ -144,3 +144,9 @@ READERS: dict[str, Reader] = {
     ),
 }
 """Readers by the names that ``cute_quant.check_scales`` takes. `scaled_mm` is cuBLAS."""
+
+
+def takes(reader: Reader, fmt: Format) -> bool:
+    """Return whether a GEMM reads a format."""
+    powers = fmt.power_of_two or not reader.powers_of_two
+    return powers and any(readable.has(fmt) for readable in reader.formats)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from cute_quant.contract.checks import check_whole_bytes
 from cute_quant.contract.dtypes import dtype_name
+from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import Format
+from cute_quant.contract.readers import READERS, takes
 from cute_quant.contract.scale_layouts import ScaleLayout, scale_layout
+from cute_quant.contract.tensors import MAX_SIZE
 
 DRAWN = 8
 """First rows and groups that are drawn, besides those where a mode ends."""
 LISTED = 16
 """First scales in memory that are listed."""
+UNKNOWN_READERS = "kernels of your own"
+"""What a format says that names no reader."""
 SEARCHED_ROWS, SEARCHED_GROUPS = 128, 16
 """Rows and groups that hold the first scales in memory, in every layout."""
 
@@ -23,19 +29,23 @@ def explain(fmt: Format, mn: int, k: int) -> dict[str, Any]:
     Args:
         fmt: the format.
         mn: rows of the values, 1 or more.
-        k: columns of the values, 1 or more.
+        k: columns of the values, 1 or more; even for FP4.
 
     Raises:
-        ValueError: there are no values.
+        ValueError: there are no such values.
     """
-    for name, size in (("mn", mn), ("k", k)):
+    for name, size, largest in (("mn", mn, MAX_SIZE), ("k", k, MAX_COLUMNS)):
         if size < 1:
             raise ValueError(f"{name}: expected 1 or more, got {size}")
+        if size > largest:
+            raise ValueError(f"{name}: expected up to {largest}, got {size}")
+    check_whole_bytes("k", fmt, k)
     layout = scale_layout(fmt, mn, k)
     rows, groups = layout.sizes
     return {
         "format": str(fmt),
-        "readers": fmt.readers,
+        "readers": _readers(fmt),
+        "check_scales": check_scales_readers(fmt),
         "dtype": dtype_name(fmt.sf_dtype),
         "shape": list(fmt.scale_shape((), mn, k)),
         "strides": list(fmt.scale_strides((), mn, k)),
@@ -58,8 +68,8 @@ def place(fmt: Format, mn: int, k: int, row: int, group: int) -> dict[str, Any]:
     """
     offset = scale_layout(fmt, mn, k).offset(row, group)
     element, byte = divmod(offset, fmt.groups_per_column)
-    size = 1 if fmt.whole_row else fmt.group_size
-    columns = [0, k - 1] if fmt.whole_row else [group * size, min((group + 1) * size, k) - 1]
+    size = k if fmt.whole_row else fmt.group_size
+    columns = [group * size, min((group + 1) * size, k) - 1]
     padding = row >= mn or group >= fmt.groups(k)
     return {
         "row": row,
@@ -80,6 +90,7 @@ def describe(fmt: Format, mn: int, k: int) -> str:
     lines = [
         f"{fmt}, values ({mn}, {k})",
         f"read by   {facts['readers']}",
+        f"checked   by check_scales for {', '.join(facts['check_scales']) or 'no reader'}",
         f"sf        {facts['dtype']} {shape}, strides {strides}",
         f"layout    {layout}, in {facts['unit']}",
         f"scales    {mn} rows of {facts['groups']} groups; stored {rows} rows of {groups}, "
@@ -106,6 +117,22 @@ def describe_place(found: dict[str, Any]) -> str:
     if found["byte_of_element"] is not None:
         where = f"byte {found['byte_of_element']} of word {found['element']}"
     return f"{words}: {where}, {found['byte']} bytes from the first"
+
+
+def check_scales_readers(fmt: Format) -> list[str]:
+    """Return the readers of ``cute_quant.check_scales`` that take a format as it is explained.
+
+    K-grouped GEMMs are not among them: their groups lie along rows.
+    """
+    return [name for name, reader in READERS.items() if not reader.k_grouped and takes(reader, fmt)]
+
+
+def _readers(fmt: Format) -> str:
+    """Return the GEMMs that read a format, as text for people."""
+    names = check_scales_readers(fmt)
+    if fmt.readers != UNKNOWN_READERS or not names:
+        return fmt.readers
+    return ", ".join(READERS[name].name for name in names)
 
 
 def _unit(fmt: Format) -> str:

@@ -292,3 +292,251 @@ def test_empty(device):
     x = torch.empty(0, K, device=device)
     q, sf = cq.quantize(x, cq.MXFP8)
     assert rules(q, sf, cq.MXFP8, "scaled_mm") == []
+
+
+@pytest.mark.parametrize(
+    ("fmt", "reader"),
+    [
+        (cq.DEEP_GEMM_SM90, "deep_gemm_sm90"),
+        (cq.GROUPWISE_FP8, "deep_gemm_sm90"),
+        (POWERS, "deep_gemm_sm100"),
+        (cq.DEEP_GEMM, "deep_gemm_sm100"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(300, 1040), (2, 260, 640), (1, 256), (3, 5, 128)])
+def test_blocks_of_weights(fmt, reader, shape, device):
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(device)
+    w *= torch.logspace(-2, 2, shape[-2], device=device)[:, None]
+    q, sf = cq.quantize_blocks(w, fmt)
+    assert rules(q, sf, fmt, reader) == rules(q, sf, fmt, reader, x=w) == []
+    assert rules(q, sf, fmt, reader, x=w * 4) == ["values"]
+    assert rules(q, sf, fmt, reader, x=w[..., 1:]) == ["shape"]
+    if fmt.byte_scales:
+        return
+    wrong = torch.zeros(*sf.shape[:-2], sf.shape[-2] + 1, sf.shape[-1], device=device)
+    if wrong.shape != fmt.scale_shape(shape[:-2], *shape[-2:]):
+        (found,) = cq.check_scales(q, wrong, fmt, reader)
+        assert found.rule == "shape" and "of blocks of weights" in found.text
+    # DeepGEMM loads these, or repeats them first: TMA does not read them.
+    moved = torch.empty(sf.numel() + 1, device=device)[1:].view(sf.shape).copy_(sf)
+    assert rules(q, moved, fmt, reader) == []
+    sf.view(-1)[-1] = torch.nan
+    assert rules(q, sf, fmt, reader)[-1:] == ["nan"]
+    sf.view(-1)[-1] = 0.3
+    powers = ["powers of two"] if reader == "deep_gemm_sm100" else []
+    assert rules(q, sf, fmt, reader) == powers
+
+
+def test_strides_of_blocks_of_weights(device):
+    w = torch.randn(2, 260, 640).to(device)
+    for fmt, reader in ((cq.DEEP_GEMM_SM90, "deep_gemm_sm90"), (POWERS, "deep_gemm_sm100")):
+        q, sf = cq.quantize_blocks(w, fmt)
+        by_column = sf.mT.contiguous().mT
+        assert rules(q, by_column, fmt, reader, x=w) == []
+        spread = torch.empty(2, 3, 8, device=device)[..., :5].copy_(sf)
+        wrong = ["strides"] if reader == "deep_gemm_sm90" else []
+        assert rules(q, spread, fmt, reader, x=w) == wrong
+        assert rules(q[0], spread[0], fmt, reader, x=w[0]) == wrong
+        apart = torch.empty(2, 4, 5, device=device)[:, :3].copy_(sf)
+        assert rules(q, apart, fmt, reader, x=w) == wrong
+    # Rows of groups alone have row domains.
+    rows = Masked(torch.tensor([3, 4], dtype=torch.int32, device=device))
+    assert "shape" in rules(q, sf, POWERS, "deep_gemm_sm100", rows=rows)
+    assert "shape" in rules(q[0], sf[0, :1], cq.ROWWISE_FP8, "scaled_mm")
+
+
+@pytest.mark.parametrize("k", [640, 608])
+@pytest.mark.parametrize(
+    ("fmt", "reader"), [pair for pair in RIGHT if pair[1] != "scaled_mm"], ids=str
+)
+def test_masked_scales_that_are_not_written(fmt, reader, k, device):
+    """Scales past a count, rounded up to 4, are what their memory held."""
+    x = torch.randn(2, 130, k, generator=torch.Generator().manual_seed(2)).to(device)
+    rows = Masked(torch.tensor([130, 3], dtype=torch.int32, device=device))
+    sf = cq.empty_scales(fmt, x.shape, device=device)
+    memory = torch.empty(0, dtype=torch.uint8, device=device).set_(sf.untyped_storage())
+    memory.fill_(9)
+    if reader == "deep_gemm_sm100" and not fmt.byte_scales:
+        memory.view(torch.float32).fill_(1.0)
+    options = {"amax": cq.tensor_amax(x)} if fmt.upper_scale else {}
+    q, sf = cq.quantize(x, fmt, rows=rows, out=(None, sf), **options)
+    x[1, 3:] = 1e6
+    for given in ({}, {"x": x}):
+        assert rules(q, sf, fmt, reader, rows=rows, **options, **given) == []
+    # Below the count of the first matrix all is written.
+    if fmt.mn_major:
+        sf.as_strided((1,), (1,), sf.storage_offset() + 130)[0] = 9
+        assert rules(q, sf, fmt, reader, rows=rows) == ["padding"]
+
+
+def test_padding_of_strided_batches(device):
+    x = torch.randn(4, 130, 640, generator=torch.Generator().manual_seed(2)).to(device)
+    q, sf = cq.quantize(x, cq.DEEP_GEMM_SM90)
+    # Matrices lie apart, with other numbers between them.
+    memory = torch.full((4, 10, 132), 7.0, device=device)
+    spread = memory[:, :5, :130].mT.copy_(sf)
+    assert rules(q, spread, cq.DEEP_GEMM_SM90, "deep_gemm_sm90", x=x) == []
+    expanded = sf[:1].expand(4, -1, -1)
+    same = q[:1].expand(4, -1, -1).contiguous()
+    assert rules(same, expanded, cq.DEEP_GEMM_SM90, "deep_gemm_sm90") == []
+    alone = sf[0][None].expand(4, -1, -1)
+    assert rules(same, alone, cq.DEEP_GEMM_SM90, "deep_gemm_sm90") == []
+
+
+def test_padding_is_counted_in_all_matrices(device):
+    x = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(2)).to(device)
+    q, sf = cq.quantize(x, cq.MXFP8)
+    bytes_ = sf.view(torch.uint8)
+    bytes_[bytes_ == 0] = 9
+    (found,) = cq.check_scales(q, sf, cq.MXFP8, "cutlass")
+    padding = 2 * (128 * 4 - 5 * 3)
+    assert f"got 9 at (0, 0, 3), and {padding} such places of {padding}" in found.text
+
+
+def test_an_upper_scale_of_dead_and_infinite_rows(device):
+    x = torch.randn(2, 130, 640, generator=torch.Generator().manual_seed(2)).to(device)
+    amax = cq.tensor_amax(x)
+    rows = Masked(torch.tensor([130, 3], dtype=torch.int32, device=device))
+    x[1, 3:] = 1e6
+    q, sf = cq.quantize(x, cq.NVFP4, amax=amax, rows=rows)
+    assert rules(q, sf, cq.NVFP4, "cutlass", amax=amax, rows=rows, x=x) == []
+    for value in (torch.nan, torch.inf):
+        y = x[0].clone()
+        y[3, 5], y[3, 6] = value, 1e4
+        q, sf = cq.quantize(y, cq.NVFP4, amax=amax)
+        assert rules(q, sf, cq.NVFP4, "scaled_mm", amax=amax, x=y) == ["nan"]
+    zero = torch.zeros_like(x[0])
+    q, sf = cq.quantize(zero, cq.NVFP4, amax=amax)
+    assert rules(q, sf, cq.NVFP4, "scaled_mm", amax=amax, x=zero) == []
+    assert "upper scale" in rules(q, sf, cq.NVFP4, "scaled_mm", amax=amax, x=x[0])
+
+
+@pytest.mark.parametrize("kind", ["psum", "contiguous", "masked"])
+def test_upper_scales_of_groups(kind, device):
+    x = torch.randn(3, 8, K, generator=torch.Generator().manual_seed(2)).to(device)
+    x *= torch.tensor([1e-3, 1.0, 1e3], device=device).view(3, 1, 1)
+    amax = x.abs().amax((1, 2))
+    counts = {"masked": [3, 8, 0], "contiguous": [0] * 8 + [1] * 8 + [2] * 8, "psum": [8, 16, 24]}
+    data = torch.tensor(counts[kind], dtype=torch.int32, device=device)
+    kinds = {"masked": Masked, "contiguous": Indexed}
+    rows = PrefixSum(data, 8) if kind == "psum" else kinds[kind](data)
+    x = x if kind == "masked" else x.flatten(0, 1)
+    q, sf = cq.quantize(x, cq.NVFP4, rows=rows, amax=amax)
+    call = q, sf, cq.NVFP4, "cutlass"
+    assert rules(*call, rows=rows, amax=amax) == rules(*call, rows=rows, amax=amax, x=x) == []
+    # One of them is wrong; the largest of all results is as expected.
+    wrong = amax.clone()
+    wrong[0] *= 16
+    found = cq.check_scales(*call, rows=rows, amax=wrong, x=x)
+    assert found[0].rule == "upper scale"
+    word = "matrix" if kind == "masked" else "group"
+    assert f"in {word} 0, and such in 1 of 3" in found[0].text
+    encode = 2688 / amax
+    encode[1] *= 1e3
+    q, sf = cq.quantize(x, cq.NVFP4, rows=rows, encode_scale=encode)
+    found = cq.check_scales(q, sf, cq.NVFP4, "cutlass", rows=rows, encode_scale=encode)
+    assert [f.rule for f in found] == ["upper scale"]
+    assert "expected few scales" in found[0].text and f"in {word} 1" in found[0].text
+
+
+def test_few_scales_may_be_the_largest(device):
+    x = torch.ones(1, 32, device=device)
+    amax = cq.tensor_amax(x)
+    q, sf = cq.quantize(x, cq.NVFP4, amax=amax)
+    assert rules(q, sf, cq.NVFP4, "scaled_mm", amax=amax, x=x) == []
+
+
+def test_bad_upper_scales(x):
+    amax = cq.tensor_amax(x)
+    q, sf = cq.quantize(x, cq.NVFP4, amax=amax)
+    call = q, sf, cq.NVFP4, "scaled_mm"
+    with pytest.raises(ValueError, match=r"amax: expected shape \(\) or \(1,\), got \(5,\)"):
+        cq.check_scales(*call, amax=amax.expand(5).contiguous())
+    for dtype in (torch.int32, torch.float64):
+        with pytest.raises(TypeError, match="amax: expected a tensor of float32, got a tensor of"):
+            cq.check_scales(*call, amax=amax.to(dtype))
+    with pytest.raises(ValueError, match="amax: expected "):
+        cq.check_scales(*call, amax=amax.to("meta"))
+    q, sf = cq.quantize(x, cq.MXFP8)
+    with pytest.raises(ValueError, match="amax: expected None for"):
+        cq.check_scales(q, sf, cq.MXFP8, "scaled_mm", amax=amax)
+    fmt = cq.NVFP4.replace(row_scale=True)
+    q, sf, row_scales = cq.quantize(x, fmt)
+    assert rules(q, sf, fmt, "scaled_mm", decode_scale=row_scales, x=x) == []
+    with pytest.raises(ValueError, match="amax: expected decode_scale for"):
+        cq.check_scales(q, sf, fmt, "scaled_mm", amax=amax)
+    with pytest.raises(ValueError, match="decode_scale: expected shape"):
+        cq.check_scales(q, sf, fmt, "scaled_mm", decode_scale=row_scales[1:])
+
+
+def test_arguments_without_memory(x):
+    q, sf = cq.quantize(x, cq.MXFP8)
+    meta = {"q": q.to("meta"), "sf": sf.to("meta"), "x": x.to("meta")}
+    for name in meta:
+        given = {"q": q, "sf": sf, "x": x, name: meta[name]}
+        with pytest.raises(ValueError, match=": expected "):
+            cq.check_scales(given["q"], given["sf"], cq.MXFP8, "scaled_mm", x=given["x"])
+    with pytest.raises(TypeError, match="sf: expected a strided tensor, got layout"):
+        sparse = torch.ones(4, 4, device=x.device).to_sparse()
+        cq.check_scales(q, sparse, cq.MXFP8, "scaled_mm")
+    with pytest.raises(TypeError, match="x: expected a tensor of"):
+        cq.check_scales(q, sf, cq.MXFP8, "scaled_mm", x=x.to(torch.complex64))
+    (found,) = cq.check_scales(q, sf, cq.MXFP8, "scaled_mm", x=x[None])
+    assert found.rule == "shape" and f"values ({MN}, {K}), got (1, {MN}, {K})" in found.text
+
+
+def test_k_grouped_findings_in_place_of_errors(device):
+    sum_k, mn = 512, 64
+    q = torch.zeros(sum_k, 2 * mn, dtype=torch.float8_e4m3fn, device=device)
+    words = torch.full((4, 2 * mn), 0x7F7F7F7F, dtype=torch.int32, device=device)
+    reader = "deep_gemm_sm100_k_grouped"
+    strided = q[:, :mn], words[:, :mn]
+    assert rules(*strided, cq.DEEP_GEMM_32, reader) == ["strides", "strides"]
+    assert rules(q, words.t().contiguous().t(), cq.DEEP_GEMM_32, reader) == ["strides"]
+    moved = torch.empty(4 * 2 * mn + 1, device=device)[1:].view(4, 2 * mn).fill_(1)
+    assert rules(q, moved, POWERS, reader) == []
+    scales = torch.ones(mn, 5, device=device)
+    sm90 = "deep_gemm_sm90_k_grouped"
+    (found,) = cq.check_scales(q[:, :mn].flatten(), scales, cq.DEEP_GEMM_SM90, sm90)
+    assert found.rule == "shape" and "expected exactly sum_k / 128 columns" in found.text
+    with pytest.raises(ValueError, match="x: expected None for DeepGEMM's k-grouped GEMM"):
+        cq.check_scales(q, words, cq.DEEP_GEMM_32, reader, x=q.float())
+    rows = PrefixSum(torch.tensor([512], dtype=torch.int32, device=device))
+    with pytest.raises(ValueError, match="rows: expected None for DeepGEMM's k-grouped GEMM"):
+        cq.check_scales(q, words, cq.DEEP_GEMM_32, reader, rows=rows)
+
+
+def test_alignment_of_scales_that_tma_does_not_read(x):
+    q, sf = cq.quantize(x, cq.ROWWISE_FP8)
+    moved = torch.empty(MN + 1, 1, device=x.device)[1:].copy_(sf)
+    assert rules(q, moved, cq.ROWWISE_FP8, "scaled_mm", x=x) == []
+    q, sf = cq.quantize(x, cq.GROUPWISE_FP8)
+    moved = torch.empty(sf.numel() + 1, device=x.device)[1:].view(sf.shape).copy_(sf)
+    assert rules(q, moved, cq.GROUPWISE_FP8, "deep_gemm_sm90") == []
+    q, sf = cq.quantize(x, cq.DEEP_GEMM_SM90)
+    moved = torch.empty(sf.numel() + 1, device=x.device)[1:].view(sf.mT.shape).mT.copy_(sf)
+    assert rules(q, moved, cq.DEEP_GEMM_SM90, "deep_gemm_sm90") == ["alignment"]
+    assert rules(q, moved, cq.GROUPWISE_FP8, "deep_gemm_sm90") == ["alignment"]
+    k_grouped = q.mT.contiguous().flatten(), moved, cq.DEEP_GEMM_SM90, "deep_gemm_sm90_k_grouped"
+    assert rules(*k_grouped) == ["alignment"]
+    # Other strides than its own it transforms.
+    apart = torch.empty(sf.shape[1], MN + 4, device=x.device)[:, 1 : MN + 1].mT.copy_(sf)
+    assert rules(q, apart, cq.DEEP_GEMM_SM90, "deep_gemm_sm90", x=x) == []
+
+
+@pytest.mark.parametrize("shape", [(4, 130, 0), (4, 0, 128), (0, 130, 128), (0, 128)])
+@pytest.mark.parametrize(("fmt", "reader"), RIGHT[:4], ids=str)
+def test_no_values(fmt, reader, shape, device):
+    q, sf = cq.quantize(torch.zeros(shape, device=device), fmt)
+    assert rules(q, sf, fmt, reader) == []
+
+
+def test_texts_name_what_came(x):
+    q, sf = cq.quantize(x, cq.DEEP_GEMM_SM90)
+    sf[3, 1] = torch.inf
+    (found,) = cq.check_scales(q, sf, cq.DEEP_GEMM_SM90, "deep_gemm_sm90")
+    assert found.rule == "nan" and "got inf at (0, 3, 1)" in found.text
+    q, sf = cq.quantize(x, cq.MXFP8)
+    (found,) = cq.check_scales(q, sf.view(128, 32), cq.MXFP8, "scaled_mm")
+    assert "flatten() it if it is swizzled, convert_scales" in found.text

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import cute_quant as cq
+from cute_quant.contract.formats import all_formats
+from cute_quant.contract.readers import READERS
 from cute_quant.lab import command, explanation
 
 FORMATS = [*cq.NAMED_FORMATS.values(), cq.NVFP4.replace(scale_layout="8x4")]
@@ -75,6 +77,9 @@ def test_command(capsys):
     [
         (["MXFP9", "--mn", "5", "--k", "64"], "fmt: expected one of DEEP_GEMM, "),
         (["MXFP8", "--mn", "0", "--k", "64"], "mn: expected 1 or more, got 0"),
+        (["MXFP4", "--mn", "5", "--k", "65"], "k: expected a multiple of 2 columns"),
+        (["MXFP8", "--mn", "5", "--k", str(2**40)], "k: expected up to "),
+        (["MXFP8", "--mn", str(2**31), "--k", "64"], "mn: expected up to "),
         (["MXFP8", "--mn", "5", "--k", "64", "--row", "1"], "row, group: expected both or"),
         (
             ["MXFP8", "--mn", "5", "--k", "64", "--row", "128", "--group", "0"],
@@ -89,3 +94,35 @@ def test_command(capsys):
 def test_refusals(arguments, message, capsys):
     assert command.main(["explain", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fmt", all_formats(), ids=str)
+def test_explanations_agree_with_check_scales(fmt):
+    facts = explanation.explain(fmt, 5, 64)
+    names = facts["check_scales"]
+    assert (facts["readers"] != explanation.UNKNOWN_READERS) or not names
+    checked = explanation.describe(fmt, 5, 64).splitlines()[2]
+    assert checked == f"checked   by check_scales for {', '.join(names) or 'no reader'}"
+    q = torch.zeros(5, fmt.value_columns(64), dtype=torch.uint8).view(fmt.values)
+    for name in READERS:
+        if "k_grouped" not in name:
+            found = cq.check_scales(q, fmt.empty_scales((), 5, 64, "cpu"), fmt, name)
+            assert any(f.rule == "format" for f in found) == (name not in names)
+    # What a format says of a reader is what the reader says.
+    known = {
+        "DeepGEMM on SM100": ["deep_gemm_sm100"],
+        "DeepGEMM on SM90": ["deep_gemm_sm90"],
+        "scaled_mm": ["scaled_mm"],
+        "CUTLASS": ["cutlass"],
+        "TensorRT-LLM": ["trtllm_8x4"],
+    }
+    for word, readers in known.items():
+        if word in fmt.readers:
+            assert set(readers) <= set(names)
+
+
+def test_readers_of_formats_that_name_none():
+    fmt = cq.MXFP8.replace(scale_layout="8x4")
+    facts = explanation.explain(fmt, 5, 64)
+    assert facts["readers"] == "TensorRT-LLM's kernels for few rows"
+    assert facts["check_scales"] == ["trtllm_8x4"]
