@@ -7,22 +7,38 @@ import importlib.util
 import os
 import shutil
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import pytest
 import torch
 
 from tests.helpers import ARCHITECTURES
+from tests.parts import part
 
 if TYPE_CHECKING:
     from tests.kernels.emulated_gpu import Gpu, Kernels
 
 FIRST, *OTHERS = ARCHITECTURES
 HAS_GPU = torch.cuda.is_available()
+SLOW_PARTS = 2
 
 
 def pytest_configure() -> None:
     # Also of what tests start. Those about the cache have directories of their own.
     os.environ["CUTE_QUANT_CACHE"] = "off"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow-part",
+        type=of_slow_tests,
+        default=(0, 1),
+        help="of the tests marked slow, a part such as 1/2, or today's half",
+    )
+
+
+def of_slow_tests(text: str) -> tuple[int, int]:
+    return part(text, SLOW_PARTS)
 
 
 def pytest_report_header() -> list[str]:
@@ -33,7 +49,13 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    deselected = [item for item in items if not can_run(item)]
+    number, count = config.getoption("slow_part")
+    deselected = [
+        item
+        for item in items
+        if not can_run(item)
+        or (item.get_closest_marker("slow") and crc32(item.nodeid.encode()) % count != number)
+    ]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         left_out = set(deselected)

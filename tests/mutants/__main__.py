@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import os
 import re
 import shutil
@@ -31,6 +30,7 @@ import torch  # noqa: F401
 
 from tests.mutants.fault import PACKAGE, Fault
 from tests.mutants.faults import FAULTS
+from tests.parts import part
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("cute_quant", "tests", "pyproject.toml")
@@ -172,21 +172,16 @@ def row(verdict: Verdict) -> str:
     return f"{fault.id:36} {fault.file:30} {seconds:6.1f} s  {by}"
 
 
-def part(text: str) -> tuple[int, int]:
-    """Parse "3/10", or "today" for the tenth of this day."""
-    if text == "today":
-        return datetime.date.today().timetuple().tm_yday % PARTS, PARTS
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and int(count) > 0):
-        raise argparse.ArgumentTypeError(f"expected today, or such as 3/10, got {text!r}")
-    return int(number) % int(count), int(count)
+def of_faults(text: str) -> tuple[int, int]:
+    """Parse a part of the faults."""
+    return part(text, PARTS)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("ids", nargs="*", help="faults to plant, by default all")
-    parser.add_argument("--part", type=part, default=(0, 1), help="3/10, or today")
+    parser.add_argument("--part", type=of_faults, default=(0, 1), help="3/10, or today")
     parser.add_argument("--jobs", type=int, default=2, help="faults at a time")
     arguments = parser.parse_args()
     unknown = set(arguments.ids) - {fault.id for fault in FAULTS}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.__main__ import part
+from tests.mutants.__main__ import of_faults
 from tests.mutants.fault import PACKAGE, Fault
 from tests.mutants.faults import FAULTS
 
@@ -43,6 +43,8 @@ def test_a_stale_fault_is_an_error(source):
 
 
 def test_parts_are_all_faults():
-    assert sorted(i for n in range(1, 4) for i in range(7)[part(f"{n}/3")[0] :: 3]) == [*range(7)]
-    number, count = part("today")
+    assert sorted(i for n in range(1, 4) for i in range(7)[of_faults(f"{n}/3")[0] :: 3]) == [
+        *range(7)
+    ]
+    number, count = of_faults("today")
     assert 0 <= number < count == 10
