@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from bench import environment
-from bench.fp4 import Case, Run, measure, require, streaming
+from bench.cases import Case, Run, require, run, streaming
 from bench.masked import poison, random
 from bench.shapes import MAIN_COLUMN, positive_numbers
 from cute_quant import (
@@ -40,7 +39,6 @@ from cute_quant import (
     quantize_blocks,
     requantize_blocks,
 )
-from cute_quant.lab import timing
 
 ROWS = (512, 2048, 4096, 7168, 18432)
 DEVICE = "cuda"
@@ -162,16 +160,6 @@ def cases(rows: tuple[int, ...], k: int, math: ModuleType | None) -> Iterator[Ca
         yield Case("dequantize DEEP_GEMM_SM90", n, k, 3 * n * k, makers)
 
 
-def line(case: Case, seconds: dict[str, float]) -> str:
-    """Return a row of a table."""
-    ours = seconds["cute_quant"]
-    words = [f"{case.name:32} {case.m:6} x {case.k:5} {ours * 1e6:8.2f} us"]
-    words.append(f"{ours / seconds['stream']:5.2f} x stream")
-    if "DeepGEMM" in seconds:
-        words.append(f"{seconds['DeepGEMM'] / ours:6.1f} x faster than DeepGEMM's cast")
-    return "  ".join(words)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.blocks",
@@ -193,18 +181,8 @@ def main() -> None:
         sys.exit("bench.blocks: needs a CUDA GPU that has kernels")
     torch.manual_seed(0)
     machine = environment.describe("python -m bench.blocks", options.commit)
-    print(f"{machine['gpu']}, {machine['commit']}", flush=True)
     math = load_math(options.deep_gemm) if options.deep_gemm else None
-    timing.warm_up()
-    lines = [json.dumps({"machine": machine})]
-    for case in cases(options.rows, options.columns, math):
-        seconds = measure(case)
-        print(line(case, seconds), flush=True)
-        result = {"name": case.name, "m": case.m, "k": case.k, "seconds": seconds}
-        lines.append(json.dumps({"result": result}))
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text("\n".join(lines) + "\n")
+    run(cases(options.rows, options.columns, math), machine, "DeepGEMM", options.output)
 
 
 if __name__ == "__main__":

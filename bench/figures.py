@@ -109,7 +109,7 @@ def blocks_table() -> Iterable[str]:
 
 
 def cases_table(record: Path, other: str) -> Iterable[str]:
-    """Return the rows of a record of `bench.fp4.Case`, some of them beside another library."""
+    """Return the rows of a record of `bench.cases`, some of them beside another library."""
     lines = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
     yield from report.origin_lines(lines[0]["machine"])
     yield f"| call | rows x k | µs | / stream | {other} / cute_quant |"

@@ -14,22 +14,20 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
 
-from bench import environment, stream
+from bench import environment
+from bench.cases import Case, Run, require, run, streaming
 from bench.masked import poison, random, sample
 from bench.shapes import MAIN_COLUMN, VLLM_FP4_SHAPES, positive_numbers
 from cute_quant import MXFP4, NVFP4, Format, bind, dequantize, fake_quantize, quantize
-from cute_quant.jit import lookup
-from cute_quant.lab import timing
 
 ROWS = (64, 512, 1024, 4096, 16384, 32768)
 DEVICE = "cuda"
@@ -43,24 +41,6 @@ FORMATS = {
 }
 ENCODE_SCALE = 64.0
 
-Run = Callable[[], object]
-
-
-class Case(NamedTuple):
-    """Ways to do the same to an (m, k) matrix.
-
-    Attributes:
-        bytes: that each has to move.
-        makers: functions that make a call with memory of its own and check it, by name; the first
-            is ours, "stream" the ceiling.
-    """
-
-    name: str
-    m: int
-    k: int
-    bytes: int
-    makers: Mapping[str, Callable[[], Run]]
-
 
 def encode_scale() -> torch.Tensor:
     return torch.full((), ENCODE_SCALE, device=DEVICE)
@@ -73,28 +53,6 @@ def upper_scales(fmt: Format) -> dict[str, Any]:
 def bytes_of(fmt: Format, m: int, k: int) -> int:
     """Return the bytes of values and scales."""
     return m * fmt.value_columns(k) + m * fmt.groups(k)
-
-
-def streaming(words_in: int, words_out: int, threads: int) -> Run:
-    """Return a call of the ceiling."""
-    spec = stream.Stream(True, 1, 1, words_in, words_out)
-    function = stream.function(spec, lookup.architecture(torch.cuda.current_device()))
-    x = torch.randint(2**31 - 1, (threads * words_in,), dtype=torch.int32, device=DEVICE)
-    y = torch.full((threads * words_out,), -1, dtype=torch.int32, device=DEVICE)
-    function(x, y)
-    if not torch.equal(y[None], stream.expected(spec, x)):
-        raise RuntimeError("stream: wrote other words")
-    return functools.partial(function, x, y)
-
-
-def require(same: bool, name: str) -> None:
-    """Stop where a result is wrong.
-
-    Raises:
-        RuntimeError: it is.
-    """
-    if not same:
-        raise RuntimeError(f"{name}: differs from the reference")
 
 
 def quantizing(fmt: Format, m: int, k: int) -> Run:
@@ -208,27 +166,6 @@ def vllm_dequantizing(vllm: ModuleType, m: int, k: int) -> Run:
     return call
 
 
-def measure(case: Case) -> dict[str, float]:
-    """Return the seconds of a call, by name."""
-    torch.cuda.empty_cache()
-    launches = timing.launch_count(case.bytes)
-    graphs = {}
-    for name, make in case.makers.items():
-        calls = [make() for _ in range(timing.buffer_count(case.bytes))]
-        graphs[name] = timing.capture(calls, launches)
-    return {name: measured.median for name, measured in timing.measure(graphs).items()}
-
-
-def line(case: Case, seconds: dict[str, float]) -> str:
-    """Return a row of a table."""
-    ours = seconds["cute_quant"]
-    words = [f"{case.name:24} {case.m:6} x {case.k:5} {ours * 1e6:8.2f} us"]
-    words.append(f"{ours / seconds['stream']:5.2f} x stream")
-    if "vLLM" in seconds:
-        words.append(f"{seconds['vLLM'] / ours:5.2f} x faster than vLLM")
-    return "  ".join(words)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.fp4",
@@ -250,18 +187,9 @@ def main() -> None:
         sys.exit("bench.fp4: needs a CUDA GPU that has kernels")
     torch.manual_seed(0)
     machine = environment.describe("python -m bench.fp4", options.commit)
-    print(f"{machine['gpu']}, {machine['commit']}", flush=True)
     vllm = load_vllm(options.vllm) if options.vllm else None
-    timing.warm_up()
-    lines = [json.dumps({"machine": machine})]
-    for case in (*quantize_cases(options.rows, options.columns), *vllm_cases(vllm)):
-        seconds = measure(case)
-        print(line(case, seconds), flush=True)
-        result = {"name": case.name, "m": case.m, "k": case.k, "seconds": seconds}
-        lines.append(json.dumps({"result": result}))
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text("\n".join(lines) + "\n")
+    all_cases = (*quantize_cases(options.rows, options.columns), *vllm_cases(vllm))
+    run(all_cases, machine, "vLLM", options.output)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ RULES = (
 
 
 class Quantized(NamedTuple):
-    """What is checked.
+    """Values and scales to be checked.
 
     Attributes:
         q, sf: values and scales.

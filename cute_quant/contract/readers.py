@@ -1,4 +1,4 @@
-"""What GEMMs require of quantized values and scales, as their own checks and kernels say.
+"""Requirements of GEMMs on quantized values and scales, as their own checks and kernels say.
 
 Sources: DeepGEMM ``csrc/utils/layout.hpp`` (`major_check`, `check_sf_layout`) and ``csrc/apis``
 (``gemm.hpp``, ``layout.hpp``); torch ``aten/src/ATen/native/cuda/ScaledBlas.cpp``; FlashInfer

@@ -12,7 +12,6 @@ from cute_quant.contract.tensors import (
     check_no_tangents,
     check_real,
     flat_batch,
-    last_column_rows,
     region,
     region_of_scales,
 )
@@ -25,6 +24,8 @@ from cute_quant.dispatch.plan import (
     alignment,
     choose_dequantize_spec,
     matrix_view,
+    missing_scale_rows,
+    view_of_scales,
 )
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures, heuristics
@@ -102,7 +103,7 @@ def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtyp
         spec = choose_dequantize_spec(q, y, fmt, None, arch)._replace(square=True)
         operands = (
             matrix_view(q, batched=True).of(q),
-            _matrices(sf, 2).of(sf),
+            view_of_scales(sf, 2).of(sf),
             None,
             matrix_view(y, batched=True).of(y),
         )
@@ -118,11 +119,11 @@ def _launch_blocks(
     spec = choose_spec(w, fmt, q, arch)
     operands = (
         matrix_view(w.mT if spec.transposed else w, batched=True).of(w),
-        None if w_sf is None else _matrices(w_sf, 2).of(w_sf),
+        None if w_sf is None else view_of_scales(w_sf, 2).of(w_sf),
         matrix_view(q, batched=True).of(q),
-        _matrices(sf, 2 if blocks.stored_once(fmt) else fmt.scale_dims).of(sf),
+        view_of_scales(sf, 2 if blocks.stored_once(fmt) else fmt.scale_dims).of(sf),
     )
-    missing_rows = 0 if blocks.stored_once(fmt) else _missing_rows(sf, fmt)
+    missing_rows = 0 if blocks.stored_once(fmt) else missing_scale_rows(sf, fmt)
     launch.run(_function(spec, arch), (*operands, missing_rows, fmt.floor), [q, sf])
 
 
@@ -144,22 +145,15 @@ def _launch_groups(
         given = View((matrices,), (int(upper.tensor.numel() > 1),)).of(upper.tensor)
     operands = (
         matrix_view(w8, batched=True).of(w8),
-        _matrices(w_sf, 2).of(w_sf),
+        view_of_scales(w_sf, 2).of(w_sf),
         matrix_view(q, batched=True).of(q),
-        _matrices(sf, fmt.scale_dims).of(sf),
+        view_of_scales(sf, fmt.scale_dims).of(sf),
         given,
         None,
         None,
     )
-    numbers = _missing_rows(sf, fmt), 1, 1, fmt.floor
+    numbers = missing_scale_rows(sf, fmt), 1, 1, fmt.floor
     launch.run(_function(spec, arch), (*operands, *numbers), [q, sf])
-
-
-def _missing_rows(sf: torch.Tensor, fmt: Format) -> int:
-    """Return the padding rows of the last column of scales of rows that have no storage."""
-    if not fmt.mn_major:
-        return 0
-    return fmt.scale_rows(sf.shape[-2]) - last_column_rows(sf)
 
 
 def choose_spec(w: torch.Tensor, fmt: Format, q: torch.Tensor, arch: str) -> BlocksSpec:
@@ -218,12 +212,6 @@ def _function(spec: Spec, arch: str) -> Function:
         raise RuntimeError(
             f"{error}: call the operation before, on tensors of the same dtype and alignment"
         ) from None
-
-
-def _matrices(sf: torch.Tensor, inner: int) -> View:
-    """Return the view of scales with one batch dimension before the `inner` last ones."""
-    batch, stride = flat_batch("sf", sf.shape, sf.stride(), inner)
-    return View((batch, *sf.shape[-inner:]), (stride, *sf.stride()[-inner:]))
 
 
 def _check_memory(tensors: dict[str, torch.Tensor | None]) -> None:

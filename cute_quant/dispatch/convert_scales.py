@@ -19,15 +19,13 @@ from cute_quant.contract.tensors import (
     check_disjoint,
     check_no_tangents,
     check_real,
-    flat_batch,
-    last_column_rows,
     region,
     region_of_scales,
 )
 from cute_quant.contract.torch_private import in_dual_level, increment_version
 from cute_quant.dispatch import torch_ops
 from cute_quant.dispatch.launch import has_kernels
-from cute_quant.dispatch.plan import View
+from cute_quant.dispatch.plan import missing_scale_rows, view_of_scales
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures
 from cute_quant.kernels.config import ConvertSpec
@@ -74,9 +72,6 @@ def _launch(call: Conversion, result: torch.Tensor) -> None:
     device = sf.get_device()
     arch = lookup.architecture(device)
     spec = choose_spec(call, result, arch)
-    missing_rows = 0
-    if to.mn_major:
-        missing_rows = to.scale_rows(shape.mn) - last_column_rows(result)
     try:
         function: Callable[..., None] = lookup.function(spec, arch)
     except lookup.NotBuilt as error:
@@ -89,7 +84,7 @@ def _launch(call: Conversion, result: torch.Tensor) -> None:
         None if rows is None else rows.data,
         shape.mn,
         fmt.groups(shape.k),
-        missing_rows,
+        missing_scale_rows(result, to),
         1 if rows is None else rows.alignment,
         call.zero,
     )
@@ -97,16 +92,9 @@ def _launch(call: Conversion, result: torch.Tensor) -> None:
 
 def _operand(sf: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Return scales as the kernel takes them: words, float32, or bytes of any meaning."""
-    viewed = scales_view(sf, fmt).of(sf)
+    viewed = view_of_scales(sf, fmt.scale_dims).of(sf)
     assert viewed is not None
     return viewed.view(torch.uint8) if viewed.element_size() == 1 else viewed
-
-
-def scales_view(sf: torch.Tensor, fmt: Format) -> View:
-    """Return the view (batch, mn, columns), or (batch, bytes) in blocks, of scales."""
-    inner = fmt.scale_dims
-    batch, stride = flat_batch("sf", sf.shape, sf.stride(), inner)
-    return View((batch, *sf.shape[-inner:]), (stride, *sf.stride()[-inner:]))
 
 
 def choose_spec(call: Conversion, result: torch.Tensor, arch: str) -> ConvertSpec:
@@ -153,7 +141,7 @@ def store_bytes(result: torch.Tensor, to: Format) -> int:
 
 def _aligned(sf: torch.Tensor, fmt: Format, nbytes: int) -> bool:
     """Return whether vectors start at multiples of `nbytes` in every row, column or block."""
-    shape, strides = scales_view(sf, fmt)
+    shape, strides = view_of_scales(sf, fmt.scale_dims)
     used = [s for size, s in zip(shape[:1], strides[:1], strict=True) if size > 1]
     used += [s for size, s in zip(shape[1:], strides[1:], strict=True) if size > 1 and s != 1]
     offsets = (stride * sf.element_size() for stride in used)

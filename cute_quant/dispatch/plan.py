@@ -15,7 +15,7 @@ from cute_quant.contract.dtypes import LOAD_BYTES, align
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import UNFUSED, RmsNorm, SiluMul
 from cute_quant.contract.rows import DENSE, Masked
-from cute_quant.contract.tensors import MAX_SIZE, flat_batch, span
+from cute_quant.contract.tensors import MAX_SIZE, flat_batch, last_column_rows, span
 from cute_quant.contract.upper_scales import UpperScale
 from cute_quant.dispatch.call_range import CallRange, row_alignment
 from cute_quant.jit import lookup
@@ -332,9 +332,8 @@ def choose_dequantize_kernel(
 ) -> Dequantization:
     """Choose the kernel that multiplies values by their scales."""
     q_view, y_view = matrix_view(q, batched=True), matrix_view(y, batched=True)
-    inner = fmt.scale_dims
-    batch, stride = flat_batch("sf", sf.shape, sf.stride(), inner)
-    sf_view = View((batch, *sf.shape[-inner:]), (stride, *sf.stride()[-inner:]))
+    sf_view = view_of_scales(sf, fmt.scale_dims)
+    batch = sf_view.shape[0]
     arch = lookup.architecture(q.get_device())
     upper_view = None
     if upper is not None and fmt.row_scale:
@@ -365,6 +364,17 @@ def choose_dequantize_spec(
     )
     kind, pdl = None if upper is None else upper.kind, architectures.named(arch).pdl
     return DequantizeSpec(fmt.kernel_format, y.dtype, tile, access, kind, pdl=pdl)
+
+
+def view_of_scales(sf: torch.Tensor, inner: int) -> View:
+    """Return the view of scales with one batch dimension before the `inner` last ones."""
+    batch, stride = flat_batch("sf", sf.shape, sf.stride(), inner)
+    return View((batch, *sf.shape[-inner:]), (stride, *sf.stride()[-inner:]))
+
+
+def missing_scale_rows(sf: torch.Tensor, fmt: Format) -> int:
+    """Return the padding rows of the last column of MN-major scales that have no storage."""
+    return fmt.scale_rows(sf.shape[-2]) - last_column_rows(sf) if fmt.mn_major else 0
 
 
 def _scales_view(scales: View | None, fmt: Format, shape: ResultShape) -> View | None:

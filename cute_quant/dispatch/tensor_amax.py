@@ -180,7 +180,7 @@ operator = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor x, bool per_matrix) -> Tensor",
 )
-"""What a tracer sees of ``cute_quant.tensor_amax``."""
+"""Operator of ``cute_quant.tensor_amax`` for tracers."""
 operator.register_fake(_meta)
 torch_ops.refuse_gradients(operator, "tensor_amax", "x")
 torch_ops.refuse_vmap(operator)

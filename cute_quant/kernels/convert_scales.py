@@ -50,6 +50,7 @@ class Problem(Params):
         source: cute.Tensor,
         result: cute.Tensor,
         counts: cute.Tensor | None,
+        *,
         num_rows: Uint32,
         num_groups: Int32,
         stored_rows: Uint32,
@@ -123,13 +124,13 @@ class ConvertScales:
                 source,
                 result,
                 mCounts,
-                Uint32(mn),
-                groups,
-                stored_rows,
-                Uint32(missing_rows),
-                alignment,
-                Uint32(zero),
-                first_batch,
+                num_rows=Uint32(mn),
+                num_groups=groups,
+                stored_rows=stored_rows,
+                missing_rows=Uint32(missing_rows),
+                alignment=alignment,
+                zero=Uint32(zero),
+                first_batch=first_batch,
             )
             self.kernel(problem).launch(
                 grid=[

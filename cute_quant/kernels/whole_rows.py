@@ -28,7 +28,7 @@ from cute_quant.kernels.upper_scales import Factors, factors_of_amax
 
 
 class WholeRows:
-    """What such kernels have in common.
+    """Common part of such kernels.
 
     Args:
         spec: compile-time choices.

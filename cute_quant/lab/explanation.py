@@ -18,7 +18,7 @@ DRAWN = 8
 LISTED = 16
 """First scales in memory that are listed."""
 UNKNOWN_READERS = "kernels of your own"
-"""What a format says that names no reader."""
+"""Text of a format that names no reader."""
 SEARCHED_ROWS, SEARCHED_GROUPS = 128, 16
 """Rows and groups that hold the first scales in memory, in every layout."""
 

@@ -95,8 +95,8 @@ FAULTS = [
     Fault(
         "blocks-missing-rows-forgotten",
         DISPATCH,
-        "return fmt.scale_rows(sf.shape[-2]) - last_column_rows(sf)",
-        "return 0",
+        "else missing_scale_rows(sf, fmt)",
+        "else 0",
         [f"{ON_KERNEL}::test_every_format"],
     ),
     Fault(

@@ -123,8 +123,8 @@ FAULTS = [
     Fault(
         "convert-missing-rows-forgotten",
         DISPATCH,
-        "missing_rows = to.scale_rows(shape.mn) - last_column_rows(result)",
-        "missing_rows = 0",
+        "missing_scale_rows(result, to),",
+        "0,",
         [f"{ON_CONVERT}::test_a_last_column_without_padding_rows"],
     ),
     Fault(
