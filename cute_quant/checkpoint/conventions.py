@@ -212,7 +212,7 @@ CONVENTIONS: dict[str, Convention] = {
         Convention(
             "nvfp4",
             _row_major(NVFP4),
-            "e2m1, groups of 16, e4m3 scales under a float32; activations stay 16-bit",
+            "e2m1, groups of 16, e4m3 scales, 16-bit activations",
             _compressed_tensors(NVFP4, "nvfp4-pack-quantized", activations=False),
         ),
     )

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,7 +247,8 @@ class _Converter:
         self._output = output
         self._device = device
         self._allow_non_finite = allow_non_finite
-        self._layouts = _layouts(plan)
+        self._by_shard = _by_shard(plan)
+        self._layouts = _layouts(plan, self._by_shard)
         self._open = functools.lru_cache(2)(functools.partial(source.reader, plan.checkpoint))
         self._amax: dict[str, torch.Tensor] = {}
         self.total_size = sum(sum(layout.sizes.values()) for layout in self._layouts.values())
@@ -258,7 +260,7 @@ class _Converter:
         try:
             for shard, layout in self._layouts.items():
                 path = self._output / shard
-                mine = [*_of_shard(self._plan.quantized, shard), *_of_shard(self._plan.kept, shard)]
+                mine = self._by_shard[shard]
                 if path.exists():
                     if not layout.is_at(path):
                         raise ValueError(f"output: expected the shard that was written as {shard}")
@@ -346,7 +348,7 @@ class _Converter:
     def _fused_amax(self, name: str) -> torch.Tensor:
         """Return the largest magnitude of a weight and of those that it is fused with."""
         if name not in self._amax:
-            fused = self._plan.fused_with(name)
+            fused = self._plan.fused[name]
             amax = torch.stack([self._tensor_amax(self._plan.quantized[n]) for n in fused]).amax(0)
             self._amax.update(dict.fromkeys(fused, amax))
         return self._amax[name]
@@ -390,22 +392,24 @@ def _products(w: torch.Tensor, w_sf: torch.Tensor | None) -> torch.Tensor:
     return ops.dequantize_blocks(w, w_sf, DEEP_GEMM_SM90, dtype=torch.float32)
 
 
-def _layouts(plan: Plan) -> dict[str, Layout]:
-    """Return where the tensors of each shard lie; one that only held scales is none any more."""
+def _by_shard(plan: Plan) -> dict[str, list[StoredTensor]]:
+    """Return what is read of each shard; one that only holds scales is none of the result."""
+    tensors: dict[str, list[StoredTensor]] = defaultdict(list)
+    for tensor in (*plan.quantized.values(), *plan.kept.values()):
+        tensors[tensor.shard].append(tensor)
+    return {shard: tensors[shard] for shard in plan.checkpoint.shards if shard in tensors}
+
+
+def _layouts(plan: Plan, by_shard: Mapping[str, Sequence[StoredTensor]]) -> dict[str, Layout]:
+    """Return where the tensors of each shard of the result lie."""
     layouts = {}
-    for shard in plan.checkpoint.shards:
-        tensors: dict[str, tuple[str, Sequence[int]]] = {
-            tensor.name: (tensor.dtype, tensor.shape) for tensor in _of_shard(plan.kept, shard)
-        }
-        for tensor in _of_shard(plan.quantized, shard):
-            tensors |= {part.name: (part.dtype, part.shape) for part in plan.parts[tensor.name]}
-        if tensors:
-            layouts[shard] = Layout(tensors, plan.checkpoint.metadata[shard])
+    for shard, read in by_shard.items():
+        tensors: dict[str, tuple[str, Sequence[int]]] = {}
+        for tensor in read:
+            parts = plan.parts.get(tensor.name, (tensor,))
+            tensors |= {part.name: (part.dtype, part.shape) for part in parts}
+        layouts[shard] = Layout(tensors, plan.checkpoint.metadata[shard])
     return layouts
-
-
-def _of_shard(tensors: Mapping[str, StoredTensor], shard: str) -> list[StoredTensor]:
-    return [tensor for tensor in tensors.values() if tensor.shard == shard]
 
 
 def _slabs(shape: Sequence[int]) -> Iterator[Slab]:

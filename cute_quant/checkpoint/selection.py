@@ -63,6 +63,7 @@ class Plan:
         kept: tensors that are copied, by name.
         kept_modules: names of modules with a weight matrix that is kept, for config.json.
         parts: tensors that replace each quantized weight.
+        fused: of each quantized weight those that engines read as one matrix with it, and itself.
     """
 
     checkpoint: Checkpoint
@@ -72,11 +73,7 @@ class Plan:
     kept: Mapping[str, StoredTensor]
     kept_modules: Sequence[str]
     parts: Mapping[str, Sequence[Part]]
-
-    def fused_with(self, name: str) -> list[str]:
-        """Return the quantized weights that engines read as one matrix with this, itself too."""
-        key = _fusion(name)
-        return [name] if key is None else [n for n in self.quantized if _fusion(n) == key]
+    fused: Mapping[str, Sequence[str]]
 
 
 def make_plan(checkpoint: Checkpoint, convention: Convention, keep: Sequence[str] = ()) -> Plan:
@@ -118,7 +115,19 @@ def make_plan(checkpoint: Checkpoint, convention: Convention, keep: Sequence[str
     _check_names(parts, kept)
     modules = {_module(name) for name, tensor in kept.items() if _is_weight(tensor)}
     modules |= {ALWAYS_LISTED, *_listed(checkpoint.config)}
-    return Plan(checkpoint, convention, quantized, scales, kept, sorted(modules), parts)
+    fused: dict[object, list[str]] = defaultdict(list)
+    for name in quantized:
+        fused[_fusion(name) or name].append(name)
+    return Plan(
+        checkpoint,
+        convention,
+        quantized,
+        scales,
+        kept,
+        sorted(modules),
+        parts,
+        {name: fused[_fusion(name) or name] for name in quantized},
+    )
 
 
 def _module(name: str) -> str:
