@@ -54,7 +54,8 @@ def command(arguments: list[str]) -> str:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     overview.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    lines = "\n".join(f"{name:10} {text}" for name, (_, text) in COMMANDS.items())
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"{name:{width}} {text}" for name, (_, text) in COMMANDS.items())
     overview.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=lines)
     name: str = overview.parse_args(arguments[:1]).command
     return name
