@@ -6,10 +6,7 @@ after all shards, and ``config.json``, without which no reader opens the directo
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
-import json
 import os
 import shutil
 from collections import defaultdict
@@ -22,13 +19,12 @@ import torch
 
 import cute_quant
 from cute_quant import ops
-from cute_quant.checkpoint import conventions, source
+from cute_quant.checkpoint import conventions, output_directory, source
 from cute_quant.checkpoint.conventions import Part
 from cute_quant.checkpoint.selection import Plan, make_plan
 from cute_quant.checkpoint.shards import (
     AtomicFile,
     Layout,
-    sync_directory,
     write_json,
     write_tensor,
 )
@@ -37,9 +33,6 @@ from cute_quant.contract.dtypes import E4M3_MAX, E4M3_NAN, FLOAT32_MAX, SOURCE_B
 from cute_quant.contract.formats import DEEP_GEMM_SM90
 from cute_quant.contract.upper_scales import factors_of_amax
 from cute_quant.jit import progress
-
-MANIFEST = ".cute_quant_checkpoint.json"
-"""What a run was asked for, in its output directory until it is complete."""
 
 SLAB_VALUES = 2**23
 """Most values of a tensor that are in memory at once, but at least ``SOURCE_BLOCK`` rows."""
@@ -131,9 +124,9 @@ def quantize_checkpoint(
     """
     plan = plan_checkpoint(directory, fmt, keep=keep)
     target = Path(output)
-    _check_output(plan.checkpoint.directory, target)
+    output_directory.check_outside(plan.checkpoint.directory, target)
     convert = _Converter(plan, target, _device(device), allow_non_finite)
-    with _begun(target, _request(plan, keep)):
+    with output_directory.begun(target, _request(plan, keep)):
         resumed = convert.shards()
         convert.other_files()
     checkpoint = plan.checkpoint
@@ -162,14 +155,6 @@ def _device(device: torch.device | str | None) -> torch.device:
     return found
 
 
-def _check_output(directory: Path, output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output: expected a directory, got the file {str(output)!r}")
-    here, there = directory.resolve(), output.resolve()
-    if here == there or here in there.parents:
-        raise ValueError(f"output: expected a directory outside of the source, got {str(output)!r}")
-
-
 def _request(plan: Plan, keep: Sequence[str]) -> dict[str, Any]:
     """Return what has to be equal for a run to go on where another ended."""
     return {
@@ -178,59 +163,6 @@ def _request(plan: Plan, keep: Sequence[str]) -> dict[str, Any]:
         "keep": sorted(set(keep)),
         "source": plan.checkpoint.identity(),
     }
-
-
-@contextlib.contextmanager
-def _begun(output: Path, request: Mapping[str, Any]) -> Iterator[None]:
-    """Hold an output directory that is new, or that the same request began.
-
-    Raises:
-        ValueError: it holds something else.
-        RuntimeError: another run holds it.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / MANIFEST
-    if not path.exists():
-        _check_empty(output)
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RuntimeError(f"output: another run writes to {str(output)!r}") from error
-        text = file.read()
-        if not text:
-            _check_empty(output)
-            json.dump(request, file)
-            file.flush()
-            os.fsync(file.fileno())
-            sync_directory(output)
-        else:
-            _check_same(output, text, request)
-        yield
-        path.unlink(missing_ok=True)
-        sync_directory(output)
-
-
-def _check_empty(output: Path) -> None:
-    found = sorted(set(os.listdir(output)) - {MANIFEST})
-    if found:
-        raise ValueError(
-            f"output: expected a directory that is new, empty or begun by the same command, got "
-            f"{str(output)!r} with {found[0]!r}"
-        )
-
-
-def _check_same(output: Path, text: str, request: Mapping[str, Any]) -> None:
-    try:
-        begun = json.loads(text)
-        other = [key for key in request if begun.get(key) != request[key]]
-    except (ValueError, AttributeError):
-        other = [MANIFEST]
-    if other:
-        raise ValueError(
-            f"output: expected a directory that was begun by the same command, got "
-            f"{str(output)!r}, begun with another {' and '.join(other)}: remove it"
-        )
 
 
 class _Converter:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from cute_quant.checkpoint import conversion, quantize_checkpoint
-from cute_quant.checkpoint.conversion import MANIFEST
+from cute_quant.checkpoint.output_directory import MANIFEST
 from cute_quant.jit import progress
 from tests.checkpoint import made
 from tests.helpers import environment

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cute_quant.checkpoint import CONVENTIONS, conversion, quantize_checkpoint
+from cute_quant.checkpoint import CONVENTIONS, conversion, output_directory, quantize_checkpoint
 from cute_quant.cli import main
 from tests.checkpoint import made
 
@@ -96,7 +96,7 @@ def test_another_run(capsys, tmp_path, directory, monkeypatch):
     def held(*_):
         raise BlockingIOError
 
-    monkeypatch.setattr(conversion.fcntl, "flock", held)
+    monkeypatch.setattr(output_directory.fcntl, "flock", held)
     status, _, err = run(capsys, directory, "-o", tmp_path / "out")
     assert status == 1 and "another run writes to" in err and len(err.splitlines()) == 1
 

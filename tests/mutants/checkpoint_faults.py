@@ -4,6 +4,7 @@ from tests.mutants.fault import Fault
 
 CONVENTIONS = "checkpoint/conventions.py"
 CONVERSION = "checkpoint/conversion.py"
+OUTPUT = "checkpoint/output_directory.py"
 SELECTION = "checkpoint/selection.py"
 SHARDS = "checkpoint/shards.py"
 SOURCE = "checkpoint/source.py"
@@ -87,9 +88,9 @@ FAULTS = [
     ),
     Fault(
         "checkpoint-goes-on-for-another-command",
-        CONVERSION,
-        "other = [key for key in request if begun.get(key) != request[key]]",
-        "other = [key for key in request if key not in begun]",
+        OUTPUT,
+        "other = [key for key in request if found.get(key) != request[key]]",
+        "other = [key for key in request if key not in found]",
         [f"{ON_RESUME}::test_another_command"],
     ),
     Fault(
@@ -101,14 +102,14 @@ FAULTS = [
     ),
     Fault(
         "checkpoint-writes-into-anything",
-        CONVERSION,
+        OUTPUT,
         "    if not path.exists():\n        _check_empty(output)",
         "    if False:\n        _check_empty(output)",
         [f"{ON_RESUME}::test_a_directory_with_something_else"],
     ),
     Fault(
         "checkpoint-output-inside-of-the-source",
-        CONVERSION,
+        OUTPUT,
         "if here == there or here in there.parents:",
         "if here == there:",
         [f"{ON_RESUME}::test_the_source_itself"],
@@ -122,14 +123,14 @@ FAULTS = [
     ),
     Fault(
         "checkpoint-two-runs-at-once",
-        CONVERSION,
+        OUTPUT,
         "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "pass",
         [f"{ON_RESUME}::test_two_runs_at_once"],
     ),
     Fault(
         "checkpoint-manifest-left",
-        CONVERSION,
+        OUTPUT,
         "        path.unlink(missing_ok=True)\n        sync_directory(output)",
         "        sync_directory(output)",
         [f"{ON_CONVERSION}::test_files"],
