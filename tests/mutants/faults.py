@@ -14,6 +14,7 @@ Left out, since nothing that a caller sees depends on them:
 
 from tests.mutants import (
     block_faults,
+    checkpoint_faults,
     contract_faults,
     dispatch_faults,
     jit_faults,
@@ -28,4 +29,5 @@ FAULTS = [
     *block_faults.FAULTS,
     *scales_faults.FAULTS,
     *jit_faults.FAULTS,
+    *checkpoint_faults.FAULTS,
 ]
