@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cute_quant.contract import block_reference, blocks
-from cute_quant.contract.dtypes import LOAD_BYTES, STORE_BYTES
+from cute_quant.contract.dtypes import LOAD_BYTES, SOURCE_BLOCK, STORE_BYTES
 from cute_quant.contract.formats import Format
 from cute_quant.contract.tensors import (
     check_disjoint,
@@ -65,8 +65,13 @@ def requantize(
     upper: UpperScale | None,
     q: torch.Tensor | None,
     sf: torch.Tensor | None,
+    *,
+    check: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run ``cute_quant.requantize_blocks`` on tensors with memory."""
+    """Run ``cute_quant.requantize_blocks`` on tensors with memory.
+
+    With `check` values and scales are read, which synchronizes, and refused where they do not fit.
+    """
     shape = blocks.check_requantize_blocks(w8, w_sf, fmt, upper, q, sf)
     reads = {"w8": w8, "w_sf": w_sf}
     if upper is not None:
@@ -74,15 +79,17 @@ def requantize(
     _check_memory({**reads, "out q": q, "out sf": sf})
     if q is None:
         q = torch.empty(shape.values(fmt), dtype=fmt.values, device=w8.device)
-    if sf is None and blocks.in_groups(fmt):
+    if sf is None and blocks.quantized_by_row(fmt):
         sf = fmt.empty_scales(*shape, w8.device)
     elif sf is None:
         sf = blocks.empty_scales(fmt, shape, w8.device)
-    of_rows = blocks.in_groups(fmt) or not blocks.stored_once(fmt)
+    of_rows = blocks.quantized_by_row(fmt) or not blocks.stored_once(fmt)
     _check_regions(reads, q, sf, mn_major=fmt.mn_major and of_rows)
+    if check:
+        block_reference.check_source(w8, w_sf, fmt, upper)
     if not launch.has_kernels(w8):
         launch.run(block_reference.requantize_into, (w8, w_sf, fmt, upper, q, sf), [])
-    elif w8.numel() and blocks.in_groups(fmt):
+    elif w8.numel() and blocks.quantized_by_row(fmt):
         _launch_groups(w8, w_sf, fmt, upper, q, sf)
     elif w8.numel():
         _launch_blocks(w8, w_sf, fmt, q, sf)
@@ -116,7 +123,7 @@ def _launch_blocks(
 ) -> None:
     """Launch the kernel of blocks on weights, or on e4m3 with the scales of its blocks."""
     arch = lookup.architecture(w.get_device())
-    spec = choose_spec(w, fmt, q, arch)
+    spec = choose_spec(w, fmt, q, arch, SOURCE_BLOCK if w_sf is None else blocks.block_size(w, w_sf))
     operands = (
         matrix_view(w.mT if spec.transposed else w, batched=True).of(w),
         None if w_sf is None else view_of_scales(w_sf, 2).of(w_sf),
@@ -138,7 +145,7 @@ def _launch_groups(
     """Launch the kernel of groups of rows on e4m3 with the scales of its blocks."""
     arch = lookup.architecture(w8.get_device())
     kind = None if upper is None else upper.kind
-    spec = choose_requantize_spec(w8, fmt, q, kind, arch)
+    spec = choose_requantize_spec(w8, fmt, q, kind, arch, blocks.block_size(w8, w_sf))
     given = None
     if upper is not None:
         matrices = flat_batch("w8", w8.shape, w8.stride())[0]
@@ -156,7 +163,9 @@ def _launch_groups(
     launch.run(_function(spec, arch), (*operands, *numbers), [q, sf])
 
 
-def choose_spec(w: torch.Tensor, fmt: Format, q: torch.Tensor, arch: str) -> BlocksSpec:
+def choose_spec(
+    w: torch.Tensor, fmt: Format, q: torch.Tensor, arch: str, source_block: int = SOURCE_BLOCK
+) -> BlocksSpec:
     """Choose the spec of the kernel for weights and memory for their quantized values."""
     transposed = blocks.is_transposed(w)
     values = heuristics.block_values(w.dtype, fmt, arch, transposed=transposed)
@@ -180,12 +189,18 @@ def choose_spec(w: torch.Tensor, fmt: Format, q: torch.Tensor, arch: str) -> Blo
             ragged=w.shape[-1] % q_values != 0,
         ),
         transposed,
+        source_block,
         architectures.named(arch).pdl,
     )
 
 
 def choose_requantize_spec(
-    w8: torch.Tensor, fmt: Format, q: torch.Tensor, upper: str | None, arch: str
+    w8: torch.Tensor,
+    fmt: Format,
+    q: torch.Tensor,
+    upper: str | None,
+    arch: str,
+    source_block: int = SOURCE_BLOCK,
 ) -> RequantizeSpec:
     """Choose the spec of the kernel that requantizes in groups of rows."""
     tile = DEFAULT_TILE
@@ -197,7 +212,9 @@ def choose_requantize_spec(
         ragged=w8.shape[-1] % values != 0,
     )
     domain, pdl = Domain(batched=True), architectures.named(arch).pdl
-    return RequantizeSpec(w8.dtype, fmt.kernel_format, tile, domain, access, upper, pdl)
+    return RequantizeSpec(
+        w8.dtype, fmt.kernel_format, tile, domain, access, upper, source_block, pdl
+    )
 
 
 def _function(spec: Spec, arch: str) -> Function:
