@@ -683,7 +683,7 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
         **kwargs: keyword arguments of `operation`.
         operation: :func:`quantize`, :func:`silu_mul_quantize`, :func:`rms_norm_quantize`,
             :func:`dequantize`, :func:`fake_quantize`, :func:`quantize_blocks`,
-            :func:`dequantize_blocks` or :func:`requantize_blocks`.
+            :func:`dequantize_blocks`, :func:`requantize_blocks` or :func:`convert_scales`.
 
     Returns:
         The launch: a callable whose ``results`` are what `operation` returns.
@@ -701,6 +701,7 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
         quantize_blocks,
         dequantize_blocks,
         requantize_blocks,
+        convert_scales,
     )
     if not any(operation is function for function in operations):
         names = ", ".join(function.__name__ for function in operations)

@@ -65,6 +65,21 @@ def check_block_format(fmt: object) -> None:
         raise ValueError(f"fmt: expected a group_size for blocks of {sizes}, got {fmt.text}")
 
 
+def check_requantized_format(fmt: object) -> None:
+    """Check that the weights of a checkpoint can be quantized anew in a format.
+
+    Raises:
+        TypeError: it is no Format.
+        ValueError: they cannot.
+    """
+    check_format(fmt)
+    assert isinstance(fmt, Format)
+    if not quantized_by_row(fmt):
+        check_block_format(fmt)
+    elif fmt.row_scale or fmt.whole_row:
+        raise ValueError(f"fmt: expected groups of rows, none over whole rows, got {fmt}")
+
+
 def stored_once(fmt: Format) -> bool:
     """Return whether the scale of a block is stored once, and not for each of its rows."""
     return not fmt.byte_scales
@@ -159,11 +174,7 @@ def check_requantize_blocks(
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
-    check_format(fmt)
-    if not quantized_by_row(fmt):
-        check_block_format(fmt)
-    elif fmt.row_scale or fmt.whole_row:
-        raise ValueError(f"fmt: expected groups of rows, none over whole rows, got {fmt}")
+    check_requantized_format(fmt)
     check_tensor("w8", w8, (SOURCE_DTYPE,))
     if quantized_by_row(fmt):
         check_matrices("w8", w8, MAX_COLUMNS)
@@ -197,9 +208,7 @@ def block_counts(batch_shape: tuple[int, ...], n: int, k: int, size: int) -> tup
 def _check_weights(name: str, w: torch.Tensor) -> None:
     """Check shape and strides of weights (..., n, k)."""
     if w.ndim < 2:
-        raise ValueError(
-            f"{name}: expected 2 or more dimensions (..., N, K), got {tuple(w.shape)}"
-        )
+        raise ValueError(f"{name}: expected 2 or more dimensions (..., N, K), got {tuple(w.shape)}")
     n, k = w.shape[-2:]
     if known(n > MAX_SIZE) or known(k > MAX_COLUMNS):
         raise ValueError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from cute_quant.contract import block_reference, blocks
@@ -17,12 +20,17 @@ from cute_quant.contract.tensors import (
 )
 from cute_quant.contract.torch_private import in_dual_level
 from cute_quant.contract.upper_scales import UpperScale
-from cute_quant.dispatch import launch
+from cute_quant.dispatch import launch, plan
+from cute_quant.dispatch.call_range import (
+    DEQUANTIZE_BLOCKS,
+    QUANTIZE_BLOCKS,
+    REQUANTIZE_BLOCKS,
+    CallRange,
+)
 from cute_quant.dispatch.plan import (
     Function,
     View,
     alignment,
-    choose_dequantize_spec,
     matrix_view,
     missing_scale_rows,
     view_of_scales,
@@ -33,6 +41,7 @@ from cute_quant.kernels.config import (
     DEFAULT_TILE,
     Access,
     BlocksSpec,
+    DequantizeSpec,
     Domain,
     RequantizeSpec,
     Spec,
@@ -107,14 +116,15 @@ def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtyp
         launch.run(block_reference.dequantize_into, (q, sf, fmt, y), [])
     elif q.numel():
         arch = lookup.architecture(q.get_device())
-        spec = choose_dequantize_spec(q, y, fmt, None, arch)._replace(square=True)
+        spec = choose_dequantize_spec(q, y, fmt, arch)
         operands = (
             matrix_view(q, batched=True).of(q),
             view_of_scales(sf, 2).of(sf),
             None,
             matrix_view(y, batched=True).of(y),
         )
-        launch.run(_function(spec, arch), operands, [y])
+        calls = functools.partial(CallRange.of_weights, DEQUANTIZE_BLOCKS, q, fmt, y)
+        launch.run(_function(spec, arch, calls), operands, [y])
     return y
 
 
@@ -123,7 +133,9 @@ def _launch_blocks(
 ) -> None:
     """Launch the kernel of blocks on weights, or on e4m3 with the scales of its blocks."""
     arch = lookup.architecture(w.get_device())
-    spec = choose_spec(w, fmt, q, arch, SOURCE_BLOCK if w_sf is None else blocks.block_size(w, w_sf))
+    spec = choose_spec(
+        w, fmt, q, arch, SOURCE_BLOCK if w_sf is None else blocks.block_size(w, w_sf)
+    )
     operands = (
         matrix_view(w.mT if spec.transposed else w, batched=True).of(w),
         None if w_sf is None else view_of_scales(w_sf, 2).of(w_sf),
@@ -131,7 +143,9 @@ def _launch_blocks(
         view_of_scales(sf, 2 if blocks.stored_once(fmt) else fmt.scale_dims).of(sf),
     )
     missing_rows = 0 if blocks.stored_once(fmt) else missing_scale_rows(sf, fmt)
-    launch.run(_function(spec, arch), (*operands, missing_rows, fmt.floor), [q, sf])
+    operation = QUANTIZE_BLOCKS if w_sf is None else REQUANTIZE_BLOCKS
+    calls = functools.partial(CallRange.of_weights, operation, w, fmt, q)
+    launch.run(_function(spec, arch, calls), (*operands, missing_rows, fmt.floor), [q, sf])
 
 
 def _launch_groups(
@@ -160,7 +174,8 @@ def _launch_groups(
         None,
     )
     numbers = missing_scale_rows(sf, fmt), 1, 1, fmt.floor
-    launch.run(_function(spec, arch), (*operands, *numbers), [q, sf])
+    calls = functools.partial(CallRange.of_weights, REQUANTIZE_BLOCKS, w8, fmt, q, upper)
+    launch.run(_function(spec, arch, calls), (*operands, *numbers), [q, sf])
 
 
 def choose_spec(
@@ -217,8 +232,16 @@ def choose_requantize_spec(
     )
 
 
-def _function(spec: Spec, arch: str) -> Function:
-    """Return a compiled kernel.
+def choose_dequantize_spec(
+    q: torch.Tensor, y: torch.Tensor, fmt: Format, arch: str
+) -> DequantizeSpec:
+    """Choose the spec of the kernel that multiplies weights by the scales of their blocks."""
+    spec = plan.choose_dequantize_spec(q, y, fmt, None, arch)
+    return spec._replace(square=blocks.stored_once(fmt))
+
+
+def _function(spec: Spec, arch: str, calls: Callable[[], CallRange]) -> Function:
+    """Return a compiled kernel; `calls` are those that take it.
 
     Raises:
         RuntimeError: the kernel is missing and cannot be compiled.
@@ -226,9 +249,7 @@ def _function(spec: Spec, arch: str) -> Function:
     try:
         return lookup.function(spec, arch)
     except lookup.NotBuilt as error:
-        raise RuntimeError(
-            f"{error}: call the operation before, on tensors of the same dtype and alignment"
-        ) from None
+        raise RuntimeError(f"{error}: {calls().remedy(arch)}") from None
 
 
 def _check_memory(tensors: dict[str, torch.Tensor | None]) -> None:
