@@ -491,6 +491,7 @@ def requantize_blocks(
     encode_scale: torch.Tensor | None = None,
     decode_scale: torch.Tensor | None = None,
     amax: torch.Tensor | None = None,
+    check: bool = False,
     out: Out | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize the weights of an FP8 checkpoint anew, in another format.
@@ -501,15 +502,19 @@ def requantize_blocks(
     in a wider type.
 
     Args:
-        w8: (..., N, K), float8_e4m3fn, contiguous along k, with strides as for :func:`quantize`.
-        w_sf: float32, (..., ceil(N / 128), ceil(K / 128)), the scales of blocks of 128 x 128, which
-            checkpoints call ``weight_scale_inv``. Strides are free, as long as one of them walks
-            the leading dimensions.
+        w8: (..., N, K), float8_e4m3fn, with strides as for :func:`quantize_blocks`. For FP4 it is
+            contiguous along k, as its groups are.
+        w_sf: float32, the scales of blocks, which checkpoints call ``weight_scale_inv``:
+            (..., ceil(N / b), ceil(K / b)) for blocks of b x b, b being 128 or 32. Strides are
+            free, as long as one of them walks the leading dimensions.
         fmt: what the result looks like: for 8-bit values as for :func:`quantize_blocks`, for FP4 as
             for :func:`quantize`, without `row_scale`.
         encode_scale: as for :func:`quantize`.
         decode_scale: as for :func:`quantize`.
         amax: as for :func:`quantize`, of the products.
+        check: whether to read `w8`, `w_sf` and the scale over e4m3 scales, which synchronizes, and
+            raise on NaN among the values, on scales that are negative or not finite, on products
+            that are Inf, and on a scale that does not fit the products.
         out: as for :func:`quantize_blocks`.
 
     Returns:
@@ -523,10 +528,17 @@ def requantize_blocks(
     upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
     if upper is not None:
         _check_input("requantize_blocks", *upper)
+    _check_bool("check", check)
     outputs = _outputs(out, fmt)
-    traced = _is_traced(w8)
-    run = block_ops.requantize if traced else block_launches.requantize
-    return run(w8, w_sf, fmt, upper, outputs.q, outputs.sf)
+    call = w8, w_sf, fmt, upper, outputs.q, outputs.sf
+    if not _is_traced(w8):
+        return block_launches.requantize(*call, check=check)
+    if check:
+        raise ValueError(
+            "check: expected False under a tracer or dispatch mode, or with a tensor subclass, "
+            "whose values are not read"
+        )
+    return block_ops.requantize(*call)
 
 
 def convert_scales(
@@ -671,7 +683,7 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
         **kwargs: keyword arguments of `operation`.
         operation: :func:`quantize`, :func:`silu_mul_quantize`, :func:`rms_norm_quantize`,
             :func:`dequantize`, :func:`fake_quantize`, :func:`quantize_blocks`,
-            :func:`dequantize_blocks` or :func:`requantize_blocks`.
+            :func:`dequantize_blocks`, :func:`requantize_blocks` or :func:`convert_scales`.
 
     Returns:
         The launch: a callable whose ``results`` are what `operation` returns.
@@ -689,6 +701,7 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
         quantize_blocks,
         dequantize_blocks,
         requantize_blocks,
+        convert_scales,
     )
     if not any(operation is function for function in operations):
         names = ", ".join(function.__name__ for function in operations)

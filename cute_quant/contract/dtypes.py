@@ -46,7 +46,7 @@ lie between."""
 BLOCK_SIZES = (32, 128)
 """Rows, and columns, of a square block of weights."""
 SOURCE_BLOCK = 128
-"""Those of the blocks of FP8 checkpoints."""
+"""Those of the blocks of FP8 checkpoints, as most of them are."""
 SOURCE_DTYPE = torch.float8_e4m3fn
 """The dtype of their values."""
 

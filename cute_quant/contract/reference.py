@@ -70,7 +70,7 @@ def group_scales(x: torch.Tensor, fmt: Format, upper: Factors | None = None) -> 
     Returns:
         (..., groups): int32 biased exponents where scales are powers of two, else float32.
     """
-    amax = _in_groups(x, fmt).abs().amax(-1)
+    amax = _split_into_groups(x, fmt).abs().amax(-1)
     if upper is not None:
         quotients = _e4m3_quotients(amax.float(), upper, fmt)
         scales = _e4m3_scales(quotients, fmt)
@@ -154,7 +154,7 @@ def _errors(x: torch.Tensor, scales: torch.Tensor, upper: Factors, fmt: Format) 
     """Return the sum of absolute errors of each group, added in order, in float32."""
     q = group_values(x, scales, fmt, upper)
     decoded = multiply_back(q, scales * upper.decode, fmt, torch.float32)
-    differences = _in_groups((decoded - x.float()).abs(), fmt)
+    differences = _split_into_groups((decoded - x.float()).abs(), fmt)
     total = torch.zeros_like(differences[..., 0])
     for difference in differences.unbind(-1):
         total = total + difference
@@ -203,12 +203,12 @@ def groups_of_rows(rows: Rows | None, mn: int) -> torch.Tensor:
         return rows.m_indices.long()
     assert isinstance(rows, PrefixSum)
     # A last group of all rows, for those that belong to none.
-    belongs = pad(in_groups(rows, mn), (0, 0, 0, 1), value=True)
+    belongs = pad(rows_of_groups(rows, mn), (0, 0, 0, 1), value=True)
     group = belongs.int().argmax(0)
     return group.where(group < len(rows.ends), -1)
 
 
-def in_groups(rows: PrefixSum, mn: int) -> torch.Tensor:
+def rows_of_groups(rows: PrefixSum, mn: int) -> torch.Tensor:
     """Return which rows, (G, mn), each group has."""
     row = torch.arange(mn, device=rows.ends.device)
     ends = rows.ends.long().clamp(0, mn)
@@ -255,7 +255,9 @@ def check_upper_scale(call: Call) -> None:
         i = int(outside.nonzero()[0])
         got = given.reshape(-1)[i].item()
         if kind == AMAX:
-            raise ValueError(f"amax: expected about {amax[i]:.3g}, that of x, got {got:.3g}")
+            raise ValueError(
+                f"amax: expected about {amax[i]:.3g}, that of what is quantized, got {got:.3g}"
+            )
         raise ValueError(
             f"{kind}: expected about 2688 / amax = {UPPER_MAX / amax[i]:.3g} as an encode scale, "
             f"or amax / 2688 = {amax[i] / UPPER_MAX:.3g} as a decode scale, got {got:.3g}: were "
@@ -285,7 +287,7 @@ def group_values(
     Returns:
         (..., k), or (..., k / 2) bytes of two, ``fmt.values``.
     """
-    groups = _in_groups(x.float(), fmt)
+    groups = _split_into_groups(x.float(), fmt)
     if fmt.power_of_two:
         finite = scales != UE8M0_NAN
         multipliers = ue8m0_to_float32((UE8M0_MAX - scales).where(finite, UE8M0_NAN))
@@ -346,7 +348,7 @@ def decode(q: torch.Tensor, fmt: Format) -> torch.Tensor:
     return torch.cat([table, -table])[codes]
 
 
-def _in_groups(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+def _split_into_groups(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Return `x` (..., k) as (..., groups, group_size), the last group filled up with zeros."""
     k = x.shape[-1]
     size = k if fmt.whole_row else fmt.group_size
@@ -376,7 +378,7 @@ def live_rows(
         case Masked():
             live = live & below_count(rows, live.shape[1], live.shape[1])
         case PrefixSum():
-            live = live & in_groups(rows, live.shape[1]).any(0)
+            live = live & rows_of_groups(rows, live.shape[1]).any(0)
         case Indexed():
             live = live & (rows.m_indices >= 0)
     return live, source
@@ -605,7 +607,7 @@ def multiply_back(
 ) -> torch.Tensor:
     """Return `q` (..., k) times the float32 `scales` (..., groups) of its groups, in `dtype`."""
     decoded = decode(q, fmt)
-    values = _in_groups(decoded, fmt) * scales.unsqueeze(-1)
+    values = _split_into_groups(decoded, fmt) * scales.unsqueeze(-1)
     return values.to(dtype).flatten(-2)[..., : decoded.shape[-1]]
 
 

@@ -166,7 +166,7 @@ def rows_that_exist(rows: Rows, mn: int) -> torch.Tensor:
         case Masked():
             return reference.below_count(rows, mn, mn)
         case PrefixSum():
-            return reference.in_groups(rows, mn).any(0, keepdim=True)
+            return reference.rows_of_groups(rows, mn).any(0, keepdim=True)
         case Indexed():
             return (rows.m_indices >= 0).unsqueeze(0)
 

@@ -210,7 +210,10 @@ class Blocks:
         for i in cutlass.range_constexpr(self.rows):
             copy.load(gW[i], segment, exist[i], tXrW[i], self.spec.access)
         if const_expr(self.scaled):
-            w_scale = self.load_scale(problem.w_scales, w_tile)
+            blocks = layouts.blocks_of_tile(self.spec.source_block)
+            _, row_block = blocks(first_row)
+            _, column_block = blocks(column_lane * self.values)
+            w_scale = self.load_scale(problem.w_scales, w_tile, (row_block, column_block))
             tXrW = [encodings.multiply(tXrV, w_scale) for tXrV in tXrW]
 
         amaxes = self.share_amaxes(tXrW, column_lane)
@@ -237,11 +240,20 @@ class Blocks:
         return [first + i for i in range(count)]
 
     @cute.jit
-    def load_scale(self, scales: cute.Tensor, tile: tuple[Int32, Int32]) -> Float32:
-        """Load the scale of a tile of w, 0 where a CTA has padding of the result alone."""
+    def load_scale(
+        self, scales: cute.Tensor, tile: tuple[Int32, Int32], block: tuple[Int32, Int32]
+    ) -> Float32:
+        """Load the scale of a block of a tile of w, 0 where there is none.
+
+        A CTA may have padding of the result alone, and a tile less blocks at both ends.
+        """
+        blocks = BLOCK_TILE // self.spec.source_block
+        row, column = (tile[i] * blocks + block[i] for i in range(2))
+        if const_expr(self.spec.transposed):
+            row, column = column, row
         scale = Float32(0.0)
-        if tile[1] < scales.shape[1]:
-            scale = scales[tile]
+        if (const_expr(blocks == 1) or row < scales.shape[0]) and column < scales.shape[1]:
+            scale = scales[row, column]
         return scale
 
     @cute.jit

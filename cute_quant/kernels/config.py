@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from cute_quant.contract.dtypes import LOAD_BYTES, STORE_BYTES
+from cute_quant.contract.dtypes import LOAD_BYTES, SOURCE_BLOCK, STORE_BYTES
 from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
@@ -393,6 +393,7 @@ class BlocksSpec(NamedTuple):
         access: to the weights.
         q_access: to the quantized values.
         transposed: whether the weights are contiguous along n.
+        source_block: size of the blocks whose scales the weights have.
         pdl: as of a `QuantizeSpec`.
     """
 
@@ -402,6 +403,7 @@ class BlocksSpec(NamedTuple):
     access: Access
     q_access: Access
     transposed: bool = False
+    source_block: int = SOURCE_BLOCK
     pdl: bool = True
     kernel: str = "blocks.Blocks"
 
@@ -412,6 +414,7 @@ class RequantizeSpec(NamedTuple):
     Attributes:
         dtype: of the values that come in, e4m3.
         fmt, tile, domain, access, upper, pdl: as of a `QuantizeSpec`.
+        source_block: as of a `BlocksSpec`.
     """
 
     dtype: torch.dtype
@@ -420,6 +423,7 @@ class RequantizeSpec(NamedTuple):
     domain: Domain = DENSE_ROWS
     access: Access = WIDEST
     upper: str | None = None
+    source_block: int = SOURCE_BLOCK
     pdl: bool = True
     kernel: str = "requantize.Requantize"
 
