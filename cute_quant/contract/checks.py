@@ -59,7 +59,7 @@ def check_call(call: Call) -> ResultShape:
     _check_rows(call)
     shape = call.result_shape
     # The tiles of all experts are counted together.
-    whole_rows = isinstance(prologue, RmsNorm) or fmt.row_scale
+    whole_rows = isinstance(prologue, RmsNorm) or fmt.by_row
     tile_rows = 1 if whole_rows else MIN_TILE_ROWS
     tiles = ceil_div(shape.mn, tile_rows) if isinstance(call.rows, Masked) else 1
     counted = name if call.index is None else "index"

@@ -133,6 +133,8 @@ class Format:
     floor: int | float
     """The smallest scale as kernels take it: its UE8M0 byte if scales are powers of two."""
     whole_row: bool
+    by_row: bool
+    """Scales depend on all of a row: it is one group, or has a scale over those of its groups."""
     packed: bool
     """An int32 holds the scales of four groups."""
     block_rows: int
@@ -231,6 +233,7 @@ class Format:
             value_type=VALUE_TYPES[self.values],
             sf_dtype=torch.int32 if packed else self.scale_dtype,
             whole_row=self.group_size == WHOLE_ROW,
+            by_row=self.row_scale or self.group_size == WHOLE_ROW,
             packed=packed,
             block_rows=BLOCK_ROWS.get(self.scale_layout, 0),
             blocked=blocked,

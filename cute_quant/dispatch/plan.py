@@ -247,6 +247,8 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         choices["max_warps"] = launch.max_warps
         if isinstance(call.prologue, RmsNorm):
             choices["tiles_per_thread"] = launch.tiles_per_thread
+        else:
+            choices["held"] = launch.held
     spec = prologue.spec_class(x.dtype, fmt, launch.tile, domain, access, **choices)
     row_alignment = 1 if rows is None else rows.alignment
     numbers = row_alignment, launch.row_ctas, call.fmt.floor, *prologue.numbers
@@ -259,7 +261,7 @@ def _launch_shape(
     """Return tile and grid for the size of a call."""
     masked = isinstance(call.rows, Masked)
     size = math.prod(shape.batch_shape), shape.mn, shape.k, call.fmt, masked, gpu.sms
-    if call.fmt.row_scale and not isinstance(call.prologue, RmsNorm):
+    if call.fmt.by_row and not isinstance(call.prologue, RmsNorm):
         return heuristics.row_shape(*size)
     match call.prologue:
         case None if fake:

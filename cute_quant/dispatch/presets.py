@@ -76,6 +76,8 @@ COLUMNS = tuple(
 )
 """Numbers of columns of every choice that depends on them."""
 FEW_COLUMNS = COLUMNS[:1]
+LONG_COLUMNS = 2 * COLUMNS[-1]
+"""Columns of a row that is one group and that no CTA holds."""
 SMS = 1
 """Multiprocessors of a GPU that has all size classes below ``MAX_ROWS``."""
 MAX_ROWS = 2**17
@@ -92,16 +94,24 @@ def columns_of_whole_rows(spec: QuantizerSpec) -> int:
     """Return a number of columns for which a kernel whose CTAs hold whole rows is chosen."""
     norm = isinstance(spec, RmsNormSpec)
     shape_of = heuristics.norm_shape if norm else heuristics.row_shape
-    for k in reversed(COLUMNS):
+    for k in (LONG_COLUMNS, *reversed(COLUMNS)):
         shape = shape_of(1, 1, k, spec.fmt, False, 1)
+        others = isinstance(spec, RmsNormSpec) or spec.held == shape.held
         tiles = spec.tiles_per_thread if isinstance(spec, RmsNormSpec) else shape.tiles_per_thread
-        if (shape.tile, shape.tiles_per_thread, shape.max_warps) == (
-            spec.tile,
-            tiles,
-            spec.max_warps,
+        if others and (spec.tile, tiles, spec.max_warps) == (
+            shape.tile,
+            shape.tiles_per_thread,
+            shape.max_warps,
         ):
             return k
     raise ValueError(f"spec: expected one that is chosen for some columns, got {spec}")
+
+
+def _columns(fmt: Format) -> tuple[int, ...]:
+    """Return columns of every choice for a format, if rows are not normalized."""
+    if not fmt.by_row:
+        return FEW_COLUMNS
+    return (*COLUMNS, LONG_COLUMNS) if fmt.whole_row else COLUMNS
 
 
 def _quantize(
@@ -111,7 +121,7 @@ def _quantize(
     gathered: Iterable[bool] = (False,),
 ) -> list[CallRange]:
     return [
-        CallRange(QUANTIZE, fmt, dtype, FEW_COLUMNS, MAX_ROWS, kind, index, kind == Masked.kind)
+        CallRange(QUANTIZE, fmt, dtype, _columns(fmt), MAX_ROWS, kind, index, kind == Masked.kind)
         for dtype, fmt, kind, index in itertools.product(dtypes, formats, kinds, gathered)
     ]
 
@@ -135,7 +145,7 @@ def _layer(fmt: Format) -> list[CallRange]:
 
 def _there_and_back(dtypes: Iterable[torch.dtype], formats: Iterable[Format]) -> list[CallRange]:
     return [
-        CallRange(operation, fmt, dtype, FEW_COLUMNS, MAX_ROWS)
+        CallRange(operation, fmt, dtype, _columns(fmt), MAX_ROWS)
         for operation in (FAKE_QUANTIZE, DEQUANTIZE)
         for dtype, fmt in itertools.product(dtypes, formats)
     ]

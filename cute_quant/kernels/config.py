@@ -135,10 +135,9 @@ class Tile(NamedTuple):
         values, rows = self.values_per_thread, self.rows_per_thread
         if size == WHOLE_ROW:
             _require(
-                rows == self.column_warps == self.tiles_per_thread == 1,
-                f"rows_per_thread, column_warps, tiles_per_thread: expected 1, 1 and 1, a row "
-                f"being one group that a warp goes over alone, got {rows}, {self.column_warps} and "
-                f"{self.tiles_per_thread}",
+                rows == self.column_warps == 1,
+                f"rows_per_thread, column_warps: expected 1 and 1, a row being one group whose "
+                f"warps a launch counts, got {rows} and {self.column_warps}",
             )
             return
         _require(
@@ -255,7 +254,10 @@ class QuantizeSpec(NamedTuple):
         dtype: of the elements of x.
         fmt: of the results.
         fake: whether the result is the products of values and scales, in x's dtype.
-        max_warps: most warps that share a row, where each row has a scale of its own.
+        max_warps: most warps that share a row, where each row has a scale of its own or is one
+            group.
+        held: whether a row that is one group lies in the registers of its CTA; a longer one is read
+            twice.
         upper: the argument that the scale over e4m3 scales is given as, as of
             `cute_quant.contract.upper_scales`; None where the format has none, or one for each row.
         pdl: programmatic dependent launch. CTAs start while the kernel before still runs, and wait
@@ -269,6 +271,7 @@ class QuantizeSpec(NamedTuple):
     access: Access = WIDEST
     fake: bool = False
     max_warps: int = 16
+    held: bool = True
     upper: str | None = None
     pdl: bool = True
     kernel: str = "quantize.Quantize"
@@ -285,7 +288,7 @@ class SiluMulSpec(NamedTuple):
         scaled: whether the gate has a factor in the sigmoid.
         shifted: whether something is added to the up.
         weighted: whether rows have a factor of their own.
-        max_warps: as of a `QuantizeSpec`.
+        max_warps, held: as of a `QuantizeSpec`.
     """
 
     dtype: torch.dtype
@@ -300,6 +303,7 @@ class SiluMulSpec(NamedTuple):
     shifted: bool = False
     weighted: bool = False
     max_warps: int = 16
+    held: bool = True
     upper: str | None = None
     pdl: bool = True
     kernel: str = "silu_mul.SiluMul"

@@ -3,7 +3,7 @@
 A thread holds 16 values of a row, contiguous along k, in registers from its load to its store, and
 as many of each of its other rows. Eight threads hold a group of 128 and find its amax in three
 shuffles; all of them know its scale, and one writes it. `layouts` draws the thread-value layout.
-Where a whole row is the group, a warp passes over it twice.
+`quantize_rows` has the kernel where scales depend on whole rows.
 """
 
 from __future__ import annotations
@@ -53,10 +53,8 @@ class GroupQuantizer:
         """Launch the kernel: as many CTAs along M and N as the scheduler has."""
         stage, tile = self.stage, self.stage.tile
         problem = self.scheduler.problem(prologue, operands)
-        num_column_ctas = 1
-        if const_expr(not stage.whole_row):
-            columns = tile.column_warps * tile.tiles_per_thread
-            num_column_ctas = cute.ceil_div(stage.tiles(problem.k), columns)
+        columns = tile.column_warps * tile.tiles_per_thread
+        num_column_ctas = cute.ceil_div(stage.tiles(problem.k), columns)
         self.kernel(problem).launch(
             grid=self.scheduler.grid(problem, operands, num_column_ctas),
             block=[LANES, *layouts.warps(tile).shape],
@@ -79,21 +77,18 @@ class GroupQuantizer:
         gQ = [problem.q.row(row.index) for row in rows]  # (k,) each
 
         scales, bounds = [], self.load_bounds(rows, problem)
-        if const_expr(stage.whole_row):
-            scales = [[self.quantize_row(rows[0], inputs[0], gQ[0], problem)]]
-        else:
-            # (values,) of each tile and row
-            tXrX = [[row.load(segment) for row in inputs] for segment in segments]
-            for j in cutlass.range_constexpr(len(segments)):
-                row_scales = []
-                for i in cutlass.range_constexpr(len(rows)):
-                    tXrV = inputs[i].values(tXrX[j][i])  # (values,)
-                    amax = stage.group_amax(stage.thread_amax(tXrV))
-                    scale = stage.refine(tXrV, stage.scale(amax, bounds[i]), bounds[i])
-                    tXrQ = self.encode(tXrV, scale, bounds[i])  # (values,), or bytes of two
-                    copy.store(tXrQ, gQ[i], segments[j], rows[i].in_bounds, self.spec.access)
-                    row_scales.append(scale)
-                scales.append(row_scales)
+        # (values,) of each tile and row
+        tXrX = [[row.load(segment) for row in inputs] for segment in segments]
+        for j in cutlass.range_constexpr(len(segments)):
+            row_scales = []
+            for i in cutlass.range_constexpr(len(rows)):
+                tXrV = inputs[i].values(tXrX[j][i])  # (values,)
+                amax = stage.group_amax(stage.thread_amax(tXrV))
+                scale = stage.refine(tXrV, stage.scale(amax, bounds[i]), bounds[i])
+                tXrQ = stage.results(tXrV, scale, bounds[i], self.fake)  # (values,), bytes of two
+                copy.store(tXrQ, gQ[i], segments[j], rows[i].in_bounds, self.spec.access)
+                row_scales.append(scale)
+            scales.append(row_scales)
         if const_expr(problem.scales is not None):
             self.store_scales(rows, scales, segments, problem)
 
@@ -102,30 +97,6 @@ class GroupQuantizer:
         if self.spec.domain.grouped:
             return [problem.load_bound(row.group) for row in rows]
         return [problem.load_bound()] * len(rows)
-
-    @cute.jit
-    def quantize_row(
-        self, row: Row, source: Params, gQ: cute.Tensor, problem: Problem
-    ) -> GroupScale:
-        """Quantize and store a row that is one group, by one warp, and return its scale."""
-        lane = cute.arch.lane_idx()
-        tiles = cute.ceil_div(problem.k, self.stage.tile.columns)
-        amax = Uint32(0)
-        for i in range(tiles):
-            tXrV = source.values(source.load(Segment(i, lane)))
-            amax = self.stage.larger(amax, self.stage.thread_amax(tXrV))
-        scale = self.stage.scale(self.stage.group_amax(amax), problem.scale_bound)
-        for i in range(tiles):
-            tXrV = source.values(source.load(Segment(i, lane)))
-            tXrQ = self.encode(tXrV, scale, problem.scale_bound)
-            copy.store(tXrQ, gQ, Segment(i, lane), row.in_bounds, self.spec.access)
-        return scale
-
-    def encode(self, tXrV: cute.Tensor, scale: GroupScale, bound: Float32 | Factors) -> cute.Tensor:
-        """Return registers to be stored in q."""
-        if self.fake:
-            return self.stage.encode_and_decode(tXrV, scale, bound)
-        return self.stage.encode(tXrV, scale)
 
     def thread_tile(self, row_tile: Int32) -> tuple[list[Segment], list[Uint32]]:
         """Return the thread's segments of its warp's tiles, and the indices of its rows."""
@@ -175,8 +146,8 @@ class GroupQuantizer:
 def quantizer(
     spec: QuantizeSpec | SiluMulSpec, stage: Stage, fake: bool = False
 ) -> GroupQuantizer | RowQuantizer:
-    """Return the kernel for a format: where each row has its own scale, CTAs hold whole rows."""
-    return (RowQuantizer if spec.fmt.row_scale else GroupQuantizer)(spec, stage, fake)
+    """Return the kernel for a format: where scales depend on whole rows, a CTA has all of one."""
+    return (RowQuantizer if spec.fmt.by_row else GroupQuantizer)(spec, stage, fake)
 
 
 class Input(Params):

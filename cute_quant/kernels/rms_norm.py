@@ -228,8 +228,7 @@ class RmsNorm(WholeRows):
 
         The amax is that of the row where it is one group, or has a scale of its own.
         """
-        if const_expr(self.spec.domain.batched):
-            cute.arch.sync_threads()  # all have read the partial results of the row before
+        self.wait_for_readers()
         squares = self.store_warp_partial(square)
         needs_row_amax = self.stage.whole_row or self.spec.fmt.row_scale
         if const_expr(needs_row_amax):

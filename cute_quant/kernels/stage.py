@@ -310,6 +310,12 @@ class Stage:
             return encodings.decode(self.encode(tXrX, scale), fmt)
         return encodings.round_to_e2m1(self.products(tXrX, scale))
 
+    def results(
+        self, tXrX: cute.Tensor, scale: GroupScale, bound: Float32 | Factors, fake: bool
+    ) -> cute.Tensor:
+        """Return what is stored of a segment: quantized values, or their products if `fake`."""
+        return self.encode_and_decode(tXrX, scale, bound) if fake else self.encode(tXrX, scale)
+
     def encode_and_decode(
         self, tXrX: cute.Tensor, scale: GroupScale, bound: Float32 | Factors
     ) -> cute.Tensor:

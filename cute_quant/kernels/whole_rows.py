@@ -1,7 +1,7 @@
-"""Kernels whose CTAs hold whole rows in registers, so that memory is passed over once.
+"""Kernels whose CTAs have whole rows, in registers, so that memory is passed over once.
 
-A warp has a tile of the row's columns, or several, ``warps`` tiles apart. Warps that share a row
-exchange partial results in shared memory, behind a barrier.
+A warp has a tile of the row's columns, or several. Warps that share a row exchange partial results
+in shared memory, behind a barrier.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class WholeRows:
     def launch(self, prologue: Params, operands: Operands, stream: cuda.CUstream):
         """Launch the kernel: as many warps for a row as its tiles need."""
         problem = self.scheduler.problem(prologue, operands)
-        warps = cute.ceil_div(self.stage.tiles(problem.k), self.tiles_per_thread)
+        warps = self.num_warps(self.stage.tiles(problem.k))
         self.kernel(problem).launch(
             grid=self.scheduler.grid(problem, operands, 1),
             block=[LANES, warps, self.stage.tile.rows],
@@ -56,6 +56,10 @@ class WholeRows:
             stream=stream,
             use_pdl=self.spec.pdl,
         )
+
+    def num_warps(self, num_tiles: Int32) -> Int32:
+        """Return how many warps share a row of so many tiles."""
+        return cute.ceil_div(num_tiles, self.tiles_per_thread)
 
     @cute.kernel
     def kernel(self, problem: Problem):
@@ -73,6 +77,11 @@ class WholeRows:
         """Return a warp's tiles of its row, one after the other."""
         tiles = layouts.tiles_of_thread(self.stage.tile)
         return [tiles((i, warp)) for i in range(self.tiles_per_thread)]
+
+    def wait_for_readers(self):
+        """Wait for all threads to have read the partial results of the row before."""
+        if const_expr(self.spec.domain.batched):
+            cute.arch.sync_threads()
 
     @cute.jit
     def store_warp_partial(self, value: Float32 | Uint32) -> cute.Tensor:

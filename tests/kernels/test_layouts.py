@@ -9,7 +9,7 @@ import pytest
 import torch
 from cutlass._mlir import ir
 
-from cute_quant import DEEP_GEMM_32, GROUPWISE_FP8, MXFP8, NVFP4, ROWWISE_FP8
+from cute_quant import DEEP_GEMM_32, GROUPWISE_FP8, MXFP8, NVFP4
 from cute_quant.contract.checks import MIN_TILE_ROWS
 from cute_quant.jit.lookup import ARCHITECTURES
 from cute_quant.kernels import heuristics, layouts
@@ -123,7 +123,7 @@ def test_lanes_and_values_cover_a_tile_once(mlir, tile, size):
     assert sorted(places) == sorted(every)
 
 
-@pytest.mark.parametrize("fmt", [*EVERY_LAYOUT, ROWWISE_FP8], ids=str)
+@pytest.mark.parametrize("fmt", EVERY_LAYOUT, ids=str)
 @pytest.mark.parametrize("arch", ARCHITECTURES.values())
 @pytest.mark.parametrize("rows", [1, 64, 100_000])
 def test_tiles_of_experts_have_the_rows_that_checks_count_with(rows, arch, fmt):

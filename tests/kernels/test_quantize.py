@@ -14,13 +14,14 @@ from cute_quant import (
     MXFP8,
     NVFP4,
     ROWWISE_FP8,
+    ROWWISE_INT8,
     quantize,
 )
 from cute_quant.contract.dtypes import ceil_div
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
 from cute_quant.contract.upper_scales import KINDS, UpperScale
-from cute_quant.kernels.config import DOWN, MAX_GRID_Y, Domain, QuantizeSpec, Tile
+from cute_quant.kernels.config import DOWN, MAX_GRID_Y, ONE_ROW, Domain, QuantizeSpec, Tile
 from tests import oracle
 from tests.helpers import (
     ARCHITECTURES,
@@ -234,10 +235,58 @@ def test_rows_of_several_tiles_a_thread(kernels, arch):
     assert gpu.launched[-1].kernel.spec.tile.tiles_per_thread == 2
 
 
-def test_scales_of_rows_of_several_matrices(kernels, arch):
+@pytest.mark.parametrize("fmt", [PER_ROW, ROWWISE_FP8], ids=str)
+def test_scales_of_rows_of_several_matrices(kernels, arch, fmt):
     """A CTA of several warps goes round a loop with its barriers for them."""
     x = torch.randn(5, 3, 1040, generator=torch.Generator().manual_seed(1)).to(BF16)
-    check(Gpu(kernels, arch, max_grid=2), x, PER_ROW)
+    check(Gpu(kernels, arch, max_grid=2), x, fmt)
+
+
+# Rows that are one group
+
+
+def rows_with_amax_at(columns: tuple[int, ...], k: int) -> torch.Tensor:
+    """Return rows, each with its amax in another column."""
+    x = torch.randn(len(columns), k, generator=torch.Generator().manual_seed(1)).to(BF16)
+    for row, column in enumerate(columns):
+        x[row, column] = -30.0 - row
+    return x
+
+
+@pytest.mark.parametrize(
+    ("fmt", "shape"),
+    [
+        (ROWWISE_FP8, {}),
+        (DEEP_GEMM.replace(group_size=-1), {"held": False, "max_warps": 2}),
+        pytest.param(
+            ROWWISE_INT8, {"held": False, "max_warps": 2}, marks=pytest.mark.slow, id="int8"
+        ),
+    ],
+    ids=["held", "two passes", None],
+)
+def test_a_row_that_is_one_group(kernels, arch, fmt, shape):
+    """Its amax lies in any tile of any warp, and in any pass over the tiles of a long row."""
+    x = rows_with_amax_at((3, 600, 1500, 2000, 2570, 3000), 3001)
+    gpu = Gpu(kernels, arch, tile=ONE_ROW._replace(tiles_per_thread=2), **shape)
+    check(gpu, x, fmt)
+    check(gpu, special_groups(9, 3001, BF16, 2, fmt), fmt, extra_rows=1)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_experts_whose_rows_are_one_group(kernels, arch, held):
+    fmt = DEEP_GEMM.replace(group_size=-1)
+    x = batch((3, 9), 1200, BF16, fmt)
+    gpu = Gpu(kernels, arch, max_grid=4, held=held, max_warps=2)
+    check(gpu, x, fmt, rows=Masked(torch.tensor([9, 0, 5], dtype=torch.int32)))
+    check(gpu, x[0], fmt, index=numbers((7,), -2, 10, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [16385, 32768, 32769])
+def test_longest_rows_of_each_kernel(kernels, arch, k):
+    gpu = Gpu(kernels, arch)
+    check(gpu, rows_with_amax_at((0, k // 2, k - 1), k), ROWWISE_FP8)
+    assert gpu.launched[-1].kernel.spec.held == (k <= 32768)
 
 
 def test_every_tie_of_two_codes(gpu):

@@ -588,10 +588,52 @@ FAULTS = [
     ),
     Fault(
         "quantize-row-amax-of-the-last-tile",
-        QUANTIZE,
-        "amax = self.stage.larger(amax, self.stage.thread_amax(tXrV))",
-        "amax = self.stage.thread_amax(tXrV)",
-        [f"{ON_QUANTIZE_KERNEL}::test_formats"],
+        QUANTIZE_ROWS,
+        "amax = self.stage.larger(amax, self.thread_amax([source.values(t) for t in tXrX]))",
+        "amax = self.thread_amax([source.values(t) for t in tXrX])",
+        [f"{ON_QUANTIZE_KERNEL}::test_a_row_that_is_one_group"],
+    ),
+    Fault(
+        "quantize-row-amax-of-the-first-tile",
+        QUANTIZE_ROWS,
+        "return functools.reduce(self.stage.larger, map(self.stage.thread_amax, tXrV))",
+        "return self.stage.thread_amax(tXrV[0])",
+        [f"{ON_QUANTIZE_KERNEL}::test_a_row_that_is_one_group[sm_90a-held]"],
+    ),
+    Fault(
+        "quantize-row-amax-of-a-warp",
+        QUANTIZE_ROWS,
+        "        return arithmetic.thread_max(maxima.load())\n\n",
+        "        return maxima[0]\n\n",
+        [f"{ON_QUANTIZE_KERNEL}::test_a_row_that_is_one_group[sm_90a-held]"],
+    ),
+    Fault(
+        "quantize-row-amax-before-all-warps-have-stored",
+        QUANTIZE_ROWS,
+        "self.stage.group_amax(amax))\n        cute.arch.sync_threads()",
+        "self.stage.group_amax(amax))",
+        [f"{ON_QUANTIZE_KERNEL}::test_a_row_that_is_one_group[sm_90a-held]"],
+    ),
+    Fault(
+        "quantize-row-of-one-pass-of-its-warps",
+        QUANTIZE_ROWS,
+        "num_parts = cute.ceil_div(self.stage.tiles(problem.k), self.tiles_per_thread)",
+        "num_parts = self.spec.max_warps",
+        [f"{ON_QUANTIZE_KERNEL}::test_a_row_that_is_one_group"],
+    ),
+    Fault(
+        "heuristics-longer-rows-than-registers",
+        HEURISTICS,
+        "held = tiles <= MAX_TILES",
+        "held = tiles <= 2 * MAX_TILES",
+        [f"{ON_LAUNCH_SHAPES}::test_warps_of_a_row_that_is_scaled_as_a_whole"],
+    ),
+    Fault(
+        "checks-tiles-of-whole-rows",
+        "contract/checks.py",
+        "isinstance(prologue, RmsNorm) or fmt.by_row",
+        "isinstance(prologue, RmsNorm) or fmt.row_scale",
+        ["tests/contract/test_tensors.py::test_most_rows_of_experts"],
     ),
     Fault(
         "quantize-second-row-from-the-first",
@@ -694,7 +736,7 @@ FAULTS = [
     Fault(
         "norm-barrier-of-a-loop",
         RMS_NORM,
-        "cute.arch.sync_threads()  # all have read the partial results of the row before",
+        "self.wait_for_readers()",
         "pass",
         [f"{ON_NORM_KERNEL}::test_batches"],
     ),
@@ -827,8 +869,8 @@ FAULTS = [
     Fault(
         "heuristics-two-rows-of-masked-experts",
         HEURISTICS,
-        "if large and not whole_row and not masked:",
-        "if large and not whole_row:",
+        "if large and not masked:",
+        "if large:",
         [f"{ON_LAUNCH_SHAPES}::test_a_thread_takes_two_rows_of_large_matrices"],
     ),
     Fault(
@@ -841,8 +883,10 @@ FAULTS = [
     Fault(
         "heuristics-rows-of-scales-not-counted",
         HEURISTICS,
-        "row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)\n    tiles = 1",
-        "row_tiles = ceil_div(rows, tile.rows)\n    tiles = 1",
+        "row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)\n"
+        "    row_ctas = expert_ctas(matrices, row_tiles, ceil_div",
+        "row_tiles = ceil_div(rows, tile.rows)\n"
+        "    row_ctas = expert_ctas(matrices, row_tiles, ceil_div",
         [f"{ON_LAUNCH_SHAPES}::test_rows_past_a_dimension_of_the_grid"],
     ),
     Fault(
@@ -883,8 +927,8 @@ FAULTS = [
     Fault(
         "heuristics-more-ctas-than-the-grid",
         HEURISTICS,
-        "    row_ctas = min(matrices * slots, MAX_GRID_Y)\n    return Shape",
-        "    row_ctas = matrices * slots\n    return Shape",
+        "return min(matrices * slots, MAX_GRID_Y)",
+        "return matrices * slots",
         [f"{ON_LAUNCH_SHAPES}::test_ctas_of_masked_experts"],
     ),
     Fault(
@@ -1141,9 +1185,9 @@ FAULTS = [
     ),
     Fault(
         "rows-partial-results-of-the-next-row",
-        QUANTIZE_ROWS,
-        "cute.arch.sync_threads()  # all have read the partial results of the row before",
-        "pass",
+        WHOLE_ROWS,
+        "        if const_expr(self.spec.domain.batched):\n            cute.arch.sync_threads()",
+        "        pass",
         [f"{ON_QUANTIZE_KERNEL}::test_scales_of_rows_of_several_matrices"],
     ),
     Fault(
