@@ -29,6 +29,7 @@ from cute_quant.dispatch.call_range import (
 )
 from cute_quant.dispatch.plan import (
     Function,
+    Gpu,
     View,
     alignment,
     matrix_view,
@@ -38,7 +39,6 @@ from cute_quant.dispatch.plan import (
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures, heuristics
 from cute_quant.kernels.config import (
-    DEFAULT_TILE,
     Access,
     BlocksSpec,
     DequantizeSpec,
@@ -157,9 +157,11 @@ def _launch_groups(
     sf: torch.Tensor,
 ) -> None:
     """Launch the kernel of groups of rows on e4m3 with the scales of its blocks."""
-    arch = lookup.architecture(w8.get_device())
+    device = w8.get_device()
+    arch = lookup.architecture(device)
+    gpu = Gpu(arch, lookup.multiprocessors(device))
     kind = None if upper is None else upper.kind
-    spec = choose_requantize_spec(w8, fmt, q, kind, arch, blocks.block_size(w8, w_sf))
+    spec = choose_requantize_spec(w8, fmt, q, kind, gpu, blocks.block_size(w8, w_sf))
     given = None
     if upper is not None:
         matrices = flat_batch("w8", w8.shape, w8.stride())[0]
@@ -214,21 +216,29 @@ def choose_requantize_spec(
     fmt: Format,
     q: torch.Tensor,
     upper: str | None,
-    arch: str,
+    gpu: Gpu,
     source_block: int = SOURCE_BLOCK,
 ) -> RequantizeSpec:
     """Choose the spec of the kernel that requantizes in groups of rows."""
-    tile = DEFAULT_TILE
+    view, target = matrix_view(w8, batched=True), architectures.named(gpu.arch)
+    matrices, n, k = view.shape
+    tile = heuristics.shape(matrices, n, k, fmt, False, gpu.sms, target.warps).tile
     values = tile.values_per_thread
     load_bytes, store_bytes = values, values // fmt.value_type.per_byte
     access = Access(
-        alignment(w8.data_ptr(), matrix_view(w8, batched=True), w8.itemsize, load_bytes),
+        alignment(w8.data_ptr(), view, w8.itemsize, load_bytes),
         alignment(q.data_ptr(), matrix_view(q, batched=True), q.itemsize, store_bytes),
         ragged=w8.shape[-1] % values != 0,
     )
-    domain, pdl = Domain(batched=True), architectures.named(arch).pdl
     return RequantizeSpec(
-        w8.dtype, fmt.kernel_format, tile, domain, access, upper, source_block, pdl
+        w8.dtype,
+        fmt.kernel_format,
+        tile,
+        Domain(batched=True),
+        access,
+        upper,
+        source_block,
+        target.pdl,
     )
 
 

@@ -289,7 +289,7 @@ def _spec(variant: Variant, leading: tuple[int, ...], x_bytes: int, q_bytes: int
         q = _aligned(values_shape, calls.fmt.values, q_bytes)
         block = variant.source_block
         if calls.operation == REQUANTIZE_BLOCKS and blocks.quantized_by_row(calls.fmt):
-            return choose_requantize_spec(w, calls.fmt, q, calls.upper, gpu.arch, block)
+            return choose_requantize_spec(w, calls.fmt, q, calls.upper, gpu, block)
         return choose_blocks_spec(w, calls.fmt, q, gpu.arch, block)
     if calls.to is not None:
         sizes = ResultShape(leading[:-1], leading[-1], k)

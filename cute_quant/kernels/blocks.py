@@ -310,11 +310,14 @@ class Blocks:
         first_k, lane = place
         layout = layouts.transposed_tile(self.values, per_byte)
         memory = cute.arch.alloc_smem(Uint8, BLOCK_TILE * BLOCK_TILE // per_byte, alignment=128)
-        wide = [encodings.widen(tXrV) for tXrV in tXrW]
+        # FP4 is encoded from pairs of bfloat16.
+        dtype = self.dtype if const_expr(per_byte > 1) else Float32
+        if const_expr(dtype is Float32):
+            tXrW = [encodings.widen(tXrV) for tXrV in tXrW]
         for i in cutlass.range_constexpr(self.values):
-            tXrV = cute.make_rmem_tensor(self.rows, Float32)  # along k
+            tXrV = cute.make_rmem_tensor(self.rows, dtype)  # along k
             for j in cutlass.range_constexpr(self.rows):
-                tXrV[j] = wide[j][i]
+                tXrV[j] = tXrW[j][i]
             tXrQ = cute.recast_tensor(self.stage.encode(tXrV, scale), Uint8)
             byte = layout((lane * self.values + i, first_k))
             copy_vector(tXrQ, bytes_at(memory, byte, self.rows // per_byte))

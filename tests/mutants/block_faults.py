@@ -20,6 +20,7 @@ PLACES = [f"{ON_KERNEL}::test_each_value_counts_in_its_block_alone"]
 IN_BLOCKS = [f"{ON_KERNEL}::test_requantize_in_blocks"]
 IN_GROUPS = [f"{ON_KERNEL}::test_requantize_in_groups_of_rows"]
 FORMATS = [f"{ON_CONTRACT}::test_every_format"]
+CHECKPOINT = [f"{ON_CONTRACT}::test_check_names_what_a_checkpoint_has_wrong"]
 
 FAULTS = [
     Fault(
@@ -277,8 +278,8 @@ FAULTS = [
     Fault(
         "requantize-groups-of-the-source",
         REQUANTIZE,
-        "_, block = layouts.lanes(self.spec.tile.lanes_per_group(SOURCE_BLOCK))(segment.lane)",
-        "_, block = layouts.lanes(self.spec.tile.lanes_per_group(64))(segment.lane)",
+        "_, block = layouts.lanes(tile.lanes_per_group(size))(segment.lane)",
+        "_, block = layouts.lanes(tile.lanes_per_group(64))(segment.lane)",
         IN_GROUPS,
     ),
     Fault(
@@ -294,5 +295,85 @@ FAULTS = [
         "if self.predicate and tXcX[0] < k:",
         "if self.predicate and tXcX[0] < k + 128:",
         IN_GROUPS,
+    ),
+    Fault(
+        "requantize-first-block-of-a-tile",
+        KERNEL,
+        "row, column = (tile[i] * blocks + block[i] for i in range(2))",
+        "row, column = (tile[i] * blocks + 0 * block[i] for i in range(2))",
+        IN_BLOCKS,
+    ),
+    Fault(
+        "requantize-scales-of-the-transpose",
+        KERNEL,
+        "            row, column = column, row\n",
+        "            pass\n",
+        IN_BLOCKS,
+    ),
+    Fault(
+        "requantize-blocks-of-one-size",
+        DISPATCH,
+        "SOURCE_BLOCK if w_sf is None else blocks.block_size(w, w_sf)",
+        "SOURCE_BLOCK",
+        IN_BLOCKS,
+    ),
+    Fault(
+        "requantize-blocks-taken-for-large-ones",
+        BLOCKS,
+        "return SOURCE_BLOCK if fits_most else min(BLOCK_SIZES)",
+        "return SOURCE_BLOCK",
+        [f"{ON_CONTRACT}::test_requantize_in_blocks"],
+    ),
+    Fault(
+        "checkpoint-negative-scales",
+        REFERENCE,
+        "~(w_sf.isfinite() & (w_sf >= 0))",
+        "~w_sf.isfinite()",
+        CHECKPOINT,
+    ),
+    Fault(
+        "checkpoint-nan-of-one-sign",
+        REFERENCE,
+        "codes = (w8.view(torch.uint8) & E4M3_NAN)",
+        "codes = w8.view(torch.uint8)",
+        CHECKPOINT,
+    ),
+    Fault(
+        "checkpoint-infinite-products",
+        REFERENCE,
+        "w_sf, products.isinf())",
+        "w_sf, products.isnan())",
+        CHECKPOINT,
+    ),
+    Fault(
+        "checkpoint-upper-scale-unread",
+        REFERENCE,
+        "reference.check_upper_scale(Call(products, fmt, upper=upper))",
+        "pass",
+        CHECKPOINT,
+    ),
+    Fault(
+        "names-of-two-accesses-alike",
+        "jit/keys.py",
+        "words += [prefix + word for word in _distinctive(choice)]",
+        "words += _distinctive(choice)",
+        [f"{ON_DISPATCH}::test_kernels_of_a_range_have_names_of_their_own"],
+    ),
+    Fault(
+        "warm-up-without-small-source-blocks",
+        "dispatch/reachable.py",
+        "source_blocks = calls.source_blocks if requantized else (SOURCE_BLOCK,)",
+        "source_blocks = (SOURCE_BLOCK,)",
+        ["tests/dispatch/test_warm_up.py::test_nothing_is_compiled_after_a_warm_up[weights]"],
+    ),
+    Fault(
+        "warm-up-of-aligned-scales-alone",
+        "dispatch/reachable.py",
+        "sf = _scales(calls.fmt, sizes, x_bytes, apart=True)",
+        "sf = _scales(calls.fmt, sizes, LOAD_BYTES, apart=True)",
+        [
+            "tests/dispatch/test_warm_up.py::"
+            "test_nothing_is_compiled_after_a_warm_up[scales in blocks]"
+        ],
     ),
 ]
