@@ -153,16 +153,17 @@ class NormShape(NamedTuple):
 def row_shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int) -> NormShape:
     """Return the launch for rows that are scaled as a whole, by a warp for each two of their tiles.
 
-    The tiles of a thread are adjacent, so that they share addresses. Where a row is one group, as
-    few kernels as can be serve every k: its warps exchange one number.
+    The tiles of a thread are adjacent, so that they share addresses. Where a row is one group, few
+    kernels serve every k: for one warp, for all that may share a row, and for longer rows.
     """
     shape = norm_shape(matrices, rows, k, fmt, masked, sms, least_tiles=ROW_TILES)
     tiles = shape.tiles_per_thread
     if fmt.whole_row:
         held = tiles <= MAX_TILES
         tiles = max(ROW_TILES, tiles) if held else 1
-        row_ctas = expert_ctas(matrices, fmt.scale_rows(rows), 1, sms)
-        shape = NormShape(ONE_ROW, False, row_ctas, tiles, MAX_WARPS, held)
+        if shape.max_warps > 1:
+            row_ctas = expert_ctas(matrices, fmt.scale_rows(rows), 1, sms)
+            shape = NormShape(ONE_ROW, False, row_ctas, tiles, MAX_WARPS, held)
     return shape._replace(tile=shape.tile._replace(tiles_per_thread=tiles))
 
 

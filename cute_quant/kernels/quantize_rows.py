@@ -118,8 +118,11 @@ class RowQuantizer(WholeRows):
     @cute.jit
     def row_amax(self, amax: Uint32) -> Uint32:
         """Return the largest magnitude of a row that is one group, from that of each thread."""
+        amax = self.stage.group_amax(amax)
+        if const_expr(self.spec.max_warps == 1):
+            return amax
         self.wait_for_readers()
-        maxima = self.store_warp_partial(self.stage.group_amax(amax))
+        maxima = self.store_warp_partial(amax)
         cute.arch.sync_threads()
         return arithmetic.thread_max(maxima.load())
 

@@ -63,6 +63,7 @@ def test_ctas_of_masked_experts():
     assert heuristics.shape(8, 4096, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 19
     assert heuristics.shape(8, 16, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 4
     assert heuristics.row_shape(8, 4096, 7168, ROWWISE_FP8, True, SMS).row_ctas == 8 * 264
+    assert heuristics.row_shape(8, 16, 512, ROWWISE_FP8, True, SMS).row_ctas == 8 * 4
     assert heuristics.shape(2**16, 64, 128, DEEP_GEMM, True, SMS).row_ctas == MAX_GRID_Y
     assert heuristics.shape(0, 64, 128, DEEP_GEMM, True, SMS).row_ctas == 0
 
@@ -112,7 +113,9 @@ def test_warps_of_a_norm(fmt, k, tiles_per_thread, max_warps, row_warps):
 @pytest.mark.parametrize(
     ("fmt", "k", "tiles", "max_warps", "held"),
     [
-        (ROWWISE_FP8, 7, 2, 16, True),
+        (ROWWISE_FP8, 7, 2, 1, True),
+        (ROWWISE_FP8, 1024, 2, 1, True),
+        (ROWWISE_FP8, 1025, 2, 16, True),
         (ROWWISE_FP8, 16384, 2, 16, True),
         (ROWWISE_FP8, 16385, 4, 16, True),
         (ROWWISE_FP8, 32768, 4, 16, True),
@@ -127,6 +130,8 @@ def test_warps_of_a_norm(fmt, k, tiles_per_thread, max_warps, row_warps):
 def test_warps_of_a_row_that_is_scaled_as_a_whole(fmt, k, tiles, max_warps, held):
     shape = heuristics.row_shape(1, 64, k, fmt, False, SMS)
     assert (shape.tile.tiles_per_thread, shape.max_warps, shape.held) == (tiles, max_warps, held)
+    # Short rows share a CTA: there may be 2^31 - 1 of them, and a row of padding.
+    assert shape.tile.row_warps == (4 if max_warps == 1 else 1)
     if held:
         assert max_warps * tiles * shape.tile.columns >= k
 

@@ -608,10 +608,17 @@ FAULTS = [
         [f"{ON_QUANTIZE_KERNEL}::test_a_row_that_is_one_group[sm_90a-held]"],
     ),
     Fault(
+        "heuristics-one-short-row-a-cta",
+        HEURISTICS,
+        "        if shape.max_warps > 1:\n",
+        "        if shape.max_warps >= 1:\n",
+        [f"{ON_LAUNCH_SHAPES}::test_warps_of_a_row_that_is_scaled_as_a_whole"],
+    ),
+    Fault(
         "quantize-row-amax-before-all-warps-have-stored",
         QUANTIZE_ROWS,
-        "self.stage.group_amax(amax))\n        cute.arch.sync_threads()",
-        "self.stage.group_amax(amax))",
+        "maxima = self.store_warp_partial(amax)\n        cute.arch.sync_threads()",
+        "maxima = self.store_warp_partial(amax)",
         [f"{ON_QUANTIZE_KERNEL}::test_a_row_that_is_one_group[sm_90a-held]"],
     ),
     Fault(
