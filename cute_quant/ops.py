@@ -10,11 +10,14 @@ from torch.compiler import is_dynamo_compiling
 
 from cute_quant.contract import checks
 from cute_quant.contract.blocks import check_block_format, stored_once
+from cute_quant.contract.blocks import empty_scales as empty_block_scales
 from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import INPUT_DTYPES, describe
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90, Format
 from cute_quant.contract.prologues import FUSED, make_rms_norm, make_silu_mul
-from cute_quant.contract.reader_checks import Finding, Quantized, check_arguments, findings
+from cute_quant.contract.reader_checks.arguments import check_arguments
+from cute_quant.contract.reader_checks.quantized import Finding, Quantized
+from cute_quant.contract.reader_checks.search import findings
 from cute_quant.contract.readers import READERS
 from cute_quant.contract.rows import Rows
 from cute_quant.contract.scale_conversion import Conversion
@@ -710,25 +713,36 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
 
 
 def empty_scales(
-    fmt: Format, shape: Sequence[int], *, device: torch.device | str | None = None
+    fmt: Format,
+    shape: Sequence[int],
+    *,
+    blocks: bool = False,
+    device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """Return uninitialized memory for the scales of values, as `out` of an operation takes it.
 
     Args:
         fmt: the format of values and scales.
         shape: shape of the values, (..., mn, k).
+        blocks: whether they are scales of square blocks, as :func:`quantize_blocks` writes them.
         device: device of the scales, by default torch's.
 
     Returns:
         ``fmt.sf_dtype``, shape and strides as :class:`Format` says, in storage that holds all
-        padding.
+        padding; float32 scales of blocks as :func:`quantize_blocks` says.
 
     Raises:
-        TypeError: `fmt` is no Format, or `shape` is no sequence.
-        ValueError: `shape` has less than 2 dimensions, or too many columns.
+        TypeError: `fmt` is no Format, `shape` is no sequence, or `blocks` is no bool.
+        ValueError: `shape` has less than 2 dimensions, or too many columns, or there are no such
+            blocks.
     """
     checks.check_format(fmt)
-    return fmt.empty_scales(*checks.check_values_shape(shape), device)
+    _check_bool("blocks", blocks)
+    sizes = checks.check_values_shape(shape)
+    if blocks:
+        check_block_format(fmt)
+        return empty_block_scales(fmt, sizes, device)
+    return fmt.empty_scales(*sizes, device)
 
 
 def deep_gemm_format(device: torch.device | str | int | None = None) -> Format:

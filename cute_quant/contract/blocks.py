@@ -102,7 +102,9 @@ def scale_strides(fmt: Format, batch_shape: Sequence[int], n: int, k: int) -> tu
     return tuple(reversed(strides))
 
 
-def empty_scales(fmt: Format, shape: ResultShape, device: torch.device | str) -> torch.Tensor:
+def empty_scales(
+    fmt: Format, shape: ResultShape, device: torch.device | str | None
+) -> torch.Tensor:
     """Return uninitialized scales of blocks, in storage that holds all padding."""
     if not stored_once(fmt):
         return fmt.empty_scales(*shape, device)

@@ -29,7 +29,6 @@ from cute_quant.contract.dtypes import (
 from cute_quant.contract.format_choices import (
     BLOCK_ROWS,
     BLOCKED,
-    BLOCKED_8,
     BLOCKED_GROUP_SIZES,
     DEEPGEMM,
     E4M3_GROUP_SIZE,
@@ -54,6 +53,7 @@ from cute_quant.contract.format_choices import (
     parse_choices,
     scale_floor,
 )
+from cute_quant.contract.readers import describe_readers
 from cute_quant.contract.torch_private import constant_in_graphs
 
 
@@ -315,8 +315,7 @@ class Format:
     @property
     def readers(self) -> str:
         """Return the GEMMs that read this format, as text for people."""
-        key = (self.values, self.group_size, self.scale_dtype, self.scale_layout)
-        return _READERS.get(key, "kernels of your own")
+        return describe_readers(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Format.parse, (self.text,)
@@ -431,25 +430,6 @@ NAMED_FORMATS: dict[str, Format] = {
     "ROWWISE_FP8": ROWWISE_FP8,
     "INT8": INT8,
     "ROWWISE_INT8": ROWWISE_INT8,
-}
-
-_READERS = {
-    (_E4M3, 128, _E8M0, MN_MAJOR_PACKED): "DeepGEMM on SM100",
-    (_E4M3, 32, _E8M0, MN_MAJOR_PACKED): "DeepGEMM on SM100 with recipes of 32",
-    (_E4M3, 32, _E8M0, ROW_MAJOR_PACKED): "DeepGEMM's mega-MoE on SM100",
-    (_E4M3, 128, torch.float32, MN_MAJOR): "DeepGEMM on SM90",
-    (_E4M3, 32, _E8M0, BLOCKED): "cuBLAS, CUTLASS and torch._scaled_mm for MXFP8",
-    (torch.float8_e5m2, 32, _E8M0, BLOCKED): "cuBLAS and CUTLASS for MXFP8",
-    (_E4M3, 128, torch.float32, ROW_MAJOR): "Triton's block-scaled GEMMs in vLLM and SGLang",
-    (_E4M3, WHOLE_ROW, torch.float32, ROW_MAJOR): "torch._scaled_mm with row-wise scales",
-    (torch.int8, 128, torch.float32, ROW_MAJOR): "Triton's block-scaled int8 GEMMs",
-    (torch.int8, WHOLE_ROW, torch.float32, ROW_MAJOR): "int8 GEMMs with per-token scales",
-    (_E2M1, 32, _E8M0, BLOCKED): "cuBLAS, CUTLASS and torch.nn.functional.scaled_mm for MXFP4",
-    (_E2M1, 32, _E8M0, BLOCKED_8): "TensorRT-LLM's MXFP4 kernels for few rows",
-    (_E2M1, 32, _E8M0, MN_MAJOR_PACKED): "DeepGEMM on SM100 with recipe_b (1, 32)",
-    (_E2M1, 16, _E4M3, BLOCKED): "cuBLAS, CUTLASS and torch.nn.functional.scaled_mm for NVFP4",
-    (_E2M1, 16, _E4M3, BLOCKED_8): "TensorRT-LLM's NVFP4 kernels for few rows",
-    (_E2M1, 16, _E4M3, ROW_MAJOR_PACKED): "mega-MoE kernels on SM100",
 }
 
 

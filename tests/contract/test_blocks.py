@@ -295,6 +295,23 @@ def test_check_is_refused_where_nothing_is_read():
         call(Q8)
 
 
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_empty_scales_of_blocks(fmt):
+    w = torch.ones(2, 133, 302, dtype=torch.bfloat16)
+    expected = cq.quantize_blocks(w, fmt)[1]
+    sf = cq.empty_scales(fmt, w.shape, blocks=True)
+    assert (sf.shape, sf.stride(), sf.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    assert sf.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
+    assert cq.quantize_blocks(w, fmt, out=(None, sf))[1] is sf
+    with pytest.raises(TypeError, match="blocks: expected a bool, got 1"):
+        cq.empty_scales(fmt, w.shape, blocks=1)
+
+
+def test_there_are_no_scales_of_blocks_of_nvfp4():
+    with pytest.raises(ValueError, match="fmt: expected UE8M0 or float32 scales"):
+        cq.empty_scales(NVFP4, (32, 32), blocks=True)
+
+
 def test_memory_that_overlaps_is_refused():
     memory = torch.zeros(256 * 256 * 3, dtype=torch.uint8)
     w = memory[: 256 * 256 * 2].view(torch.bfloat16).view(256, 256)

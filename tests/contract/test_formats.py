@@ -320,12 +320,12 @@ def test_threads_make_the_same_object(number):
             MXFP8,
             "<MXFP8 = Format(float8_e4m3fn, 32, float8_e8m0fnu, '128x4'): sf float8_e8m0fnu "
             "(align(mn, 128) * align(ceil(k/32), 4),), contiguous blocks of 128x4; "
-            "read by cuBLAS, CUTLASS and torch._scaled_mm for MXFP8>",
+            "read by cuBLAS (torch's scaled_mm), CUTLASS>",
         ),
         (
             ROWWISE_FP8,
             "<ROWWISE_FP8 = Format(float8_e4m3fn, -1, float32, 'row_major'): "
-            "sf float32 (mn, 1), contiguous; read by torch._scaled_mm with row-wise scales>",
+            "sf float32 (mn, 1), contiguous; read by cuBLAS (torch's scaled_mm)>",
         ),
         (
             INT8.replace(values=E5M2, group_size=64, round_scale=True),
@@ -336,13 +336,13 @@ def test_threads_make_the_same_object(number):
             NVFP4,
             "<NVFP4 = Format(float4_e2m1fn_x2, 16, float8_e4m3fn, '128x4'): sf float8_e4m3fn "
             "(align(mn, 128) * align(ceil(k/16), 4),), contiguous blocks of 128x4; "
-            "read by cuBLAS, CUTLASS and torch.nn.functional.scaled_mm for NVFP4>",
+            "read by cuBLAS (torch's scaled_mm), CUTLASS>",
         ),
         (
             NVFP4.replace(scale_layout="8x4", row_scale=True),
             "<Format(float4_e2m1fn_x2, 16, float8_e4m3fn, '8x4', row_scale=True): "
             "sf float8_e4m3fn (align(mn, 8) * align(ceil(k/16), 4),), contiguous blocks of 8x4; "
-            "read by TensorRT-LLM's NVFP4 kernels for few rows>",
+            "read by TensorRT-LLM's kernels for few rows>",
         ),
         (
             MXFP8.replace(scale_layout="row_major_packed"),

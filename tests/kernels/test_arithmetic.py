@@ -6,7 +6,7 @@ import cutlass.cute as cute
 import numpy as np
 import pytest
 import torch
-from cutlass import BFloat16, Float32
+from cutlass import BFloat16, Float32, Uint32
 
 from cute_quant.contract.rcp_approx import rcp_approx
 from cute_quant.emulator import EmulatedKernel, isa
@@ -112,11 +112,16 @@ def test_rounding_to_e2m1(tmp_path):
 def test_pairs_to_e2m1(tmp_path):
     """Every bfloat16 below 8, or a part of it, in each place of a word."""
     factors = (1.0, 0.5, 0.5, 1.0, 0.25, 0.5, 1.0, 1.0)
+    negated = (0, 1, 1, 0, 0, 1, 0, 1)
 
     def encoded(x: Float32) -> Float32:
         rX = cute.make_rmem_tensor(len(factors), BFloat16)
         for i, factor in enumerate(factors):
             rX[i] = (x * Float32(factor)).to(BFloat16)
+        pairs = cute.recast_tensor(rX, Uint32)
+        for i in range(len(factors) // 2):
+            signs = negated[2 * i] << 15 | negated[2 * i + 1] << 31
+            pairs[i] = pairs[i] ^ Uint32(signs)
         rQ = encodings.products_e2m1(rX, Float32(1.0), True)
         return cute.recast_tensor(rQ, Float32)[0]
 
@@ -128,7 +133,8 @@ def test_pairs_to_e2m1(tmp_path):
     for i, factor in enumerate(factors):
         # A part of the smallest ones is rounded to bfloat16, and 0 either way.
         value = (x * factor).double().numpy()
-        code = oracle.nearest(np.minimum(np.abs(value), 6.0), table) + 8 * np.signbit(value)
+        code = oracle.nearest(np.minimum(np.abs(value), 6.0), table)
+        code += 8 * (np.signbit(value) ^ negated[i])
         expected += torch.from_numpy(code) << 4 * i
     actual = apply(encoded, x, tmp_path, "sm_90a").view(torch.int32)
     assert torch.equal(actual, expected.to(torch.int32))

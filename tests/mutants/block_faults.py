@@ -373,7 +373,7 @@ FAULTS = [
         "sf = _scales(calls.fmt, sizes, LOAD_BYTES, apart=True)",
         [
             "tests/dispatch/test_warm_up.py::"
-            "test_nothing_is_compiled_after_a_warm_up[scales in blocks]"
+            "test_nothing_is_compiled_after_a_warm_up[scales of experts]"
         ],
     ),
 ]
