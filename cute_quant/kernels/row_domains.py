@@ -110,12 +110,12 @@ def end_of_rows_from(
     The row is one that a group may start at, the same for all lanes of a warp, which look at a
     group each. The end is that of rows up to the next such row.
     """
-    found = Uint32(0)
+    last = Uint32(0)
     for base in range(0, mEnds.shape[0], LANES):
         start, end = span_of(mEnds, alignment, mn, base + cute.arch.lane_idx())
         if start <= first and first < end:
-            found = cutlass.max(found, end)
-    return cute.arch.warp_reduction(found, cutlass.max)
+            last = cutlass.max(last, end)
+    return cute.arch.warp_reduction(last, cutlass.max)
 
 
 @cute.jit

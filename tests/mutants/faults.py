@@ -14,6 +14,7 @@ Left out, since nothing that a caller sees depends on them:
 
 from tests.mutants import (
     block_faults,
+    column_faults,
     contract_faults,
     dispatch_faults,
     jit_faults,
@@ -26,6 +27,7 @@ FAULTS = [
     *dispatch_faults.FAULTS,
     *kernels_faults.FAULTS,
     *block_faults.FAULTS,
+    *column_faults.FAULTS,
     *scales_faults.FAULTS,
     *jit_faults.FAULTS,
 ]
