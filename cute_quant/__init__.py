@@ -6,6 +6,7 @@
     q, sf, residual = cute_quant.rms_norm_quantize(x, weight, residual=residual)
     q, sf = cute_quant.quantize(x, cute_quant.NVFP4, amax=cute_quant.tensor_amax(x))
     w8, w_sf = cute_quant.quantize_blocks(w)                # weights, in square blocks
+    rows, columns = cute_quant.quantize_both(x, fmt, column_fmt)  # for FP8 training
     launch = cute_quant.bind(x, out=(q, sf))                # checked once, launched often
     sf = cute_quant.convert_scales(sf, fmt, to, x.shape)    # the same scales in another layout
 
@@ -45,6 +46,8 @@ from cute_quant.ops import (
     fake_quantize,
     quantize,
     quantize_blocks,
+    quantize_both,
+    quantize_columns,
     requantize_blocks,
     rms_norm_quantize,
     silu_mul_quantize,
@@ -81,6 +84,8 @@ __all__ = [
     "load",
     "quantize",
     "quantize_blocks",
+    "quantize_both",
+    "quantize_columns",
     "requantize_blocks",
     "rms_norm_quantize",
     "silu_mul_quantize",

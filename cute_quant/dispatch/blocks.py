@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 
@@ -28,10 +27,10 @@ from cute_quant.dispatch.call_range import (
     CallRange,
 )
 from cute_quant.dispatch.plan import (
-    Function,
     Gpu,
     View,
     alignment,
+    compiled,
     matrix_view,
     missing_scale_rows,
     view_of_scales,
@@ -44,7 +43,6 @@ from cute_quant.kernels.config import (
     DequantizeSpec,
     Domain,
     RequantizeSpec,
-    Spec,
 )
 
 
@@ -124,7 +122,7 @@ def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtyp
             matrix_view(y, batched=True).of(y),
         )
         calls = functools.partial(CallRange.of_weights, DEQUANTIZE_BLOCKS, q, fmt, y)
-        launch.run(_function(spec, arch, calls), operands, [y])
+        launch.run(compiled(spec, arch, lambda: calls().remedy(arch)), operands, [y])
     return y
 
 
@@ -145,7 +143,8 @@ def _launch_blocks(
     missing_rows = 0 if blocks.stored_once(fmt) else missing_scale_rows(sf, fmt)
     operation = QUANTIZE_BLOCKS if w_sf is None else REQUANTIZE_BLOCKS
     calls = functools.partial(CallRange.of_weights, operation, w, fmt, q)
-    launch.run(_function(spec, arch, calls), (*operands, missing_rows, fmt.floor), [q, sf])
+    function = compiled(spec, arch, lambda: calls().remedy(arch))
+    launch.run(function, (*operands, missing_rows, fmt.floor), [q, sf])
 
 
 def _launch_groups(
@@ -177,7 +176,8 @@ def _launch_groups(
     )
     numbers = missing_scale_rows(sf, fmt), 1, 1, fmt.floor
     calls = functools.partial(CallRange.of_weights, REQUANTIZE_BLOCKS, w8, fmt, q, upper)
-    launch.run(_function(spec, arch, calls), (*operands, *numbers), [q, sf])
+    function = compiled(spec, arch, lambda: calls().remedy(arch))
+    launch.run(function, (*operands, *numbers), [q, sf])
 
 
 def choose_spec(
@@ -248,18 +248,6 @@ def choose_dequantize_spec(
     """Choose the spec of the kernel that multiplies weights by the scales of their blocks."""
     spec = plan.choose_dequantize_spec(q, y, fmt, None, arch)
     return spec._replace(square=blocks.stored_once(fmt))
-
-
-def _function(spec: Spec, arch: str, calls: Callable[[], CallRange]) -> Function:
-    """Return a compiled kernel; `calls` are those that take it.
-
-    Raises:
-        RuntimeError: the kernel is missing and cannot be compiled.
-    """
-    try:
-        return lookup.function(spec, arch)
-    except lookup.NotBuilt as error:
-        raise RuntimeError(f"{error}: {calls().remedy(arch)}") from None
 
 
 def _check_memory(tensors: dict[str, torch.Tensor | None]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from cute_quant.contract.tensors import (
 from cute_quant.contract.torch_private import in_dual_level
 from cute_quant.dispatch import launch, torch_ops
 from cute_quant.dispatch.call_range import CallRange
-from cute_quant.dispatch.plan import missing_scale_rows, view_of_scales
+from cute_quant.dispatch.plan import compiled, missing_scale_rows, view_of_scales
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures
 from cute_quant.kernels.config import ConvertSpec
@@ -69,11 +68,8 @@ def _launch(call: Conversion, result: torch.Tensor) -> None:
     device = sf.get_device()
     arch = lookup.architecture(device)
     spec = choose_spec(call, result, arch)
-    try:
-        function: Callable[..., None] = lookup.function(spec, arch)
-    except lookup.NotBuilt as error:
-        calls = CallRange.of_conversion(call, result)
-        raise RuntimeError(f"{error}: {calls.remedy(arch)}") from None
+    calls = functools.partial(CallRange.of_conversion, call, result)
+    function = compiled(spec, arch, lambda: calls().remedy(arch))
     arguments = (
         _operand(sf, fmt),
         _operand(result, to),

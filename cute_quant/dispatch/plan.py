@@ -187,12 +187,12 @@ def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kerne
     device = call.x.get_device()
     gpu = Gpu(lookup.architecture(device), lookup.multiprocessors(device))
     spec, views, numbers = choose_spec(call, result, scales, gpu)
-    try:
-        return Kernel(lookup.function(spec, gpu.arch), views, numbers)
-    except lookup.NotBuilt as error:
+
+    def remedy() -> str:
         nbytes = row_alignment(result.address, *result.view, result.dtype.itemsize)
-        calls = CallRange.of(call, result.dtype, nbytes)
-        raise RuntimeError(f"{error}: {calls.remedy(gpu.arch)}") from None
+        return CallRange.of(call, result.dtype, nbytes).remedy(gpu.arch)
+
+    return Kernel(compiled(spec, gpu.arch, remedy), views, numbers)
 
 
 def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) -> Choice:
@@ -343,12 +343,9 @@ def choose_dequantize_kernel(
     elif upper is not None:
         upper_view = View((batch,), (int(upper.tensor.numel() > 1),))
     spec = choose_dequantize_spec(q, y, fmt, upper, arch)
-    try:
-        function = lookup.function(spec, arch)
-        return Dequantization(function, q_view, sf_view, upper_view, y_view)
-    except lookup.NotBuilt as error:
-        calls = CallRange.of_dequantize(q, fmt, y.dtype, upper)
-        raise RuntimeError(f"{error}: {calls.remedy(arch)}") from None
+    calls = functools.partial(CallRange.of_dequantize, q, fmt, y.dtype, upper)
+    function = compiled(spec, arch, lambda: calls().remedy(arch))
+    return Dequantization(function, q_view, sf_view, upper_view, y_view)
 
 
 def choose_dequantize_spec(
@@ -366,6 +363,18 @@ def choose_dequantize_spec(
     )
     kind, pdl = None if upper is None else upper.kind, architectures.named(arch).pdl
     return DequantizeSpec(fmt.kernel_format, y.dtype, tile, access, kind, pdl=pdl)
+
+
+def compiled(spec: Spec, arch: str, remedy: Callable[[], str]) -> Function:
+    """Return a compiled kernel; `remedy` says how to have it compiled before.
+
+    Raises:
+        RuntimeError: the kernel is missing and cannot be compiled.
+    """
+    try:
+        return lookup.function(spec, arch)
+    except lookup.NotBuilt as error:
+        raise RuntimeError(f"{error}: {remedy()}") from None
 
 
 def view_of_scales(sf: torch.Tensor, inner: int) -> View:

@@ -7,6 +7,8 @@ REFERENCE = "contract/block_reference.py"
 DISPATCH = "dispatch/blocks.py"
 OPERATORS = "dispatch/block_ops.py"
 KERNEL = "kernels/blocks.py"
+TILE = "kernels/block_tile.py"
+STAGE = "kernels/stage.py"
 REQUANTIZE = "kernels/requantize.py"
 DEQUANTIZE = "kernels/dequantize.py"
 LAYOUTS = "kernels/layouts.py"
@@ -165,9 +167,9 @@ FAULTS = [
     ),
     Fault(
         "blocks-transposed-barrier",
-        KERNEL,
-        "self.rows // per_byte))\n        cute.arch.barrier()",
-        "self.rows // per_byte))",
+        TILE,
+        "rows // per_byte))\n    cute.arch.barrier()",
+        "rows // per_byte))",
         STRIDES,
     ),
     Fault(
@@ -207,16 +209,16 @@ FAULTS = [
     ),
     Fault(
         "blocks-padding-rows-have-scales",
-        KERNEL,
-        "scale = scale if row < problem.n and group < groups else Uint32(0)",
-        "scale = scale if group < groups else Uint32(0)",
+        STAGE,
+        "scale = scale if row_exists and group < groups else type(scale)(0)",
+        "scale = scale if group < groups else type(scale)(0)",
         SHAPES,
     ),
     Fault(
         "blocks-rows-past-the-storage",
-        KERNEL,
-        "predicate = predicate and layouts.unsigned(element) < scales.elements",
-        "predicate = predicate and layouts.unsigned(element) <= scales.elements",
+        STAGE,
+        "layouts.unsigned(element) < scales.elements\n        if predicate:\n            scale",
+        "layouts.unsigned(element) <= scales.elements\n        if predicate:\n            scale",
         [f"{ON_KERNEL}::test_every_format"],
     ),
     Fault(
@@ -235,9 +237,9 @@ FAULTS = [
     ),
     Fault(
         "blocks-transposed-rows-of-q",
-        KERNEL,
-        "copy.store(tXrQ, gQ, segment, row_index < problem.n, self.spec.q_access)",
-        "copy.store(tXrQ, gQ, segment, row_index <= problem.n, self.spec.q_access)",
+        TILE,
+        "copy.store(tXrQ, gQ, to, row_index < num_rows, access)",
+        "copy.store(tXrQ, gQ, to, row_index <= num_rows, access)",
         SHAPES,
     ),
     Fault(

@@ -174,8 +174,8 @@ FAULTS = [
     Fault(
         "reference-scale-of-a-dead-row",
         REFERENCE,
-        "scales = ue8m0_to_float32(scales).where(scales > 0, 0.0)",
-        "scales = ue8m0_to_float32(scales)",
+        "return ue8m0_to_float32(scales).where(scales > 0, 0.0)",
+        "return ue8m0_to_float32(scales)",
         [f"{ON_INPUTS}::test_rows"],
     ),
     Fault(

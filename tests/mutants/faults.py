@@ -15,6 +15,7 @@ Left out, since nothing that a caller sees depends on them:
 from tests.mutants import (
     block_faults,
     checkpoint_faults,
+    column_faults,
     contract_faults,
     dispatch_faults,
     jit_faults,
@@ -27,6 +28,7 @@ FAULTS = [
     *dispatch_faults.FAULTS,
     *kernels_faults.FAULTS,
     *block_faults.FAULTS,
+    *column_faults.FAULTS,
     *scales_faults.FAULTS,
     *jit_faults.FAULTS,
     *checkpoint_faults.FAULTS,
