@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 
 from cute_quant import __version__
 from cute_quant.integrations.engines import imports
-from cute_quant.integrations.engines.takeover import Function, Takeover
+from cute_quant.integrations.engines.takeover import Function, Takeover, parameters, paused
+from cute_quant.jit.lookup import ARCHITECTURES
 
 WAITS = "waits"
 """The engine has not imported the module yet."""
@@ -57,9 +56,9 @@ class Engine:
         variable: the environment variable that selects names, such as ``linear,silu``; ``0`` for
             none of them.
         takeovers: all calls.
-        major: returns the major compute capability of the GPU without touching it, None without a
+        capability: returns the compute capability of the GPU without touching it, None without a
             GPU.
-        notify: is called with the engine once it is installed, to hook in what is not a call.
+        why_not: returns why nothing of the engine is taken over on this machine, None if it is.
     """
 
     def __init__(
@@ -69,15 +68,15 @@ class Engine:
         tested: tuple[str, ...],
         variable: str,
         takeovers: Iterable[Takeover],
-        major: Callable[[], int | None],
-        notify: Callable[[Engine], None] | None = None,
+        capability: Callable[[], tuple[int, int] | None],
+        why_not: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.name = name
         self.tested = tested
         self.variable = variable
         self.takeovers = tuple(takeovers)
-        self.major = major
-        self.notify = notify
+        self.capability = capability
+        self.why_not = why_not
         self.log = logging.getLogger(f"{name}.cute_quant")
         """Below the engine's own logger, so that its handlers print it."""
         self.states: dict[str, State] = {}
@@ -141,9 +140,10 @@ class Engine:
             return
         if not selected:
             return
-        major = self.major()
+        reason_for_all = self.why_not()
+        capability = self.capability()
         for takeover in self.takeovers:
-            reason = _why_not(takeover, selected, major)
+            reason = reason_for_all or _why_not(takeover, selected, capability)
             if reason is not None:
                 self.states[takeover.key] = State(LEFT, reason)
                 continue
@@ -159,8 +159,6 @@ class Engine:
                 ", ".join(self.tested),
                 self.version,
             )
-        if self.notify is not None:
-            self.notify(self)
 
     def summary(self) -> str:
         """Return one line: what is taken over, what is not, and why."""
@@ -226,10 +224,10 @@ class Engine:
         state = self.states[takeover.key]
         try:
             original = takeover.place.read(module)
-        except (AttributeError, LookupError):
-            self._refuse(takeover, "the engine has no such function")
+        except (AttributeError, LookupError) as error:
+            self._refuse(takeover, f"the engine has no such function: {error}")
             return
-        reason = other_parameters(takeover.compute, original)
+        reason = other_parameters(takeover.expected_parameters, original)
         if reason is not None:
             self._refuse(takeover, reason)
             return
@@ -252,11 +250,12 @@ class Engine:
 
     def _compare(self, takeover: Takeover, state: State, device: torch.device) -> bool | None:
         """Compare results; return whether they are equal, None where they were not compared."""
-        if takeover.check is None or state.original is None:
+        if takeover.check is None or takeover.around or state.original is None:
             state.checked = "not compared: the engine has nothing to compare with"
             return None
         try:
-            difference = takeover.check(takeover.compute, state.original, device)
+            with paused():
+                difference = takeover.check(takeover.compute, state.original, device)
         except Exception as error:
             text = " ".join(str(error).split())[:120]
             state.checked = f"not compared on {device}: {type(error).__name__}: {text}"
@@ -280,29 +279,28 @@ class Engine:
         takeover.place.write(module, state.original)
 
 
-def _why_not(takeover: Takeover, selected: set[str], major: int | None) -> str | None:
+def _why_not(
+    takeover: Takeover, selected: set[str], capability: tuple[int, int] | None
+) -> str | None:
     if takeover.name not in selected:
         return "not selected"
-    if major is not None and takeover.majors and major not in takeover.majors:
+    if capability is None:
+        return None
+    major, minor = capability
+    if capability not in ARCHITECTURES:
+        return f"no kernels for compute capability {major}.{minor}"
+    if takeover.majors and major not in takeover.majors:
         majors = ", ".join(f"{m}.x" for m in takeover.majors)
-        return f"for compute capability {majors}, this is {major}.x"
+        return f"the engine has it on compute capability {majors}, this is {major}.{minor}"
     return None
 
 
-def other_parameters(compute: Function, original: Function) -> str | None:
+def other_parameters(ours: str, original: Function) -> str | None:
     """Return how the parameters of a replacement differ from those of the function that it is for.
 
     Names, order, kinds and defaults count; annotations do not.
     """
-    ours, theirs = parameters(compute), parameters(original)
+    theirs = parameters(original)
     if ours == theirs:
         return None
-    return f"expected the parameters ({', '.join(ours)}), it has ({', '.join(theirs)})"
-
-
-def parameters(function: Function) -> list[str]:
-    """Return the parameters of a function, or those of the class it makes objects of, as text."""
-    signature: Any = inspect.signature(function)
-    return [
-        str(p.replace(annotation=inspect.Parameter.empty)) for p in signature.parameters.values()
-    ]
+    return f"expected the parameters {ours}, it has {theirs}"

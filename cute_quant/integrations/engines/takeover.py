@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Protocol
@@ -102,6 +104,7 @@ class Takeover:
         check: compares results with those of the engine's function. None where they have nothing
             to be compared with.
         majors: major compute capabilities that the engine calls it on; empty for all.
+        around: `compute` takes the engine's function before its parameters, and calls it.
     """
 
     name: str
@@ -109,6 +112,7 @@ class Takeover:
     compute: Function
     check: Check | None = None
     majors: tuple[int, ...] = ()
+    around: bool = False
     counter: Counter = field(default_factory=Counter, compare=False)
 
     @property
@@ -119,13 +123,21 @@ class Takeover:
         words = [self.place.module, owner, function]
         return ".".join(word for word in words if word is not None)
 
+    @property
+    def expected_parameters(self) -> str:
+        """The parameters that the engine's function is expected to have."""
+        return parameters(self.compute, skip=int(self.around))
+
     def make(self, original: Function) -> Function:
         """Return a function that calls ``compute``, and `original` for what that declines."""
-        key, compute, counter = self.key, self.compute, self.counter
+        key, counter = self.key, self.counter
+        compute = functools.partial(self.compute, original) if self.around else self.compute
         _counters[key] = counter
 
         @functools.wraps(original)
         def replacement(*args: Any, **kwargs: Any) -> Any:
+            if _paused:
+                return original(*args, **kwargs)
             results = compute(*args, **kwargs)
             taken = results is not NotImplemented
             # A graph would guard on a counter, and be compiled anew whenever it changed.
@@ -138,6 +150,25 @@ class Takeover:
         return replacement
 
 
+def parameters(function: Function, *, skip: int = 0) -> str:
+    """Return the parameters of a function as text, without annotations.
+
+    Of a default only plain values count: others, such as members of an enumeration, are dots.
+
+    Args:
+        function: of any kind.
+        skip: how many of the first ones to leave out.
+    """
+    found = []
+    for p in inspect.signature(function).parameters.values():
+        default = p.default if p.default is p.empty or isinstance(p.default, _PLAIN) else ...
+        found.append(p.replace(annotation=p.empty, default=default))
+    return str(inspect.Signature(found[skip:]))
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
 def count(counter: Counter, taken: bool) -> None:
     """Count a call."""
     if taken:
@@ -147,6 +178,18 @@ def count(counter: Counter, taken: bool) -> None:
 
 
 _counters: dict[str, Counter] = {}
+_paused = False
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Have all replacements call the engine's own functions, which call each other."""
+    global _paused
+    _paused = True
+    try:
+        yield
+    finally:
+        _paused = False
 
 
 @constant_in_graphs
