@@ -54,7 +54,7 @@ class OutOfTree:
         base = getattr(module, self.owner)
         ours: Any = op_registry_oot.get(self.owner)
         if ours is None:
-            ours = type(f"CuteQuant{self.owner}", (_OutOfTreeMark, base), {"__module__": __name__})
+            ours = type(self.owner, (_OutOfTreeMark, base), {"__module__": __name__})
             CustomOp.register_oot(ours, name=self.owner)
             # It is switched on and off by the name of vLLM's own.
             ours.name = base.name
