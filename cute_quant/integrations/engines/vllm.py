@@ -168,6 +168,13 @@ TAKEOVERS = (
         check=checks.nvfp4,
         majors=_BLACKWELL,
     ),
+    _attribute("per_token", "vllm._custom_ops", calls.scaled_fp8_quant, check=checks.scaled_fp8),
+    _attribute(
+        "int8",
+        "vllm.model_executor.layers.quantization.utils.int8_utils",
+        calls.per_token_group_quant_int8,
+        check=checks.group_quant_int8,
+    ),
     _attribute("deepep", _MXFP8_UTILS, calls.swizzle_mxfp8_scale, check=checks.swizzle),
     Takeover(
         "warm_up",

@@ -13,6 +13,7 @@ from cute_quant.contract.dtypes import (
     BLOCK_GROUPS,
     E4M3_MAX,
     INPUT_DTYPES,
+    INT8_MAX,
     SCALE_ROW_ALIGNMENT,
     VLLM_MIN_SCALE,
     align,
@@ -20,17 +21,20 @@ from cute_quant.contract.dtypes import (
 from cute_quant.contract.format_choices import (
     FLASHINFER,
     GROUP_SIZES,
-    IEEE,
     MX_GROUP_SIZE,
     ROW_MAJOR,
+    SGLANG,
     VLLM,
+    VLLM_TRITON,
 )
 from cute_quant.contract.formats import (
     DEEP_GEMM,
     DEEP_GEMM_SM90,
     GROUPWISE_FP8,
+    INT8,
     MXFP8,
     NVFP4,
+    ROWWISE_FP8,
     Format,
 )
 from cute_quant.contract.prologues import UNFUSED
@@ -41,12 +45,12 @@ from cute_quant.integrations.vllm import (
 )
 from cute_quant.ops import convert_scales, quantize, silu_mul_quantize
 
-SGLANG, VLLM_TRITON, ROUNDED_ONCE = "sglang", IEEE, UNFUSED
 MIN_AMAX = 1e-10
 """vLLM's `eps`."""
 
 _PACKED_GROUP_SIZES = (32, 128)
 _MXFP8_ROWS = MXFP8.replace(scale_layout=ROW_MAJOR)
+_ROWS = ROWWISE_FP8.replace(numerics=VLLM)
 _MASKED_FORMATS = {
     "FLOAT32": DEEP_GEMM_SM90.replace(min_scale=SGLANG, numerics=VLLM_TRITON),
     "FLOAT32_CEIL_UE8M0": DEEP_GEMM_SM90.replace(min_scale=SGLANG, round_scale=True),
@@ -156,6 +160,14 @@ def _packed(
     return quantize_packed(x, group_size, eps, True, out_q)
 
 
+def _rows(x: torch.Tensor, scale_ub: torch.Tensor | None, per_token: bool) -> Any:
+    if not per_token or scale_ub is not None or x.ndim != 2 or x.stride(-1) != 1:
+        return NotImplemented
+    if x.dtype not in INPUT_DTYPES:
+        return NotImplemented
+    return quantize(x, _ROWS)
+
+
 def quant_fp8_forward(
     self: Any,
     x: torch.Tensor,
@@ -167,8 +179,11 @@ def quant_fp8_forward(
 
     Both have the bits and the scales of the former.
     """
-    if self.static or not self.is_group_quant or scale is not None:
+    if self.static or scale is not None:
         return NotImplemented
+    if not self.is_group_quant:
+        padded = bool(self.num_token_padding)
+        return NotImplemented if padded else _rows(x, scale_ub, self.use_per_token_if_dynamic)
     packs = self.use_ue8m0 and self.use_deep_gemm_supported and self.group_size == 128
     if packs and _packs_scales():
         return _packed(x, self.group_size)
@@ -238,7 +253,7 @@ def silu_mul_quant_fp8_packed_triton(
         clamp=clamp_limit,
         alpha=alpha,
         beta=beta,
-        rounding=ROUNDED_ONCE,
+        rounding=VLLM,
         rows=None if expert_ends is None else PrefixSum(expert_ends, expert_alignment),
         out=None if output_q is None else (output_q, None),
     )
@@ -278,6 +293,32 @@ def silu_mul_per_token_group_quant_fp8_colmajor(
         rows=None if expert_ends is None else PrefixSum(expert_ends, expert_alignment),
         out=None if output is None else (output, None),
     )
+
+
+def per_token_group_quant_int8(
+    x: torch.Tensor, group_size: int, eps: float = 1e-10, dtype: torch.dtype = torch.int8
+) -> Any:
+    """Compute the function of this name in vLLM's ``int8_utils``."""
+    if x.dtype not in INPUT_DTYPES or x.ndim < 2 or dtype is not torch.int8:
+        return NotImplemented
+    if group_size not in GROUP_SIZES or x.shape[-1] % group_size or eps < MIN_AMAX:
+        return NotImplemented
+    return quantize(x, INT8.replace(group_size=group_size, numerics=VLLM, min_scale=eps / INT8_MAX))
+
+
+def scaled_fp8_quant(
+    input: torch.Tensor,  # noqa: A002
+    scale: torch.Tensor | None = None,
+    num_token_padding: int | None = None,
+    scale_ub: torch.Tensor | None = None,
+    use_per_token_if_dynamic: bool = False,
+    output: torch.Tensor | None = None,
+    group_shape: tuple[int, int] | None = None,
+) -> Any:
+    """Compute the function of this name in vLLM's ``_custom_ops``, for scales of rows."""
+    if scale is not None or num_token_padding or output is not None:
+        return NotImplemented
+    return _rows(input, scale_ub, use_per_token_if_dynamic)
 
 
 def mxfp8_e4m3_quantize(
@@ -359,7 +400,7 @@ def silu_and_mul_fp8_dynamic_128(x: torch.Tensor, linear: Any) -> Any:
 
     if x.shape[-1] // 2 % GROUPWISE_FP8.group_size:
         return NotImplemented
-    q, sf = silu_mul_quantize(x, GROUPWISE_FP8.replace(numerics=IEEE))
+    q, sf = silu_mul_quantize(x, GROUPWISE_FP8.replace(numerics=VLLM))
     return QuantizedActivation(q, sf, x.dtype, q.shape, kFp8Dynamic128Sym)
 
 
@@ -375,7 +416,7 @@ def silu_and_mul_nvfp4_dynamic(x: torch.Tensor, linear: Any) -> Any:
     q, sf = silu_mul_quantize(
         x.flatten(0, -2),
         NVFP4.replace(numerics=VLLM),
-        rounding=ROUNDED_ONCE,
+        rounding=VLLM,
         encode_scale=scale.reshape(()),
     )
     shape = torch.Size((*x.shape[:-1], k))

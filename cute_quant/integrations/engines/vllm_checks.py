@@ -143,6 +143,17 @@ def nvfp4(ours: Function, theirs: Function, device: torch.device) -> str | None:
     )
 
 
+def scaled_fp8(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``scaled_fp8_quant`` for scales of rows."""
+    x = sample((ROWS, COLUMNS), device)
+    return _first(ours, theirs, iter([dict(input=x, use_per_token_if_dynamic=True)]))
+
+
+def group_quant_int8(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``per_token_group_quant_int8``."""
+    return _first(ours, theirs, iter([dict(x=sample((ROWS, COLUMNS), device), group_size=128)]))
+
+
 def swizzle(ours: Function, theirs: Function, device: torch.device) -> str | None:
     """Compare ``swizzle_mxfp8_scale`` for rows and groups that do not fill their blocks."""
     rows, groups = 130, 6
