@@ -21,6 +21,7 @@ from cute_quant.contract.dtypes import (
 from cute_quant.contract.format_choices import (
     FLASHINFER,
     GROUP_SIZES,
+    IEEE,
     MX_GROUP_SIZE,
     ROW_MAJOR,
     SGLANG,
@@ -50,6 +51,8 @@ MIN_AMAX = 1e-10
 
 _PACKED_GROUP_SIZES = (32, 128)
 _MXFP8_ROWS = MXFP8.replace(scale_layout=ROW_MAJOR)
+_NVFP4 = NVFP4.replace(numerics=VLLM)
+_NVFP4_ROWS = NVFP4.replace(numerics=VLLM, scale_layout=ROW_MAJOR)
 _ROWS = ROWWISE_FP8.replace(numerics=VLLM)
 _MASKED_FORMATS = {
     "FLOAT32": DEEP_GEMM_SM90.replace(min_scale=SGLANG, numerics=VLLM_TRITON),
@@ -79,12 +82,13 @@ def _packs_scales() -> bool:
 
 
 @constant_in_graphs
-def _mxfp8_numerics() -> str:
+def _mxfp8_format(swizzled: bool) -> Format:
     from vllm.platforms import current_platform
     from vllm.utils.flashinfer import has_flashinfer
 
     by_flashinfer = current_platform.has_device_capability(100) and has_flashinfer()
-    return FLASHINFER if by_flashinfer else VLLM
+    fmt = MXFP8 if swizzled else _MXFP8_ROWS
+    return fmt.replace(numerics=FLASHINFER if by_flashinfer else VLLM)
 
 
 @constant_in_graphs
@@ -281,10 +285,11 @@ def silu_mul_per_token_group_quant_fp8_colmajor(
     round_scale = _uses_ue8m0() if use_ue8m0 is None else bool(use_ue8m0)
     # Triton multiplies by 1 / 448, and bounds the amax alone.
     fmt = DEEP_GEMM_SM90.replace(
-        group_size=group_size, round_scale=round_scale, min_scale=eps / E4M3_MAX
+        group_size=group_size,
+        round_scale=round_scale,
+        min_scale=eps / E4M3_MAX,
+        numerics=IEEE if round_scale else VLLM_TRITON,
     )
-    if not round_scale:
-        fmt = fmt.replace(numerics=VLLM_TRITON)
     return silu_mul_quantize(
         input,
         fmt,
@@ -329,8 +334,7 @@ def mxfp8_e4m3_quantize(
         return NotImplemented
     if x.shape[-1] % max(alignment, MX_GROUP_SIZE):
         return NotImplemented
-    fmt = MXFP8 if is_sf_swizzled_layout else _MXFP8_ROWS
-    q, sf = quantize(x, fmt.replace(numerics=_mxfp8_numerics()))
+    q, sf = quantize(x, _mxfp8_format(is_sf_swizzled_layout))
     sf = sf.view(torch.uint8)
     return q, sf.flatten() if is_sf_swizzled_layout else sf
 
@@ -361,9 +365,7 @@ def scaled_fp4_quant(
         or (torch.compiler.is_compiling() and _fuses_fp4())
     ):
         return NotImplemented
-    fmt = NVFP4.replace(numerics=VLLM)
-    if not is_sf_swizzled_layout:
-        fmt = fmt.replace(scale_layout=ROW_MAJOR)
+    fmt = _NVFP4 if is_sf_swizzled_layout else _NVFP4_ROWS
     x = input.reshape(1 if input.ndim == 1 else -1, n)
     q, sf = quantize(x, fmt, encode_scale=input_global_scale.reshape(()))
     if is_sf_swizzled_layout:
@@ -415,7 +417,7 @@ def silu_and_mul_nvfp4_dynamic(x: torch.Tensor, linear: Any) -> Any:
         return NotImplemented
     q, sf = silu_mul_quantize(
         x.flatten(0, -2),
-        NVFP4.replace(numerics=VLLM),
+        _NVFP4,
         rounding=VLLM,
         encode_scale=scale.reshape(()),
     )
