@@ -187,12 +187,27 @@ def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kerne
     device = call.x.get_device()
     gpu = Gpu(lookup.architecture(device), lookup.multiprocessors(device))
     spec, views, numbers = choose_spec(call, result, scales, gpu)
+    if _watcher is not None:
+        _watcher(_range_of(call, result))
     try:
         return Kernel(lookup.function(spec, gpu.arch), views, numbers)
     except lookup.NotBuilt as error:
-        nbytes = row_alignment(result.address, *result.view, result.dtype.itemsize)
-        calls = CallRange.of(call, result.dtype, nbytes)
-        raise RuntimeError(f"{error}: {calls.remedy(gpu.arch)}") from None
+        remedy = _range_of(call, result).remedy(gpu.arch)
+        raise RuntimeError(f"{error}: {remedy}") from None
+
+
+def _range_of(call: Call, result: Destination) -> CallRange:
+    nbytes = row_alignment(result.address, *result.view, result.dtype.itemsize)
+    return CallRange.of(call, result.dtype, nbytes)
+
+
+_watcher: Callable[[CallRange], None] | None = None
+
+
+def watch_calls(watcher: Callable[[CallRange], None] | None) -> None:
+    """Have a function told the range of each call that chooses a kernel; None for no more."""
+    global _watcher
+    _watcher = watcher
 
 
 def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) -> Choice:

@@ -1,0 +1,109 @@
+"""A CUDA platform for vLLM where there is neither a GPU nor its driver.
+
+vLLM's layers choose kernels by the platform. What they call of compiled extensions does not exist
+here; its Triton kernels are interpreted, and DeepGEMM is a product in float32.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, dequantize
+
+# Before triton is imported. Without a visible device vLLM takes Triton without a driver.
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+class _Stub(ModuleType):
+    """A module of an extension, whose functions do nothing."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__path__ = []
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+
+class DeepGemm(_Stub):
+    """Products of quantized matrices, which note what they were given."""
+
+    __version__ = "2.8.1"
+
+    def __init__(self) -> None:
+        super().__init__("deep_gemm")
+        self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def fp8_gemm_nt(self, a: Any, b: Any, d: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        self.calls.append(a)
+        d.copy_(_dequantized(*a) @ _dequantized_blocks(*b).mT)
+
+    def transform_sf_into_required_layout(self, sf: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return sf
+
+    def get_mk_alignment_for_contiguous_layout(self) -> int:
+        return 128
+
+
+def _dequantized(q: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
+    fmt = DEEP_GEMM if sf.dtype is torch.int32 else DEEP_GEMM_SM90
+    return dequantize(q, sf, fmt, dtype=torch.float32)
+
+
+def _dequantized_blocks(q: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
+    scales = sf.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    return q.float() * scales[: q.shape[0], : q.shape[1]]
+
+
+class _Operators(torch._ops._OpNamespace):
+    """Operators of vLLM's extension: none of its GEMMs is supported."""
+
+    def __getattr__(self, name: str) -> Any:
+        if "supports" in name:
+            return lambda *args: False
+        return super().__getattr__(name)
+
+
+def pretend(major: int, minor: int = 0) -> DeepGemm:
+    """Have vLLM run on a GPU of a compute capability; call it before its layers are imported."""
+    for name in ("vllm._C_stable_libtorch", "vllm.vllm_flash_attn"):
+        sys.modules[name] = _Stub(name)
+    deep_gemm = sys.modules["deep_gemm"] = DeepGemm()
+    torch.ops._C.__class__ = _Operators
+
+    from vllm import platforms
+    from vllm.platforms.cuda import CudaPlatformBase
+    from vllm.platforms.interface import DeviceCapability
+
+    class Platform(CudaPlatformBase):
+        device_type = "cpu"
+        dispatch_key = "CPU"
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            return DeviceCapability(major, minor)
+
+        @classmethod
+        def get_device_name(cls, device_id: int = 0) -> str:
+            return "pretended"
+
+        @classmethod
+        def get_device_total_memory(cls, device_id: int = 0) -> int:
+            return 2**36
+
+        @classmethod
+        def device_count(cls) -> int:
+            return 1
+
+    platforms._current_platform = Platform()
+    return deep_gemm
