@@ -35,7 +35,15 @@ from cute_quant.contract.dtypes import (
 )
 from cute_quant.contract.format_choices import DEEPGEMM, VLLM_EMULATION
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
+from cute_quant.contract.prologues import (
+    FUSED,
+    UNFUSED,
+    VLLM,
+    RmsNorm,
+    SiluMul,
+    rounds_row,
+    rounds_sum,
+)
 from cute_quant.contract.rcp_approx import rcp_approx
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.tensors import flat_batch
@@ -436,18 +444,21 @@ def silu_mul(gate_up: torch.Tensor, prologue: SiluMul) -> torch.Tensor:
         up = up if beta == 0 else up + beta
         values = (up * gate * torch.sigmoid(alpha * gate)).float()
         return values if weight is None else values * weight
+    dtype = gate.dtype
+    if prologue.rounding == VLLM:
+        gate, up = gate.float(), up.float()
     gate, up = _clamp(gate, up, limit)
     activation = functional.silu(gate) if alpha == 1 else gate * torch.sigmoid(alpha * gate)
     # On the CPU, and there alone, torch rounds a number that it adds to the tensor's dtype first.
-    values = activation * (up if beta == 0 else (up.float() + beta).to(up.dtype))
+    values = (activation * (up if beta == 0 else (up.float() + beta).to(up.dtype))).to(dtype)
     return values if weight is None else (values.float() * weight).to(values.dtype)
 
 
 def clamp_limit(prologue: SiluMul, dtype: torch.dtype) -> float:
-    """Return the bound of gates and ups, rounded to `dtype` unless they are fused; Inf if none."""
+    """Return the bound of gates and ups, rounded to `dtype` if they are unfused; Inf if none."""
     if prologue.clamp is None:
         return math.inf
-    if prologue.rounding == FUSED:
+    if prologue.rounding != UNFUSED:
         return prologue.clamp
     return torch.tensor(prologue.clamp, dtype=torch.float64).to(dtype).item()
 
@@ -475,10 +486,18 @@ def rms_norm(x: torch.Tensor, prologue: RmsNorm) -> torch.Tensor:
     weight = prologue.weight.float()
     if prologue.weight_offset != 0:
         weight = weight + prologue.weight_offset
+    if rounds_sum(prologue.rounding):
+        total = total.to(x.dtype).float()
     if prologue.rounding == FUSED:
         values = _normalized(total, weight, prologue.eps).float()
+    elif prologue.rounding != UNFUSED:
+        row = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + prologue.eps)
+        exact = _normalized(total, torch.ones_like(weight), prologue.eps).float()
+        row = row.where(exact.isfinite(), exact)
+        if rounds_row(prologue.rounding, prologue.weight.dtype):
+            row = row.to(x.dtype).float()
+        values = (row * weight).to(x.dtype)
     else:
-        total = total.to(x.dtype).float()
         exact = _normalized(total, weight, prologue.eps).float()
         values = functional.rms_norm(total, x.shape[-1:], weight, prologue.eps)
         values = values.where(exact.isfinite(), exact).to(x.dtype)

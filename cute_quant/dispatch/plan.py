@@ -13,7 +13,7 @@ from cute_quant.contract import checks, reference
 from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.dtypes import LOAD_BYTES, align
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import UNFUSED, RmsNorm, SiluMul
+from cute_quant.contract.prologues import RmsNorm, SiluMul
 from cute_quant.contract.rows import DENSE, Masked
 from cute_quant.contract.tensors import MAX_SIZE, flat_batch, last_column_rows, span
 from cute_quant.contract.upper_scales import UpperScale
@@ -290,7 +290,7 @@ def _launch_shape(
 def _silu_mul(prologue: SiluMul, dtype: torch.dtype, k: int, *, batched: bool) -> _Prologue:
     choices = {
         "interleaved": prologue.interleaved,
-        "unfused": prologue.rounding == UNFUSED,
+        "rounding": prologue.rounding,
         "clamped": prologue.clamp is not None,
         "scaled": prologue.alpha != 1.0,
         "shifted": prologue.beta != 0.0,
@@ -308,7 +308,7 @@ def _silu_mul(prologue: SiluMul, dtype: torch.dtype, k: int, *, batched: bool) -
 def _rms_norm(prologue: RmsNorm, *, batched: bool) -> _Prologue:
     choices = {
         "weight_dtype": prologue.weight.dtype,
-        "unfused": prologue.rounding == UNFUSED,
+        "rounding": prologue.rounding,
         "residual": prologue.residual is not None,
         "normalized": prologue.normalized is not None,
     }

@@ -346,17 +346,18 @@ def test_no_offset_keeps_the_sign_of_a_weight(launched):
         assert offset == 0.0 and math.copysign(1.0, offset) == -1.0
 
 
-@pytest.mark.parametrize("rounding", ["fused", "unfused"])
+@pytest.mark.parametrize("rounding", ["fused", "unfused", "vllm"])
 def test_numbers_of_a_gated_activation(launched, rounding):
     """The bound is rounded as torch rounds it: to the dtype of x where each step is."""
     silu_mul_quantize(x_at(), clamp=7.03, alpha=1.5, beta=0.25, rounding=rounding)
-    dtype = torch.float32 if rounding == "fused" else BF16
+    dtype = BF16 if rounding == "unfused" else torch.float32
     assert numbers(launched[0]) == (torch.tensor(7.03, dtype=dtype).item(), 1.5, 0.25)
     spec = launched[0].spec
     assert spec.clamped and spec.scaled and spec.shifted and not spec.weighted
     silu_mul_quantize(x_at())
     spec = launched[1].spec
-    assert not (spec.clamped or spec.scaled or spec.shifted or spec.interleaved or spec.unfused)
+    assert not (spec.clamped or spec.scaled or spec.shifted or spec.interleaved)
+    assert spec.rounding == "fused"
 
 
 # Views

@@ -475,6 +475,27 @@ FAULTS = [
         [f"{ON_QUANTIZE_KERNEL}::test_random_bits"],
     ),
     Fault(
+        "norm-row-of-a-library-not-rounded",
+        RMS_NORM,
+        "rounded = [encodings.round_to(value * factor, self.dtype) for value in values]",
+        "rounded = [value * factor for value in values]",
+        [f"{ON_NORM_KERNEL}::test_variants[sm_90a-vllm]"],
+    ),
+    Fault(
+        "norm-sum-of-vllm-rounded",
+        RMS_NORM,
+        "[self.round(v) for v in sums] if rounds_sum(spec.rounding) else sums",
+        "[self.round(v) for v in sums]",
+        [f"{ON_NORM_KERNEL}::test_variants[sm_90a-vllm]"],
+    ),
+    Fault(
+        "silu-product-of-vllm-not-rounded-before-its-weight",
+        SILU_MUL,
+        "not (rounding == VLLM and after_product)",
+        "not (rounding == VLLM and False)",
+        [f"{ON_SILU_KERNEL}::test_variants[sm_90a-vllm weighted]"],
+    ),
+    Fault(
         "scales-sglang-numerics-of-the-scale",
         SCALES,
         "multiplier = cute.arch.rcp_approx(bounded) * largest",
