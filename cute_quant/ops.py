@@ -177,7 +177,9 @@ def silu_mul_quantize(
             ``quantize(F.silu(g) * u)``, or with an alpha that is not 1 to
             ``quantize(g * torch.sigmoid(alpha * g) * (u + beta))`` (except for a beta that the
             dtype does not have: on the CPU torch rounds it first); the product with a weight is
-            computed in float32, and rounded. On a GPU a sigmoid below 2^-126, of gates below -87,
+            computed in float32, and rounded. "vllm" rounds the product of activation and up alone,
+            as vLLM's ``silu_mul_quant_fp8_packed_triton`` does: all before it is float32, `clamp`
+            too. On a GPU a sigmoid below 2^-126, of gates below -87,
             may be 0.
         rows: which rows exist, as for :func:`quantize`.
         index: int32, (mn,) or (b, mn): rows of `gate_up`, as for :func:`quantize`.
@@ -189,7 +191,7 @@ def silu_mul_quantize(
 
     Returns:
         q, sf: as :func:`quantize` of the (..., mn, k) values returns them. A group in which a
-            result is NaN or beyond the largest float32, or in "unfused" beyond the largest of its
+            result is NaN or beyond the largest float32, or unless "fused" beyond the largest of its
             dtype, becomes NaN.
 
     Raises:
@@ -260,9 +262,13 @@ def rms_norm_quantize(
             and quantizes float32 values. "unfused" rounds the sum to x's dtype before it is
             normalized, and the result before it is quantized, as torch does: equal to
             ``quantize(F.rms_norm(x + residual, (k,), weight, eps))``, whose squares are float32.
+            "huggingface" rounds the sum, the row over its root mean square, and the product with
+            the weight, as LlamaRMSNorm of transformers does. "vllm" normalizes the float32 sum,
+            rounds the row to the weight's dtype, and the product to x's, as vLLM's ``rms_norm``,
+            ``fused_add_rms_norm`` and fused quantizers do. Both without `weight_offset`.
         normalized: whether to return the normalized rows too, or where to write them: a tensor as
-            `residual` has to be. They are of x's dtype: what is quantized in "unfused", that
-            rounded in "fused".
+            `residual` has to be. They are of x's dtype: what is quantized, in "fused" that
+            rounded.
         rows: which rows exist, as for :func:`quantize`, without `residual` and `normalized`.
         index: int32, (mn,) or (b, mn): rows of x, as for :func:`quantize`, without `residual` and
             `normalized`.

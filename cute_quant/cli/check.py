@@ -24,7 +24,6 @@ from cute_quant.contract import blocks
 from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.dtypes import UPPER_MAX, ceil_div
 from cute_quant.contract.formats import DEEP_GEMM_SM90, Format
-from cute_quant.contract.prologues import FUSED, UNFUSED
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.upper_scales import AMAX, DECODE, ENCODE
 from cute_quant.dispatch import presets
@@ -360,7 +359,7 @@ def _results(spec: Spec, device: str) -> Results:
                 alpha=1.702 if spec.scaled else 1.0,
                 beta=1.0 if spec.shifted else 0.0,
                 weight=weight,
-                rounding=UNFUSED if spec.unfused else FUSED,
+                rounding=spec.rounding,
                 out=out,
                 **upper,
             )
@@ -375,7 +374,7 @@ def _results(spec: Spec, device: str) -> Results:
                 residual=residual,
                 rows=rows,
                 index=index,
-                rounding=UNFUSED if spec.unfused else FUSED,
+                rounding=spec.rounding,
                 normalized=spec.normalized,
                 out=out,
                 **upper,

@@ -60,6 +60,11 @@ def check_block_format(fmt: object) -> None:
             f"fmt: expected UE8M0 or float32 scales, got {fmt.text}, under whose e4m3 scales "
             f"weights are quantized in groups: use quantize"
         )
+    if fmt.bounds_amax or fmt.divides:
+        raise ValueError(
+            f"fmt: expected numerics 'ieee' or 'deepgemm' for blocks, got {fmt.text}, which no "
+            f"library has for weights"
+        )
     if fmt.group_size not in BLOCK_SIZES:
         sizes = " or ".join(f"{size} x {size}" for size in BLOCK_SIZES)
         raise ValueError(f"fmt: expected a group_size for blocks of {sizes}, got {fmt.text}")

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 from torch.nn.functional import pad
 
-from cute_quant.contract import scale_storage
+from cute_quant.contract import format_choices, scale_storage
 from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import (
     E2M1_MAX,
@@ -35,7 +35,15 @@ from cute_quant.contract.dtypes import (
 )
 from cute_quant.contract.format_choices import DEEPGEMM, VLLM_EMULATION
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
+from cute_quant.contract.prologues import (
+    FUSED,
+    UNFUSED,
+    VLLM,
+    RmsNorm,
+    SiluMul,
+    rounds_row,
+    rounds_sum,
+)
 from cute_quant.contract.rcp_approx import rcp_approx
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.tensors import flat_batch
@@ -88,8 +96,16 @@ def scales_of_amax(amax: torch.Tensor, fmt: Format) -> torch.Tensor:
     exact = torch.float64 if fmt.power_of_two else torch.float32
     largest = amax.new_full((), fmt.value_type.max, dtype=exact)
     if not fmt.power_of_two:
-        scales = amax.float() * (1.0 / largest) if fmt.reciprocal else amax.float() / largest
-        return scales.clamp(min=fmt.floor).where(amax.isfinite(), torch.nan)
+        bounded = amax.float().clamp(min=fmt.floor) if fmt.bounds_amax else amax.float()
+        match fmt.steps.scale:
+            case format_choices.PRODUCT:
+                scales = bounded * (1.0 / largest)
+            case format_choices.INVERTED:
+                scales = 1.0 / (largest / bounded)
+            case _:
+                scales = bounded / largest
+        scales = scales if fmt.bounds_amax else scales.clamp(min=fmt.floor)
+        return scales.where(amax.isfinite(), torch.nan)
     if fmt.rounds_half_up:
         return _half_up_exponents(amax.float(), fmt)
     # In float64 no quotient of a float32 amax rounds onto a power of two that it is not.
@@ -296,7 +312,7 @@ def group_values(
         values = groups * multipliers.unsqueeze(-1)
     elif upper is None:
         finite = scales.isfinite()
-        values = groups * (1.0 / scales).unsqueeze(-1)
+        values = _scaled(groups, scales, fmt)
     elif fmt.numerics == DEEPGEMM:
         finite = scales.isfinite()
         values = groups / (scales * upper.decode).unsqueeze(-1)
@@ -309,10 +325,29 @@ def group_values(
     return encode(values, fmt)
 
 
+def _scaled(groups: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return float32 values (..., groups, size) under float32 scales, as the numerics compute."""
+    if fmt.divides:
+        return groups / scales.unsqueeze(-1)
+    # As a tensor: torch divides a number by a CUDA tensor with two roundings.
+    largest = scales.new_full((), fmt.value_type.max)
+    amax = groups.abs().amax(-1).clamp(min=fmt.floor)
+    match fmt.steps.multiplier:
+        case format_choices.APPROXIMATE_OF_SCALE:
+            multipliers = rcp_approx(scales)
+        case format_choices.APPROXIMATE_OF_AMAX:
+            multipliers = rcp_approx(amax) * largest
+        case format_choices.OF_AMAX:
+            multipliers = largest / amax
+        case _:
+            multipliers = 1.0 / scales
+    return groups * multipliers.unsqueeze(-1)
+
+
 def encode(values: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Return float32 in the dtype of a format, rounded to nearest even and saturated.
 
-    NaN becomes what a group that is not finite holds.
+    Formats that truncate round towards zero. NaN becomes what a group that is not finite holds.
     """
     value_type, nan = fmt.value_type, values.isnan()
     if fmt.values is torch.float4_e2m1fn_x2:
@@ -321,7 +356,8 @@ def encode(values: torch.Tensor, fmt: Format) -> torch.Tensor:
             codes = codes.where(codes != E2M1_SIGN, 0)
         return (codes[..., 0::2] | codes[..., 1::2] << 4).view(fmt.values)
     if fmt.values is torch.int8:
-        values = values.round().clamp(-INT8_MAX, INT8_MAX).where(~nan, 0.0)
+        rounded = values.trunc() if fmt.truncates else values.round()
+        values = rounded.clamp(-INT8_MAX, INT8_MAX).where(~nan, 0.0)
     codes = values.to(fmt.values).view(torch.uint8)
     return codes.where(~nan, value_type.nan_byte).view(fmt.values)
 
@@ -410,18 +446,21 @@ def silu_mul(gate_up: torch.Tensor, prologue: SiluMul) -> torch.Tensor:
         up = up if beta == 0 else up + beta
         values = (up * gate * torch.sigmoid(alpha * gate)).float()
         return values if weight is None else values * weight
+    dtype = gate.dtype
+    if prologue.rounding == VLLM:
+        gate, up = gate.float(), up.float()
     gate, up = _clamp(gate, up, limit)
     activation = functional.silu(gate) if alpha == 1 else gate * torch.sigmoid(alpha * gate)
     # On the CPU, and there alone, torch rounds a number that it adds to the tensor's dtype first.
-    values = activation * (up if beta == 0 else (up.float() + beta).to(up.dtype))
+    values = (activation * (up if beta == 0 else (up.float() + beta).to(up.dtype))).to(dtype)
     return values if weight is None else (values.float() * weight).to(values.dtype)
 
 
 def clamp_limit(prologue: SiluMul, dtype: torch.dtype) -> float:
-    """Return the bound of gates and ups, rounded to `dtype` unless they are fused; Inf if none."""
+    """Return the bound of gates and ups, rounded to `dtype` if they are unfused; Inf if none."""
     if prologue.clamp is None:
         return math.inf
-    if prologue.rounding == FUSED:
+    if prologue.rounding != UNFUSED:
         return prologue.clamp
     return torch.tensor(prologue.clamp, dtype=torch.float64).to(dtype).item()
 
@@ -449,10 +488,18 @@ def rms_norm(x: torch.Tensor, prologue: RmsNorm) -> torch.Tensor:
     weight = prologue.weight.float()
     if prologue.weight_offset != 0:
         weight = weight + prologue.weight_offset
+    if rounds_sum(prologue.rounding):
+        total = total.to(x.dtype).float()
     if prologue.rounding == FUSED:
         values = _normalized(total, weight, prologue.eps).float()
+    elif prologue.rounding != UNFUSED:
+        row = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + prologue.eps)
+        exact = _normalized(total, torch.ones_like(weight), prologue.eps).float()
+        row = row.where(exact.isfinite(), exact)
+        if rounds_row(prologue.rounding, prologue.weight.dtype):
+            row = row.to(x.dtype).float()
+        values = (row * weight).to(x.dtype)
     else:
-        total = total.to(x.dtype).float()
         exact = _normalized(total, weight, prologue.eps).float()
         values = functional.rms_norm(total, x.shape[-1:], weight, prologue.eps)
         values = values.where(exact.isfinite(), exact).to(x.dtype)

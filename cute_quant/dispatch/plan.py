@@ -13,7 +13,7 @@ from cute_quant.contract import checks, reference
 from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.dtypes import LOAD_BYTES, align
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import UNFUSED, RmsNorm, SiluMul
+from cute_quant.contract.prologues import RmsNorm, SiluMul
 from cute_quant.contract.rows import DENSE, Masked
 from cute_quant.contract.tensors import MAX_SIZE, flat_batch, last_column_rows, span
 from cute_quant.contract.upper_scales import UpperScale
@@ -187,12 +187,25 @@ def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kerne
     device = call.x.get_device()
     gpu = Gpu(lookup.architecture(device), lookup.multiprocessors(device))
     spec, views, numbers = choose_spec(call, result, scales, gpu)
+    calls = functools.partial(_range_of, call, result)
+    if _watcher is not None:
+        _watcher(calls())
+    function = compiled(spec, gpu.arch, lambda: calls().remedy(gpu.arch))
+    return Kernel(function, views, numbers)
 
-    def remedy() -> str:
-        nbytes = row_alignment(result.address, *result.view, result.dtype.itemsize)
-        return CallRange.of(call, result.dtype, nbytes).remedy(gpu.arch)
 
-    return Kernel(compiled(spec, gpu.arch, remedy), views, numbers)
+def _range_of(call: Call, result: Destination) -> CallRange:
+    nbytes = row_alignment(result.address, *result.view, result.dtype.itemsize)
+    return CallRange.of(call, result.dtype, nbytes)
+
+
+_watcher: Callable[[CallRange], None] | None = None
+
+
+def watch_calls(watcher: Callable[[CallRange], None] | None) -> None:
+    """Have a function told the range of each call that chooses a kernel; None for no more."""
+    global _watcher
+    _watcher = watcher
 
 
 def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) -> Choice:
@@ -277,7 +290,7 @@ def _launch_shape(
 def _silu_mul(prologue: SiluMul, dtype: torch.dtype, k: int, *, batched: bool) -> _Prologue:
     choices = {
         "interleaved": prologue.interleaved,
-        "unfused": prologue.rounding == UNFUSED,
+        "rounding": prologue.rounding,
         "clamped": prologue.clamp is not None,
         "scaled": prologue.alpha != 1.0,
         "shifted": prologue.beta != 0.0,
@@ -295,7 +308,7 @@ def _silu_mul(prologue: SiluMul, dtype: torch.dtype, k: int, *, batched: bool) -
 def _rms_norm(prologue: RmsNorm, *, batched: bool) -> _Prologue:
     choices = {
         "weight_dtype": prologue.weight.dtype,
-        "unfused": prologue.rounding == UNFUSED,
+        "rounding": prologue.rounding,
         "residual": prologue.residual is not None,
         "normalized": prologue.normalized is not None,
     }

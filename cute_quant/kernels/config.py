@@ -13,6 +13,7 @@ import torch
 from cute_quant.contract.dtypes import LOAD_BYTES, SOURCE_BLOCK, STORE_BYTES
 from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.contract.formats import Format
+from cute_quant.contract.prologues import FUSED
 from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
 from cute_quant.kernels import architectures
 
@@ -283,7 +284,7 @@ class SiluMulSpec(NamedTuple):
     Attributes:
         dtype, fmt, tile, domain, access, upper, pdl: as of a `QuantizeSpec`, x being gates and ups.
         interleaved: whether gates and ups alternate; if not, all gates come first.
-        unfused: whether each step is rounded to x's dtype.
+        rounding: of the prologue.
         clamped: whether there are bounds.
         scaled: whether the gate has a factor in the sigmoid.
         shifted: whether something is added to the up.
@@ -297,7 +298,7 @@ class SiluMulSpec(NamedTuple):
     domain: Domain = DENSE_ROWS
     access: Access = WIDEST
     interleaved: bool = False
-    unfused: bool = False
+    rounding: str = FUSED
     clamped: bool = False
     scaled: bool = False
     shifted: bool = False
@@ -317,7 +318,7 @@ class RmsNormSpec(NamedTuple):
         tiles_per_thread: tiles of a row in the registers of each thread.
         max_warps: most warps that share a row.
         weight_dtype: of the weights.
-        unfused: whether sum and product are rounded to x's dtype.
+        rounding: of the prologue.
         residual: whether there is one to add.
         normalized: whether what is quantized is written too.
     """
@@ -330,7 +331,7 @@ class RmsNormSpec(NamedTuple):
     tiles_per_thread: int = 1
     max_warps: int = 16
     weight_dtype: torch.dtype = torch.bfloat16
-    unfused: bool = False
+    rounding: str = FUSED
     residual: bool = False
     normalized: bool = False
     upper: str | None = None

@@ -118,6 +118,38 @@ def divide(rX: cute.Tensor, divisor: Float32) -> cute.Tensor:
 
 
 @cute.jit
+def divide_by(rX: cute.Tensor, divisor: Float32, inverse: Float32) -> cute.Tensor:
+    """Return the quotients of values and a divisor as float32, with IEEE rounding.
+
+    By Markstein's theorem, for a normal divisor, its rounded `inverse`, and quotients that are
+    normal; smaller ones are not exact. A zero keeps its sign, which the remainder would lose.
+    """
+    rY = widen(rX)
+    for i in cutlass.range_constexpr(cute.size(rY)):
+        estimate = rY[i] * inverse
+        remainder = cute.math.fma(-divisor, estimate, rY[i])
+        quotient = cute.math.fma(remainder, inverse, estimate)
+        sign = rY[i].bitcast(Uint32) & Uint32(0x80000000)
+        rY[i] = (quotient.bitcast(Uint32) | sign).bitcast(Float32)
+    return rY
+
+
+@cute.jit
+def truncate(rX: cute.Tensor):
+    """Round float32 below 2^22 towards zero; NaN stays NaN.
+
+    A sum with 2^23 rounds to nearest: where that is above, one is subtracted.
+    """
+    for i in cutlass.range_constexpr(cute.size(rX)):
+        bits = rX[i].bitcast(Uint32)
+        magnitude = (bits & Uint32(0x7FFFFFFF)).bitcast(Float32)
+        nearest = (magnitude + Float32(_INTEGERS)) - Float32(_INTEGERS)
+        above = nearest > magnitude
+        whole = nearest - (Float32(1.0) if above else Float32(0.0))
+        rX[i] = (whole.bitcast(Uint32) | bits & Uint32(0x80000000)).bitcast(Float32)
+
+
+@cute.jit
 def multiply_power_of_two(rX: cute.Tensor, multiplier: Float32) -> cute.Tensor:
     """Return the products of values and a power of two, or NaN, as float32.
 

@@ -289,10 +289,15 @@ class Stage:
             # There is no NaN of 4 bits.
             encodings.clear_unless(scaling.is_number(scale, fmt), tXrQ)
             return tXrQ
-        return encodings.encode(self.products(tXrX, scale), encodings.value_type_of(fmt))
+        tXrV = self.products(tXrX, scale)
+        if fmt.truncates:
+            encodings.truncate(tXrV)
+        return encodings.encode(tXrV, encodings.value_type_of(fmt))
 
     def products(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
         """Return a segment times its multiplier as float32, (values,)."""
+        if self.fmt.divides:
+            return encodings.divide_by(tXrX, scale.scale, scale.multiplier)
         power_of_two = self.fmt.power_of_two
         multiply = encodings.multiply_power_of_two if power_of_two else encodings.multiply
         tXrV = multiply(tXrX, scale.multiplier)

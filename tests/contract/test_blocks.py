@@ -167,6 +167,7 @@ def test_it_is_one_launch_to_bind(device):
 
 BF16 = torch.ones(256, 256, dtype=torch.bfloat16)
 Q8, SF = cq.quantize_blocks(BF16, DEEP_GEMM_SM90)
+OF_SGLANG = DEEP_GEMM_SM90.replace(numerics="sglang")
 EMPTY = torch.empty(256, 256, dtype=torch.float8_e4m3fn)
 
 
@@ -178,6 +179,7 @@ EMPTY = torch.empty(256, 256, dtype=torch.float8_e4m3fn)
         (BF16, "DEEP_GEMM", None, TypeError, "fmt: expected a Format"),
         (BF16, NVFP4, None, ValueError, "fmt: expected UE8M0 or float32 scales, got e2m1:16"),
         (BF16, ROWWISE_FP8, None, ValueError, "fmt: expected a group_size for blocks of 32 x 32"),
+        (BF16, OF_SGLANG, None, ValueError, "fmt: expected numerics 'ieee' or 'deepgemm' for"),
         (BF16, DEEP_GEMM.replace(group_size=64), None, ValueError, "blocks of 32 x 32 or 128 x"),
         (BF16[0], DEEP_GEMM, None, ValueError, "w: expected 2 or more dimensions"),
         (BF16[::2, ::2], DEEP_GEMM, None, ValueError, "contiguous along k or n, got strides"),

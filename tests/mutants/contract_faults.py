@@ -17,6 +17,7 @@ DIFFERENCES = "cli/differences.py"
 
 ON_INPUTS = "tests/contract/test_inputs.py"
 ON_OUTPUTS = "tests/contract/test_outputs.py"
+ON_PACKAGE_NUMERICS = "tests/integrations/test_package_numerics.py"
 ON_REFERENCE = "tests/contract/test_reference.py"
 ON_UPPER_SCALE = "tests/contract/test_upper_scale.py"
 ON_SILU = "tests/contract/test_silu_mul.py"
@@ -83,22 +84,43 @@ FAULTS = [
     Fault(
         "reference-deepgemm-numerics-divide",
         REFERENCE,
-        "amax.float() * (1.0 / largest) if fmt.reciprocal else amax.float() / largest",
-        "amax.float() / largest",
+        "scales = bounded * (1.0 / largest)",
+        "scales = bounded / largest",
         [f"{ON_REFERENCE}::test_float32_scale_of_deepgemm_is_a_rounded_product"],
+    ),
+    Fault(
+        "reference-vllm-numerics-multiply",
+        REFERENCE,
+        "if fmt.divides:",
+        "if False:",
+        [f"{ON_PACKAGE_NUMERICS}::test_float32_scales[GROUPWISE_FP8-vllm]"],
+    ),
+    Fault(
+        "reference-sglang-numerics-exact",
+        REFERENCE,
+        "multipliers = rcp_approx(amax) * largest",
+        "multipliers = largest / amax",
+        [f"{ON_PACKAGE_NUMERICS}::test_float32_scales[GROUPWISE_FP8-sglang]"],
+    ),
+    Fault(
+        "reference-int8-never-truncated",
+        REFERENCE,
+        "values.trunc() if fmt.truncates else values.round()",
+        "values.round()",
+        [f"{ON_PACKAGE_NUMERICS}::test_float32_scales[INT8-vllm]"],
     ),
     Fault(
         "reference-ieee-numerics-multiply",
         REFERENCE,
-        "amax.float() * (1.0 / largest) if fmt.reciprocal else amax.float() / largest",
-        "amax.float() * (1.0 / largest)",
+        "                scales = bounded / largest",
+        "                scales = bounded * (1.0 / largest)",
         [f"{ON_REFERENCE}::test_float32_scale_is_the_rounded_quotient"],
     ),
     Fault(
         "reference-values-divided",
         REFERENCE,
-        "values = groups * (1.0 / scales).unsqueeze(-1)",
-        "values = groups / scales.unsqueeze(-1)",
+        "if fmt.divides:",
+        "if True:",
         [f"{ON_REFERENCE}::test_exact_oracle_of_float32_scales"],
     ),
     Fault(

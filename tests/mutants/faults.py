@@ -18,6 +18,7 @@ from tests.mutants import (
     column_faults,
     contract_faults,
     dispatch_faults,
+    engine_faults,
     jit_faults,
     kernels_faults,
     scales_faults,
@@ -32,4 +33,5 @@ FAULTS = [
     *scales_faults.FAULTS,
     *jit_faults.FAULTS,
     *checkpoint_faults.FAULTS,
+    *engine_faults.FAULTS,
 ]

@@ -31,6 +31,7 @@ ON_ARITHMETIC = "tests/kernels/test_arithmetic.py"
 ON_SILU_KERNEL = "tests/kernels/test_silu_mul.py"
 ON_NORM_KERNEL = "tests/kernels/test_rms_norm.py"
 ON_UPPER_SCALES = "tests/kernels/test_upper_scales.py"
+ON_PACKAGE_NUMERICS = "tests/integrations/test_package_numerics.py"
 ON_AMAX = "tests/kernels/test_amax.py"
 
 DEEPGEMM_CASE = "sm_100a-e4m3:128:float32:mn_major:numerics=deepgemm-torch.bfloat16"
@@ -472,6 +473,62 @@ FAULTS = [
         "return cutlass.min(bits, Uint32(FLOAT32_NAN)).bitcast(Float32)",
         "return bits.bitcast(Float32)",
         [f"{ON_QUANTIZE_KERNEL}::test_random_bits"],
+    ),
+    Fault(
+        "norm-row-of-a-library-not-rounded",
+        RMS_NORM,
+        "rounded = [encodings.round_to(value * factor, self.dtype) for value in values]",
+        "rounded = [value * factor for value in values]",
+        [f"{ON_NORM_KERNEL}::test_variants[sm_90a-vllm]"],
+    ),
+    Fault(
+        "norm-sum-of-vllm-rounded",
+        RMS_NORM,
+        "[self.round(v) for v in sums] if rounds_sum(spec.rounding) else sums",
+        "[self.round(v) for v in sums]",
+        [f"{ON_NORM_KERNEL}::test_variants[sm_90a-vllm]"],
+    ),
+    Fault(
+        "silu-product-of-vllm-not-rounded-before-its-weight",
+        SILU_MUL,
+        "not (rounding == VLLM and after_product)",
+        "not (rounding == VLLM and False)",
+        [f"{ON_SILU_KERNEL}::test_variants[sm_90a-vllm weighted]"],
+    ),
+    Fault(
+        "scales-sglang-numerics-of-the-scale",
+        SCALES,
+        "multiplier = cute.arch.rcp_approx(bounded) * largest",
+        "multiplier = cute.arch.rcp_approx(scale)",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels_of_float32_scales[GROUPWISE_FP8-sglang]"],
+    ),
+    Fault(
+        "scales-bounded-amax-not-finite",
+        SCALES,
+        "GroupScale(multiplier if finite else nan, scale if finite else nan)",
+        "GroupScale(multiplier, scale if finite else nan)",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels_on_groups_that_are_not_finite"],
+    ),
+    Fault(
+        "encodings-quotient-without-its-remainder",
+        ENCODINGS,
+        "quotient = cute.math.fma(remainder, inverse, estimate)",
+        "quotient = estimate",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels_of_float32_scales[GROUPWISE_FP8-vllm]"],
+    ),
+    Fault(
+        "encodings-quotient-without-the-sign-of-zero",
+        ENCODINGS,
+        "(quotient.bitcast(Uint32) | sign).bitcast(Float32)",
+        "quotient",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels_of_float32_scales[GROUPWISE_FP8-vllm]"],
+    ),
+    Fault(
+        "encodings-truncated-to-nearest",
+        ENCODINGS,
+        "Float32(1.0) if above else Float32(0.0)",
+        "Float32(0.0)",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels_of_float32_scales[INT8-vllm]"],
     ),
     Fault(
         "scales-deepgemm-numerics-divide",

@@ -18,6 +18,7 @@ COMMANDS = {
     "build": ("cute_quant.cli.build", "compile kernels ahead of time into a directory"),
     "warm-up": ("cute_quant.cli.warm_up", "compile kernels into the disk cache"),
     "checkpoint": ("cute_quant.cli.checkpoint", "quantize a Hugging Face checkpoint"),
+    "engines": ("cute_quant.cli.engines", "calls of inference engines that are taken over"),
     "diff": ("cute_quant.cli.diff", "where two libraries' numerics differ, and why"),
     "layout": ("cute_quant.lab.command", "draw layouts, try others"),
     "cache": ("cute_quant.cli.cache", "list, size and clear the disk cache"),
