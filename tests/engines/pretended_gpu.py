@@ -1,13 +1,12 @@
 """A CUDA platform for vLLM where there is neither a GPU nor its driver.
 
 vLLM's layers choose kernels by the platform. What they call of compiled extensions does not exist
-here; its Triton kernels are interpreted, and DeepGEMM is a product in float32.
+here, and DeepGEMM is a product in float32.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
-import os
 import sys
 from types import ModuleType
 from typing import Any
@@ -15,10 +14,6 @@ from typing import Any
 import torch
 
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, dequantize
-
-# Before triton is imported. Without a visible device vLLM takes Triton without a driver.
-os.environ["TRITON_INTERPRET"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 class _Stub(ModuleType):
@@ -32,7 +27,8 @@ class _Stub(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return lambda *args, **kwargs: None
+        # A class too, for annotations: `deep_ep.EPHandle | None`.
+        return type(name, (), {"__new__": lambda *args, **kwargs: None})
 
 
 class DeepGemm(_Stub):
@@ -47,6 +43,13 @@ class DeepGemm(_Stub):
     def fp8_gemm_nt(self, a: Any, b: Any, d: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         self.calls.append(a)
         d.copy_(_dequantized(*a) @ _dequantized_blocks(*b).mT)
+
+    def m_grouped_fp8_gemm_nt_masked(
+        self, a: Any, b: Any, d: torch.Tensor, masked_m: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        for e, rows in enumerate(masked_m.tolist()):
+            product = _dequantized(a[0][e], a[1][e]) @ _dequantized_blocks(b[0][e], b[1][e]).mT
+            d[e, :rows] = product[:rows]
 
     def transform_sf_into_required_layout(self, sf: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return sf
@@ -76,7 +79,7 @@ class _Operators(torch._ops._OpNamespace):
 
 def pretend(major: int, minor: int = 0) -> DeepGemm:
     """Have vLLM run on a GPU of a compute capability; call it before its layers are imported."""
-    for name in ("vllm._C_stable_libtorch", "vllm.vllm_flash_attn"):
+    for name in ("vllm._C_stable_libtorch", "vllm.vllm_flash_attn", "deep_ep"):
         sys.modules[name] = _Stub(name)
     deep_gemm = sys.modules["deep_gemm"] = DeepGemm()
     torch.ops._C.__class__ = _Operators

@@ -351,7 +351,7 @@ class TestCommand:
     def test_other_results(self, run):
         status, out = run(make_engine(Takeover("double", DOUBLE, wrong, same_as)))
         assert status == 1
-        assert "results differ on cpu" in out
+        assert "self-check failed on cpu" in out
 
     def test_switched_off(self, run, monkeypatch):
         monkeypatch.setenv("CUTE_QUANT_TOY", "0")
@@ -369,7 +369,7 @@ class TestCommand:
         assert "toy_engine: not installed" in out
 
     def test_json(self, run):
-        status, out = run(make_engine(), "--json")
+        _, out = run(make_engine(), "--json")
         (report,) = json.loads(out)
         assert report["calls"][0]["status"] == TAKEN
 

@@ -62,4 +62,5 @@ def _strides(t: torch.Tensor) -> tuple[int, ...]:
 
 
 def _bytes(t: torch.Tensor) -> torch.Tensor:
-    return t.contiguous().view(torch.uint8)
+    # A column by itself passes for contiguous, and cannot be viewed.
+    return t.contiguous().flatten().view(torch.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import logging
@@ -9,12 +10,19 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from cute_quant import __version__
 from cute_quant.integrations.engines import imports
-from cute_quant.integrations.engines.takeover import Function, Takeover, parameters, paused
+from cute_quant.integrations.engines.takeover import (
+    Function,
+    NotComparable,
+    Takeover,
+    parameters,
+    paused,
+)
 from cute_quant.jit.lookup import ARCHITECTURES
 
 WAITS = "waits"
@@ -255,13 +263,14 @@ class Engine:
             return None
         try:
             with paused():
-                difference = takeover.check(takeover.compute, state.original, device)
-        except Exception as error:
-            text = " ".join(str(error).split())[:120]
-            state.checked = f"not compared on {device}: {type(error).__name__}: {text}"
+                difference = takeover.check(takeover.compute, _own(state.original), device)
+        except NotComparable as error:
+            state.checked = f"not compared on {device}: {error}"
             return None
+        except Exception as error:
+            difference = f"{type(error).__name__}: {_one_line(error)}"
         if difference is not None:
-            self._refuse(takeover, f"results differ on {device}: {difference}")
+            self._refuse(takeover, f"self-check failed on {device}: {difference}")
             return False
         state.checked = f"equal on {device}"
         return True
@@ -293,6 +302,23 @@ def _why_not(
         majors = ", ".join(f"{m}.x" for m in takeover.majors)
         return f"the engine has it on compute capability {majors}, this is {major}.{minor}"
     return None
+
+
+def _own(original: Function) -> Function:
+    """Return the engine's function, whose errors say that there is nothing to compare with."""
+
+    @functools.wraps(original)
+    def own(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except Exception as error:
+            raise NotComparable(f"{type(error).__name__}: {_one_line(error)}") from error
+
+    return own
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
 
 
 def other_parameters(ours: str, original: Function) -> str | None:

@@ -19,8 +19,13 @@ Function = Callable[..., Any]
 Check = Callable[[Function, Function, torch.device], str | None]
 """Compares a replacement with the engine's own function on a device; returns what differs.
 
-An exception of the engine's function, such as that it has no kernel for the device, may pass.
+Exceptions of the engine's function, such as that it has no kernel for the device, arrive as
+`NotComparable`, and may pass.
 """
+
+
+class NotComparable(Exception):
+    """The engine's function has no results to compare with."""
 
 
 class Place(Protocol):

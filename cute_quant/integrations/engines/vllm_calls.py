@@ -17,10 +17,12 @@ from cute_quant.contract.dtypes import (
     SCALE_ROW_ALIGNMENT,
     VLLM_MIN_SCALE,
     align,
+    to_float32,
 )
 from cute_quant.contract.format_choices import (
     FLASHINFER,
     GROUP_SIZES,
+    IEEE,
     MX_GROUP_SIZE,
     ROW_MAJOR,
     SGLANG,
@@ -40,9 +42,6 @@ from cute_quant.contract.formats import (
 from cute_quant.contract.prologues import UNFUSED
 from cute_quant.contract.rows import Masked, PrefixSum
 from cute_quant.contract.torch_private import constant_in_graphs
-from cute_quant.integrations.vllm import (
-    per_token_group_quant_fp8_packed_for_deepgemm as quantize_packed,
-)
 from cute_quant.ops import convert_scales, quantize, silu_mul_quantize
 
 MIN_AMAX = 1e-10
@@ -50,6 +49,8 @@ MIN_AMAX = 1e-10
 
 _PACKED_GROUP_SIZES = (32, 128)
 _MXFP8_ROWS = MXFP8.replace(scale_layout=ROW_MAJOR)
+_NVFP4 = NVFP4.replace(numerics=VLLM)
+_NVFP4_ROWS = NVFP4.replace(numerics=VLLM, scale_layout=ROW_MAJOR)
 _ROWS = ROWWISE_FP8.replace(numerics=VLLM)
 _MASKED_FORMATS = {
     "FLOAT32": DEEP_GEMM_SM90.replace(min_scale=SGLANG, numerics=VLLM_TRITON),
@@ -79,12 +80,13 @@ def _packs_scales() -> bool:
 
 
 @constant_in_graphs
-def _mxfp8_numerics() -> str:
+def _mxfp8_format(swizzled: bool) -> Format:
     from vllm.platforms import current_platform
     from vllm.utils.flashinfer import has_flashinfer
 
     by_flashinfer = current_platform.has_device_capability(100) and has_flashinfer()
-    return FLASHINFER if by_flashinfer else VLLM
+    fmt = MXFP8 if swizzled else _MXFP8_ROWS
+    return fmt.replace(numerics=FLASHINFER if by_flashinfer else VLLM)
 
 
 @constant_in_graphs
@@ -101,8 +103,31 @@ def _fuses_fp4() -> bool:
     )
 
 
+def _constant(number: float) -> Any:
+    """Return one of the numbers that formats are made of as a constant, None for another.
+
+    ``torch.compile(dynamic=True)``, which vLLM uses, has symbols for attributes and globals alike.
+    """
+    if number == 128:
+        return 128
+    if number == 32:
+        return 32
+    if number == 64:
+        return 64
+    if number == 1e-10:
+        return 1e-10
+    return None if torch.compiler.is_compiling() else number
+
+
+@constant_in_graphs
+def _packed_format(group_size: int, eps: float) -> Format:
+    min_scale = max(to_float32(eps) / E4M3_MAX, VLLM_MIN_SCALE)
+    return DEEP_GEMM.replace(group_size=group_size, min_scale=min_scale)
+
+
+@constant_in_graphs
 def _float32_format(
-    group_size: int, *, column_major: bool, round_scale: bool, eps: float = MIN_AMAX
+    group_size: int, column_major: bool, round_scale: bool, eps: float = MIN_AMAX
 ) -> Format:
     """Return the format of groups with float32 scales.
 
@@ -114,12 +139,39 @@ def _float32_format(
     return fmt.replace(group_size=group_size, round_scale=round_scale, min_scale=min_scale)
 
 
+@constant_in_graphs
+def _triton_format(group_size: int, round_scale: bool, eps: float) -> Format:
+    """Return the format of Triton's kernels, which multiply by 1 / 448 and bound the amax alone."""
+    return DEEP_GEMM_SM90.replace(
+        group_size=group_size,
+        round_scale=round_scale,
+        min_scale=eps / E4M3_MAX,
+        numerics=IEEE if round_scale else VLLM_TRITON,
+    )
+
+
+@constant_in_graphs
+def _int8_format(group_size: int, eps: float) -> Format:
+    return INT8.replace(group_size=group_size, numerics=VLLM, min_scale=eps / INT8_MAX)
+
+
 def _without_padding(sf: torch.Tensor) -> torch.Tensor:
     """Return MN-major scales with columns that are as long as there are rows."""
     if torch.compiler.is_compiling():
         # Whether that is a copy would depend on the number of rows.
         return sf.mT.clone(memory_format=torch.contiguous_format).mT
     return sf.mT.contiguous().mT
+
+
+def _fits(x: torch.Tensor, group_size: int | None, eps: float | None) -> bool:
+    return (
+        x.dtype in INPUT_DTYPES
+        and group_size in GROUP_SIZES
+        and x.shape[-1] % group_size == 0
+        and x.stride(-1) == 1
+        and eps is not None
+        and eps > 0
+    )
 
 
 def _group_quant(
@@ -132,17 +184,11 @@ def _group_quant(
     eps: float = MIN_AMAX,
     out_q: torch.Tensor | None = None,
 ) -> Any:
-    if (
-        x.dtype not in INPUT_DTYPES
-        or group_size not in GROUP_SIZES
-        or x.shape[-1] % group_size
-        or x.stride(-1) != 1
-        or x.ndim < 2
-        or (column_major and x.ndim > (3 if tma_aligned else 2))
-        or eps < MIN_AMAX
-    ):
+    size, bound = _constant(group_size), _constant(eps)
+    most = 3 if tma_aligned else 2
+    if not _fits(x, size, bound) or x.ndim < 2 or (column_major and x.ndim > most):
         return NotImplemented
-    fmt = _float32_format(group_size, column_major=column_major, round_scale=round_scale, eps=eps)
+    fmt = _float32_format(size, column_major, round_scale, bound)
     q, sf = quantize(x, fmt, out=None if out_q is None else (out_q, None))
     return q, _without_padding(sf) if column_major and not tma_aligned else sf
 
@@ -153,11 +199,18 @@ def _packed(
     eps: float = MIN_AMAX,
     out_q: torch.Tensor | None = None,
 ) -> Any:
-    if x.dtype not in INPUT_DTYPES or group_size not in _PACKED_GROUP_SIZES or x.stride(-1) != 1:
+    size, bound = _constant(group_size), _constant(eps)
+    if not _fits(x, size, bound) or size not in _PACKED_GROUP_SIZES:
         return NotImplemented
-    if x.shape[-1] % group_size or eps <= 0:
+    if out_q is not None and (out_q.shape != x.shape or not out_q.is_contiguous()):
         return NotImplemented
-    return quantize_packed(x, group_size, eps, True, out_q)
+    out = None if out_q is None else (_as_rows(out_q), None)
+    q, sf = quantize(_as_rows(x), _packed_format(size, bound), out=out)
+    return q.view(x.shape), sf
+
+
+def _as_rows(t: torch.Tensor) -> torch.Tensor:
+    return t.unsqueeze(0) if t.ndim == 1 else t.flatten(0, -2)
 
 
 def _rows(x: torch.Tensor, scale_ub: torch.Tensor | None, per_token: bool) -> Any:
@@ -245,11 +298,12 @@ def silu_mul_quant_fp8_packed_triton(
     expert_alignment: int = 0,
 ) -> Any:
     """Compute the function of this name in vLLM's ``fp8_utils``."""
-    if group_size not in _PACKED_GROUP_SIZES:
+    size = _constant(group_size)
+    if size not in _PACKED_GROUP_SIZES:
         return NotImplemented
     return silu_mul_quantize(
         input,
-        DEEP_GEMM.replace(group_size=group_size),
+        DEEP_GEMM.replace(group_size=size),
         clamp=clamp_limit,
         alpha=alpha,
         beta=beta,
@@ -276,18 +330,13 @@ def silu_mul_per_token_group_quant_fp8_colmajor(
 
     With alpha and beta vLLM rounds at other places than torch does.
     """
-    if group_size not in GROUP_SIZES or alpha != 1.0 or beta != 0.0 or eps < MIN_AMAX:
+    size, bound = _constant(group_size), _constant(eps)
+    if size not in GROUP_SIZES or bound is None or alpha != 1.0 or beta != 0.0:
         return NotImplemented
     round_scale = _uses_ue8m0() if use_ue8m0 is None else bool(use_ue8m0)
-    # Triton multiplies by 1 / 448, and bounds the amax alone.
-    fmt = DEEP_GEMM_SM90.replace(
-        group_size=group_size, round_scale=round_scale, min_scale=eps / E4M3_MAX
-    )
-    if not round_scale:
-        fmt = fmt.replace(numerics=VLLM_TRITON)
     return silu_mul_quantize(
         input,
-        fmt,
+        _triton_format(size, round_scale, bound),
         clamp=clamp_limit,
         rounding=UNFUSED,
         rows=None if expert_ends is None else PrefixSum(expert_ends, expert_alignment),
@@ -299,11 +348,10 @@ def per_token_group_quant_int8(
     x: torch.Tensor, group_size: int, eps: float = 1e-10, dtype: torch.dtype = torch.int8
 ) -> Any:
     """Compute the function of this name in vLLM's ``int8_utils``."""
-    if x.dtype not in INPUT_DTYPES or x.ndim < 2 or dtype is not torch.int8:
+    size, bound = _constant(group_size), _constant(eps)
+    if not _fits(x, size, bound) or x.ndim < 2 or dtype is not torch.int8:
         return NotImplemented
-    if group_size not in GROUP_SIZES or x.shape[-1] % group_size or eps < MIN_AMAX:
-        return NotImplemented
-    return quantize(x, INT8.replace(group_size=group_size, numerics=VLLM, min_scale=eps / INT8_MAX))
+    return quantize(x, _int8_format(size, bound))
 
 
 def scaled_fp8_quant(
@@ -329,8 +377,7 @@ def mxfp8_e4m3_quantize(
         return NotImplemented
     if x.shape[-1] % max(alignment, MX_GROUP_SIZE):
         return NotImplemented
-    fmt = MXFP8 if is_sf_swizzled_layout else _MXFP8_ROWS
-    q, sf = quantize(x, fmt.replace(numerics=_mxfp8_numerics()))
+    q, sf = quantize(x, _mxfp8_format(is_sf_swizzled_layout))
     sf = sf.view(torch.uint8)
     return q, sf.flatten() if is_sf_swizzled_layout else sf
 
@@ -361,9 +408,7 @@ def scaled_fp4_quant(
         or (torch.compiler.is_compiling() and _fuses_fp4())
     ):
         return NotImplemented
-    fmt = NVFP4.replace(numerics=VLLM)
-    if not is_sf_swizzled_layout:
-        fmt = fmt.replace(scale_layout=ROW_MAJOR)
+    fmt = _NVFP4 if is_sf_swizzled_layout else _NVFP4_ROWS
     x = input.reshape(1 if input.ndim == 1 else -1, n)
     q, sf = quantize(x, fmt, encode_scale=input_global_scale.reshape(()))
     if is_sf_swizzled_layout:
@@ -415,7 +460,7 @@ def silu_and_mul_nvfp4_dynamic(x: torch.Tensor, linear: Any) -> Any:
         return NotImplemented
     q, sf = silu_mul_quantize(
         x.flatten(0, -2),
-        NVFP4.replace(numerics=VLLM),
+        _NVFP4,
         rounding=VLLM,
         encode_scale=scale.reshape(()),
     )

@@ -11,7 +11,7 @@ import torch
 
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90
 from cute_quant.integrations.engines.comparison import difference, sample
-from cute_quant.integrations.engines.takeover import Function
+from cute_quant.integrations.engines.takeover import Function, NotComparable
 from cute_quant.ops import dequantize
 
 ROWS, COLUMNS = 12, 512
@@ -19,12 +19,18 @@ ROWS, COLUMNS = 12, 512
 
 
 def quant_fp8(ours: Function, theirs: Function, device: torch.device) -> str | None:
-    """Compare ``QuantFP8``: float32 scales of either rounding, and packed ones."""
+    """Compare ``QuantFP8``: float32 scales of either rounding, and packed ones.
+
+    Its ``forward_native`` is compared where its bits are CUDA's, which these are: not for groups of
+    zeros, nor for scales that are no powers of two.
+    """
     from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
 
     native = theirs.__name__ == "forward_native"
-    packs = [False] if native else [False, True]
-    for round_scale, column_major, supported in itertools.product([True, False], *2 * [packs]):
+    others = [False] if native else [False, True]
+    rounded = [True] if native or device.type != "cuda" else [True, False]
+    x = sample((ROWS, COLUMNS), device, zeros=not native and device.type == "cuda") * 1024
+    for round_scale, column_major, supported in itertools.product(rounded, others, others):
         layer = SimpleNamespace(
             static=False,
             is_group_quant=True,
@@ -35,11 +41,6 @@ def quant_fp8(ours: Function, theirs: Function, device: torch.device) -> str | N
             tma_aligned_scales=False,
         )
         layer._quantize_group_native = QuantFP8._quantize_group_native.__get__(layer)
-        # Its forward_native has another bound, for groups of zeros.
-        x = sample((ROWS, COLUMNS), device, zeros=not native) * 1024
-        if native and not round_scale:
-            # It divides by the scale, and CUDA's kernel multiplies: these are CUDA's.
-            continue
         found = difference(ours(layer, x), theirs(layer, x))
         if found is not None:
             return found
@@ -47,8 +48,13 @@ def quant_fp8(ours: Function, theirs: Function, device: torch.device) -> str | N
 
 
 def group_quant(ours: Function, theirs: Function, device: torch.device) -> str | None:
-    """Compare ``per_token_group_quant_fp8`` in all of its layouts."""
-    x = sample((ROWS, COLUMNS), device)
+    """Compare ``per_token_group_quant_fp8`` in all of its layouts.
+
+    Triton's kernel, which runs without CUDA, has other float32 scales, and for zeros other powers
+    of two.
+    """
+    cuda = device.type == "cuda"
+    x = sample((ROWS, COLUMNS), device, zeros=cuda)
     layouts = ((False, False), (True, False), (True, True))
     return _first(
         ours,
@@ -62,7 +68,7 @@ def group_quant(ours: Function, theirs: Function, device: torch.device) -> str |
                 use_ue8m0=round_scale,
             )
             for (column_major, tma_aligned), round_scale in itertools.product(
-                layouts, (True, False)
+                layouts, (True, False) if cuda else (True,)
             )
         ),
     )
@@ -150,7 +156,8 @@ def scaled_fp8(ours: Function, theirs: Function, device: torch.device) -> str | 
 
 
 def group_quant_int8(ours: Function, theirs: Function, device: torch.device) -> str | None:
-    """Compare ``per_token_group_quant_int8``."""
+    """Compare ``per_token_group_quant_int8`` with CUDA's kernel; Triton's has other bits."""
+    _need_cuda(device)
     return _first(ours, theirs, iter([dict(x=sample((ROWS, COLUMNS), device), group_size=128)]))
 
 
@@ -160,6 +167,11 @@ def swizzle(ours: Function, theirs: Function, device: torch.device) -> str | Non
     sf = torch.arange(rows * groups, device=device).remainder(255).to(torch.uint8)
     sf = sf.view(rows, groups)
     return difference(ours(sf, rows, 32 * groups), theirs(sf, rows, 32 * groups))
+
+
+def _need_cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise NotComparable("CUDA's kernel is the one whose bits these are")
 
 
 def _first(ours: Function, theirs: Function, calls: Iterator[dict[str, Any]]) -> str | None:
