@@ -1,7 +1,7 @@
 """SGLang where there is neither a GPU nor its driver, nor the extensions that it compiles.
 
 Its layers choose kernels by the platform when they are imported. What is compiled does not exist
-here; what draws pictures is a stub, since SGLang's configurations of models import it.
+here; DeepEP is a stub, and so is what draws pictures, which configurations of models import.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 STUBS = (
+    "deep_ep",
     "torchvision",
     "torchvision.io",
     "torchvision.transforms",

@@ -22,6 +22,17 @@ _BLACKWELL = (10, 12)
 class Hook(Attribute):
     """A function that SGLang's registry of hooks replaces, here and where it was imported."""
 
+    def read(self, module: ModuleType) -> Function:
+        """Return the function.
+
+        Raises:
+            LookupError: SGLang has none, where a library that it comes from is missing.
+        """
+        function = super().read(module)
+        if function is None:
+            raise LookupError(f"{self.name} is None, a library is missing")
+        return function
+
     def write(self, module: ModuleType, function: Function) -> None:
         """Register the function, and have it applied; SGLang's own is put back without."""
         from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
@@ -71,6 +82,7 @@ TAKEOVERS = (
         checks.per_token_group_quant,
     ),
     _takeover("per_token", _FP8, calls.sglang_per_token_quant_fp8, checks.per_token),
+    _takeover("per_token", _FP8, calls.scaled_fp8_quant, checks.scaled_fp8),
     _takeover(
         "silu",
         "sglang.kernels.ops.moe.ep_moe_kernels",

@@ -23,6 +23,8 @@ from cute_quant.contract.format_choices import (
     FLASHINFER,
     GROUP_SIZES,
     IEEE,
+    MN_MAJOR,
+    MN_MAJOR_PACKED,
     MX_GROUP_SIZE,
     ROW_MAJOR,
     ROW_MAJOR_PACKED,
@@ -32,7 +34,6 @@ from cute_quant.contract.format_choices import (
 from cute_quant.contract.formats import (
     DEEP_GEMM,
     DEEP_GEMM_SM90,
-    GROUPWISE_FP8,
     INT8,
     MXFP8,
     NVFP4,
@@ -41,6 +42,7 @@ from cute_quant.contract.formats import (
 )
 from cute_quant.contract.prologues import FUSED, UNFUSED, VLLM
 from cute_quant.contract.rows import Masked
+from cute_quant.contract.torch_private import constant_in_graphs
 from cute_quant.ops import quantize, silu_mul_quantize
 
 MIN_AMAX = 1e-10
@@ -50,27 +52,43 @@ _MIN_BF16_SCALE = torch.tensor(MIN_AMAX, dtype=torch.bfloat16).item() / E4M3_MAX
 """Where Triton bounds an amax in bfloat16, it rounds the bound."""
 
 
-def _format(group_size: int, *, column_major: bool, ue8m0: bool, packed: bool) -> Format:
-    """Return the format of e4m3 groups.
+@constant_in_graphs
+def _format(
+    group_size: int,
+    *,
+    column_major: bool,
+    ue8m0: bool,
+    packed: bool,
+    numerics: str = SGLANG,
+    min_scale: str | float = SGLANG,
+) -> Format | None:
+    """Return the format of e4m3 groups, None for a size that there is not.
 
     Args:
         group_size: elements that share a scale.
         column_major: whether scales of consecutive rows are contiguous.
         ue8m0: whether scales are powers of two.
         packed: whether these have four in an int32.
+        numerics: of float32 scales that are no powers of two.
+        min_scale: of these.
     """
+    if group_size not in GROUP_SIZES:
+        return None
     if packed:
-        fmt = DEEP_GEMM.replace(min_scale=SGLANG)
-        fmt = fmt if column_major else fmt.replace(scale_layout=ROW_MAJOR_PACKED)
-    else:
-        fmt = DEEP_GEMM_SM90 if column_major else GROUPWISE_FP8
-        fmt = fmt.replace(round_scale=ue8m0, min_scale=SGLANG, numerics=IEEE if ue8m0 else SGLANG)
-    return fmt.replace(group_size=group_size)
+        layout = MN_MAJOR_PACKED if column_major else ROW_MAJOR_PACKED
+        return DEEP_GEMM.replace(group_size=group_size, min_scale=SGLANG, scale_layout=layout)
+    return DEEP_GEMM_SM90.replace(
+        group_size=group_size,
+        scale_layout=MN_MAJOR if column_major else ROW_MAJOR,
+        round_scale=ue8m0,
+        min_scale=SGLANG if ue8m0 else min_scale,
+        numerics=IEEE if ue8m0 else numerics,
+    )
 
 
 def _quantize(
     x: torch.Tensor,
-    fmt: Format,
+    fmt: Format | None,
     *,
     silu: str | None = None,
     clamp: float | None = None,
@@ -81,14 +99,14 @@ def _quantize(
 
     Args:
         x: as of ``quantize``.
-        fmt: as of ``quantize``.
+        fmt: as of ``quantize``; None is not taken.
         silu: the rounding of the product, None without SiLU.
         clamp: as of ``silu_mul_quantize``.
         masked_m: rows of each expert, None if all of them exist.
         out: q and sf of the caller.
     """
     columns = x.shape[-1] // (1 if silu is None else 2)
-    if x.dtype not in INPUT_DTYPES or x.ndim < 2 or fmt.group_size not in GROUP_SIZES:
+    if fmt is None or x.dtype not in INPUT_DTYPES or x.ndim < 2:
         return NotImplemented
     if columns % fmt.group_size or (masked_m is not None and x.ndim != 3):
         return NotImplemented
@@ -187,6 +205,18 @@ def sglang_per_token_quant_fp8(
     return quantize(x, fmt, out=(output_q, output_s))
 
 
+def scaled_fp8_quant(
+    input: torch.Tensor,  # noqa: A002
+    scale: torch.Tensor | None = None,
+    num_token_padding: int | None = None,
+    use_per_token_if_dynamic: bool = False,
+) -> Any:
+    """Compute the function of this name in SGLang's ``fp8_kernel``, for scales of rows."""
+    if scale is not None or num_token_padding or not use_per_token_if_dynamic:
+        return NotImplemented
+    return sglang_per_token_quant_fp8(input) if input.is_contiguous() else NotImplemented
+
+
 def per_token_group_quant(
     input: torch.Tensor,  # noqa: A002
     output_q: torch.Tensor | None = None,
@@ -213,7 +243,7 @@ def per_token_group_quant(
     if output_s is not None:
         column_major, packed = _layout_of(output_s), output_s.dtype is torch.int32
     if dtype is torch.int8:
-        if column_major or scale_ue8m0:
+        if column_major or scale_ue8m0 or group_size not in GROUP_SIZES:
             return NotImplemented
         fmt = INT8.replace(group_size=group_size, numerics=SGLANG)
     elif dtype in (None, torch.float8_e4m3fn):
@@ -251,9 +281,14 @@ def silu_and_mul_masked_post_quant_fwd(
         return NotImplemented
     packed = output_scale.dtype is torch.int32
     sf = output_scale.mT if packed else output_scale
-    fmt = _format(quant_group_size, column_major=packed, ue8m0=scale_ue8m0, packed=packed)
-    if not scale_ue8m0:
-        fmt = fmt.replace(numerics=VLLM_TRITON, min_scale=_MIN_BF16_SCALE)
+    fmt = _format(
+        quant_group_size,
+        column_major=packed,
+        ue8m0=scale_ue8m0,
+        packed=packed,
+        numerics=VLLM_TRITON,
+        min_scale=_MIN_BF16_SCALE,
+    )
     found = _quantize(input, fmt, silu=UNFUSED, masked_m=masked_m, out=(output, sf))
     return found if found is NotImplemented else None
 
@@ -310,9 +345,13 @@ def _post_quant(
         return NotImplemented
     if transposed and masked_m is not None:
         sf = sf.mT
-    fmt = _format(group_size, column_major=transposed, ue8m0=ue8m0, packed=transposed)
-    if not ue8m0:
-        fmt = fmt.replace(numerics=VLLM_TRITON)
+    fmt = _format(
+        group_size,
+        column_major=transposed,
+        ue8m0=ue8m0,
+        packed=transposed,
+        numerics=VLLM_TRITON,
+    )
     clamp = None if limit is None else torch.tensor(limit, dtype=x.dtype).item()
     found = _quantize(x, fmt, silu=FUSED, clamp=clamp, masked_m=masked_m, out=(q, sf))
     return found if found is NotImplemented else None
@@ -328,9 +367,8 @@ def flashinfer_mxfp8_quantize(
     k = input.shape[-1]
     if input.dtype not in INPUT_DTYPES or k % max(alignment, MX_GROUP_SIZE):
         return NotImplemented
-    fmt = MXFP8.replace(numerics=FLASHINFER)
-    if not is_sf_swizzled_layout:
-        fmt = fmt.replace(scale_layout=ROW_MAJOR)
+    layout = BLOCKED if is_sf_swizzled_layout else ROW_MAJOR
+    fmt = MXFP8.replace(numerics=FLASHINFER, scale_layout=layout)
     q, sf = quantize(input.reshape(-1, k), fmt)
     return q, sf.view(torch.uint8).flatten()
 

@@ -58,6 +58,12 @@ def per_token(ours: Function, theirs: Function, device: torch.device) -> str | N
     return _first(ours, theirs, [{"x": sample((ROWS, COLUMNS), device, zeros=False)}])
 
 
+def scaled_fp8(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``scaled_fp8_quant`` for scales of rows, without a row of zeros."""
+    x = sample((ROWS, COLUMNS), device, zeros=False)
+    return _first(ours, theirs, [{"input": x, "use_per_token_if_dynamic": True}])
+
+
 def group_quant_int8(ours: Function, theirs: Function, device: torch.device) -> str | None:
     """Compare ``sglang_per_token_group_quant_int8``."""
     return _first(ours, theirs, [{"x": sample((ROWS, COLUMNS), device), "group_size": 128}])
