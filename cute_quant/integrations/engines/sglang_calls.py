@@ -245,7 +245,7 @@ def per_token_group_quant(
     if dtype is torch.int8:
         if column_major or scale_ue8m0 or group_size not in GROUP_SIZES:
             return NotImplemented
-        fmt = INT8.replace(group_size=group_size, numerics=SGLANG)
+        fmt: Format | None = INT8.replace(group_size=group_size, numerics=SGLANG)
     elif dtype in (None, torch.float8_e4m3fn):
         fmt = _format(group_size, column_major=column_major, ue8m0=scale_ue8m0, packed=packed)
     else:
