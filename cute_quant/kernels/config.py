@@ -174,12 +174,14 @@ class Access(NamedTuple):
         store_bytes: the same for the output, up to 16, or 32 if its elements are x's.
         ragged: whether a row may end within a thread's values.
         load_hint: None or one of ``LOAD_HINTS``.
+        dense_scales: whether columns of MN-major scales have no padding rows.
     """
 
     load_bytes: int = LOAD_BYTES
     store_bytes: int = STORE_BYTES
     ragged: bool = False
     load_hint: str | None = None
+    dense_scales: bool = False
 
 
 WIDEST = Access()

@@ -154,7 +154,12 @@ class Stage:
         self.rows_at_once = min(tile.rows_per_thread, self.lanes_per_group)
 
     def scales(
-        self, mS: cute.Tensor, mn: Int32 | Uint32, k: Int32, missing_rows: Int32 | int = 0
+        self,
+        mS: cute.Tensor,
+        mn: Int32 | Uint32,
+        k: Int32,
+        missing_rows: Int32 | int = 0,
+        dense: bool = False,
     ) -> Scales:
         """Return where the scales of (mn, k) values, or of a batch of such, go.
 
@@ -163,6 +168,7 @@ class Stage:
             mn: rows of a matrix.
             k: columns of a matrix.
             missing_rows: padding rows of the last MN-major column that have no storage.
+            dense: whether MN-major columns have no padding rows.
         """
         fmt = self.fmt
         mn = Uint32(mn)
@@ -170,7 +176,7 @@ class Stage:
         columns = cute.ceil_div(groups, fmt.groups_per_column)
         rows, elements = mn, Uint32(0)
         if const_expr(fmt.mn_major):
-            rows = round_up(mn, SCALE_ROW_ALIGNMENT)
+            rows = mn if const_expr(dense) else round_up(mn, SCALE_ROW_ALIGNMENT)
             elements = layouts.unsigned(columns) * rows - Uint32(missing_rows)
         elif const_expr(fmt.blocked):
             rows = round_up(mn, fmt.block_rows)

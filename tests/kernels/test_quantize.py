@@ -33,6 +33,7 @@ from tests.helpers import (
     POISON,
     UE8M0,
     all_formats,
+    poisoned,
     poisoned_scales,
     poisoned_values,
     random_bits,
@@ -42,6 +43,7 @@ from tests.helpers import (
 from tests.kernels.cases import (
     DTYPES,
     EVERY_FORMAT,
+    assert_same_storage,
     check,
     check_dequantize,
     check_fake,
@@ -604,3 +606,48 @@ def test_several_blocks_of_scales(gpu):
     x = special_groups(130, 160, BF16, 1, MXFP8)
     check(gpu, x, MXFP8)
     check_dequantize(gpu, *quantize(x, MXFP8), MXFP8, BF16)
+
+
+# Columns of scales without padding rows
+
+
+def dense_scales(fmt, batch_shape, mn, k):
+    """Return scales whose columns follow each other in poisoned memory, and that memory."""
+    columns, guard = fmt.columns(k), 7
+    count = math.prod(batch_shape) * mn * columns
+    storage = poisoned((count + guard) * fmt.sf_dtype.itemsize, "cpu").view(fmt.sf_dtype)
+    sf = storage[:count].view(*batch_shape, columns, mn).mT
+    return sf, storage[count:]
+
+
+@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32], ids=str)
+def test_columns_without_padding_rows(gpu, fmt):
+    """The scales of dense, masked, stacked and batched rows; nothing is written beside them."""
+    k, ends = 640, torch.tensor([3, 7], dtype=torch.int32)
+    for batch_shape, mn, rows in (
+        ((), 7, None),
+        ((), 10, PrefixSum(ends, 4)),
+        ((3,), 5, Masked(torch.tensor([5, 0, 2], dtype=torch.int32))),
+        ((2,), 6, None),
+    ):
+        x = batch((*batch_shape, mn), k, BF16, fmt)
+        found = []
+        for run in (
+            gpu.quantize,
+            lambda x, q, sf, fmt, rows: quantize(x, fmt, rows=rows, out=(q, sf)),
+        ):
+            q = poisoned(x.numel(), "cpu").view(fmt.values).view(x.shape)
+            sf, guard = dense_scales(fmt, batch_shape, mn, k)
+            before = guard.clone()
+            run(x, q, sf, fmt, rows)
+            assert torch.equal(guard, before)
+            found.append((q, sf))
+        for name, actual, expected in zip(("q", "sf"), *found, strict=True):
+            assert_same_storage(name, actual, expected)
+        q, sf = quantize(x, fmt, rows=rows)
+        live = torch.ones(x.shape[:-1], dtype=torch.bool)
+        if isinstance(rows, Masked):
+            live = torch.arange(mn) < rows.masked_m[:, None]
+        assert torch.equal(
+            sf[live].contiguous().view(torch.int32), found[0][1][live].view(torch.int32)
+        )

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from cute_quant.contract import checks
+from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.dtypes import (
     BLOCK_GROUPS,
     E4M3_MAX,
@@ -121,15 +123,13 @@ def _quantize(
 def _fits(sf: torch.Tensor, fmt: Format, shape: tuple[int, ...]) -> bool:
     """Return whether scales of a caller are as the format has them for values of a shape."""
     *batch, mn, k = shape
-    expected = fmt.scale_strides(batch, mn, k)
-    return (
-        sf.dtype is fmt.sf_dtype
-        and tuple(sf.shape) == fmt.scale_shape(batch, mn, k)
-        and all(
-            size == 1 or stride == wanted
-            for size, stride, wanted in zip(sf.shape, sf.stride(), expected, strict=True)
-        )
-    )
+    if sf.dtype is not fmt.sf_dtype:
+        return False
+    try:
+        checks.check_call_scales(sf, fmt, ResultShape(tuple(batch), mn, k))
+    except ValueError:
+        return False
+    return True
 
 
 def _layout_of(sf: torch.Tensor) -> bool:
@@ -159,9 +159,11 @@ def sglang_per_token_group_quant_fp8(
     column_major, packed = column_major_scales, scale_ue8m0 and column_major_scales
     if output_s is not None:
         column_major, packed = _layout_of(output_s), output_s.dtype is torch.int32
-    elif column_major and not scale_tma_aligned and x.shape[-2] % SCALE_ROW_ALIGNMENT:
-        # Columns are not aligned then.
-        return NotImplemented
+    elif column_major and not scale_tma_aligned:
+        if scale_ue8m0 or x.ndim != 2 or fuse_silu_and_mul:
+            return NotImplemented
+        # Columns without padding.
+        output_s = x.new_empty((x.shape[1] // group_size, x.shape[0]), dtype=torch.float32).mT
     fmt = _format(group_size, column_major=column_major, ue8m0=scale_ue8m0, packed=packed)
     silu = UNFUSED if fuse_silu_and_mul else None
     return _quantize(x, fmt, silu=silu, masked_m=masked_m, out=(output_q, output_s))
