@@ -400,6 +400,142 @@ class TestInputsOfExperts:
         assert difference(ours, expected.view(torch.uint8)) is None
 
 
+class TestGraphs:
+    """The pass over vLLM's graphs, and its lowering of norms after it."""
+
+    K = 512
+
+    @pytest.fixture
+    def run(self, config):
+        """Compile as vLLM does, with or without the pass; return results and operators."""
+        from torch._inductor import custom_graph_pass
+        from vllm.compilation.passes.ir.lowering_pass import VllmIRLoweringPass
+
+        from cute_quant.integrations.engines.vllm_passes import FuseWithQuantize
+
+        class Passes(custom_graph_pass.CustomGraphPass):
+            def __init__(self, fuses):
+                self.fuses, self.operators = fuses, []
+
+            def __call__(self, graph):
+                if self.fuses:
+                    FuseWithQuantize(config, vllm_worker.fused)(graph)
+                self.operators = [str(n.target) for n in graph.nodes if n.op == "call_function"]
+                VllmIRLoweringPass(config)(graph)
+
+            def uuid(self):
+                return None
+
+        def run(function, *inputs, fuses=True):
+            torch._dynamo.reset()
+            for t in inputs:
+                if t.ndim > 1:
+                    torch._dynamo.mark_dynamic(t, 0)
+            passes = Passes(fuses)
+            options = {"post_grad_custom_post_pass": passes, "force_disable_caches": True}
+            with torch._inductor.config.patch(options):
+                return torch.compile(function, fullgraph=True)(*inputs), passes.operators
+
+        return run
+
+    @pytest.fixture
+    def tensors(self):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(6, self.K), (6, self.K), (self.K,), (6, 2 * self.K)]
+        return [torch.randn(*s, generator=generator).to(torch.bfloat16) for s in shapes]
+
+    FORMATS = (cq.DEEP_GEMM, cq.DEEP_GEMM_SM90.replace(round_scale=True), cq.ROWWISE_FP8)
+
+    def check(self, run, function, *inputs, operator, eager=True):
+        """Compare with the function as it stands, or as Inductor computes it.
+
+        Inductor leaves out roundings between what it computes at once.
+        """
+        before = vllm_worker.fused.traced
+        ours, operators = run(function, *inputs)
+        assert vllm_worker.fused.traced == before + 1
+        assert any(operator in name for name in operators)
+        assert not any(n.rpartition("cute_quant.")[2] == "quantize.default" for n in operators)
+        theirs = function(*inputs) if eager else run(function, *inputs, fuses=False)[0]
+        assert difference(ours, theirs) is None
+
+    @pytest.mark.parametrize("fmt", FORMATS, ids=str)
+    def test_norm(self, run, tensors, fmt):
+        from vllm.ir import ops
+
+        x, _, weight, _ = tensors
+
+        def function(x, weight):
+            return cq.quantize(ops.rms_norm(x, weight, 1e-6).view(-1, self.K), fmt)
+
+        self.check(run, function, x, weight, operator="rms_norm_quantize.default")
+
+    @pytest.mark.parametrize("fmt", FORMATS, ids=str)
+    def test_norm_of_a_sum(self, run, tensors, fmt):
+        from vllm.ir import ops
+
+        x, residual, weight, _ = tensors
+
+        def function(x, residual, weight):
+            y, residual = ops.fused_add_rms_norm(x, residual, weight, 1e-5)
+            return *cq.quantize(y, fmt), residual
+
+        self.check(run, function, x, residual, weight, operator="auto_functionalized")
+
+    @pytest.mark.parametrize("with_sum", [False, True])
+    def test_rows_that_others_read_too(self, run, tensors, with_sum):
+        from vllm.ir import ops
+
+        x, residual, weight, _ = tensors
+
+        def function(x, residual, weight):
+            if with_sum:
+                y, residual = ops.fused_add_rms_norm(x, residual, weight, 1e-5)
+            else:
+                y = ops.rms_norm(x, weight, 1e-5)
+            return *cq.quantize(y), y * 2, residual * 2
+
+        self.check(run, function, x, residual, weight, operator="auto_functionalized")
+
+    @pytest.mark.parametrize("fmt", FORMATS, ids=str)
+    def test_activation(self, run, tensors, fmt):
+        from vllm.model_executor.layers.activation import SiluAndMul
+
+        def function(gate_up):
+            return cq.quantize(SiluAndMul.forward_native(gate_up), fmt)
+
+        self.check(run, function, tensors[3], operator="silu_mul_quantize.default", eager=False)
+
+    @pytest.mark.parametrize("which", ["variance of a part", "no weight", "rows of experts"])
+    def test_what_is_left(self, run, tensors, which):
+        from vllm.ir import ops
+
+        x, _, weight, _ = tensors
+        ends = torch.tensor([3, 6], dtype=torch.int32)
+
+        def function(x, weight, ends):
+            if which == "variance of a part":
+                return cq.quantize(ops.rms_norm(x, weight, 1e-6, 64))
+            if which == "no weight":
+                return cq.quantize(ops.rms_norm(x, None, 1e-6))
+            return cq.quantize(ops.rms_norm(x, weight, 1e-6), rows=cq.PrefixSum(ends, 1))
+
+        before = vllm_worker.fused.traced
+        ours, _ = run(function, x, weight, ends)
+        assert vllm_worker.fused.traced == before
+        assert difference(ours, run(function, x, weight, ends, fuses=False)[0]) is None
+
+    def test_managers_of_passes_have_it(self, config):
+        manager = SimpleNamespace(passes=["vLLM's"])
+        given = []
+        vllm_worker.configure_passes(lambda *args: given.append(args), manager, config)
+        assert given == [(manager, config)]
+        first, last = manager.passes
+        assert first == "vLLM's"
+        assert type(last).__name__ == "FuseWithQuantize"
+        assert len(last.uuid()) == 64
+
+
 class TestWorker:
     def test_hooks_are_vllms(self):
         from vllm.model_executor.warmup import kernel_warmup

@@ -177,6 +177,13 @@ TAKEOVERS = (
     ),
     _attribute("deepep", _MXFP8_UTILS, calls.swizzle_mxfp8_scale, check=checks.swizzle),
     Takeover(
+        "norm",
+        Method("vllm.compilation.passes.pass_manager", "PostGradPassManager", "configure"),
+        worker.configure_passes,
+        around=True,
+        counter=worker.fused,
+    ),
+    Takeover(
         "warm_up",
         Method("vllm.v1.worker.gpu_worker", "Worker", "load_model"),
         worker.load_model,

@@ -1,4 +1,4 @@
-"""What the plug-in does in vLLM's workers: compare results, and warm kernels up."""
+"""What the plug-in does in vLLM's workers: compare results, warm kernels up, fuse graphs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from cute_quant.dispatch import seen
 from cute_quant.integrations.engines.engine import Engine
-from cute_quant.integrations.engines.takeover import Function
+from cute_quant.integrations.engines.takeover import Counter, Function
 
 COMPILE_FACTOR = "CUTE_QUANT_TAKEN_OVER"
 
@@ -30,6 +30,18 @@ def kernel_warmup(original: Function, worker: Any, *, process_local_only: bool =
     original(worker, process_local_only=process_local_only)
     done = seen.warm_up(worker.device)
     ENGINE.log.info("cute_quant warmed up %s", done)
+
+
+fused = Counter()
+"""Traced calls are quantizers that became one with what is before them."""
+
+
+def configure_passes(original: Function, self: Any, config: Any) -> None:
+    """Let vLLM's manager of passes choose its own, then add the one of this package."""
+    from cute_quant.integrations.engines.vllm_passes import FuseWithQuantize
+
+    original(self, config)
+    self.passes.append(FuseWithQuantize(config, fused))
 
 
 def add_to_compile_key(engine: Engine) -> None:
