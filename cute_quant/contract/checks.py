@@ -14,7 +14,14 @@ from cute_quant.contract.dtypes import INPUT_DTYPES, align, ceil_div, describe, 
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import MAX_NORM_COLUMNS, RmsNorm, SiluMul
-from cute_quant.contract.rows import KINDS, Indexed, Masked, PrefixSum, Rows
+from cute_quant.contract.rows import (
+    KINDS,
+    Indexed,
+    Masked,
+    PrefixSum,
+    PrefixSumWithGaps,
+    Rows,
+)
 from cute_quant.contract.tensors import (
     MAX_SIZE,
     check_count,
@@ -385,6 +392,10 @@ def _check_rows(call: Call) -> None:
         if index.ndim not in (1, 2):
             raise ValueError(f"index: expected 1 or 2 dimensions, got shape {tuple(index.shape)}")
         check_operand("index", index, x, input_name)
+        if isinstance(rows, PrefixSumWithGaps):
+            raise ValueError(
+                f"index: expected None for rows={type(rows).__name__}, got {describe(index)}"
+            )
         if known(index.shape[-1] > MAX_SIZE):
             raise ValueError(f"index: expected up to {MAX_SIZE} rows, got {index.shape[-1]}")
     if index is None:

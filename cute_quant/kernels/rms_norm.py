@@ -83,9 +83,8 @@ class RmsNorm(WholeRows):
     def __init__(self, spec: RmsNormSpec):
         self.dtype = ELEMENT_TYPES[spec.dtype]
         self.weight_dtype = ELEMENT_TYPES[spec.weight_dtype]
-        super().__init__(
-            spec, Stage(self.dtype if spec.rounding != FUSED else Float32, spec.fmt, spec.tile)
-        )
+        dtype = self.dtype if spec.rounding != FUSED else Float32
+        super().__init__(spec, Stage(dtype, spec.fmt, spec.tile, spec.domain.keeps_gaps))
         self.rounds_row = rounds_row(spec.rounding, spec.weight_dtype)
 
     def signature(self) -> tuple:

@@ -475,6 +475,20 @@ FAULTS = [
         [f"{ON_QUANTIZE_KERNEL}::test_random_bits"],
     ),
     Fault(
+        "rows-gaps-that-are-kept-written",
+        ROW_DOMAINS,
+        "if const_expr(domain.keeps_gaps):",
+        "if const_expr(False):",
+        [f"{ON_QUANTIZE_KERNEL}::test_gaps_that_are_kept"],
+    ),
+    Fault(
+        "stage-scales-of-gaps-that-are-kept-written",
+        STAGE,
+        "if const_expr(self.keeps_gaps):",
+        "if const_expr(False):",
+        [f"{ON_QUANTIZE_KERNEL}::test_gaps_that_are_kept"],
+    ),
+    Fault(
         "stage-dense-columns-padded",
         STAGE,
         "rows = mn if const_expr(dense) else round_up(mn, SCALE_ROW_ALIGNMENT)",
