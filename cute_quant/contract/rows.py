@@ -143,4 +143,6 @@ def from_operands(operands: RowOperands) -> Rows | None:
         raise ValueError(f"row_data: expected {expected} for rows={kind!r}, got {got}")
     if data is None:
         return None
-    return KINDS[kind](data, alignment) if kind in PREFIX_SUMS else KINDS[kind](data)
+    if kind == PrefixSumWithGaps.kind:
+        return PrefixSumWithGaps(data, alignment)
+    return PrefixSum(data, alignment) if kind == PrefixSum.kind else KINDS[kind](data)
