@@ -22,6 +22,7 @@ test-all: $(READY)
 test-engines: $(ENGINES)/.ready
 	PRETENDED_GPU=10.0 $(ENGINES)/bin/python -m pytest tests/engines/test_vllm.py $(ARGS)
 	PRETENDED_GPU=9.0 $(ENGINES)/bin/python -m pytest tests/engines/test_vllm.py $(ARGS)
+	$(ENGINES)/bin/python -m pytest tests/engines/test_sglang.py $(ARGS)
 
 $(ENGINES)/.ready: tests/engines/requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(ENGINES)

@@ -28,7 +28,7 @@ from cute_quant.contract.formats import (
     ROWWISE_INT8,
     Format,
 )
-from cute_quant.contract.rows import Indexed, Masked, PrefixSum
+from cute_quant.contract.rows import Indexed, Masked, PrefixSum, PrefixSumWithGaps
 from cute_quant.dispatch.launch import Launch
 from cute_quant.dispatch.warm_up import WarmUp, warm_up
 from cute_quant.jit.aot_load import load
@@ -67,6 +67,7 @@ __all__ = [
     "Launch",
     "Masked",
     "PrefixSum",
+    "PrefixSumWithGaps",
     "WarmUp",
     "bind",
     "check_scales",

@@ -91,7 +91,8 @@ def quantize(
             None to have it allocated. `q` has the leading
             dimensions of the result, any strides that do not overlap, and, unless rows are
             ``Masked``, may have more rows, which become 0. `sf` has the shape and strides of the
-            format; :func:`empty_scales` makes one. Padding rows of its last column become 0 as far
+            format; :func:`empty_scales` makes one. MN-major scales may also have columns without
+            padding rows, strides (..., 1, mn). Padding rows of its last column become 0 as far
             as its storage goes, so nothing else may live there. Memory that overlaps is refused,
             but not under ``torch.compile``, which cannot see it.
 

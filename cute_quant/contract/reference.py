@@ -45,7 +45,7 @@ from cute_quant.contract.prologues import (
     rounds_sum,
 )
 from cute_quant.contract.rcp_approx import rcp_approx
-from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
+from cute_quant.contract.rows import Indexed, Masked, PrefixSum, PrefixSumWithGaps, Rows
 from cute_quant.contract.tensors import flat_batch
 from cute_quant.contract.upper_scales import (
     AMAX,
@@ -552,7 +552,9 @@ def quantize_into(
     bytes_ = q.view(torch.uint8).view(batch, *q.shape[-2:])
     if row_scales is not None and upper is not None:
         decode_scales = upper.decode.squeeze(-1).where(live, 0.0)
-        below = below_count(rows, mn, mn) if isinstance(rows, Masked) else torch.ones_like(live)
+        below = live if isinstance(rows, PrefixSumWithGaps) else torch.ones_like(live)
+        if isinstance(rows, Masked):
+            below = below_count(rows, mn, mn)
         row_scales.copy_(
             decode_scales.where(below, row_scales.view_as(live)).view(row_scales.shape)
         )
@@ -561,9 +563,12 @@ def quantize_into(
         bytes_.copy_(codes.where(below, bytes_))
         written = below_count(rows, mn, fmt.scale_rows(mn), SCALE_ROW_ALIGNMENT)
     else:
+        written = live.new_ones(batch, fmt.scale_rows(mn))
+        if isinstance(rows, PrefixSumWithGaps):
+            codes = codes.where(live.unsqueeze(2), bytes_[:, :mn])
+            written[:, :mn] = live
         bytes_[:, :mn].copy_(codes)
         bytes_[:, mn:].zero_()
-        written = live.new_ones(batch, fmt.scale_rows(mn))
     store_scales(scales.where(live.unsqueeze(2), 0), written, sf, fmt, call.result_shape.k)
 
 

@@ -124,14 +124,16 @@ def make_plan(call: Call) -> Plan:
     fmt = call.fmt
     values_shape = shape.values(fmt)
     q_view = View(values_shape, contiguous_strides(values_shape))
-    sf_view = View(fmt.scale_shape(*shape), fmt.scale_strides(*shape))
+    dense = call.dense_scales
+    sf_strides = checks.dense_column_strides(fmt, shape) if dense else fmt.scale_strides(*shape)
+    sf_view = View(fmt.scale_shape(*shape), sf_strides)
     given, address = q_view, 0
     if call.q is not None:
         given, address = View(tuple(call.q.shape), call.q.stride()), call.q.data_ptr()
     kernel = None
     if math.prod(given.shape):
         kernel = choose_kernel(call, Destination(given, address, fmt.values), sf_view)
-    scale_rows = fmt.scale_rows(shape.mn) if fmt.mn_major else shape.mn
+    scale_rows = fmt.scale_rows(shape.mn) if fmt.mn_major and not dense else shape.mn
     padded = sf_view.shape
     if fmt.mn_major:
         padded = (*shape.batch_shape, scale_rows, padded[-1])
@@ -253,6 +255,7 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         alignment(x.data_ptr(), x_view, x.element_size(), prologue.load_bytes),
         alignment(result.address, q_view, result.dtype.itemsize, store_bytes),
         ragged=k % launch.tile.values_per_thread != 0,
+        dense_scales=call.dense_scales,
     )
     fmt = call.fmt.kernel_format
     upper = None if call.upper is None else call.upper.kind

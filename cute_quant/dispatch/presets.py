@@ -25,7 +25,7 @@ from cute_quant.contract.formats import (
     all_formats,
 )
 from cute_quant.contract.prologues import MAX_NORM_COLUMNS
-from cute_quant.contract.rows import DENSE, KINDS, Masked
+from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
 from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.dispatch import reachable
 from cute_quant.dispatch.call_range import (
@@ -60,7 +60,7 @@ SMS = 1
 MAX_ROWS = 2**17
 """Rows that are not too many for one dimension of a grid, in results as DeepGEMM reads them."""
 
-GROUPED = tuple(KINDS)
+GROUPED = (Masked.kind, PrefixSum.kind, Indexed.kind)
 """Rows of a mixture of experts."""
 
 Kernels = dict[Spec, reachable.Variant]

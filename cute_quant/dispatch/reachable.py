@@ -18,9 +18,9 @@ from cute_quant.contract.dtypes import LOAD_BYTES, VALUE_TYPES, align
 from cute_quant.contract.prologues import Prologue, make_rms_norm, make_silu_mul
 from cute_quant.contract.rows import (
     DENSE,
+    PREFIX_SUMS,
     Indexed,
     Masked,
-    PrefixSum,
     RowOperands,
     Rows,
     from_operands,
@@ -98,7 +98,7 @@ class Variant(NamedTuple):
         if kind == DENSE:
             return None
         counts = shape[0] if kind == Masked.kind else shape[-2]
-        if kind == PrefixSum.kind:
+        if kind in PREFIX_SUMS:
             counts = GROUPS
         return from_operands(RowOperands(kind, like.new_zeros(counts, dtype=torch.int32)))
 
@@ -138,7 +138,7 @@ def variants(calls: CallRange) -> Iterator[Variant]:
         weighted = (False, True)
     if calls.operation == RMS_NORM and calls.kind == DENSE and not calls.gathered:
         residual = normalized = (False, True)
-    if calls.upper is not None and calls.kind in (PrefixSum.kind, Indexed.kind):
+    if calls.upper is not None and calls.kind in (*PREFIX_SUMS, Indexed.kind):
         of_groups = (False, True)
     if calls.operation == QUANTIZE_BLOCKS:
         along_n = (False, True)

@@ -233,7 +233,8 @@ def _kind(rows: object) -> str:
     kind = DENSE if rows is None else getattr(rows, "kind", rows)
     if not isinstance(kind, str) or kind not in (DENSE, *KINDS):
         raise ValueError(
-            f"rows: expected some of None, Masked, PrefixSum and Indexed, got {describe(rows)}"
+            f"rows: expected some of None, Masked, PrefixSum, PrefixSumWithGaps and "
+            f"Indexed, got {describe(rows)}"
         )
     return kind
 

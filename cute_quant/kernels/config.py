@@ -14,7 +14,7 @@ from cute_quant.contract.dtypes import LOAD_BYTES, STORE_BYTES
 from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED
-from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
+from cute_quant.contract.rows import DENSE, PREFIX_SUMS, Indexed, Masked, PrefixSumWithGaps
 from cute_quant.kernels import architectures
 
 LANES = 32
@@ -174,12 +174,14 @@ class Access(NamedTuple):
         store_bytes: the same for the output, up to 16, or 32 if its elements are x's.
         ragged: whether a row may end within a thread's values.
         load_hint: None or one of ``LOAD_HINTS``.
+        dense_scales: whether columns of MN-major scales have no padding rows.
     """
 
     load_bytes: int = LOAD_BYTES
     store_bytes: int = STORE_BYTES
     ragged: bool = False
     load_hint: str | None = None
+    dense_scales: bool = False
 
 
 WIDEST = Access()
@@ -228,7 +230,12 @@ class Domain(NamedTuple):
     @property
     def prefix_sum(self) -> bool:
         """Return whether groups of rows are stacked along M, each up to an end."""
-        return self.kind == PrefixSum.kind
+        return self.kind in PREFIX_SUMS
+
+    @property
+    def keeps_gaps(self) -> bool:
+        """Return whether rows between such groups are not written."""
+        return self.kind == PrefixSumWithGaps.kind
 
     @property
     def indexed(self) -> bool:

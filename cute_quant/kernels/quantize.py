@@ -228,7 +228,7 @@ class Quantize:
     def __init__(self, spec: QuantizeSpec):
         self.spec = spec
         self.dtype = ELEMENT_TYPES[spec.dtype]
-        self.stage = Stage(self.dtype, spec.fmt, spec.tile)
+        self.stage = Stage(self.dtype, spec.fmt, spec.tile, spec.domain.keeps_gaps)
         self.quantizer = quantizer(spec, self.stage, spec.fake)
 
     def signature(self) -> tuple:

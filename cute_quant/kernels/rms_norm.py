@@ -83,9 +83,8 @@ class RmsNorm(WholeRows):
     def __init__(self, spec: RmsNormSpec):
         self.dtype = ELEMENT_TYPES[spec.dtype]
         self.weight_dtype = ELEMENT_TYPES[spec.weight_dtype]
-        super().__init__(
-            spec, Stage(self.dtype if spec.rounding != FUSED else Float32, spec.fmt, spec.tile)
-        )
+        dtype = self.dtype if spec.rounding != FUSED else Float32
+        super().__init__(spec, Stage(dtype, spec.fmt, spec.tile, spec.domain.keeps_gaps))
         self.rounds_row = rounds_row(spec.rounding, spec.weight_dtype)
 
     def signature(self) -> tuple:
@@ -234,11 +233,15 @@ class RmsNorm(WholeRows):
         lanes = self.stage.lanes_per_group
         return [scaling.group_amax(amax, Float32, lanes) for amax in amaxes]
 
+    def await_readers(self):
+        """Wait until partial results in shared memory may be replaced."""
+        if self.spec.domain.batched:
+            cute.arch.sync_threads()  # all have read the partial results of the row before
+
     @cute.jit
     def sum_over_warps(self, square: Float32) -> Float32:
         """Return the sum of squares of the row."""
-        if const_expr(self.spec.domain.batched):
-            cute.arch.sync_threads()  # all have read the partial results of the row before
+        self.await_readers()
         squares = self.store_warp_partial(square)
         cute.arch.sync_threads()
         return arithmetic.thread_sum(squares.load())
@@ -246,14 +249,14 @@ class RmsNorm(WholeRows):
     @cute.jit
     def amax_over_warps(self, amaxes: list[Uint32]) -> tuple:
         """Return the amax of the row, where it is asked for, and those of the lane's groups."""
-        row_amax = amaxes[0]
+        largest = amaxes[0]
         if const_expr(self.needs_row_amax):
             maxima = self.store_warp_amax(amaxes)
             cute.arch.sync_threads()
-            row_amax = arithmetic.thread_max(maxima.load())
+            largest = arithmetic.thread_max(maxima.load())
         if const_expr(self.stage.whole_row):
-            amaxes = [row_amax] * self.tiles_per_thread
-        return row_amax, amaxes
+            amaxes = [largest] * self.tiles_per_thread
+        return largest, amaxes
 
     @property
     def needs_row_amax(self) -> bool:
@@ -266,8 +269,7 @@ class RmsNorm(WholeRows):
 
         The amax is that of the row where it is one group, or has a scale of its own.
         """
-        if const_expr(self.spec.domain.batched):
-            cute.arch.sync_threads()  # all have read the partial results of the row before
+        self.await_readers()
         squares = self.store_warp_partial(square)
         if const_expr(self.needs_row_amax):
             maxima = self.store_warp_amax(amaxes)

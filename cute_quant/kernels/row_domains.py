@@ -54,9 +54,13 @@ def select_rows(
         tokens = problem.prologue.x.rows
         sources = [gather(problem.index, index, num_rows) for index in indices]
         exist = [here and row < tokens for here, row in zip(exist, sources, strict=True)]
+    in_bounds = [index < problem.num_q_rows for index in indices]
+    if const_expr(domain.keeps_gaps):
+        # Rows past the last are no gaps.
+        written = [e or i >= num_rows for e, i in zip(exist, indices, strict=True)]
+        in_bounds = [b and w for b, w in zip(in_bounds, written, strict=True)]
     return [
-        Row(indices[i], exist[i], sources[i], indices[i] < problem.num_q_rows, groups[i])
-        for i in range(len(indices))
+        Row(indices[i], exist[i], sources[i], in_bounds[i], groups[i]) for i in range(len(indices))
     ]
 
 

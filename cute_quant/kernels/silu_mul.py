@@ -171,7 +171,8 @@ class SiluMul:
     def __init__(self, spec: SiluMulSpec):
         self.spec = spec
         self.dtype = ELEMENT_TYPES[spec.dtype]
-        stage = Stage(self.dtype if spec.rounding != FUSED else Float32, spec.fmt, spec.tile)
+        dtype = self.dtype if spec.rounding != FUSED else Float32
+        stage = Stage(dtype, spec.fmt, spec.tile, spec.domain.keeps_gaps)
         self.quantizer = quantizer(spec, stage)
 
     def signature(self) -> tuple:

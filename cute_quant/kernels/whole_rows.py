@@ -124,7 +124,10 @@ class WholeRows:
     def store_row_scale(self, row: Row, upper: Factors, problem: Problem):
         """Store the decode scale of a row, 0 for one that does not exist."""
         lane, warp, _ = cute.arch.thread_idx()
-        if lane == 0 and warp == 0 and row.index < problem.num_rows:
+        written = row.index < problem.num_rows
+        if const_expr(self.stage.keeps_gaps):
+            written = row.exists
+        if lane == 0 and warp == 0 and written:
             scale = upper.decode
             scale = scale if scale == scale else Uint32(FLOAT32_NAN).bitcast(Float32)
             problem.row_scales[Int32(row.index)] = scale if row.exists else Float32(0.0)

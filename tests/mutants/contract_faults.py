@@ -49,15 +49,15 @@ FAULTS = [
     Fault(
         "reference-float-scale-of-inf",
         REFERENCE,
-        "scales.clamp(min=fmt.floor).where(amax.isfinite(), torch.nan)",
-        "scales.clamp(min=fmt.floor)",
+        "        return scales.where(amax.isfinite(), torch.nan)",
+        "        return scales",
         [f"{ON_INPUTS}::test_every_format"],
     ),
     Fault(
         "reference-float-scale-without-floor",
         REFERENCE,
-        "scales.clamp(min=fmt.floor).where(amax",
-        "scales.where(amax",
+        "scales if fmt.bounds_amax else scales.clamp(min=fmt.floor)",
+        "scales",
         [f"{ON_INPUTS}::test_floors_of_floats"],
     ),
     Fault(
@@ -620,7 +620,7 @@ FAULTS = [
     Fault(
         "rows-alignment-of-other-kinds",
         ROWS,
-        "if kind != PrefixSum.kind and alignment != 1:",
+        "if kind not in PREFIX_SUMS and alignment != 1:",
         "if False:",
         [f"{ON_CHECKS}::test_operands_of_the_operator_belong_to_the_rows"],
     ),
@@ -679,8 +679,8 @@ FAULTS = [
     Fault(
         "reference-row-scales-past-the-count",
         REFERENCE,
-        "below = below_count(rows, mn, mn) if isinstance(rows, Masked) else torch.ones_like(live)",
-        "below = torch.ones_like(live)",
+        "            below = below_count(rows, mn, mn)",
+        "            pass",
         [f"{ON_UPPER_SCALE}::test_scales_of_rows_that_do_not_exist"],
     ),
     Fault(
@@ -850,7 +850,7 @@ FAULTS = [
     Fault(
         "formats-default-floor-has-two-objects",
         FORMATS,
-        "if min_scale == default_min_scale(scale_dtype, numerics):",
+        "if min_scale == default:",
         "if False:",
         [f"{ON_FORMATS}::test_the_default_has_a_name_and_is_one_object"],
     ),

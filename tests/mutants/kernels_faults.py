@@ -183,8 +183,8 @@ FAULTS = [
     Fault(
         "rows-of-q-past-the-rows",
         ROW_DOMAINS,
-        "indices[i] < problem.num_q_rows, groups[i])",
-        "indices[i] < num_rows, groups[i])",
+        "[index < problem.num_q_rows for index in indices]",
+        "[index < num_rows for index in indices]",
         [f"{ON_QUANTIZE_KERNEL}::test_more_rows_of_q"],
     ),
     Fault(
@@ -475,6 +475,27 @@ FAULTS = [
         [f"{ON_QUANTIZE_KERNEL}::test_random_bits"],
     ),
     Fault(
+        "rows-gaps-that-are-kept-written",
+        ROW_DOMAINS,
+        "if const_expr(domain.keeps_gaps):",
+        "if const_expr(False):",
+        [f"{ON_QUANTIZE_KERNEL}::test_gaps_that_are_kept"],
+    ),
+    Fault(
+        "stage-scales-of-gaps-that-are-kept-written",
+        STAGE,
+        "if const_expr(self.keeps_gaps):",
+        "if const_expr(False):",
+        [f"{ON_QUANTIZE_KERNEL}::test_gaps_that_are_kept"],
+    ),
+    Fault(
+        "stage-dense-columns-padded",
+        STAGE,
+        "rows = mn if const_expr(dense) else round_up(mn, SCALE_ROW_ALIGNMENT)",
+        "rows = round_up(mn, SCALE_ROW_ALIGNMENT)",
+        [f"{ON_QUANTIZE_KERNEL}::test_columns_without_padding_rows"],
+    ),
+    Fault(
         "norm-row-of-a-library-not-rounded",
         RMS_NORM,
         "rounded = [encodings.round_to(value * factor, self.dtype) for value in values]",
@@ -695,8 +716,8 @@ FAULTS = [
     Fault(
         "silu-product-rounded-once",
         SILU_MUL,
-        "product = self.round(self.round(gate * self.sigmoid(gate)) * up)",
-        "product = self.round(gate * self.sigmoid(gate) * up)",
+        "self.round(self.round(gate * self.sigmoid(gate)) * up, after_product=True)",
+        "self.round(gate * self.sigmoid(gate) * up, after_product=True)",
         [f"{ON_SILU_KERNEL}::test_variants"],
     ),
     Fault(
@@ -779,8 +800,8 @@ FAULTS = [
     Fault(
         "norm-sum-not-rounded",
         RMS_NORM,
-        "return [self.round(value) for value in sums]",
-        "return sums",
+        "if rounds_sum(spec.rounding) else sums",
+        "if False else sums",
         [f"{ON_NORM_KERNEL}::test_variants[sm_100a-all]"],
     ),
     Fault(
@@ -793,7 +814,7 @@ FAULTS = [
     Fault(
         "norm-amax-not-rounded",
         RMS_NORM,
-        "amax = self.round(amax.bitcast(Float32) * factor)",
+        "amax = self.normalized(amax.bitcast(Float32), factor)",
         "amax = amax.bitcast(Float32) * factor",
         [f"{ON_NORM_KERNEL}::test_formats"],
     ),
@@ -1150,8 +1171,8 @@ FAULTS = [
     Fault(
         "rows-store-scales-past-the-count",
         WHOLE_ROWS,
-        "if lane == 0 and warp == 0 and row.index < problem.num_rows:",
-        "if lane == 0 and warp == 0:",
+        "written = row.index < problem.num_rows",
+        "written = row.index < 2**31",
         [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4:row_scale]"],
     ),
     Fault(

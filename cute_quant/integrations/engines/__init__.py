@@ -5,5 +5,8 @@
 imports neither the engine's layers nor CuTe DSL, and touches no GPU.
 """
 
-ENGINES = {"vllm": "cute_quant.integrations.engines.vllm"}
+ENGINES = {
+    "vllm": "cute_quant.integrations.engines.vllm",
+    "sglang": "cute_quant.integrations.engines.sglang",
+}
 """Modules of the engines, whose ``ENGINE`` is an ``engine.Engine``."""

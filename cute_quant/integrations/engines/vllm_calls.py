@@ -40,7 +40,7 @@ from cute_quant.contract.formats import (
     Format,
 )
 from cute_quant.contract.prologues import UNFUSED
-from cute_quant.contract.rows import Masked, PrefixSum
+from cute_quant.contract.rows import Masked, PrefixSum, PrefixSumWithGaps
 from cute_quant.contract.torch_private import constant_in_graphs
 from cute_quant.ops import convert_scales, quantize, silu_mul_quantize
 
@@ -189,8 +189,21 @@ def _group_quant(
     if not _fits(x, size, bound) or x.ndim < 2 or (column_major and x.ndim > most):
         return NotImplemented
     fmt = _float32_format(size, column_major, round_scale, bound)
-    q, sf = quantize(x, fmt, out=None if out_q is None else (out_q, None))
-    return q, _without_padding(sf) if column_major and not tma_aligned else sf
+    sf = None
+    padded = tma_aligned or not column_major
+    if not (padded or torch.compiler.is_compiling()):
+        sf = x.new_empty((x.shape[-1] // size, x.shape[0]), dtype=torch.float32).mT
+    q, sf = quantize(x, fmt, out=None if out_q is None and sf is None else (out_q, sf))
+    return q, sf if padded else _without_padding(sf)
+
+
+def _stacked(
+    ends: torch.Tensor | None, alignment: int, output: torch.Tensor | None
+) -> PrefixSum | None:
+    """Return the rows of experts; in memory of the caller, those between them stay as they are."""
+    if ends is None:
+        return None
+    return (PrefixSum if output is None else PrefixSumWithGaps)(ends, alignment)
 
 
 def _packed(
@@ -308,7 +321,7 @@ def silu_mul_quant_fp8_packed_triton(
         alpha=alpha,
         beta=beta,
         rounding=VLLM,
-        rows=None if expert_ends is None else PrefixSum(expert_ends, expert_alignment),
+        rows=_stacked(expert_ends, expert_alignment, output_q),
         out=None if output_q is None else (output_q, None),
     )
 
@@ -339,7 +352,7 @@ def silu_mul_per_token_group_quant_fp8_colmajor(
         _triton_format(size, round_scale, bound),
         clamp=clamp_limit,
         rounding=UNFUSED,
-        rows=None if expert_ends is None else PrefixSum(expert_ends, expert_alignment),
+        rows=_stacked(expert_ends, expert_alignment, output),
         out=None if output is None else (output, None),
     )
 
