@@ -6,32 +6,17 @@ here, and DeepGEMM is a product in float32.
 
 from __future__ import annotations
 
-import importlib.machinery
 import sys
-from types import ModuleType
 from typing import Any
 
 import torch
 
+from bench.missing_modules import Module, replace
+from bench.vllm_layer import EXTENSIONS
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, dequantize
 
 
-class _Stub(ModuleType):
-    """A module of an extension, whose functions do nothing."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.__path__ = []
-        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        # A class too, for annotations: `deep_ep.EPHandle | None`.
-        return type(name, (), {"__new__": lambda *args, **kwargs: None})
-
-
-class DeepGemm(_Stub):
+class DeepGemm(Module):
     """Products of quantized matrices, which note what they were given."""
 
     __version__ = "2.8.1"
@@ -68,21 +53,10 @@ def _dequantized_blocks(q: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
     return q.float() * scales[: q.shape[0], : q.shape[1]]
 
 
-class _Operators(torch._ops._OpNamespace):
-    """Operators of vLLM's extension: none of its GEMMs is supported."""
-
-    def __getattr__(self, name: str) -> Any:
-        if "supports" in name:
-            return lambda *args: False
-        return super().__getattr__(name)
-
-
 def pretend(major: int, minor: int = 0) -> DeepGemm:
     """Have vLLM run on a GPU of a compute capability; call it before its layers are imported."""
-    for name in ("vllm._C_stable_libtorch", "vllm.vllm_flash_attn", "deep_ep"):
-        sys.modules[name] = _Stub(name)
+    replace((*EXTENSIONS, "deep_ep"))
     deep_gemm = sys.modules["deep_gemm"] = DeepGemm()
-    torch.ops._C.__class__ = _Operators
 
     from vllm import platforms
     from vllm.platforms.cuda import CudaPlatformBase

@@ -11,7 +11,13 @@ import torch
 from cute_quant.cli import main
 from cute_quant.integrations.engines import ENGINES, comparison, imports
 from cute_quant.integrations.engines.engine import LEFT, PROBATION, REFUSED, TAKEN, WAITS, Engine
-from cute_quant.integrations.engines.takeover import Attribute, Method, Takeover, paused
+from cute_quant.integrations.engines.takeover import (
+    Attribute,
+    Method,
+    NotComparable,
+    Takeover,
+    paused,
+)
 
 CPU = torch.device("cpu")
 FILES = {
@@ -54,6 +60,7 @@ def same_as(ours, theirs, device):
 
 
 DOUBLE = Attribute("toy_engine.functions", "double")
+OTHER = Attribute("toy_engine.functions", "other")
 
 
 def make_engine(*takeovers, version="1.0", capability=None, why_not=lambda: None):
@@ -185,6 +192,17 @@ class TestSelfCheck:
         assert "bytes" in state.reason
         assert "does not take over" in caplog.text
 
+    def test_own_errors(self):
+        def raises(x, factor=2):
+            raise ValueError("expected something else")
+
+        engine = make_engine(Takeover("double", DOUBLE, raises, same_as))
+        engine.install()
+        engine.check(CPU)
+        state = engine.states[engine.takeovers[0].key]
+        assert state.status == REFUSED
+        assert "ValueError: expected something else" in state.reason
+
     @pytest.mark.parametrize("compute", [more_parameters, other_default])
     def test_other_parameters(self, compute, caplog):
         engine = make_engine(Takeover("double", DOUBLE, compute))
@@ -209,11 +227,11 @@ class TestSelfCheck:
 
     def test_untested_version(self, caplog):
         def fails(ours, theirs, device):
-            raise RuntimeError("no kernel for cpu")
+            raise NotComparable("no kernel for cpu")
 
         engine = make_engine(
             Takeover("double", DOUBLE, doubled, same_as),
-            Takeover("other", Attribute("toy_engine.functions", "other"), lambda x: x, fails),
+            Takeover("other", OTHER, lambda x: x, fails),
             version="1.1",
         )
         engine.install()
@@ -229,23 +247,26 @@ class TestSelfCheck:
         assert engine.takeovers[0].counter.calls == 1
         assert load("functions").other(3) == 7
 
-    def test_failing_comparison_of_a_tested_version(self):
-        def fails(ours, theirs, device):
-            raise RuntimeError("no kernel for cpu")
+    def test_engine_that_cannot_run_here(self):
+        def triple(x):
+            return 3 * x
 
-        engine = make_engine(Takeover("double", DOUBLE, doubled, fails))
+        def fails(ours, theirs, device):
+            return comparison.difference(ours(torch.ones(1)), theirs())
+
+        engine = make_engine(Takeover("other", OTHER, triple, fails))
         engine.install()
         engine.check(CPU)
         state = engine.states[engine.takeovers[0].key]
         assert state.status == TAKEN
-        assert state.checked == "not compared on cpu: RuntimeError: no kernel for cpu"
+        assert state.checked.startswith("not compared on cpu: TypeError: other() missing 1")
 
 
 @pytest.mark.usefixtures("toy")
 class TestSelection:
     TAKEOVERS = (
         Takeover("double", DOUBLE, doubled),
-        Takeover("blackwell", Attribute("toy_engine.functions", "other"), lambda x: x, None, (10,)),
+        Takeover("blackwell", OTHER, lambda x: x, None, (10,)),
     )
 
     @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tests.mutants import (
     block_faults,
     contract_faults,
     dispatch_faults,
+    engine_faults,
     jit_faults,
     kernels_faults,
     scales_faults,
@@ -28,4 +29,5 @@ FAULTS = [
     *block_faults.FAULTS,
     *scales_faults.FAULTS,
     *jit_faults.FAULTS,
+    *engine_faults.FAULTS,
 ]
