@@ -72,7 +72,8 @@ def pack(archive: Path) -> None:
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None)
         if name.partition(".")[0] in PACKED and path and path.endswith(".py"):
-            files.add(Path(path))
+            # With a GPU vLLM imports neighbours of these too.
+            files.update(Path(path).parent.glob("*.py"))
     with tarfile.open(archive, "w:xz", preset=9) as tar:
         for path in sorted(files):
             tar.add(path, path.relative_to(root))
