@@ -72,8 +72,10 @@ def pack(archive: Path) -> None:
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None)
         if name.partition(".")[0] in PACKED and path and path.endswith(".py"):
-            # With a GPU vLLM imports neighbours of these too.
-            files.update(Path(path).parent.glob("*.py"))
+            files.add(Path(path))
+    # With a GPU vLLM imports more of these.
+    for name in ("lora", "model_executor/kernels", "model_executor/layers"):
+        files.update((root / "vllm" / name).rglob("*.py"))
     with tarfile.open(archive, "w:xz", preset=9) as tar:
         for path in sorted(files):
             tar.add(path, path.relative_to(root))
