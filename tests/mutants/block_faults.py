@@ -68,8 +68,8 @@ FAULTS = [
     Fault(
         "blocks-scales-of-any-shape",
         BLOCKS,
-        "if not same_sizes(sf.shape, expected):",
-        "if len(sf.shape) != len(expected):",
+        "if not any(same_sizes(sf.shape, blocks) for blocks in expected.values()):",
+        "if not any(len(sf.shape) == len(blocks) for blocks in expected.values()):",
         [f"{ON_CONTRACT}::test_dequantize_refuses"],
     ),
     Fault(
@@ -222,8 +222,15 @@ FAULTS = [
     Fault(
         "blocks-scale-of-w-past-the-last",
         KERNEL,
-        "if tile[1] < scales.shape[1]:",
-        "if tile[1] <= scales.shape[1]:",
+        "and column < scales.shape[1]:",
+        "and column <= scales.shape[1]:",
+        IN_BLOCKS,
+    ),
+    Fault(
+        "blocks-scale-of-w-below-the-last",
+        KERNEL,
+        "or row < scales.shape[0]",
+        "or row <= scales.shape[0]",
         IN_BLOCKS,
     ),
     Fault(
