@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from bench import demo, environment, masked, stage_report
+from bench import convert_scales, demo, environment, masked, stage_report
 from bench.names import CUTE_QUANT, PLAIN, STREAM, of_operation
 from bench.results import Result, Results
 from bench.run import Check, Run
@@ -21,6 +21,19 @@ from bench.stage_problem import (
 from bench.targets import Target, verdicts
 from cute_quant import quantize, rms_norm_quantize, silu_mul_quantize
 from cute_quant.lab import timing
+
+
+@pytest.mark.parametrize("conversion", convert_scales.CONVERSIONS, ids=lambda c: c.name)
+def test_conversions_are_checked(conversion, monkeypatch):
+    monkeypatch.setattr(convert_scales, "random", lambda *shape: torch.randn(shape).bfloat16())
+    convert_scales.converting(conversion, 133, COLUMNS)()
+
+    def wrong(sf: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(sf)
+
+    with pytest.raises(RuntimeError, match=f"^{conversion.name} of .* differs from the reference"):
+        convert_scales.of_peer(wrong, conversion, 133, COLUMNS)
+
 
 ROWS, COLUMNS = 5, 640
 """Five groups: the last word has padding."""

@@ -156,6 +156,10 @@ def test_it_is_one_launch_to_bind(device):
         (cq.quantize_blocks, (w, DEEP_GEMM_SM90)),
         (cq.dequantize_blocks, (*cq.quantize_blocks(w, DEEP_GEMM_SM90), DEEP_GEMM_SM90)),
         (cq.requantize_blocks, (*cq.quantize_blocks(w, DEEP_GEMM_SM90), MXFP4)),
+        (
+            cq.convert_scales,
+            (cq.quantize(w, GROUPWISE_FP8)[1], GROUPWISE_FP8, DEEP_GEMM_SM90, w.shape),
+        ),
     ):
         launch = cq.bind(*args, operation=operation)
         expected = operation(*args)

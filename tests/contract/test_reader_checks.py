@@ -92,6 +92,37 @@ def test_dtypes(x):
     assert rules(q.view(torch.int8), sf, fp4, "deep_gemm_sm100") == []
 
 
+def test_packed_words_and_float32_mixed_up(x):
+    q, sf, _ = quantized(x, POWERS)
+    words = cq.convert_scales(sf, POWERS, cq.DEEP_GEMM, x.shape)
+    for given, fmt in ((sf, cq.DEEP_GEMM), (words, POWERS)):
+        (found,) = cq.check_scales(q, given, fmt, "deep_gemm_sm100")
+        assert found.rule == "dtype" and "convert_scales makes packed words" in found.text
+    # As the same bits.
+    assert "shape" in rules(q, words.view(torch.float32), POWERS, "deep_gemm_sm100")
+    floats = torch.empty_like(words).copy_(sf[:, : words.shape[1]].view(torch.int32))
+    assert "values" in rules(q, floats, cq.DEEP_GEMM, "deep_gemm_sm100", x=x)
+
+
+def test_scales_that_were_rounded_after_the_values_were_quantized(x):
+    x = x * torch.logspace(-3, 3, MN, device=x.device)[:, None]
+    for fmt, reader in ((cq.DEEP_GEMM_SM90, "deep_gemm_sm90"), (POWERS, "deep_gemm_sm100")):
+        q, sf, _ = quantized(x, cq.DEEP_GEMM_SM90)
+        rounded = torch.empty_strided(sf.shape, sf.stride(), device=sf.device)
+        rounded.copy_(torch.exp2(sf.log2().ceil()))
+        (found,) = cq.check_scales(q, rounded, fmt, reader, x=x)
+        assert found.rule == "values"
+        assert "were they rounded after the values were quantized?" in found.text
+        assert "quantized with, got scales 1 to 2 times as large" in found.text
+    q, sf, _ = quantized(x, cq.MXFP8)
+    bytes_ = sf.view(torch.uint8)
+    doubled = (bytes_ + (bytes_ > 0).to(torch.uint8)).view(sf.dtype)
+    (found,) = cq.check_scales(q, doubled, cq.MXFP8, "cutlass", x=x)
+    assert "got scales 1.9 to 2.1 times as large" in found.text
+    (found,) = cq.check_scales(q, sf, cq.MXFP8, "cutlass", x=x * 4)
+    assert "the scales belong to other groups, or to another x" in found.text
+
+
 @pytest.mark.gpu
 def test_devices(x):
     q, sf, _ = quantized(x.cuda(), cq.MXFP8)

@@ -140,6 +140,7 @@ def test_a_missing_kernel_is_named(call, name, monkeypatch):
             lookup,
             architecture=lambda device: "sm_90a",
             find_architecture=lambda device: "sm_90a",
+            multiprocessors=lambda device: 132,
         ),
         cq.forbid_compilation(),
         pytest.raises(RuntimeError, match=rf"{name}.* for sm_90a.*run `cute-quant warm-up"),

@@ -229,6 +229,13 @@ FAULTS = [
         IN_BLOCKS,
     ),
     Fault(
+        "blocks-scale-of-w-below-the-last",
+        KERNEL,
+        "or row < scales.shape[0]",
+        "or row <= scales.shape[0]",
+        IN_BLOCKS,
+    ),
+    Fault(
         "blocks-rows-of-w-that-do-not-exist",
         KERNEL,
         "exist = [row < problem.w.rows for row in rows]",

@@ -48,6 +48,9 @@ def wrong_dtypes(given: Quantized) -> Iterator[Finding]:
 
 
 def _view_hint(t: torch.Tensor, dtype: torch.dtype) -> str:
+    """Return what makes the dtype right, for a message."""
+    if {t.dtype, dtype} == {torch.int32, torch.float32}:
+        return ": convert_scales makes packed words of float32 scales, and float32 of words"
     return f": view({dtype})" if t.element_size() == dtype.itemsize and t.dtype != dtype else ""
 
 
