@@ -44,6 +44,7 @@ def quantize(
     encode_scale: torch.Tensor | None = None,
     decode_scale: torch.Tensor | None = None,
     amax: torch.Tensor | None = None,
+    rng_state: torch.Tensor | None = None,
     check: bool = False,
     out: Out | None = None,
 ) -> tuple[torch.Tensor, ...]:
@@ -84,6 +85,12 @@ def quantize(
         decode_scale: the same, but its reciprocal, with which GEMMs multiply their result.
         amax: the same, but the largest magnitude, from which the encode scale is computed: 2688
             over it, at most 2^117, and 1 for an amax of 0.
+        rng_state: int64, (2,), contiguous, on the device of x: seed and offset of Philox 4x32-10
+            (Salmon et al., 2011). With it values are rounded stochastically, up or down with
+            probabilities that make their mean exact. The random bits of an element depend on the
+            state and on its matrix, row and column in the result alone: a call with the same state
+            draws the same ones, so add to the offset between calls, on the device. Bits 0 to 46 of
+            the offset count. Numerics other than "ieee" and `four_over_six` are refused.
         check: whether to read the counts of `rows`, `index` and the upper scale, which
             synchronizes, and raise on those that are out of range or do not fit x. Otherwise counts
             are clamped.
@@ -111,7 +118,8 @@ def quantize(
     upper = None
     if not (encode_scale is decode_scale is amax is None):
         upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
-    if rows is None and index is None and check is False and not is_dynamo_compiling():
+    plain = rows is None and index is None and rng_state is None and check is False
+    if plain and not is_dynamo_compiling():
         results = None
         if out is None:
             results = launch.quantize_again(x, fmt, upper)
@@ -125,9 +133,8 @@ def quantize(
     if upper is not None:
         _check_input("quantize", *upper)
     _check_input("quantize", "x", x)
-    return _run(
-        Call(x, fmt, outputs.q, outputs.sf, rows, index, None, upper, outputs.row_scales), check
-    )
+    call = Call(x, fmt, outputs.q, outputs.sf, rows, index, None, upper, outputs.row_scales)
+    return _run(call._replace(rng_state=rng_state), check)
 
 
 def silu_mul_quantize(

@@ -11,7 +11,7 @@ import torch
 
 from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.dtypes import INPUT_DTYPES, align, ceil_div, describe, dtype_name
-from cute_quant.contract.format_choices import MAX_COLUMNS
+from cute_quant.contract.format_choices import IEEE, MAX_COLUMNS
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import MAX_NORM_COLUMNS, RmsNorm, SiluMul
 from cute_quant.contract.rows import KINDS, Indexed, Masked, PrefixSum, Rows
@@ -72,6 +72,7 @@ def check_call(call: Call) -> ResultShape:
     check_whole_bytes(name, fmt, shape.k)
     check_upper_scale(call.upper, fmt, upper_scale_shapes(fmt, shape.batch_shape, call), x, name)
     _check_row_scales(call, shape)
+    _check_rng_state(call)
     if call.q is not None:
         check_written("out q", call.q, fmt.values, x, name)
         check_values_out(call.q, fmt, shape, exact=isinstance(call.rows, Masked))
@@ -92,6 +93,7 @@ def check_kinds(call: Call) -> None:
     """Check what the schema of an operator cannot name: types, and that x has rows."""
     check_format(call.fmt)
     tensors = {"out q": call.q, "out sf": call.sf, "index": call.index}
+    tensors["rng_state"] = call.rng_state
     for name, t in tensors.items():
         if t is not None and not isinstance(t, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor or None, got {describe(t)}")
@@ -220,6 +222,22 @@ def _check_row_scales(call: Call, shape: ResultShape) -> None:
     if not same_sizes(t.shape, expected):
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(t.shape)}")
     check_operand(name, t, call.x, call.input_name)
+
+
+def _check_rng_state(call: Call) -> None:
+    """Check the state of random numbers, and that the format's values may be rounded with them."""
+    t, fmt = call.rng_state, call.fmt
+    if t is None:
+        return
+    check_tensor("rng_state", t, (torch.int64,))
+    if not same_sizes(t.shape, (2,)):
+        raise ValueError(f"rng_state: expected shape (2,), seed and offset, got {tuple(t.shape)}")
+    check_operand("rng_state", t, call.x, call.input_name)
+    if fmt.numerics != IEEE or fmt.four_over_six:
+        raise ValueError(
+            f"rng_state: expected None for {fmt}, of which only numerics={IEEE!r} without "
+            f"four_over_six is rounded stochastically, got a tensor"
+        )
 
 
 def _check_silu_mul(prologue: SiluMul, gate_up: torch.Tensor, shape: ResultShape) -> None:

@@ -35,6 +35,7 @@ from cute_quant.contract.dtypes import (
 )
 from cute_quant.contract.format_choices import DEEPGEMM, VLLM_EMULATION
 from cute_quant.contract.formats import Format
+from cute_quant.contract.philox import random_of_elements
 from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
 from cute_quant.contract.rcp_approx import rcp_approx
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
@@ -278,9 +279,15 @@ def _amax_under_each(call: Call, count: int) -> torch.Tensor:
 
 
 def group_values(
-    x: torch.Tensor, scales: torch.Tensor, fmt: Format, upper: Factors | None = None
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    fmt: Format,
+    upper: Factors | None = None,
+    random: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the values of `x` (..., k) under the scales of `group_scales`.
+
+    With `random`, 32-bit words (..., k), they are rounded stochastically.
 
     Returns:
         (..., k), or (..., k / 2) bytes of two, ``fmt.values``.
@@ -304,7 +311,28 @@ def group_values(
         if fmt.numerics == VLLM_EMULATION:
             values = values + 0.0  # which makes 0 of -0
     values = values.where(finite.unsqueeze(-1), torch.nan).flatten(-2)[..., : x.shape[-1]]
-    return encode(values, fmt)
+    return encode(values if random is None else round_stochastically(values, random, fmt), fmt)
+
+
+def round_stochastically(
+    values: torch.Tensor, random: torch.Tensor, fmt: Format
+) -> torch.Tensor:
+    """Return float32 `values` rounded to those of a format, up or down by a random word.
+
+    A magnitude lies n + f steps from 0, n whole and f in units of 2^-F, F the format's
+    ``fraction_bits``: exact for normal values, rounded to nearest even below. It becomes n + 1
+    steps where f plus the first F bits of the word reaches 1, and n else.
+    """
+    value_type = fmt.value_type
+    bits = value_type.fraction_bits
+    magnitudes = values.abs().clamp(max=value_type.max).nan_to_num().double()
+    exponents = torch.frexp(magnitudes)[1] - 1
+    exponents = exponents.clamp(min=value_type.min_exponent) - value_type.mantissa_bits
+    step = ue8m0_to_float32(exponents + UE8M0_BIAS)
+    units = (magnitudes / step * 2**bits).round().long()
+    rounded = ((units + (random >> 32 - bits)) >> bits) * step
+    rounded = rounded.copysign(values)
+    return rounded.where(~values.isnan(), torch.nan)
 
 
 def encode(values: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -500,7 +528,11 @@ def quantize_into(
     batch, mn = live.shape
     upper = upper_factors(source, call)
     scales = group_scales(source, fmt, upper)
-    codes = group_values(source, scales, fmt, upper).view(torch.uint8).where(live.unsqueeze(2), 0)
+    random = None
+    if call.rng_state is not None:
+        random = random_of_elements(call.rng_state, batch, mn, source.shape[-1])
+    codes = group_values(source, scales, fmt, upper, random).view(torch.uint8)
+    codes = codes.where(live.unsqueeze(2), 0)
 
     bytes_ = q.view(torch.uint8).view(batch, *q.shape[-2:])
     if row_scales is not None and upper is not None:

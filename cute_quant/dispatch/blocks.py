@@ -151,6 +151,7 @@ def _launch_groups(
         given,
         None,
         None,
+        None,
     )
     numbers = missing_scale_rows(sf, fmt), 1, 1, fmt.floor
     launch.run(_function(spec, arch), (*operands, *numbers), [q, sf])

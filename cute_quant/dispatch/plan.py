@@ -78,8 +78,8 @@ class Kernel(NamedTuple):
 
     Attributes:
         function: called on x, q, sf, the upper scale or memory for those of rows, counts, index,
-            the missing rows of the last scale column, the `numbers`, and the tensors of the
-            prologue.
+            the state of random numbers, the missing rows of the last scale column, the `numbers`,
+            and the tensors of the prologue.
         views: of the tensors of a call, in this order, None for those it takes as they are.
         numbers: alignment of row groups, CTAs that share masked rows, smallest scale, and those of
             the prologue.
@@ -214,7 +214,9 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
     domain = Domain(kind, index is not None, batched, call.upper_of_groups)
     match call.prologue:
         case None:
-            prologue = _Prologue(QuantizeSpec, {"fake": scales is None})
+            stochastic = call.rng_state is not None
+            choices = {"fake": scales is None, "stochastic": stochastic}
+            prologue = _Prologue(QuantizeSpec, choices)
         case SiluMul() as silu_mul:
             prologue = _silu_mul(silu_mul, x.dtype, k, batched=batched)
         case RmsNorm() as rms_norm:
@@ -231,6 +233,7 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         _upper_view(call, shape, batched=batched),
         None,
         index_view,
+        None,
         *prologue.views,
     )
     store_bytes = heuristics.store_bytes(launch.tile, result.dtype)

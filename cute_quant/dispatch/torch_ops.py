@@ -85,6 +85,7 @@ def _quantize_call(
     upper: torch.Tensor | None = None,
     upper_kind: str | None = None,
     row_scales: torch.Tensor | None = None,
+    rng_state: torch.Tensor | None = None,
 ) -> Call:
     """Return the call that the arguments of an operator describe."""
     parsed = Format.parse(fmt)
@@ -97,6 +98,7 @@ def _quantize_call(
         index,
         upper=upper_scale_of(upper_kind, upper),
         row_scales=row_scales,
+        rng_state=rng_state,
     )
 
 
@@ -259,7 +261,8 @@ def _register_all() -> list[CustomOpDef]:
     silu_mul = "bool interleaved, float? clamp, float alpha, float beta, str rounding, " + _ROWS
     rms_norm = "float eps, float weight_offset, str rounding, " + _ROWS
     end = f"str fmt, {_ROW_TENSORS}"
-    quantize = _register("quantize", f"Tensor x, {end}", _ROWS, _quantize_call)
+    rounded = f"{end}, Tensor? rng_state=None"
+    quantize = _register("quantize", f"Tensor x, {rounded}", _ROWS, _quantize_call)
     silu_mul_quantize = _register(
         "silu_mul_quantize", f"{gate_up}, {end}", silu_mul, _silu_mul_call
     )
@@ -289,7 +292,7 @@ def _register_all() -> list[CustomOpDef]:
         rms_norm_quantize,
         dequantize,
         fake_quantize,
-        _register("quantize_out", f"Tensor x, {_OUT}, {end}", _ROWS, _quantize_call),
+        _register("quantize_out", f"Tensor x, {_OUT}, {rounded}", _ROWS, _quantize_call),
         _register("silu_mul_quantize_out", f"{gate_up}, {_OUT}, {end}", silu_mul, _silu_mul_call),
         _register(
             "rms_norm_quantize_residual", f"{normed}, {_RESIDUAL}, {end}", rms_norm, _rms_norm_call
@@ -332,7 +335,9 @@ def quantize(call: Call) -> Results:
         residual = None if prologue.residual_out is prologue.residual else prologue.residual
         extra = (residual, prologue.residual_out, prologue.normalized)
         options |= {name: getattr(prologue, name) for name in _RMS_NORM_OPTIONS}
-    end = (fmt.text, rows.row_data, call.index, upper)
+    end: tuple[Any, ...] = (fmt.text, rows.row_data, call.index, upper)
+    if call.rng_state is not None:
+        end += (call.rng_state,)
     if call.q is None and call.sf is None and not fmt.row_scale:
         if any(t is not None for t in extra):
             # Operators that write are no pure functions, which compilers merge and move.

@@ -255,6 +255,7 @@ class QuantizeSpec(NamedTuple):
         dtype: of the elements of x.
         fmt: of the results.
         fake: whether the result is the products of values and scales, in x's dtype.
+        stochastic: whether values are rounded by random numbers.
         max_warps: most warps that share a row, where each row has a scale of its own.
         upper: the argument that the scale over e4m3 scales is given as, as of
             `cute_quant.contract.upper_scales`; None where the format has none, or one for each row.
@@ -268,6 +269,7 @@ class QuantizeSpec(NamedTuple):
     domain: Domain = DENSE_ROWS
     access: Access = WIDEST
     fake: bool = False
+    stochastic: bool = False
     max_warps: int = 16
     upper: str | None = None
     pdl: bool = True

@@ -20,6 +20,7 @@ from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
+from cute_quant.kernels.philox import Random
 from cute_quant.kernels.problem import Operands, Problem
 from cute_quant.kernels.quantize_rows import RowQuantizer
 from cute_quant.kernels.row_domains import Row, select_rows
@@ -78,9 +79,11 @@ class GroupQuantizer:
         inputs = [problem.prologue.row(row, k) for row in rows]
         gQ = [problem.q.row(row.index) for row in rows]  # (k,) each
 
+        randoms = [problem.random_of_row(row.index) for row in rows]
+
         scales, bounds = [], self.load_bounds(rows, problem)
         if const_expr(stage.whole_row):
-            scales = [[self.quantize_row(rows[0], inputs[0], gQ[0], problem)]]
+            scales = [[self.quantize_row(rows[0], inputs[0], gQ[0], randoms[0], problem)]]
         else:
             # (values,) of each tile and row
             tXrX = [[row.load(segment) for row in inputs] for segment in segments]
@@ -90,7 +93,8 @@ class GroupQuantizer:
                     tXrV = inputs[i].values(tXrX[j][i])  # (values,)
                     amax = stage.group_amax(stage.thread_amax(tXrV))
                     scale = stage.refine(tXrV, stage.scale(amax, bounds[i]), bounds[i])
-                    tXrQ = self.encode(tXrV, scale, bounds[i])  # (values,), or bytes of two
+                    # (values,), or bytes of two
+                    tXrQ = self.encode(tXrV, scale, bounds[i], randoms[i], segments[j])
                     copy.store(tXrQ, gQ[i], segments[j], rows[i].in_bounds, self.spec.access)
                     row_scales.append(scale)
                 scales.append(row_scales)
@@ -105,7 +109,12 @@ class GroupQuantizer:
 
     @cute.jit
     def quantize_row(
-        self, row: Row, source: Params, gQ: cute.Tensor, problem: Problem
+        self,
+        row: Row,
+        source: Params,
+        gQ: cute.Tensor,
+        random: cutlass.Constexpr[Random | None],
+        problem: Problem,
     ) -> GroupScale:
         """Quantize and store a row that is one group, by one warp, and return its scale."""
         lane = cute.arch.lane_idx()
@@ -117,14 +126,24 @@ class GroupQuantizer:
         scale = self.stage.scale(self.stage.group_amax(amax), problem.scale_bound)
         for i in range(tiles):
             tXrV = source.values(source.load(Segment(i, lane)))
-            tXrQ = self.encode(tXrV, scale, problem.scale_bound)
+            tXrQ = self.encode(tXrV, scale, problem.scale_bound, random, Segment(i, lane))
             copy.store(tXrQ, gQ, Segment(i, lane), row.in_bounds, self.spec.access)
         return scale
 
-    def encode(self, tXrV: cute.Tensor, scale: GroupScale, bound: Float32 | Factors) -> cute.Tensor:
+    def encode(
+        self,
+        tXrV: cute.Tensor,
+        scale: GroupScale,
+        bound: Float32 | Factors,
+        random: Random | None,
+        segment: Segment,
+    ) -> cute.Tensor:
         """Return registers to be stored in q."""
         if self.fake:
             return self.stage.encode_and_decode(tXrV, scale, bound)
+        if random is not None:
+            words = random.words(segment, self.stage.tile.values_per_thread)
+            return self.stage.encode(tXrV, scale, words)
         return self.stage.encode(tXrV, scale)
 
     def thread_tile(self, row_tile: Int32) -> tuple[list[Segment], list[Uint32]]:
@@ -254,6 +273,7 @@ class Quantize:
         mUpper: cute.Tensor | None,
         mCounts: cute.Tensor | None,
         mIndex: cute.Tensor | None,
+        mRng: cute.Tensor | None,
         missing_rows: Int32,
         alignment: Int32,
         row_ctas: Int32,
@@ -262,6 +282,6 @@ class Quantize:
     ):
         """Launch. `Operands` describes what comes after x."""
         operands = Operands(
-            mQ, mS, mUpper, mCounts, mIndex, missing_rows, alignment, row_ctas, floor
+            mQ, mS, mUpper, mCounts, mIndex, mRng, missing_rows, alignment, row_ctas, floor
         )
         self.quantizer.launch(Input(Matrix(mX), self.spec), operands, stream)

@@ -50,7 +50,11 @@ class RowQuantizer(WholeRows):
             if const_expr(self.fake):
                 tXrQ = stage.encode_and_decode(t, scale, bound)
             else:
-                tXrQ = stage.encode(t, scale)
+                words = None
+                if const_expr(problem.rng is not None):
+                    random = problem.random_of_row(row.index)
+                    words = random.words(segment, stage.tile.values_per_thread)
+                tXrQ = stage.encode(t, scale, words)
             copy.store(tXrQ, gQ, segment, row.in_bounds, self.spec.access)
         if const_expr(problem.scales is not None):
             self.store_scales(row, scales, segments, problem)

@@ -197,6 +197,7 @@ class SiluMul:
         mUpper: cute.Tensor | None,
         mCounts: cute.Tensor | None,
         mIndex: cute.Tensor | None,
+        mRng: cute.Tensor | None,
         missing_rows: Int32,
         alignment: Int32,
         row_ctas: Int32,
@@ -209,7 +210,7 @@ class SiluMul:
     ):
         """Launch. `Operands` and `Activation` describe what comes after x."""
         operands = Operands(
-            mQ, mS, mUpper, mCounts, mIndex, missing_rows, alignment, row_ctas, floor
+            mQ, mS, mUpper, mCounts, mIndex, mRng, missing_rows, alignment, row_ctas, floor
         )
         activation = Activation(bound, alpha, beta)
         prologue = GatedInput(Matrix(mX), mWeight, activation, self.spec)

@@ -273,9 +273,21 @@ class Stage:
             total = total + bits.bitcast(Float32)
         return total
 
-    def encode(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
-        """Return a segment times its multiplier, quantized: (values,), or bytes of two."""
+    def encode(
+        self, tXrX: cute.Tensor, scale: GroupScale, random: list[Uint32] | None = None
+    ) -> cute.Tensor:
+        """Return a segment times its multiplier, quantized: (values,), or bytes of two.
+
+        With `random`, a word for each value, values are rounded stochastically.
+        """
         fmt = self.fmt
+        if random is not None:
+            return encodings.encode_stochastically(
+                self.products(tXrX, scale),
+                random,
+                encodings.value_type_of(fmt),
+                scaling.is_number(scale, fmt),
+            )
         if fmt.value_type.per_byte > 1:
             if const_expr(fmt.upper_scale and fmt.numerics == DEEPGEMM):
                 quotients = encodings.divide(tXrX, scale.multiplier)
