@@ -334,7 +334,10 @@ def _results(spec: Spec, device: str) -> Results:
     residual = normalized = None
     match spec:
         case QuantizeSpec():
-            cute_quant.quantize(x, fmt, rows=rows, index=index, out=out, **upper)
+            rng_state = torch.tensor([1, 2], device=device) if spec.stochastic else None
+            cute_quant.quantize(
+                x, fmt, rows=rows, index=index, rng_state=rng_state, out=out, **upper
+            )
         case SiluMulSpec():
             weight = None
             if spec.weighted:

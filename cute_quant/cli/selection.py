@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for choice in ("interleaved", "clamped", "scaled", "shifted"):
         calls.add_argument(f"--{choice}", action="store_true", help="of silu_mul_quantize")
+    calls.add_argument("--stochastic", action="store_true", help="quantize with an rng_state")
     calls.add_argument("--rounding", choices=ROUNDINGS, default=FUSED)
     calls.add_argument("--weight-dtype", choices=DTYPES, help="of rms_norm_quantize")
     calls.add_argument(
@@ -133,6 +134,7 @@ def _ranges(options: argparse.Namespace) -> list[CallRange]:
             options.shifted,
             options.rounding,
             _weight_dtype(options),
+            stochastic=options.stochastic,
         ).with_upper_scale(options.upper_scale)
         for operation in options.operation or OPERATIONS[:1]
         for kind in options.rows or (DENSE,)

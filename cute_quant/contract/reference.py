@@ -314,9 +314,7 @@ def group_values(
     return encode(values if random is None else round_stochastically(values, random, fmt), fmt)
 
 
-def round_stochastically(
-    values: torch.Tensor, random: torch.Tensor, fmt: Format
-) -> torch.Tensor:
+def round_stochastically(values: torch.Tensor, random: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Return float32 `values` rounded to those of a format, up or down by a random word.
 
     A magnitude lies n + f steps from 0, n whole and f in units of 2^-F, F the format's
@@ -330,7 +328,7 @@ def round_stochastically(
     exponents = exponents.clamp(min=value_type.min_exponent) - value_type.mantissa_bits
     step = ue8m0_to_float32(exponents + UE8M0_BIAS)
     units = (magnitudes / step * 2**bits).round().long()
-    rounded = ((units + (random >> 32 - bits)) >> bits) * step
+    rounded: torch.Tensor = ((units + (random >> 32 - bits)) >> bits) * step
     rounded = rounded.copysign(values)
     return rounded.where(~values.isnan(), torch.nan)
 

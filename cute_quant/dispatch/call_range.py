@@ -28,6 +28,8 @@ QUANTIZE, SILU_MUL, RMS_NORM, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE_BLOCKS = OPERA
     "quantize_blocks",
 )
 """Names of the public operations."""
+FLAGS = ("gathered", "batched", "interleaved", "clamped", "scaled", "shifted", "stochastic")
+"""Fields of a `CallRange` that are options of the command line without a value."""
 GROUPED = (QUANTIZE, SILU_MUL, RMS_NORM)
 """Operations on rows of a domain."""
 
@@ -50,6 +52,7 @@ class CallRange(NamedTuple):
         weight_dtype: of the weight of `rms_norm_quantize`, with and without `residual` and
             `normalized`.
         upper: the argument that the scale over e4m3 scales is given as; None where calls take none.
+        stochastic: whether values are rounded by random numbers, in `quantize`.
     """
 
     operation: str
@@ -68,10 +71,13 @@ class CallRange(NamedTuple):
     rounding: str = FUSED
     weight_dtype: torch.dtype = torch.bfloat16
     upper: str | None = None
+    stochastic: bool = False
 
     @property
     def possible(self) -> bool:
-        """Return whether the operation takes rows of this kind."""
+        """Return whether the operation takes rows of this kind, and random numbers."""
+        if self.stochastic and self.operation != QUANTIZE:
+            return False
         if self.kind == Masked.kind:
             return self.operation in GROUPED and self.batched
         if self.kind != DENSE:
@@ -126,6 +132,7 @@ class CallRange(NamedTuple):
             bool(batch_shape),
             min(_alignment(call.x), result_alignment),
             upper=None if call.upper is None else call.upper.kind,
+            stochastic=call.rng_state is not None,
         )
         match call.prologue:
             case SiluMul() as silu_mul:
@@ -175,7 +182,7 @@ class CallRange(NamedTuple):
         yield "max-rows", str(self.max_rows)
         if self.kind != DENSE:
             yield "rows", self.kind
-        for name in ("gathered", "batched", "interleaved", "clamped", "scaled", "shifted"):
+        for name in FLAGS:
             if getattr(self, name):
                 yield name, None
         if self.alignment != LOAD_BYTES:

@@ -402,10 +402,12 @@ def _key(call: Call) -> tuple[object, ...]:
     """Return all that a plan depends on, () if a call cannot have one."""
     x, fmt, q, sf, rows, index, prologue, upper, row_scales, rng_state = call
     try:
-        key: tuple[object, ...] = (fmt, *map(_looks, (x, q, sf, index, rng_state)))
+        key: tuple[object, ...] = (fmt, *map(_looks, (x, q, sf, index)))
         if upper is not None or row_scales is not None:
             given, kind = (row_scales, "") if upper is None else (upper.tensor, upper.kind)
             key += (kind, _looks(given))
+        if rng_state is not None:
+            key += ("rng_state", _looks(rng_state))
         if rows is not None:
             # 128.0 is equal to 128, but refused.
             alignment = rows.alignment

@@ -215,8 +215,7 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
     match call.prologue:
         case None:
             stochastic = call.rng_state is not None
-            choices = {"fake": scales is None, "stochastic": stochastic}
-            prologue = _Prologue(QuantizeSpec, choices)
+            prologue = _Prologue(QuantizeSpec, {"fake": scales is None, "stochastic": stochastic})
         case SiluMul() as silu_mul:
             prologue = _silu_mul(silu_mul, x.dtype, k, batched=batched)
         case RmsNorm() as rms_norm:

@@ -81,7 +81,10 @@ class Variant(NamedTuple):
         index = like.new_zeros(shape[:-1], dtype=torch.int32) if self.calls.gathered else None
         prologue, rows = self._prologue(x, shape, like), self._rows(shape, like)
         upper = self.upper_scale(shape, like)
-        return Call(x, self.calls.fmt, None, None, rows, index, prologue, upper)
+        rng_state = like.new_zeros(2, dtype=torch.int64) if self.calls.stochastic else None
+        return Call(
+            x, self.calls.fmt, None, None, rows, index, prologue, upper, rng_state=rng_state
+        )
 
     def upper_scale(self, shape: tuple[int, ...], like: torch.Tensor) -> UpperScale | None:
         """Return the scale over those of groups that a call of this shape has, if any."""

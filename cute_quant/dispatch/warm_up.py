@@ -100,6 +100,7 @@ def warm_up(
     rounding: str = FUSED,
     weight_dtype: torch.dtype | None = None,
     upper_scale: str = ENCODE,
+    stochastic: bool = False,
     device: torch.device | str | int | None = None,
 ) -> WarmUp:
     """Compile, or load, every kernel that calls of a range take, and launch each once.
@@ -132,6 +133,7 @@ def warm_up(
         upper_scale: the argument that calls give the scale over e4m3 scales as: "encode_scale",
             "decode_scale" or "amax". Only formats with such scales, and without `row_scale`, have
             calls that depend on it.
+        stochastic: whether calls of ``quantize`` have an `rng_state`.
         device: that the calls run on, by default the current CUDA device. On the CPU,
             and on a GPU without kernels, there is nothing to compile.
 
@@ -166,6 +168,7 @@ def warm_up(
             shifted=activation.beta != 0.0,
             rounding=rounding,
             weight_dtype=weight_dtype,
+            stochastic=stochastic and operation == QUANTIZE,
         ).with_upper_scale(upper_scale)
         for operation in _operations(operations)
         for kind in kinds

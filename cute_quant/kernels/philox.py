@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint32, Uint64, const_expr
+from cutlass import Int32, Uint32, Uint64
 
 from cute_quant.contract.philox import (
     KEY_STEPS,

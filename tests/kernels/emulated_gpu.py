@@ -103,7 +103,7 @@ class Gpu:
         reads += [] if prologue is None else prologue.reads.values()
         if prologue is not None and getattr(prologue, "in_place", False):
             reads.append(prologue.residual)
-        with self._present(reads, options):
+        with self.present(reads, options):
             return launch.quantize(call)
 
     def fake_quantize(
@@ -115,7 +115,7 @@ class Gpu:
         **options: Any,
     ) -> torch.Tensor:
         """``cute_quant.fake_quantize`` into `out`."""
-        with self._present([x, *([] if upper is None else [upper.tensor])], options):
+        with self.present([x, *([] if upper is None else [upper.tensor])], options):
             return launch.fake_quantize(Call(x.as_subclass(OnGpu), fmt, upper=upper), out)
 
     def dequantize(
@@ -128,7 +128,7 @@ class Gpu:
         **options: Any,
     ) -> torch.Tensor:
         """``cute_quant.dequantize``."""
-        with self._present([q, sf, *([] if upper is None else [upper.tensor])], options):
+        with self.present([q, sf, *([] if upper is None else [upper.tensor])], options):
             return launch.dequantize(q.as_subclass(OnGpu), sf, fmt, dtype, upper)
 
     def quantize_blocks(
@@ -140,7 +140,7 @@ class Gpu:
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``cute_quant.quantize_blocks``."""
-        with self._present([w], options):
+        with self.present([w], options):
             return blocks.quantize(w.as_subclass(OnGpu), fmt, q, sf)
 
     def requantize_blocks(
@@ -154,7 +154,7 @@ class Gpu:
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``cute_quant.requantize_blocks``."""
-        with self._present([w8, w_sf, *([] if upper is None else [upper.tensor])], options):
+        with self.present([w8, w_sf, *([] if upper is None else [upper.tensor])], options):
             return blocks.requantize(w8.as_subclass(OnGpu), w_sf, fmt, upper, q, sf)
 
     def dequantize_blocks(
@@ -166,11 +166,11 @@ class Gpu:
         **options: Any,
     ) -> torch.Tensor:
         """``cute_quant.dequantize_blocks``."""
-        with self._present([q, sf], options):
+        with self.present([q, sf], options):
             return blocks.dequantize(q.as_subclass(OnGpu), sf, fmt, dtype)
 
     @contextlib.contextmanager
-    def _present(self, reads: list[torch.Tensor | None], options: dict[str, Any]) -> Iterator[None]:
+    def present(self, reads: list[torch.Tensor | None], options: dict[str, Any]) -> Iterator[None]:
         """Put the emulated GPU in place; only the memory of `reads` holds values."""
         storages = {t.untyped_storage().data_ptr() for t in reads if t is not None}
         choose_shape = plan._launch_shape
