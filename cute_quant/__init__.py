@@ -46,6 +46,7 @@ from cute_quant.ops import (
     quantize_blocks,
     requantize_blocks,
     rms_norm_quantize,
+    silu_mul_backward_quantize,
     silu_mul_quantize,
     tensor_amax,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "quantize_blocks",
     "requantize_blocks",
     "rms_norm_quantize",
+    "silu_mul_backward_quantize",
     "silu_mul_quantize",
     "tensor_amax",
     "warm_up",

@@ -13,7 +13,12 @@ from cute_quant.contract.blocks import check_block_format, stored_once
 from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import INPUT_DTYPES, describe
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90, Format
-from cute_quant.contract.prologues import FUSED, make_rms_norm, make_silu_mul
+from cute_quant.contract.prologues import (
+    FUSED,
+    make_rms_norm,
+    make_silu_mul,
+    make_silu_mul_backward,
+)
 from cute_quant.contract.reader_checks import Finding, Quantized, check_arguments, findings
 from cute_quant.contract.readers import READERS
 from cute_quant.contract.rows import Rows
@@ -216,6 +221,71 @@ def silu_mul_quantize(
         gate_up, fmt, outputs.q, outputs.sf, rows, index, prologue, upper, outputs.row_scales
     )
     return _run(call, check)
+
+
+def silu_mul_backward_quantize(
+    grad: torch.Tensor,
+    gate_up: torch.Tensor,
+    fmt: Format = DEEP_GEMM,
+    *,
+    interleaved: bool = False,
+    clamp: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    rows: Rows | None = None,
+    encode_scale: torch.Tensor | None = None,
+    decode_scale: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
+    rng_state: torch.Tensor | None = None,
+    check: bool = False,
+    out: Out | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Compute the gradients of gates and ups of a gated activation, and quantize them, in one pass.
+
+    With gates g and ups u, bounded by `clamp`, and s = sigmoid(alpha * g), the gradients of
+    ``(u + beta) * g * s`` are ``grad * (u + beta) * s * (1 + alpha * g * (1 - s))`` for gates and
+    ``grad * g * s`` for ups, and 0 for those beyond their bounds. They are computed in float64 on
+    the CPU, in float32 on a GPU, and quantized as float32 by :func:`quantize`, in the places of
+    gates and ups. Products with Inf are Inf or NaN, so their groups become NaN.
+
+    Args:
+        grad: (..., mn, k), of the dtype of `gate_up`, with strides as x of :func:`quantize`: the
+            gradient of what :func:`silu_mul_quantize` quantizes.
+        gate_up: (..., mn, 2 k), bfloat16, float16 or float32, with strides as x of
+            :func:`quantize`. k is at most 2^19.
+        fmt: what the result looks like. Groups are of columns of the result: where k is no multiple
+            of their size, one has gates and ups.
+        interleaved: as for :func:`silu_mul_quantize`.
+        clamp: as for :func:`silu_mul_quantize`.
+        alpha: as for :func:`silu_mul_quantize`.
+        beta: as for :func:`silu_mul_quantize`.
+        rows: which rows exist, as for :func:`quantize`.
+        encode_scale: as for :func:`quantize`.
+        decode_scale: as for :func:`quantize`.
+        amax: as for :func:`quantize`.
+        rng_state: as for :func:`quantize`.
+        check: whether to read counts and raise on those out of range.
+        out: q and sf to write into, as for :func:`quantize`.
+
+    Returns:
+        q, sf: as :func:`quantize` of the (..., mn, 2 k) gradients returns them.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    for name, t in (("grad", grad), ("gate_up", gate_up)):
+        _check_input("silu_mul_backward_quantize", name, t)
+    outputs = _outputs(out, fmt)
+    upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    if upper is not None:
+        _check_input("silu_mul_backward_quantize", *upper)
+    prologue = make_silu_mul_backward(
+        grad, interleaved=interleaved, clamp=clamp, alpha=alpha, beta=beta
+    )
+    call = Call(
+        gate_up, fmt, outputs.q, outputs.sf, rows, None, prologue, upper, outputs.row_scales
+    )
+    return _run(call._replace(rng_state=rng_state), check)
 
 
 def rms_norm_quantize(
@@ -676,9 +746,10 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
     Args:
         *args: positional arguments of `operation`.
         **kwargs: keyword arguments of `operation`.
-        operation: :func:`quantize`, :func:`silu_mul_quantize`, :func:`rms_norm_quantize`,
-            :func:`dequantize`, :func:`fake_quantize`, :func:`quantize_blocks`,
-            :func:`dequantize_blocks` or :func:`requantize_blocks`.
+        operation: :func:`quantize`, :func:`silu_mul_quantize`,
+            :func:`silu_mul_backward_quantize`, :func:`rms_norm_quantize`, :func:`dequantize`,
+            :func:`fake_quantize`, :func:`quantize_blocks`, :func:`dequantize_blocks` or
+            :func:`requantize_blocks`.
 
     Returns:
         The launch: a callable whose ``results`` are what `operation` returns.
@@ -690,6 +761,7 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
     operations = (
         quantize,
         silu_mul_quantize,
+        silu_mul_backward_quantize,
         rms_norm_quantize,
         dequantize,
         fake_quantize,

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for choice in ("interleaved", "clamped", "scaled", "shifted"):
         calls.add_argument(f"--{choice}", action="store_true", help="of silu_mul_quantize")
-    calls.add_argument("--stochastic", action="store_true", help="quantize with an rng_state")
+    calls.add_argument("--stochastic", action="store_true", help="with an rng_state")
     calls.add_argument("--rounding", choices=ROUNDINGS, default=FUSED)
     calls.add_argument("--weight-dtype", choices=DTYPES, help="of rms_norm_quantize")
     calls.add_argument(

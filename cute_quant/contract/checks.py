@@ -13,7 +13,7 @@ from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.dtypes import INPUT_DTYPES, align, ceil_div, describe, dtype_name
 from cute_quant.contract.format_choices import IEEE, MAX_COLUMNS
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import MAX_NORM_COLUMNS, RmsNorm, SiluMul
+from cute_quant.contract.prologues import MAX_NORM_COLUMNS, RmsNorm, SiluMul, SiluMulBackward
 from cute_quant.contract.rows import KINDS, Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.tensors import (
     MAX_SIZE,
@@ -66,6 +66,8 @@ def check_call(call: Call) -> ResultShape:
     check_count(counted, shape.batch_shape, 1 if known(tiles < 1) else tiles)
     if isinstance(prologue, SiluMul):
         _check_silu_mul(prologue, x, shape)
+    elif isinstance(prologue, SiluMulBackward):
+        _check_silu_mul_backward(prologue, call)
     elif isinstance(prologue, RmsNorm):
         _check_rms_norm(prologue, x, every_row=call.rows is None and call.index is None)
     check_number_of_scales(name, fmt, shape)
@@ -240,12 +242,32 @@ def _check_rng_state(call: Call) -> None:
         )
 
 
-def _check_silu_mul(prologue: SiluMul, gate_up: torch.Tensor, shape: ResultShape) -> None:
+def _check_gate_up(gate_up: torch.Tensor) -> None:
     if known(gate_up.shape[-1] % 2 != 0):
         raise ValueError(
-            "gate_up: expected an even number of columns, a gate and an up for each of the "
-            f"result's, got shape {tuple(gate_up.shape)}"
+            "gate_up: expected an even number of columns, as many gates as ups, "
+            f"got shape {tuple(gate_up.shape)}"
         )
+
+
+def _check_silu_mul_backward(prologue: SiluMulBackward, call: Call) -> None:
+    gate_up, grad = call.x, prologue.grad
+    _check_gate_up(gate_up)
+    if call.index is not None:
+        raise ValueError("index: expected None for gradients, which lie as gates and ups do")
+    check_tensor("grad", grad, (gate_up.dtype,))
+    check_device("grad", grad, gate_up, "gate_up")
+    expected = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    if not same_sizes(grad.shape, expected):
+        raise ValueError(
+            f"grad: expected shape {expected}, a column for each gate of gate_up, "
+            f"got {tuple(grad.shape)}"
+        )
+    check_matrices("grad", grad, MAX_COLUMNS)
+
+
+def _check_silu_mul(prologue: SiluMul, gate_up: torch.Tensor, shape: ResultShape) -> None:
+    _check_gate_up(gate_up)
     weight = prologue.weight
     if weight is not None:
         check_tensor("weight", weight, (torch.float32,))

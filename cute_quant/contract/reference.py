@@ -36,7 +36,7 @@ from cute_quant.contract.dtypes import (
 from cute_quant.contract.format_choices import DEEPGEMM, VLLM_EMULATION
 from cute_quant.contract.formats import Format
 from cute_quant.contract.philox import random_of_elements
-from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
+from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul, SiluMulBackward
 from cute_quant.contract.rcp_approx import rcp_approx
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.tensors import flat_batch
@@ -51,6 +51,8 @@ from cute_quant.contract.upper_scales import (
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_SIGN = 8
+MAX_ARGUMENT = 1000.0
+"""Magnitude from which on the sigmoid of a float64 is 0 or 1."""
 
 
 def ue8m0_to_float32(exponents: torch.Tensor) -> torch.Tensor:
@@ -420,10 +422,7 @@ def silu_mul(gate_up: torch.Tensor, prologue: SiluMul) -> torch.Tensor:
     Returns:
         (batch, mn, k): float32 if it is fused, else the dtype of `gate_up`.
     """
-    if prologue.interleaved:
-        gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
-    else:
-        gate, up = gate_up.chunk(2, -1)
+    gate, up = _gates_and_ups(gate_up, prologue.interleaved)
     alpha, beta, weight = prologue.alpha, prologue.beta, prologue.weight
     if weight is not None:
         weight = weight.view(*gate.shape[:-1], 1)
@@ -439,6 +438,35 @@ def silu_mul(gate_up: torch.Tensor, prologue: SiluMul) -> torch.Tensor:
     # On the CPU, and there alone, torch rounds a number that it adds to the tensor's dtype first.
     values = activation * (up if beta == 0 else (up.float() + beta).to(up.dtype))
     return values if weight is None else (values.float() * weight).to(values.dtype)
+
+
+def silu_mul_backward(gate_up: torch.Tensor, prologue: SiluMulBackward) -> torch.Tensor:
+    """Return the gradients of gates and ups of `gate_up` (batch, mn, 2k).
+
+    Returns:
+        (batch, mn, 2k), float32, in the places of gates and ups.
+    """
+    gate, up = _gates_and_ups(gate_up.double(), prologue.interleaved)
+    grad = prologue.grad.reshape(gate.shape).double()
+    limit = math.inf if prologue.clamp is None else prologue.clamp
+    bounded_gate, bounded_up = _clamp(gate, up, limit)
+    # Further out a sigmoid, or what it lacks of 1, is 0 and has to stay so in a product with Inf.
+    argument = (prologue.alpha * bounded_gate).clamp(-MAX_ARGUMENT, MAX_ARGUMENT)
+    sigmoid = torch.sigmoid(argument)
+    slope = sigmoid * (1 + argument * torch.sigmoid(-argument))
+    bounded_up = bounded_up if prologue.beta == 0 else bounded_up + prologue.beta
+    of_gates = (grad * (bounded_up * slope)).masked_fill(gate > limit, 0.0)
+    of_ups = (grad * (bounded_gate * sigmoid)).masked_fill(up.abs() > limit, 0.0)
+    if prologue.interleaved:
+        return torch.stack((of_gates, of_ups), -1).flatten(-2).float()
+    return torch.cat((of_gates, of_ups), -1).float()
+
+
+def _gates_and_ups(gate_up: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if interleaved:
+        return gate_up[..., 0::2], gate_up[..., 1::2]
+    gate, up = gate_up.chunk(2, -1)
+    return gate, up
 
 
 def clamp_limit(prologue: SiluMul, dtype: torch.dtype) -> float:
@@ -521,6 +549,8 @@ def quantize_into(
     match prologue:
         case SiluMul():
             source = silu_mul(source, prologue)
+        case SiluMulBackward():
+            source = silu_mul_backward(source, prologue)
         case RmsNorm():
             source = rms_norm(source, prologue)
     batch, mn = live.shape

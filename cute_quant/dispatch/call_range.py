@@ -15,23 +15,41 @@ from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import LOAD_BYTES
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import NAMED_FORMATS, Format
-from cute_quant.contract.prologues import FUSED, MAX_NORM_COLUMNS, RmsNorm, SiluMul
+from cute_quant.contract.prologues import (
+    FUSED,
+    MAX_NORM_COLUMNS,
+    RmsNorm,
+    SiluMul,
+    SiluMulBackward,
+)
 from cute_quant.contract.rows import DENSE, Masked
 from cute_quant.contract.upper_scales import DECODE, UpperScale
 
-QUANTIZE, SILU_MUL, RMS_NORM, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE_BLOCKS = OPERATIONS = (
+OPERATIONS = (
     "quantize",
     "silu_mul_quantize",
+    "silu_mul_backward_quantize",
     "rms_norm_quantize",
     "dequantize",
     "fake_quantize",
     "quantize_blocks",
 )
 """Names of the public operations."""
+(
+    QUANTIZE,
+    SILU_MUL,
+    SILU_MUL_BACKWARD,
+    RMS_NORM,
+    DEQUANTIZE,
+    FAKE_QUANTIZE,
+    QUANTIZE_BLOCKS,
+) = OPERATIONS
 FLAGS = ("gathered", "batched", "interleaved", "clamped", "scaled", "shifted", "stochastic")
 """Fields of a `CallRange` that are options of the command line without a value."""
-GROUPED = (QUANTIZE, SILU_MUL, RMS_NORM)
+GROUPED = (QUANTIZE, SILU_MUL, SILU_MUL_BACKWARD, RMS_NORM)
 """Operations on rows of a domain."""
+STOCHASTIC = (QUANTIZE, SILU_MUL_BACKWARD)
+"""Operations that round by random numbers, if asked to."""
 
 
 class CallRange(NamedTuple):
@@ -52,7 +70,7 @@ class CallRange(NamedTuple):
         weight_dtype: of the weight of `rms_norm_quantize`, with and without `residual` and
             `normalized`.
         upper: the argument that the scale over e4m3 scales is given as; None where calls take none.
-        stochastic: whether values are rounded by random numbers, in `quantize`.
+        stochastic: whether values are rounded by random numbers.
     """
 
     operation: str
@@ -76,7 +94,9 @@ class CallRange(NamedTuple):
     @property
     def possible(self) -> bool:
         """Return whether the operation takes rows of this kind, and random numbers."""
-        if self.stochastic and self.operation != QUANTIZE:
+        if self.stochastic and self.operation not in STOCHASTIC:
+            return False
+        if self.gathered and self.operation == SILU_MUL_BACKWARD:
             return False
         if self.kind == Masked.kind:
             return self.operation in GROUPED and self.batched
@@ -106,13 +126,18 @@ class CallRange(NamedTuple):
         bounded = whole_rows and self.operation != DEQUANTIZE
         most = MAX_NORM_COLUMNS if bounded else MAX_COLUMNS
         per_byte = self.fmt.value_type.per_byte
+        if self.operation == SILU_MUL_BACKWARD:
+            per_byte = 2  # columns of gates and ups
         for k in self.k:
             if k > most:
                 raise ValueError(
                     f"k: expected at most {most} for {self.operation} to {self.fmt}, got {k}"
                 )
             if k % per_byte:
-                raise ValueError(f"k: expected multiples of {per_byte} for {self.fmt}, got {k}")
+                raise ValueError(
+                    f"k: expected multiples of {per_byte} for {self.operation} to {self.fmt}, "
+                    f"got {k}"
+                )
 
     @staticmethod
     def of(call: Call, result_dtype: torch.dtype, result_alignment: int) -> CallRange:
@@ -143,6 +168,15 @@ class CallRange(NamedTuple):
                     scaled=silu_mul.alpha != 1.0,
                     shifted=silu_mul.beta != 0.0,
                     rounding=silu_mul.rounding,
+                )
+            case SiluMulBackward() as backward:
+                return calls._replace(
+                    operation=SILU_MUL_BACKWARD,
+                    interleaved=backward.interleaved,
+                    clamped=backward.clamp is not None,
+                    scaled=backward.alpha != 1.0,
+                    shifted=backward.beta != 0.0,
+                    alignment=min(calls.alignment, _alignment(backward.grad)),
                 )
             case RmsNorm() as rms_norm:
                 tensors = [t for t in rms_norm.tensors.values() if t is not None]

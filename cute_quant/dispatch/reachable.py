@@ -15,7 +15,12 @@ import torch
 
 from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.dtypes import LOAD_BYTES, VALUE_TYPES, align
-from cute_quant.contract.prologues import Prologue, make_rms_norm, make_silu_mul
+from cute_quant.contract.prologues import (
+    Prologue,
+    make_rms_norm,
+    make_silu_mul,
+    make_silu_mul_backward,
+)
 from cute_quant.contract.rows import (
     DENSE,
     Indexed,
@@ -34,6 +39,7 @@ from cute_quant.dispatch.call_range import (
     QUANTIZE_BLOCKS,
     RMS_NORM,
     SILU_MUL,
+    SILU_MUL_BACKWARD,
     CallRange,
 )
 from cute_quant.dispatch.plan import (
@@ -121,6 +127,14 @@ class Variant(NamedTuple):
                     if self.weighted
                     else None,
                 )
+            case "silu_mul_backward_quantize":
+                return make_silu_mul_backward(
+                    x[..., : self.k // 2],
+                    interleaved=calls.interleaved,
+                    clamp=7.0 if calls.clamped else None,
+                    alpha=2.0 if calls.scaled else 1.0,
+                    beta=1.0 if calls.shifted else 0.0,
+                )
             case "rms_norm_quantize":
                 return make_rms_norm(
                     like.new_ones(self.k, dtype=calls.weight_dtype),
@@ -161,6 +175,8 @@ def specs(calls: CallRange, gpu: Gpu) -> dict[Spec, Variant]:
         x_dtype = calls.fmt.values if calls.operation == DEQUANTIZE else calls.dtype
         # Any number of weights may be contiguous along n.
         x_columns = 1 if variant.along_n else variant.input_columns
+        if calls.operation == SILU_MUL_BACKWARD:
+            x_columns = variant.k // 2  # those of the gradient, whose rows are aligned the least
         alignments = itertools.product(
             _alignments(calls.alignment, _row_bytes(x_columns, x_dtype), x_dtype),
             _alignments(calls.alignment, _row_bytes(variant.k, result_dtype), result_dtype),

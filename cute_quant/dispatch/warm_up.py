@@ -25,6 +25,7 @@ from cute_quant.dispatch.call_range import (
     OPERATIONS,
     QUANTIZE,
     QUANTIZE_BLOCKS,
+    STOCHASTIC,
     CallRange,
 )
 from cute_quant.dispatch.plan import Gpu
@@ -114,8 +115,9 @@ def warm_up(
         k: columns of their results, one number or several.
         max_rows: most rows of a result, all leading dimensions, and more rows of an `out`,
             included.
-        operations: names: "quantize", "silu_mul_quantize", "rms_norm_quantize", "dequantize",
-            "fake_quantize", "quantize_blocks", whose weights may be contiguous along k or n.
+        operations: names: "quantize", "silu_mul_quantize", "silu_mul_backward_quantize" (k being
+            its columns of gates and ups), "rms_norm_quantize", "dequantize", "fake_quantize",
+            "quantize_blocks", whose weights may be contiguous along k or n.
         dtype: of the inputs: bfloat16, float16 or float32; of the result of ``dequantize``.
         rows: row domains: some of None, ``Masked``, ``PrefixSum`` and ``Indexed``.
         gathered: whether there are calls with `index` too.
@@ -133,7 +135,7 @@ def warm_up(
         upper_scale: the argument that calls give the scale over e4m3 scales as: "encode_scale",
             "decode_scale" or "amax". Only formats with such scales, and without `row_scale`, have
             calls that depend on it.
-        stochastic: whether calls of ``quantize`` have an `rng_state`.
+        stochastic: whether calls of operations that take an `rng_state` have one.
         device: that the calls run on, by default the current CUDA device. On the CPU,
             and on a GPU without kernels, there is nothing to compile.
 
@@ -168,7 +170,7 @@ def warm_up(
             shifted=activation.beta != 0.0,
             rounding=rounding,
             weight_dtype=weight_dtype,
-            stochastic=stochastic and operation == QUANTIZE,
+            stochastic=stochastic and operation in STOCHASTIC,
         ).with_upper_scale(upper_scale)
         for operation in _operations(operations)
         for kind in kinds

@@ -307,6 +307,32 @@ class SiluMulSpec(NamedTuple):
     kernel: str = "silu_mul.SiluMul"
 
 
+class SiluMulBackwardSpec(NamedTuple):
+    """Choices of `kernels.silu_mul_backward.SiluMulBackward`.
+
+    Attributes:
+        dtype, fmt, tile, domain, access, stochastic, upper, pdl: as of a `QuantizeSpec`, x being
+            gates and ups. Rows are ragged too where a thread may have gates and ups.
+        interleaved, clamped, scaled, shifted: as of a `SiluMulSpec`.
+        max_warps: as of a `QuantizeSpec`.
+    """
+
+    dtype: torch.dtype
+    fmt: Format
+    tile: Tile = DEFAULT_TILE
+    domain: Domain = DENSE_ROWS
+    access: Access = WIDEST
+    interleaved: bool = False
+    clamped: bool = False
+    scaled: bool = False
+    shifted: bool = False
+    stochastic: bool = False
+    max_warps: int = 16
+    upper: str | None = None
+    pdl: bool = True
+    kernel: str = "silu_mul_backward.SiluMulBackward"
+
+
 class RmsNormSpec(NamedTuple):
     """Choices of `kernels.rms_norm.RmsNorm`.
 
@@ -458,7 +484,7 @@ CONVERT_ROWS = 4
 """Rows of a thread whose words are contiguous in the result."""
 
 
-QuantizerSpec = QuantizeSpec | SiluMulSpec | RmsNormSpec
+QuantizerSpec = QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec | RmsNormSpec
 Spec = QuantizerSpec | DequantizeSpec | AmaxSpec | BlocksSpec | RequantizeSpec | ConvertSpec
 
 

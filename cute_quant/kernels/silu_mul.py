@@ -118,7 +118,7 @@ class GatedRow(Params):
     def values(self, tXrX: list[cute.Tensor]) -> cute.Tensor:
         """Return (up + beta) * gate * sigmoid(alpha * gate), times the row's weight, (values,)."""
         spec, activation = self.spec, self.activation
-        gate, up = self.gates_and_ups(tXrX)
+        gate, up = gates_and_ups(tXrX, spec.interleaved)
         if spec.clamped:
             gate = arithmetic.minimum(gate, activation.bound)
             up = arithmetic.minimum(up, activation.bound)
@@ -130,15 +130,6 @@ class GatedRow(Params):
             product = self.round(product * self.weight)
         dtype = ELEMENT_TYPES[spec.dtype] if spec.unfused else Float32
         return encodings.registers(product.to(dtype))
-
-    def gates_and_ups(self, tXrX: list[cute.Tensor]) -> tuple[cute.TensorSSA, cute.TensorSSA]:
-        """Return a thread's gates and ups as float32, (values,) each."""
-        wide = [encodings.widen(t) for t in tXrX]
-        if self.spec.interleaved:
-            every_other = cute.make_layout(self.spec.tile.values_per_thread, stride=2)
-            wide = [cute.make_tensor(wide[0].iterator + i, every_other) for i in range(2)]
-        gate, up = (t.load() for t in wide)
-        return gate, up
 
     def sigmoid(self, gate: cute.TensorSSA) -> cute.TensorSSA:
         """Return the sigmoid of alpha * gate, rounded where torch's operations round."""
@@ -152,6 +143,18 @@ class GatedRow(Params):
         if not self.spec.unfused:
             return values
         return encodings.round_to(values, ELEMENT_TYPES[self.spec.dtype])
+
+
+def gates_and_ups(
+    tXrX: list[cute.Tensor], interleaved: bool
+) -> tuple[cute.TensorSSA, cute.TensorSSA]:
+    """Return a thread's gates and ups as float32, from registers of each or of both in turns."""
+    wide = [encodings.widen(t) for t in tXrX]
+    if interleaved:
+        every_other = cute.make_layout(cute.size(wide[0]) // 2, stride=2)
+        wide = [cute.make_tensor(wide[0].iterator + i, every_other) for i in range(2)]
+    gate, up = (t.load() for t in wide)
+    return gate, up
 
 
 @cute.jit

@@ -112,6 +112,16 @@ def test_values_of_the_format_stay(fmt):
 
 
 @every_values
+def test_fractions_below_normal_values_are_rounded(fmt):
+    """Not truncated: what is nearer to a value of the format than 2^-F of a step is that value."""
+    bits, step = fmt.value_type.fraction_bits, oracle.TABLES[fmt.values][1]
+    value = torch.tensor([step * (1 - 2.0 ** -(bits + 2))], dtype=FP32)
+    words = torch.tensor([0, 2**32 - 1])
+    assert value < step
+    assert (reference.round_stochastically(value, words, fmt) == step).all()
+
+
+@every_values
 def test_mean(fmt, device):
     """The mean over offsets comes as near to x as independent draws do, and nearest does not.
 

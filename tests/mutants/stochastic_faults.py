@@ -1,4 +1,4 @@
-"""Faults in stochastic rounding, in the contract and in device code."""
+"""Faults in the quantizers of gradients, in the contract and in device code."""
 
 from tests.mutants.fault import Fault
 
@@ -10,6 +10,11 @@ ENCODINGS = "kernels/encodings.py"
 LAUNCH = "dispatch/launch.py"
 TORCH_OPS = "dispatch/torch_ops.py"
 
+PLAN = "dispatch/plan.py"
+BACKWARD = "kernels/silu_mul_backward.py"
+
+ON_BACKWARD = "tests/contract/test_silu_mul_backward.py"
+ON_BACKWARD_KERNEL = "tests/kernels/test_silu_mul_backward.py"
 ON_CONTRACT = "tests/contract/test_stochastic.py"
 ON_KERNELS = "tests/kernels/test_stochastic.py"
 
@@ -40,7 +45,7 @@ FAULTS = [
         REFERENCE,
         "units = (magnitudes / step * 2**bits).round().long()",
         "units = (magnitudes / step * 2**bits).long()",
-        [f"{ON_CONTRACT}::test_every_byte", f"{ON_CONTRACT}::test_every_row_domain"],
+        [f"{ON_CONTRACT}::test_fractions_below_normal_values_are_rounded"],
     ),
     Fault(
         "reference-draw-one-too-large",
@@ -104,5 +109,61 @@ FAULTS = [
         "end += (call.rng_state,)",
         "end += (None,)",
         [f"{ON_CONTRACT}::test_compiled"],
+    ),
+    Fault(
+        "backward-reference-slope",
+        REFERENCE,
+        "slope = sigmoid * (1 + argument * torch.sigmoid(-argument))",
+        "slope = sigmoid * (1 + bounded_gate * torch.sigmoid(-argument))",
+        [f"{ON_BACKWARD}::test_they_are_the_gradients_of_torch"],
+    ),
+    Fault(
+        "backward-reference-infinite-gates",
+        REFERENCE,
+        "(prologue.alpha * bounded_gate).clamp(-MAX_ARGUMENT, MAX_ARGUMENT)",
+        "prologue.alpha * bounded_gate",
+        [f"{ON_BACKWARD}::test_special_values"],
+    ),
+    Fault(
+        "backward-reference-ups-below-their-bound",
+        REFERENCE,
+        "masked_fill(up.abs() > limit, 0.0)",
+        "masked_fill(up > limit, 0.0)",
+        [f"{ON_BACKWARD}::test_they_are_the_gradients_of_torch"],
+    ),
+    Fault(
+        "backward-kernel-ups-below-their-bound",
+        BACKWARD,
+        "clear_beyond(of_ups, rU, activation.bound, both_sides=True)",
+        "clear_beyond(of_ups, rU, activation.bound, both_sides=False)",
+        [f"{ON_BACKWARD_KERNEL}::test_variants"],
+    ),
+    Fault(
+        "backward-kernel-beta-of-rows-that-do-not-exist",
+        BACKWARD,
+        "beta = activation.beta if row.exists else Float32(0.0)",
+        "beta = activation.beta",
+        [f"{ON_BACKWARD_KERNEL}::test_variants"],
+    ),
+    Fault(
+        "backward-kernel-infinite-gates",
+        BACKWARD,
+        "argument = arithmetic.maximum(argument, Float32(-LARGEST_ARGUMENT))",
+        "argument = argument",
+        [f"{ON_BACKWARD_KERNEL}::test_variants"],
+    ),
+    Fault(
+        "backward-gates-and-ups-share-a-vector",
+        PLAN,
+        "ragged=(prologue.part or k) % launch.tile.values_per_thread != 0,",
+        "ragged=k % launch.tile.values_per_thread != 0,",
+        [f"{ON_BACKWARD_KERNEL}::test_variants"],
+    ),
+    Fault(
+        "backward-alignment-of-the-gradient",
+        PLAN,
+        "load_bytes = alignment(grad.data_ptr(), view, grad.element_size(), LOAD_BYTES)",
+        "load_bytes = LOAD_BYTES",
+        [f"{ON_BACKWARD_KERNEL}::test_variants"],
     ),
 ]
