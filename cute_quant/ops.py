@@ -11,6 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from cute_quant.contract import checks
 from cute_quant.contract.blocks import check_block_format, stored_once
 from cute_quant.contract.calls import Call
+from cute_quant.contract.columns import ColumnCall, Output
 from cute_quant.contract.dtypes import INPUT_DTYPES, describe
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90, Format
 from cute_quant.contract.prologues import (
@@ -21,7 +22,7 @@ from cute_quant.contract.prologues import (
 )
 from cute_quant.contract.reader_checks import Finding, Quantized, check_arguments, findings
 from cute_quant.contract.readers import READERS
-from cute_quant.contract.rows import Rows
+from cute_quant.contract.rows import PrefixSum, Rows
 from cute_quant.contract.scale_conversion import Conversion
 from cute_quant.contract.tensors import check_tensor
 from cute_quant.contract.torch_private import (
@@ -31,8 +32,9 @@ from cute_quant.contract.torch_private import (
     outside_of_graphs,
 )
 from cute_quant.contract.upper_scales import make_upper_scale
-from cute_quant.dispatch import block_ops, launch, torch_ops
+from cute_quant.dispatch import block_ops, column_ops, launch, torch_ops
 from cute_quant.dispatch import blocks as block_launches
+from cute_quant.dispatch import columns as column_launches
 from cute_quant.dispatch import convert_scales as conversions
 from cute_quant.dispatch import tensor_amax as amaxes
 from cute_quant.dispatch.launch import Launch
@@ -606,6 +608,111 @@ def requantize_blocks(
     return run(w8, w_sf, fmt, upper, outputs.q, outputs.sf)
 
 
+def quantize_columns(
+    x: torch.Tensor,
+    fmt: Format,
+    *,
+    transposed: bool = False,
+    rows: PrefixSum | None = None,
+    check: bool = False,
+    out: Out | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize columns in groups of rows that share a scale, as weight gradients are computed with.
+
+    A group is ``fmt.group_size`` rows, 32 or 128, of one column. The result is that of
+    ``quantize(x.mT, fmt)``, the same bits of values and scales in other places: x is not
+    transposed before, and read once. On a GPU this is one kernel, as of :func:`quantize`.
+
+    Args:
+        x: (..., mn, k), bfloat16, float16 or float32, contiguous along k, with strides as for
+            :func:`quantize`. mn need not be a multiple of the group size: the last group may be
+            short.
+        fmt: the format of the rows of the transpose: 8-bit values, and scales that are float32 and
+            MN-major in groups of 32 or 128, or UE8M0 in groups of 32, packed and MN-major or in
+            blocks of 128x4.
+        transposed: whether q is the transpose too, as GEMMs read it that want both operands
+            contiguous along the dimension that they sum over.
+        rows: None, or a :class:`PrefixSum` of experts stacked along M, for x of shape (M, k). Its
+            `alignment` is a multiple of the group size, of 128 where four scales share a word or a
+            block's row, so that none of these has rows of two experts. Rows that do not exist get
+            values 0, and count as zeros in the group of an expert's last rows. A group without
+            rows gets scales 0.
+        check: whether to read the ends of `rows`, which synchronizes, and raise on those out of
+            range. Otherwise they are clamped.
+        out: q and sf to write into, each of them None to have it allocated: `q` with the shape of
+            the result, any strides that do not overlap and rows that are contiguous, `sf`
+            contiguous, both in memory of their own.
+
+    Returns:
+        q: that of `out`, or (..., mn, k), or (..., k, mn) if it is `transposed`; ``fmt.values``,
+            contiguous.
+        sf: that of `out`, or a new one, contiguous, with a row for each group or word: float32
+            (..., ceil(mn / g), k), or int32 (..., ceil(mn / 128), k), where group j of a column is
+            byte j % 4 of word j / 4, the low one first, and bytes past the last group are 0. In
+            128x4 blocks it is that of :func:`quantize` for the transpose: (..., align(k, 128)
+            align(ceil(mn / 32), 4)).
+
+        DeepGEMM's k-grouped GEMMs read float32 and int32 scales on SM100 with q as x lies,
+        and float32 ones on SM90 with q transposed, of one expert; cuBLAS reads 128x4 blocks with
+        q transposed. ``dequantize(q, sf.mT, fmt)`` is the transpose of x again where q is
+        transposed and scales are MN-major.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    _check_input("quantize_columns", "x", x)
+    outputs = _outputs(out, fmt)
+    call = ColumnCall(x, Output(fmt, outputs.q, outputs.sf), transposed, rows)
+    return _run_columns(call, check).columns
+
+
+def quantize_both(
+    x: torch.Tensor,
+    fmt: Format,
+    column_fmt: Format,
+    *,
+    transposed: bool = False,
+    rows: PrefixSum | None = None,
+    check: bool = False,
+    out: Sequence[Out | None] | None = None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Quantize rows in groups along k, and columns in groups of rows, from one read of x.
+
+    FP8 training needs both of each activation and gradient: groups along k for the forward GEMM and
+    the gradient of the input, groups along rows for the gradient of the weight. Equal to the bit to
+    ``quantize(x, fmt, rows=rows)`` and
+    ``quantize_columns(x, column_fmt, transposed=transposed, rows=rows)``.
+
+    Args:
+        x: (..., mn, k), as for :func:`quantize_columns`.
+        fmt: of the rows, as for :func:`quantize`: 8-bit values in groups of 32 or 128, any layout.
+        column_fmt: of the columns, as for :func:`quantize_columns`.
+        transposed: whether the values of the columns are (..., k, mn).
+        rows: None or a :class:`PrefixSum`, as for :func:`quantize_columns`.
+        check: whether to read the ends of `rows`, which synchronizes, and raise on those out of
+            range.
+        out: memory for the two results, each a pair as `out` of :func:`quantize_columns` or None;
+            q of the rows has no more rows than x.
+
+    Returns:
+        The pair (q, sf) of the rows as :func:`quantize` returns it, and that of the columns.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    _check_input("quantize_both", "x", x)
+    if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
+        got = f"{len(out)} items" if isinstance(out, (tuple, list)) else describe(out)
+        raise TypeError(f"out: expected ((q, sf), (q, sf)), got {got}")
+    of_rows, of_columns = out or (None, None)
+    outputs, column_outputs = _outputs(of_rows, fmt), _outputs(of_columns, column_fmt)
+    along_k = Output(fmt, outputs.q, outputs.sf)
+    columns = Output(column_fmt, column_outputs.q, column_outputs.sf)
+    results = _run_columns(ColumnCall(x, columns, transposed, rows, along_k), check)
+    assert results.along_k is not None
+    return results.along_k, results.columns
+
+
 def convert_scales(
     sf: torch.Tensor,
     fmt: Format,
@@ -748,8 +855,8 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
         **kwargs: keyword arguments of `operation`.
         operation: :func:`quantize`, :func:`silu_mul_quantize`,
             :func:`silu_mul_backward_quantize`, :func:`rms_norm_quantize`, :func:`dequantize`,
-            :func:`fake_quantize`, :func:`quantize_blocks`, :func:`dequantize_blocks` or
-            :func:`requantize_blocks`.
+            :func:`fake_quantize`, :func:`quantize_blocks`, :func:`dequantize_blocks`,
+            :func:`requantize_blocks`, :func:`quantize_columns` or :func:`quantize_both`.
 
     Returns:
         The launch: a callable whose ``results`` are what `operation` returns.
@@ -768,6 +875,8 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
         quantize_blocks,
         dequantize_blocks,
         requantize_blocks,
+        quantize_columns,
+        quantize_both,
     )
     if not any(operation is function for function in operations):
         names = ", ".join(function.__name__ for function in operations)
@@ -867,12 +976,26 @@ def _run(call: Call, check: bool) -> tuple[torch.Tensor, ...]:
         tensors += [t for t in further if isinstance(t, torch.Tensor) and not is_fake(t)]
     if not any(map(_is_traced, tensors)):
         return launch.quantize(call, check=check, remember=not check)
+    _refuse_check(check)
+    return torch_ops.quantize(call)
+
+
+def _run_columns(call: ColumnCall, check: bool) -> column_launches.Results:
+    """Launch a call, or hand it to its operator."""
+    _check_bool("check", check)
+    if not _is_traced(call.x):
+        return column_launches.run(call, check=check)
+    _refuse_check(check)
+    return column_ops.run(call)
+
+
+def _refuse_check(check: bool) -> None:
+    """Refuse to check counts where a tracer sees the call."""
     if check:
         raise ValueError(
             "check: expected False under a tracer or dispatch mode, or with a tensor subclass, "
             "whose counts are not read"
         )
-    return torch_ops.quantize(call)
 
 
 class _Outputs(NamedTuple):

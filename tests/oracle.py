@@ -510,6 +510,50 @@ def quantize_blocks_into(w: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, fmt
     _store_scales(rows, np.ones(values.shape[:2], bool), None, sf, fmt)
 
 
+def quantize_columns_into(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    rows: PrefixSum | None = None,
+    transposed: bool = False,
+) -> None:
+    """Write what ``quantize_columns`` writes to `q` and to the storage of `sf`, on the CPU."""
+    if x.numel() == 0:
+        return
+    *leading, mn, k = x.shape
+    matrices, size = math.prod(leading), fmt.group_size
+    exists = live_rows(rows, None, matrices, mn, matrices * mn) >= 0
+    values = np.where(exists[..., None], to_array(x).reshape(matrices, mn, k), 0.0)
+    columns = np.ascontiguousarray(values.swapaxes(1, 2))
+    scales = scales_of(columns, fmt)
+    codes = np.where(exists[:, None], codes_of(columns, scales.floats, fmt), 0).astype(np.uint8)
+    codes = codes if transposed else np.ascontiguousarray(codes.swapaxes(1, 2))
+    q.view(torch.uint8).copy_(torch.from_numpy(codes).view(q.shape))
+
+    groups = scales.floats.shape[-1]
+    for matrix, group in np.ndindex(matrices, groups):
+        if not exists[matrix, group * size : (group + 1) * size].any():
+            scales.floats[matrix, :, group] = 0.0
+            if scales.codes is not None:
+                scales.codes[matrix, :, group] = 0
+    if fmt.scale_layout == "128x4":
+        _store_scales(scales, np.ones((matrices, k), bool), None, sf, fmt)
+        return
+    matrix, column, group = np.indices(scales.floats.shape)
+    storage = torch.empty(0, dtype=torch.uint8).set_(sf.untyped_storage()).numpy()
+    storage = storage[sf.storage_offset() * sf.element_size() :]
+    if fmt.scale_layout == "mn_major_packed":
+        words = -(-groups // 4)
+        storage[: 4 * matrices * words * k] = 0
+        storage[4 * ((matrix * words + group // 4) * k + column) + group % 4] = scales.codes
+        return
+    floats = scales.floats.astype(np.float32).view(np.uint32)
+    floats = np.where(np.isnan(scales.floats), FLOAT32_NAN, floats)
+    of_floats = storage[: 4 * matrices * groups * k].view(np.uint32)
+    of_floats[(matrix * groups + group) * k + column] = floats
+
+
 def products_of_blocks(
     q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtype, size: int
 ) -> torch.Tensor:

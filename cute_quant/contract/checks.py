@@ -507,7 +507,9 @@ def _check_range(name: str, t: torch.Tensor, lowest: int, highest: int) -> None:
         raise ValueError(f"{name}: expected {lowest} to {highest}, got {t[at].item()} at {at}")
 
 
-def check_values_out(q: torch.Tensor, fmt: Format, shape: ResultShape, *, exact: bool) -> None:
+def check_values_out(
+    q: torch.Tensor, fmt: Format, shape: ResultShape, *, exact: bool, name: str = "out q"
+) -> None:
     """Check shape and strides of a caller's `q`.
 
     Args:
@@ -515,6 +517,7 @@ def check_values_out(q: torch.Tensor, fmt: Format, shape: ResultShape, *, exact:
         fmt: the format of the result.
         shape: of the result.
         exact: whether it may have no more rows than the result.
+        name: of the argument.
     """
     columns = fmt.value_columns(shape.k)
     expected: Sequence[int] = (*shape.batch_shape, columns)
@@ -523,10 +526,10 @@ def check_values_out(q: torch.Tensor, fmt: Format, shape: ResultShape, *, exact:
     if not good or (exact and known(q.shape[-2] != shape.mn)):
         rows = shape.mn if exact else f"{shape.mn} or more"
         words = ", ".join(map(str, (*shape.batch_shape, rows, columns)))
-        raise ValueError(f"out q: expected shape ({words}), got {tuple(q.shape)}")
+        raise ValueError(f"{name}: expected shape ({words}), got {tuple(q.shape)}")
     if known(q.shape[-2] > MAX_SIZE):
-        raise ValueError(f"out q: expected up to {MAX_SIZE} rows, got {q.shape[-2]}")
-    check_disjoint_rows("out q", q)
+        raise ValueError(f"{name}: expected up to {MAX_SIZE} rows, got {q.shape[-2]}")
+    check_disjoint_rows(name, q)
 
 
 def check_scales_out(

@@ -594,12 +594,17 @@ def store_scales(
         fmt: the format.
         k: columns of the values.
     """
+    scale_storage.write(stored_scales(scales, fmt), written, sf, fmt, k)
+
+
+def stored_scales(scales: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return exponents or floats as they are stored, uint8 or float32."""
     if fmt.byte_scales:
-        scales = _scale_bytes(scales, fmt)
-    elif fmt.power_of_two:
+        return _scale_bytes(scales, fmt)
+    if fmt.power_of_two:
         # Exponent 0 is that of a row that does not exist: float32 scales are normal numbers.
-        scales = ue8m0_to_float32(scales).where(scales > 0, 0.0)
-    scale_storage.write(scales, written, sf, fmt, k)
+        return ue8m0_to_float32(scales).where(scales > 0, 0.0)
+    return scales
 
 
 def _scale_bytes(scales: torch.Tensor, fmt: Format) -> torch.Tensor:

@@ -19,10 +19,10 @@ from cute_quant.contract.torch_private import in_dual_level
 from cute_quant.contract.upper_scales import UpperScale
 from cute_quant.dispatch import launch
 from cute_quant.dispatch.plan import (
-    Function,
     View,
     alignment,
     choose_dequantize_spec,
+    compiled,
     matrix_view,
     missing_scale_rows,
     view_of_scales,
@@ -35,7 +35,6 @@ from cute_quant.kernels.config import (
     BlocksSpec,
     Domain,
     RequantizeSpec,
-    Spec,
 )
 
 
@@ -107,7 +106,7 @@ def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtyp
             None,
             matrix_view(y, batched=True).of(y),
         )
-        launch.run(_function(spec, arch), operands, [y])
+        launch.run(compiled(spec, arch), operands, [y])
     return y
 
 
@@ -124,7 +123,7 @@ def _launch_blocks(
         view_of_scales(sf, 2 if blocks.stored_once(fmt) else fmt.scale_dims).of(sf),
     )
     missing_rows = 0 if blocks.stored_once(fmt) else missing_scale_rows(sf, fmt)
-    launch.run(_function(spec, arch), (*operands, missing_rows, fmt.floor), [q, sf])
+    launch.run(compiled(spec, arch), (*operands, missing_rows, fmt.floor), [q, sf])
 
 
 def _launch_groups(
@@ -154,7 +153,7 @@ def _launch_groups(
         None,
     )
     numbers = missing_scale_rows(sf, fmt), 1, 1, fmt.floor
-    launch.run(_function(spec, arch), (*operands, *numbers), [q, sf])
+    launch.run(compiled(spec, arch), (*operands, *numbers), [q, sf])
 
 
 def choose_spec(w: torch.Tensor, fmt: Format, q: torch.Tensor, arch: str) -> BlocksSpec:
@@ -199,20 +198,6 @@ def choose_requantize_spec(
     )
     domain, pdl = Domain(batched=True), architectures.named(arch).pdl
     return RequantizeSpec(w8.dtype, fmt.kernel_format, tile, domain, access, upper, pdl)
-
-
-def _function(spec: Spec, arch: str) -> Function:
-    """Return a compiled kernel.
-
-    Raises:
-        RuntimeError: the kernel is missing and cannot be compiled.
-    """
-    try:
-        return lookup.function(spec, arch)
-    except lookup.NotBuilt as error:
-        raise RuntimeError(
-            f"{error}: call the operation before, on tensors of the same dtype and alignment"
-        ) from None
 
 
 def _check_memory(tensors: dict[str, torch.Tensor | None]) -> None:

@@ -147,7 +147,7 @@ def bind(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Launch:
         results = operation(*args, **kwargs)
     finally:
         del _captures[thread]
-    tensors = results if isinstance(results, tuple) else (results,)
+    tensors = _tensors_of(results)
     # Without elements there is nothing to launch.
     expected = 0 if all(t.numel() == 0 for t in tensors) else 1
     if len(captured) > 1 or len(captured) < expected or any(map(is_fake, tensors)):
@@ -159,6 +159,13 @@ def bind(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Launch:
     if not captured:
         return Launch(results, functools.partial(_nothing), [])
     return Launch(results, captured[0].function, captured[0].written)
+
+
+def _tensors_of(results: Any) -> list[torch.Tensor]:
+    """Return the tensors of results, which may be pairs."""
+    if not isinstance(results, tuple):
+        return [results]
+    return [t for result in results for t in _tensors_of(result)]
 
 
 def _nothing() -> None:

@@ -396,6 +396,20 @@ def choose_dequantize_spec(
     return DequantizeSpec(fmt.kernel_format, y.dtype, tile, access, kind, pdl=pdl)
 
 
+def compiled(spec: Spec, arch: str) -> Function:
+    """Return a compiled kernel.
+
+    Raises:
+        RuntimeError: the kernel is missing and cannot be compiled.
+    """
+    try:
+        return lookup.function(spec, arch)
+    except lookup.NotBuilt as error:
+        raise RuntimeError(
+            f"{error}: call the operation before, on tensors of the same dtype and alignment"
+        ) from None
+
+
 def view_of_scales(sf: torch.Tensor, inner: int) -> View:
     """Return the view of scales with one batch dimension before the `inner` last ones."""
     batch, stride = flat_batch("sf", sf.shape, sf.stride(), inner)

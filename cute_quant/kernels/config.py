@@ -452,8 +452,35 @@ class RequantizeSpec(NamedTuple):
     kernel: str = "requantize.Requantize"
 
 
+class ColumnsSpec(NamedTuple):
+    """Choices of `kernels.columns.Columns`.
+
+    Attributes:
+        dtype: of x.
+        fmt: of the results of groups along rows.
+        values_per_thread: of a row of x, contiguous, that a thread holds.
+        access: to x, and to the values of groups along k.
+        q_access: to the values of groups along rows.
+        transposed: whether these are the transpose.
+        row_fmt: of the results of groups along k, None without.
+        kind: of the rows, as `cute_quant.contract.rows` names it: dense or a prefix sum.
+        pdl: as of a `QuantizeSpec`.
+    """
+
+    dtype: torch.dtype
+    fmt: Format
+    values_per_thread: int
+    access: Access
+    q_access: Access
+    transposed: bool = False
+    row_fmt: Format | None = None
+    kind: str = DENSE
+    pdl: bool = True
+    kernel: str = "columns.Columns"
+
+
 BLOCK_TILE = 128
-"""Rows, and columns, of the weights that a CTA of `kernels.blocks.Blocks` has."""
+"""Rows, and columns, that a CTA of `kernels.blocks.Blocks` and `kernels.columns.Columns` has."""
 BLOCK_WARPS = 8
 """Its warps."""
 
@@ -485,7 +512,15 @@ CONVERT_ROWS = 4
 
 
 QuantizerSpec = QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec | RmsNormSpec
-Spec = QuantizerSpec | DequantizeSpec | AmaxSpec | BlocksSpec | RequantizeSpec | ConvertSpec
+Spec = (
+    QuantizerSpec
+    | DequantizeSpec
+    | AmaxSpec
+    | BlocksSpec
+    | RequantizeSpec
+    | ColumnsSpec
+    | ConvertSpec
+)
 
 
 def launched_on(spec: Spec, arch: str) -> Spec:

@@ -146,6 +146,34 @@ def multiply_power_of_two(rX: cute.Tensor, multiplier: Float32) -> cute.Tensor:
 
 
 @cute.jit
+def multiply_columns(
+    rX: cute.Tensor, multipliers: cute.Tensor, power_of_two: cutlass.Constexpr[bool]
+) -> cute.Tensor:
+    """Return the products of values and multipliers of their own as float32, (values,).
+
+    Powers of two are taken as `multiply_power_of_two` does.
+    """
+    if const_expr(not power_of_two or rX.element_type is not BFloat16):
+        rY = widen(rX)
+        rY.store(rY.load() * multipliers.load())
+        return rY
+    bits = cute.recast_tensor(multipliers, Uint32)
+    if const_expr(ptx.target().mixed_fma):
+        rY = cute.make_rmem_tensor(rX.shape, Float32)
+        halves = cute.recast_tensor(rX, Uint16)
+        for i in cutlass.range_constexpr(cute.size(rX)):
+            rY[i] = ptx.mul_bf16_to_f32(halves[i], Uint16(bits[i] >> 16))
+        return rY
+    rY = cute.make_rmem_tensor_like(rX)
+    pairs, products = cute.recast_tensor(rX, Uint32), cute.recast_tensor(rY, Uint32)
+    for i in cutlass.range_constexpr(cute.size(pairs)):
+        # The low half of a NaN is not 0.
+        factors = bits[2 * i + 1] & Uint32(0xFFFF0000) | bits[2 * i] >> 16
+        products[i] = ptx.mul_bf16x2(pairs[i], factors)
+    return widen(rY)
+
+
+@cute.jit
 def encode(rX: cute.Tensor, dtype: cutlass.Constexpr[type]) -> cute.Tensor:
     """Return float32 values in a dtype, rounded to nearest even and saturated.
 
@@ -225,6 +253,14 @@ def clear_unless(predicate: Boolean, rQ: cute.Tensor):
     words = cute.recast_tensor(rQ, Uint32)
     for i in cutlass.range_constexpr(cute.size(words)):
         words[i] = words[i] if predicate else Uint32(0)
+
+
+@cute.jit
+def clear_bytes(masks: list[Uint32], rQ: cute.Tensor):
+    """Make bytes, (values,), of a thread 0 where the bits of masks, one for each word, are."""
+    words = cute.recast_tensor(rQ, Uint32)
+    for i in cutlass.range_constexpr(cute.size(words)):
+        words[i] = words[i] & masks[i]
 
 
 @cute.jit

@@ -99,6 +99,26 @@ def in_a_group_of_lane(
 
 
 @cute.jit
+def end_of_rows_from(
+    mEnds: cute.Tensor,  # (groups,)
+    alignment: Int32,
+    mn: Uint32,
+    first: Uint32,
+) -> Uint32:
+    """Return the end of the rows that exist from a row on, 0 if that one does not.
+
+    The row is one that a group may start at, the same for all lanes of a warp, which look at a
+    group each. The end is that of rows up to the next such row.
+    """
+    found = Uint32(0)
+    for base in range(0, mEnds.shape[0], LANES):
+        start, end = span_of(mEnds, alignment, mn, base + cute.arch.lane_idx())
+        if start <= first and first < end:
+            found = cutlass.max(found, end)
+    return cute.arch.warp_reduction(found, cutlass.max)
+
+
+@cute.jit
 def groups_of(
     mEnds: cute.Tensor,  # (groups,)
     alignment: Int32,

@@ -108,6 +108,37 @@ def group_amax(
     return result
 
 
+def column_amaxes(rows: list[cute.Tensor]) -> list[Uint32]:
+    """Return the largest magnitude of each of a thread's columns, of rows (values,).
+
+    The bits of a float32, or of a pair of halves, for each register of a row.
+    """
+    dtype = rows[0].element_type
+    words = [cute.recast_tensor(rX, Uint32) for rX in rows]
+    single = dtype is Float32
+    mask = Uint32(MAGNITUDE_MASK if single else MAGNITUDE_MASK_X2)
+    amaxes = []
+    for i in range(cute.size(words[0])):
+        values = [row[i] for row in words]
+        result = values[0]
+        if single and ptx.target().three_input_max:
+            for j in range(1, len(values), 2):
+                last = values[min(j + 1, len(values) - 1)]
+                result = ptx.max_magnitude_of_3(result, values[j], last)
+        else:
+            for value in values[1:]:
+                result = ptx.max_magnitude(result, value, dtype)
+        amaxes.append(result & mask)
+    return amaxes
+
+
+def amax_of_half(bits: Uint16, dtype: type[cutlass.Numeric]) -> Uint32:
+    """Return the magnitude of a half as `group_scale` takes it."""
+    if dtype is Float16:
+        return Float32(bits.bitcast(Float16)).bitcast(Uint32)
+    return Uint32(bits) << 16
+
+
 @cute.jit
 def is_finite(amax: Uint32) -> Boolean:
     """Return whether the group of this amax holds neither NaN nor Inf."""

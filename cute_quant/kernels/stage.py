@@ -450,6 +450,32 @@ class Stage:
                 byte, _ = layout((Int32(row), group))
             store_scale(scale, scales.start + Int64(self.index(element)), byte)
 
+    @cute.jit
+    def store_scale_of_row(
+        self,
+        scales: Scales,
+        scale: Uint32 | Float32,
+        row: Uint32,
+        row_exists: Boolean,
+        group: Int32,
+        k: Int32,
+    ):
+        """Store the scale of one group, by a thread that need not hold any of it.
+
+        It is 0 in the padding past rows and groups.
+        """
+        fmt = self.fmt
+        groups = cute.ceil_div(k, fmt.group_size)
+        layout = layouts.scales(fmt, Int32(scales.rows), scales.groups)
+        coordinate = (Int32 if const_expr(fmt.mn_major or fmt.blocked) else Int64)(row), group
+        byte, element = layout(coordinate)
+        predicate = row < scales.rows and group < cute.round_up(groups, fmt.groups_per_unit)
+        if const_expr(fmt.mn_major):
+            predicate = predicate and layouts.unsigned(element) < scales.elements
+        if predicate:
+            scale = scale if row_exists and group < groups else type(scale)(0)
+            store_scale(scale, scales.start + Int64(self.index(element)), byte)
+
     def index(self, element: Int32 | Int64) -> Uint32 | Int64:
         """Return the index of an element of a matrix's scales; 32 bits hold all but row-major."""
         narrow = self.fmt.mn_major or self.fmt.blocked

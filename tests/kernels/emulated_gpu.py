@@ -15,14 +15,16 @@ from unittest import mock
 import torch
 
 from cute_quant.contract.calls import Call
+from cute_quant.contract.columns import ColumnCall
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import Prologue
 from cute_quant.contract.rows import Rows
 from cute_quant.contract.upper_scales import UpperScale
-from cute_quant.dispatch import blocks, launch, plan
+from cute_quant.dispatch import blocks, columns, launch, plan
 from cute_quant.emulator import EmulatedKernel
 from cute_quant.jit import lookup
 from cute_quant.kernels import blocks as block_kernels
+from cute_quant.kernels import columns as column_kernels
 from cute_quant.kernels import dequantize, heuristics, scheduler
 from cute_quant.kernels.config import Spec
 
@@ -169,6 +171,11 @@ class Gpu:
         with self.present([q, sf], options):
             return blocks.dequantize(q.as_subclass(OnGpu), sf, fmt, dtype)
 
+    def quantize_columns(self, call: ColumnCall, **options: Any) -> columns.Results:
+        """``cute_quant.quantize_columns``, or ``quantize_both``."""
+        with self._present(list(call.reads.values()), options):
+            return columns.run(call._replace(x=call.x.as_subclass(OnGpu)))
+
     @contextlib.contextmanager
     def present(self, reads: list[torch.Tensor | None], options: dict[str, Any]) -> Iterator[None]:
         """Put the emulated GPU in place; only the memory of `reads` holds values."""
@@ -199,6 +206,7 @@ class Gpu:
             mock.patch.multiple(scheduler, **limits),
             mock.patch.multiple(dequantize, **limits),
             mock.patch.multiple(block_kernels, **limits),
+            mock.patch.multiple(column_kernels, **limits),
             mock.patch.object(
                 plan,
                 "_launch_shape",
