@@ -18,6 +18,7 @@ from tests.mutants import (
     dispatch_faults,
     jit_faults,
     kernels_faults,
+    nn_faults,
     scales_faults,
     stochastic_faults,
 )
@@ -29,5 +30,6 @@ FAULTS = [
     *block_faults.FAULTS,
     *scales_faults.FAULTS,
     *stochastic_faults.FAULTS,
+    *nn_faults.FAULTS,
     *jit_faults.FAULTS,
 ]

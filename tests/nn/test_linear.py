@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cute_quant as cq
 from cute_quant.nn import SM90, SM100, Fp8GroupedLinear, Fp8Linear, Recipe
+from cute_quant.nn.rows import group_sizes
 
 BF16 = torch.bfloat16
 NOISE = 0.06
@@ -250,6 +251,27 @@ def test_groups(counts, recipe, device):
         assert actual.dtype is BF16 and relative_error(actual, wanted) < NOISE
     for group, count in enumerate(counts):
         assert bool(layer.weight.grad[group].any()) == (count > 0)
+
+
+@every_recipe
+def test_groups_that_are_frozen(recipe, device):
+    """Without a gradient of the weight rows alone are quantized, those that exist."""
+    layer = Fp8GroupedLinear(2, 64, 32, device=device, recipe=on(device, recipe))
+    layer.weight.requires_grad_(False)
+    ends = torch.tensor([100, 128], dtype=torch.int32, device=device)
+    x = activations(256, 64, device=device)
+    x[100:] = torch.nan
+    x.requires_grad_()
+    y = layer(x, ends)
+    assert y.isfinite().all() and not y[100:].any()
+    y.backward(torch.full_like(y, torch.nan).index_fill(0, torch.arange(100, device=device), 1.0))
+    assert layer.weight.grad is None and x.grad.isfinite().all() and x.grad[:100].any()
+
+
+def test_sizes_of_groups():
+    """With padding; ends are clamped to the rows, and to what comes before."""
+    ends = torch.tensor([5, 0, 128, 130, 400, 10**6, -1], dtype=torch.int32)
+    assert group_sizes(cq.PrefixSum(ends), 512) == [128, 0, 0, 128, 256, 0, 0]
 
 
 def test_groups_under_autocast_and_checkpointing(device):
