@@ -38,11 +38,11 @@ class Case(NamedTuple):
     makers: Mapping[str, Callable[[], Run]]
 
 
-def streaming(words_in: int, words_out: int, threads: int) -> Run:
-    """Return a call of the ceiling."""
-    spec = stream.Stream(True, 1, 1, words_in, words_out)
+def streaming(words_in: int, words_out: int, threads: int, loads: int = 1) -> Run:
+    """Return a call of the ceiling, whose threads load `words_in` so many times."""
+    spec = stream.Stream(True, loads, 1, words_in, words_out)
     function = stream.function(spec, lookup.architecture(torch.cuda.current_device()))
-    x = torch.randint(2**31 - 1, (threads * words_in,), dtype=torch.int32, device=DEVICE)
+    x = torch.randint(2**31 - 1, (loads * threads * words_in,), dtype=torch.int32, device=DEVICE)
     y = torch.full((threads * words_out,), -1, dtype=torch.int32, device=DEVICE)
     function(x, y)
     if not torch.equal(y[None], stream.expected(spec, x)):

@@ -13,7 +13,7 @@ import torch
 
 from cute_quant.contract.rows import PrefixSum
 from cute_quant.nn.recipes import Recipe
-from cute_quant.nn.rows import group_sizes, groups_of_rows
+from cute_quant.nn.rows import GROUP_ALIGNMENT, group_sizes, groups_of_rows
 from cute_quant.ops import dequantize, dequantize_blocks
 
 Fp8 = tuple[torch.Tensor, torch.Tensor]
@@ -85,17 +85,22 @@ def grouped_weight_gradient(grad: Fp8, x: Fp8, rows: PrefixSum, recipe: Recipe) 
         a8, b8 = (_stacked(t, sizes) for t in (grad, x))
         deep_gemm.k_grouped_fp8_gemm_nt_contiguous(a8, b8, d, sizes, layout, **choices)
     else:
-        deep_gemm.k_grouped_fp8_gemm_tn_contiguous(grad, x, d, sizes, layout, **choices)
+        total = sum(sizes)
+        a8, b8 = ((q[:total], sf[: total // GROUP_ALIGNMENT]) for q, sf in (grad, x))
+        deep_gemm.k_grouped_fp8_gemm_tn_contiguous(a8, b8, d, sizes, layout, **choices)
     return d
 
 
 def _stacked(columns: Fp8, sizes: list[int]) -> Fp8:
-    """Return transposed columns (n, M) as DeepGEMM has them: those of each group contiguous."""
+    """Return transposed columns (n, M) as DeepGEMM has them: those of each group contiguous.
+
+    A group of rows with one scale is as large as what sizes are multiples of.
+    """
     q, sf = columns
     # As bytes: torch concatenates no float8 on every device.
     parts = q.view(torch.uint8)[:, : sum(sizes)].split(sizes, 1)
     stacked = torch.cat([part.reshape(-1) for part in parts]).view(q.dtype)
-    return stacked, sf.mT
+    return stacked, sf[: sum(sizes) // GROUP_ALIGNMENT].mT
 
 
 def _rows(a: Fp8, recipe: Recipe) -> torch.Tensor:
