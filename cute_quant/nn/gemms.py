@@ -25,7 +25,7 @@ def product(a: Fp8, weight: Fp8, recipe: Recipe) -> torch.Tensor:
     d = a[0].new_empty((a[0].shape[0], weight[0].shape[0]), dtype=torch.bfloat16)
     deep_gemm = _deep_gemm(d.device)
     if deep_gemm is None:
-        return d.copy_(_rows(a, recipe) @ _blocks(weight, recipe).mT)
+        return d.copy_(_multiply(_rows(a, recipe), _blocks(weight, recipe)))
     deep_gemm.fp8_gemm_nt(a, weight, d)
     return d
 
@@ -35,7 +35,7 @@ def weight_gradient(grad: Fp8, x: Fp8, recipe: Recipe) -> torch.Tensor:
     d = grad[0].new_zeros((grad[0].shape[0], x[0].shape[0]), dtype=torch.float32)
     deep_gemm = _deep_gemm(d.device)
     if deep_gemm is None:
-        return torch.mm(_columns(grad, recipe), _columns(x, recipe).mT, out=d)
+        return d.copy_(_multiply(_columns(grad, recipe), _columns(x, recipe)))
     a, b = ((q, sf.mT) for q, sf in (grad, x))
     deep_gemm.fp8_gemm_nt(a, b, d, c=d, recipe=(1, 1, recipe.column_fmt.group_size))
     return d
@@ -55,7 +55,7 @@ def grouped_product(a: Fp8, weights: Fp8, rows: PrefixSum, recipe: Recipe) -> to
     x, w = _rows(a, recipe), _blocks(weights, recipe)
     for i, matrix in enumerate(w):
         here = (group == i).nonzero().squeeze(1)
-        d[here] = (x[here] @ matrix.mT).to(d.dtype)
+        d[here] = _multiply(x[here], matrix).to(d.dtype)
     return d
 
 
@@ -76,7 +76,8 @@ def grouped_weight_gradient(grad: Fp8, x: Fp8, rows: PrefixSum, recipe: Recipe) 
         a, b = (_columns(t, recipe, transposed=recipe.transposed_groups) for t in (grad, x))
         start = 0
         for i, size in enumerate(sizes):
-            torch.mm(a[:, start : start + size], b[:, start : start + size].mT, out=d[i])
+            of_group = slice(start, start + size)
+            d[i] = _multiply(a[:, of_group], b[:, of_group])
             start += size
         return d
     layout = torch.tensor(sizes, dtype=torch.int32).to(d.device, non_blocking=True)
@@ -101,6 +102,12 @@ def _stacked(columns: Fp8, sizes: list[int]) -> Fp8:
     parts = q.view(torch.uint8)[:, : sum(sizes)].split(sizes, 1)
     stacked = torch.cat([part.reshape(-1) for part in parts]).view(q.dtype)
     return stacked, sf[: sum(sizes) // GROUP_ALIGNMENT].mT
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return float32 `a` times the transpose of `b`, which autocast would round to its dtype."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.mT
 
 
 def _rows(a: Fp8, recipe: Recipe) -> torch.Tensor:

@@ -9,7 +9,13 @@ import torch
 
 from cute_quant.contract.rows import PrefixSum
 from cute_quant.nn import gemms
-from cute_quant.nn.linear import check_features, check_input, contiguous, refuse_second_derivative
+from cute_quant.nn.linear import (
+    check_features,
+    check_input,
+    contiguous,
+    output_dtype,
+    refuse_second_derivative,
+)
 from cute_quant.nn.recipes import Recipe, recipe_of
 from cute_quant.nn.rows import GROUP_ALIGNMENT
 from cute_quant.ops import quantize, quantize_blocks, quantize_both
@@ -77,27 +83,33 @@ class Fp8GroupedLinear(torch.nn.Module):
                 each group. They are clamped, and read on the device by the forward GEMM.
 
         Returns:
-            (M, out_features), in the dtype of `input`. Its gradient for rows of no group is not
-            used, and that of `input` is 0 there.
+            (M, out_features), in the dtype of `input`, or that of autocast. Its gradient for rows
+            of no group is not used, and that of `input` is 0 there.
 
         Raises:
             ValueError: a shape does not fit.
         """
-        x = check_input(input, self.in_features)
+        x = input
+        check_input(x, self.in_features)
         if x.ndim != 2 or len(x) % GROUP_ALIGNMENT or ends.shape != (self.groups,):
             raise ValueError(
                 f"input, ends: expected shapes (M, {self.in_features}) and ({self.groups},), M a "
                 f"multiple of {GROUP_ALIGNMENT}, got {tuple(x.shape)} and {tuple(ends.shape)}"
             )
         recipe = recipe_of(x.device) if self.recipe is None else self.recipe
-        y: torch.Tensor = _GroupedLinear.apply(x, self.weight, ends, recipe)
+        y: torch.Tensor = _GroupedLinear.apply(x, self.weight, ends, recipe, output_dtype(x))
         return y
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, recipe: Recipe
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        ends: torch.Tensor,
+        recipe: Recipe,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         of_x, of_weight, *_ = ctx.needs_input_grad
         ctx.recipe, ctx.dtypes = recipe, (x.dtype, weight.dtype)
@@ -105,7 +117,7 @@ class _GroupedLinear(torch.autograd.Function):
         of_rows, columns = _both(x, rows, recipe, with_columns=of_weight)
         ctx.save_for_backward(ends, weight if of_x else None, *columns)
         weights = quantize_blocks(weight, recipe.fmt)
-        return gemms.grouped_product(of_rows, weights, rows, recipe).to(x.dtype)
+        return gemms.grouped_product(of_rows, weights, rows, recipe).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -122,7 +134,7 @@ class _GroupedLinear(torch.autograd.Function):
             q, sf = columns
             of_weight = gemms.grouped_weight_gradient(grad_columns, (q, sf), rows, recipe)
             of_weight = of_weight.to(weight_dtype)
-        return of_x, of_weight, None, None
+        return of_x, of_weight, None, None, None
 
 
 def _both(

@@ -55,7 +55,9 @@ class Fp8Linear(torch.nn.Linear):
         self.recipe = recipe
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # its name in torch
-        """Return ``input @ weight.T + bias``, (..., out_features), in the dtype of `input`.
+        """Return ``input @ weight.T + bias``, (..., out_features).
+
+        It has the dtype of `input`, or that of autocast. What is quantized is `input` as it is.
 
         Args:
             input: (..., in_features), bfloat16, float16 or float32.
@@ -63,21 +65,24 @@ class Fp8Linear(torch.nn.Linear):
         Raises:
             ValueError: `input` has another number of features.
         """
-        x = check_input(input, self.in_features)
-        recipe = recipe_of(x.device) if self.recipe is None else self.recipe
-        y: torch.Tensor = _Linear.apply(x.reshape(-1, self.in_features), self.weight, recipe)
-        y = y.view(*x.shape[:-1], self.out_features)
+        check_input(input, self.in_features)
+        recipe = recipe_of(input.device) if self.recipe is None else self.recipe
+        x = input.reshape(-1, self.in_features)
+        y: torch.Tensor = _Linear.apply(x, self.weight, recipe, output_dtype(input))
+        y = y.view(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-        of_x, of_weight, _ = ctx.needs_input_grad
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, recipe: Recipe, dtype: torch.dtype
+    ) -> torch.Tensor:
+        of_x, of_weight, *_ = ctx.needs_input_grad
         ctx.recipe, ctx.dtypes = recipe, (x.dtype, weight.dtype)
         rows, columns = _both(x, recipe, with_columns=of_weight)
         ctx.save_for_backward(weight if of_x else None, *columns)
-        return gemms.product(rows, quantize_blocks(weight, recipe.fmt), recipe).to(x.dtype)
+        return gemms.product(rows, quantize_blocks(weight, recipe.fmt), recipe).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -93,7 +98,7 @@ class _Linear(torch.autograd.Function):
         if columns:
             q, sf = columns
             of_weight = gemms.weight_gradient(grad_columns, (q, sf), recipe).to(weight_dtype)
-        return of_x, of_weight, None
+        return of_x, of_weight, None, None
 
 
 def _both(x: torch.Tensor, recipe: Recipe, *, with_columns: bool) -> tuple[Fp8, Any]:
@@ -136,13 +141,17 @@ def check_features(in_features: int, out_features: int) -> None:
             )
 
 
-def check_input(x: torch.Tensor, features: int) -> torch.Tensor:
-    """Return an input of so many features, in the dtype of autocast where it is enabled."""
+def check_input(x: torch.Tensor, features: int) -> None:
+    """Check that an input has so many features."""
     if x.shape[-1:] != (features,):
         raise ValueError(f"input: expected shape (..., {features}), got {tuple(x.shape)}")
+
+
+def output_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype of the output for an input: its own, or that of autocast."""
     if torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def refuse_second_derivative(layer: str) -> None:

@@ -41,8 +41,8 @@ FAULTS = [
     Fault(
         "linear-ignores-autocast",
         LINEAR,
-        "return x.to(torch.get_autocast_dtype(x.device.type))",
-        "return x",
+        "return torch.get_autocast_dtype(x.device.type)",
+        "return x.dtype",
         [f"{ON_LAYERS}::test_autocast"],
     ),
     Fault(
@@ -58,6 +58,13 @@ FAULTS = [
         "stop = align(max(min(end, m), start), GROUP_ALIGNMENT)",
         "stop = align(max(min(end, m), start + 1), GROUP_ALIGNMENT)",
         [f"{ON_LAYERS}::test_groups", f"{ON_LAYERS}::test_sizes_of_groups"],
+    ),
+    Fault(
+        "gemms-under-autocast",
+        GEMMS,
+        "with torch.autocast(a.device.type, enabled=False):",
+        "with torch.autocast(a.device.type, enabled=True):",
+        [f"{ON_LAYERS}::test_operands"],
     ),
     Fault(
         "gemms-gradient-of-rows-in-words",
