@@ -126,18 +126,16 @@ class CallRange(NamedTuple):
         bounded = whole_rows and self.operation != DEQUANTIZE
         most = MAX_NORM_COLUMNS if bounded else MAX_COLUMNS
         per_byte = self.fmt.value_type.per_byte
+        values = str(self.fmt)
         if self.operation == SILU_MUL_BACKWARD:
-            per_byte = 2  # columns of gates and ups
+            per_byte, values = 2, self.operation  # columns of gates and ups
         for k in self.k:
             if k > most:
                 raise ValueError(
                     f"k: expected at most {most} for {self.operation} to {self.fmt}, got {k}"
                 )
             if k % per_byte:
-                raise ValueError(
-                    f"k: expected multiples of {per_byte} for {self.operation} to {self.fmt}, "
-                    f"got {k}"
-                )
+                raise ValueError(f"k: expected multiples of {per_byte} for {values}, got {k}")
 
     @staticmethod
     def of(call: Call, result_dtype: torch.dtype, result_alignment: int) -> CallRange:
