@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from bench import environment
-from bench.cases import DEVICE, Case, Run, require, run, streaming
+from bench.cases import Case, Makers, Run, require, run, streaming
+from bench.ceiling import DEVICE, ELEMENTS
 from bench.masked import poison, random
 from bench.shapes import MAIN_COLUMN, positive_numbers
 from cute_quant import (
@@ -90,20 +91,20 @@ def in_torch(fmt: Format, m: int, k: int) -> Run:
 def cases(rows: tuple[int, ...], k: int) -> Iterator[Case]:
     """Yield a case for each operation, format and number of rows; scales are not counted."""
     for m in rows:
-        threads = m * k // 16
+        vectors = m * k // ELEMENTS
         for name, fmt in FORMATS.items():
             for stochastic in (False, True):
                 rounding = "stochastic" if stochastic else "nearest"
-                makers = {
+                makers: Makers = {
                     "cute_quant": functools.partial(quantizing, fmt, m, k, stochastic),
-                    "stream": functools.partial(streaming, 8, 4, threads),
+                    "stream": functools.partial(streaming, 8, 4, vectors),
                 }
                 yield Case(f"quantize {rounding} {name}", m, k, 3 * m * k, makers)
         for stochastic in (False, True):
             rounding = "stochastic" if stochastic else "nearest"
             makers = {
                 "cute_quant": functools.partial(differentiating, DEEP_GEMM_SM90, m, k, stochastic),
-                "stream": functools.partial(streaming, 4, 4, threads, loads=3),
+                "stream": functools.partial(streaming, 4, 4, vectors, loads=3),
             }
             if not stochastic:
                 makers["torch"] = functools.partial(in_torch, DEEP_GEMM_SM90, m, k)

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import torch
 
 from bench.stream import Stream
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, NVFP4
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, NVFP4, ROWWISE_INT8
 from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.jit.lookup import ARCHITECTURES
 from cute_quant.kernels import architectures
@@ -76,8 +76,11 @@ def reported() -> Iterator[tuple[str, int, QuantizerSpec | Stream]]:
     ):
         yield f"bf16 -> e4m3, ue8m0, {name}", 1, QuantizeSpec(bf16, packed, domain=domain)
     yield from fp4_reported()
-    whole_row = DEEP_GEMM_SM90.replace(group_size=-1, values=torch.int8)
-    yield "bf16 -> int8, float32 of whole rows", 1, QuantizeSpec(bf16, whole_row)
+    for max_warps, tiles, held in ((1, 2, True), (16, 2, True), (16, 4, True), (16, 1, False)):
+        tile = ONE_ROW._replace(tiles_per_thread=tiles, row_warps=4 if max_warps == 1 else 1)
+        shape = f"{max_warps} warps a row at most, tiles a thread: {tiles}"
+        name = f"bf16 -> int8, float32 of whole rows, {shape}" + ("" if held else ", read twice")
+        yield name, tiles, QuantizeSpec(bf16, ROWWISE_INT8, tile, max_warps=max_warps, held=held)
     for rows in (1, 2):
         spec = SiluMulSpec(bf16, packed, Tile(rows_per_thread=rows))
         yield f"SiLU * up, bf16 -> e4m3, ue8m0, rows a thread: {rows}", rows, spec

@@ -10,6 +10,7 @@ from torch.compiler import is_dynamo_compiling
 
 from cute_quant.contract import checks
 from cute_quant.contract.blocks import check_block_format, stored_once
+from cute_quant.contract.blocks import empty_scales as empty_block_scales
 from cute_quant.contract.calls import Call
 from cute_quant.contract.columns import ColumnCall, Output
 from cute_quant.contract.dtypes import INPUT_DTYPES, describe
@@ -20,7 +21,9 @@ from cute_quant.contract.prologues import (
     make_silu_mul,
     make_silu_mul_backward,
 )
-from cute_quant.contract.reader_checks import Finding, Quantized, check_arguments, findings
+from cute_quant.contract.reader_checks.arguments import check_arguments
+from cute_quant.contract.reader_checks.quantized import Finding, Quantized
+from cute_quant.contract.reader_checks.search import findings
 from cute_quant.contract.readers import READERS
 from cute_quant.contract.rows import PrefixSum, Rows
 from cute_quant.contract.scale_conversion import Conversion
@@ -105,7 +108,8 @@ def quantize(
             None to have it allocated. `q` has the leading
             dimensions of the result, any strides that do not overlap, and, unless rows are
             ``Masked``, may have more rows, which become 0. `sf` has the shape and strides of the
-            format; :func:`empty_scales` makes one. Padding rows of its last column become 0 as far
+            format; :func:`empty_scales` makes one. MN-major scales may also have columns without
+            padding rows, strides (..., 1, mn). Padding rows of its last column become 0 as far
             as its storage goes, so nothing else may live there. Memory that overlaps is refused,
             but not under ``torch.compile``, which cannot see it.
 
@@ -186,7 +190,9 @@ def silu_mul_quantize(
             ``quantize(F.silu(g) * u)``, or with an alpha that is not 1 to
             ``quantize(g * torch.sigmoid(alpha * g) * (u + beta))`` (except for a beta that the
             dtype does not have: on the CPU torch rounds it first); the product with a weight is
-            computed in float32, and rounded. On a GPU a sigmoid below 2^-126, of gates below -87,
+            computed in float32, and rounded. "vllm" rounds the product of activation and up alone,
+            as vLLM's ``silu_mul_quant_fp8_packed_triton`` does: all before it is float32, `clamp`
+            too. On a GPU a sigmoid below 2^-126, of gates below -87,
             may be 0.
         rows: which rows exist, as for :func:`quantize`.
         index: int32, (mn,) or (b, mn): rows of `gate_up`, as for :func:`quantize`.
@@ -198,7 +204,7 @@ def silu_mul_quantize(
 
     Returns:
         q, sf: as :func:`quantize` of the (..., mn, k) values returns them. A group in which a
-            result is NaN or beyond the largest float32, or in "unfused" beyond the largest of its
+            result is NaN or beyond the largest float32, or unless "fused" beyond the largest of its
             dtype, becomes NaN.
 
     Raises:
@@ -334,9 +340,13 @@ def rms_norm_quantize(
             and quantizes float32 values. "unfused" rounds the sum to x's dtype before it is
             normalized, and the result before it is quantized, as torch does: equal to
             ``quantize(F.rms_norm(x + residual, (k,), weight, eps))``, whose squares are float32.
+            "huggingface" rounds the sum, the row over its root mean square, and the product with
+            the weight, as LlamaRMSNorm of transformers does. "vllm" normalizes the float32 sum,
+            rounds the row to the weight's dtype, and the product to x's, as vLLM's ``rms_norm``,
+            ``fused_add_rms_norm`` and fused quantizers do. Both without `weight_offset`.
         normalized: whether to return the normalized rows too, or where to write them: a tensor as
-            `residual` has to be. They are of x's dtype: what is quantized in "unfused", that
-            rounded in "fused".
+            `residual` has to be. They are of x's dtype: what is quantized, in "fused" that
+            rounded.
         rows: which rows exist, as for :func:`quantize`, without `residual` and `normalized`.
         index: int32, (mn,) or (b, mn): rows of x, as for :func:`quantize`, without `residual` and
             `normalized`.
@@ -570,6 +580,7 @@ def requantize_blocks(
     encode_scale: torch.Tensor | None = None,
     decode_scale: torch.Tensor | None = None,
     amax: torch.Tensor | None = None,
+    check: bool = False,
     out: Out | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize the weights of an FP8 checkpoint anew, in another format.
@@ -580,15 +591,19 @@ def requantize_blocks(
     in a wider type.
 
     Args:
-        w8: (..., N, K), float8_e4m3fn, contiguous along k, with strides as for :func:`quantize`.
-        w_sf: float32, (..., ceil(N / 128), ceil(K / 128)), the scales of blocks of 128 x 128, which
-            checkpoints call ``weight_scale_inv``. Strides are free, as long as one of them walks
-            the leading dimensions.
+        w8: (..., N, K), float8_e4m3fn, with strides as for :func:`quantize_blocks`. For FP4 it is
+            contiguous along k, as its groups are.
+        w_sf: float32, the scales of blocks, which checkpoints call ``weight_scale_inv``:
+            (..., ceil(N / b), ceil(K / b)) for blocks of b x b, b being 128 or 32. Strides are
+            free, as long as one of them walks the leading dimensions.
         fmt: what the result looks like: for 8-bit values as for :func:`quantize_blocks`, for FP4 as
             for :func:`quantize`, without `row_scale`.
         encode_scale: as for :func:`quantize`.
         decode_scale: as for :func:`quantize`.
         amax: as for :func:`quantize`, of the products.
+        check: whether to read `w8`, `w_sf` and the scale over e4m3 scales, which synchronizes, and
+            raise on NaN among the values, on scales that are negative or not finite, on products
+            that are Inf, and on a scale that does not fit the products.
         out: as for :func:`quantize_blocks`.
 
     Returns:
@@ -602,10 +617,17 @@ def requantize_blocks(
     upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
     if upper is not None:
         _check_input("requantize_blocks", *upper)
+    _check_bool("check", check)
     outputs = _outputs(out, fmt)
-    traced = _is_traced(w8)
-    run = block_ops.requantize if traced else block_launches.requantize
-    return run(w8, w_sf, fmt, upper, outputs.q, outputs.sf)
+    call = w8, w_sf, fmt, upper, outputs.q, outputs.sf
+    if not _is_traced(w8):
+        return block_launches.requantize(*call, check=check)
+    if check:
+        raise ValueError(
+            "check: expected False under a tracer or dispatch mode, or with a tensor subclass, "
+            "whose values are not read"
+        )
+    return block_ops.requantize(*call)
 
 
 def quantize_columns(
@@ -856,7 +878,8 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
         operation: :func:`quantize`, :func:`silu_mul_quantize`,
             :func:`silu_mul_backward_quantize`, :func:`rms_norm_quantize`, :func:`dequantize`,
             :func:`fake_quantize`, :func:`quantize_blocks`, :func:`dequantize_blocks`,
-            :func:`requantize_blocks`, :func:`quantize_columns` or :func:`quantize_both`.
+            :func:`requantize_blocks`, :func:`quantize_columns`, :func:`quantize_both` or
+            :func:`convert_scales`.
 
     Returns:
         The launch: a callable whose ``results`` are what `operation` returns.
@@ -875,6 +898,7 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
         quantize_blocks,
         dequantize_blocks,
         requantize_blocks,
+        convert_scales,
         quantize_columns,
         quantize_both,
     )
@@ -885,25 +909,36 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
 
 
 def empty_scales(
-    fmt: Format, shape: Sequence[int], *, device: torch.device | str | None = None
+    fmt: Format,
+    shape: Sequence[int],
+    *,
+    blocks: bool = False,
+    device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """Return uninitialized memory for the scales of values, as `out` of an operation takes it.
 
     Args:
         fmt: the format of values and scales.
         shape: shape of the values, (..., mn, k).
+        blocks: whether they are scales of square blocks, as :func:`quantize_blocks` writes them.
         device: device of the scales, by default torch's.
 
     Returns:
         ``fmt.sf_dtype``, shape and strides as :class:`Format` says, in storage that holds all
-        padding.
+        padding; float32 scales of blocks as :func:`quantize_blocks` says.
 
     Raises:
-        TypeError: `fmt` is no Format, or `shape` is no sequence.
-        ValueError: `shape` has less than 2 dimensions, or too many columns.
+        TypeError: `fmt` is no Format, `shape` is no sequence, or `blocks` is no bool.
+        ValueError: `shape` has less than 2 dimensions, or too many columns, or there are no such
+            blocks.
     """
     checks.check_format(fmt)
-    return fmt.empty_scales(*checks.check_values_shape(shape), device)
+    _check_bool("blocks", blocks)
+    sizes = checks.check_values_shape(shape)
+    if blocks:
+        check_block_format(fmt)
+        return empty_block_scales(fmt, sizes, device)
+    return fmt.empty_scales(*sizes, device)
 
 
 def deep_gemm_format(device: torch.device | str | int | None = None) -> Format:

@@ -78,11 +78,17 @@ def assert_columns(
 
 
 def assert_rows(
-    given: tuple[torch.Tensor, ...], x: torch.Tensor, fmt: Format, rows: PrefixSum | None
+    given: tuple[torch.Tensor, ...],
+    x: torch.Tensor,
+    fmt: Format,
+    rows: PrefixSum | None,
+    last_padding: bool = True,
 ) -> None:
     """Check every byte of memory for the results of rows that a call wrote."""
     *leading, mn, k = x.shape
-    expected = poisoned_results(fmt, mn, k, "cpu", batch_shape=tuple(leading))
+    expected = poisoned_results(
+        fmt, mn, k, "cpu", last_padding=last_padding, batch_shape=tuple(leading)
+    )
     oracle.quantize_into(x, *expected, fmt, rows)
     assert_same_bits(given[0].cpu(), expected[0])
     assert torch.equal(storage_bits(given[1]), storage_bits(expected[1]))

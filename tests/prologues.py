@@ -135,6 +135,22 @@ def _silu_unfused(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, bet
     return in_order(*values)
 
 
+def _silu_vllm(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=0.0) -> Bounds:
+    """Compute in torch's operations on float32, and round the product."""
+    bounds = _silu_fused(gate_up, None, interleaved, clamp, alpha, beta)
+    gate, up = (t.float() for t in split_halves(gate_up, interleaved))
+    alpha, beta = torch.tensor(alpha).float(), torch.tensor(beta).float()
+    if clamp is not None:
+        limit = torch.tensor(clamp).float()
+        gate, up = torch.minimum(gate, limit), torch.maximum(torch.minimum(up, limit), -limit)
+    up = up + beta if beta else up
+    activation = functional.silu(gate) if alpha == 1 else gate * torch.sigmoid(alpha * gate)
+    values = [t.to(gate_up.dtype) for t in (activation * up, bounds.low, bounds.high)]
+    if weight is not None:
+        values = [(t.float() * weight.unsqueeze(-1)).to(t.dtype) for t in values]
+    return in_order(*values)
+
+
 def _norm_fused(total, weight, eps, offset) -> Bounds:
     """Normalize the float32 sum in numpy's long double.
 
@@ -170,6 +186,16 @@ def _norm_unfused(total, weight, eps, offset, dtype) -> Bounds:
     return in_order(*(t.to(dtype) for t in (values, bounds.low, bounds.high)))
 
 
+def _norm_of_rounded_rows(total, weight, eps, dtype, row_dtype) -> Bounds:
+    """Normalize float32 rows as Hugging Face and vLLM write it: rounded, times the weight."""
+    bounds = _norm_fused(total, torch.ones_like(weight), eps, 0.0)
+    eps = torch.tensor(eps).float()
+    rows = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
+    rows = rows.where(bounds.values.isfinite(), bounds.values)
+    rounded = [t.to(row_dtype).float() for t in (rows, bounds.low, bounds.high)]
+    return in_order(*((t * weight.float()).to(dtype) for t in rounded))
+
+
 def silu_bounds(
     gate_up: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -177,7 +203,8 @@ def silu_bounds(
     **options: object,
 ) -> Bounds:
     """Return the gated activation of (..., mn, 2 k), with the options of ``silu_mul_quantize``."""
-    return {"fused": _silu_fused, "unfused": _silu_unfused}[rounding](gate_up, weight, **options)
+    functions = {"fused": _silu_fused, "unfused": _silu_unfused, "vllm": _silu_vllm}
+    return functions[rounding](gate_up, weight, **options)
 
 
 def norm_bounds(
@@ -191,6 +218,10 @@ def norm_bounds(
     """Return the norm of the rows of `total`, (..., mn, k), float32, for an input of `dtype`."""
     if rounding == "fused":
         return _norm_fused(total, weight, eps, weight_offset)
+    if rounding == "huggingface":
+        return _norm_of_rounded_rows(total.to(dtype).float(), weight, eps, dtype, dtype)
+    if rounding == "vllm":
+        return _norm_of_rounded_rows(total, weight, eps, dtype, weight.dtype)
     return _norm_unfused(total, weight, eps, weight_offset, dtype)
 
 

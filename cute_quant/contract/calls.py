@@ -9,6 +9,7 @@ import torch
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import Prologue
 from cute_quant.contract.rows import Indexed, PrefixSum, Rows
+from cute_quant.contract.tensors import has_dense_columns
 from cute_quant.contract.upper_scales import UpperScale
 
 
@@ -61,6 +62,11 @@ class Call(NamedTuple):
             and self.upper.tensor.ndim == 1
             and self.upper.tensor.shape[0] != 1
         )
+
+    @property
+    def dense_scales(self) -> bool:
+        """Return whether the caller's MN-major scales have columns without padding rows."""
+        return self.sf is not None and self.fmt.mn_major and has_dense_columns(self.sf)
 
     @property
     def input_name(self) -> str:

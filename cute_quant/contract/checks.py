@@ -14,7 +14,14 @@ from cute_quant.contract.dtypes import INPUT_DTYPES, align, ceil_div, describe, 
 from cute_quant.contract.format_choices import IEEE, MAX_COLUMNS
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import MAX_NORM_COLUMNS, RmsNorm, SiluMul, SiluMulBackward
-from cute_quant.contract.rows import KINDS, Indexed, Masked, PrefixSum, Rows
+from cute_quant.contract.rows import (
+    KINDS,
+    Indexed,
+    Masked,
+    PrefixSum,
+    PrefixSumWithGaps,
+    Rows,
+)
 from cute_quant.contract.tensors import (
     MAX_SIZE,
     check_count,
@@ -59,7 +66,7 @@ def check_call(call: Call) -> ResultShape:
     _check_rows(call)
     shape = call.result_shape
     # The tiles of all experts are counted together.
-    whole_rows = isinstance(prologue, RmsNorm) or fmt.row_scale
+    whole_rows = isinstance(prologue, RmsNorm) or fmt.by_row
     tile_rows = 1 if whole_rows else MIN_TILE_ROWS
     tiles = ceil_div(shape.mn, tile_rows) if isinstance(call.rows, Masked) else 1
     counted = name if call.index is None else "index"
@@ -80,7 +87,7 @@ def check_call(call: Call) -> ResultShape:
         check_values_out(call.q, fmt, shape, exact=isinstance(call.rows, Masked))
     if call.sf is not None:
         check_written("out sf", call.sf, fmt.sf_dtype, x, name)
-        check_scales_out("out sf", call.sf, fmt.scale_shape(*shape), fmt.scale_strides(*shape))
+        check_call_scales(call.sf, fmt, shape)
     return shape
 
 
@@ -425,6 +432,10 @@ def _check_rows(call: Call) -> None:
         if index.ndim not in (1, 2):
             raise ValueError(f"index: expected 1 or 2 dimensions, got shape {tuple(index.shape)}")
         check_operand("index", index, x, input_name)
+        if isinstance(rows, PrefixSumWithGaps):
+            raise ValueError(
+                f"index: expected None for rows={type(rows).__name__}, got {describe(index)}"
+            )
         if known(index.shape[-1] > MAX_SIZE):
             raise ValueError(f"index: expected up to {MAX_SIZE} rows, got {index.shape[-1]}")
     if index is None:
@@ -532,14 +543,35 @@ def check_values_out(
     check_disjoint_rows(name, q)
 
 
+def check_call_scales(sf: torch.Tensor, fmt: Format, shape: ResultShape) -> None:
+    """Check shape and strides of a caller's scales, whose columns may have no padding rows."""
+    strides = [fmt.scale_strides(*shape)]
+    if fmt.mn_major:
+        strides.append(dense_column_strides(fmt, shape))
+    check_scales_out("out sf", sf, fmt.scale_shape(*shape), *strides)
+
+
+def dense_column_strides(fmt: Format, shape: ResultShape) -> tuple[int, ...]:
+    """Return the strides of MN-major scales whose columns have no padding rows."""
+    mn, columns = shape.mn, fmt.columns(shape.k)
+    matrix, strides = mn * columns, [mn, 1]
+    for size in reversed(shape.batch_shape):
+        strides.append(matrix)
+        matrix = matrix * size
+    return tuple(reversed(strides))
+
+
 def check_scales_out(
-    name: str, sf: torch.Tensor, shape: Sequence[int], strides: Sequence[int]
+    name: str, sf: torch.Tensor, shape: Sequence[int], *allowed: Sequence[int]
 ) -> None:
-    """Check shape and strides of a caller's memory for scales."""
+    """Check shape and strides of a caller's memory for scales; `allowed` are strides."""
     if not same_sizes(sf.shape, shape):
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(sf.shape)}")
-    if not known(sf.numel() == 0) and any(
-        known(size > 1) and known(actual != stride)
-        for size, actual, stride in zip(shape, sf.stride(), strides, strict=True)
-    ):
-        raise ValueError(f"{name}: expected strides {strides}, got {sf.stride()}")
+    if known(sf.numel() == 0):
+        return
+    for strides in allowed:
+        sizes = zip(shape, sf.stride(), strides, strict=True)
+        if not any(known(size > 1) and known(actual != stride) for size, actual, stride in sizes):
+            return
+    expected = " or ".join(map(str, dict.fromkeys(map(tuple, allowed))))
+    raise ValueError(f"{name}: expected strides {expected}, got {sf.stride()}")

@@ -47,7 +47,7 @@ lie between."""
 BLOCK_SIZES = (32, 128)
 """Rows, and columns, of a square block of weights."""
 SOURCE_BLOCK = 128
-"""Those of the blocks of FP8 checkpoints."""
+"""Those of the blocks of FP8 checkpoints, as most of them are."""
 SOURCE_DTYPE = torch.float8_e4m3fn
 """The dtype of their values."""
 
@@ -101,10 +101,13 @@ MIN_SCALES: dict[str, Callable[[float], float]] = {
     "vllm": lambda largest: VLLM_MIN_SCALE,
     "deepgemm": lambda largest: to_float32(1e-4) / largest,
     "sglang": lambda largest: to_float32(1e-10) / largest,
+    "vllm_fused": lambda largest: 1.0 / (512.0 * largest),
+    "torchao": lambda largest: to_float32(1e-12) / largest,
     "ocp": lambda largest: 0.0,
 }
 """Lower bounds of scales as libraries have them, computed from the largest value of the dtype.
-DeepGEMM and SGLang bound the amax, a float32, and divide it."""
+DeepGEMM, SGLang and torchao bound the amax, a float32, and divide it. vLLM's kernels for whole rows
+and its fused ones bound the scale."""
 
 NO_MIN_SCALE = "none"
 E4M3_MIN_SCALES = {NO_MIN_SCALE: 0.0, "deepgemm": 2.0**-9, "torchao": 2.0**-6}

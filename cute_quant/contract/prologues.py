@@ -15,8 +15,27 @@ from cute_quant.contract.format_choices import MAX_COLUMNS
 
 FUSED = "fused"
 UNFUSED = "unfused"
-ROUNDINGS = (FUSED, UNFUSED)
-"""Rounding points: once to float32, or to the input's dtype after each operation, as torch does."""
+VLLM = "vllm"
+HUGGINGFACE = "huggingface"
+SILU_ROUNDINGS = (FUSED, UNFUSED, VLLM)
+NORM_ROUNDINGS = (FUSED, UNFUSED, HUGGINGFACE, VLLM)
+"""Rounding points: once to float32, or to the input's dtype after each operation, as torch does, or
+where a library's kernels round to it."""
+
+
+def rounds_sum(rounding: str) -> bool:
+    """Return whether a sum with the residual is rounded before it is normalized."""
+    return rounding in (UNFUSED, HUGGINGFACE)
+
+
+def rounds_row(rounding: str, weight_dtype: torch.dtype) -> bool:
+    """Return whether a normalized row is rounded before it is multiplied with the weight.
+
+    vLLM rounds to the dtype of the weight, which for float32 leaves the row as it is.
+    """
+    narrow = weight_dtype is not torch.float32
+    return rounding == HUGGINGFACE or (rounding == VLLM and narrow)
+
 
 MAX_ALPHA = 2.0**100
 """Leaves room for its product with log2(e)."""
@@ -38,7 +57,7 @@ class SiluMul(NamedTuple):
         interleaved: whether gates and ups alternate in a row, rather than lie in its halves.
         clamp: upper bound of gates and bound of the magnitudes of ups, or None.
         alpha, beta: numbers of the formula.
-        rounding: one of ``ROUNDINGS``.
+        rounding: one of ``SILU_ROUNDINGS``.
         weight: a factor for each row of the result, float32, or None.
     """
 
@@ -154,7 +173,7 @@ class RmsNorm(NamedTuple):
         weight: (k,), a factor for each column.
         eps: added to the mean of squares.
         weight_offset: added to `weight`.
-        rounding: one of ``ROUNDINGS``.
+        rounding: one of ``NORM_ROUNDINGS``.
         residual: added to x, of its shape and dtype, or None.
         residual_out: receives the sum: `residual` itself if in place, None if there is none.
         normalized: receives the values that are quantized, of x's shape and dtype, or None.
@@ -247,11 +266,11 @@ def make_silu_mul(
 
     Raises:
         TypeError: an option has a wrong type.
-        ValueError: `rounding` is none of ``ROUNDINGS``, a number is not finite in float32, or
+        ValueError: there is no such `rounding`, a number is not finite in float32, or
             `clamp` is not above 0.
     """
     clamp, alpha, beta = _gated_numbers(interleaved, clamp, alpha, beta)
-    _check_rounding(rounding)
+    _check_rounding(rounding, SILU_ROUNDINGS)
     return SiluMul(interleaved, clamp, alpha, beta, rounding, weight)
 
 
@@ -299,14 +318,19 @@ def make_rms_norm(
 
     Raises:
         TypeError: an option has a wrong type.
-        ValueError: `rounding` is none of ``ROUNDINGS``, a number is not finite in float32, `eps` is
-            below 0, or there is no residual for `residual_out`.
+        ValueError: there is no such `rounding`, or it has no `weight_offset`, a number is not
+            finite in float32, `eps` is below 0, or there is no residual for `residual_out`.
     """
     given, eps = eps, _number("eps", eps)
     if given < 0:
         raise ValueError(f"eps: expected 0 or more, got {given!r}")
     weight_offset = _number("weight_offset", weight_offset)
-    _check_rounding(rounding)
+    _check_rounding(rounding, NORM_ROUNDINGS)
+    if rounding in (HUGGINGFACE, VLLM) and weight_offset != 0:
+        raise ValueError(
+            f"weight_offset: expected 0 with {rounding=!s}, got {weight_offset!r}: the norms that "
+            f"have an offset, Gemma's, round once, as {UNFUSED} does"
+        )
     if residual_out is None:
         residual_out = residual
     elif residual is None:
@@ -324,6 +348,6 @@ def _number(name: str, value: object) -> float:
     return to_float32(float(value))
 
 
-def _check_rounding(rounding: object) -> None:
-    if not isinstance(rounding, str) or rounding not in ROUNDINGS:
-        raise ValueError(f"rounding: expected one of {ROUNDINGS}, got {describe(rounding)}")
+def _check_rounding(rounding: object, known: tuple[str, ...]) -> None:
+    if not isinstance(rounding, str) or rounding not in known:
+        raise ValueError(f"rounding: expected one of {known}, got {describe(rounding)}")

@@ -7,7 +7,12 @@ from torch.nn.functional import pad
 
 from cute_quant.contract.formats import Format
 from cute_quant.contract.scale_layouts import blocks, in_memory
-from cute_quant.contract.tensors import flat_batch, last_column_rows, span
+from cute_quant.contract.tensors import (
+    flat_batch,
+    has_dense_columns,
+    last_column_rows,
+    span,
+)
 
 
 def view(sf: torch.Tensor, fmt: Format, mn: int, k: int) -> torch.Tensor:
@@ -64,7 +69,8 @@ def write(
     Args:
         scales: (batch, mn, groups), uint8 or float32.
         written: (batch, stored rows), bool.
-        sf: as :func:`view` takes it; MN-major scales have the format's own strides.
+        sf: as :func:`view` takes it; MN-major scales have the format's own strides, or columns
+            without padding.
         fmt: the format.
         k: columns of the values.
     """
@@ -72,7 +78,7 @@ def write(
     if batch == 0 or mn == 0 or groups == 0:
         return
     write_in_tensor(scales, written, sf, fmt, k)
-    if fmt.mn_major and fmt.scale_rows(mn) > mn:
+    if fmt.mn_major and fmt.scale_rows(mn) > mn and not has_dense_columns(sf):
         columns = fmt.columns(k)
         _clear_padding_rows(sf, written[:, mn:].repeat_interleave(columns, 0), mn)
 

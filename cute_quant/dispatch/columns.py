@@ -91,7 +91,8 @@ def _launch(call: ColumnCall, results: Results) -> None:
     alignment = 1 if call.rows is None else call.rows.alignment
     numbers = alignment, missing_rows, fmt.floor, row_floor
     spec = choose_spec(call, results, arch)
-    launch.run(compiled(spec, arch), (*operands, *numbers), written)
+    remedy = "call the operation before, on an x of the same dtype and alignment"
+    launch.run(compiled(spec, arch, lambda: remedy), (*operands, *numbers), written)
 
 
 def choose_spec(call: ColumnCall, results: Results, arch: str) -> ColumnsSpec:

@@ -484,7 +484,8 @@ def _quantize_by_reference(call: Call, *, check: bool) -> Results:
         row_scales = x.new_empty((*shape.batch_shape, shape.mn), dtype=torch.float32)
     given = (call.q, call.sf, call.row_scales, call.prologue)
     if any(part is not None for part in given):
-        sf_region = region_of_scales("out sf", sf, mn_major=fmt.mn_major)
+        padded = fmt.mn_major and not call.dense_scales
+        sf_region = region_of_scales("out sf", sf, mn_major=padded)
         _check_regions(call, region("out q", q), sf_region)
     run(reference.quantize_into, (call, q, sf, row_scales), [])
     return (q, sf) if row_scales is None else (q, sf, row_scales)

@@ -13,7 +13,7 @@ from cute_quant.contract import checks, reference
 from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.dtypes import LOAD_BYTES, align
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import UNFUSED, RmsNorm, SiluMul, SiluMulBackward
+from cute_quant.contract.prologues import RmsNorm, SiluMul, SiluMulBackward
 from cute_quant.contract.rows import DENSE, Masked
 from cute_quant.contract.tensors import MAX_SIZE, flat_batch, last_column_rows, span
 from cute_quant.contract.upper_scales import UpperScale
@@ -126,14 +126,16 @@ def make_plan(call: Call) -> Plan:
     fmt = call.fmt
     values_shape = shape.values(fmt)
     q_view = View(values_shape, contiguous_strides(values_shape))
-    sf_view = View(fmt.scale_shape(*shape), fmt.scale_strides(*shape))
+    dense = call.dense_scales
+    sf_strides = checks.dense_column_strides(fmt, shape) if dense else fmt.scale_strides(*shape)
+    sf_view = View(fmt.scale_shape(*shape), sf_strides)
     given, address = q_view, 0
     if call.q is not None:
         given, address = View(tuple(call.q.shape), call.q.stride()), call.q.data_ptr()
     kernel = None
     if math.prod(given.shape):
         kernel = choose_kernel(call, Destination(given, address, fmt.values), sf_view)
-    scale_rows = fmt.scale_rows(shape.mn) if fmt.mn_major else shape.mn
+    scale_rows = fmt.scale_rows(shape.mn) if fmt.mn_major and not dense else shape.mn
     padded = sf_view.shape
     if fmt.mn_major:
         padded = (*shape.batch_shape, scale_rows, padded[-1])
@@ -191,12 +193,25 @@ def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kerne
     device = call.x.get_device()
     gpu = Gpu(lookup.architecture(device), lookup.multiprocessors(device))
     spec, views, numbers = choose_spec(call, result, scales, gpu)
-    try:
-        return Kernel(lookup.function(spec, gpu.arch), views, numbers)
-    except lookup.NotBuilt as error:
-        nbytes = row_alignment(result.address, *result.view, result.dtype.itemsize)
-        calls = CallRange.of(call, result.dtype, nbytes)
-        raise RuntimeError(f"{error}: {calls.remedy(gpu.arch)}") from None
+    calls = functools.partial(_range_of, call, result)
+    if _watcher is not None:
+        _watcher(calls())
+    function = compiled(spec, gpu.arch, lambda: calls().remedy(gpu.arch))
+    return Kernel(function, views, numbers)
+
+
+def _range_of(call: Call, result: Destination) -> CallRange:
+    nbytes = row_alignment(result.address, *result.view, result.dtype.itemsize)
+    return CallRange.of(call, result.dtype, nbytes)
+
+
+_watcher: Callable[[CallRange], None] | None = None
+
+
+def watch_calls(watcher: Callable[[CallRange], None] | None) -> None:
+    """Have a function told the range of each call that chooses a kernel; None for no more."""
+    global _watcher
+    _watcher = watcher
 
 
 def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) -> Choice:
@@ -246,6 +261,7 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         alignment(x.data_ptr(), x_view, x.element_size(), prologue.load_bytes),
         alignment(result.address, q_view, result.dtype.itemsize, store_bytes),
         ragged=(prologue.part or k) % launch.tile.values_per_thread != 0,
+        dense_scales=call.dense_scales,
     )
     fmt = call.fmt.kernel_format
     upper = None if call.upper is None else call.upper.kind
@@ -255,6 +271,8 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         choices["max_warps"] = launch.max_warps
         if isinstance(call.prologue, RmsNorm):
             choices["tiles_per_thread"] = launch.tiles_per_thread
+        else:
+            choices["held"] = launch.held
     spec = prologue.spec_class(x.dtype, fmt, launch.tile, domain, access, **choices)
     row_alignment = 1 if rows is None else rows.alignment
     numbers = row_alignment, launch.row_ctas, call.fmt.floor, *prologue.numbers
@@ -267,7 +285,7 @@ def _launch_shape(
     """Return tile and grid for the size of a call."""
     masked = isinstance(call.rows, Masked)
     size = math.prod(shape.batch_shape), shape.mn, shape.k, call.fmt, masked, gpu.sms
-    if call.fmt.row_scale and not isinstance(call.prologue, RmsNorm):
+    if call.fmt.by_row and not isinstance(call.prologue, RmsNorm):
         return heuristics.row_shape(*size)
     match call.prologue:
         case None if fake:
@@ -283,7 +301,7 @@ def _launch_shape(
 def _silu_mul(prologue: SiluMul, dtype: torch.dtype, k: int, *, batched: bool) -> _Prologue:
     choices = {
         "interleaved": prologue.interleaved,
-        "unfused": prologue.rounding == UNFUSED,
+        "rounding": prologue.rounding,
         "clamped": prologue.clamp is not None,
         "scaled": prologue.alpha != 1.0,
         "shifted": prologue.beta != 0.0,
@@ -323,7 +341,7 @@ def _silu_mul_backward(
 def _rms_norm(prologue: RmsNorm, *, batched: bool) -> _Prologue:
     choices = {
         "weight_dtype": prologue.weight.dtype,
-        "unfused": prologue.rounding == UNFUSED,
+        "rounding": prologue.rounding,
         "residual": prologue.residual is not None,
         "normalized": prologue.normalized is not None,
     }
@@ -371,12 +389,9 @@ def choose_dequantize_kernel(
     elif upper is not None:
         upper_view = View((batch,), (int(upper.tensor.numel() > 1),))
     spec = choose_dequantize_spec(q, y, fmt, upper, arch)
-    try:
-        function = lookup.function(spec, arch)
-        return Dequantization(function, q_view, sf_view, upper_view, y_view)
-    except lookup.NotBuilt as error:
-        calls = CallRange.of_dequantize(q, fmt, y.dtype, upper)
-        raise RuntimeError(f"{error}: {calls.remedy(arch)}") from None
+    calls = functools.partial(CallRange.of_dequantize, q, fmt, y.dtype, upper)
+    function = compiled(spec, arch, lambda: calls().remedy(arch))
+    return Dequantization(function, q_view, sf_view, upper_view, y_view)
 
 
 def choose_dequantize_spec(
@@ -396,8 +411,8 @@ def choose_dequantize_spec(
     return DequantizeSpec(fmt.kernel_format, y.dtype, tile, access, kind, pdl=pdl)
 
 
-def compiled(spec: Spec, arch: str) -> Function:
-    """Return a compiled kernel.
+def compiled(spec: Spec, arch: str, remedy: Callable[[], str]) -> Function:
+    """Return a compiled kernel; `remedy` says how to have it compiled before.
 
     Raises:
         RuntimeError: the kernel is missing and cannot be compiled.
@@ -405,9 +420,7 @@ def compiled(spec: Spec, arch: str) -> Function:
     try:
         return lookup.function(spec, arch)
     except lookup.NotBuilt as error:
-        raise RuntimeError(
-            f"{error}: call the operation before, on tensors of the same dtype and alignment"
-        ) from None
+        raise RuntimeError(f"{error}: {remedy()}") from None
 
 
 def view_of_scales(sf: torch.Tensor, inner: int) -> View:

@@ -207,7 +207,10 @@ class Blocks:
         for i in cutlass.range_constexpr(self.rows):
             copy.load(gW[i], segment, exist[i], tXrW[i], self.spec.access)
         if const_expr(self.scaled):
-            w_scale = self.load_scale(problem.w_scales, w_tile)
+            blocks = layouts.blocks_of_tile(self.spec.source_block)
+            _, row_block = blocks(first_row)
+            _, column_block = blocks(column_lane * self.values)
+            w_scale = self.load_scale(problem.w_scales, w_tile, (row_block, column_block))
             tXrW = [encodings.multiply(tXrV, w_scale) for tXrV in tXrW]
 
         amaxes = self.share_amaxes(tXrW, column_lane)
@@ -224,11 +227,20 @@ class Blocks:
         self.store_scales(amaxes, row_tile, column_tile, problem)
 
     @cute.jit
-    def load_scale(self, scales: cute.Tensor, tile: tuple[Int32, Int32]) -> Float32:
-        """Load the scale of a tile of w, 0 where a CTA has padding of the result alone."""
+    def load_scale(
+        self, scales: cute.Tensor, tile: tuple[Int32, Int32], block: tuple[Int32, Int32]
+    ) -> Float32:
+        """Load the scale of a block of a tile of w, 0 where there is none.
+
+        A CTA may have padding of the result alone, and a tile less blocks at both ends.
+        """
+        blocks = BLOCK_TILE // self.spec.source_block
+        row, column = (tile[i] * blocks + block[i] for i in range(2))
+        if const_expr(self.spec.transposed):
+            row, column = column, row
         scale = Float32(0.0)
-        if tile[1] < scales.shape[1]:
-            scale = scales[tile]
+        if (const_expr(blocks == 1) or row < scales.shape[0]) and column < scales.shape[1]:
+            scale = scales[row, column]
         return scale
 
     @cute.jit
@@ -281,12 +293,15 @@ class Blocks:
             row_tile: the tile along n.
             problem: of one matrix.
         """
-        wide = [encodings.widen(tXrV) for tXrV in tXrW]
+        # FP4 is encoded from pairs of bfloat16.
+        dtype = self.dtype if const_expr(self.fmt.value_type.per_byte > 1) else Float32
+        if const_expr(dtype is Float32):
+            tXrW = [encodings.widen(tXrV) for tXrV in tXrW]
 
         def encode(i: int) -> cute.Tensor:
-            tXrV = cute.make_rmem_tensor(self.rows, Float32)  # along k
+            tXrV = cute.make_rmem_tensor(self.rows, dtype)  # along k
             for j in cutlass.range_constexpr(self.rows):
-                tXrV[j] = wide[j][i]
+                tXrV[j] = tXrW[j][i]
             return self.stage.encode(tXrV, scale)
 
         column_tile, _, _ = cute.arch.block_idx()

@@ -6,7 +6,8 @@ every column, and shared memory takes those of all warps past one barrier. A thr
 then computes its scales and stores them, and past another barrier every thread has the multipliers
 of its columns. Values that go to the transpose go through shared memory too.
 
-Groups along k lie in a warp. Their values are stored before the first barrier.
+Groups along k lie in a warp, which shares their largest magnitudes at once. Threads for each row
+compute their scales beside those for each column.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
+from cute_quant.kernels.scales import GroupScale
 from cute_quant.kernels.stage import Scales, Stage
 
 WARP_ROWS = BLOCK_TILE // BLOCK_WARPS
@@ -49,7 +51,7 @@ class Problem(Params):
     Attributes:
         x: (batch, mn, k).
         q: (batch, mn, k), or (batch, k, mn) of the transpose.
-        scales: of groups along rows, (batch, groups or words, k), or where those of blocks go.
+        scales: of groups along rows, (batch, groups or words, k), or (batch, words) of blocks.
         bound: as `Stage.scale_bound` returns it.
         row_q, row_scales, row_bound: the same of groups along k; None without.
         counts: ends of groups of rows, or None.
@@ -63,7 +65,7 @@ class Problem(Params):
         self,
         x: Matrix,
         q: Matrix,
-        scales: Scales | cute.Tensor,
+        scales: cute.Tensor,
         bound: Float32,
         row_q: Matrix | None,
         row_scales: Scales | None,
@@ -90,13 +92,10 @@ class Problem(Params):
 
     def slice_batch(self, batch: Int32) -> Problem:
         """Return the problem of one matrix of a batch."""
-        last = batch == self.batches - 1
-        scales, row_q, row_scales = self.scales, self.row_q, self.row_scales
-        if const_expr(isinstance(scales, Scales)):
-            scales = scales.slice_batch(batch, last)
-        else:
-            scales = scales[batch, None, None]
+        scales = self.scales[(batch, *[None] * (cute.rank(self.scales) - 1))]
+        row_q, row_scales = self.row_q, self.row_scales
         if const_expr(row_q is not None):
+            last = batch == self.batches - 1
             row_q, row_scales = row_q[batch], row_scales.slice_batch(batch, last)
         return self.replace(
             x=self.x[batch], q=self.q[batch], scales=scales, row_q=row_q, row_scales=row_scales
@@ -180,7 +179,11 @@ class Columns:
         batches, mn, k = mX.shape
         scales, row_q, row_scales, row_bound, padded_k = mS, None, None, None, k
         if const_expr(self.fmt.blocked):
-            scales = self.stage.scales(mS, k, mn)
+            words = cute.make_layout(
+                (batches, Int32(mS.shape[1]) // BYTES_PER_WORD),
+                stride=(Int64(mS.stride[0]) // BYTES_PER_WORD, 1),
+            )
+            scales = cute.make_tensor(cute.recast_ptr(mS.iterator, dtype=Uint32), words)
         if const_expr(self.row_stage is not None):
             row_q, row_bound = Matrix(mRowQ), self.row_stage.scale_bound(row_floor)
             row_scales = self.row_stage.scales(mRowS, mn, k, missing_rows)
@@ -238,14 +241,21 @@ class Columns:
         for i in cutlass.range_constexpr(self.rows):
             copy.load(gX[i], segment, exist[i], tXrX[i], self.spec.access)
 
-        row_scales = None
+        amaxes, ends = self.share_column_amaxes(tXrX, column_lane, end)
+        row_amaxes = None
         if const_expr(self.row_stage is not None):
-            row_scales = self.quantize_rows(tXrX, exist, rows, place, segment, problem)
-        amaxes, ends = self.share_amaxes(tXrX, column_lane, end)
+            row_amaxes = self.share_row_amaxes(tXrX, place)
+        cute.arch.barrier()
+        multipliers = self.shared_columns(Float32, self.groups)
+        tile = row_tile, column_tile
+        if warp * LANES < BLOCK_TILE:
+            self.scale_column(amaxes, multipliers, ends, warp * LANES + lane, tile, problem)
+        elif const_expr(self.row_stage is not None):
+            self.scale_row(row_amaxes, ends, warp * LANES + lane - BLOCK_TILE, tile, problem)
+        cute.arch.barrier()
         if const_expr(self.row_stage is not None):
-            self.store_row_scales(row_scales, row_tile, column_tile, problem)
-        multipliers = self.share_scales(amaxes, ends, row_tile, column_tile, problem)
-        self.quantize_columns(tXrX, exist, rows, multipliers, place, segment, row_tile, problem)
+            self.quantize_rows(tXrX, row_amaxes, rows, place, segment, problem)
+        self.quantize_columns(tXrX, exist, rows, multipliers, place, segment, tile, problem)
 
     @cute.jit
     def end_of_rows(self, row_tile: Int32, problem: Problem) -> Uint32:
@@ -263,10 +273,10 @@ class Columns:
         return group
 
     @cute.jit
-    def share_amaxes(
+    def share_column_amaxes(
         self, tXrX: list[cute.Tensor], column_lane: Int32, end: Uint32
     ) -> tuple[cute.Tensor, cute.Tensor | None]:
-        """Return the largest magnitudes of columns in each warp, and the ends of groups' rows."""
+        """Share the largest magnitudes of columns in each warp, and the ends of groups' rows."""
         lane, warp, _ = cute.arch.thread_idx()
         amaxes = scaling.column_amaxes(tXrX)
         larger = scaling.larger(self.dtype)
@@ -278,12 +288,9 @@ class Columns:
 
         kind = Uint32 if const_expr(self.dtype is Float32) else Uint16
         shared = self.shared_columns(kind, BLOCK_WARPS)
-        registers = cute.make_rmem_tensor(len(amaxes), Uint32)
-        for j in cutlass.range_constexpr(len(amaxes)):
-            registers[j] = amaxes[j]
         first_row, _ = layouts.threads_of_column_tile(self.values)((lane, 0))
         if first_row == 0:
-            copy_columns(cute.recast_tensor(registers, kind), shared, warp, column_lane)
+            copy_columns(cute.recast_tensor(in_registers(amaxes), kind), shared, warp, column_lane)
         ends = None
         if const_expr(self.counted):
             memory = cute.arch.alloc_smem(Uint32, self.groups, alignment=VECTOR_BYTES)
@@ -291,8 +298,25 @@ class Columns:
             first_in_group, _ = layouts.blocks_of_tile(self.fmt.group_size)(warp * WARP_ROWS)
             if first_in_group == 0 and lane == 0:
                 ends[self.group_of_warp()] = end
-        cute.arch.barrier()
         return shared, ends
+
+    @cute.jit
+    def share_row_amaxes(self, tXrX: list[cute.Tensor], place: tuple[Int32, Int32]) -> cute.Tensor:
+        """Share the largest magnitudes of rows in their groups along k, as `Stage.scale` has it."""
+        stage, (first_row, column_lane) = self.row_stage, place
+        layout = layouts.row_scales_of_tile(stage.fmt.group_size)
+        memory = cute.arch.alloc_smem(Uint32, cute.size(layout), alignment=VECTOR_BYTES)
+        shared = cute.make_tensor(memory, layout)
+        amaxes = [self.row_amax(tXrV) for tXrV in tXrX]
+        lane_of_group, group = layouts.lanes(stage.lanes_per_group)(column_lane)
+        if lane_of_group == 0:
+            cute.autovec_copy(in_registers(amaxes), self.rows_of_thread(shared, first_row, group))
+        return shared
+
+    def rows_of_thread(self, shared: cute.Tensor, first_row: Int32, group: Int32) -> cute.Tensor:
+        """Return what a thread's rows have in `share_row_amaxes`, (rows,)."""
+        place = cute.assume(shared.layout((first_row, group)), divby=self.rows)
+        return cute.make_tensor(shared.iterator + place, self.rows)
 
     def shared_columns(self, dtype: type[cutlass.Numeric], rows: int) -> cute.Tensor:
         """Return shared memory for a number of each column in each of some rows."""
@@ -302,33 +326,57 @@ class Columns:
         return cute.make_tensor(memory, layout)
 
     @cute.jit
-    def share_scales(
+    def scale_column(
+        self,
+        amaxes: cute.Tensor,
+        multipliers: cute.Tensor,
+        ends: cute.Tensor | None,
+        column: Int32,
+        tile: tuple[Int32, Int32],
+        problem: Problem,
+    ):
+        """Compute and store the scales of a column in a tile, and share its multipliers."""
+        row_tile, column_tile = tile
+        stored = []
+        for group in cutlass.range_constexpr(self.groups):
+            amax = self.column_amax(amaxes, group, column)
+            scale = self.stage.scale(amax, problem.bound)
+            multipliers[group, column] = scale.multiplier
+            first = block_tile.rows_of(row_tile, group * self.fmt.group_size, 1)[0]
+            end = problem.num_rows
+            if const_expr(self.counted):
+                end = ends[group]
+            stored.append(scale.scale if first < end else type(scale.scale)(0))
+        self.store_scales(stored, row_tile, column_tile * BLOCK_TILE + column, problem)
+
+    @cute.jit
+    def scale_row(
         self,
         amaxes: cute.Tensor,
         ends: cute.Tensor | None,
-        row_tile: Int32,
-        column_tile: Int32,
+        row: Int32,
+        tile: tuple[Int32, Int32],
         problem: Problem,
-    ) -> cute.Tensor:
-        """Store the scales of columns, a thread those of one, and return the multipliers."""
-        lane, warp, _ = cute.arch.thread_idx()
-        multipliers = self.shared_columns(Float32, self.groups)
-        column = warp * LANES + lane
-        if column < BLOCK_TILE:
-            stored = []
-            for group in cutlass.range_constexpr(self.groups):
-                scale = scaling.group_scale(
-                    self.column_amax(amaxes, group, column), self.dtype, problem.bound, self.fmt
-                )
-                multipliers[group, column] = scale.multiplier
-                first = block_tile.rows_of(row_tile, group * self.fmt.group_size, 1)[0]
-                end = problem.num_rows
-                if const_expr(self.counted):
-                    end = ends[group]
-                stored.append(scale.scale if first < end else type(scale.scale)(0))
-            self.store_scales(stored, row_tile, column_tile * BLOCK_TILE + column, problem)
-        cute.arch.barrier()
-        return multipliers
+    ):
+        """Compute and store the scales of a row in a tile; its multipliers replace the amaxes."""
+        row_tile, column_tile = tile
+        groups = BLOCK_TILE // self.spec.row_fmt.group_size
+        row_index = block_tile.rows_of(row_tile, row, 1)[0]
+        end = problem.num_rows
+        if const_expr(self.counted):
+            _, group_of_row = layouts.blocks_of_tile(self.fmt.group_size)(row)
+            end = ends[group_of_row]
+        for i in cutlass.range_constexpr(groups):
+            scale = self.row_stage.scale(amaxes[row, i], problem.row_bound)
+            amaxes[row, i] = scale.multiplier.bitcast(Uint32)
+            self.row_stage.store_scale_of_row(
+                problem.row_scales,
+                scale.scale,
+                row_index,
+                row_index < end,
+                column_tile * groups + i,
+                problem.k,
+            )
 
     def column_amax(self, amaxes: cute.Tensor, group: int, column: Int32) -> Uint32:
         """Return the largest magnitude of a column in a group, as `group_scale` takes it."""
@@ -359,14 +407,13 @@ class Columns:
     def store_word(self, word: Uint32, row_tile: Int32, column: Int32, problem: Problem):
         """Store the scales of four groups of a column; blocks have words for columns of padding."""
         if const_expr(self.fmt.blocked):
-            scales = problem.scales
-            layout = layouts.scales(self.fmt, Int32(scales.rows), scales.groups)
-            _, element = layout((column, row_tile * self.groups))
-            word = word if column < problem.k else Uint32(0)
-            offset = cute.assume(Int64(self.stage.index(element)), divby=BYTES_PER_WORD)
-            if column < Int32(scales.rows):
-                address = cute.recast_ptr(scales.start + offset, dtype=Uint32)
-                cute.make_tensor(address, 1)[0] = word
+            columns = cute.round_up(problem.k, self.fmt.block_rows)
+            words = Int32((problem.num_rows + (BLOCK_TILE - 1)) // BLOCK_TILE)
+            layout = layouts.scales(self.fmt, Int32(columns), words * self.groups)
+            _, byte = layout((column, row_tile * self.groups))
+            if column < columns:
+                word = word if column < problem.k else Uint32(0)
+                problem.scales[Int32(layouts.unsigned(byte) // BYTES_PER_WORD)] = word
         elif column < problem.k:
             problem.scales[row_tile, column] = Int32(word)
 
@@ -379,23 +426,26 @@ class Columns:
         multipliers: cute.Tensor,
         place: tuple[Int32, Int32],
         segment: Segment,
-        row_tile: Int32,
+        tile: tuple[Int32, Int32],
         problem: Problem,
     ):
         """Quantize and store a thread's values by the multipliers of its columns."""
         _, column_lane = place
-        column_tile, _, _ = cute.arch.block_idx()
+        row_tile, column_tile = tile
         tXrM = cute.make_rmem_tensor(self.values, Float32)
         copy_columns(multipliers, tXrM, self.group_of_warp(), column_lane)
-        products = [encodings.multiply_columns(tXrV, tXrM, self.fmt.power_of_two) for tXrV in tXrX]
-        q_dtype = encodings.value_type_of(self.fmt)
+        q_dtype, power_of_two = encodings.value_type_of(self.fmt), self.fmt.power_of_two
         if const_expr(self.spec.transposed):
             masks = row_masks(exist) if const_expr(self.counted) else None
 
             def encode(i: int) -> cute.Tensor:
+                # A pair of columns at a time: all products would take too many registers.
                 tXrV = cute.make_rmem_tensor(self.rows, Float32)  # along rows
                 for j in cutlass.range_constexpr(self.rows):
-                    tXrV[j] = products[j][i]
+                    pair = encodings.multiply_columns(
+                        pair_of(tXrX[j], i), pair_of(tXrM, i), power_of_two
+                    )
+                    tXrV[j] = pair[i % 2]
                 tXrQ = encodings.encode(tXrV, q_dtype)
                 if const_expr(masks is not None):
                     # Zeros under the multiplier NaN are NaN.
@@ -414,7 +464,8 @@ class Columns:
             )
         else:
             for i in cutlass.range_constexpr(self.rows):
-                tXrQ = encodings.encode(products[i], q_dtype)
+                products = encodings.multiply_columns(tXrX[i], tXrM, power_of_two)
+                tXrQ = encodings.encode(products, q_dtype)
                 if const_expr(self.counted):
                     encodings.clear_unless(exist[i], tXrQ)
                 in_bounds = rows[i] < problem.num_rows
@@ -425,30 +476,21 @@ class Columns:
     def quantize_rows(
         self,
         tXrX: list[cute.Tensor],
-        exist: list[Boolean],
+        multipliers: cute.Tensor,
         rows: list[Uint32],
         place: tuple[Int32, Int32],
         segment: Segment,
         problem: Problem,
-    ) -> cute.Tensor:
-        """Quantize and store rows in groups along k; return their scales in shared memory.
-
-        They are there past the next barrier, 0 in rows that do not exist.
-        """
+    ):
+        """Quantize and store a thread's values by the multipliers of its rows."""
         stage, (first_row, column_lane) = self.row_stage, place
-        kind = Uint32 if const_expr(stage.fmt.byte_scales) else Float32
-        layout = layouts.row_scales_of_tile(stage.fmt.group_size)
-        memory = cute.arch.alloc_smem(kind, cute.size(layout), alignment=VECTOR_BYTES)
-        shared = cute.make_tensor(memory, layout)
-        lane_of_group, group = layouts.lanes(stage.lanes_per_group)(column_lane)
+        _, group = layouts.lanes(stage.lanes_per_group)(column_lane)
+        tXrM = cute.make_rmem_tensor(self.rows, Uint32)
+        cute.autovec_copy(self.rows_of_thread(multipliers, first_row, group), tXrM)
         for i in cutlass.range_constexpr(self.rows):
-            scale = stage.scale(self.row_amax(tXrX[i]), problem.row_bound)
-            tXrQ = stage.encode(tXrX[i], scale)
+            tXrQ = stage.encode(tXrX[i], GroupScale(tXrM[i].bitcast(Float32), None))
             gQ = problem.row_q.row(rows[i])
             copy.store(tXrQ, gQ, segment, rows[i] < problem.num_rows, self.spec.access)
-            if lane_of_group == 0:
-                shared[first_row + i, group] = scale.scale if exist[i] else kind(0)
-        return shared
 
     def row_amax(self, tXrX: cute.Tensor) -> Uint32:
         """Return the largest magnitude of a group along k, as `Stage.scale` takes it."""
@@ -462,26 +504,18 @@ class Columns:
             lanes = stage.lanes_per_group
         return scaling.group_amax(amax, stage.amax_dtype, lanes)
 
-    @cute.jit
-    def store_row_scales(
-        self, shared: cute.Tensor, row_tile: Int32, column_tile: Int32, problem: Problem
-    ):
-        """Store the scales of rows, a thread those of one row."""
-        groups = BLOCK_TILE // self.spec.row_fmt.group_size
-        lane, warp, _ = cute.arch.thread_idx()
-        row, first_group = layouts.rows_of_scales()((lane, warp))
-        row_index = block_tile.rows_of(row_tile, row, 1)[0]
-        for i in cutlass.range_constexpr(0, groups, LANES * BLOCK_WARPS // BLOCK_TILE):
-            group = first_group + i
-            if group < groups:
-                self.row_stage.store_scale_of_row(
-                    problem.row_scales,
-                    shared[row, group],
-                    row_index,
-                    row_index < problem.num_rows,
-                    column_tile * groups + group,
-                    problem.k,
-                )
+
+def pair_of(tXrV: cute.Tensor, i: int) -> cute.Tensor:
+    """Return the two values of a thread, in one register if they are halves, that i is of."""
+    return cute.make_tensor(tXrV.iterator + i // 2 * 2, 2)
+
+
+def in_registers(values: list[Uint32]) -> cute.Tensor:
+    """Return numbers as registers that follow each other."""
+    registers = cute.make_rmem_tensor(len(values), Uint32)
+    for i, value in enumerate(values):
+        registers[i] = value
+    return registers
 
 
 def row_masks(exist: list[Boolean]) -> list[Uint32]:

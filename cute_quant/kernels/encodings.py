@@ -52,6 +52,12 @@ _INTEGERS = 2**23
 """The least float32 from which on there are only integers."""
 _E2M1_OFFSETS = sum((0x4B000000 << 1) << 4 * i for i in range(E2M1_PER_WORD)) % 2**32
 """The bits of `_INTEGERS` in each code, as they add up in a word."""
+_BF16_INTEGERS = 2**7
+"""The least bfloat16 from which on there are only integers."""
+_LAST_SLOPE = 0.298828125
+"""A bfloat16 below 0.3: times 5 it is at most 1.5, and more for every bfloat16 above 5."""
+_EVEN_BYTES, _ODD_BYTES = 0x6420, 0x7531
+"""Bytes of two registers."""
 
 
 def value_type_of(fmt: Format) -> type[cutlass.Numeric]:
@@ -119,6 +125,38 @@ def divide(rX: cute.Tensor, divisor: Float32) -> cute.Tensor:
     for i in cutlass.range_constexpr(cute.size(rY)):
         rY[i] = rY[i] / divisor
     return rY
+
+
+@cute.jit
+def divide_by(rX: cute.Tensor, divisor: Float32, inverse: Float32) -> cute.Tensor:
+    """Return the quotients of values and a divisor as float32, with IEEE rounding.
+
+    By Markstein's theorem, for a normal divisor, its rounded `inverse`, and quotients that are
+    normal; smaller ones are not exact. A zero keeps its sign, which the remainder would lose.
+    """
+    rY = widen(rX)
+    for i in cutlass.range_constexpr(cute.size(rY)):
+        estimate = rY[i] * inverse
+        remainder = cute.math.fma(-divisor, estimate, rY[i])
+        quotient = cute.math.fma(remainder, inverse, estimate)
+        sign = rY[i].bitcast(Uint32) & Uint32(0x80000000)
+        rY[i] = (quotient.bitcast(Uint32) | sign).bitcast(Float32)
+    return rY
+
+
+@cute.jit
+def truncate(rX: cute.Tensor):
+    """Round float32 below 2^22 towards zero; NaN stays NaN.
+
+    A sum with 2^23 rounds to nearest: where that is above, one is subtracted.
+    """
+    for i in cutlass.range_constexpr(cute.size(rX)):
+        bits = rX[i].bitcast(Uint32)
+        magnitude = (bits & Uint32(0x7FFFFFFF)).bitcast(Float32)
+        nearest = (magnitude + Float32(_INTEGERS)) - Float32(_INTEGERS)
+        above = nearest > magnitude
+        whole = nearest - (Float32(1.0) if above else Float32(0.0))
+        rX[i] = (whole.bitcast(Uint32) | bits & Uint32(0x80000000)).bitcast(Float32)
 
 
 @cute.jit
@@ -267,18 +305,22 @@ def clear_bytes(masks: list[Uint32], rQ: cute.Tensor):
 def products_e2m1(
     rX: cute.Tensor, multiplier: Float32, power_of_two: cutlass.Constexpr[bool]
 ) -> cute.Tensor:
-    """Return the products of values and a multiplier as e2m1, (values / 2,) bytes."""
-    if const_expr(not (power_of_two and rX.element_type is BFloat16 and ptx.target().e2m1)):
-        multiply_by = multiply_power_of_two if const_expr(power_of_two) else multiply
-        return encode_e2m1(multiply_by(rX, multiplier))
+    """Return the products of values and a multiplier as e2m1, (values / 2,) bytes.
+
+    Powers of two are multipliers of the values' own group, and NaN where it is not finite: the
+    products are below 8, or what they become is any.
+    """
+    if const_expr(not (power_of_two and rX.element_type is BFloat16)):
+        return encode_e2m1(multiply(rX, multiplier))
     rQ = cute.make_rmem_tensor(cute.size(rX) // 2, Uint8)
     pairs, words = cute.recast_tensor(rX, Uint32), cute.recast_tensor(rQ, Uint32)
     bits = multiplier.bitcast(Uint32)
     factors = bits | bits >> 16
+    e2m1 = ptx.e2m1_of_bf16x2 if const_expr(ptx.target().e2m1) else e2m1_of_small_pairs
     per_word = E2M1_PER_WORD // 2
     for i in cutlass.range_constexpr(cute.size(words)):
         products = [ptx.mul_bf16x2(pairs[per_word * i + j], factors) for j in range(per_word)]
-        words[i] = ptx.e2m1_of_bf16x2(products)
+        words[i] = e2m1(products)
     return rQ
 
 
@@ -313,6 +355,37 @@ def e2m1_by_arithmetic(values: list[Float32]) -> Uint32:
         word = word * 16 + (code << 1 | bits >> 31)
     word = word - Uint32(_E2M1_OFFSETS)
     return word >> 1 & Uint32(0x77777777) | word << 3 & Uint32(0x88888888)
+
+
+def e2m1_of_small_pairs(pairs: list[Uint32]) -> Uint32:
+    """Return four pairs of bfloat16 below 8 as e2m1, the first in the low bits.
+
+    The lines of `e2m1_by_arithmetic`, but for the last, which is so flat that nothing has to be
+    bounded: it goes through (5, 6.5), or just below, reaches 7.4 at 8, and is above the other two
+    where these are right. A sum with 2^7 has no bits for less than 1.
+    """
+
+    def line(magnitudes: Uint32, slope: float, start: int) -> Uint32:
+        return ptx.fma_bf16x2(magnitudes, _bf16_pair(slope), _bf16_pair(_BF16_INTEGERS + start))
+
+    codes = []
+    for pair in pairs:
+        magnitudes = pair & Uint32(0x7FFF7FFF)
+        code = ptx.min_bf16x2(line(magnitudes, 2.0, 0), line(magnitudes, 1.0, 2))
+        codes.append(ptx.min_bf16x2(code, line(magnitudes, _LAST_SLOPE, 5)))
+    fours = []
+    for i in range(0, len(pairs), 2):
+        # The low byte of each half has the code, the high byte the sign.
+        four = ptx.select_bytes(codes[i], codes[i + 1], _EVEN_BYTES)
+        signs = ptx.select_bytes(pairs[i], pairs[i + 1], _ODD_BYTES)
+        fours.append(four | signs >> 4 & Uint32(0x08080808))
+    return ptx.select_bytes(*fours, _EVEN_BYTES) | ptx.select_bytes(*fours, _ODD_BYTES) << 4
+
+
+def _bf16_pair(value: float) -> Uint32:
+    """Return a bfloat16 twice."""
+    bits = torch.tensor(value, dtype=torch.bfloat16).view(torch.uint16).item()
+    return Uint32(bits << 16 | bits)
 
 
 @cute.jit

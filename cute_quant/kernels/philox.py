@@ -56,6 +56,11 @@ class Random(NamedTuple):
         return a, b, c, d
 
 
+def words_of(random: Random | None, segment: Segment, tXrV: cute.Tensor) -> list[Uint32] | None:
+    """Return a random word for each value of a thread's segment, None without random numbers."""
+    return None if random is None else random.words(segment, cute.size(tXrV))
+
+
 class RngState(Params):
     """Seed and offset, as an argument of a kernel.
 

@@ -129,7 +129,9 @@ class Scheduler:
         scales, rows_to_write = None, q.rows
         if const_expr(operands.mS is not None):
             k = operands.mQ.shape[-1] * values_per_column
-            scales = stage.scales(operands.mS, mn, k, operands.missing_rows)
+            scales = stage.scales(
+                operands.mS, mn, k, operands.missing_rows, self.spec.access.dense_scales
+            )
             rows_to_write = cutlass.max(rows_to_write, scales.rows)
         dedicated_tiles = Int32(0)
         if const_expr(self.domain.masked):

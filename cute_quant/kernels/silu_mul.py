@@ -13,6 +13,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from cute_quant.contract.prologues import FUSED, UNFUSED, VLLM
 from cute_quant.kernels import arithmetic, copy, encodings
 from cute_quant.kernels.config import SiluMulSpec
 from cute_quant.kernels.copy import Segment
@@ -125,22 +126,23 @@ class GatedRow(Params):
             up = arithmetic.maximum(up, -activation.bound)
         if spec.shifted:
             up = self.round(up + activation.beta)
-        product = self.round(self.round(gate * self.sigmoid(gate)) * up)
+        product = self.round(self.round(gate * self.sigmoid(gate)) * up, after_product=True)
         if spec.weighted:
-            product = self.round(product * self.weight)
-        dtype = ELEMENT_TYPES[spec.dtype] if spec.unfused else Float32
+            product = self.round(product * self.weight, after_product=True)
+        dtype = ELEMENT_TYPES[spec.dtype] if spec.rounding != FUSED else Float32
         return encodings.registers(product.to(dtype))
 
     def sigmoid(self, gate: cute.TensorSSA) -> cute.TensorSSA:
         """Return the sigmoid of alpha * gate, rounded where torch's operations round."""
-        if self.spec.unfused and self.spec.scaled:
+        if self.spec.rounding == UNFUSED and self.spec.scaled:
             argument = self.round(gate * self.activation.alpha)
             return self.round(arithmetic.sigmoid(argument))
         return arithmetic.sigmoid(gate, self.activation.factor if self.spec.scaled else None)
 
-    def round(self, values: cute.TensorSSA) -> cute.TensorSSA:
-        """Return float32 rounded to x's dtype, where torch's operations do."""
-        if not self.spec.unfused:
+    def round(self, values: cute.TensorSSA, after_product: bool = False) -> cute.TensorSSA:
+        """Return float32 rounded to x's dtype, where torch's operations do; after products vLLM."""
+        rounding = self.spec.rounding
+        if rounding != UNFUSED and not (rounding == VLLM and after_product):
             return values
         return encodings.round_to(values, ELEMENT_TYPES[self.spec.dtype])
 
@@ -172,7 +174,8 @@ class SiluMul:
     def __init__(self, spec: SiluMulSpec):
         self.spec = spec
         self.dtype = ELEMENT_TYPES[spec.dtype]
-        stage = Stage(self.dtype if spec.unfused else Float32, spec.fmt, spec.tile)
+        dtype = self.dtype if spec.rounding != FUSED else Float32
+        stage = Stage(dtype, spec.fmt, spec.tile, spec.domain.keeps_gaps)
         self.quantizer = quantizer(spec, stage)
 
     def signature(self) -> tuple:

@@ -193,7 +193,8 @@ class SiluMulBackward:
     def __init__(self, spec: SiluMulBackwardSpec):
         self.spec = spec
         self.dtype = ELEMENT_TYPES[spec.dtype]
-        self.quantizer = quantizer(spec, Stage(Float32, spec.fmt, spec.tile))
+        stage = Stage(Float32, spec.fmt, spec.tile, spec.domain.keeps_gaps)
+        self.quantizer = quantizer(spec, stage)
 
     def signature(self) -> tuple:
         """Return stand-ins for the arguments, with the sizes that vary and the alignment."""

@@ -127,13 +127,20 @@ class Stage:
         dtype: of the values that come in: BFloat16, Float16 or Float32.
         fmt: of the results.
         tile: of a CTA's threads.
+        keeps_gaps: whether scales of rows that do not exist are not written, but for padding.
 
     Raises:
         TypeError: `dtype` or `fmt` is something else.
         ValueError: `tile` does not fit them, with the rule that it breaks.
     """
 
-    def __init__(self, dtype: type[cutlass.Numeric], fmt: Format, tile: Tile = DEFAULT_TILE):
+    def __init__(
+        self,
+        dtype: type[cutlass.Numeric],
+        fmt: Format,
+        tile: Tile = DEFAULT_TILE,
+        keeps_gaps: bool = False,
+    ):
         if dtype not in encodings.INPUT_TYPES:
             expected = tuple(encodings.INPUT_TYPES)
             raise TypeError(f"dtype: expected one of {expected}, got {dtype!r}")
@@ -143,6 +150,7 @@ class Stage:
         self.dtype = dtype
         self.fmt = fmt
         self.tile = tile
+        self.keeps_gaps = keeps_gaps
         self.whole_row = fmt.group_size == WHOLE_ROW
         self.lanes_per_group = tile.lanes_per_group(fmt.group_size)
         self.groups_per_tile = tile.groups(fmt.group_size)
@@ -154,7 +162,12 @@ class Stage:
         self.rows_at_once = min(tile.rows_per_thread, self.lanes_per_group)
 
     def scales(
-        self, mS: cute.Tensor, mn: Int32 | Uint32, k: Int32, missing_rows: Int32 | int = 0
+        self,
+        mS: cute.Tensor,
+        mn: Int32 | Uint32,
+        k: Int32,
+        missing_rows: Int32 | int = 0,
+        dense: bool = False,
     ) -> Scales:
         """Return where the scales of (mn, k) values, or of a batch of such, go.
 
@@ -163,6 +176,7 @@ class Stage:
             mn: rows of a matrix.
             k: columns of a matrix.
             missing_rows: padding rows of the last MN-major column that have no storage.
+            dense: whether MN-major columns have no padding rows.
         """
         fmt = self.fmt
         mn = Uint32(mn)
@@ -170,7 +184,7 @@ class Stage:
         columns = cute.ceil_div(groups, fmt.groups_per_column)
         rows, elements = mn, Uint32(0)
         if const_expr(fmt.mn_major):
-            rows = round_up(mn, SCALE_ROW_ALIGNMENT)
+            rows = mn if const_expr(dense) else round_up(mn, SCALE_ROW_ALIGNMENT)
             elements = layouts.unsigned(columns) * rows - Uint32(missing_rows)
         elif const_expr(fmt.blocked):
             rows = round_up(mn, fmt.block_rows)
@@ -301,10 +315,15 @@ class Stage:
             # There is no NaN of 4 bits.
             encodings.clear_unless(scaling.is_number(scale, fmt), tXrQ)
             return tXrQ
-        return encodings.encode(self.products(tXrX, scale), encodings.value_type_of(fmt))
+        tXrV = self.products(tXrX, scale)
+        if fmt.truncates:
+            encodings.truncate(tXrV)
+        return encodings.encode(tXrV, encodings.value_type_of(fmt))
 
     def products(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
         """Return a segment times its multiplier as float32, (values,)."""
+        if self.fmt.divides:
+            return encodings.divide_by(tXrX, scale.scale, scale.multiplier)
         power_of_two = self.fmt.power_of_two
         multiply = encodings.multiply_power_of_two if power_of_two else encodings.multiply
         tXrV = multiply(tXrX, scale.multiplier)
@@ -321,6 +340,22 @@ class Stage:
         if fmt.value_type.per_byte == 1 or ptx.target().e2m1 or fmt.positive_zero:
             return encodings.decode(self.encode(tXrX, scale), fmt)
         return encodings.round_to_e2m1(self.products(tXrX, scale))
+
+    def results(
+        self,
+        tXrX: cute.Tensor,
+        scale: GroupScale,
+        bound: Float32 | Factors,
+        fake: bool,
+        random: list[Uint32] | None,
+    ) -> cute.Tensor:
+        """Return what is stored of a segment: quantized values, or their products if `fake`.
+
+        `random` is as of `encode`.
+        """
+        if fake:
+            return self.encode_and_decode(tXrX, scale, bound)
+        return self.encode(tXrX, scale, random)
 
     def encode_and_decode(
         self, tXrX: cute.Tensor, scale: GroupScale, bound: Float32 | Factors
@@ -425,6 +460,8 @@ class Stage:
         row_exists = row < rows.num_rows
         if const_expr(rows.exist is not None):
             row_exists = pick(rows.exist, lane_row)
+        if const_expr(self.keeps_gaps):
+            predicate = predicate and (row_exists or row >= rows.num_rows)
         if const_expr(base is not None):
             base_row = base.row
             if const_expr(num_rows > 1):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cute_quant as cq
-from cute_quant.contract.reader_checks import RULES
+from cute_quant.contract.reader_checks.quantized import RULES
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
 
 MN, K = 100, 1024
@@ -438,6 +438,22 @@ def test_upper_scales_of_groups(kind, device):
     found = cq.check_scales(q, sf, cq.NVFP4, "cutlass", rows=rows, encode_scale=encode)
     assert [f.rule for f in found] == ["upper scale"]
     assert "expected few scales" in found[0].text and f"in {word} 1" in found[0].text
+
+
+@pytest.mark.parametrize("shape", [(1, 256), (4, 1024)])
+def test_all_scales_of_a_constant_are_the_largest(shape, device):
+    x = torch.full(shape, -0.37, device=device)
+    x[:, 5::7] = 0.0
+    amax = cq.tensor_amax(x)
+    q, sf = cq.quantize(x, cq.NVFP4, amax=amax)
+    call = q, sf, cq.NVFP4, "scaled_mm"
+    assert rules(*call, amax=amax) == rules(*call, amax=amax, x=x) == []
+    x[0, :32] = torch.linspace(-0.37, 0.37, 32)
+    encode = 2688 * 1.5 / amax
+    q, sf = cq.quantize(x, cq.NVFP4, encode_scale=encode)
+    found = cq.check_scales(q, sf, cq.NVFP4, "scaled_mm", encode_scale=encode, x=x)
+    assert [f.rule for f in found] == ["upper scale", "values"]
+    assert "expected few scales of 448" in found[0].text
 
 
 def test_few_scales_may_be_the_largest(device):

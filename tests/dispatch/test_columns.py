@@ -1,12 +1,16 @@
 """Operators of groups along rows: tracers, compilation, export, missing kernels."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cute_quant as cq
 from cute_quant import DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90, MXFP4, MXFP8, PrefixSum
+from cute_quant.jit import lookup
 from tests.helpers import assert_same_bits
+from tests.kernels.emulated_gpu import OnGpu
 
 X = torch.randn(200, 136, generator=torch.Generator().manual_seed(0)).bfloat16()
 ENDS = torch.tensor([70, 199], dtype=torch.int32)
@@ -126,3 +130,53 @@ def test_a_tracer_names_the_format_that_columns_do_not_have():
     call = torch.compile(lambda x: cq.quantize_both(x, MXFP8, MXFP4), backend="aot_eager")
     with pytest.raises(Exception, match="column_fmt: expected 8-bit values, got e2m1:32"):
         call(X)
+
+
+def test_a_missing_kernel_is_named(monkeypatch):
+    monkeypatch.setattr(lookup, "_functions", {})
+    monkeypatch.setattr(lookup, "_found", lambda spec, arch: None)
+    monkeypatch.setattr("cute_quant.ops._is_traced", lambda t: False)
+    with (
+        mock.patch.multiple(
+            lookup,
+            architecture=lambda device: "sm_90a",
+            find_architecture=lambda device: "sm_90a",
+        ),
+        cq.forbid_compilation(),
+        pytest.raises(RuntimeError, match=r"columns-bfloat16.* for sm_90a.*call the operation"),
+    ):
+        cq.quantize_both(X.as_subclass(OnGpu), MXFP8, MXFP8)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_captures_it():
+    x = X.cuda()
+    expected = flat(cq.quantize_both(x, DEEP_GEMM, DEEP_GEMM_32, transposed=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = flat(cq.quantize_both(x, DEEP_GEMM, DEEP_GEMM_32, transposed=True))
+    for t in results:
+        torch.empty(0, dtype=torch.uint8, device="cuda").set_(t.untyped_storage()).zero_()
+    graph.replay()
+    assert_results(results, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("transposed", [False, True])
+def test_offsets_past_32_bits(transposed):
+    x = torch.zeros(300000, 7184, dtype=torch.bfloat16, device="cuda")
+    x[299999, 7183], x[150000, 3] = 448.0, -448.0
+    ends = torch.tensor([299999 // 128 * 128, 300000], dtype=torch.int32, device="cuda")
+    for fmt, row_fmt, rows in (
+        (DEEP_GEMM_SM90, DEEP_GEMM_SM90, None),
+        (DEEP_GEMM_32, MXFP8, PrefixSum(ends)),
+    ):
+        (row_q, _), (q, sf) = cq.quantize_both(x, row_fmt, fmt, transposed=transposed, rows=rows)
+        for values in (row_q, q.mT if transposed else q):
+            assert values[299999, 7183:].float().item() == 448.0
+            assert values[150000, 3:4].float().item() == -448.0
+            assert int(values.view(torch.uint8).count_nonzero()) == 2
+        zeros = sf[:, :1]
+        assert int((sf != zeros).sum()) == 2 and sf[-1, -1] != zeros[-1, 0]
+        del row_q, q, values

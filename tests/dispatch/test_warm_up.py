@@ -133,6 +133,31 @@ LAUNCHED = {
         "clamp": 7.0,
     },
     "gathered": {"k": 128, "max_rows": 3, "rows": (Masked, Indexed), "gathered": True},
+    "weights": {
+        "operations": "dequantize_blocks",
+        "fmt": cq.DEEP_GEMM_SM90,
+        "k": 72,
+        "max_rows": 3,
+        "batched": True,
+    },
+    "checkpoints": {"operations": "requantize_blocks", "fmt": cq.MXFP4, "k": 72, "max_rows": 3},
+    "scales": {
+        "operations": "convert_scales",
+        "fmt": cq.GROUPWISE_FP8,
+        "to": cq.DEEP_GEMM_SM90,
+        "k": 700,
+        "max_rows": 3,
+        "rows": (None, Masked, PrefixSum, Indexed),
+        "alignment": 4,
+    },
+    "bytes": {
+        "operations": "convert_scales",
+        "fmt": cq.MXFP8,
+        "to": cq.MXFP8.replace(scale_layout="row_major"),
+        "k": 100,
+        "max_rows": 3,
+        "alignment": 1,
+    },
 }
 
 
@@ -335,6 +360,16 @@ WRONG = {
     "rounding: expected one of": {"rounding": "up"},
     "clamp: expected": {"clamp": -1.0},
     "device: expected a CUDA device or the CPU": {"device": "meta"},
+    "fmt: expected a group_size for blocks": {
+        "operations": "dequantize_blocks",
+        "fmt": cq.ROWWISE_FP8,
+    },
+    "fmt: expected groups of rows, none over whole rows": {
+        "operations": "requantize_blocks",
+        "fmt": cq.NVFP4.replace(row_scale=True),
+    },
+    "to: expected a Format, such as .*, got None": {"operations": "convert_scales"},
+    "to: expected group_size 128": {"operations": "convert_scales", "to": cq.MXFP8},
     "k: expected multiples of 2 for e2m1": {"k": (64, 65), "fmt": cq.MXFP4},
     "k: expected at most 32768 for quantize to e2m1": {
         "k": 2**15 + 2,

@@ -5,7 +5,8 @@ import torch
 
 from cute_quant import DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90, MXFP8, PrefixSum
 from cute_quant.contract.columns import ColumnCall, Output
-from cute_quant.kernels import heuristics
+from cute_quant.kernels import architectures, heuristics
+from cute_quant.kernels.config import BLOCK_TILE, BLOCK_WARPS, LANES, Access, ColumnsSpec
 from tests.columns import (
     DTYPES,
     FORMATS,
@@ -20,96 +21,101 @@ from tests.columns import (
 from tests.helpers import poisoned_results
 
 
-def check(gpu, x, fmt, rows=None, transposed=False, row_fmt=None):
+def check(gpu, x, fmt, rows=None, transposed=False, row_fmt=None, last_padding=True):
     """Quantize on the emulated GPU into poisoned memory; every byte must be the oracle's."""
     *leading, mn, k = x.shape
     columns = poisoned_columns(fmt, tuple(x.shape), transposed)
     along_k, of_rows = None, None
     if row_fmt is not None:
-        of_rows = poisoned_results(row_fmt, mn, k, "cpu", batch_shape=tuple(leading))
+        of_rows = poisoned_results(
+            row_fmt, mn, k, "cpu", last_padding=last_padding, batch_shape=tuple(leading)
+        )
         along_k = Output(row_fmt, *of_rows)
     gpu.quantize_columns(ColumnCall(x, Output(fmt, *columns), transposed, rows, along_k))
     assert_columns(columns, x, fmt, rows, transposed)
     if row_fmt is not None:
-        assert_rows(of_rows, x, row_fmt, rows)
+        assert_rows(of_rows, x, row_fmt, rows, last_padding)
 
 
-def formats_and_dtypes():
-    """Every format with one dtype, and with the others where there is time."""
-    for i, fmt in enumerate(FORMATS):
-        for j, dtype in enumerate(DTYPES):
-            marks = () if (i + j) % 3 == 0 else pytest.mark.slow
-            yield pytest.param(fmt, dtype, marks=marks, id=f"{fmt}-{dtype}")
+def slow_but(count, values):
+    """Return values as parameters, all but the first ones slow."""
+    return [
+        pytest.param(
+            *value, marks=() if i < count else pytest.mark.slow, id="-".join(map(str, value))
+        )
+        for i, value in enumerate(values)
+    ]
 
 
-@pytest.mark.parametrize(("fmt", "dtype"), list(formats_and_dtypes()))
+@pytest.mark.parametrize(
+    ("fmt", "dtype"), slow_but(3, [(fmt, DTYPES[i % 3]) for i, fmt in enumerate(FORMATS)])
+)
 def test_every_format(fmt, dtype, gpu):
     x = special_weights((2, 133, 142), dtype, fmt.group_size, 1)
     check(gpu, x, fmt)
     check(gpu, x, fmt, transposed=True)
 
 
-def calls_of_both():
-    """Formats of both directions, each once, and what else a call may vary in."""
-    for i, row_fmt in enumerate(ROW_FORMATS):
-        fmt, dtype = FORMATS[(2 * i + 1) % len(FORMATS)], DTYPES[i % 3]
-        marks = () if i % 3 == 0 else pytest.mark.slow
-        yield pytest.param(
-            row_fmt, fmt, dtype, i % 6, i % 2 == 0, marks=marks, id=f"{row_fmt}-{fmt}"
-        )
-
-
-@pytest.mark.parametrize(("row_fmt", "fmt", "dtype", "kind", "transposed"), list(calls_of_both()))
+@pytest.mark.parametrize(
+    ("row_fmt", "fmt", "dtype", "kind", "transposed"),
+    slow_but(
+        1,
+        [
+            (row_fmt, FORMATS[(2 * i + 1) % len(FORMATS)], DTYPES[i % 3], (i + 1) % 6, i % 2 == 0)
+            for i, row_fmt in enumerate(ROW_FORMATS)
+        ],
+    ),
+)
 def test_both(row_fmt, fmt, dtype, kind, transposed, gpu):
-    for shape in ((260, 142), (130, 256)):
-        x = special_weights(shape, dtype, 32, kind)
-        check(gpu, x, fmt, None, transposed, row_fmt)
-        check(gpu, x, fmt, experts(shape[0], fmt, 1 + kind % 5), transposed, row_fmt)
+    x = special_weights((261, 142), dtype, 32, kind)
+    check(gpu, x, fmt, experts(261, fmt, kind), transposed, row_fmt, last_padding=kind % 2 == 0)
 
 
-@pytest.mark.parametrize("kind", range(1, 6))
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "transposed"), slow_but(1, [(1, True), (2, False), (3, True), (4, False), (5, True)])
+)
 def test_experts(transposed, kind, gpu):
-    fmt = FORMATS[(kind + 2 * transposed) % 5]
+    fmt = FORMATS[kind % 5]
     x = special_weights((640 if transposed else 700, 72), torch.bfloat16, fmt.group_size, kind)
     check(gpu, x, fmt, experts(x.shape[0], fmt, kind), transposed)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_rows_that_do_not_exist_are_zeros_beside_what_is_not_finite(transposed, gpu):
+@pytest.mark.parametrize(
+    ("fmt", "transposed"), slow_but(1, [(DEEP_GEMM_SM90, True), (DEEP_GEMM_32, False)])
+)
+def test_rows_that_do_not_exist_are_zeros_beside_what_is_not_finite(fmt, transposed, gpu):
     x = torch.ones(256, 136, dtype=torch.bfloat16)
     x[3, 5], x[130, 6], x[40:128] = float("nan"), float("inf"), float("nan")
     rows = PrefixSum(torch.tensor([40, 131], dtype=torch.int32))
-    for fmt in (DEEP_GEMM_SM90, DEEP_GEMM_32):
-        check(gpu, x, fmt, rows, transposed, DEEP_GEMM)
+    check(gpu, x, fmt, rows, transposed, DEEP_GEMM)
 
 
-STRIDES = [name for name in views(torch.zeros(1, 1)) if "along" not in name]
-
-
-@pytest.mark.parametrize("name", STRIDES)
-@pytest.mark.parametrize("transposed", [False, True])
-def test_every_stride(transposed, name, gpu):
+@pytest.mark.parametrize(
+    ("name", "transposed"), slow_but(1, [("apart", True), ("unaligned", False), ("whole", True)])
+)
+def test_every_stride(name, transposed, gpu):
     fmt = MXFP8 if transposed else DEEP_GEMM_SM90
     x = special_weights((3, 144, 152), torch.bfloat16, fmt.group_size, 3)
     check(gpu, views(x)[name], fmt, transposed=transposed, row_fmt=DEEP_GEMM_32)
 
 
-@pytest.mark.parametrize(("mn", "k"), [(1, 1), (1, 130), (130, 1), (3, 513), (144, 30), (129, 641)])
+SIZES = [(129, 641), (1, 130), (130, 1), (3, 513), (144, 30), (1, 1)]
+
+
+@pytest.mark.parametrize(("mn", "k"), slow_but(2, SIZES))
 def test_sizes_of_no_whole_tile(mn, k, gpu):
-    for fmt, transposed in ((DEEP_GEMM_SM90, True), (MXFP8, False), (DEEP_GEMM_32, True)):
-        x = special_weights((mn, k), torch.bfloat16, fmt.group_size, mn + k)
-        check(gpu, x, fmt, transposed=transposed)
-    check(gpu, x, MXFP8, transposed=True, row_fmt=DEEP_GEMM)
+    x = special_weights((mn, k), torch.bfloat16, 32, mn + k)
+    fmt = (DEEP_GEMM_SM90, DEEP_GEMM_32)[mn % 2]
+    check(gpu, x, fmt, transposed=k % 2 == 0, row_fmt=MXFP8)
+    check(gpu, x, MXFP8, transposed=k % 2 == 1, row_fmt=DEEP_GEMM)
 
 
-@pytest.mark.parametrize("fmt", [DEEP_GEMM_SM90, DEEP_GEMM_32], ids=str)
+@pytest.mark.parametrize(("fmt",), slow_but(1, [(DEEP_GEMM_SM90,), (DEEP_GEMM_32,)]))
 def test_each_value_counts_in_its_groups_alone(fmt, gpu):
-    for place in ((0, 0), (15, 127), (16, 8), (31, 96), (32, 31), (127, 127), (71, 64)):
+    for i, place in enumerate([(0, 0), (15, 127), (16, 8), (31, 96), (71, 64), (127, 31)]):
         x = torch.ones(128, 256, dtype=torch.bfloat16)
         x[place] = -5.0
-        check(gpu, x, fmt, None, False, DEEP_GEMM)
-        check(gpu, x, fmt, None, True, DEEP_GEMM_32)
+        check(gpu, x, fmt, None, i % 2 == 1, (DEEP_GEMM, DEEP_GEMM_32)[i // 2 % 2])
 
 
 def test_views_into_larger_results(gpu):
@@ -124,6 +130,7 @@ def test_views_into_larger_results(gpu):
         assert (wide[..., columns:] == 0x5A).all()
 
 
+@pytest.mark.slow
 def test_more_tiles_than_a_grid_counts(gpu, monkeypatch):
     monkeypatch.setattr(gpu.kernels, "_kernels", {})
     gpu.max_grid = 2
@@ -142,3 +149,34 @@ def test_nothing_to_quantize_launches_nothing(gpu):
             for q, sf in gpu.quantize_columns(ColumnCall(x, Output(fmt), along_k=along_k)):
                 assert q.numel() == 0 == sf.numel()
     assert not gpu.launched
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize(
+    ("fmt", "row_fmt", "transposed", "kind", "most"),
+    [
+        (DEEP_GEMM_SM90, None, True, "dense", {"sm_90a": 494, "sm_100a": 588}),
+        (DEEP_GEMM_32, None, False, "prefix_sum", {"sm_90a": 566, "sm_100a": 515}),
+        (MXFP8, MXFP8, True, "dense", {"sm_90a": 956, "sm_100a": 863}),
+    ],
+    ids=str,
+)
+@pytest.mark.slow
+def test_machine_code(fmt, row_fmt, transposed, kind, most, arch):
+    """Vectors as wide as they can be, registers for four CTAs, no spills, room beside memory."""
+    from bench.sass import machine_code
+
+    values = heuristics.block_values(torch.bfloat16, fmt, arch, transposed=False)
+    access = Access(2 * values, values)
+    q_access = Access(store_bytes=16 if transposed else values)
+    spec = ColumnsSpec(torch.bfloat16, fmt, values, access, q_access, transposed, row_fmt, kind)
+    code = machine_code(spec, arch)
+    assert code.count("LDL", "STL") == 0 == code.stack and code.registers <= 64
+    assert len(code.opcodes) <= most[arch]
+    results = 1 if row_fmt is None else 2
+    bytes_of_warp = BLOCK_TILE**2 * (2 + results) / BLOCK_WARPS
+    assert len(code.opcodes) <= 0.75 * architectures.named(arch).gpu.issue_budget(bytes_of_warp)
+    load = "LDG.E.128" if arch == "sm_90a" else "LDG.E.ENL2.256"
+    assert code.opcodes.count(load) == BLOCK_TILE**2 // (BLOCK_WARPS * LANES * values)
+    narrow = [op for op in code.opcodes if op.startswith("STG.E.U8")]
+    assert len(narrow) == (4 if row_fmt is not None else 0), "bytes of scales of rows alone"

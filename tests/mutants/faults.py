@@ -14,8 +14,11 @@ Left out, since nothing that a caller sees depends on them:
 
 from tests.mutants import (
     block_faults,
+    checkpoint_faults,
+    column_faults,
     contract_faults,
     dispatch_faults,
+    engine_faults,
     jit_faults,
     kernels_faults,
     nn_faults,
@@ -28,8 +31,11 @@ FAULTS = [
     *dispatch_faults.FAULTS,
     *kernels_faults.FAULTS,
     *block_faults.FAULTS,
+    *column_faults.FAULTS,
     *scales_faults.FAULTS,
     *stochastic_faults.FAULTS,
     *nn_faults.FAULTS,
     *jit_faults.FAULTS,
+    *checkpoint_faults.FAULTS,
+    *engine_faults.FAULTS,
 ]
