@@ -3,10 +3,21 @@
 import pytest
 import torch
 
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, INT8, MXFP4, NVFP4, ROWWISE_FP8, Masked
+from cute_quant import (
+    DEEP_GEMM,
+    DEEP_GEMM_SM90,
+    INT8,
+    MXFP4,
+    NVFP4,
+    ROWWISE_FP8,
+    Masked,
+    PrefixSum,
+    PrefixSumWithGaps,
+)
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import make_silu_mul_backward
-from tests.helpers import poisoned_results
+from cute_quant.kernels.config import ONE_ROW
+from tests.helpers import POISON, poisoned_results
 from tests.kernels.cases import strided
 from tests.kernels.emulated_gpu import Gpu
 from tests.kernels.prologues import halves, quantize_within
@@ -66,6 +77,39 @@ def test_variants(gpu, variant):
     """Also of k whose gates and ups share a thread, and of more tiles than a warp has."""
     for mn, k in ((5, 640), (3, 24), (2, 264)):
         check(gpu, mn, k, DEEP_GEMM_SM90, extra_rows=mn % 3, **variant)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param({}, id="held", marks=pytest.mark.slow),
+        pytest.param({"held": False, "max_warps": 2}, id="two passes"),
+    ],
+)
+def test_rows_that_are_one_group(kernels, arch, shape):
+    """Of several warps, and in each pass over the tiles of a row that no CTA holds."""
+    gpu = Gpu(kernels, arch, tile=ONE_ROW._replace(tiles_per_thread=2), **shape)
+    check(gpu, 3, 1300, ROWWISE_FP8)
+
+
+def test_gaps_that_are_kept(gpu):
+    """Rows between groups hold what they held; those of groups are what they are without gaps."""
+    mn, k, fmt, ends = 12, 136, DEEP_GEMM_SM90, torch.tensor([3, 9], dtype=torch.int32)
+    live = torch.tensor([*[1] * 3, 0, *[1] * 5, *[0] * 3], dtype=torch.bool)
+    grad, gate_up = torch.randn(mn, 3 * k, generator=torch.Generator().manual_seed(2)).split(
+        [k, 2 * k], 1
+    )
+    prologue = make_silu_mul_backward(
+        grad.contiguous(), interleaved=False, clamp=None, alpha=1.0, beta=0.0
+    )
+    found = []
+    for kind in (PrefixSumWithGaps, PrefixSum):
+        q, sf = poisoned_results(fmt, mn, 2 * k, "cpu")
+        gpu.quantize(gate_up.contiguous(), q, sf, fmt, kind(ends, 4), prologue=prologue)
+        found.append([t.contiguous().view(torch.uint8) for t in (q, sf)])
+    for kept, zeroed in zip(*found, strict=True):
+        assert kept[~live].eq(POISON).all() and not zeroed[~live].any()
+        assert torch.equal(kept[live], zeroed[live])
 
 
 @pytest.mark.slow

@@ -14,9 +14,11 @@ from cute_quant import (
     quantize,
 )
 from cute_quant.contract.calls import Call
-from cute_quant.contract.rows import Indexed, Masked, PrefixSum
+from cute_quant.contract.rows import Indexed, Masked, PrefixSum, PrefixSumWithGaps
 from cute_quant.dispatch import launch
-from tests.kernels.cases import check, special_groups
+from cute_quant.kernels.config import ONE_ROW
+from tests.helpers import poisoned_scales, poisoned_values
+from tests.kernels.cases import assert_same_storage, check, special_groups
 from tests.kernels.emulated_gpu import Gpu, OnGpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -62,6 +64,36 @@ def test_rows(gpu):
     indices = torch.tensor([0, 0, -1] * 3, dtype=dtype)
     check(gpu, x[0], DEEP_GEMM, rows=Indexed(indices), rng_state=given)
     check(gpu, x[0], DEEP_GEMM, index=torch.tensor([8, -1, 8, 9], dtype=dtype), rng_state=given)
+
+
+def test_gaps_that_are_kept(gpu):
+    """Rows between groups hold what they held, and do not shift the draws of those after them."""
+    mn, k, ends = 12, 640, torch.tensor([3, 9], dtype=torch.int32)
+    x, found = special_groups(mn, k, BF16, 7), []
+    for run in (
+        gpu.quantize,
+        lambda x, q, sf, fmt, rows, rng_state: quantize(
+            x, fmt, rows=rows, rng_state=rng_state, out=(q, sf)
+        ),
+    ):
+        q = poisoned_values(mn + 1, k, "cpu").view(DEEP_GEMM.values)
+        sf = poisoned_scales(DEEP_GEMM, mn, k, "cpu")
+        run(x, q, sf, DEEP_GEMM, PrefixSumWithGaps(ends, 4), rng_state=STATES[1])
+        found.append((q, sf))
+    for name, actual, expected in zip(("q", "sf"), *found, strict=True):
+        assert_same_storage(name, actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "shape"),
+    [(ROWWISE_FP8, {}), (INT8.replace(group_size=-1), {"held": False, "max_warps": 2})],
+    ids=["held", "two passes"],
+)
+def test_rows_that_are_one_group(kernels, arch, fmt, shape):
+    """Of several warps, and in each pass over the tiles of a row that no CTA holds."""
+    tile = ONE_ROW._replace(tiles_per_thread=2)
+    x = special_groups(7, 3001, FP16, 8, fmt)
+    check(Gpu(kernels, arch, tile=tile, **shape), x, fmt, rng_state=STATES[2])
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ REFERENCE = "contract/reference.py"
 PHILOX = "kernels/philox.py"
 PROBLEM = "kernels/problem.py"
 ENCODINGS = "kernels/encodings.py"
+ROWS = "kernels/quantize_rows.py"
 LAUNCH = "dispatch/launch.py"
 TORCH_OPS = "dispatch/torch_ops.py"
 
@@ -97,6 +98,13 @@ FAULTS = [
         [f"{ON_KERNELS}::test_formats"],
     ),
     Fault(
+        "stochastic-tiles-of-a-row-alike",
+        ROWS,
+        "words = words_of(random, segment, t)",
+        "words = words_of(random, segments[0], t)",
+        [f"{ON_KERNELS}::test_rows_that_are_one_group"],
+    ),
+    Fault(
         "stochastic-plan-of-nearest",
         LAUNCH,
         'key += ("rng_state", _looks(rng_state))',
@@ -151,6 +159,13 @@ FAULTS = [
         "argument = arithmetic.maximum(argument, Float32(-LARGEST_ARGUMENT))",
         "argument = argument",
         [f"{ON_BACKWARD_KERNEL}::test_variants"],
+    ),
+    Fault(
+        "backward-kernel-writes-scales-of-gaps",
+        BACKWARD,
+        "Stage(Float32, spec.fmt, spec.tile, spec.domain.keeps_gaps)",
+        "Stage(Float32, spec.fmt, spec.tile)",
+        [f"{ON_BACKWARD_KERNEL}::test_gaps_that_are_kept"],
     ),
     Fault(
         "backward-gates-and-ups-share-a-vector",
