@@ -365,6 +365,16 @@ class TestInputsOfExperts:
 
     @on_blackwell
     @pytest.mark.parametrize("swizzled", [True, False])
+    def test_no_rows(self, swizzled):
+        x = torch.empty(0, 128, dtype=torch.bfloat16)
+        q, sf = self.quantize(x, "mxfp8", is_scale_swizzled=swizzled)
+        assert (q.shape, sf.shape) == ((0, 128), (0,) if swizzled else (0, 4))
+        scale = torch.tensor([4.0])
+        q, sf = self.quantize(x, "nvfp4", scale=scale, is_scale_swizzled=swizzled)
+        assert (q.shape, sf.shape) == ((0, 64), (0, 8))
+
+    @on_blackwell
+    @pytest.mark.parametrize("swizzled", [True, False])
     def test_nvfp4(self, swizzled):
         x, scale = sample((12, 512), CPU), torch.tensor([4.0])
         with counted("scaled_fp4_quant", calls=1):

@@ -341,3 +341,17 @@ def test_kernels_on_groups_that_are_not_finite(numerics, kernels):
         assert (codes_of(q, fmt)[0, : 3 * 128] == 0x7F).all() and not q[
             0, 384:
         ].float().isnan().any()
+
+
+@pytest.mark.gpu
+@every_float32_formula
+def test_float32_scales_on_a_gpu(name, numerics):
+    x = np.concatenate(
+        [*(some_groups(128, kind) for kind in KINDS), beside_middles_of_8_bits(name)]
+    )
+
+    def on_gpu(x: torch.Tensor, fmt: cq.Format, upper: UpperScale | None):
+        return tuple(t.cpu() for t in cq.quantize(x.cuda(), fmt))
+
+    for dtype in INPUT_DTYPES:
+        check(in_dtype(x, dtype), name, numerics, np.ones(()), on_gpu)

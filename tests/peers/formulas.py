@@ -446,7 +446,7 @@ def fp8_vllm(x: np.ndarray) -> Quantized:
 def fp8_vllm_triton(x: np.ndarray) -> Quantized:
     """Quantize as ``_per_token_group_quant_fp8``, whose ``/`` is ``div.full``: rcp.approx, times x.
 
-    With an approximation where IEEE has a quotient: `test_triton` holds it to Triton on a GPU.
+    `test_triton` holds it to Triton on a GPU.
     """
     scales = mul(bounded(x, 1e-10), f32(1 / 448))
     return in_float32(scales, e4m3(times(x, rcp_approx(scales))))
