@@ -39,9 +39,9 @@ class Case(NamedTuple):
     makers: Makers
 
 
-def streaming(words_in: int, words_out: int, vectors: int) -> Words:
-    """Return memory of the ceiling for so many times 16 elements."""
-    return allocate(Traffic(1, 1, words_in, words_out), ELEMENTS * vectors)
+def streaming(words_in: int, words_out: int, vectors: int, loads: int = 1) -> Words:
+    """Return memory of the ceiling for so many times 16 elements, each with several `loads`."""
+    return allocate(Traffic(loads, 1, words_in, words_out), ELEMENTS * vectors)
 
 
 def require(same: bool, name: str) -> None:

@@ -116,7 +116,7 @@ class CuteQuant(Provider):
         tile = heuristics.shape(1, mn, k, self.fmt, False, sms, warps).tile
         spec = QuantizeSpec(self.dtype, self.fmt, tile, pdl=self.launch == PDL)
         function = lookup.function(spec, architecture())
-        operands = x, buffer.q, sf, None, None, None, 0, 1, 0, self.fmt.floor
+        operands = x, buffer.q, sf, None, None, None, None, 0, 1, 0, self.fmt.floor
         return functools.partial(function, *operands)
 
     def difference(self, problem: Problem) -> str:

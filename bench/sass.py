@@ -36,6 +36,7 @@ from cute_quant.kernels.config import (
     QuantizerSpec,
     QuantizeSpec,
     RmsNormSpec,
+    SiluMulBackwardSpec,
     SiluMulSpec,
     Spec,
     Tile,
@@ -83,6 +84,14 @@ def reported() -> Iterator[tuple[str, int, QuantizerSpec | Stream]]:
     for rows in (1, 2):
         spec = SiluMulSpec(bf16, packed, Tile(rows_per_thread=rows))
         yield f"SiLU * up, bf16 -> e4m3, ue8m0, rows a thread: {rows}", rows, spec
+    for name, fmt in (("e4m3", DEEP_GEMM_SM90), ("nvfp4", NVFP4)):
+        upper, access = (ENCODE, FP4_ACCESS) if fmt.upper_scale else (None, Access())
+        spec = QuantizeSpec(bf16, fmt, access=access, stochastic=True, upper=upper)
+        yield f"bf16 -> {name}, rounded stochastically", 1, spec
+    for interleaved in (False, True):
+        spec = SiluMulBackwardSpec(bf16, DEEP_GEMM_SM90, interleaved=interleaved)
+        layout = "interleaved" if interleaved else "in halves"
+        yield f"gradients of SiLU * up {layout}, bf16 -> e4m3, float32", 1, spec
     for tiles, max_warps in ((1, 16), (1, 4), (2, 8)):
         for residual in (False, True):
             spec = RmsNormSpec(
@@ -135,15 +144,17 @@ def bytes_per_warp(spec: QuantizerSpec | Stream) -> int:
     """
     if isinstance(spec, Stream):
         return ELEMENTS_PER_WARP * (2 * spec.loads + spec.stores)
-    inputs = 1
+    inputs = 1.0
     if isinstance(spec, SiluMulSpec):
         inputs = 2
+    elif isinstance(spec, SiluMulBackwardSpec):
+        inputs = 1.5
     elif isinstance(spec, RmsNormSpec) and spec.residual:
         inputs = 3
     fmt = spec.fmt
     values = fmt.value_columns(ELEMENTS_PER_WARP) * fmt.values.itemsize
     scales = 0 if fmt.whole_row else ELEMENTS_PER_WARP // fmt.group_size * fmt.scale_dtype.itemsize
-    return ELEMENTS_PER_WARP * 2 * inputs + values + scales
+    return int(ELEMENTS_PER_WARP * 2 * inputs) + values + scales
 
 
 def report(

@@ -135,7 +135,7 @@ def bind_spec(spec: StageSpec, buffer: StageBuffer) -> Callable[[], None]:
     source = buffer.gate_up if isinstance(spec, SiluMulSpec) else buffer.x
     results = matrix(buffer.q), matrix(buffer.sf)
     # No counts, no index; all padding rows have storage.
-    common = matrix(source), *results, None, None, None, 0, 1, 0, MIN_EXPONENT
+    common = matrix(source), *results, None, None, None, None, 0, 1, 0, MIN_EXPONENT
     others: tuple[object, ...] = ()
     if isinstance(spec, SiluMulSpec):
         bound, alpha, beta, weight = 0.0, 1.0, 0.0, None
@@ -343,7 +343,7 @@ class TwoKernels(Compiled):
         first = self.bind_function(buffer, between)
         mn, k = between.shape
         spec = default_spec(QUANTIZE_ALONE, mn, k, self.launch == PDL)
-        common = buffer.q, buffer.sf, None, None, None, 0, 1, 0, MIN_EXPONENT
+        common = buffer.q, buffer.sf, None, None, None, None, 0, 1, 0, MIN_EXPONENT
         second = functools.partial(lookup.function(spec, architecture()), between, *common)
 
         def call() -> None:

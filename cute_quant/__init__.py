@@ -50,6 +50,7 @@ from cute_quant.ops import (
     quantize_columns,
     requantize_blocks,
     rms_norm_quantize,
+    silu_mul_backward_quantize,
     silu_mul_quantize,
     tensor_amax,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "quantize_columns",
     "requantize_blocks",
     "rms_norm_quantize",
+    "silu_mul_backward_quantize",
     "silu_mul_quantize",
     "tensor_amax",
     "warm_up",

@@ -15,7 +15,12 @@ from cute_quant.contract.calls import Call
 from cute_quant.contract.columns import ColumnCall, Output
 from cute_quant.contract.dtypes import INPUT_DTYPES, describe
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90, Format
-from cute_quant.contract.prologues import FUSED, make_rms_norm, make_silu_mul
+from cute_quant.contract.prologues import (
+    FUSED,
+    make_rms_norm,
+    make_silu_mul,
+    make_silu_mul_backward,
+)
 from cute_quant.contract.reader_checks.arguments import check_arguments
 from cute_quant.contract.reader_checks.quantized import Finding, Quantized
 from cute_quant.contract.reader_checks.search import findings
@@ -49,6 +54,7 @@ def quantize(
     encode_scale: torch.Tensor | None = None,
     decode_scale: torch.Tensor | None = None,
     amax: torch.Tensor | None = None,
+    rng_state: torch.Tensor | None = None,
     check: bool = False,
     out: Out | None = None,
 ) -> tuple[torch.Tensor, ...]:
@@ -89,6 +95,12 @@ def quantize(
         decode_scale: the same, but its reciprocal, with which GEMMs multiply their result.
         amax: the same, but the largest magnitude, from which the encode scale is computed: 2688
             over it, at most 2^117, and 1 for an amax of 0.
+        rng_state: int64, (2,), contiguous, on the device of x: seed and offset of Philox 4x32-10
+            (Salmon et al., 2011). With it values are rounded stochastically, up or down with
+            probabilities that make their mean exact. The random bits of an element depend on the
+            state and on its matrix, row and column in the result alone: a call with the same state
+            draws the same ones, so add to the offset between calls, on the device. Bits 0 to 46 of
+            the offset count. Numerics other than "ieee" and `four_over_six` are refused.
         check: whether to read the counts of `rows`, `index` and the upper scale, which
             synchronizes, and raise on those that are out of range or do not fit x. Otherwise counts
             are clamped.
@@ -117,7 +129,8 @@ def quantize(
     upper = None
     if not (encode_scale is decode_scale is amax is None):
         upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
-    if rows is None and index is None and check is False and not is_dynamo_compiling():
+    plain = rows is None and index is None and rng_state is None and check is False
+    if plain and not is_dynamo_compiling():
         results = None
         if out is None:
             results = launch.quantize_again(x, fmt, upper)
@@ -131,9 +144,8 @@ def quantize(
     if upper is not None:
         _check_input("quantize", *upper)
     _check_input("quantize", "x", x)
-    return _run(
-        Call(x, fmt, outputs.q, outputs.sf, rows, index, None, upper, outputs.row_scales), check
-    )
+    call = Call(x, fmt, outputs.q, outputs.sf, rows, index, None, upper, outputs.row_scales)
+    return _run(call._replace(rng_state=rng_state), check)
 
 
 def silu_mul_quantize(
@@ -217,6 +229,71 @@ def silu_mul_quantize(
         gate_up, fmt, outputs.q, outputs.sf, rows, index, prologue, upper, outputs.row_scales
     )
     return _run(call, check)
+
+
+def silu_mul_backward_quantize(
+    grad: torch.Tensor,
+    gate_up: torch.Tensor,
+    fmt: Format = DEEP_GEMM,
+    *,
+    interleaved: bool = False,
+    clamp: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    rows: Rows | None = None,
+    encode_scale: torch.Tensor | None = None,
+    decode_scale: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
+    rng_state: torch.Tensor | None = None,
+    check: bool = False,
+    out: Out | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Compute the gradients of gates and ups of a gated activation, and quantize them, in one pass.
+
+    With gates g and ups u, bounded by `clamp`, and s = sigmoid(alpha * g), the gradients of
+    ``(u + beta) * g * s`` are ``grad * (u + beta) * s * (1 + alpha * g * (1 - s))`` for gates and
+    ``grad * g * s`` for ups, and 0 for those beyond their bounds. They are computed in float64 on
+    the CPU, in float32 on a GPU, and quantized as float32 by :func:`quantize`, in the places of
+    gates and ups. Products with Inf are Inf or NaN, so their groups become NaN.
+
+    Args:
+        grad: (..., mn, k), of the dtype of `gate_up`, with strides as x of :func:`quantize`: the
+            gradient of what :func:`silu_mul_quantize` quantizes.
+        gate_up: (..., mn, 2 k), bfloat16, float16 or float32, with strides as x of
+            :func:`quantize`. k is at most 2^19.
+        fmt: what the result looks like. Groups are of columns of the result: where k is no multiple
+            of their size, one has gates and ups.
+        interleaved: as for :func:`silu_mul_quantize`.
+        clamp: as for :func:`silu_mul_quantize`.
+        alpha: as for :func:`silu_mul_quantize`.
+        beta: as for :func:`silu_mul_quantize`.
+        rows: which rows exist, as for :func:`quantize`.
+        encode_scale: as for :func:`quantize`.
+        decode_scale: as for :func:`quantize`.
+        amax: as for :func:`quantize`.
+        rng_state: as for :func:`quantize`.
+        check: whether to read counts and raise on those out of range.
+        out: q and sf to write into, as for :func:`quantize`.
+
+    Returns:
+        q, sf: as :func:`quantize` of the (..., mn, 2 k) gradients returns them.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    for name, t in (("grad", grad), ("gate_up", gate_up)):
+        _check_input("silu_mul_backward_quantize", name, t)
+    outputs = _outputs(out, fmt)
+    upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    if upper is not None:
+        _check_input("silu_mul_backward_quantize", *upper)
+    prologue = make_silu_mul_backward(
+        grad, interleaved=interleaved, clamp=clamp, alpha=alpha, beta=beta
+    )
+    call = Call(
+        gate_up, fmt, outputs.q, outputs.sf, rows, None, prologue, upper, outputs.row_scales
+    )
+    return _run(call._replace(rng_state=rng_state), check)
 
 
 def rms_norm_quantize(
@@ -798,10 +875,11 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
     Args:
         *args: positional arguments of `operation`.
         **kwargs: keyword arguments of `operation`.
-        operation: :func:`quantize`, :func:`silu_mul_quantize`, :func:`rms_norm_quantize`,
-            :func:`dequantize`, :func:`fake_quantize`, :func:`quantize_blocks`,
-            :func:`dequantize_blocks`, :func:`requantize_blocks`, :func:`quantize_columns`,
-            :func:`quantize_both` or :func:`convert_scales`.
+        operation: :func:`quantize`, :func:`silu_mul_quantize`,
+            :func:`silu_mul_backward_quantize`, :func:`rms_norm_quantize`, :func:`dequantize`,
+            :func:`fake_quantize`, :func:`quantize_blocks`, :func:`dequantize_blocks`,
+            :func:`requantize_blocks`, :func:`quantize_columns`, :func:`quantize_both` or
+            :func:`convert_scales`.
 
     Returns:
         The launch: a callable whose ``results`` are what `operation` returns.
@@ -813,6 +891,7 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
     operations = (
         quantize,
         silu_mul_quantize,
+        silu_mul_backward_quantize,
         rms_norm_quantize,
         dequantize,
         fake_quantize,

@@ -38,6 +38,7 @@ from cute_quant.kernels.config import (
     QuantizeSpec,
     RequantizeSpec,
     RmsNormSpec,
+    SiluMulBackwardSpec,
     SiluMulSpec,
     Spec,
 )
@@ -173,7 +174,7 @@ def _compare(spec: Spec, actual: Results, expected: Results) -> int | None:
             _require_equal("decode scales", _bytes(a), _bytes(b))
         wrong = f"more than {SCALE_ERROR:.1g} away from the reference's"
         _require_all("decode scales", _close(a, b), wrong)
-    if isinstance(spec, (SiluMulSpec, RmsNormSpec)):
+    if isinstance(spec, (SiluMulSpec, SiluMulBackwardSpec, RmsNormSpec)):
         count = _neighbouring_scales(_scales(actual), _scales(expected), spec.fmt)
         count += _neighbouring_values(actual, expected, spec.fmt)
         if expected.normalized is not None:
@@ -342,9 +343,12 @@ def _results(spec: Spec, device: str) -> Results:
     rows = _rows(domain, mn, device, generator)
     index = None if index is None else index.to(device)
     residual = normalized = None
+    rng_state = torch.tensor([1, 2], device=device) if getattr(spec, "stochastic", False) else None
     match spec:
         case QuantizeSpec():
-            cute_quant.quantize(x, fmt, rows=rows, index=index, out=out, **upper)
+            cute_quant.quantize(
+                x, fmt, rows=rows, index=index, rng_state=rng_state, out=out, **upper
+            )
         case SiluMulSpec():
             weight = None
             if spec.weighted:
@@ -360,6 +364,21 @@ def _results(spec: Spec, device: str) -> Results:
                 beta=1.0 if spec.shifted else 0.0,
                 weight=weight,
                 rounding=spec.rounding,
+                out=out,
+                **upper,
+            )
+        case SiluMulBackwardSpec():
+            grad = torch.randn((*x.shape[:-1], k // 2), generator=generator)
+            cute_quant.silu_mul_backward_quantize(
+                grad.to(device, x.dtype),
+                x,
+                fmt,
+                rows=rows,
+                interleaved=spec.interleaved,
+                clamp=7.0 if spec.clamped else None,
+                alpha=1.702 if spec.scaled else 1.0,
+                beta=1.0 if spec.shifted else 0.0,
+                rng_state=rng_state,
                 out=out,
                 **upper,
             )
@@ -436,7 +455,7 @@ def _decode_scale(spec: Spec, x: torch.Tensor) -> torch.Tensor:
     """Return a scale that maps what a call quantizes to the range of its format."""
     amax = x.float().nan_to_num(0.0, 0.0, 0.0).abs().amax()
     match spec:
-        case SiluMulSpec():
+        case SiluMulSpec() | SiluMulBackwardSpec():
             amax = amax * amax
         case RmsNormSpec():
             amax = amax.new_tensor(32.0)

@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for choice in ("interleaved", "clamped", "scaled", "shifted"):
         calls.add_argument(f"--{choice}", action="store_true", help="of silu_mul_quantize")
+    calls.add_argument("--stochastic", action="store_true", help="with an rng_state")
     calls.add_argument("--rounding", choices=NORM_ROUNDINGS, default=FUSED)
     calls.add_argument("--weight-dtype", choices=DTYPES, help="of rms_norm_quantize")
     calls.add_argument(
@@ -134,6 +135,7 @@ def _ranges(options: argparse.Namespace) -> list[CallRange]:
             options.shifted,
             options.rounding,
             _weight_dtype(options),
+            stochastic=options.stochastic,
             to=options.to if operation == CONVERT_SCALES else None,
         ).with_upper_scale(options.upper_scale)
         for operation in options.operation or OPERATIONS[:1]

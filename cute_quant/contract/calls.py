@@ -38,6 +38,8 @@ class Call(NamedTuple):
         upper: the scale over e4m3 scales, None for formats without one or with one for each row.
         row_scales: the caller's memory for the decode scales of rows, None to allocate it or
             without any.
+        rng_state: seed and offset of the random numbers that values are rounded with, None to round
+            to nearest.
     """
 
     x: torch.Tensor
@@ -49,6 +51,7 @@ class Call(NamedTuple):
     prologue: Prologue | None = None
     upper: UpperScale | None = None
     row_scales: torch.Tensor | None = None
+    rng_state: torch.Tensor | None = None
 
     @property
     def upper_of_groups(self) -> bool:
@@ -73,7 +76,8 @@ class Call(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Return whether all rows of x are quantized, in their order, without a prologue."""
-        return all(part is None for part in (self.rows, self.index, self.prologue, self.row_scales))
+        parts = self.rows, self.index, self.prologue, self.row_scales, self.rng_state
+        return all(part is None for part in parts)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor | None]:
@@ -90,6 +94,8 @@ class Call(NamedTuple):
             tensors[self.upper.kind] = self.upper.tensor
         if self.row_scales is not None:
             tensors["out row scales"] = self.row_scales
+        if self.rng_state is not None:
+            tensors["rng_state"] = self.rng_state
         return tensors if self.prologue is None else tensors | self.prologue.tensors
 
     @property

@@ -11,9 +11,9 @@ import torch
 
 from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.dtypes import INPUT_DTYPES, align, ceil_div, describe, dtype_name
-from cute_quant.contract.format_choices import MAX_COLUMNS
+from cute_quant.contract.format_choices import IEEE, MAX_COLUMNS
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import MAX_NORM_COLUMNS, RmsNorm, SiluMul
+from cute_quant.contract.prologues import MAX_NORM_COLUMNS, RmsNorm, SiluMul, SiluMulBackward
 from cute_quant.contract.rows import (
     KINDS,
     Indexed,
@@ -73,12 +73,15 @@ def check_call(call: Call) -> ResultShape:
     check_count(counted, shape.batch_shape, 1 if known(tiles < 1) else tiles)
     if isinstance(prologue, SiluMul):
         _check_silu_mul(prologue, x, shape)
+    elif isinstance(prologue, SiluMulBackward):
+        _check_silu_mul_backward(prologue, call)
     elif isinstance(prologue, RmsNorm):
         _check_rms_norm(prologue, x, every_row=call.rows is None and call.index is None)
     check_number_of_scales(name, fmt, shape)
     check_whole_bytes(name, fmt, shape.k)
     check_upper_scale(call.upper, fmt, upper_scale_shapes(fmt, shape.batch_shape, call), x, name)
     _check_row_scales(call, shape)
+    _check_rng_state(call)
     if call.q is not None:
         check_written("out q", call.q, fmt.values, x, name)
         check_values_out(call.q, fmt, shape, exact=isinstance(call.rows, Masked))
@@ -99,6 +102,7 @@ def check_kinds(call: Call) -> None:
     """Check what the schema of an operator cannot name: types, and that x has rows."""
     check_format(call.fmt)
     tensors = {"out q": call.q, "out sf": call.sf, "index": call.index}
+    tensors["rng_state"] = call.rng_state
     for name, t in tensors.items():
         if t is not None and not isinstance(t, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor or None, got {describe(t)}")
@@ -229,12 +233,48 @@ def _check_row_scales(call: Call, shape: ResultShape) -> None:
     check_operand(name, t, call.x, call.input_name)
 
 
-def _check_silu_mul(prologue: SiluMul, gate_up: torch.Tensor, shape: ResultShape) -> None:
+def _check_rng_state(call: Call) -> None:
+    """Check the state of random numbers, and that the format's values may be rounded with them."""
+    t, fmt = call.rng_state, call.fmt
+    if t is None:
+        return
+    check_tensor("rng_state", t, (torch.int64,))
+    if not same_sizes(t.shape, (2,)):
+        raise ValueError(f"rng_state: expected shape (2,), seed and offset, got {tuple(t.shape)}")
+    check_operand("rng_state", t, call.x, call.input_name)
+    if fmt.numerics != IEEE or fmt.four_over_six:
+        raise ValueError(
+            f"rng_state: expected None for {fmt}, of which only numerics={IEEE!r} without "
+            f"four_over_six is rounded stochastically, got a tensor"
+        )
+
+
+def _check_gate_up(gate_up: torch.Tensor) -> None:
     if known(gate_up.shape[-1] % 2 != 0):
         raise ValueError(
-            "gate_up: expected an even number of columns, a gate and an up for each of the "
-            f"result's, got shape {tuple(gate_up.shape)}"
+            "gate_up: expected an even number of columns, as many gates as ups, "
+            f"got shape {tuple(gate_up.shape)}"
         )
+
+
+def _check_silu_mul_backward(prologue: SiluMulBackward, call: Call) -> None:
+    gate_up, grad = call.x, prologue.grad
+    _check_gate_up(gate_up)
+    if call.index is not None:
+        raise ValueError("index: expected None for gradients, which lie as gates and ups do")
+    check_tensor("grad", grad, (gate_up.dtype,))
+    check_device("grad", grad, gate_up, "gate_up")
+    expected = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    if not same_sizes(grad.shape, expected):
+        raise ValueError(
+            f"grad: expected shape {expected}, a column for each gate of gate_up, "
+            f"got {tuple(grad.shape)}"
+        )
+    check_matrices("grad", grad, MAX_COLUMNS)
+
+
+def _check_silu_mul(prologue: SiluMul, gate_up: torch.Tensor, shape: ResultShape) -> None:
+    _check_gate_up(gate_up)
     weight = prologue.weight
     if weight is not None:
         check_tensor("weight", weight, (torch.float32,))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from cute_quant.contract.dtypes import FLOAT32_MAX, describe, is_number, to_float32
+from cute_quant.contract.format_choices import MAX_COLUMNS
 
 FUSED = "fused"
 UNFUSED = "unfused"
@@ -107,6 +108,62 @@ class SiluMul(NamedTuple):
         return {}
 
 
+class SiluMulBackward(NamedTuple):
+    """Gradients of gates and ups of ``(up + beta) * gate * sigmoid(alpha * gate)``.
+
+    :func:`make_silu_mul_backward` makes one.
+
+    Attributes:
+        grad: gradient of the products, of half as many columns as gates and ups.
+        interleaved, clamp, alpha, beta: as of `SiluMul`.
+    """
+
+    grad: torch.Tensor
+    interleaved: bool
+    clamp: float | None
+    alpha: float
+    beta: float
+
+    @property
+    def input_name(self) -> str:
+        """Return the name of the argument that the input is given as."""
+        return "gate_up"
+
+    @property
+    def max_columns(self) -> int:
+        """Return the most columns that the input may have."""
+        return MAX_COLUMNS
+
+    def columns(self, columns: int) -> int:
+        """Return the columns of the result for an input with this many."""
+        return columns
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """Return all but the tensors; with their looks they decide which plan a call takes."""
+        return self.interleaved, self.clamp, self.alpha, self.beta
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """Return the further tensors of the call by the names of their arguments."""
+        return {"grad": self.grad}
+
+    @property
+    def operands(self) -> tuple[torch.Tensor | None, ...]:
+        """Return the further tensors in kernel-argument order."""
+        return (self.grad,)
+
+    @property
+    def reads(self) -> dict[str, torch.Tensor]:
+        """Return the further tensors that are read and not written."""
+        return {"grad": self.grad}
+
+    @property
+    def writes(self) -> dict[str, torch.Tensor]:
+        """Return the further tensors that are written."""
+        return {}
+
+
 class RmsNorm(NamedTuple):
     """Rows over their root mean square, after a residual is added.
 
@@ -191,7 +248,7 @@ class RmsNorm(NamedTuple):
         return {name: t for name, t in outputs.items() if t is not None}
 
 
-Prologue = SiluMul | RmsNorm
+Prologue = SiluMul | SiluMulBackward | RmsNorm
 
 
 def make_silu_mul(
@@ -212,6 +269,26 @@ def make_silu_mul(
         ValueError: there is no such `rounding`, a number is not finite in float32, or
             `clamp` is not above 0.
     """
+    clamp, alpha, beta = _gated_numbers(interleaved, clamp, alpha, beta)
+    _check_rounding(rounding, SILU_ROUNDINGS)
+    return SiluMul(interleaved, clamp, alpha, beta, rounding, weight)
+
+
+def make_silu_mul_backward(
+    grad: torch.Tensor, *, interleaved: bool, clamp: float | None, alpha: float, beta: float
+) -> SiluMulBackward:
+    """Return a prologue of these options, its numbers rounded to float32.
+
+    `grad` is left to ``checks``. Errors are those of :func:`make_silu_mul`.
+    """
+    clamp, alpha, beta = _gated_numbers(interleaved, clamp, alpha, beta)
+    return SiluMulBackward(grad, interleaved, clamp, alpha, beta)
+
+
+def _gated_numbers(
+    interleaved: object, clamp: float | None, alpha: float, beta: float
+) -> tuple[float | None, float, float]:
+    """Check options of a gated activation, and return its numbers rounded to float32."""
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved: expected a bool, got {describe(interleaved)}")
     if clamp is not None:
@@ -221,8 +298,7 @@ def make_silu_mul(
     given, alpha, beta = alpha, _number("alpha", alpha), _number("beta", beta)
     if abs(alpha) > MAX_ALPHA:
         raise ValueError(f"alpha: expected a magnitude up to {MAX_ALPHA}, got {given!r}")
-    _check_rounding(rounding, SILU_ROUNDINGS)
-    return SiluMul(interleaved, clamp, alpha, beta, rounding, weight)
+    return clamp, alpha, beta
 
 
 def make_rms_norm(

@@ -35,12 +35,14 @@ from cute_quant.contract.dtypes import (
 )
 from cute_quant.contract.format_choices import DEEPGEMM, VLLM_EMULATION
 from cute_quant.contract.formats import Format
+from cute_quant.contract.philox import random_of_elements
 from cute_quant.contract.prologues import (
     FUSED,
     UNFUSED,
     VLLM,
     RmsNorm,
     SiluMul,
+    SiluMulBackward,
     rounds_row,
     rounds_sum,
 )
@@ -58,6 +60,8 @@ from cute_quant.contract.upper_scales import (
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_SIGN = 8
+MAX_ARGUMENT = 1000.0
+"""Magnitude from which on the sigmoid of a float64 is 0 or 1."""
 
 
 def ue8m0_to_float32(exponents: torch.Tensor) -> torch.Tensor:
@@ -296,9 +300,15 @@ def _amax_under_each(call: Call, count: int) -> torch.Tensor:
 
 
 def group_values(
-    x: torch.Tensor, scales: torch.Tensor, fmt: Format, upper: Factors | None = None
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    fmt: Format,
+    upper: Factors | None = None,
+    random: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the values of `x` (..., k) under the scales of `group_scales`.
+
+    With `random`, 32-bit words (..., k), they are rounded stochastically.
 
     Returns:
         (..., k), or (..., k / 2) bytes of two, ``fmt.values``.
@@ -322,7 +332,26 @@ def group_values(
         if fmt.numerics == VLLM_EMULATION:
             values = values + 0.0  # which makes 0 of -0
     values = values.where(finite.unsqueeze(-1), torch.nan).flatten(-2)[..., : x.shape[-1]]
-    return encode(values, fmt)
+    return encode(values if random is None else round_stochastically(values, random, fmt), fmt)
+
+
+def round_stochastically(values: torch.Tensor, random: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return float32 `values` rounded to those of a format, up or down by a random word.
+
+    A magnitude lies n + f steps from 0, n whole and f in units of 2^-F, F the format's
+    ``fraction_bits``: exact for normal values, rounded to nearest even below. It becomes n + 1
+    steps where f plus the first F bits of the word reaches 1, and n else.
+    """
+    value_type = fmt.value_type
+    bits = value_type.fraction_bits
+    magnitudes = values.abs().clamp(max=value_type.max).nan_to_num().double()
+    exponents = torch.frexp(magnitudes)[1] - 1
+    exponents = exponents.clamp(min=value_type.min_exponent) - value_type.mantissa_bits
+    step = ue8m0_to_float32(exponents + UE8M0_BIAS)
+    units = (magnitudes / step * 2**bits).round().long()
+    rounded: torch.Tensor = ((units + (random >> 32 - bits)) >> bits) * step
+    rounded = rounded.copysign(values)
+    return rounded.where(~values.isnan(), torch.nan)
 
 
 def _scaled(groups: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -432,10 +461,7 @@ def silu_mul(gate_up: torch.Tensor, prologue: SiluMul) -> torch.Tensor:
     Returns:
         (batch, mn, k): float32 if it is fused, else the dtype of `gate_up`.
     """
-    if prologue.interleaved:
-        gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
-    else:
-        gate, up = gate_up.chunk(2, -1)
+    gate, up = _gates_and_ups(gate_up, prologue.interleaved)
     alpha, beta, weight = prologue.alpha, prologue.beta, prologue.weight
     if weight is not None:
         weight = weight.view(*gate.shape[:-1], 1)
@@ -454,6 +480,35 @@ def silu_mul(gate_up: torch.Tensor, prologue: SiluMul) -> torch.Tensor:
     # On the CPU, and there alone, torch rounds a number that it adds to the tensor's dtype first.
     values = (activation * (up if beta == 0 else (up.float() + beta).to(up.dtype))).to(dtype)
     return values if weight is None else (values.float() * weight).to(values.dtype)
+
+
+def silu_mul_backward(gate_up: torch.Tensor, prologue: SiluMulBackward) -> torch.Tensor:
+    """Return the gradients of gates and ups of `gate_up` (batch, mn, 2k).
+
+    Returns:
+        (batch, mn, 2k), float32, in the places of gates and ups.
+    """
+    gate, up = _gates_and_ups(gate_up.double(), prologue.interleaved)
+    grad = prologue.grad.reshape(gate.shape).double()
+    limit = math.inf if prologue.clamp is None else prologue.clamp
+    bounded_gate, bounded_up = _clamp(gate, up, limit)
+    # Further out a sigmoid, or what it lacks of 1, is 0 and has to stay so in a product with Inf.
+    argument = (prologue.alpha * bounded_gate).clamp(-MAX_ARGUMENT, MAX_ARGUMENT)
+    sigmoid = torch.sigmoid(argument)
+    slope = sigmoid * (1 + argument * torch.sigmoid(-argument))
+    bounded_up = bounded_up if prologue.beta == 0 else bounded_up + prologue.beta
+    of_gates = (grad * (bounded_up * slope)).masked_fill(gate > limit, 0.0)
+    of_ups = (grad * (bounded_gate * sigmoid)).masked_fill(up.abs() > limit, 0.0)
+    if prologue.interleaved:
+        return torch.stack((of_gates, of_ups), -1).flatten(-2).float()
+    return torch.cat((of_gates, of_ups), -1).float()
+
+
+def _gates_and_ups(gate_up: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if interleaved:
+        return gate_up[..., 0::2], gate_up[..., 1::2]
+    gate, up = gate_up.chunk(2, -1)
+    return gate, up
 
 
 def clamp_limit(prologue: SiluMul, dtype: torch.dtype) -> float:
@@ -544,12 +599,18 @@ def quantize_into(
     match prologue:
         case SiluMul():
             source = silu_mul(source, prologue)
+        case SiluMulBackward():
+            source = silu_mul_backward(source, prologue)
         case RmsNorm():
             source = rms_norm(source, prologue)
     batch, mn = live.shape
     upper = upper_factors(source, call)
     scales = group_scales(source, fmt, upper)
-    codes = group_values(source, scales, fmt, upper).view(torch.uint8).where(live.unsqueeze(2), 0)
+    random = None
+    if call.rng_state is not None:
+        random = random_of_elements(call.rng_state, batch, mn, source.shape[-1])
+    codes = group_values(source, scales, fmt, upper, random).view(torch.uint8)
+    codes = codes.where(live.unsqueeze(2), 0)
 
     bytes_ = q.view(torch.uint8).view(batch, *q.shape[-2:])
     if row_scales is not None and upper is not None:

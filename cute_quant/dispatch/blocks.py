@@ -173,6 +173,7 @@ def _launch_groups(
         given,
         None,
         None,
+        None,
     )
     numbers = missing_scale_rows(sf, fmt), 1, 1, fmt.floor
     calls = functools.partial(CallRange.of_weights, REQUANTIZE_BLOCKS, w8, fmt, q, upper)

@@ -19,13 +19,20 @@ from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import BLOCK_SIZES, LOAD_BYTES
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import NAMED_FORMATS, Format
-from cute_quant.contract.prologues import FUSED, MAX_NORM_COLUMNS, RmsNorm, SiluMul
+from cute_quant.contract.prologues import (
+    FUSED,
+    MAX_NORM_COLUMNS,
+    RmsNorm,
+    SiluMul,
+    SiluMulBackward,
+)
 from cute_quant.contract.rows import DENSE, Masked
 from cute_quant.contract.scale_conversion import Conversion, check_formats
 from cute_quant.contract.upper_scales import DECODE, UpperScale
 
 QUANTIZE = "quantize"
 SILU_MUL = "silu_mul_quantize"
+SILU_MUL_BACKWARD = "silu_mul_backward_quantize"
 RMS_NORM = "rms_norm_quantize"
 DEQUANTIZE = "dequantize"
 FAKE_QUANTIZE = "fake_quantize"
@@ -37,6 +44,7 @@ GATHERING = (QUANTIZE, SILU_MUL, RMS_NORM)
 """Operations whose rows an index may name."""
 OPERATIONS = (
     *GATHERING,
+    SILU_MUL_BACKWARD,
     DEQUANTIZE,
     FAKE_QUANTIZE,
     QUANTIZE_BLOCKS,
@@ -45,8 +53,12 @@ OPERATIONS = (
     CONVERT_SCALES,
 )
 """Names of the public operations."""
-WITH_ROWS = (*GATHERING, CONVERT_SCALES)
+FLAGS = ("gathered", "batched", "interleaved", "clamped", "scaled", "shifted", "stochastic")
+"""Fields of a `CallRange` that are options of the command line without a value."""
+WITH_ROWS = (*GATHERING, SILU_MUL_BACKWARD, CONVERT_SCALES)
 """Operations on rows of a domain."""
+STOCHASTIC = (QUANTIZE, SILU_MUL_BACKWARD)
+"""Operations that round by random numbers, if asked to."""
 
 
 class CallRange(NamedTuple):
@@ -68,6 +80,7 @@ class CallRange(NamedTuple):
         weight_dtype: of the weight of `rms_norm_quantize`, with and without `residual` and
             `normalized`.
         upper: the argument that the scale over e4m3 scales is given as; None where calls take none.
+        stochastic: whether values are rounded by random numbers.
         to: as of `convert_scales`; None for other operations.
         source_blocks: sizes of the blocks whose scales `requantize_blocks` reads.
     """
@@ -88,12 +101,15 @@ class CallRange(NamedTuple):
     rounding: str = FUSED
     weight_dtype: torch.dtype = torch.bfloat16
     upper: str | None = None
+    stochastic: bool = False
     to: Format | None = None
     source_blocks: tuple[int, ...] = BLOCK_SIZES
 
     @property
     def possible(self) -> bool:
-        """Return whether the operation takes rows of this kind."""
+        """Return whether the operation takes rows of this kind, and random numbers."""
+        if self.stochastic and self.operation not in STOCHASTIC:
+            return False
         if self.gathered and self.operation not in GATHERING:
             return False
         if self.kind == DENSE:
@@ -128,13 +144,16 @@ class CallRange(NamedTuple):
         bounded = whole_rows and self.operation not in (DEQUANTIZE, CONVERT_SCALES)
         most = MAX_NORM_COLUMNS if bounded else MAX_COLUMNS
         per_byte = self.fmt.value_type.per_byte
+        values = str(self.fmt)
+        if self.operation == SILU_MUL_BACKWARD:
+            per_byte, values = 2, self.operation  # columns of gates and ups
         for k in self.k:
             if k > most:
                 raise ValueError(
                     f"k: expected at most {most} for {self.operation} to {self.fmt}, got {k}"
                 )
             if k % per_byte:
-                raise ValueError(f"k: expected multiples of {per_byte} for {self.fmt}, got {k}")
+                raise ValueError(f"k: expected multiples of {per_byte} for {values}, got {k}")
 
     @staticmethod
     def of(call: Call, result_dtype: torch.dtype, result_alignment: int) -> CallRange:
@@ -154,6 +173,7 @@ class CallRange(NamedTuple):
             bool(batch_shape),
             min(_alignment(call.x), result_alignment),
             upper=None if call.upper is None else call.upper.kind,
+            stochastic=call.rng_state is not None,
         )
         match call.prologue:
             case SiluMul() as silu_mul:
@@ -164,6 +184,15 @@ class CallRange(NamedTuple):
                     scaled=silu_mul.alpha != 1.0,
                     shifted=silu_mul.beta != 0.0,
                     rounding=silu_mul.rounding,
+                )
+            case SiluMulBackward() as backward:
+                return calls._replace(
+                    operation=SILU_MUL_BACKWARD,
+                    interleaved=backward.interleaved,
+                    clamped=backward.clamp is not None,
+                    scaled=backward.alpha != 1.0,
+                    shifted=backward.beta != 0.0,
+                    alignment=min(calls.alignment, _alignment(backward.grad)),
                 )
             case RmsNorm() as rms_norm:
                 tensors = [t for t in rms_norm.tensors.values() if t is not None]
@@ -248,7 +277,7 @@ class CallRange(NamedTuple):
         yield "max-rows", str(self.max_rows)
         if self.kind != DENSE:
             yield "rows", self.kind
-        for name in ("gathered", "batched", "interleaved", "clamped", "scaled", "shifted"):
+        for name in FLAGS:
             if getattr(self, name):
                 yield name, None
         if self.alignment != LOAD_BYTES:

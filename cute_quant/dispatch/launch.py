@@ -211,10 +211,10 @@ def quantize_again(x: torch.Tensor, fmt: Format, upper: UpperScale | None) -> Re
     q, sf = plan.new_q(), plan.new_sf()
     if plan.new_row_scales is not None:
         row_scales = plan.new_row_scales()
-        recent.function(x, q, sf, row_scales, None, None, 0, *recent.numbers)
+        recent.function(x, q, sf, row_scales, None, None, None, 0, *recent.numbers)
         return q, sf, row_scales
     over_groups = None if upper is None else _upper_operand(recent, upper)
-    recent.function(x, q, sf, over_groups, None, None, 0, *recent.numbers)
+    recent.function(x, q, sf, over_groups, None, None, None, 0, *recent.numbers)
     return q, sf
 
 
@@ -259,7 +259,7 @@ def quantize_into_again(
     if plan.scale_rows > plan.mn:
         missing_rows = plan.scale_rows - last_column_rows(sf)
     increment_version((q, sf))
-    recent.function(x, q, sf, over_groups, None, None, missing_rows, *recent.numbers)
+    recent.function(x, q, sf, over_groups, None, None, None, missing_rows, *recent.numbers)
     return q, sf
 
 
@@ -383,7 +383,15 @@ def _execute(plan: Plan, call: Call) -> Results:
         return results
     row_data = None if rows is None else rows.data
     upper = row_scales if call.upper is None else call.upper.tensor
-    operands: tuple[torch.Tensor | None, ...] = (x, q, sf, upper, row_data, call.index)
+    operands: tuple[torch.Tensor | None, ...] = (
+        x,
+        q,
+        sf,
+        upper,
+        row_data,
+        call.index,
+        call.rng_state,
+    )
     further: tuple[torch.Tensor | None, ...] = () if prologue is None else prologue.operands
     written = [*results, *further_written]
     if kernel.views is not None:
@@ -399,12 +407,14 @@ def _execute(plan: Plan, call: Call) -> Results:
 
 def _key(call: Call) -> tuple[object, ...]:
     """Return all that a plan depends on, () if a call cannot have one."""
-    x, fmt, q, sf, rows, index, prologue, upper, row_scales = call
+    x, fmt, q, sf, rows, index, prologue, upper, row_scales, rng_state = call
     try:
         key: tuple[object, ...] = (fmt, *map(_looks, (x, q, sf, index)))
         if upper is not None or row_scales is not None:
             given, kind = (row_scales, "") if upper is None else (upper.tensor, upper.kind)
             key += (kind, _looks(given))
+        if rng_state is not None:
+            key += ("rng_state", _looks(rng_state))
         if rows is not None:
             # 128.0 is equal to 128, but refused.
             alignment = rows.alignment
@@ -451,6 +461,8 @@ def _check_regions(call: Call, q: Region, sf: Region) -> None:
         reads.append(region(f"rows.{call.rows.data_name}", call.rows.data))
     if call.upper is not None:
         reads.append(region(call.upper.kind, call.upper.tensor))
+    if call.rng_state is not None:
+        reads.append(region("rng_state", call.rng_state))
     if call.row_scales is not None:
         writes.append(region("out row scales", call.row_scales))
     if call.prologue is not None:
@@ -497,7 +509,7 @@ def fake_quantize(call: Call, out: torch.Tensor | None) -> torch.Tensor:
         result = Destination(View(tuple(out.shape), out.stride()), out.data_ptr(), x.dtype)
         kernel = choose_kernel(call, result, None)
         upper = None if call.upper is None else call.upper.tensor
-        operands: tuple[torch.Tensor | None, ...] = (x, out, None, upper, None, None)
+        operands: tuple[torch.Tensor | None, ...] = (x, out, None, upper, None, None, None)
         if kernel.views is not None:
             operands, _ = _viewed(kernel.views, operands, ())
         run(kernel.function, (*operands, 0, *kernel.numbers), [out])

@@ -13,7 +13,7 @@ from cute_quant.contract import checks, reference
 from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.dtypes import LOAD_BYTES, align
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import RmsNorm, SiluMul
+from cute_quant.contract.prologues import RmsNorm, SiluMul, SiluMulBackward
 from cute_quant.contract.rows import DENSE, Masked
 from cute_quant.contract.tensors import MAX_SIZE, flat_batch, last_column_rows, span
 from cute_quant.contract.upper_scales import UpperScale
@@ -24,8 +24,10 @@ from cute_quant.kernels.config import (
     Access,
     DequantizeSpec,
     Domain,
+    QuantizerSpec,
     QuantizeSpec,
     RmsNormSpec,
+    SiluMulBackwardSpec,
     SiluMulSpec,
     Spec,
 )
@@ -78,8 +80,8 @@ class Kernel(NamedTuple):
 
     Attributes:
         function: called on x, q, sf, the upper scale or memory for those of rows, counts, index,
-            the missing rows of the last scale column, the `numbers`, and the tensors of the
-            prologue.
+            the state of random numbers, the missing rows of the last scale column, the `numbers`,
+            and the tensors of the prologue.
         views: of the tensors of a call, in this order, None for those it takes as they are.
         numbers: alignment of row groups, CTAs that share masked rows, smallest scale, and those of
             the prologue.
@@ -171,13 +173,15 @@ class _Prologue(NamedTuple):
         numbers: what the kernel takes after the smallest scale.
         views: of the prologue's tensors, None for those that the kernel takes as they are.
         load_bytes: what the rows of its tensors, and the ups of a row, are aligned to.
+        part: columns that a thread's values must not straddle the end of, None for all of them.
     """
 
-    spec_class: type[QuantizeSpec] | type[SiluMulSpec] | type[RmsNormSpec]
+    spec_class: type[QuantizerSpec]
     choices: dict[str, Any]
     numbers: tuple[float, ...] = ()
     views: tuple[View | None, ...] = ()
     load_bytes: int = LOAD_BYTES
+    part: int | None = None
 
 
 def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kernel:
@@ -229,9 +233,12 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
     domain = Domain(kind, index is not None, batched, call.upper_of_groups)
     match call.prologue:
         case None:
-            prologue = _Prologue(QuantizeSpec, {"fake": scales is None})
+            stochastic = call.rng_state is not None
+            prologue = _Prologue(QuantizeSpec, {"fake": scales is None, "stochastic": stochastic})
         case SiluMul() as silu_mul:
             prologue = _silu_mul(silu_mul, x.dtype, k, batched=batched)
+        case SiluMulBackward() as backward:
+            prologue = _silu_mul_backward(backward, call, k, batched=batched)
         case RmsNorm() as rms_norm:
             prologue = _rms_norm(rms_norm, batched=batched)
     x_view = matrix_view(x, batched=batched and index is None)
@@ -246,13 +253,14 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         _upper_view(call, shape, batched=batched),
         None,
         index_view,
+        None,
         *prologue.views,
     )
     store_bytes = heuristics.store_bytes(launch.tile, result.dtype)
     access = Access(
         alignment(x.data_ptr(), x_view, x.element_size(), prologue.load_bytes),
         alignment(result.address, q_view, result.dtype.itemsize, store_bytes),
-        ragged=k % launch.tile.values_per_thread != 0,
+        ragged=(prologue.part or k) % launch.tile.values_per_thread != 0,
         dense_scales=call.dense_scales,
     )
     fmt = call.fmt.kernel_format
@@ -284,7 +292,7 @@ def _launch_shape(
             return heuristics.fake_shape(*size, gpu.arch)
         case None:
             return heuristics.shape(*size, architectures.named(gpu.arch).warps)
-        case SiluMul():
+        case SiluMul() | SiluMulBackward():
             return heuristics.silu_shape(*size, gpu.arch)
         case RmsNorm():
             return heuristics.norm_shape(*size)
@@ -306,6 +314,28 @@ def _silu_mul(prologue: SiluMul, dtype: torch.dtype, k: int, *, batched: bool) -
     # The ups of a row start k elements after its gates.
     load_bytes = LOAD_BYTES if prologue.interleaved else math.gcd(LOAD_BYTES, k * dtype.itemsize)
     return _Prologue(SiluMulSpec, choices, numbers, views, load_bytes)
+
+
+def _silu_mul_backward(
+    prologue: SiluMulBackward, call: Call, columns: int, *, batched: bool
+) -> _Prologue:
+    choices = {
+        "interleaved": prologue.interleaved,
+        "clamped": prologue.clamp is not None,
+        "scaled": prologue.alpha != 1.0,
+        "shifted": prologue.beta != 0.0,
+        "stochastic": call.rng_state is not None,
+    }
+    numbers = prologue.clamp or 0.0, prologue.alpha, prologue.beta
+    grad = prologue.grad
+    view = matrix_view(grad, batched=batched)
+    k = columns // 2
+    load_bytes = alignment(grad.data_ptr(), view, grad.element_size(), LOAD_BYTES)
+    part = None
+    if not prologue.interleaved:
+        # The ups of a row start k elements after its gates.
+        load_bytes, part = math.gcd(load_bytes, k * grad.element_size()), k
+    return _Prologue(SiluMulBackwardSpec, choices, numbers, (view,), load_bytes, part)
 
 
 def _rms_norm(prologue: RmsNorm, *, batched: bool) -> _Prologue:

@@ -17,7 +17,12 @@ from cute_quant.contract import blocks
 from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.dtypes import LOAD_BYTES, SOURCE_BLOCK, SOURCE_DTYPE, VALUE_TYPES, align
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import Prologue, make_rms_norm, make_silu_mul
+from cute_quant.contract.prologues import (
+    Prologue,
+    make_rms_norm,
+    make_silu_mul,
+    make_silu_mul_backward,
+)
 from cute_quant.contract.rows import (
     DENSE,
     PREFIX_SUMS,
@@ -41,6 +46,7 @@ from cute_quant.dispatch.call_range import (
     REQUANTIZE_BLOCKS,
     RMS_NORM,
     SILU_MUL,
+    SILU_MUL_BACKWARD,
     CallRange,
 )
 from cute_quant.dispatch.convert_scales import choose_spec as choose_conversion_spec
@@ -108,7 +114,10 @@ class Variant(NamedTuple):
         index = like.new_zeros(shape[:-1], dtype=torch.int32) if self.calls.gathered else None
         prologue, rows = self._prologue(x, shape, like), self.rows(shape, like)
         upper = self.upper_scale(shape, like)
-        return Call(x, self.calls.fmt, None, None, rows, index, prologue, upper)
+        rng_state = like.new_zeros(2, dtype=torch.int64) if self.calls.stochastic else None
+        return Call(
+            x, self.calls.fmt, None, None, rows, index, prologue, upper, rng_state=rng_state
+        )
 
     def upper_scale(self, shape: tuple[int, ...], like: torch.Tensor) -> UpperScale | None:
         """Return the scale over those of groups that a call of this shape has, if any."""
@@ -145,6 +154,14 @@ class Variant(NamedTuple):
                     weight=like.new_ones(shape[:-1], dtype=torch.float32)
                     if self.weighted
                     else None,
+                )
+            case "silu_mul_backward_quantize":
+                return make_silu_mul_backward(
+                    x[..., : self.k // 2],
+                    interleaved=calls.interleaved,
+                    clamp=7.0 if calls.clamped else None,
+                    alpha=2.0 if calls.scaled else 1.0,
+                    beta=1.0 if calls.shifted else 0.0,
                 )
             case "rms_norm_quantize":
                 return make_rms_norm(
@@ -212,6 +229,8 @@ def _operand_alignments(variant: Variant) -> Iterator[tuple[int, int]]:
     else:
         # Any number of weights may be contiguous along n.
         x_columns = 1 if variant.along_n else variant.input_columns
+        if calls.operation == SILU_MUL_BACKWARD:
+            x_columns = k // 2  # those of the gradient, whose rows are aligned the least
         both = [
             _alignments(calls.alignment, _row_bytes(columns, dtype), dtype)
             for columns, dtype in (

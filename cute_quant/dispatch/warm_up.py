@@ -29,7 +29,13 @@ from cute_quant.contract.tensors import MAX_SIZE
 from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.contract.upper_scales import KINDS as UPPER_KINDS
 from cute_quant.dispatch import blocks, convert_scales, launch, reachable
-from cute_quant.dispatch.call_range import CONVERT_SCALES, OPERATIONS, QUANTIZE, CallRange
+from cute_quant.dispatch.call_range import (
+    CONVERT_SCALES,
+    OPERATIONS,
+    QUANTIZE,
+    STOCHASTIC,
+    CallRange,
+)
 from cute_quant.dispatch.plan import Gpu
 from cute_quant.jit import keys, lookup, progress, workers
 from cute_quant.kernels.config import QuantizerSpec, Spec
@@ -103,6 +109,7 @@ def warm_up(
     rounding: str = FUSED,
     weight_dtype: torch.dtype | None = None,
     upper_scale: str = ENCODE,
+    stochastic: bool = False,
     to: Format | None = None,
     device: torch.device | str | int | None = None,
 ) -> WarmUp:
@@ -117,10 +124,10 @@ def warm_up(
         k: columns of their results, one number or several.
         max_rows: most rows of a result, all leading dimensions, and more rows of an `out`,
             included.
-        operations: names: "quantize", "silu_mul_quantize", "rms_norm_quantize", "dequantize",
-            "fake_quantize", "quantize_blocks" and "requantize_blocks", whose weights may be
-            contiguous along k or n, "dequantize_blocks", and "convert_scales", of scales that lie
-            as `fmt` says.
+        operations: names: "quantize", "silu_mul_quantize", "silu_mul_backward_quantize" (k being
+            its columns of gates and ups), "rms_norm_quantize", "dequantize", "fake_quantize",
+            "quantize_blocks" and "requantize_blocks", whose weights may be contiguous along k or n,
+            "dequantize_blocks", and "convert_scales", of scales that lie as `fmt` says.
         dtype: of the inputs: bfloat16, float16 or float32; of the result of ``dequantize`` and
             ``dequantize_blocks``. Scales and the weights of checkpoints have dtypes of their own.
         rows: row domains: some of None, ``Masked``, ``PrefixSum`` and ``Indexed``.
@@ -139,6 +146,7 @@ def warm_up(
         upper_scale: the argument that calls give the scale over e4m3 scales as: "encode_scale",
             "decode_scale" or "amax". Only formats with such scales, and without `row_scale`, have
             calls that depend on it.
+        stochastic: whether calls of operations that take an `rng_state` have one.
         to: as of ``convert_scales``, and only for it.
         device: that the calls run on, by default the current CUDA device. On the CPU,
             and on a GPU without kernels, there is nothing to compile.
@@ -174,6 +182,7 @@ def warm_up(
             shifted=activation.beta != 0.0,
             rounding=rounding,
             weight_dtype=weight_dtype,
+            stochastic=stochastic and operation in STOCHASTIC,
             to=to if operation == CONVERT_SCALES else None,
         ).with_upper_scale(upper_scale)
         for operation in _operations(operations)

@@ -18,6 +18,7 @@ SOURCES = (
     "contract/dtypes.py",
     "contract/format_choices.py",
     "contract/formats.py",
+    "contract/philox.py",
     "contract/rows.py",
     "contract/scale_layouts.py",
     "contract/torch_private.py",

@@ -262,6 +262,7 @@ class QuantizeSpec(NamedTuple):
         dtype: of the elements of x.
         fmt: of the results.
         fake: whether the result is the products of values and scales, in x's dtype.
+        stochastic: whether values are rounded by random numbers.
         max_warps: most warps that share a row, where each row has a scale of its own or is one
             group.
         held: whether a row that is one group lies in the registers of its CTA; a longer one is read
@@ -278,6 +279,7 @@ class QuantizeSpec(NamedTuple):
     domain: Domain = DENSE_ROWS
     access: Access = WIDEST
     fake: bool = False
+    stochastic: bool = False
     max_warps: int = 16
     held: bool = True
     upper: str | None = None
@@ -315,6 +317,33 @@ class SiluMulSpec(NamedTuple):
     upper: str | None = None
     pdl: bool = True
     kernel: str = "silu_mul.SiluMul"
+
+
+class SiluMulBackwardSpec(NamedTuple):
+    """Choices of `kernels.silu_mul_backward.SiluMulBackward`.
+
+    Attributes:
+        dtype, fmt, tile, domain, access, stochastic, upper, pdl: as of a `QuantizeSpec`, x being
+            gates and ups. Rows are ragged too where a thread may have gates and ups.
+        interleaved, clamped, scaled, shifted: as of a `SiluMulSpec`.
+        max_warps, held: as of a `QuantizeSpec`.
+    """
+
+    dtype: torch.dtype
+    fmt: Format
+    tile: Tile = DEFAULT_TILE
+    domain: Domain = DENSE_ROWS
+    access: Access = WIDEST
+    interleaved: bool = False
+    clamped: bool = False
+    scaled: bool = False
+    shifted: bool = False
+    stochastic: bool = False
+    max_warps: int = 16
+    held: bool = True
+    upper: str | None = None
+    pdl: bool = True
+    kernel: str = "silu_mul_backward.SiluMulBackward"
 
 
 class RmsNormSpec(NamedTuple):
@@ -499,7 +528,7 @@ CONVERT_ROWS = 4
 """Rows of a thread whose words are contiguous in the result."""
 
 
-QuantizerSpec = QuantizeSpec | SiluMulSpec | RmsNormSpec
+QuantizerSpec = QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec | RmsNormSpec
 Spec = (
     QuantizerSpec
     | DequantizeSpec

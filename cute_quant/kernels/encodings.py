@@ -9,13 +9,20 @@ from cutlass import (
     Float4E2M1FNx2,
     Float16,
     Float32,
+    Int32,
     Uint8,
     Uint16,
     Uint32,
     const_expr,
 )
 
-from cute_quant.contract.dtypes import E2M1_MAX, INPUT_DTYPES
+from cute_quant.contract.dtypes import (
+    E2M1_MAX,
+    FLOAT32_BIAS,
+    FLOAT32_MANTISSA_BITS,
+    INPUT_DTYPES,
+    VALUE_TYPES,
+)
 from cute_quant.contract.formats import Format
 from cute_quant.kernels import ptx
 
@@ -31,6 +38,9 @@ ELEMENT_TYPES = {
     torch.int32: cutlass.Int32,
 }
 """CuTe's type of the elements of a torch tensor."""
+
+DTYPES = {element: dtype for dtype, element in ELEMENT_TYPES.items()}
+"""torch's dtype of CuTe's type."""
 
 INPUT_TYPES = {ELEMENT_TYPES[dtype]: dtype for dtype in INPUT_DTYPES}
 """Types that can be quantized, and torch's dtypes of them."""
@@ -217,6 +227,61 @@ def encode(rX: cute.Tensor, dtype: cutlass.Constexpr[type]) -> cute.Tensor:
             words[i] = ptx.pack_int8(rX[4 * i], rX[4 * i + 1], upper)
     else:
         rQ.store(rX.load().to(dtype))
+    return rQ
+
+
+@cute.jit
+def encode_stochastically(
+    rX: cute.Tensor, random: list[Uint32], dtype: cutlass.Constexpr[type], number: Boolean
+) -> cute.Tensor:
+    """Return float32 values in a dtype, rounded up or down by a random word each, saturated.
+
+    The bits of a float32 count in steps of its last place, also from one power of two to the next.
+    Those of a value that is normal in the dtype are the code and its fraction, but for the bias of
+    the exponent. Below, those of the sum with the smallest normal value are, which has steps of
+    constant size, less one in the exponent. Of the two the larger one counts: they meet there. The
+    carry out of fraction and random bits rounds up, into the exponent too.
+
+    Args:
+        rX: (values,), float32.
+        random: a word for each value, of which the first bits are used.
+        dtype: of the codes; of e2m1 two share a byte: (values / 2,).
+        number: whether the scale of the values is no NaN; they are NaN if it is.
+    """
+    facts = VALUE_TYPES[DTYPES[dtype]]
+    code_bits, fraction = 8 // facts.per_byte, facts.fraction_bits
+    per_word = 32 // code_bits
+    last_bits = sum(1 << code_bits * i for i in range(per_word))
+    signs = last_bits << code_bits - 1
+    # What the exponents of a float32 have more than those of the dtype, in a word of codes.
+    bias = (facts.min_exponent + FLOAT32_BIAS - 1) << facts.mantissa_bits
+    nan_word = Uint32(facts.nan_byte * (2**32 // 255) if facts.per_byte == 1 else 0)
+    rQ = cute.make_rmem_tensor(
+        cute.size(rX) // facts.per_byte, Uint8 if facts.per_byte > 1 else dtype
+    )
+    words = cute.recast_tensor(rQ, Uint32)
+    for i in cutlass.range_constexpr(cute.size(words)):
+        word = Uint32(0)
+        for j in cutlass.range_constexpr(per_word - 1, -1, -1):
+            value, drawn = rX[per_word * i + j], random[per_word * i + j]
+            bits = value.bitcast(Uint32)
+            magnitude = (bits & Uint32(0x7FFFFFFF)).bitcast(Float32)
+            magnitude = cute.arch.fmin(magnitude, Float32(facts.max))
+            total = magnitude + Float32(2.0**facts.min_exponent)
+            below = total.bitcast(Int32) - Int32(1 << FLOAT32_MANTISSA_BITS)
+            steps = Uint32(cutlass.max(magnitude.bitcast(Int32), below))
+            code = (steps + (drawn >> 32 - fraction)) >> fraction
+            # The sign below its code, since one shift of both registers takes it there.
+            word = (word << code_bits) + (code << 1 | bits >> 31)
+        word = word - Uint32((bias << 1) * last_bits % 2**32)
+        magnitudes, negative = word >> 1 & Uint32(~signs % 2**32), word & Uint32(last_bits)
+        if const_expr(dtype is cutlass.Int8):
+            # Two's complement: 128 plus or minus a magnitude, which no other byte feels.
+            below = magnitudes & negative * Uint32(0x7F)
+            word = (Uint32(signs) + (magnitudes ^ below) - below) ^ Uint32(signs)
+        else:
+            word = magnitudes | negative << code_bits - 1
+        words[i] = word if number else nan_word
     return rQ
 
 

@@ -72,6 +72,14 @@ def tiles_of_thread(tile: Tile) -> cute.Layout:
     return cute.make_layout((tiles, MAX_COLUMNS // tile.columns), stride=(1, tiles))
 
 
+def vectors_of_row() -> cute.Layout:
+    """Return the layout (vector of a row) -> (lane, tile) of the `copy.Segment` that it is.
+
+    ``(32, tiles) : (1@0, 1@1)``
+    """
+    return cute.make_layout((LANES, MAX_COLUMNS // LANES), stride=(cute.E(0), cute.E(1)))
+
+
 def thread_value(tile: Tile, group_size: int) -> cute.Layout:
     """Return the layout (lane, value) -> (row, column) of a warp's tile.
 

@@ -9,6 +9,7 @@ from cutlass import Float32, Int32, Uint32, const_expr
 
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
+from cute_quant.kernels.philox import Random, RngState
 from cute_quant.kernels.stage import Scales
 from cute_quant.kernels.upper_scales import Factors, UpperScale
 
@@ -23,6 +24,7 @@ class Operands(NamedTuple):
             own, their memory, (mn,) or (batch, mn); None without.
         mCounts: what the row domain reads: (experts,), (groups,) or (mn,).
         mIndex: row of x of each row of the result, (mn,) or (batch, mn).
+        mRng: seed and offset of random numbers, (2,), None where values are rounded to nearest.
         missing_rows: padding rows of the last MN-major scale column without storage.
         alignment: of the first row of a group in a prefix sum.
         row_ctas: CTAs that share the rows of all experts.
@@ -34,6 +36,7 @@ class Operands(NamedTuple):
     mUpper: cute.Tensor | None
     mCounts: cute.Tensor | None
     mIndex: cute.Tensor | None
+    mRng: cute.Tensor | None
     missing_rows: Int32
     alignment: Int32
     row_ctas: Int32
@@ -55,6 +58,7 @@ class Problem(Params):
         num_row_tiles: tiles of rows of a matrix.
         counts, index, alignment: as of `Operands`.
         dedicated_tiles: the first tiles of each expert, which have CTAs to themselves.
+        rng: where random numbers come from, or None.
     """
 
     static = ("values_per_column",)
@@ -75,6 +79,7 @@ class Problem(Params):
         counts: cute.Tensor | None,
         index: cute.Tensor | None,
         alignment: Int32,
+        rng: RngState | None,
     ):
         self.scale_bound = scale_bound
         self.prologue = prologue
@@ -89,6 +94,7 @@ class Problem(Params):
         self.counts = counts
         self.index = index
         self.alignment = alignment
+        self.rng = rng
 
     @property
     def k(self) -> Int32:
@@ -111,12 +117,18 @@ class Problem(Params):
             return bound
         return bound.load() if group is None else bound.load_of_group(group)
 
+    def random_of_row(self, row: Uint32) -> Random | None:
+        """Return random numbers for a row of the result, None where none are wanted."""
+        return None if self.rng is None else self.rng.of_row(row)
+
     def slice_batch(self, batch: Int32) -> Problem:
         """Return the problem of one matrix of a batch."""
         scales, index, gathered = self.scales, self.index, self.index is not None
-        bound, row_scales = self.scale_bound, self.row_scales
+        bound, row_scales, rng = self.scale_bound, self.row_scales, self.rng
         if const_expr(isinstance(bound, UpperScale)):
             bound = bound.slice_batch(batch)
+        if const_expr(rng is not None):
+            rng = rng.slice_batch(batch)
         if const_expr(row_scales is not None):
             row_scales = row_scales[batch, None]
         if const_expr(scales is not None):
@@ -131,6 +143,7 @@ class Problem(Params):
             scale_bound=bound,
             row_scales=row_scales,
             index=index,
+            rng=rng,
         )
 
     def slice_expert(self, expert: Int32, count: Int32) -> Problem:

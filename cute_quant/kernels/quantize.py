@@ -15,11 +15,12 @@ from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_quant.kernels import copy, encodings, layouts
-from cute_quant.kernels.config import LANES, QuantizeSpec, SiluMulSpec
+from cute_quant.kernels.config import LANES, QuantizeSpec, SiluMulBackwardSpec, SiluMulSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
+from cute_quant.kernels.philox import words_of
 from cute_quant.kernels.problem import Operands, Problem
 from cute_quant.kernels.quantize_rows import RowQuantizer
 from cute_quant.kernels.row_domains import Row, select_rows
@@ -40,7 +41,7 @@ class GroupQuantizer:
 
     def __init__(
         self,
-        spec: QuantizeSpec | SiluMulSpec,
+        spec: QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec,
         stage: Stage,
         fake: bool = False,
     ):
@@ -75,6 +76,7 @@ class GroupQuantizer:
         rows = select_rows(problem, self.spec.domain, row_indices)
         inputs = [problem.prologue.row(row, k) for row in rows]
         gQ = [problem.q.row(row.index) for row in rows]  # (k,) each
+        randoms = [problem.random_of_row(row.index) for row in rows]
 
         scales, bounds = [], self.load_bounds(rows, problem)
         # (values,) of each tile and row
@@ -85,7 +87,9 @@ class GroupQuantizer:
                 tXrV = inputs[i].values(tXrX[j][i])  # (values,)
                 amax = stage.group_amax(stage.thread_amax(tXrV))
                 scale = stage.refine(tXrV, stage.scale(amax, bounds[i]), bounds[i])
-                tXrQ = stage.results(tXrV, scale, bounds[i], self.fake)  # (values,), bytes of two
+                words = words_of(randoms[i], segments[j], tXrV)
+                # (values,), bytes of two
+                tXrQ = stage.results(tXrV, scale, bounds[i], self.fake, words)
                 copy.store(tXrQ, gQ[i], segments[j], rows[i].in_bounds, self.spec.access)
                 row_scales.append(scale)
             scales.append(row_scales)
@@ -144,7 +148,7 @@ class GroupQuantizer:
 
 
 def quantizer(
-    spec: QuantizeSpec | SiluMulSpec, stage: Stage, fake: bool = False
+    spec: QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec, stage: Stage, fake: bool = False
 ) -> GroupQuantizer | RowQuantizer:
     """Return the kernel for a format: where scales depend on whole rows, a CTA has all of one."""
     return (RowQuantizer if spec.fmt.by_row else GroupQuantizer)(spec, stage, fake)
@@ -225,6 +229,7 @@ class Quantize:
         mUpper: cute.Tensor | None,
         mCounts: cute.Tensor | None,
         mIndex: cute.Tensor | None,
+        mRng: cute.Tensor | None,
         missing_rows: Int32,
         alignment: Int32,
         row_ctas: Int32,
@@ -233,6 +238,6 @@ class Quantize:
     ):
         """Launch. `Operands` describes what comes after x."""
         operands = Operands(
-            mQ, mS, mUpper, mCounts, mIndex, missing_rows, alignment, row_ctas, floor
+            mQ, mS, mUpper, mCounts, mIndex, mRng, missing_rows, alignment, row_ctas, floor
         )
         self.quantizer.launch(Input(Matrix(mX), self.spec), operands, stream)

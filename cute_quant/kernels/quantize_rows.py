@@ -15,9 +15,10 @@ from cutlass import Float32, Int32, Uint32, const_expr
 
 from cute_quant.kernels import arithmetic, copy
 from cute_quant.kernels import scales as scaling
-from cute_quant.kernels.config import QuantizeSpec, SiluMulSpec
+from cute_quant.kernels.config import QuantizeSpec, SiluMulBackwardSpec, SiluMulSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.params import Params
+from cute_quant.kernels.philox import Random, words_of
 from cute_quant.kernels.problem import Problem
 from cute_quant.kernels.row_domains import Row
 from cute_quant.kernels.scales import GroupScale
@@ -35,7 +36,12 @@ class RowQuantizer(WholeRows):
         fake: whether q takes the products of values and scales, in the dtype that the stage takes.
     """
 
-    def __init__(self, spec: QuantizeSpec | SiluMulSpec, stage: Stage, fake: bool = False):
+    def __init__(
+        self,
+        spec: QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec,
+        stage: Stage,
+        fake: bool = False,
+    ):
         super().__init__(spec, stage)
         self.fake = fake
 
@@ -48,21 +54,28 @@ class RowQuantizer(WholeRows):
         """Load, reduce, scale, quantize and store a row by the warps that share it."""
         row, segments = self.row_segments(row_tile, problem)
         source = problem.prologue.row(row, problem.k)  # (k,)
+        random = problem.random_of_row(row.index)
         if const_expr(self.spec.held):
             # Registers of each of the thread's tiles: (values,).
             tXrX = [source.load(segment) for segment in segments]
             tXrV = [source.values(t) for t in tXrX]
             scales, bound = self.scales(tXrV, problem)
-            self.store_values(tXrV, scales, bound, row, segments, problem)
+            self.store_values(tXrV, scales, bound, row, segments, random, problem)
         else:
-            scales = [self.quantize_long_row(row, source, problem)] * len(segments)
+            scales = [self.quantize_long_row(row, source, random, problem)] * len(segments)
         if const_expr(problem.scales is not None):
             self.store_scales(row, scales, segments, problem)
             if const_expr(self.spec.fmt.row_scale):
                 self.store_row_scale(row, bound, problem)
 
     @cute.jit
-    def quantize_long_row(self, row: Row, source: Params, problem: Problem) -> GroupScale:
+    def quantize_long_row(
+        self,
+        row: Row,
+        source: Params,
+        random: cutlass.Constexpr[Random | None],
+        problem: Problem,
+    ) -> GroupScale:
         """Quantize and store a row that is one group, in two passes, and return its scale."""
         lane, warp, _ = cute.arch.thread_idx()
         _, warps, _ = cute.arch.block_dim()
@@ -77,7 +90,7 @@ class RowQuantizer(WholeRows):
             tXrX = [source.load(segment) for segment in segments]
             tXrV = [source.values(t) for t in tXrX]
             scales = [scale] * len(segments)
-            self.store_values(tXrV, scales, problem.scale_bound, row, segments, problem)
+            self.store_values(tXrV, scales, problem.scale_bound, row, segments, random, problem)
         return scale
 
     def store_values(
@@ -87,12 +100,14 @@ class RowQuantizer(WholeRows):
         bound: Float32 | Factors,
         row: Row,
         segments: list[Segment],
+        random: Random | None,
         problem: Problem,
     ):
         """Quantize the thread's tiles, (values,) each, and store them."""
         gQ = problem.q.row(row.index)  # (k,)
         for segment, t, scale in zip(segments, tXrV, scales, strict=True):
-            tXrQ = self.stage.results(t, scale, bound, self.fake)
+            words = words_of(random, segment, t)
+            tXrQ = self.stage.results(t, scale, bound, self.fake, words)
             copy.store(tXrQ, gQ, segment, row.in_bounds, self.spec.access)
 
     def scales(

@@ -122,6 +122,7 @@ class Requantize:
         mUpper: cute.Tensor | None,
         mCounts: cute.Tensor | None,
         mIndex: cute.Tensor | None,
+        mRng: cute.Tensor | None,
         missing_rows: Int32,
         alignment: Int32,
         row_ctas: Int32,
@@ -130,7 +131,7 @@ class Requantize:
     ):
         """Launch. `Operands` describes what comes after the scales of x."""
         operands = Operands(
-            mQ, mS, mUpper, mCounts, mIndex, missing_rows, alignment, row_ctas, floor
+            mQ, mS, mUpper, mCounts, mIndex, mRng, missing_rows, alignment, row_ctas, floor
         )
         layout = layouts.rows_of_square_blocks(mXS.layout, self.spec.source_block)
         scales = cute.make_tensor(mXS.iterator, layout)

@@ -115,6 +115,7 @@ class RmsNorm(WholeRows):
         mUpper: cute.Tensor | None,
         mCounts: cute.Tensor | None,
         mIndex: cute.Tensor | None,
+        mRng: cute.Tensor | None,
         missing_rows: Int32,
         alignment: Int32,
         row_ctas: Int32,
@@ -129,7 +130,7 @@ class RmsNorm(WholeRows):
     ):
         """Launch. `Operands` and `NormInput` describe what comes after x."""
         operands = Operands(
-            mQ, mS, mUpper, mCounts, mIndex, missing_rows, alignment, row_ctas, floor
+            mQ, mS, mUpper, mCounts, mIndex, mRng, missing_rows, alignment, row_ctas, floor
         )
         inputs = NormInput(
             x=Matrix(mX),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_tensor
 
 from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT
@@ -21,6 +21,7 @@ from cute_quant.kernels.copy import fake_matrix
 from cute_quant.kernels.encodings import scale_type_of, values_per_element
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
+from cute_quant.kernels.philox import RngState
 from cute_quant.kernels.problem import Operands, Problem
 from cute_quant.kernels.row_domains import clamp
 from cute_quant.kernels.stage import Stage
@@ -81,7 +82,7 @@ class Scheduler:
     def fake_operands(self, sizes: Sizes, q_dtype: type[cutlass.Numeric]) -> Operands:
         """Return stand-ins for the operands that all these kernels have."""
         fmt, domain, batch, mn = self.spec.fmt, self.domain, sizes.batch, sizes.mn
-        index = counts = upper = None
+        index = counts = upper = rng = None
         if self.spec.upper is not None:
             upper = make_fake_tensor(Float32, (cute.sym_int32(),), stride=(cute.sym_int64(),))
         elif fmt.row_scale:
@@ -92,6 +93,8 @@ class Scheduler:
         if domain.gathered:
             strides = *(cute.sym_int64() for _ in batch), 1
             index = make_fake_tensor(Int32, (*batch, mn), stride=strides)
+        if getattr(self.spec, "stochastic", False):
+            rng = make_fake_tensor(Int64, (2,), stride=(1,))
         columns = (cute.sym_int32(),) if fmt.blocked else (mn, cute.sym_int32())
         strides = tuple(cute.sym_int64() for _ in (*batch, *columns))
         q_columns = sizes.k
@@ -106,6 +109,7 @@ class Scheduler:
             mUpper=upper,
             mCounts=counts,
             mIndex=index,
+            mRng=rng,
             missing_rows=Int32(0),
             alignment=Int32(0),
             row_ctas=Int32(0),
@@ -145,6 +149,7 @@ class Scheduler:
             dedicated_tiles=dedicated_tiles,
             counts=operands.mCounts,
             index=operands.mIndex,
+            rng=None if operands.mRng is None else RngState(operands.mRng),
             alignment=operands.alignment,
         )
 

@@ -119,7 +119,7 @@ class GatedRow(Params):
     def values(self, tXrX: list[cute.Tensor]) -> cute.Tensor:
         """Return (up + beta) * gate * sigmoid(alpha * gate), times the row's weight, (values,)."""
         spec, activation = self.spec, self.activation
-        gate, up = self.gates_and_ups(tXrX)
+        gate, up = gates_and_ups(tXrX, spec.interleaved)
         if spec.clamped:
             gate = arithmetic.minimum(gate, activation.bound)
             up = arithmetic.minimum(up, activation.bound)
@@ -131,15 +131,6 @@ class GatedRow(Params):
             product = self.round(product * self.weight, after_product=True)
         dtype = ELEMENT_TYPES[spec.dtype] if spec.rounding != FUSED else Float32
         return encodings.registers(product.to(dtype))
-
-    def gates_and_ups(self, tXrX: list[cute.Tensor]) -> tuple[cute.TensorSSA, cute.TensorSSA]:
-        """Return a thread's gates and ups as float32, (values,) each."""
-        wide = [encodings.widen(t) for t in tXrX]
-        if self.spec.interleaved:
-            every_other = cute.make_layout(self.spec.tile.values_per_thread, stride=2)
-            wide = [cute.make_tensor(wide[0].iterator + i, every_other) for i in range(2)]
-        gate, up = (t.load() for t in wide)
-        return gate, up
 
     def sigmoid(self, gate: cute.TensorSSA) -> cute.TensorSSA:
         """Return the sigmoid of alpha * gate, rounded where torch's operations round."""
@@ -154,6 +145,18 @@ class GatedRow(Params):
         if rounding != UNFUSED and not (rounding == VLLM and after_product):
             return values
         return encodings.round_to(values, ELEMENT_TYPES[self.spec.dtype])
+
+
+def gates_and_ups(
+    tXrX: list[cute.Tensor], interleaved: bool
+) -> tuple[cute.TensorSSA, cute.TensorSSA]:
+    """Return a thread's gates and ups as float32, from registers of each or of both in turns."""
+    wide = [encodings.widen(t) for t in tXrX]
+    if interleaved:
+        every_other = cute.make_layout(cute.size(wide[0]) // 2, stride=2)
+        wide = [cute.make_tensor(wide[0].iterator + i, every_other) for i in range(2)]
+    gate, up = (t.load() for t in wide)
+    return gate, up
 
 
 @cute.jit
@@ -200,6 +203,7 @@ class SiluMul:
         mUpper: cute.Tensor | None,
         mCounts: cute.Tensor | None,
         mIndex: cute.Tensor | None,
+        mRng: cute.Tensor | None,
         missing_rows: Int32,
         alignment: Int32,
         row_ctas: Int32,
@@ -212,7 +216,7 @@ class SiluMul:
     ):
         """Launch. `Operands` and `Activation` describe what comes after x."""
         operands = Operands(
-            mQ, mS, mUpper, mCounts, mIndex, missing_rows, alignment, row_ctas, floor
+            mQ, mS, mUpper, mCounts, mIndex, mRng, missing_rows, alignment, row_ctas, floor
         )
         activation = Activation(bound, alpha, beta)
         prologue = GatedInput(Matrix(mX), mWeight, activation, self.spec)

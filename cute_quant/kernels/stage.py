@@ -287,9 +287,21 @@ class Stage:
             total = total + bits.bitcast(Float32)
         return total
 
-    def encode(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
-        """Return a segment times its multiplier, quantized: (values,), or bytes of two."""
+    def encode(
+        self, tXrX: cute.Tensor, scale: GroupScale, random: list[Uint32] | None = None
+    ) -> cute.Tensor:
+        """Return a segment times its multiplier, quantized: (values,), or bytes of two.
+
+        With `random`, a word for each value, values are rounded stochastically.
+        """
         fmt = self.fmt
+        if random is not None:
+            return encodings.encode_stochastically(
+                self.products(tXrX, scale),
+                random,
+                encodings.value_type_of(fmt),
+                scaling.is_number(scale, fmt),
+            )
         if fmt.value_type.per_byte > 1:
             if const_expr(fmt.upper_scale and fmt.numerics == DEEPGEMM):
                 quotients = encodings.divide(tXrX, scale.multiplier)
@@ -330,10 +342,20 @@ class Stage:
         return encodings.round_to_e2m1(self.products(tXrX, scale))
 
     def results(
-        self, tXrX: cute.Tensor, scale: GroupScale, bound: Float32 | Factors, fake: bool
+        self,
+        tXrX: cute.Tensor,
+        scale: GroupScale,
+        bound: Float32 | Factors,
+        fake: bool,
+        random: list[Uint32] | None,
     ) -> cute.Tensor:
-        """Return what is stored of a segment: quantized values, or their products if `fake`."""
-        return self.encode_and_decode(tXrX, scale, bound) if fake else self.encode(tXrX, scale)
+        """Return what is stored of a segment: quantized values, or their products if `fake`.
+
+        `random` is as of `encode`.
+        """
+        if fake:
+            return self.encode_and_decode(tXrX, scale, bound)
+        return self.encode(tXrX, scale, random)
 
     def encode_and_decode(
         self, tXrX: cute.Tensor, scale: GroupScale, bound: Float32 | Factors

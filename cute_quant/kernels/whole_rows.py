@@ -16,7 +16,7 @@ from cutlass import Float32, Int32, Uint32, const_expr
 from cute_quant.kernels import layouts
 from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.arithmetic import FLOAT32_NAN
-from cute_quant.kernels.config import LANES, QuantizeSpec, RmsNormSpec, SiluMulSpec
+from cute_quant.kernels.config import LANES, QuantizerSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.problem import Operands, Problem
@@ -35,7 +35,7 @@ class WholeRows:
         stage: quantizes the values of a row.
     """
 
-    def __init__(self, spec: QuantizeSpec | SiluMulSpec | RmsNormSpec, stage: Stage):
+    def __init__(self, spec: QuantizerSpec, stage: Stage):
         self.spec = spec
         self.stage = stage
         self.scheduler = Scheduler(spec, stage)

@@ -179,7 +179,7 @@ def test_plans_are_of_the_alignment_of_groups(launched):
     x, ends = x_at(), torch.tensor([3, 6], dtype=torch.int32)
     for alignment in (4, 8, 4):
         quantize(x, rows=PrefixSum(ends, alignment))
-        assert launched[-1].arguments[7] == alignment
+        assert launched[-1].arguments[8] == alignment
 
 
 def test_plans_are_of_a_device():
@@ -329,7 +329,7 @@ def test_memory_for_scales_of_rows(launched):
 
 def numbers(launch: Launched) -> tuple[float, ...]:
     """Return those of the prologue, after the smallest scale."""
-    return launch.arguments[10 : 10 + (3 if "silu" in launch.spec.kernel else 2)]
+    return launch.arguments[11 : 11 + (3 if "silu" in launch.spec.kernel else 2)]
 
 
 def test_numbers_of_a_norm(launched):
@@ -368,7 +368,7 @@ def test_factors_of_a_batch_have_its_stride(launched):
     x = x_at(0, (2, 3, 4, 256))
     weight = torch.arange(24.0).view(2, 3, 4)
     silu_mul_quantize(x, weight=weight)
-    viewed = launched[0].arguments[13]
+    viewed = launched[0].arguments[14]
     assert viewed.shape == (6, 4) and torch.equal(viewed, weight.view(6, 4))
 
 
@@ -388,7 +388,7 @@ def test_views_of_a_residual_have_its_strides(launched):
     x, weight = x_at(0, (2, 3, 256)), x_at(0, (1, 256))[0]
     residual = x_at(0, (2, 3, 256), stride=512)
     rms_norm_quantize(x, weight, residual=residual)
-    for viewed in launched[0].arguments[13:15]:
+    for viewed in launched[0].arguments[14:16]:
         assert viewed.stride() == (1536, 512, 1) and viewed.data_ptr() == residual.data_ptr()
 
 

@@ -118,6 +118,20 @@ LAUNCHED = {
         "max_rows": 3,
         "batched": True,
     },
+    "gradients": {
+        "operations": ("quantize", "silu_mul_backward_quantize"),
+        "k": (48, 64),
+        "max_rows": 3,
+        "batched": True,
+        "stochastic": True,
+    },
+    "interleaved gradients": {
+        "operations": "silu_mul_backward_quantize",
+        "k": 48,
+        "max_rows": 3,
+        "interleaved": True,
+        "clamp": 7.0,
+    },
     "gathered": {"k": 128, "max_rows": 3, "rows": (Masked, Indexed), "gathered": True},
     "weights": {
         "operations": "dequantize_blocks",
@@ -165,6 +179,36 @@ def test_each_kernel_takes_the_launch_of_a_warm_up(name, gpu, kernels, monkeypat
     monkeypatch.setattr(compiled, "function", function, raising=False)
     done = cq.warm_up(**LAUNCHED[name])
     assert {keys.spec_name(spec) for spec in launched} == {kernel.name for kernel in done}
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_warm_up_of_gradients(interleaved, stochastic, gpu):
+    """Calls that differ from the range are missing, and say with which options they are not."""
+    compiled = gpu("sm_90a", 132)
+    options = {"interleaved": interleaved, "alpha": 1.702}
+    operations = "quantize", "silu_mul_backward_quantize"
+    for k in (40, 64, 512):
+        cq.warm_up(
+            k=k, max_rows=8, operations=operations, stochastic=stochastic, batched=True, **options
+        )
+    compiled.forbidden = True
+    given = torch.zeros(2, dtype=torch.int64)
+    for shape in ((3, 40), (1, 64), (2, 4, 512)):
+        x = torch.zeros(shape, dtype=torch.bfloat16)
+        grad = torch.zeros(*shape[:-1], shape[-1] // 2, dtype=torch.bfloat16)
+        state, other = (given, None) if stochastic else (None, given)
+        cq.quantize(x, rng_state=state)
+        cq.silu_mul_backward_quantize(grad, x, rng_state=state, **options)
+        for call in (
+            lambda x=x, other=other: cq.quantize(x, rng_state=other),
+            lambda x=x, grad=grad, other=other: cq.silu_mul_backward_quantize(
+                grad, x, rng_state=other, **options
+            ),
+        ):
+            with pytest.raises(RuntimeError) as raised:
+                call()
+            assert ("--stochastic" in str(raised.value)) == (not stochastic)
 
 
 @pytest.mark.parametrize("kind", ["encode_scale", "decode_scale", "amax"])

@@ -14,6 +14,7 @@ from bench import numerics as bench_numerics
 from cute_quant.cli import main
 from cute_quant.cli.differences import CODE_REASONS, SCALE_REASONS
 from cute_quant.contract import format_choices
+from cute_quant.contract.dtypes import VALUE_TYPES
 from cute_quant.contract.format_choices import LIBRARIES, known_numerics
 from cute_quant.contract.rcp_approx import rcp_approx
 from tests.docs.test_docs import DOCS, ROOT, table_rows
@@ -72,6 +73,17 @@ def test_steps_of_float32_scales():
         kind, _, bound = least.partition(" ")
         assert fmt.bounds_amax == (kind == "v")
         assert math.isclose(fmt.floor, eval(bound.replace("512 M", "512 * 448")), rel_tol=1e-6)
+
+
+def test_steps_of_stochastic_rounding():
+    facts = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
+    facts["e2m1"] = torch.float4_e2m1fn_x2
+    for name, bits, below in rows("dtype", "F"):
+        value_type = VALUE_TYPES[facts.pop(name)]
+        assert value_type.fraction_bits == int(bits)
+        base, _, power = below.partition("^")
+        assert 2.0**value_type.min_exponent == float(base) ** float(power or 1)
+    assert not facts
 
 
 def test_every_library_is_described():

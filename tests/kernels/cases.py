@@ -105,6 +105,7 @@ def check(
     q_strides: tuple[int, ...] | None = None,
     q_offset: int = 0,
     upper: UpperScale | None = None,
+    rng_state: torch.Tensor | None = None,
     **options,
 ) -> None:
     """Run a call into poisoned memory; every byte of it must be the oracle's.
@@ -133,8 +134,9 @@ def check(
     before = [storage_bits(t).clone() for t in inputs]
     q, sf, *row_scales = results[0]
     row_scales = row_scales[0] if row_scales else None
-    gpu.quantize(x, q, sf, fmt, rows, index, upper=upper, row_scales=row_scales, **options)
-    expect(results[1], x, fmt, rows, index, upper)
+    given = {"upper": upper, "row_scales": row_scales, "rng_state": rng_state}
+    gpu.quantize(x, q, sf, fmt, rows, index, **given, **options)
+    expect(results[1], x, fmt, rows, index, upper, rng_state=rng_state)
     for name, actual, expected in zip(("q", "sf", "row scales"), *results, strict=False):
         assert_same_storage(name, actual, expected)
     for t, bits in zip(inputs, before, strict=True):

@@ -93,16 +93,19 @@ class Gpu:
         prologue: Prologue | None = None,
         upper: UpperScale | None = None,
         row_scales: torch.Tensor | None = None,
+        rng_state: torch.Tensor | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, ...]:
         """``cute_quant.quantize``, or what ends in it; `options` are those of ``machine.run``."""
-        call = Call(x.as_subclass(OnGpu), fmt, q, sf, rows, index, prologue, upper, row_scales)
-        reads = [x, index, *(() if rows is None else [rows.data])]
+        call = Call(
+            x.as_subclass(OnGpu), fmt, q, sf, rows, index, prologue, upper, row_scales, rng_state
+        )
+        reads = [x, index, rng_state, *(() if rows is None else [rows.data])]
         reads += [] if upper is None else [upper.tensor]
         reads += [] if prologue is None else prologue.reads.values()
         if prologue is not None and getattr(prologue, "in_place", False):
             reads.append(prologue.residual)
-        with self._present(reads, options):
+        with self.present(reads, options):
             return launch.quantize(call)
 
     def fake_quantize(
@@ -114,7 +117,7 @@ class Gpu:
         **options: Any,
     ) -> torch.Tensor:
         """``cute_quant.fake_quantize`` into `out`."""
-        with self._present([x, *([] if upper is None else [upper.tensor])], options):
+        with self.present([x, *([] if upper is None else [upper.tensor])], options):
             return launch.fake_quantize(Call(x.as_subclass(OnGpu), fmt, upper=upper), out)
 
     def dequantize(
@@ -127,7 +130,7 @@ class Gpu:
         **options: Any,
     ) -> torch.Tensor:
         """``cute_quant.dequantize``."""
-        with self._present([q, sf, *([] if upper is None else [upper.tensor])], options):
+        with self.present([q, sf, *([] if upper is None else [upper.tensor])], options):
             return launch.dequantize(q.as_subclass(OnGpu), sf, fmt, dtype, upper)
 
     def quantize_blocks(
@@ -139,7 +142,7 @@ class Gpu:
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``cute_quant.quantize_blocks``."""
-        with self._present([w], options):
+        with self.present([w], options):
             return blocks.quantize(w.as_subclass(OnGpu), fmt, q, sf)
 
     def requantize_blocks(
@@ -153,7 +156,7 @@ class Gpu:
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``cute_quant.requantize_blocks``."""
-        with self._present([w8, w_sf, *([] if upper is None else [upper.tensor])], options):
+        with self.present([w8, w_sf, *([] if upper is None else [upper.tensor])], options):
             return blocks.requantize(w8.as_subclass(OnGpu), w_sf, fmt, upper, q, sf)
 
     def dequantize_blocks(
@@ -165,7 +168,7 @@ class Gpu:
         **options: Any,
     ) -> torch.Tensor:
         """``cute_quant.dequantize_blocks``."""
-        with self._present([q, sf], options):
+        with self.present([q, sf], options):
             return blocks.dequantize(q.as_subclass(OnGpu), sf, fmt, dtype)
 
     def quantize_columns(self, call: ColumnCall, **options: Any) -> columns.Results:
@@ -174,7 +177,7 @@ class Gpu:
             return columns.run(call._replace(x=call.x.as_subclass(OnGpu)))
 
     @contextlib.contextmanager
-    def _present(self, reads: list[torch.Tensor | None], options: dict[str, Any]) -> Iterator[None]:
+    def present(self, reads: list[torch.Tensor | None], options: dict[str, Any]) -> Iterator[None]:
         """Put the emulated GPU in place; only the memory of `reads` holds values."""
         storages = {t.untyped_storage().data_ptr() for t in reads if t is not None}
         choose_shape = plan._launch_shape

@@ -29,6 +29,9 @@ MAX_INSTRUCTIONS = {
 }
 """Budgets of the bf16 kernels on sm_100a, by format and rows a thread. They only ever go down."""
 
+MAX_STOCHASTIC = {"sm_90a": 393, "sm_100a": 391}
+"""The same where values are rounded by random numbers, for float32 scales and one row a thread."""
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TILES = {1: DEFAULT_TILE, 2: TWO_ROWS}
 BLOCKED = MXFP8.replace(values=torch.float8_e5m2)
@@ -55,6 +58,13 @@ every_arch = pytest.mark.parametrize(
 every_dtype = pytest.mark.parametrize("dtype", [BF16, FP16])
 every_number_of_rows = pytest.mark.parametrize("rows", [1, 2])
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
+
+
+@pytest.mark.parametrize("arch", MAX_STOCHASTIC)
+def test_stochastic_rounding(arch):
+    code = machine_code(QuantizeSpec(BF16, FLOAT32, stochastic=True), arch)
+    assert len(code.opcodes) <= MAX_STOCHASTIC[arch]
+    assert code.stack == 0 and code.registers <= 40
 
 
 @pytest.mark.slow

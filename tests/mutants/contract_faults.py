@@ -217,8 +217,8 @@ FAULTS = [
     Fault(
         "reference-gates-and-ups-swapped",
         REFERENCE,
-        "gate, up = gate_up[..., 0::2], gate_up[..., 1::2]",
-        "up, gate = gate_up[..., 0::2], gate_up[..., 1::2]",
+        "return gate_up[..., 0::2], gate_up[..., 1::2]",
+        "return gate_up[..., 1::2], gate_up[..., 0::2]",
         [f"{ON_SILU}::test_interleaving", f"{ON_SILU}::test_options"],
     ),
     Fault(

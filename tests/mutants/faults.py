@@ -21,7 +21,9 @@ from tests.mutants import (
     engine_faults,
     jit_faults,
     kernels_faults,
+    nn_faults,
     scales_faults,
+    stochastic_faults,
 )
 
 FAULTS = [
@@ -31,6 +33,8 @@ FAULTS = [
     *block_faults.FAULTS,
     *column_faults.FAULTS,
     *scales_faults.FAULTS,
+    *stochastic_faults.FAULTS,
+    *nn_faults.FAULTS,
     *jit_faults.FAULTS,
     *checkpoint_faults.FAULTS,
     *engine_faults.FAULTS,
