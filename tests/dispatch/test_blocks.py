@@ -139,7 +139,6 @@ def test_a_missing_kernel_is_named(call, name, monkeypatch):
         mock.patch.multiple(
             lookup,
             architecture=lambda device: "sm_90a",
-            multiprocessors=lambda device: 132,
             find_architecture=lambda device: "sm_90a",
             multiprocessors=lambda device: 132,
         ),
