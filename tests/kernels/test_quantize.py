@@ -276,7 +276,8 @@ def test_a_row_that_is_one_group(kernels, arch, fmt, shape):
 def test_experts_whose_rows_are_one_group(kernels, arch, held):
     fmt = DEEP_GEMM.replace(group_size=-1)
     x = batch((3, 9), 1200, BF16, fmt)
-    gpu = Gpu(kernels, arch, max_grid=4, held=held, max_warps=2)
+    tile = ONE_ROW._replace(tiles_per_thread=2)
+    gpu = Gpu(kernels, arch, tile=tile, max_grid=4, held=held, max_warps=2)
     check(gpu, x, fmt, rows=Masked(torch.tensor([9, 0, 5], dtype=torch.int32)))
     check(gpu, x[0], fmt, index=numbers((7,), -2, 10, 3))
 

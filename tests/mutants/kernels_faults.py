@@ -636,6 +636,13 @@ FAULTS = [
         [f"{ON_LAUNCH_SHAPES}::test_warps_of_a_row_that_is_scaled_as_a_whole"],
     ),
     Fault(
+        "heuristics-few-rows-of-masked-experts",
+        HEURISTICS,
+        "few = not masked and matrices * rows <= sms",
+        "few = matrices * rows <= sms",
+        [f"{ON_LAUNCH_SHAPES}::test_few_rows_have_fewer_warps"],
+    ),
+    Fault(
         "checks-tiles-of-whole-rows",
         "contract/checks.py",
         "isinstance(prologue, RmsNorm) or fmt.by_row",
