@@ -94,18 +94,20 @@ Kernels = dict[Spec, reachable.Variant]
 
 def size_of_whole_rows(spec: QuantizerSpec) -> tuple[int, int]:
     """Return (mn, k) for which a kernel whose CTAs hold whole rows is chosen."""
-    norm = isinstance(spec, RmsNormSpec)
-    held = None if norm else spec.held
-    tiles = spec.tiles_per_thread if norm else spec.tile.tiles_per_thread
-    wanted = spec.tile, tiles, spec.max_warps, held
+    if isinstance(spec, RmsNormSpec):
+        wanted = spec.tile, spec.tiles_per_thread, spec.max_warps, True
+    else:
+        wanted = spec.tile, spec.tile.tiles_per_thread, spec.max_warps, spec.held
     arches = [architecture.name for architecture in architectures.ARCHITECTURES]
     for rows, k, arch in itertools.product(
         (MANY_ROWS, FEW_ROWS), (LONG_COLUMNS, *reversed(COLUMNS)), arches
     ):
         size = 1, rows, k, spec.fmt, False, FEW_ROWS
-        shape = heuristics.norm_shape(*size) if norm else heuristics.row_shape(*size, arch)
-        chosen = shape.tile, shape.tiles_per_thread, shape.max_warps, None if norm else shape.held
-        if chosen == wanted:
+        if isinstance(spec, RmsNormSpec):
+            shape = heuristics.norm_shape(*size)
+        else:
+            shape = heuristics.row_shape(*size, arch)
+        if (shape.tile, shape.tiles_per_thread, shape.max_warps, shape.held) == wanted:
             return rows, k
     raise ValueError(f"spec: expected one that is chosen for some columns, got {spec}")
 

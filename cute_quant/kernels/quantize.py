@@ -11,7 +11,7 @@ from __future__ import annotations
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_quant.kernels import copy, encodings, layouts
@@ -76,6 +76,8 @@ class GroupQuantizer:
         inputs = [problem.prologue.row(row, k) for row in rows]
         gQ = [problem.q.row(row.index) for row in rows]  # (k,) each
 
+        # What comes before needs no memory, and overlaps with the end of the kernel before.
+        self.scheduler.wait_in_tile(inputs[-1].address(segments[0]))
         scales, bounds = [], self.load_bounds(rows, problem)
         # (values,) of each tile and row
         tXrX = [[row.load(segment) for row in inputs] for segment in segments]
@@ -181,6 +183,11 @@ class InputRow(Params):
         self.gX = gX
         self.predicate = predicate
         self.spec = spec
+
+    def address(self, segment: Segment) -> Int64:
+        """Return the address of a thread's segment."""
+        values = self.spec.tile.values_per_thread
+        return copy.address(self.gX, segment, values, self.spec.access)
 
     def load(self, segment: Segment) -> cute.Tensor:
         """Load a thread's segment, (values,), zeros where there is nothing."""

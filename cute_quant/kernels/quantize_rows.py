@@ -48,6 +48,7 @@ class RowQuantizer(WholeRows):
         """Load, reduce, scale, quantize and store a row by the warps that share it."""
         row, segments = self.row_segments(row_tile, problem)
         source = problem.prologue.row(row, problem.k)  # (k,)
+        self.scheduler.wait_in_tile(source.address(segments[0]))
         if const_expr(self.spec.held):
             # Registers of each of the thread's tiles: (values,).
             tXrX = [source.load(segment) for segment in segments]

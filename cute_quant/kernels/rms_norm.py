@@ -146,6 +146,8 @@ class RmsNorm(WholeRows):
         spec, stage, inputs, k = self.spec, self.stage, problem.prologue, problem.k
         row, segments = self.row_segments(row_tile, problem)
         gX = inputs.x.row(row.source, k)  # (k,)
+        values = stage.tile.values_per_thread
+        self.scheduler.wait_in_tile(copy.address(gX, segments[0], values, spec.access))
 
         # Registers of each of the thread's tiles: (values,).
         tXrX = [self.load(gX, segment, row) for segment in segments]

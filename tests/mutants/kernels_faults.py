@@ -44,6 +44,20 @@ FAULTS = [
         [f"{ON_QUANTIZE_KERNEL}::test_masked_experts_of_several_chunks"],
     ),
     Fault(
+        "scheduler-experts-of-another-lane",
+        SCHEDULER,
+        "expert = first_expert + in_group * LANES",
+        "expert = first_expert + in_group",
+        [f"{ON_QUANTIZE_KERNEL}::test_masked_experts_of_several_chunks"],
+    ),
+    Fault(
+        "scheduler-counts-before-the-grid-before-ended",
+        SCHEDULER,
+        "return not (domain.batched or reads)",
+        "return not domain.batched",
+        [f"{ON_QUANTIZE_KERNEL}::test_prefix_sums"],
+    ),
+    Fault(
         "scheduler-dedicated-tiles-shared-again",
         SCHEDULER,
         "row_tile = tile - begin + problem.dedicated_tiles",
@@ -610,8 +624,8 @@ FAULTS = [
     Fault(
         "heuristics-one-short-row-a-cta",
         HEURISTICS,
-        "        if shape.max_warps > 1:\n",
-        "        if shape.max_warps >= 1:\n",
+        "    if shape.max_warps == 1:\n",
+        "    if shape.max_warps == 0:\n",
         [f"{ON_LAUNCH_SHAPES}::test_warps_of_a_row_that_is_scaled_as_a_whole"],
     ),
     Fault(
@@ -631,8 +645,8 @@ FAULTS = [
     Fault(
         "heuristics-longer-rows-than-registers",
         HEURISTICS,
-        "held = tiles <= MAX_TILES",
-        "held = tiles <= 2 * MAX_TILES",
+        "tiles <= MAX_TILES",
+        "tiles <= 2 * MAX_TILES",
         [f"{ON_LAUNCH_SHAPES}::test_warps_of_a_row_that_is_scaled_as_a_whole"],
     ),
     Fault(
