@@ -42,6 +42,19 @@ between them. Of gates and ups 1.00 of the ceiling at 4096 x 2048, where the def
 and two rows a thread 1.08, and 1.17 instead of 1.37 at one row. Of NVFP4 and back 0.94 instead of
 0.98 at 4096 x 7168, and 1.14 instead of 1.27 at one row. That Ada is like Hopper, and that
 Blackwell takes the default, is not measured."""
+SHORT_SILU_TILE = Tile(values_per_thread=8, row_warps=1)
+SILU_TILE = Tile(row_warps=1)
+FEWEST_GATES, FEW_GATES = 64, 4096
+"""Tiles of few gates and ups where a vector has 16 bytes, and most of them for each SM.
+
+A CTA of one warp spreads them over all SMs. On an H100, k = 7168, time over that of the ceiling:
+
+    rows    8 values,    8, 1 warp    16, 1 warp
+            8 warps
+     1      1.44         1.30         1.43
+    16      1.59         1.62         1.47
+    64      1.50         1.59         1.20
+"""
 DEQUANTIZE_TILES = {16: Tile(values_per_thread=8, tiles_per_thread=2), 32: DEFAULT_TILE}
 """Tiles of values to be multiplied by their scales, by the bytes of a vector.
 
@@ -79,8 +92,17 @@ Rows are few where each has an SM. Blackwell, whose vectors have 16 values, is n
 WARPS_PER_NORM = 4
 """Least warps of a CTA where rows are so short that it can have several."""
 
-RESIDENT_CTAS = 16
+RESIDENT_CTAS = 8
 """CTAs for each SM that walk the experts of a batch, at least."""
+EXPERT_CTAS = 2
+"""CTAs for each expert and tile of columns, at least.
+
+On an H100, k = 7168, time over that of the ceiling, by the CTAs of an expert:
+
+    experts x rows of each     1       2       3       5       10
+    32 x 8                                     1.57    1.60    2.25
+    256 x 512                  1.13    1.08
+"""
 
 
 class Shape(NamedTuple):
@@ -130,15 +152,20 @@ def shape(
 
 def expert_ctas(matrices: int, row_tiles: int, column_tiles: int, sms: int) -> int:
     """Return how many CTAs along M share the rows of all masked experts."""
-    slots = min(ceil_div(RESIDENT_CTAS * sms, column_tiles * max(matrices, 1)), row_tiles)
-    return min(matrices * slots, MAX_GRID_Y)
+    slots = ceil_div(RESIDENT_CTAS * sms, column_tiles * max(matrices, 1))
+    return min(matrices * min(max(slots, EXPERT_CTAS), row_tiles), MAX_GRID_Y)
 
 
 def silu_shape(
     matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int, arch: str
 ) -> Shape:
     """Return the launch for gates and ups on an architecture."""
-    tile = VECTOR_TILES[architectures.named(arch).widest_load]
+    widest_load = architectures.named(arch).widest_load
+    tile = VECTOR_TILES[widest_load]
+    if widest_load == LOAD_BYTES // 2 and not masked:
+        elements = matrices * rows * k
+        if elements <= FEW_GATES * sms:
+            tile = SHORT_SILU_TILE if elements <= FEWEST_GATES * sms else SILU_TILE
     return shape(matrices, rows, k, fmt, masked, sms, tile=tile)
 
 

@@ -49,18 +49,35 @@ class RowQuantizer(WholeRows):
         row, segments = self.row_segments(row_tile, problem)
         source = problem.prologue.row(row, problem.k)  # (k,)
         self.scheduler.wait_in_tile(source.address(segments[0]))
-        if const_expr(self.spec.held):
-            # Registers of each of the thread's tiles: (values,).
-            tXrX = [source.load(segment) for segment in segments]
-            tXrV = [source.values(t) for t in tXrX]
-            scales, bound = self.scales(tXrV, problem)
-            self.store_values(tXrV, scales, bound, row, segments, problem)
-        else:
-            scales = [self.quantize_long_row(row, source, problem)] * len(segments)
+        scales = self.stage.scale_registers(len(segments))  # (tiles,)
+        if self.may_write(row):
+            if const_expr(self.spec.held):
+                self.quantize_row(row, source, segments, scales, problem)
+            else:
+                scales.fill(self.quantize_long_row(row, source, problem).scale)
         if const_expr(problem.scales is not None):
-            self.store_scales(row, scales, segments, problem)
-            if const_expr(self.spec.fmt.row_scale):
-                self.store_row_scale(row, bound, problem)
+            stored = [GroupScale(Float32(0.0), scales[i]) for i in range(len(segments))]
+            self.store_scales(row, stored, segments, problem)
+
+    @cute.jit
+    def quantize_row(
+        self,
+        row: Row,
+        source: Params,
+        segments: list[Segment],
+        scales: cute.Tensor,
+        problem: Problem,
+    ):
+        """Load, reduce, scale, quantize and store a row, and keep the scales of its tiles."""
+        # Registers of each of the thread's tiles: (values,).
+        tXrX = [source.load(segment) for segment in segments]
+        tXrV = [source.values(t) for t in tXrX]
+        found, bound = self.scales(tXrV, problem)
+        self.store_values(tXrV, found, bound, row, segments, problem)
+        if const_expr(self.spec.fmt.row_scale and problem.scales is not None):
+            self.store_row_scale(row, bound, problem)
+        for i in cutlass.range_constexpr(len(segments)):
+            scales[i] = found[i].scale
 
     @cute.jit
     def quantize_long_row(self, row: Row, source: Params, problem: Problem) -> GroupScale:
