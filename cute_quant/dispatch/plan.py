@@ -286,7 +286,7 @@ def _launch_shape(
     masked = isinstance(call.rows, Masked)
     size = math.prod(shape.batch_shape), shape.mn, shape.k, call.fmt, masked, gpu.sms
     if call.fmt.by_row and not isinstance(call.prologue, RmsNorm):
-        return heuristics.row_shape(*size)
+        return heuristics.row_shape(*size, gpu.arch)
     match call.prologue:
         case None if fake:
             return heuristics.fake_shape(*size, gpu.arch)

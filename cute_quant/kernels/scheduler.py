@@ -15,7 +15,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_tensor
 
 from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT
-from cute_quant.kernels import layouts
+from cute_quant.kernels import layouts, ptx
 from cute_quant.kernels.config import DOWN, LANES, MAX_GRID_Y, MAX_GRID_Z, Spec
 from cute_quant.kernels.copy import fake_matrix
 from cute_quant.kernels.encodings import scale_type_of, values_per_element
@@ -191,9 +191,8 @@ class Scheduler:
         _, _, z = cute.arch.block_idx()
         num_row_ctas = self.num_row_ctas()
         _, _, depth = cute.arch.grid_dim()
-        if const_expr(self.spec.pdl):
-            # Nothing is read or written before: the kernel before may still write x, or read q.
-            cute.arch.griddepcontrol_wait()
+        if const_expr(not (self.waits_late or self.domain.masked)):
+            self.wait()
         if const_expr(self.domain.masked):
             self.for_each_expert_tile(row_cta, num_row_ctas, problem, process)
         elif const_expr(self.domain.batched):
@@ -202,6 +201,35 @@ class Scheduler:
                     process(row_tile, problem.slice_batch(batch))
         else:
             process(row_cta, problem)
+
+    @property
+    def waits_late(self) -> bool:
+        """Return whether a tile waits for the kernel before, not all of them together.
+
+        It has one tile, whose rows and addresses are known without memory. So they are computed
+        while the kernel before ends.
+        """
+        domain = self.domain
+        reads = domain.counted or domain.gathered or getattr(self.spec, "weighted", False)
+        return not (domain.batched or reads)
+
+    def wait(self):
+        """Wait for the kernel before, which may still write x, or read q.
+
+        Nothing is read or written before.
+        """
+        if self.spec.pdl:
+            cute.arch.griddepcontrol_wait()
+
+    def wait_for(self, address: Int64):
+        """Wait for the kernel before, and have an address that is read next by then."""
+        if self.spec.pdl:
+            ptx.griddepcontrol_wait_after(address)
+
+    def wait_in_tile(self, address: Int64):
+        """Wait for the kernel before, if that is left to the tile, with an address to be read."""
+        if self.waits_late:
+            self.wait_for(address)
 
     @cute.jit
     def for_each_expert_tile(
@@ -214,48 +242,51 @@ class Scheduler:
         """Call ``process(row_tile, problem)`` for masked experts, whose counts are on the device.
 
         The first tiles of each expert have CTAs to themselves, which find them without a search.
-        All CTAs share the other tiles.
+        All CTAs share the other tiles. Their number is read beside the count of the first tile, so
+        that nothing waits for memory once a CTA has no more of them.
         """
         experts = problem.batches
         row_tile = Int32(Uint32(row_cta) // layouts.unsigned(experts))
         expert = row_cta - row_tile * experts
+        self.wait_for(cute.domain_offset((expert,), problem.counts).iterator.toint())
         count = Int32(0)
         if row_tile < problem.dedicated_tiles:
-            count = read_count(problem, expert)
+            count = load_count(problem, expert)
+        lane_tiles = self.shared_tiles_of_lane(problem, Int32(0))
+        count = clamp_count(problem, count)
         if Uint32(row_tile * self.tile.rows) < self.num_visited_rows(problem, count):
             process(row_tile, problem.slice_expert(expert, count))
         next_tile, end = row_cta, Int32(0)
         for chunk in range(0, experts, EXPERTS_PER_CHUNK):
-            lane_first, lane_end, end = self.read_chunk(problem, chunk, end)
-            while next_tile < end:
-                owner = lane_where(lane_first <= next_tile and next_tile < lane_end)
-                first_tile = cute.arch.shuffle_sync(lane_first, owner)
-                expert, row_tile, count = self.find_tile(
-                    problem, chunk + owner * EXPERTS_PER_LANE, first_tile, next_tile
-                )
-                process(row_tile, problem.slice_expert(expert, count))
-                next_tile += num_row_ctas
+            if chunk > 0:
+                lane_tiles = self.shared_tiles_of_lane(problem, chunk)
+            if cute.arch.vote_any_sync(lane_tiles > 0):
+                lane_end = end + prefix_sum(lane_tiles, LANES)
+                lane_first, end = lane_end - lane_tiles, cute.arch.shuffle_sync(lane_end, LANES - 1)
+                while next_tile < end:
+                    owner = lane_where(lane_first <= next_tile and next_tile < lane_end)
+                    first_tile = cute.arch.shuffle_sync(lane_first, owner)
+                    expert, row_tile, count = self.find_tile(
+                        problem, chunk + owner, first_tile, next_tile
+                    )
+                    process(row_tile, problem.slice_expert(expert, count))
+                    next_tile += num_row_ctas
 
     @cute.jit
-    def read_chunk(self, problem: Problem, chunk: Int32, first_tile: Int32) -> tuple:
-        """Read the counts of the experts from `chunk` on, as a warp, and number their tiles.
+    def shared_tiles_of_lane(self, problem: Problem, chunk: Int32) -> Int32:
+        """Read the counts of the lane's experts, and return their tiles past the dedicated ones.
 
         Args:
             problem: that of all experts.
-            chunk: the first expert of ``EXPERTS_PER_CHUNK``.
-            first_tile: number of the chunk's first tile past the dedicated ones.
-
-        Returns:
-            The first tile of the lane's ``EXPERTS_PER_LANE`` experts; that after their last; and
-            that after the last of the chunk.
+            chunk: the first expert of ``EXPERTS_PER_CHUNK``, of which each lane has every 32nd. So
+                few experts are read at once.
         """
-        lane = cute.arch.lane_idx()
+        first = chunk + cute.arch.lane_idx()
+        counts = [load_count(problem, first + i * LANES) for i in range(EXPERTS_PER_LANE)]
         total = Int32(0)
-        for i in cutlass.range_constexpr(EXPERTS_PER_LANE):
-            expert = chunk + lane * EXPERTS_PER_LANE + i
-            total += self.num_shared_tiles(problem, read_count(problem, expert))
-        end = first_tile + prefix_sum(total, LANES)
-        return end - total, end, cute.arch.shuffle_sync(end, LANES - 1)
+        for count in counts:
+            total += self.num_shared_tiles(problem, clamp_count(problem, count))
+        return total
 
     @cute.jit
     def find_tile(
@@ -265,13 +296,13 @@ class Scheduler:
 
         Args:
             problem: that of all experts.
-            first_expert: the first of the ``EXPERTS_PER_LANE`` experts of which one has the tile.
+            first_expert: the first of the experts of a lane, of which one has the tile.
             first_tile: number of their first tile.
             tile: number of the tile.
         """
         lane = cute.arch.lane_idx()
         in_group, _ = layouts.lanes(EXPERTS_PER_LANE)(lane)
-        expert = first_expert + in_group
+        expert = first_expert + in_group * LANES
         count = read_count(problem, expert)
         tiles = self.num_shared_tiles(problem, count)
         begin = first_tile + prefix_sum(tiles, EXPERTS_PER_LANE) - tiles
@@ -296,13 +327,23 @@ class Scheduler:
         return problem.scales.rows_to_write(count)
 
 
-@cute.jit
 def read_count(problem: Problem, expert: Int32) -> Int32:
     """Return the rows of an expert, 0 of one past the last."""
+    return clamp_count(problem, load_count(problem, expert))
+
+
+@cute.jit
+def load_count(problem: Problem, expert: Int32) -> Int32:
+    """Load the count of an expert as it is given, 0 of one past the last."""
     count = Int32(0)
     if expert < problem.counts.shape[0]:
-        count = Int32(clamp(problem.counts[expert], problem.num_rows))
+        count = problem.counts[expert]
     return count
+
+
+def clamp_count(problem: Problem, count: Int32) -> Int32:
+    """Return the rows that an expert with such a count has."""
+    return Int32(clamp(count, problem.num_rows))
 
 
 @cute.jit
