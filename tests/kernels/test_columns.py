@@ -19,6 +19,7 @@ from tests.columns import (
     views,
 )
 from tests.helpers import poisoned_results
+from tests.kernels.emulated_gpu import Gpu
 
 
 def check(gpu, x, fmt, rows=None, transposed=False, row_fmt=None, last_padding=True):
@@ -149,6 +150,14 @@ def test_nothing_to_quantize_launches_nothing(gpu):
             for q, sf in gpu.quantize_columns(ColumnCall(x, Output(fmt), along_k=along_k)):
                 assert q.numel() == 0 == sf.numel()
     assert not gpu.launched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_89", "sm_120a"])
+def test_other_architectures(arch, kernels):
+    x = special_weights((261, 142), torch.bfloat16, 32, 5)
+    for row_fmt, fmt, transposed in ((None, DEEP_GEMM_SM90, False), (MXFP8, MXFP8, True)):
+        check(Gpu(kernels, arch), x, fmt, experts(261, fmt, 1), transposed, row_fmt)
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
