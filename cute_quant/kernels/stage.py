@@ -205,8 +205,11 @@ class Stage:
         """Return whether a row has more to store than the padding of scales.
 
         A block has up to 127 rows of padding, which need no arithmetic. `in_bounds` is whether q
-        has the row, or the first of some that follow each other.
+        has the row, or the first of some that follow each other. That one may lie in a gap that is
+        kept, before others that do not.
         """
+        if self.keeps_gaps:
+            return True
         if self.fmt.blocked and self.fmt.block_rows > SCALE_ROW_ALIGNMENT * self.tile.rows:
             return in_bounds
         return True

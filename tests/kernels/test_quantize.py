@@ -742,6 +742,24 @@ def test_gaps_that_are_kept(gpu, fmt):
         assert found[1][2][~live].contiguous().view(torch.uint8).eq(POISON).all()
 
 
+def test_a_gap_that_is_kept_and_a_group_in_the_rows_of_a_thread(kernels):
+    """Also where rows of padding of blocks are skipped."""
+    x = special_groups(22, 640, BF16, 4, MXFP8)
+    rows = PrefixSumWithGaps(torch.tensor([2, 9, 9, 17], dtype=torch.int32), 3)
+    x = x.where(x.isfinite(), 1.0)
+    found = []
+    for run in (
+        Gpu(kernels, "sm_90a", rows_per_thread=2).quantize,
+        lambda x, q, sf, fmt, rows: quantize(x, fmt, rows=rows, out=(q, sf)),
+    ):
+        q = poisoned_values(22, 640, "cpu").view(MXFP8.values)
+        sf = poisoned_scales(MXFP8, 22, 640, "cpu")
+        run(x, q, sf, MXFP8, rows)
+        found.append((q, sf))
+    for actual, expected in zip(*found, strict=True):
+        assert_same_storage("gaps", actual, expected)
+
+
 def test_gaps_that_are_kept_have_no_index():
     rows = PrefixSumWithGaps(torch.tensor([3], dtype=torch.int32))
     x, index = torch.ones(4, 128, dtype=BF16), torch.arange(4, dtype=torch.int32)
