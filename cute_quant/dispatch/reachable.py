@@ -267,23 +267,21 @@ def _shapes(calls: CallRange) -> list[Callable[[int], tuple[int, ...]]]:
     return [lambda rows: (1, rows), lambda rows: (min(rows, MAX_MATRICES), 1)]
 
 
-def _specs_up_to(max_rows: int, spec_of: Callable[[int], Spec]) -> set[Spec]:
-    """Return the specs for 1 to `max_rows` rows.
+def _specs_up_to(max_rows: int, spec_of: Callable[[int], Spec]) -> list[Spec]:
+    """Return the specs for 1 to `max_rows` rows, each once, those of fewer rows first.
 
     A size class is found if it has a power of two, or parts two that are looked at.
     """
     counts = sorted({*(1 << i for i in range(max_rows.bit_length())), min(3, max_rows), max_rows})
     by_count = {rows: spec_of(rows) for rows in counts}
-    found = set(by_count.values())
     spans = list(itertools.pairwise(counts))
     while spans:
         low, high = spans.pop()
         if high - low > 1 and by_count[low] != by_count[high]:
             middle = (low + high) // 2
             by_count[middle] = spec_of(middle)
-            found.add(by_count[middle])
             spans += [(low, middle), (middle, high)]
-    return found
+    return list(dict.fromkeys(by_count[rows] for rows in sorted(by_count)))
 
 
 def _spec(variant: Variant, leading: tuple[int, ...], x_bytes: int, q_bytes: int, gpu: Gpu) -> Spec:
