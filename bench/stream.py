@@ -340,7 +340,7 @@ class BulkStream:
 
 
 SHARED_BYTES = 200 * 1024
-"""Of an SM's shared memory, what the CTAs of a `BulkStream` take in all."""
+"""Bytes of an SM's shared memory that the CTAs of a `BulkStream` take in all."""
 
 
 def family(pdl: bool, traffic: Traffic, sms: int) -> Iterator[Stream | BulkStream]:

@@ -90,7 +90,7 @@ class Transformer(nn.Module):
 
 
 class Run(NamedTuple):
-    """What a training did.
+    """The record of a training.
 
     Attributes:
         losses: of each step, in nats a byte.

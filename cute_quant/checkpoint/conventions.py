@@ -23,7 +23,7 @@ FP8_CONFIG: Mapping[str, Any] = {
     "fmt": "e4m3",
     "weight_block_size": [SOURCE_BLOCK, SOURCE_BLOCK],
 }
-"""What config.json says of FP8 weights in blocks, in an input and in an output."""
+"""Description of FP8 weights in blocks by config.json, in an input and in an output."""
 FP8_SCALE_SUFFIX = "_scale_inv"
 """Appended to the name of a weight it names the scales of its blocks, which are multiplied."""
 

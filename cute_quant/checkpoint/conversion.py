@@ -43,7 +43,7 @@ Slab = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of a checkpoint.
+    """The outcome of a conversion.
 
     Attributes:
         output: the directory.

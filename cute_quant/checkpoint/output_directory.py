@@ -13,7 +13,7 @@ from typing import Any
 from cute_quant.checkpoint.shards import sync_directory
 
 MANIFEST = ".cute_quant_checkpoint.json"
-"""What a run was asked for, in its output directory until it is complete."""
+"""The request of a run, in its output directory until it is complete."""
 
 
 def check_outside(directory: Path, output: Path) -> None:

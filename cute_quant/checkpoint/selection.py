@@ -56,7 +56,7 @@ CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of each tensor of a checkpoint.
+    """The destination of each tensor of a checkpoint.
 
     Attributes:
         quantized: weights, by name.

@@ -76,7 +76,7 @@ QUOTIENT, PRODUCT, INVERTED = "amax / M", "amax * fl(1 / M)", "1 / (M / amax)"
 """Float32 scales for an amax, M being the largest value."""
 DIVIDED, OF_SCALE, OF_AMAX = "x / scale", "1 / scale", "M / amax"
 APPROXIMATE_OF_SCALE, APPROXIMATE_OF_AMAX = "rcp.approx(scale)", "M * rcp.approx(amax)"
-"""What values are multiplied with under float32 scales, or that they are divided."""
+"""Multiplier of values under float32 scales, or that they are divided."""
 
 
 class Steps(NamedTuple):

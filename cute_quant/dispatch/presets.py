@@ -55,9 +55,9 @@ from cute_quant.kernels.config import (
 DEEPGEMM_FORMATS = (DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90)
 MOE_FORMATS = (*DEEPGEMM_FORMATS, NVFP4, MXFP4)
 BLOCK_FORMATS = (*DEEPGEMM_FORMATS, MXFP8, MXFP4)
-"""Of weights in square blocks."""
+"""Formats of weights in square blocks."""
 REQUANTIZED_FORMATS = (DEEP_GEMM, DEEP_GEMM_32, MXFP8, MXFP4, NVFP4)
-"""Of the weights of FP8 checkpoints on Blackwell."""
+"""Formats of the weights of FP8 checkpoints on Blackwell."""
 CONVERSIONS = (
     (GROUPWISE_FP8, DEEP_GEMM_SM90),
     (GROUPWISE_FP8.replace(round_scale=True), DEEP_GEMM),

@@ -41,7 +41,7 @@ _ALL = {"", "1", "on", "all"}
 
 @dataclass
 class State:
-    """What became of a takeover.
+    """The outcome of a takeover.
 
     Attributes:
         status: one of the words of this module.
@@ -105,12 +105,12 @@ class Engine:
 
     @property
     def installed(self) -> bool:
-        """Whether :meth:`install` was called, and nothing was restored since."""
+        """Return whether :meth:`install` was called, and nothing was restored since."""
         return bool(self.states)
 
     @property
     def is_tested(self) -> bool:
-        """Whether the version was tested; local parts of it (after ``+``) do not matter."""
+        """Return whether the version was tested, without its local part (after ``+``)."""
         version = self.version
         return version is not None and version.partition("+")[0] in self.tested
 

@@ -1,4 +1,4 @@
-"""What the plug-in does in vLLM's workers: compare results, warm kernels up, fuse graphs."""
+"""The plug-in in vLLM's workers: compare results, warm kernels up, fuse graphs."""
 
 from __future__ import annotations
 
