@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +21,7 @@ from typing import Any
 
 import torch
 
-from bench import environment
-from bench.cases import Case, Makers, Run, require, run, streaming
+from bench.cases import Case, Makers, Run, begin, parser_of, require, run, streaming
 from bench.masked import poison, random
 from bench.shapes import MAIN_COLUMN, positive_numbers
 from cute_quant import (
@@ -161,26 +159,17 @@ def cases(rows: tuple[int, ...], k: int, math: ModuleType | None) -> Iterator[Ca
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.blocks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench.blocks", __doc__)
     add = parser.add_argument
     add("--deep-gemm", type=Path, metavar="FILE", help="DeepGEMM's utils/math.py")
     add("--rows", type=positive_numbers, default=ROWS, metavar="N,...", help="of the weights")
     add("--columns", type=int, default=MAIN_COLUMN, metavar="K", help="default: %(default)s")
-    add("--output", type=Path, metavar="FILE", help="JSON lines: the machine, then the results")
-    add("--commit", help="name of the measured version, where there is no git to ask")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    if not torch.cuda.is_available():
-        sys.exit("bench.blocks: needs a CUDA GPU that has kernels")
-    torch.manual_seed(0)
-    machine = environment.describe("python -m bench.blocks", options.commit)
+    machine = begin("bench.blocks", options.commit)
     math = load_math(options.deep_gemm) if options.deep_gemm else None
     run(cases(options.rows, options.columns, math), machine, "DeepGEMM", options.output)
 

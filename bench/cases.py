@@ -5,13 +5,16 @@ Calls are captured in CUDA graphs over rotating buffers, and replayed in turns.
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from bench import environment
 from bench.ceiling import ELEMENTS, Ceiling, Words, allocate
 from bench.names import CUTE_QUANT, STREAM
 from bench.stream import Traffic
@@ -42,6 +45,27 @@ class Case(NamedTuple):
 def streaming(words_in: int, words_out: int, vectors: int, loads: int = 1) -> Words:
     """Return memory of the ceiling for so many times 16 elements, each with several `loads`."""
     return allocate(Traffic(loads, 1, words_in, words_out), ELEMENTS * vectors)
+
+
+def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark's options, with those that all have."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output", type=Path, metavar="FILE", help="JSON lines: the machine, then the results")
+    add("--commit", help="name of the measured version, where there is no git to ask")
+    return parser
+
+
+def begin(name: str, commit: str | None) -> dict[str, object]:
+    """Return the description of the machine, or exit where it has no GPU."""
+    if not torch.cuda.is_available():
+        sys.exit(f"{name}: needs a CUDA GPU that has kernels")
+    torch.manual_seed(0)
+    return environment.describe(f"python -m {name}", commit)
 
 
 def require(same: bool, name: str) -> None:

@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench import environment
-from bench.cases import Case, Makers, Run, require, run, streaming
+from bench.cases import Case, Makers, Run, begin, parser_of, require, run, streaming
 from bench.masked import poison, random
 from cute_quant import (
     DEEP_GEMM_32,
@@ -167,25 +164,16 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.columns",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench.columns", __doc__)
     add = parser.add_argument
     add("--shapes", type=parse_shapes, default=list(SHAPES), metavar="MxK,...", help="of x")
     add("--experts", type=int, default=EXPERTS, metavar="N", help="default: %(default)s")
-    add("--output", type=Path, metavar="FILE", help="JSON lines: the machine, then the results")
-    add("--commit", help="name of the measured version, where there is no git to ask")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    if not torch.cuda.is_available():
-        sys.exit("bench.columns: needs a CUDA GPU that has kernels")
-    torch.manual_seed(0)
-    machine = environment.describe("python -m bench.columns", options.commit)
+    machine = begin("bench.columns", options.commit)
     run(cases(options.shapes, options.experts), machine, "transpose first", options.output)
 
 

@@ -15,15 +15,12 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from bench import environment
-from bench.cases import Case, Makers, Run, require, run, streaming
+from bench.cases import Case, Makers, Run, begin, parser_of, require, run, streaming
 from bench.masked import poison, random
 from bench.shapes import MAIN_COLUMN, positive_numbers
 from cute_quant import (
@@ -158,25 +155,16 @@ def cases(rows: tuple[int, ...], k: int) -> Iterator[Case]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.convert_scales",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench.convert_scales", __doc__)
     add = parser.add_argument
     add("--rows", type=positive_numbers, default=ROWS, metavar="N,...", help="of the values")
     add("--columns", type=int, default=MAIN_COLUMN, metavar="K", help="default: %(default)s")
-    add("--output", type=Path, metavar="FILE", help="JSON lines: the machine, then the results")
-    add("--commit", help="name of the measured version, where there is no git to ask")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    if not torch.cuda.is_available():
-        sys.exit("bench.convert_scales: needs a CUDA GPU that has kernels")
-    torch.manual_seed(0)
-    machine = environment.describe("python -m bench.convert_scales", options.commit)
+    machine = begin("bench.convert_scales", options.commit)
     run(cases(options.rows, options.columns), machine, "peer", options.output)
 
 

@@ -23,8 +23,7 @@ from unittest import mock
 
 import torch
 
-from bench import environment
-from bench.cases import Case, Makers, Run, require, run, streaming
+from bench.cases import Case, Makers, Run, begin, parser_of, require, run, streaming
 from bench.masked import poison, random, sample
 from bench.shapes import MAIN_COLUMN, VLLM_FP4_SHAPES, positive_numbers
 from cute_quant import MXFP4, NVFP4, Format, bind, dequantize, fake_quantize, quantize
@@ -167,26 +166,17 @@ def vllm_dequantizing(vllm: ModuleType, m: int, k: int) -> Run:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.fp4",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench.fp4", __doc__)
     add = parser.add_argument
     add("--vllm", type=Path, metavar="FILE", help="vLLM's nvfp4_emulation_utils.py")
     add("--rows", type=positive_numbers, default=ROWS, metavar="M,...", help="of quantize")
     add("--columns", type=int, default=MAIN_COLUMN, metavar="K", help="default: %(default)s")
-    add("--output", type=Path, metavar="FILE", help="JSON lines: the machine, then the results")
-    add("--commit", help="name of the measured version, where there is no git to ask")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    if not torch.cuda.is_available():
-        sys.exit("bench.fp4: needs a CUDA GPU that has kernels")
-    torch.manual_seed(0)
-    machine = environment.describe("python -m bench.fp4", options.commit)
+    machine = begin("bench.fp4", options.commit)
     vllm = load_vllm(options.vllm) if options.vllm else None
     all_cases = (*quantize_cases(options.rows, options.columns), *vllm_cases(vllm))
     run(all_cases, machine, "vLLM", options.output)

@@ -11,16 +11,12 @@ reference on the CPU before it is timed, in the first rows.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
-from bench import environment
-from bench.cases import Case, Makers, Run, require, run, streaming
+from bench.cases import Case, Makers, Run, begin, parser_of, require, run, streaming
 from bench.ceiling import DEVICE, ELEMENTS
 from bench.masked import poison, random
 from bench.shapes import MAIN_COLUMN, positive_numbers
@@ -112,21 +108,12 @@ def cases(rows: tuple[int, ...], k: int) -> Iterator[Case]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gradients",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench.gradients", __doc__)
     add = parser.add_argument
     add("--rows", type=positive_numbers, default=ROWS, metavar="M,...", help="of the results")
     add("--columns", type=int, default=MAIN_COLUMN, metavar="K", help="default: %(default)s")
-    add("--output", type=Path, metavar="FILE", help="JSON lines: the machine, then the results")
-    add("--commit", help="name of the measured version, where there is no git to ask")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench.gradients: needs a CUDA GPU that has kernels")
-    torch.manual_seed(0)
-    machine = environment.describe("python -m bench.gradients", options.commit)
+    machine = begin("bench.gradients", options.commit)
     run(cases(options.rows, options.columns), machine, "torch", options.output)
 
 

@@ -26,8 +26,7 @@ from unittest import mock
 
 import torch
 
-from bench import environment
-from bench.cases import Case, Makers, Run, require, run, streaming
+from bench.cases import Case, Makers, Run, begin, parser_of, require, run, streaming
 from bench.fp4 import bytes_of, quantizing
 from bench.masked import random
 from bench.shapes import MAIN_COLUMN, positive_numbers
@@ -122,26 +121,17 @@ def cases(rows: tuple[int, ...], k: int, kernels: ModuleType | None) -> Iterator
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.mxfp8",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench.mxfp8", __doc__)
     add = parser.add_argument
     add("--flashinfer", type=Path, metavar="PATH", help="a wheel, or what has the package")
     add("--rows", type=positive_numbers, default=ROWS, metavar="M,...")
     add("--columns", type=int, default=MAIN_COLUMN, metavar="K", help="default: %(default)s")
-    add("--output", type=Path, metavar="FILE", help="JSON lines: the machine, then the results")
-    add("--commit", help="name of the measured version, where there is no git to ask")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
-    if not torch.cuda.is_available():
-        sys.exit("bench.mxfp8: needs a CUDA GPU that has kernels")
-    torch.manual_seed(0)
-    machine = environment.describe("python -m bench.mxfp8", options.commit)
+    machine = begin("bench.mxfp8", options.commit)
     kernels = load(options.flashinfer) if options.flashinfer else None
     run(cases(options.rows, options.columns, kernels), machine, PEER, options.output)
 
