@@ -74,10 +74,11 @@ def draw_kernels(count: int, operation: str, seed: int) -> list[Kernel]:
         size = dtype.itemsize
         accesses = loads[size].draw(), stores[size if fake else 1].draw(), ragged.draw()
         domain, fmt = domains.draw(), formats.draw()
-        chosen = {name: choice.draw() for name, choice in options.items()}
-        if domain[:2] != (DENSE, False):
-            # Rows of these that do not exist would not be defined.
-            chosen |= {name: None for name in ("residual", "normalized") if name in chosen}
+        dense = domain[:2] == (DENSE, False)
+        chosen = {
+            name: choice.draw() if dense or name not in DENSE_OPTIONS else None
+            for name, choice in options.items()
+        }
         upper = uppers.draw() if fmt.upper_scale and not fmt.row_scale else None
         chosen_in = tuple(chosen.items())
         kernels.append(Kernel(dtype, fmt, *domain, *accesses, operation, chosen_in, upper))
@@ -94,6 +95,9 @@ OPTIONS = {
     },
 }
 """Options of prologues that choose a kernel, besides their numbers and the weight of SiLU."""
+
+DENSE_OPTIONS = ("residual", "normalized")
+"""Those of dense rows alone: rows of these that do not exist would not be defined."""
 
 
 class Draw:

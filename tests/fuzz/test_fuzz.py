@@ -196,5 +196,5 @@ def test_the_generator_draws_everything():
             assert math.gcd(32, address, *strides) == kernel.load_bytes, case
             assert case.k % 16 == 0 or kernel.ragged
     kinds, shapes = zip(*(pair for pair in seen if isinstance(pair, tuple)), strict=True)
-    assert set(kinds) == set(UPPER_KINDS) and set(shapes) == {0, 1, "matrices"}
+    assert set(kinds) == set(UPPER_KINDS) and set(shapes) >= {0, 1, "matrices"}
     assert seen >= {"sf-padding", "allocated", "expanded", "nothing"}

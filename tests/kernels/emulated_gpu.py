@@ -173,7 +173,7 @@ class Gpu:
 
     def quantize_columns(self, call: ColumnCall, **options: Any) -> columns.Results:
         """``cute_quant.quantize_columns``, or ``quantize_both``."""
-        with self._present(list(call.reads.values()), options):
+        with self.present(list(call.reads.values()), options):
             return columns.run(call._replace(x=call.x.as_subclass(OnGpu)))
 
     @contextlib.contextmanager

@@ -442,7 +442,7 @@ def test_scales_past_32_bits(kernels, arch, fmt, batches, mn, k, tiles_per_threa
     spec = QuantizeSpec(BF16, fmt, tile, Domain(gathered=True, batched=True))
     column_ctas = ceil_div(k, tile.columns * tile.column_warps * tiles_per_thread)
     kernels.get(spec, arch)(
-        *(row, q, sf, None, None, index, 0, 1, 1, fmt.floor),
+        *(row, q, sf, None, None, index, None, 0, 1, 1, fmt.floor),
         outputs=(q, sf),
         only=[(mn // tile.rows - 1, column, batches - 1) for column in range(column_ctas)],
     )
