@@ -41,6 +41,8 @@ def quantize(
     *,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    scatter: torch.Tensor | None = None,
+    num_rows: int | None = None,
     encode_scale: torch.Tensor | None = None,
     decode_scale: torch.Tensor | None = None,
     amax: torch.Tensor | None = None,
@@ -75,6 +77,15 @@ def quantize(
             scales: these keep what memory held.
         index: int32, contiguous, (mn,) or (b, mn), for x of shape (T, k): row i of the result is
             ``x[index[i]]``. An index outside of 0 to T - 1 gives values 0 and scales 0.
+        scatter: int32, contiguous, (T, places), up to 32 of them, for x of shape (T, k): row t is
+            read and quantized once, and written to each row of the result that ``scatter[t]``
+            names; of ``Masked`` experts row r of expert e is ``e * max_m + r``. -1, what is out of
+            range, and rows that do not exist are no place. Each row that exists is promised to be
+            named once: one that nobody names keeps what memory held, of one that several name it is
+            not defined which they get, or parts of which. All others are as without. An upper scale
+            is one number.
+        num_rows: rows of the result of a scatter: M, or max_m of ``Masked`` experts. None where a q
+            in `out`, which then has no more rows, or ``Indexed`` rows tell.
         encode_scale: for e4m3 scales without `row_scale`, about 2688 over the largest magnitude:
             float32, contiguous, on the device of x, () or (1,) for the tensor, or of the leading
             dimensions for each of its matrices. For rows stacked along M it may be (G,), one for
@@ -84,9 +95,9 @@ def quantize(
         decode_scale: the same, but its reciprocal, with which GEMMs multiply their result.
         amax: the same, but the largest magnitude, from which the encode scale is computed: 2688
             over it, at most 2^117, and 1 for an amax of 0.
-        check: whether to read the counts of `rows`, `index` and the upper scale, which
-            synchronizes, and raise on those that are out of range or do not fit x. Otherwise counts
-            are clamped.
+        check: whether to read the counts of `rows`, `index`, `scatter` and the upper scale, which
+            synchronizes, and raise on those that are out of range or do not fit x, or on a promise
+            of `scatter` that is not kept. Otherwise counts are clamped.
         out: q and sf to write into, and with ``fmt.row_scale`` the scales of rows, each of them
             None to have it allocated. `q` has the leading
             dimensions of the result, any strides that do not overlap, and, unless rows are
@@ -97,7 +108,8 @@ def quantize(
 
     Returns:
         q: that of `out`, or (..., mn, k), ``fmt.values``, contiguous; with an index,
-            (*index.shape, k). FP4 has two values in an element, so k / 2 of them.
+            (*index.shape, k), with a scatter (num_rows, k) or (E, num_rows, k). FP4 has two values
+            in an element, so k / 2 of them.
         sf: that of `out`, or a new one: ``fmt.sf_dtype``, shape and strides as in :class:`Format`.
         row_scales: with ``fmt.row_scale``, that of `out`, or (..., mn), float32: decode scales.
 
@@ -111,7 +123,8 @@ def quantize(
     upper = None
     if not (encode_scale is decode_scale is amax is None):
         upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
-    if rows is None and index is None and check is False and not is_dynamo_compiling():
+    moved = index is not None or scatter is not None or num_rows is not None
+    if rows is None and not moved and check is False and not is_dynamo_compiling():
         results = None
         if out is None:
             results = launch.quantize_again(x, fmt, upper)
@@ -125,9 +138,8 @@ def quantize(
     if upper is not None:
         _check_input("quantize", *upper)
     _check_input("quantize", "x", x)
-    return _run(
-        Call(x, fmt, outputs.q, outputs.sf, rows, index, None, upper, outputs.row_scales), check
-    )
+    call = Call(x, fmt, outputs.q, outputs.sf, rows, index, None, upper, outputs.row_scales)
+    return _run(call._replace(scatter=scatter, num_rows=num_rows), check)
 
 
 def silu_mul_quantize(
@@ -142,6 +154,8 @@ def silu_mul_quantize(
     rounding: str = FUSED,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    scatter: torch.Tensor | None = None,
+    num_rows: int | None = None,
     encode_scale: torch.Tensor | None = None,
     decode_scale: torch.Tensor | None = None,
     amax: torch.Tensor | None = None,
@@ -165,7 +179,7 @@ def silu_mul_quantize(
             `clamp`.
         beta: added to u: finite, rounded to float32.
         weight: a factor for each row of the result, such as the routing weight of a token: float32,
-            contiguous, of q's shape without k; with an index, of its shape.
+            contiguous, of q's shape without k; with an index, of its shape; with a scatter, (T,).
         rounding: "fused" computes in float64 on the CPU, in float32 on a GPU, and quantizes float32
             values: rounded once, and once more when multiplied by a weight. "unfused" rounds to
             the dtype of `gate_up` after each operation, `clamp` too, as torch does: equal to
@@ -176,6 +190,8 @@ def silu_mul_quantize(
             may be 0.
         rows: which rows exist, as for :func:`quantize`.
         index: int32, (mn,) or (b, mn): rows of `gate_up`, as for :func:`quantize`.
+        scatter: int32, (T, places): places of rows of `gate_up`, as for :func:`quantize`.
+        num_rows: rows of the result of a scatter, as for :func:`quantize`.
         encode_scale: as for :func:`quantize`.
         decode_scale: as for :func:`quantize`.
         amax: as for :func:`quantize`.
@@ -208,7 +224,7 @@ def silu_mul_quantize(
     call = Call(
         gate_up, fmt, outputs.q, outputs.sf, rows, index, prologue, upper, outputs.row_scales
     )
-    return _run(call, check)
+    return _run(call._replace(scatter=scatter, num_rows=num_rows), check)
 
 
 def rms_norm_quantize(
@@ -223,6 +239,8 @@ def rms_norm_quantize(
     normalized: bool | torch.Tensor = False,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    scatter: torch.Tensor | None = None,
+    num_rows: int | None = None,
     encode_scale: torch.Tensor | None = None,
     decode_scale: torch.Tensor | None = None,
     amax: torch.Tensor | None = None,
@@ -258,9 +276,13 @@ def rms_norm_quantize(
         normalized: whether to return the normalized rows too, or where to write them: a tensor as
             `residual` has to be. They are of x's dtype: what is quantized in "unfused", that
             rounded in "fused".
-        rows: which rows exist, as for :func:`quantize`, without `residual` and `normalized`.
+        rows: which rows exist, as for :func:`quantize`; without `residual` and `normalized`, unless
+            there is a scatter, which takes every row of x.
         index: int32, (mn,) or (b, mn): rows of x, as for :func:`quantize`, without `residual` and
             `normalized`.
+        scatter: int32, (T, places): places of rows of x, as for :func:`quantize`. `residual` and
+            `normalized` are (T, k), as x.
+        num_rows: rows of the result of a scatter, as for :func:`quantize`.
         encode_scale: as for :func:`quantize`.
         decode_scale: as for :func:`quantize`.
         amax: as for :func:`quantize`.
@@ -299,6 +321,7 @@ def rms_norm_quantize(
         normalized=None if normalized is False else normalized,
     )
     call = Call(x, fmt, outputs.q, outputs.sf, rows, index, prologue, upper, outputs.row_scales)
+    call = call._replace(scatter=scatter, num_rows=num_rows)
     further = (prologue.residual_out, prologue.normalized)
     return *_run(call, check), *(t for t in further if t is not None)
 

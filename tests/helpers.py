@@ -209,10 +209,12 @@ def expect(
     index: torch.Tensor | None = None,
     upper: UpperScale | None = None,
     scaled_as: torch.Tensor | None = None,
+    scatter: torch.Tensor | None = None,
 ) -> None:
     """Write the oracle's results to memory like that of ``poisoned_results``."""
     q, sf, *row_scales = results
-    oracle.quantize_into(x, q, sf, fmt, rows, index, upper, *(row_scales or [None]), scaled_as)
+    row_scales = row_scales[0] if row_scales else None
+    oracle.quantize_into(x, q, sf, fmt, rows, index, upper, row_scales, scaled_as, scatter)
 
 
 def check_every_byte(

@@ -173,8 +173,23 @@ def unpacked(content: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return np.stack([content & 0xF, content >> 4], -1).reshape(*content.shape[:-1], -1)
 
 
+def tokens_of_scatter(scatter: torch.Tensor, matrices: int, mn: int) -> np.ndarray:
+    """Return the row of the input, (matrices, mn), that is scattered to each row, -1 of none."""
+    sources = np.full(matrices * mn, -1)
+    for token, places in enumerate(scatter.tolist()):
+        for place in places:
+            if 0 <= place < len(sources):
+                sources[place] = token
+    return sources.reshape(matrices, mn)
+
+
 def live_rows(
-    rows: Rows | None, index: torch.Tensor | None, matrices: int, mn: int, tokens: int
+    rows: Rows | None,
+    index: torch.Tensor | None,
+    matrices: int,
+    mn: int,
+    tokens: int,
+    scatter: torch.Tensor | None = None,
 ) -> np.ndarray:
     """Return the row of the input, all leading dimensions flattened, for each row of the result.
 
@@ -184,7 +199,9 @@ def live_rows(
     Returns:
         (matrices, mn), -1 where the row does not exist.
     """
-    if index is None:
+    if scatter is not None:
+        sources = tokens_of_scatter(scatter, matrices, mn)
+    elif index is None:
         sources = np.arange(matrices * mn)
     else:
         sources = index.cpu().numpy().astype(np.int64).flatten()
@@ -240,6 +257,7 @@ def quantize_into(
     upper: UpperScale | None = None,
     row_scales: torch.Tensor | None = None,
     scaled_as: torch.Tensor | None = None,
+    scatter: torch.Tensor | None = None,
 ) -> None:
     """Write what ``quantize`` writes to `q`, to the storage of `sf`, and to `row_scales`.
 
@@ -250,16 +268,23 @@ def quantize_into(
         upper: the scale over e4m3 scales, on any device.
         row_scales: (..., mn), on the CPU, for the decode scales of rows.
         scaled_as: of x's shape, whose rows have the scales of rows; x by default.
+        scatter: rows of q for each row of x. Rows that exist and are not named stay.
     """
     k = x.shape[-1]
     leading = (x if index is None else index).shape[: -1 if index is not None else -2]
-    matrices, q_rows = math.prod(leading), q.shape[-2]
     mn = x.shape[-2] if index is None else index.shape[-1]
+    if scatter is not None:
+        leading, mn = q.shape[:-2], q.shape[-2]
+    matrices, q_rows = math.prod(leading), q.shape[-2]
     if not k or not matrices:
         return
     flat = to_array(x).reshape(-1, k)
-    sources = live_rows(rows, index, matrices, mn, len(flat))
+    sources = live_rows(rows, index, matrices, mn, len(flat), scatter)
     exists = sources >= 0
+    stays = np.zeros_like(exists)
+    if scatter is not None:
+        stays = live_rows(rows, None, matrices, mn, matrices * mn) >= 0
+        stays &= ~exists
     values = np.zeros((matrices, mn, k))
     values[exists] = flat[sources[exists]]
 
@@ -277,12 +302,13 @@ def quantize_into(
     if isinstance(rows, Masked):
         counts = rows.masked_m.cpu().numpy().clip(0, mn)
     written = np.arange(q_rows) < counts[:, None]
+    written[:, :mn] &= ~stays
     target = q.view(torch.uint8)
     new = torch.from_numpy(packed(codes, fmt.values)).view(q.shape)
     target.copy_(new.where(torch.from_numpy(written).view(*q.shape[:-1], 1), target))
     if not mn:
         return
-    _store_scales(scales, exists, counts if isinstance(rows, Masked) else None, sf, fmt)
+    _store_scales(scales, exists, counts if isinstance(rows, Masked) else None, sf, fmt, stays)
     if row_scales is not None:
         decode = np.where(exists, forms.decode[..., 0], 0.0).astype(np.float32)
         stored = torch.from_numpy(decode).view(row_scales.shape)
@@ -291,12 +317,18 @@ def quantize_into(
 
 
 def _store_scales(
-    scales: Scales, exists: np.ndarray, counts: np.ndarray | None, sf: torch.Tensor, fmt: Format
+    scales: Scales,
+    exists: np.ndarray,
+    counts: np.ndarray | None,
+    sf: torch.Tensor,
+    fmt: Format,
+    stays: np.ndarray | None = None,
 ) -> None:
     """Write all scales of rows that exist and 0 to all padding, as far as the storage goes.
 
     Args:
         counts: rows of each masked matrix; scales past the next multiple of 4 stay.
+        stays: (matrices, mn), rows whose scales stay too.
     """
     matrices, mn = exists.shape
     groups = scales.floats.shape[-1]
@@ -315,9 +347,10 @@ def _store_scales(
     limits = np.full(matrices, stored_rows)
     if counts is not None:
         limits = np.minimum((counts + 3) // 4 * 4, stored_rows)
-    batch, row, group = np.nonzero(
-        np.broadcast_to(np.arange(stored_rows)[None, :, None] < limits[:, None, None], padded.shape)
-    )
+    written = np.arange(stored_rows) < limits[:, None]
+    if stays is not None:
+        written[:, :mn] &= ~stays
+    batch, row, group = np.nonzero(np.broadcast_to(written[..., None], padded.shape))
     nbytes = padded.itemsize
     offsets = scale_offset(fmt.scale_layout, nbytes, batch, row, group, mn, groups)
     offsets += sf.storage_offset() * sf.element_size()

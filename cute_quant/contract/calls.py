@@ -8,7 +8,7 @@ import torch
 
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import Prologue
-from cute_quant.contract.rows import Indexed, PrefixSum, Rows
+from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.upper_scales import UpperScale
 
 
@@ -37,6 +37,9 @@ class Call(NamedTuple):
         upper: the scale over e4m3 scales, None for formats without one or with one for each row.
         row_scales: the caller's memory for the decode scales of rows, None to allocate it or
             without any.
+        scatter: rows of the result for each row of x, (T, places), None for its own.
+        num_rows: rows of a matrix of the result of a scatter; None for those of `q`, or of the
+            indices of ``Indexed`` rows.
     """
 
     x: torch.Tensor
@@ -48,6 +51,8 @@ class Call(NamedTuple):
     prologue: Prologue | None = None
     upper: UpperScale | None = None
     row_scales: torch.Tensor | None = None
+    scatter: torch.Tensor | None = None
+    num_rows: int | None = None
 
     @property
     def upper_of_groups(self) -> bool:
@@ -67,7 +72,13 @@ class Call(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Return whether all rows of x are quantized, in their order, without a prologue."""
-        return all(part is None for part in (self.rows, self.index, self.prologue, self.row_scales))
+        special = self.rows, self.index, self.scatter, self.prologue, self.row_scales
+        return all(part is None for part in special)
+
+    @property
+    def row_map(self) -> torch.Tensor | None:
+        """Return the tensor that takes rows of x to rows of the result, or these to those."""
+        return self.index if self.scatter is None else self.scatter
 
     @property
     def tensors(self) -> dict[str, torch.Tensor | None]:
@@ -77,6 +88,7 @@ class Call(NamedTuple):
             "out q": self.q,
             "out sf": self.sf,
             "index": self.index,
+            "scatter": self.scatter,
         }
         if self.rows is not None:
             tensors[f"rows.{self.rows.data_name}"] = self.rows.data
@@ -88,9 +100,32 @@ class Call(NamedTuple):
 
     @property
     def result_shape(self) -> ResultShape:
-        """Return the shape of the values, without a look at what is wrong with the call."""
+        """Return the shape of the values, without a look at what is wrong with the call.
+
+        Raises:
+            ValueError: nothing says how many rows the result of a scatter has.
+        """
         leading = self.x.shape[:-1] if self.index is None else self.index.shape
+        if self.scatter is not None:
+            leading = self._scattered_shape
         k = self.x.shape[-1]
         if self.prologue is not None:
             k = self.prologue.columns(k)
         return ResultShape(tuple(leading[:-1]), leading[-1], k)
+
+    @property
+    def _scattered_shape(self) -> tuple[int, ...]:
+        """Return the leading dimensions and the rows of the result of a scatter."""
+        num_rows = self.num_rows
+        if num_rows is None and self.q is not None:
+            num_rows = self.q.shape[-2]
+        elif num_rows is None and isinstance(self.rows, Indexed):
+            num_rows = self.rows.m_indices.shape[0]
+        if num_rows is None:
+            raise ValueError(
+                "num_rows: expected the rows of the result for a scatter without a q in `out`, "
+                "got None"
+            )
+        if isinstance(self.rows, Masked):
+            return self.rows.masked_m.shape[0], num_rows
+        return (num_rows,)

@@ -212,12 +212,14 @@ class Domain(NamedTuple):
         batched: whether there are several matrices, or more rows than one dimension of a grid
             counts; the results of masked experts always are.
         grouped: whether each group of a prefix sum or an index has an upper scale of its own.
+        scattered: whether each row of x names rows of the result.
     """
 
     kind: str = DENSE
     gathered: bool = False
     batched: bool = False
     grouped: bool = False
+    scattered: bool = False
 
     @property
     def masked(self) -> bool:
@@ -238,6 +240,11 @@ class Domain(NamedTuple):
     def counted(self) -> bool:
         """Return whether the kernel reads counts."""
         return self.kind != DENSE
+
+    @property
+    def repeats(self) -> bool:
+        """Return whether a CTA may take several tiles of rows."""
+        return self.batched or self.scattered
 
     @property
     def selects(self) -> bool:

@@ -14,7 +14,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
-from cute_quant.kernels import copy, encodings, layouts
+from cute_quant.kernels import copy, encodings, layouts, scatter
 from cute_quant.kernels.config import LANES, QuantizeSpec, SiluMulSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES
@@ -24,6 +24,7 @@ from cute_quant.kernels.problem import Operands, Problem
 from cute_quant.kernels.quantize_rows import RowQuantizer
 from cute_quant.kernels.row_domains import Row, select_rows
 from cute_quant.kernels.scales import GroupScale
+from cute_quant.kernels.scatter import Target, Targets
 from cute_quant.kernels.scheduler import Scheduler
 from cute_quant.kernels.stage import Origin, Rows, Scales, Stage
 from cute_quant.kernels.upper_scales import Factors
@@ -76,11 +77,11 @@ class GroupQuantizer:
         segments, row_indices = self.thread_tile(row_tile)
         rows = select_rows(problem, self.spec.domain, row_indices)
         inputs = [problem.prologue.row(row, k) for row in rows]
-        gQ = [problem.q.row(row.index) for row in rows]  # (k,) each
+        targets = [scatter.target(row, problem, self.spec.access) for row in rows]
 
         scales, bounds = [], self.load_bounds(rows, problem)
         if const_expr(stage.whole_row):
-            scales = [[self.quantize_row(rows[0], inputs[0], gQ[0], problem)]]
+            scales = [[self.quantize_row(inputs[0], targets[0], problem)]]
         else:
             # (values,) of each tile and row
             tXrX = [[row.load(segment) for row in inputs] for segment in segments]
@@ -91,7 +92,7 @@ class GroupQuantizer:
                     amax = stage.group_amax(stage.thread_amax(tXrV))
                     scale = stage.refine(tXrV, stage.scale(amax, bounds[i]), bounds[i])
                     tXrQ = self.encode(tXrV, scale, bounds[i])  # (values,), or bytes of two
-                    copy.store(tXrQ, gQ[i], segments[j], rows[i].in_bounds, self.spec.access)
+                    targets[i].store(tXrQ, segments[j])
                     row_scales.append(scale)
                 scales.append(row_scales)
         if const_expr(problem.scales is not None):
@@ -105,7 +106,7 @@ class GroupQuantizer:
 
     @cute.jit
     def quantize_row(
-        self, row: Row, source: Params, gQ: cute.Tensor, problem: Problem
+        self, source: Params, target: Target | Targets, problem: Problem
     ) -> GroupScale:
         """Quantize and store a row that is one group, by one warp, and return its scale."""
         lane = cute.arch.lane_idx()
@@ -118,7 +119,7 @@ class GroupQuantizer:
         for i in range(tiles):
             tXrV = source.values(source.load(Segment(i, lane)))
             tXrQ = self.encode(tXrV, scale, problem.scale_bound)
-            copy.store(tXrQ, gQ, Segment(i, lane), row.in_bounds, self.spec.access)
+            target.store(tXrQ, Segment(i, lane))
         return scale
 
     def encode(self, tXrV: cute.Tensor, scale: GroupScale, bound: Float32 | Factors) -> cute.Tensor:
@@ -156,6 +157,12 @@ class GroupQuantizer:
         for i, (segment, row_scales) in enumerate(zip(segments, scales, strict=True)):
             memory = self.scales_of_tile(segment, problem)
             origin = Origin(segments[0], i)
+            if self.spec.domain.scattered:
+                for row, scale in zip(rows, row_scales, strict=True):
+                    self.scheduler.scatter.store_scale(
+                        memory, row.places, scale, segment, problem, origin
+                    )
+                continue
             self.stage.store_scales(memory, scale_rows, row_scales, segment, problem.k, origin)
 
     @cute.jit

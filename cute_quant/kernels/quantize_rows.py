@@ -9,7 +9,7 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Int32, Uint32, const_expr
 
-from cute_quant.kernels import arithmetic, copy
+from cute_quant.kernels import arithmetic, scatter
 from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.config import QuantizeSpec, SiluMulSpec
 from cute_quant.kernels.problem import Problem
@@ -35,7 +35,8 @@ class RowQuantizer(WholeRows):
         """Load, reduce, scale, quantize and store a row by the warps that share it."""
         stage = self.stage
         row, segments = self.row_segments(row_tile, problem)
-        source, gQ = problem.prologue.row(row, problem.k), problem.q.row(row.index)  # (k,) each
+        source = problem.prologue.row(row, problem.k)
+        target = scatter.target(row, problem, self.spec.access)
 
         # Registers of each of the thread's tiles: (values,).
         tXrX = [source.load(segment) for segment in segments]
@@ -51,7 +52,7 @@ class RowQuantizer(WholeRows):
                 tXrQ = stage.encode_and_decode(t, scale, bound)
             else:
                 tXrQ = stage.encode(t, scale)
-            copy.store(tXrQ, gQ, segment, row.in_bounds, self.spec.access)
+            target.store(tXrQ, segment)
         if const_expr(problem.scales is not None):
             self.store_scales(row, scales, segments, problem)
             self.store_row_scale(row, bound, problem)
@@ -59,7 +60,7 @@ class RowQuantizer(WholeRows):
     @cute.jit
     def row_bound(self, amaxes: list[Uint32], problem: Problem):
         """Return forms of the row's scale, from the amax of the lane's group in each tile."""
-        if const_expr(self.spec.domain.batched):
+        if const_expr(self.spec.domain.repeats):
             cute.arch.sync_threads()  # all have read the partial results of the row before
         dtype = self.stage.amax_dtype
         magnitudes = [scaling.magnitude(amax, dtype).bitcast(Uint32) for amax in amaxes]

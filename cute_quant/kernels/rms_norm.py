@@ -14,7 +14,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from cute_quant.kernels import arithmetic, copy, encodings
+from cute_quant.kernels import arithmetic, copy, encodings, scatter
 from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.config import RmsNormSpec
 from cute_quant.kernels.copy import Segment
@@ -169,7 +169,7 @@ class RmsNorm(WholeRows):
         factor = arithmetic.rsqrt(square * inputs.reciprocal + inputs.eps)
         factor = zero_unless(row.exists, factor)
 
-        gQ = problem.q.row(row.index)  # (k,)
+        target = scatter.target(row, problem, spec.access)
         bound = problem.load_bound(row.group if spec.domain.grouped else None)
         if const_expr(spec.fmt.row_scale):
             largest = self.round(row_amax.bitcast(Float32) * factor)
@@ -184,7 +184,7 @@ class RmsNorm(WholeRows):
             if const_expr(spec.normalized):
                 self.store(value, inputs.normalized.row(row.index, k), segment, row)
             tXrQ = stage.encode(tXrV, scale)
-            copy.store(tXrQ, gQ, segment, row.in_bounds, spec.access)
+            target.store(tXrQ, segment)
         self.store_scales(row, scales, segments, problem)
 
     @property
@@ -228,7 +228,7 @@ class RmsNorm(WholeRows):
 
         The amax is that of the row where it is one group, or has a scale of its own.
         """
-        if const_expr(self.spec.domain.batched):
+        if const_expr(self.spec.domain.repeats):
             cute.arch.sync_threads()  # all have read the partial results of the row before
         squares = self.store_warp_partial(square)
         needs_row_amax = self.stage.whole_row or self.spec.fmt.row_scale

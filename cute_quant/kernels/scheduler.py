@@ -22,7 +22,8 @@ from cute_quant.kernels.encodings import scale_type_of, values_per_element
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.problem import Operands, Problem
-from cute_quant.kernels.row_domains import clamp
+from cute_quant.kernels.row_domains import read_count
+from cute_quant.kernels.scatter import Scatter
 from cute_quant.kernels.stage import Stage
 from cute_quant.kernels.upper_scales import UpperScale
 
@@ -36,7 +37,7 @@ class Sizes(NamedTuple):
 
     Attributes:
         batch: leading dimensions of the results.
-        x_batch: leading dimensions of x, none where an index names its rows.
+        x_batch: leading dimensions of x, none where an index names its rows, or they are scattered.
         mn, tokens, q_rows: rows of the results, of x, and of the tensor of values.
         k: columns.
         divisibility: of k.
@@ -59,20 +60,24 @@ class Scheduler:
         self.domain = spec.domain
         self.stage = stage
         self.tile = stage.tile
+        self.scatter = Scatter(spec, stage)
 
     def symbolic_sizes(self) -> Sizes:
         """Return sizes for a kernel's signature."""
-        tile, gathered = self.tile, self.domain.gathered
+        tile, domain = self.tile, self.domain
         divisor = 1
         if not self.spec.access.ragged:
             divisor = tile.values_per_thread * self.stage.rows_at_once
         batch = (cute.sym_int32(),) if self.domain.batched else ()
         mn, q_rows = cute.sym_int32(), cute.sym_int32()
+        if domain.scattered:
+            q_rows = mn
+        own_rows = domain.gathered or domain.scattered
         return Sizes(
             batch=batch,
-            x_batch=() if gathered else batch,
+            x_batch=() if own_rows else batch,
             mn=mn,
-            tokens=cute.sym_int32() if gathered else mn,
+            tokens=cute.sym_int32() if own_rows else mn,
             q_rows=q_rows,
             k=cute.sym_int32(divisibility=divisor),
             divisibility=divisor,
@@ -92,6 +97,10 @@ class Scheduler:
         if domain.gathered:
             strides = *(cute.sym_int64() for _ in batch), 1
             index = make_fake_tensor(Int32, (*batch, mn), stride=strides)
+        elif domain.scattered:
+            index = make_fake_tensor(
+                Int32, (sizes.tokens, cute.sym_int32()), stride=(cute.sym_int64(), 1)
+            )
         columns = (cute.sym_int32(),) if fmt.blocked else (mn, cute.sym_int32())
         strides = tuple(cute.sym_int64() for _ in (*batch, *columns))
         q_columns = sizes.k
@@ -122,13 +131,17 @@ class Scheduler:
         mn = prologue.x.rows
         if const_expr(self.domain.gathered):
             mn = layouts.unsigned(operands.mIndex.shape[-1])
+        elif const_expr(self.domain.scattered):
+            mn = q.rows
         scales, rows_to_write = None, q.rows
         if const_expr(operands.mS is not None):
             k = operands.mQ.shape[-1] * values_per_column
             scales = stage.scales(operands.mS, mn, k, operands.missing_rows)
             rows_to_write = cutlass.max(rows_to_write, scales.rows)
+        if const_expr(self.domain.scattered):
+            rows_to_write = prologue.x.rows
         dedicated_tiles = Int32(0)
-        if const_expr(self.domain.masked):
+        if const_expr(self.domain.masked and not self.domain.scattered):
             dedicated_tiles = self.num_expert_ctas(operands) // operands.mQ.shape[0]
         return Problem(
             prologue=prologue,
@@ -153,7 +166,10 @@ class Scheduler:
     def grid(self, problem: Problem, operands: Operands, num_column_ctas: Int32) -> list:
         """Return the CTAs of a launch, by dimension of its grid."""
         depth, num_row_ctas = 1, problem.num_row_tiles
-        if const_expr(self.domain.masked):
+        if const_expr(self.domain.scattered):
+            windows = self.scatter.num_windows(problem)
+            num_row_ctas = num_row_ctas + cute.ceil_div(windows, num_column_ctas)
+        elif const_expr(self.domain.masked):
             num_row_ctas = self.num_expert_ctas(operands)
         elif const_expr(self.domain.batched):
             depth = problem.batches
@@ -166,6 +182,11 @@ class Scheduler:
         """Return the CTA's place along the columns and along the rows."""
         x, y, _ = cute.arch.block_idx()
         return (y, x) if const_expr(self.tile.cta_order == DOWN) else (x, y)
+
+    def num_column_ctas(self) -> Int32:
+        """Return how many CTAs the grid has along the columns."""
+        x, y, _ = cute.arch.grid_dim()
+        return y if const_expr(self.tile.cta_order == DOWN) else x
 
     def num_row_ctas(self) -> Int32:
         """Return how many CTAs the grid has along the rows."""
@@ -187,7 +208,9 @@ class Scheduler:
         if const_expr(self.spec.pdl):
             # Nothing is read or written before: the kernel before may still write x, or read q.
             cute.arch.griddepcontrol_wait()
-        if const_expr(self.domain.masked):
+        if const_expr(self.domain.scattered):
+            self.for_each_token_tile(row_cta, num_row_ctas, problem, process)
+        elif const_expr(self.domain.masked):
             self.for_each_expert_tile(row_cta, num_row_ctas, problem, process)
         elif const_expr(self.domain.batched):
             for batch in range(z, problem.batches, depth):
@@ -195,6 +218,28 @@ class Scheduler:
                     process(row_tile, problem.slice_batch(batch))
         else:
             process(row_cta, problem)
+
+    @cute.jit
+    def for_each_token_tile(
+        self,
+        row_cta: Int32,
+        num_row_ctas: Int32,
+        problem: Problem,
+        process: cutlass.Constexpr[Callable],
+    ):
+        """Call ``process(row_tile, problem)`` for tiles of x, and clear rows that do not exist.
+
+        The first CTAs along the rows have tiles, the last ones windows of rows, each CTA along the
+        columns others. Of a grid that is not large enough all have both.
+        """
+        for row_tile in range(row_cta, problem.num_row_tiles, num_row_ctas):
+            process(row_tile, problem)
+        column_cta, _ = self.cta_coordinates()
+        num_column_ctas = self.num_column_ctas()
+        first = (num_row_ctas - 1 - row_cta) * num_column_ctas + column_cta
+        step = num_row_ctas * num_column_ctas
+        for window in range(first, self.scatter.num_windows(problem), step):
+            self.scatter.clear_window(problem, window)
 
     @cute.jit
     def for_each_expert_tile(
@@ -287,15 +332,6 @@ class Scheduler:
         if self.tile.rows % SCALE_ROW_ALIGNMENT == 0:
             return Uint32(count)
         return problem.scales.rows_to_write(count)
-
-
-@cute.jit
-def read_count(problem: Problem, expert: Int32) -> Int32:
-    """Return the rows of an expert, 0 of one past the last."""
-    count = Int32(0)
-    if expert < problem.counts.shape[0]:
-        count = Int32(clamp(problem.counts[expert], problem.num_rows))
-    return count
 
 
 @cute.jit

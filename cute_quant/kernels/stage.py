@@ -84,11 +84,14 @@ class Rows(NamedTuple):
         indices: of the rows in their matrix.
         num_rows: how many rows of the matrix exist, the first ones.
         exist: whether each of `indices` exists, where those are not just the first ones.
+        of_lanes: whether each lane of a group has a row of its own, anywhere, rather than the
+            thread several.
     """
 
     indices: list[Uint32]
     num_rows: Uint32
     exist: list[Boolean] | None = None
+    of_lanes: bool = False
 
 
 class Origin(NamedTuple):
@@ -353,7 +356,7 @@ class Stage:
         for first in range(0, len(row_scales), self.lanes_per_group):
             some = slice(first, first + self.lanes_per_group)
             exist = None if rows.exist is None else rows.exist[some]
-            some_rows = Rows(rows.indices[some], rows.num_rows, exist)
+            some_rows = Rows(rows.indices[some], rows.num_rows, exist, rows.of_lanes)
             base = None
             if several and self.scales_are_linear(len(row_scales)):
                 base = Base(rows.indices[0], origin.segment, first, origin.tiles)
@@ -386,6 +389,9 @@ class Stage:
             lane_row, group, groups_per_tile = Int32(0), segment.lane, self.groups_per_unit
         else:
             lane_row, group = layouts.lanes(self.lanes_per_group)(segment.lane)
+            if const_expr(rows.of_lanes):
+                # The last group may have fewer columns than lanes: its first lane tells.
+                first_lane = Segment(segment.tile, group * self.lanes_per_group)
         layout = layouts.scales(fmt, Int32(scales.rows), scales.groups)
         group = layouts.groups_by_tile(layout, groups_per_tile)((group, segment.tile))
         if const_expr(self.whole_row):
@@ -395,8 +401,9 @@ class Stage:
                 # The lane's own column tells too: k is a multiple of all that these lanes hold.
                 row = row + layouts.unsigned(lane_row)
                 scale = pick([scale.scale for scale in row_scales], lane_row)
-            group_exists = copy.column_coordinates(k, segment, tile.values_per_thread)[0] < k
-            predicate = lane_row < num_rows
+            teller = first_lane if const_expr(rows.of_lanes) else segment
+            group_exists = copy.column_coordinates(k, teller, tile.values_per_thread)[0] < k
+            predicate = Boolean(True) if const_expr(rows.of_lanes) else lane_row < num_rows
             if const_expr(self.groups_per_unit == 1):
                 predicate = predicate and group_exists
             elif const_expr(self.tiles_have_units):

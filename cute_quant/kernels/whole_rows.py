@@ -117,14 +117,23 @@ class WholeRows:
             takes_part = True
             if const_expr(not stage.tiles_have_units):
                 takes_part = warp == 0 if const_expr(stage.whole_row) else segments[i].tile < last
-            if takes_part:
+            if takes_part and const_expr(row.places is not None):
+                self.scheduler.scatter.store_scale(
+                    problem.scales, row.places, scales[i], segments[i], problem, origin
+                )
+            elif takes_part:
                 self.stage.store_scales(problem.scales, rows, [scales[i]], segments[i], k, origin)
 
     @cute.jit
     def store_row_scale(self, row: Row, upper: Factors, problem: Problem):
         """Store the decode scale of a row, 0 for one that does not exist."""
         lane, warp, _ = cute.arch.thread_idx()
-        if lane == 0 and warp == 0 and row.index < problem.num_rows:
+        if const_expr(row.places is not None):
+            if warp == 0:
+                scale = upper.decode
+                scale = scale if scale == scale else Uint32(FLOAT32_NAN).bitcast(Float32)
+                self.scheduler.scatter.store_row_scale(row.places, scale, problem)
+        elif lane == 0 and warp == 0 and row.index < problem.num_rows:
             scale = upper.decode
             scale = scale if scale == scale else Uint32(FLOAT32_NAN).bitcast(Float32)
             problem.row_scales[Int32(row.index)] = scale if row.exists else Float32(0.0)

@@ -91,11 +91,15 @@ class Gpu:
         prologue: Prologue | None = None,
         upper: UpperScale | None = None,
         row_scales: torch.Tensor | None = None,
+        scatter: torch.Tensor | None = None,
+        num_rows: int | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, ...]:
         """``cute_quant.quantize``, or what ends in it; `options` are those of ``machine.run``."""
-        call = Call(x.as_subclass(OnGpu), fmt, q, sf, rows, index, prologue, upper, row_scales)
-        reads = [x, index, *(() if rows is None else [rows.data])]
+        x_on_gpu, results = x.as_subclass(OnGpu), (q, sf)
+        moves = scatter, num_rows
+        call = Call(x_on_gpu, fmt, *results, rows, index, prologue, upper, row_scales, *moves)
+        reads = [x, index, scatter, *(() if rows is None else [rows.data])]
         reads += [] if upper is None else [upper.tensor]
         reads += [] if prologue is None else prologue.reads.values()
         if prologue is not None and getattr(prologue, "in_place", False):
