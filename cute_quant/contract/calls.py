@@ -105,7 +105,7 @@ class Call(NamedTuple):
         Raises:
             ValueError: nothing says how many rows the result of a scatter has.
         """
-        leading = self.x.shape[:-1] if self.index is None else self.index.shape
+        leading: tuple[int, ...] = self.x.shape[:-1] if self.index is None else self.index.shape
         if self.scatter is not None:
             leading = self._scattered_shape
         k = self.x.shape[-1]

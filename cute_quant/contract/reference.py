@@ -417,11 +417,13 @@ def check_scatter(call: Call) -> None:
         return
     exist, source = scattered_rows(call, scatter)
     count = exist.numel()
-    named, times = scatter[scatter != -1].long().unique(return_counts=True)
+    named, times = torch.unique(scatter[scatter != -1].long(), return_counts=True)
     outside = named[(named < 0) | (named >= count)]
     if len(outside):
         bad = int(outside[0])
-        raise ValueError(f"scatter: expected -1 to {count - 1}, got {bad} at {_where(scatter, bad)}")
+        raise ValueError(
+            f"scatter: expected -1 to {count - 1}, got {bad} at {_where(scatter, bad)}"
+        )
     dead = named[~exist.flatten()[named]]
     if len(dead):
         bad = int(dead[0])

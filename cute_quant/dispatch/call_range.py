@@ -42,6 +42,7 @@ class CallRange(NamedTuple):
         max_rows: most rows of the result, all leading dimensions together.
         kind: of the rows.
         gathered: whether calls have an index.
+        scattered: whether rows are scattered; then `max_rows` counts rows of x too.
         batched: whether there are leading dimensions; masked rows have them in any case.
         alignment: bytes, a power of two. Rows of inputs and results lie as in a contiguous tensor,
             or start at multiples of it.
@@ -68,15 +69,18 @@ class CallRange(NamedTuple):
     rounding: str = FUSED
     weight_dtype: torch.dtype = torch.bfloat16
     upper: str | None = None
+    scattered: bool = False
 
     @property
     def possible(self) -> bool:
         """Return whether the operation takes rows of this kind."""
+        if self.scattered and (self.gathered or self.batched != (self.kind == Masked.kind)):
+            return False
         if self.kind == Masked.kind:
             return self.operation in GROUPED and self.batched
         if self.kind != DENSE:
             return self.operation in GROUPED and not self.batched
-        return self.operation in GROUPED or not self.gathered
+        return self.operation in GROUPED or not (self.gathered or self.scattered)
 
     def with_upper_scale(self, kind: str) -> CallRange:
         """Return these calls with their upper scale given as an argument, where they take one."""
@@ -126,6 +130,7 @@ class CallRange(NamedTuple):
             bool(batch_shape),
             min(_alignment(call.x), result_alignment),
             upper=None if call.upper is None else call.upper.kind,
+            scattered=call.scatter is not None,
         )
         match call.prologue:
             case SiluMul() as silu_mul:
@@ -175,7 +180,8 @@ class CallRange(NamedTuple):
         yield "max-rows", str(self.max_rows)
         if self.kind != DENSE:
             yield "rows", self.kind
-        for name in ("gathered", "batched", "interleaved", "clamped", "scaled", "shifted"):
+        choices = "gathered", "scattered", "batched", "interleaved", "clamped", "scaled", "shifted"
+        for name in choices:
             if getattr(self, name):
                 yield name, None
         if self.alignment != LOAD_BYTES:

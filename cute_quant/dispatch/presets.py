@@ -25,7 +25,7 @@ from cute_quant.contract.formats import (
     all_formats,
 )
 from cute_quant.contract.prologues import MAX_NORM_COLUMNS
-from cute_quant.contract.rows import DENSE, KINDS, Masked
+from cute_quant.contract.rows import DENSE, KINDS, Masked, PrefixSum
 from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.dispatch import reachable
 from cute_quant.dispatch.call_range import (
@@ -129,6 +129,10 @@ def _of_deepgemm() -> list[CallRange]:
 def _of_moe() -> list[CallRange]:
     return [
         *_quantize(BF16, MOE_FORMATS, (DENSE, *GROUPED), (False, True)),
+        *(
+            calls._replace(scattered=True)
+            for calls in _quantize(BF16, DEEPGEMM_FORMATS, (Masked.kind, PrefixSum.kind))
+        ),
         *(calls for fmt in MOE_FORMATS for calls in _layer(fmt)),
     ]
 
@@ -179,8 +183,8 @@ def deepgemm(arch: str) -> Kernels:
 def moe(arch: str) -> Kernels:
     """Return a layer with a mixture of experts in bf16, for DeepGEMM, NVFP4 and MXFP4.
 
-    It has the norm in front of the experts, tokens gathered for them, and SwiGLU between their
-    GEMMs, plain or as in gpt-oss.
+    It has the norm in front of the experts, tokens gathered for them or, for DeepGEMM, scattered to
+    them, and SwiGLU between their GEMMs, plain or as in gpt-oss.
     """
     return _kernels(_of_moe, arch)
 

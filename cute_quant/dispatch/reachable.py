@@ -81,7 +81,11 @@ class Variant(NamedTuple):
         index = like.new_zeros(shape[:-1], dtype=torch.int32) if self.calls.gathered else None
         prologue, rows = self._prologue(x, shape, like), self._rows(shape, like)
         upper = self.upper_scale(shape, like)
-        return Call(x, self.calls.fmt, None, None, rows, index, prologue, upper)
+        call = Call(x, self.calls.fmt, None, None, rows, index, prologue, upper)
+        if not self.calls.scattered:
+            return call
+        places = like.new_zeros((x.shape[0], 1), dtype=torch.int32)
+        return call._replace(scatter=places, num_rows=shape[-2])
 
     def upper_scale(self, shape: tuple[int, ...], like: torch.Tensor) -> UpperScale | None:
         """Return the scale over those of groups that a call of this shape has, if any."""
@@ -106,6 +110,7 @@ class Variant(NamedTuple):
         self, x: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor
     ) -> Prologue | None:
         calls = self.calls
+        of_rows = x.shape[:-1] if calls.scattered else shape[:-1]
         match calls.operation:
             case "silu_mul_quantize":
                 return make_silu_mul(
@@ -114,9 +119,7 @@ class Variant(NamedTuple):
                     alpha=2.0 if calls.scaled else 1.0,
                     beta=1.0 if calls.shifted else 0.0,
                     rounding=calls.rounding,
-                    weight=like.new_ones(shape[:-1], dtype=torch.float32)
-                    if self.weighted
-                    else None,
+                    weight=like.new_ones(of_rows, dtype=torch.float32) if self.weighted else None,
                 )
             case "rms_norm_quantize":
                 return make_rms_norm(
@@ -136,9 +139,11 @@ def variants(calls: CallRange) -> Iterator[Variant]:
     residual = normalized = of_groups = along_n = weighted
     if calls.operation == SILU_MUL:
         weighted = (False, True)
-    if calls.operation == RMS_NORM and calls.kind == DENSE and not calls.gathered:
+    every_row = calls.scattered or (calls.kind == DENSE and not calls.gathered)
+    if calls.operation == RMS_NORM and every_row:
         residual = normalized = (False, True)
-    if calls.upper is not None and calls.kind in (PrefixSum.kind, Indexed.kind):
+    grouped = calls.kind in (PrefixSum.kind, Indexed.kind) and not calls.scattered
+    if calls.upper is not None and grouped:
         of_groups = (False, True)
     if calls.operation == QUANTIZE_BLOCKS:
         along_n = (False, True)
@@ -232,6 +237,8 @@ def _spec(variant: Variant, leading: tuple[int, ...], x_bytes: int, q_bytes: int
         q = _aligned(values_shape, calls.fmt.values, q_bytes)
         return choose_blocks_spec(w.mT if variant.along_n else w, calls.fmt, q, gpu.arch)
     tokens = (2,) if calls.gathered else leading
+    if calls.scattered:
+        tokens = leading[-1:]
     x = _aligned((*tokens, variant.input_columns), calls.dtype, x_bytes)
     call = variant.call(x, shape, nowhere)
     fake = calls.operation == FAKE_QUANTIZE

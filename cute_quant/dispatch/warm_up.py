@@ -91,6 +91,7 @@ def warm_up(
     dtype: torch.dtype = torch.bfloat16,
     rows: Iterable[type[Rows] | str | None] = (None,),
     gathered: bool = False,
+    scattered: bool = False,
     batched: bool = False,
     alignment: int = LOAD_BYTES,
     interleaved: bool = False,
@@ -118,6 +119,7 @@ def warm_up(
         dtype: of the inputs: bfloat16, float16 or float32; of the result of ``dequantize``.
         rows: row domains: some of None, ``Masked``, ``PrefixSum`` and ``Indexed``.
         gathered: whether there are calls with `index` too.
+        scattered: whether there are calls with `scatter` too.
         batched: whether there are calls with leading dimensions too.
         alignment: a power of two up to 32. Rows of all inputs and results start at multiples of
             that many bytes, or lie as in a contiguous tensor. torch allocates memory at multiples
@@ -159,6 +161,7 @@ def warm_up(
             dtype=dtype,
             kind=kind,
             gathered=index,
+            scattered=scatter,
             batched=leading,
             interleaved=activation.interleaved,
             clamped=activation.clamp is not None,
@@ -170,6 +173,7 @@ def warm_up(
         for operation in _operations(operations)
         for kind in kinds
         for index in {False, gathered}
+        for scatter in {False, scattered}
         for leading in ({True} if kind == Masked.kind else {False, batched})
     ]
     for of_one in calls:
@@ -326,7 +330,7 @@ def _small_launch(variant: reachable.Variant, device: torch.device) -> launch.La
     if calls.operation == QUANTIZE_BLOCKS:
         w, q = small_weights(variant, device)
         return launch.bind(lambda: blocks.quantize(w, calls.fmt, q, None))
-    x_rows = (1,) if calls.gathered else leading
+    x_rows = (1,) if calls.gathered or calls.scattered else leading
     x = torch.zeros((*x_rows, variant.input_columns), dtype=calls.dtype, device=device)
     call = variant.call(x, (*leading, variant.k), x)
     if calls.operation == FAKE_QUANTIZE:

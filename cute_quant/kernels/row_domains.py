@@ -15,7 +15,6 @@ from cutlass import Boolean, Int32, Uint32, const_expr
 from cute_quant.kernels.config import LANES, Domain
 from cute_quant.kernels.problem import Problem
 
-
 NOWHERE = 2**32 - 1
 """The row of a place that is none."""
 
@@ -88,9 +87,7 @@ def select_token(problem: Problem, domain: Domain, index: Uint32) -> Row:
 
 
 @cute.jit
-def places_of_token(
-    problem: Problem, domain: cutlass.Constexpr[Domain], token: Uint32
-) -> Places:
+def places_of_token(problem: Problem, domain: cutlass.Constexpr[Domain], token: Uint32) -> Places:
     """Return the places of a row of x; asked by whole warps."""
     lane, rows = cute.arch.lane_idx(), problem.num_rows
     place = Int32(-1)

@@ -8,7 +8,6 @@ that no byte is written twice.
 
 from __future__ import annotations
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
@@ -142,9 +141,7 @@ class Scatter:
             rows, first = problem.slice_result(window), Uint32(count)
             missing = rows_before(first, problem.scales.rows_to_write(count))
         elif const_expr(self.domain.prefix_sum):
-            alive = in_a_group_of_window(
-                problem.counts, problem.alignment, problem.num_rows, first
-            )
+            alive = in_a_group_of_window(problem.counts, problem.alignment, problem.num_rows, first)
             missing = ~alive & rows_before(first, problem.scales.rows)
         elif const_expr(self.domain.indexed):
             row = first + cute.arch.lane_idx()
@@ -179,8 +176,15 @@ class Scatter:
                 scales = [GroupScale(Float32(0.0), zero)]
                 self.stage.store_scales(problem.scales, rows, scales, segment, problem.k)
         if const_expr(problem.row_scales is not None and not domain.masked):
-            if lane == 0 and y == 0 and z == 0 and row < problem.num_rows:
-                problem.row_scales[Int32(row)] = Float32(0.0)
+            clear_row_scale(problem, row)
+
+
+@cute.jit
+def clear_row_scale(problem: Problem, row: Uint32):
+    """Write 0 as the decode scale of a row, by one thread of a CTA."""
+    lane, y, z = cute.arch.thread_idx()
+    if lane == 0 and y == 0 and z == 0 and row < problem.num_rows:
+        problem.row_scales[Int32(row)] = Float32(0.0)
 
 
 def rows_before(first: Uint32, end: Uint32) -> Uint32:

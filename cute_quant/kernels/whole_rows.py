@@ -117,12 +117,15 @@ class WholeRows:
             takes_part = True
             if const_expr(not stage.tiles_have_units):
                 takes_part = warp == 0 if const_expr(stage.whole_row) else segments[i].tile < last
-            if takes_part and const_expr(row.places is not None):
-                self.scheduler.scatter.store_scale(
-                    problem.scales, row.places, scales[i], segments[i], problem, origin
-                )
-            elif takes_part:
-                self.stage.store_scales(problem.scales, rows, [scales[i]], segments[i], k, origin)
+            if takes_part:
+                if const_expr(row.places is not None):
+                    self.scheduler.scatter.store_scale(
+                        problem.scales, row.places, scales[i], segments[i], problem, origin
+                    )
+                else:
+                    self.stage.store_scales(
+                        problem.scales, rows, [scales[i]], segments[i], k, origin
+                    )
 
     @cute.jit
     def store_row_scale(self, row: Row, upper: Factors, problem: Problem):

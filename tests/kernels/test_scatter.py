@@ -1,4 +1,4 @@
-"""Rows that are scattered, in the emulator: every byte against the oracle."""
+"""Rows that are scattered, in the emulator: every byte against the oracle, each written once."""
 
 import itertools
 
@@ -14,10 +14,13 @@ from cute_quant import (
     NVFP4,
     ROWWISE_FP8,
     ROWWISE_INT8,
+    PrefixSum,
 )
-from cute_quant.contract.rows import PrefixSum
-from tests.helpers import ARCHITECTURES
-from tests.kernels.cases import check, special_groups
+from cute_quant.contract.prologues import make_rms_norm, make_silu_mul
+from cute_quant.emulator import MemoryFault
+from tests import oracle
+from tests.helpers import ARCHITECTURES, poisoned_results
+from tests.kernels.cases import assert_same_storage, check, special_groups
 from tests.kernels.emulated_gpu import Gpu
 from tests.places import DOMAINS, places, row_domain
 
@@ -37,7 +40,14 @@ FORMATS = (
     (FP32, NVFP4.replace(row_scale=True, scale_layout="row_major"), 96),
 )
 CASES = [
-    pytest.param(ARCHITECTURES[(i + j) % 2], kind, *fmt, id=f"{kind}-{fmt[1]}-{fmt[2]}")
+    pytest.param(
+        ARCHITECTURES[(i + j) % 2],
+        kind,
+        *fmt,
+        id=f"{ARCHITECTURES[(i + j) % 2]}-{kind}-{fmt[1]}-{fmt[2]}",
+        # Each format and each domain is in what is not slow.
+        marks=() if j % 4 == i else pytest.mark.slow,
+    )
     for (i, kind), (j, fmt) in itertools.product(enumerate(DOMAINS), enumerate(FORMATS))
 ]
 
@@ -50,3 +60,108 @@ def test_every_byte(kernels, arch, kind, dtype, fmt, k):
         x = special_groups(len(scatter), k, dtype, seed, fmt)
         options = {"rows": rows, "scatter": scatter, "num_rows": mn}
         check(Gpu(kernels, arch), x, fmt, **options, last_padding=seed == 1)
+
+
+@pytest.mark.parametrize("width", [9, pytest.param(32, marks=pytest.mark.slow)])
+def test_more_places_than_a_group_has_lanes(gpu, width):
+    rows, matrices, mn = row_domain("masked", 3)
+    scatter = places(rows, matrices, mn, 4, width)
+    x = special_groups(len(scatter), 640, BF16, 1)
+    check(gpu, x, DEEP_GEMM, rows=rows, scatter=scatter, num_rows=mn)
+
+
+def test_more_groups_than_a_warp_has_lanes(gpu):
+    """Groups of 0 to 3 rows, of which several end in one window."""
+    counts = torch.arange(70) % 4
+    starts = (-(-counts // 2) * 2).cumsum(0) - -(-counts // 2) * 2
+    rows, mn = PrefixSum((starts + counts).int(), 2), int(starts[-1]) + 40
+    scatter = places(rows, 1, mn, 5, 3)
+    x = special_groups(len(scatter), 130, BF16, 1)
+    check(gpu, x, DEEP_GEMM, rows=rows, scatter=scatter, num_rows=mn)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "fmt"),
+    [
+        ("sm_100a", "prefix_sum", DEEP_GEMM),
+        ("sm_90a", "masked", NVFP4.replace(row_scale=True)),
+        pytest.param("sm_90a", "masked", DEEP_GEMM, marks=pytest.mark.slow),
+        pytest.param("sm_100a", "indexed", NVFP4.replace(row_scale=True), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_grid_that_is_not_large_enough(kernels, arch, kind, fmt):
+    """Its CTAs have several tiles of x and several windows of the result."""
+    rows, matrices, mn = row_domain(kind, 7)
+    scatter = places(rows, matrices, mn, 7, 2)
+    x = special_groups(len(scatter), 640, BF16, 1, fmt)
+    gpu = Gpu(kernels, arch, max_grid=2)
+    check(gpu, x, fmt, rows=rows, scatter=scatter, num_rows=mn)
+
+
+def test_rows_and_matrices_of_the_result_with_strides(gpu):
+    rows, matrices, mn = row_domain("masked", 2)
+    scatter = places(rows, matrices, mn, 2)
+    x = special_groups(len(scatter), 640, BF16, 1)
+    strides = (mn * 656 + 48, 656)
+    check(gpu, x, DEEP_GEMM, rows=rows, scatter=scatter, num_rows=mn, q_strides=strides, q_offset=8)
+
+
+def test_a_row_that_is_named_twice_is_a_race(gpu):
+    """As the emulator sees it; so none of the others writes a byte twice."""
+    x = special_groups(8, 128, BF16, 1)
+    scatter = torch.arange(16, dtype=torch.int32).view(8, 2)
+    check(gpu, x, DEEP_GEMM, scatter=scatter, num_rows=16)
+    scatter[7, 1] = 3
+    with pytest.raises(MemoryFault, match="another thread wrote"):
+        check(gpu, x, DEEP_GEMM, scatter=scatter, num_rows=16)
+
+
+@pytest.mark.parametrize(
+    ("arch", "operation", "kind"),
+    [
+        ("sm_90a", "silu_mul", "masked"),
+        ("sm_100a", "rms_norm", "dense"),
+        pytest.param("sm_100a", "silu_mul", "dense", marks=pytest.mark.slow),
+        pytest.param("sm_90a", "rms_norm", "masked", marks=pytest.mark.slow),
+    ],
+)
+def test_operations_scatter_what_they_gather(kernels, arch, operation, kind):
+    """The same bytes as a gather by the inverse, and the updated residual of every row of x."""
+    gpu = Gpu(kernels, arch)
+    rows, matrices, mn = row_domain(kind, 8)
+    scatter = places(rows, matrices, mn, 8)
+    tokens, k = len(scatter), 640
+    generator = torch.Generator().manual_seed(1)
+    index = torch.from_numpy(oracle.tokens_of_scatter(scatter, matrices, mn)).int()
+    index = index if kind == "masked" else index[0]
+    factors = torch.rand(tokens, generator=generator)
+    of_rows = torch.cat([factors, torch.zeros(1)])[index.long()]
+    weight = torch.rand(k, generator=generator)
+
+    def prologue(factors, residual=None):
+        if operation == "silu_mul":
+            options = {"interleaved": False, "clamp": 1.0, "alpha": 1.0, "beta": 0.5}
+            return make_silu_mul(**options, rounding="fused", weight=factors)
+        options = {"eps": 1e-6, "weight_offset": 0.0, "rounding": "unfused"}
+        return make_rms_norm(weight, **options, residual=residual)
+
+    columns = 2 * k if operation == "silu_mul" else k
+    x = torch.randn(tokens, columns, generator=generator).to(BF16)
+    residual, given = None, x
+    if operation == "rms_norm":
+        residual = torch.randn(tokens, k, generator=generator).to(BF16)
+        given = x
+        x = (x.float() + residual.float()).to(BF16)
+    batch_shape = (matrices,) if kind == "masked" else ()
+    actual, expected = (
+        poisoned_results(DEEP_GEMM, mn, k, "cpu", batch_shape=batch_shape) for _ in range(2)
+    )
+    gpu.quantize(
+        given, *actual, DEEP_GEMM, rows, None, prologue(factors, residual), scatter=scatter
+    )
+    gpu.quantize(x, *expected, DEEP_GEMM, rows, index, prologue(of_rows))
+    for name, a, b in zip(("q", "sf"), actual, expected, strict=True):
+        assert_same_storage(name, a, b)
+    if residual is not None:
+        assert torch.equal(residual, x)
