@@ -19,6 +19,7 @@ from tests.mutants import (
     jit_faults,
     kernels_faults,
     scales_faults,
+    scatter_faults,
 )
 
 FAULTS = [
@@ -27,5 +28,6 @@ FAULTS = [
     *kernels_faults.FAULTS,
     *block_faults.FAULTS,
     *scales_faults.FAULTS,
+    *scatter_faults.FAULTS,
     *jit_faults.FAULTS,
 ]
