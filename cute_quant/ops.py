@@ -83,7 +83,8 @@ def quantize(
             range, and rows that do not exist are no place. Each row that exists is promised to be
             named once: one that nobody names keeps what memory held, of one that several name it is
             not defined which they get, or parts of which. All others are as without. An upper scale
-            is one number.
+            is one number. Rows of an `sf` in `out` that is row-major may lie apart, also in records
+            with those of q.
         num_rows: rows of the result of a scatter: M, or max_m of ``Masked`` experts. None where a q
             in `out`, which then has no more rows, or ``Indexed`` rows tell.
         encode_scale: for e4m3 scales without `row_scale`, about 2688 over the largest magnitude:

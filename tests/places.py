@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from tests import oracle
+from tests.helpers import POISON
 
 DOMAINS = ("dense", "masked", "prefix_sum", "indexed")
 
@@ -58,3 +60,13 @@ def places(
     padded = torch.full((count,), -1)
     padded[: len(names) + len(others)] = torch.cat([names, others])
     return padded[torch.randperm(count, generator=generator)].view(-1, width).int()
+
+
+def in_records(fmt: Format, rows: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return poisoned values and row-major scales whose rows lie beside each other."""
+    scale_bytes = fmt.columns(k) * fmt.sf_dtype.itemsize
+    start = -(-k // 16) * 16
+    record = -(-(start + scale_bytes + 1) // 32) * 32
+    storage = torch.full((rows, record), POISON, dtype=torch.uint8)
+    q = storage[:, :k].view(fmt.values)
+    return q, storage[:, start : start + scale_bytes].view(fmt.sf_dtype)

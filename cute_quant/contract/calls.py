@@ -65,6 +65,15 @@ class Call(NamedTuple):
         )
 
     @property
+    def strided_scales(self) -> bool:
+        """Return whether rows of scales may lie apart, as in records of values and scales."""
+        fmt, sf = self.fmt, self.sf
+        if self.scatter is None or sf is None or isinstance(self.rows, Masked):
+            return False
+        row_major = not (fmt.mn_major or fmt.blocked)
+        return row_major and sf.ndim == 2 and bool(sf.stride(0) != sf.shape[1])
+
+    @property
     def input_name(self) -> str:
         """Return the name of the argument that `x` was given as."""
         return "x" if self.prologue is None else self.prologue.input_name

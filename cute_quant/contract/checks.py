@@ -84,7 +84,11 @@ def check_call(call: Call) -> ResultShape:
         check_values_out(call.q, fmt, shape, exact=exact)
     if call.sf is not None:
         check_written("out sf", call.sf, fmt.sf_dtype, x, name)
-        check_scales_out("out sf", call.sf, fmt.scale_shape(*shape), fmt.scale_strides(*shape))
+        strides = fmt.scale_strides(*shape)
+        if call.strided_scales:
+            check_disjoint_rows("out sf", call.sf)
+            strides = call.sf.stride()
+        check_scales_out("out sf", call.sf, fmt.scale_shape(*shape), strides)
     return shape
 
 

@@ -24,6 +24,8 @@ from cute_quant.contract.tensors import (
     check_disjoint,
     check_no_tangents,
     check_real,
+    interleaved,
+    joined,
     last_column_rows,
     region,
     region_of_scales,
@@ -446,6 +448,10 @@ def _check_regions(call: Call, q: Region, sf: Region) -> None:
     """Check that the memory that a call writes overlaps nothing else of it."""
     reads = [region(call.input_name, call.x)]
     writes = [q, sf]
+    if call.strided_scales and call.q is not None and call.sf is not None:
+        q_region, sf_region = region("out q", call.q), region("out sf", call.sf)
+        in_records = interleaved(call.q, call.sf)
+        writes = [joined(q_region, sf_region)] if in_records else [q_region, sf_region]
     for name, t in (("index", call.index), ("scatter", call.scatter)):
         if t is not None:
             reads.append(region(name, t))

@@ -242,6 +242,7 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         alignment(x.data_ptr(), x_view, x.element_size(), prologue.load_bytes),
         alignment(result.address, q_view, result.dtype.itemsize, store_bytes),
         ragged=k % launch.tile.values_per_thread != 0,
+        strided_scales=call.strided_scales,
     )
     fmt = call.fmt.kernel_format
     upper = None if call.upper is None else call.upper.kind

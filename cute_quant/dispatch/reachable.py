@@ -58,6 +58,7 @@ class Variant(NamedTuple):
         residual, normalized: whether there are such tensors, in `rms_norm_quantize`.
         upper_of_groups: whether each group of rows stacked along M has an upper scale of its own.
         along_n: whether weights are contiguous along n, in `quantize_blocks`.
+        strided_scales: whether rows of scales lie apart, in memory of the caller.
     """
 
     calls: CallRange
@@ -67,6 +68,7 @@ class Variant(NamedTuple):
     normalized: bool = False
     upper_of_groups: bool = False
     along_n: bool = False
+    strided_scales: bool = False
 
     @property
     def input_columns(self) -> int:
@@ -85,7 +87,12 @@ class Variant(NamedTuple):
         if not self.calls.scattered:
             return call
         places = like.new_zeros((x.shape[0], 1), dtype=torch.int32)
-        return call._replace(scatter=places, num_rows=shape[-2])
+        sf = None
+        if self.strided_scales:
+            fmt, columns = self.calls.fmt, self.calls.fmt.columns(self.k)
+            records = like.new_empty((shape[-2], 2 * columns), dtype=fmt.sf_dtype)
+            sf = records[:, :columns]
+        return call._replace(scatter=places, num_rows=shape[-2], sf=sf)
 
     def upper_scale(self, shape: tuple[int, ...], like: torch.Tensor) -> UpperScale | None:
         """Return the scale over those of groups that a call of this shape has, if any."""
@@ -136,7 +143,7 @@ class Variant(NamedTuple):
 def variants(calls: CallRange) -> Iterator[Variant]:
     """Yield the variants of a range."""
     weighted: tuple[bool, ...] = (False,)
-    residual = normalized = of_groups = along_n = weighted
+    residual = normalized = of_groups = along_n = strided = weighted
     if calls.operation == SILU_MUL:
         weighted = (False, True)
     every_row = calls.scattered or (calls.kind == DENSE and not calls.gathered)
@@ -147,7 +154,11 @@ def variants(calls: CallRange) -> Iterator[Variant]:
         of_groups = (False, True)
     if calls.operation == QUANTIZE_BLOCKS:
         along_n = (False, True)
-    for choices in itertools.product(calls.k, weighted, residual, normalized, of_groups, along_n):
+    row_major = not (calls.fmt.mn_major or calls.fmt.blocked)
+    if calls.scattered and row_major and calls.kind != Masked.kind:
+        strided = (False, True)
+    options = weighted, residual, normalized, of_groups, along_n, strided
+    for choices in itertools.product(calls.k, *options):
         yield Variant(calls, *choices)
 
 

@@ -173,12 +173,15 @@ class Access(NamedTuple):
         store_bytes: the same for the output, up to 16, or 32 if its elements are x's.
         ragged: whether a row may end within a thread's values.
         load_hint: None or one of ``LOAD_HINTS``.
+        strided_scales: whether rows of row-major scales are as far apart as their tensor says,
+            rather than contiguous.
     """
 
     load_bytes: int = LOAD_BYTES
     store_bytes: int = STORE_BYTES
     ragged: bool = False
     load_hint: str | None = None
+    strided_scales: bool = False
 
 
 WIDEST = Access()

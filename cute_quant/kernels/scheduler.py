@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_tensor
 
 from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT
@@ -138,6 +138,8 @@ class Scheduler:
             k = operands.mQ.shape[-1] * values_per_column
             scales = stage.scales(operands.mS, mn, k, operands.missing_rows)
             rows_to_write = cutlass.max(rows_to_write, scales.rows)
+            if const_expr(self.spec.access.strided_scales):
+                scales = scales.replace(row_stride=Int64(operands.mS.stride[0]))
         if const_expr(self.domain.scattered):
             rows_to_write = prologue.x.rows
         dedicated_tiles = Int32(0)

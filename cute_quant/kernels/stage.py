@@ -50,6 +50,7 @@ class Scales(Params):
         groups: of a row, with the padding of blocks.
         stride: elements from a matrix to the next.
         written_rows: to be written, those that do not exist as 0; None for all.
+        row_stride: elements from a row to the next; None where the format says it.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Scales(Params):
         self.groups = groups
         self.stride = stride
         self.written_rows = None
+        self.row_stride = None
 
     def slice_batch(self, batch: Int32, last: Boolean) -> Scales:
         """Return the scales of one matrix of a batch."""
@@ -392,7 +394,7 @@ class Stage:
             if const_expr(rows.of_lanes):
                 # The last group may have fewer columns than lanes: its first lane tells.
                 first_lane = Segment(segment.tile, group * self.lanes_per_group)
-        layout = layouts.scales(fmt, Int32(scales.rows), scales.groups)
+        layout = layouts.scales(fmt, Int32(scales.rows), scales.groups, scales.row_stride)
         group = layouts.groups_by_tile(layout, groups_per_tile)((group, segment.tile))
         if const_expr(self.whole_row):
             group_exists, predicate = segment.lane == 0, segment.lane < self.groups_per_unit

@@ -33,7 +33,7 @@ from tests.helpers import (
     storage_bits,
     upper_scale,
 )
-from tests.places import DOMAINS, places, row_domain
+from tests.places import DOMAINS, in_records, places, row_domain
 
 BF16 = torch.bfloat16
 FORMATS = (
@@ -353,3 +353,28 @@ def test_many_rows_in_one_call():
         row = scatter[:, i].long()
         assert torch.equal(q.view(torch.uint8)[row], expected_q.view(torch.uint8))
         assert torch.equal(sf[row], expected_sf)
+
+
+def test_records(device):
+    """Values and scales in one buffer; what overlaps is refused."""
+    fmt, k = DEEP_GEMM.replace(scale_layout="row_major_packed"), 640
+    rows, matrices, mn = row_domain("prefix_sum", 4)
+    scatter = places(rows, matrices, mn, 4).to(device)
+    x = normal(len(scatter), k, device=device)
+    q, sf = (moved(t, device) for t in in_records(fmt, mn, k))
+    call = {"rows": on_device(rows, device), "scatter": scatter, "num_rows": mn}
+    quantize(x, fmt, **call, out=(q, sf))
+    storage = torch.full((mn, 672), 0xA5, dtype=torch.uint8, device=device)
+    q, sf = storage[:, :640].view(fmt.values), storage[:, 640:648].view(torch.int32)
+    quantize(x, fmt, **call, out=(q, sf))
+    for a, b in zip((q, sf), quantize(x, fmt, **call), strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    assert storage[:, 648:].eq(0xA5).all()
+    overlapping = storage[:, 636:644].view(torch.int32)
+    with pytest.raises(ValueError, match="out sf: expected memory of its own"):
+        quantize(x, fmt, **call, out=(q, overlapping))
+    with pytest.raises(ValueError, match=r"out sf: expected strides \(2, 1\), got \(168, 1\)"):
+        quantize(x[:mn], fmt, out=(q[: len(x)], sf[: len(x)]))
+    twice = storage.flatten()[:8].view(torch.int32).expand(mn, 2)
+    with pytest.raises(ValueError, match="out sf: expected strides"):
+        quantize(x, fmt, **call, out=(q, twice))

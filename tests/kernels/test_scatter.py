@@ -22,7 +22,7 @@ from tests import oracle
 from tests.helpers import ARCHITECTURES, poisoned_results
 from tests.kernels.cases import assert_same_storage, check, special_groups
 from tests.kernels.emulated_gpu import Gpu
-from tests.places import DOMAINS, places, row_domain
+from tests.places import DOMAINS, in_records, places, row_domain
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FORMATS = (
@@ -165,3 +165,26 @@ def test_operations_scatter_what_they_gather(kernels, arch, operation, kind):
         assert_same_storage(name, a, b)
     if residual is not None:
         assert torch.equal(residual, x)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "k"),
+    [
+        (DEEP_GEMM.replace(scale_layout="row_major_packed"), 640),
+        pytest.param(GROUPWISE_FP8, 130, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_records_of_values_and_scales(gpu, fmt, k):
+    """A row of q and its scales lie beside each other, with other bytes behind them."""
+    rows, _, mn = row_domain("prefix_sum", 3)
+    scatter = places(rows, 1, mn, 3)
+    x = special_groups(len(scatter), k, BF16, 1, fmt)
+    own, expected = (in_records(fmt, mn, k) for _ in range(2))
+    gpu.quantize(x, *own, fmt, rows, scatter=scatter)
+    q, sf = poisoned_results(fmt, mn, k, "cpu")
+    oracle.quantize_into(x, q, sf, fmt, rows, scatter=scatter)
+    for t, values in zip(expected, (q, sf), strict=True):
+        t.view(torch.uint8).copy_(values.view(torch.uint8))
+    for name, a, b in zip(("q", "sf"), own, expected, strict=True):
+        assert_same_storage(name, a, b)
