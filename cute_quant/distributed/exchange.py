@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -122,7 +122,7 @@ def _quantize(
     places: torch.Tensor,
     fmt: Format,
     out: tuple[torch.Tensor, torch.Tensor],
-    upper: dict[str, torch.Tensor | None],
+    upper: dict[str, Any],
 ) -> None:
     """Write each row to its places, as many at once as a row may have."""
     for first in range(0, places.shape[1], MAX_PLACES):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from cute_quant import ops
 from cute_quant.contract.checks import check_format
 from cute_quant.contract.dtypes import align
 from cute_quant.contract.formats import Format
-from cute_quant.contract.rows import Masked
+from cute_quant.contract.rows import Masked, PrefixSum
 from cute_quant.distributed.routing import Plan, ranks_in_experts
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ class PeerBuffers:
 
         check_format(fmt)
         nbytes = sum(self._sizes(fmt, shape))
-        device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
-        memory = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
-        own_group = dist.group.WORLD if group is None else group
+        place = torch.device("cuda" if device is None else device)
+        memory = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=place)
+        own_group = dist.distributed_c10d._get_default_group() if group is None else group
         handle = symmetric_memory.rendezvous(memory, own_group)
         memories = [
             handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(handle.world_size)
@@ -118,7 +118,7 @@ class PeerBuffers:
         return q, sf.as_strided(shape, strides)
 
     def dispatch(
-        self, x: torch.Tensor, plan: Plan, fmt: Format, upper: dict[str, torch.Tensor | None]
+        self, x: torch.Tensor, plan: Plan, fmt: Format, upper: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantize tokens into the rows of their experts on all ranks, and return what arrives."""
         expected = (*plan.batch_shape, plan.num_rows, x.shape[1])
@@ -131,13 +131,11 @@ class PeerBuffers:
         self._barrier()
         # This rank clears the rows of its own that do not exist; no other does.
         for rank, (places, out) in enumerate(zip(targets, self.results, strict=True)):
-            masked = isinstance(plan.rows, Masked)
-            own = rank == self.rank
-            if not own and masked:
-                # Every row may be written: the rank has as many as it counted.
-                rows = Masked(plan.rows.data.new_full((plan.experts,), plan.num_rows))
-            else:
-                rows = plan.rows if own else None
+            rows: Masked | PrefixSum | None = plan.rows
+            if rank != self.rank:
+                # A place of another rank is a row that exists there.
+                all_rows = plan.rows.data.new_full((plan.experts,), plan.num_rows)
+                rows = Masked(all_rows) if plan.batch_shape else None
             ops.quantize(x, fmt, rows=rows, scatter=places, out=out, **upper)
         self._barrier()
         return self.results[self.rank]
