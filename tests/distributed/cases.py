@@ -223,3 +223,19 @@ def die_or_dispatch(rank: int) -> str:
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def more_ranks_than_places(rank: int) -> None:
+    """Quantize rows with more places than a launch takes, as for a group of 40 ranks."""
+    from cute_quant.distributed.exchange import Record, _quantize
+
+    record = Record.of(cq.DEEP_GEMM, 640)
+    x = torch.randn(3, 640).bfloat16()
+    buffer = torch.zeros(120, record.nbytes, dtype=torch.uint8)
+    places = torch.randperm(120).view(3, 40).int()
+    q, sf = record.views(buffer)
+    _quantize(x, places, record.fmt, (q, sf), {})
+    own_q, own_sf = cq.quantize(x, record.fmt)
+    for t, own in ((q, own_q), (sf, own_sf)):
+        expected = own.view(torch.uint8).unsqueeze(1).expand(3, 40, -1)
+        assert torch.equal(t.view(torch.uint8)[places.long()], expected)

@@ -171,9 +171,10 @@ def fused_operations(rank: int) -> None:
     """Norm and SwiGLU, a residual that is updated in place, and what they refuse."""
     x, weight, factors = normal(8, 1024), normal(512, seed=2), torch.rand(8)
     for placements in PLACEMENTS:
-        check(cq.silu_mul_quantize, (x,), (placements,))
-        call = lambda x: cq.silu_mul_quantize(x, cq.GROUPWISE_FP8, interleaved=True)  # noqa: E731
-        check(call, (x,), (placements,))
+        for interleaved in (False, True):
+            options = {"fmt": cq.GROUPWISE_FP8, "interleaved": interleaved}
+            call = lambda x, options=options: cq.silu_mul_quantize(x, **options)  # noqa: E731
+            check(call, (x,), (placements,), placements if interleaved else None)
         norm = lambda x, w: cq.rms_norm_quantize(x[:, :512], w)  # noqa: E731
         check(norm, (x, weight), (placements, (R, S0)))
     call = lambda x, f: cq.silu_mul_quantize(x, weight=f)  # noqa: E731

@@ -48,3 +48,7 @@ def test_a_rank_that_dies():
             message, error = group.answer(rank)
             assert error is None and message, error
         assert time.monotonic() - begin < 60
+
+
+def test_more_ranks_than_a_row_has_places():
+    cases.more_ranks_than_places(0)

@@ -16,6 +16,7 @@ from tests.mutants import (
     block_faults,
     contract_faults,
     dispatch_faults,
+    distributed_faults,
     jit_faults,
     kernels_faults,
     scales_faults,
@@ -25,6 +26,7 @@ from tests.mutants import (
 FAULTS = [
     *contract_faults.FAULTS,
     *dispatch_faults.FAULTS,
+    *distributed_faults.FAULTS,
     *kernels_faults.FAULTS,
     *block_faults.FAULTS,
     *scales_faults.FAULTS,
