@@ -158,16 +158,16 @@ def in_a_group_of_window(
     first: Uint32,
 ) -> Uint32:
     """Return a bit for each of the 32 rows from `first` on: whether it exists."""
-    found = Uint32(0)
+    alive = Uint32(0)
     for base in range(0, mEnds.shape[0], LANES):
         start, end = span_of(mEnds, alignment, mn, base + cute.arch.lane_idx())
         low = cutlass.max(start, first) - first
         high = cutlass.max(cutlass.min(end, first + LANES), first) - first
         if low < high:
-            found = found | (Uint32(2**32 - 1) >> (LANES - (high - low))) << low
+            alive = alive | (Uint32(2**32 - 1) >> (LANES - (high - low))) << low
     for i in cutlass.range_constexpr(LANES.bit_length() - 1):
-        found = found | cute.arch.shuffle_sync_bfly(found, offset=1 << i)
-    return found
+        alive = alive | cute.arch.shuffle_sync_bfly(alive, offset=1 << i)
+    return alive
 
 
 @cute.jit

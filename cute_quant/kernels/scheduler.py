@@ -229,13 +229,13 @@ class Scheduler:
         problem: Problem,
         process: cutlass.Constexpr[Callable],
     ):
-        """Call ``process(row_tile, problem)`` for tiles of x, and clear rows that do not exist.
+        """Call ``process(tile, problem)`` for tiles of x, and clear rows that do not exist.
 
         The first CTAs along the rows have tiles, the last ones windows of rows, each CTA along the
         columns others. Of a grid that is not large enough all have both.
         """
-        for row_tile in range(row_cta, problem.num_row_tiles, num_row_ctas):
-            process(row_tile, problem)
+        for tile in range(row_cta, problem.num_row_tiles, num_row_ctas):
+            process(tile, problem)
         column_cta, _ = self.cta_coordinates()
         num_column_ctas = self.num_column_ctas()
         first = (num_row_ctas - 1 - row_cta) * num_column_ctas + column_cta

@@ -133,10 +133,14 @@ class WholeRows:
         lane, warp, _ = cute.arch.thread_idx()
         if const_expr(row.places is not None):
             if warp == 0:
-                scale = upper.decode
-                scale = scale if scale == scale else Uint32(FLOAT32_NAN).bitcast(Float32)
+                scale = with_one_nan(upper.decode)
                 self.scheduler.scatter.store_row_scale(row.places, scale, problem)
         elif lane == 0 and warp == 0 and row.index < problem.num_rows:
-            scale = upper.decode
-            scale = scale if scale == scale else Uint32(FLOAT32_NAN).bitcast(Float32)
+            scale = with_one_nan(upper.decode)
             problem.row_scales[Int32(row.index)] = scale if row.exists else Float32(0.0)
+
+
+@cute.jit
+def with_one_nan(scale: Float32) -> Float32:
+    """Return a scale whose NaN, if it is one, is that of the contract."""
+    return scale if scale == scale else Uint32(FLOAT32_NAN).bitcast(Float32)

@@ -80,6 +80,15 @@ def test_more_groups_than_a_warp_has_lanes(gpu):
     check(gpu, x, DEEP_GEMM, rows=rows, scatter=scatter, num_rows=mn)
 
 
+def test_a_lane_has_two_groups_of_a_window(gpu):
+    """Between them lie the empty groups of all other lanes."""
+    ends = torch.tensor([12] * 32 + [15] + [14, 40], dtype=torch.int32)
+    rows, mn = PrefixSum(ends, 1), 77
+    scatter = places(rows, 1, mn, 5, 3)
+    x = special_groups(len(scatter), 130, BF16, 1)
+    check(gpu, x, DEEP_GEMM, rows=rows, scatter=scatter, num_rows=mn)
+
+
 @pytest.mark.parametrize(
     ("arch", "kind", "fmt"),
     [

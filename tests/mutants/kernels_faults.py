@@ -101,7 +101,7 @@ FAULTS = [
     ),
     Fault(
         "scheduler-expert-past-the-last",
-        SCHEDULER,
+        ROW_DOMAINS,
         "if expert < problem.counts.shape[0]:",
         "if expert <= problem.counts.shape[0]:",
         [f"{ON_QUANTIZE_KERNEL}::test_masked"],
@@ -294,8 +294,8 @@ FAULTS = [
     Fault(
         "layouts-row-major-in-32-bits",
         LAYOUTS,
-        "row_stride = _wide(columns) * element",
-        "row_stride = columns * element",
+        "row_stride = (_wide(columns) if row_stride is None else row_stride) * element",
+        "row_stride = (columns if row_stride is None else row_stride) * element",
         [f"{ON_QUANTIZE_KERNEL}::test_scales_past_32_bits"],
     ),
     Fault(
@@ -1121,8 +1121,8 @@ FAULTS = [
     Fault(
         "rows-nan-of-a-row-as-it-is-computed",
         WHOLE_ROWS,
-        "scale = scale if scale == scale else Uint32(FLOAT32_NAN).bitcast(Float32)",
-        "scale = scale",
+        "return scale if scale == scale else Uint32(FLOAT32_NAN).bitcast(Float32)",
+        "return scale",
         [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4:row_scale]"],
     ),
     Fault(

@@ -48,9 +48,9 @@ FAULTS = [
     Fault(
         "scatter-window-of-one-group",
         ROW_DOMAINS,
-        "            found = found | (Uint32(2**32 - 1) >> (LANES - (high - low))) << low\n",
-        "            found = (Uint32(2**32 - 1) >> (LANES - (high - low))) << low\n",
-        [f"{ON_KERNEL}::test_more_groups_than_a_warp_has_lanes"],
+        "            alive = alive | (Uint32(2**32 - 1) >> (LANES - (high - low))) << low\n",
+        "            alive = (Uint32(2**32 - 1) >> (LANES - (high - low))) << low\n",
+        [f"{ON_KERNEL}::test_a_lane_has_two_groups_of_a_window"],
     ),
     Fault(
         "scatter-one-window-less",
