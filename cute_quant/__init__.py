@@ -11,7 +11,8 @@
 
 ``Format`` and the named formats say what results look like, ``Masked``, ``PrefixSum`` and
 ``Indexed`` which rows exist. ``cute_quant.kernels`` has the stage for kernels of your own,
-``cute_quant.integrations`` the calls of DeepGEMM and vLLM.
+``cute_quant.integrations`` the calls of DeepGEMM and vLLM, ``cute_quant.distributed`` expert
+parallel layers and the shardings of DTensor.
 """
 
 from cute_quant.contract.formats import (

@@ -134,6 +134,9 @@ def test_scattered_calls(rows, fmt, gpu):
         normalized = generator.random() < 0.5
         cq.rms_norm_quantize(x, weight, fmt, residual=residual, normalized=normalized, **call)
         assert results[0].shape[-2] == mn
+        if rows is not Indexed:
+            taller = cq.quantize(x, fmt, **{**call, "num_rows": mn + 1})
+            assert taller[0].shape[-2] == mn + 1
     compiled.clear()
     launch._plans.clear()
     with pytest.raises(RuntimeError, match="--scattered") as raised:

@@ -26,6 +26,15 @@ FORMATS = {
 }
 
 
+SYMMETRIC = "symmetric"
+"""In place of a directory: memory that GPUs see over NVLink."""
+
+
+def device() -> str:
+    """Return where the tensors of a rank are."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
 class Data(NamedTuple):
     """Tokens, experts and weights of all ranks."""
 
@@ -74,9 +83,9 @@ def there_and_back(
     """Route, dispatch and combine, and compare each of them with all ranks' data."""
     ranks, experts, topk, k = dist.get_world_size(), 8, 3, 640
     data, fmt, local = draw(kind, ranks, experts, topk, k, seed), FORMATS[name], experts // ranks
-    upper = {"amax": torch.tensor(8.0)} if fmt.upper_scale else {}
+    upper = {"amax": torch.tensor(8.0, device=device())} if fmt.upper_scale else {}
     sizes = {"max_tokens": 9, "num_rows": 40 if layout == "masked" else 96} if bounded else {}
-    x, ids = data.x[rank], data.ids[rank]
+    x, ids = data.x[rank].to(device()), data.ids[rank].to(device())
     plan = distributed.route(
         ids.int(), experts, layout=LAYOUTS[layout], alignment=16, check=True, **sizes
     )
@@ -85,7 +94,10 @@ def there_and_back(
     buffers = None
     if memory is not None:
         shape = (*plan.batch_shape, plan.num_rows, k)
-        buffers = shared_buffers(fmt, shape, rank, memory)
+        if memory == SYMMETRIC:
+            buffers = distributed.PeerBuffers(fmt, shape)
+        else:
+            buffers = shared_buffers(fmt, shape, rank, memory)
     q, sf = distributed.dispatch(x, plan, fmt, buffers=buffers, **upper)
     expected_strides = fmt.scale_strides(plan.batch_shape, plan.num_rows, k)
     assert sf.shape == fmt.scale_shape(plan.batch_shape, plan.num_rows, k)
@@ -105,8 +117,10 @@ def there_and_back(
     flat_q = q.view(torch.uint8).flatten(0, -2)
     rows = cq.dequantize(q, sf, fmt, dtype=torch.float32, **upper).flatten(0, -2)
     (sent_as_is,) = distributed.dispatch(x, plan, None)
+    flat_q, rows, sent_as_is = (t.cpu() for t in (flat_q, rows, sent_as_is))
     live = torch.zeros(len(rows), dtype=torch.bool)
     y = torch.full((len(rows), 16), torch.nan)
+    upper = {name: t.cpu() for name, t in upper.items()}
     for expert, start, tokens in rows_of_experts:
         for i, (source, token) in enumerate(tokens):
             own = cq.quantize(data.x[source], fmt, **upper)
@@ -122,9 +136,11 @@ def there_and_back(
             assert last_column_rows(sf) == fmt.scale_rows(plan.num_rows)
             padding = storage_bits(sf).view(torch.int32).view(-1, fmt.scale_rows(plan.num_rows))
             assert padding[:, plan.num_rows :].eq(0).all()
-    y = y.view(*plan.batch_shape, plan.num_rows, 16)
+    y = y.view(*plan.batch_shape, plan.num_rows, 16).to(device())
+    x, ids = x.cpu(), ids.cpu()
     for weights in (None, data.weights[rank].float()):
-        combined = distributed.combine(y, plan, weights)
+        given = None if weights is None else weights.to(device())
+        combined = distributed.combine(y, plan, given).cpu()
         factors = torch.ones(ids.shape) if weights is None else weights
         factors = factors.where(ids >= 0, 0.0)
         total = (factors * (ids + 1)).sum(1, keepdim=True) * x[:, :16].float()
@@ -239,3 +255,41 @@ def more_ranks_than_places(rank: int) -> None:
     for t, own in ((q, own_q), (sf, own_sf)):
         expected = own.view(torch.uint8).unsqueeze(1).expand(3, 40, -1)
         assert torch.equal(t.view(torch.uint8)[places.long()], expected)
+
+
+def in_a_graph(rank: int, layout: str, peers: bool) -> None:
+    """Replay a graph of all three calls for other tokens and experts."""
+    ranks, experts, topk, k, tokens = dist.get_world_size(), 8, 3, 7168, 16
+    generator = torch.Generator().manual_seed(rank)
+
+    def draw_tokens() -> tuple[torch.Tensor, torch.Tensor]:
+        scores = torch.rand(tokens, experts, generator=generator)
+        x = torch.randn(tokens, k, generator=generator).bfloat16()
+        return x.cuda(), scores.topk(topk).indices.cuda()
+
+    num_rows = tokens * ranks if layout == "masked" else tokens * ranks * topk + 16 * experts
+    x, ids = draw_tokens()
+    sizes = {"max_tokens": tokens, "num_rows": num_rows, "alignment": 16}
+    buffers = None
+    if peers:
+        batch_shape = (experts // ranks,) if layout == "masked" else ()
+        buffers = distributed.PeerBuffers(cq.DEEP_GEMM, (*batch_shape, num_rows, k))
+
+    def call() -> tuple[torch.Tensor, ...]:
+        plan = distributed.route(ids, experts, layout=LAYOUTS[layout], **sizes)
+        q, sf = distributed.dispatch(x, plan, cq.DEEP_GEMM, buffers=buffers)
+        y = cq.dequantize(q, sf, cq.DEEP_GEMM)
+        return plan.rows.data, distributed.combine(y, plan)
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    for _ in range(3):
+        for t, new in zip((x, ids), draw_tokens(), strict=True):
+            t.copy_(new)
+        graph.replay()
+        kept = [t.clone() for t in results]
+        for t, expected in zip(kept, call(), strict=True):
+            assert torch.equal(t, expected)

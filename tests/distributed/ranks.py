@@ -1,4 +1,4 @@
-"""Processes of a gloo group that run functions of the tests, as many times as they are asked."""
+"""Processes of a group that run functions of the tests, as many times as they are asked."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["cute_quant.distributed", "tests.distributed.cases"])
 
 
-def serve(rank: int, ranks: int, store: str, timeout: float, connection: Connection) -> None:
+def serve(
+    rank: int, ranks: int, backend: str, store: str, timeout: float, connection: Connection
+) -> None:
     """Join the group, and answer calls until the connection is closed."""
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=ranks,
@@ -69,14 +73,16 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def started(count: int, timeout: float = SECONDS) -> Iterator[Ranks]:
-    """Start a group, and end its processes afterwards."""
+def started(count: int, timeout: float = SECONDS, backend: str = "gloo") -> Iterator[Ranks]:
+    """Start a group, on a GPU each with nccl, and end its processes afterwards."""
     processes, connections = [], []
     with tempfile.TemporaryDirectory() as directory:
         for rank in range(count):
             ours, theirs = CONTEXT.Pipe()
             process = CONTEXT.Process(
-                target=serve, args=(rank, count, f"{directory}/store", timeout, theirs), daemon=True
+                target=serve,
+                args=(rank, count, backend, f"{directory}/store", timeout, theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()
