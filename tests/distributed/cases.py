@@ -293,3 +293,11 @@ def in_a_graph(rank: int, layout: str, peers: bool) -> None:
         kept = [t.clone() for t in results]
         for t, expected in zip(kept, call(), strict=True):
             assert torch.equal(t, expected)
+
+
+def example(rank: int) -> tuple[float, float]:
+    """Compare the layer of the example with that on one GPU."""
+    from examples import expert_parallel, moe_layer
+
+    moe_layer.deep_gemm = moe_layer.TorchDeepGemm()
+    return expert_parallel.compare(rank, 256, 128, 8, 1, 24, cq.DEEP_GEMM_SM90)

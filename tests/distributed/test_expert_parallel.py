@@ -52,3 +52,10 @@ def test_a_rank_that_dies():
 
 def test_more_ranks_than_a_row_has_places():
     cases.more_ranks_than_places(0)
+
+
+@pytest.mark.slow
+def test_the_example(ranks):
+    """Tokens with experts on one rank have the bits of the layer on one GPU."""
+    for same, error in ranks.run(cases.example):
+        assert same == 1.0 and error < 0.01
