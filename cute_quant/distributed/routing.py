@@ -15,9 +15,6 @@ from cute_quant.contract.tensors import MAX_SIZE
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-MAX_RANKS = 2**15
-"""Bound of what is reserved for each token: a flag for each rank."""
-
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -275,7 +272,7 @@ def _check_route(
             raise ValueError(f"{name}: expected 1 to {MAX_SIZE}, got {number}")
     if layout is not PrefixSum and layout is not Masked:
         raise ValueError(f"layout: expected PrefixSum or Masked, got {describe(layout)}")
-    if experts % ranks or ranks > MAX_RANKS:
+    if experts % ranks:
         raise ValueError(f"experts: expected a multiple of the {ranks} ranks, got {experts}")
     if max_tokens is not None and ids.shape[0] > max_tokens:
         raise ValueError(

@@ -171,6 +171,8 @@ class Scheduler:
         if const_expr(self.domain.scattered):
             windows = self.scatter.num_windows(problem)
             num_row_ctas = num_row_ctas + cute.ceil_div(windows, num_column_ctas)
+            # Without rows of x all rows of the result may exist, and nothing is to be written.
+            num_row_ctas = cutlass.max(num_row_ctas, Int32(1))
         elif const_expr(self.domain.masked):
             num_row_ctas = self.num_expert_ctas(operands)
         elif const_expr(self.domain.batched):

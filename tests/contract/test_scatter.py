@@ -1,5 +1,6 @@
 """Rows that are scattered: every byte, the same as a gather by the inverse, and what is refused."""
 
+import itertools
 import re
 
 import pytest
@@ -49,7 +50,6 @@ FORMATS = (
 )
 
 every_domain = pytest.mark.parametrize("kind", DOMAINS)
-every_format = pytest.mark.parametrize(("fmt", "k"), FORMATS, ids=str)
 
 
 def int32(*values: object) -> torch.Tensor:
@@ -78,8 +78,14 @@ def assert_same_memory(actual, expected) -> None:
         assert torch.equal(storage_bits(a), storage_bits(b))
 
 
-@every_domain
-@every_format
+EVERY_BYTE = [
+    # Each format and each domain is in what is not slow.
+    pytest.param(kind, *fmt, marks=() if (i + j) % 3 == 0 else pytest.mark.slow)
+    for (i, kind), (j, fmt) in itertools.product(enumerate(DOMAINS), enumerate(FORMATS))
+]
+
+
+@pytest.mark.parametrize(("kind", "fmt", "k"), EVERY_BYTE, ids=str)
 def test_every_byte(kind, fmt, k, device):
     for seed, width, unnamed in ((1, 8, 0), (2, 1, 3), (3, 32, 0)):
         rows, matrices, mn, results = memory(fmt, kind, seed, k)
@@ -109,7 +115,7 @@ def inverse(scatter: torch.Tensor, matrices: int, mn: int, masked: bool) -> torc
 
 @every_domain
 @pytest.mark.parametrize("operation", [silu_mul_quantize, rms_norm_quantize])
-@pytest.mark.parametrize(("fmt", "k"), FORMATS[::2], ids=str)
+@pytest.mark.parametrize(("fmt", "k"), FORMATS[::3], ids=str)
 def test_it_is_a_gather_by_the_inverse(operation, kind, fmt, k, device):
     rows, matrices, mn, results = memory(fmt, kind, 5, k)
     scatter = places(rows, matrices, mn, 5)
@@ -277,7 +283,10 @@ def test_places_may_not_lie_in_the_result():
         quantize(torch.zeros(2, 128, dtype=BF16), scatter=scatter, out=(q, None))
 
 
-@every_domain
+@pytest.mark.parametrize(
+    "kind",
+    ["masked", "prefix_sum", *(pytest.param(k, marks=pytest.mark.slow) for k in DOMAINS[::3])],
+)
 def test_compiled_and_exported(kind, device):
     rows, matrices, mn, _ = memory(DEEP_GEMM, kind, 7, 256)
     scatter = places(rows, matrices, mn, 7).to(device)

@@ -108,6 +108,18 @@ def test_a_grid_that_is_not_large_enough(kernels, arch, kind, fmt):
     check(gpu, x, fmt, rows=rows, scatter=scatter, num_rows=mn)
 
 
+@pytest.mark.parametrize("fmt", [DEEP_GEMM, NVFP4.replace(row_scale=True)], ids=str)
+def test_no_rows_or_no_places(kernels, fmt):
+    """What does not exist becomes 0 all the same, and a grid is never empty."""
+    gpu = Gpu(kernels, "sm_90a")
+    ends = PrefixSum(torch.tensor([3, 12], dtype=torch.int32), 8)
+    for tokens, width in ((0, 2), (3, 0)):
+        x = torch.ones(tokens, 640, dtype=BF16)
+        scatter = torch.zeros(tokens, width, dtype=torch.int32)
+        for rows, mn in ((None, 128), (None, 35), (ends, 21)):
+            check(gpu, x, fmt, rows=rows, scatter=scatter, num_rows=mn)
+
+
 def test_rows_and_matrices_of_the_result_with_strides(gpu):
     rows, matrices, mn = row_domain("masked", 2)
     scatter = places(rows, matrices, mn, 2)
