@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS := .venv-docs
+ENGINES := .venv-engines
 
-.PHONY: demo test test-all fuzz mutants test-arm64 lint docs bench figures sass sass-diff clean
+.PHONY: demo test test-all test-engines fuzz mutants test-arm64 lint docs bench figures sass sass-diff clean
 
 demo: $(READY)
 	@$(BIN)/python -m bench.demo
@@ -16,6 +17,19 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# The plug-ins, in the engines that tests/engines/requirements.txt names. About 3 GB, no GPU.
+test-engines: $(ENGINES)/.ready
+	PRETENDED_GPU=10.0 $(ENGINES)/bin/python -m pytest tests/engines/test_vllm.py $(ARGS)
+	PRETENDED_GPU=9.0 $(ENGINES)/bin/python -m pytest tests/engines/test_vllm.py $(ARGS)
+	$(ENGINES)/bin/python -m pytest tests/engines/test_sglang.py $(ARGS)
+
+$(ENGINES)/.ready: tests/engines/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet $$(grep ^torch== tests/engines/requirements.txt)
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps --requirement tests/engines/requirements.txt
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
 
 # Random calls in the emulator until one fails: make fuzz ARGS="--seed 7"
 fuzz: $(READY)
@@ -59,7 +73,7 @@ sass-diff: $(READY)
 	@$(BIN)/python -m bench.sass_diff $(BASE) $(if $(ALL),--all) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(DOCS) .arm64 site
+	rm -rf $(VENV) $(DOCS) $(ENGINES) .arm64 site
 
 $(READY): tests/requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench import environment
-from bench.cases import Case, Run, require, run, streaming
+from bench.cases import Case, Makers, Run, require, run, streaming
 from bench.masked import poison, random
 from bench.shapes import MAIN_COLUMN, positive_numbers
 from cute_quant import (
@@ -137,7 +137,7 @@ def cases(rows: tuple[int, ...], k: int, math: ModuleType | None) -> Iterator[Ca
         for along_n in (False, True):
             for name, fmt in FORMATS.items():
                 out = fmt.value_columns(16) // 4
-                makers = {
+                makers: Makers = {
                     "cute_quant": functools.partial(quantizing, fmt, n, k, along_n),
                     "stream": functools.partial(streaming, 8, out, threads),
                 }

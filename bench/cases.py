@@ -5,7 +5,6 @@ Calls are captured in CUDA graphs over rotating buffers, and replayed in turns.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,13 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import stream
-from cute_quant.jit import lookup
+from bench.ceiling import ELEMENTS, Ceiling, Words, allocate
+from bench.names import CUTE_QUANT, STREAM
+from bench.stream import Traffic
 from cute_quant.lab import timing
 
-DEVICE = "cuda"
-
 Run = Callable[[], object]
+
+Makers = dict[str, Callable[[], Run | Words]]
+"""Functions that make a call, or memory for the ceiling, by name."""
 
 
 class Case(NamedTuple):
@@ -28,26 +29,19 @@ class Case(NamedTuple):
     Attributes:
         bytes: that each has to move.
         makers: functions that make a call with memory of its own and check it, by name; the first
-            is ours, "stream" the ceiling.
+            is ours. Under "stream" they make memory, for the ceiling to be chosen.
     """
 
     name: str
     m: int
     k: int
     bytes: int
-    makers: Mapping[str, Callable[[], Run]]
+    makers: Makers
 
 
-def streaming(words_in: int, words_out: int, threads: int) -> Run:
-    """Return a call of the ceiling."""
-    spec = stream.Stream(True, 1, 1, words_in, words_out)
-    function = stream.function(spec, lookup.architecture(torch.cuda.current_device()))
-    x = torch.randint(2**31 - 1, (threads * words_in,), dtype=torch.int32, device=DEVICE)
-    y = torch.full((threads * words_out,), -1, dtype=torch.int32, device=DEVICE)
-    function(x, y)
-    if not torch.equal(y[None], stream.expected(spec, x)):
-        raise RuntimeError("stream: wrote other words")
-    return functools.partial(function, x, y)
+def streaming(words_in: int, words_out: int, vectors: int, loads: int = 1) -> Words:
+    """Return memory of the ceiling for so many times 16 elements, each with several `loads`."""
+    return allocate(Traffic(loads, 1, words_in, words_out), ELEMENTS * vectors)
 
 
 def require(same: bool, name: str) -> None:
@@ -66,16 +60,18 @@ def measure(case: Case) -> dict[str, float]:
     launches = timing.launch_count(case.bytes)
     graphs = {}
     for name, make in case.makers.items():
-        calls = [make() for _ in range(timing.buffer_count(case.bytes))]
-        graphs[name] = timing.capture(calls, launches)
+        made = [make() for _ in range(timing.buffer_count(case.bytes))]
+        memory = [words for words in made if isinstance(words, Words)]
+        calls = [call for call in made if not isinstance(call, Words)]
+        graphs[name] = timing.capture(Ceiling(memory).calls() if memory else calls, launches)
     return {name: measured.median for name, measured in timing.measure(graphs).items()}
 
 
 def line(case: Case, seconds: Mapping[str, float], other: str) -> str:
     """Return a row of a table, beside another library where it was timed."""
-    ours = seconds["cute_quant"]
+    ours = seconds[CUTE_QUANT]
     words = [f"{case.name:32} {case.m:6} x {case.k:5} {ours * 1e6:8.2f} us"]
-    words.append(f"{ours / seconds['stream']:5.2f} x stream")
+    words.append(f"{ours / seconds[STREAM]:5.2f} x stream")
     if other in seconds:
         words.append(f"{seconds[other] / ours:6.2f} x faster than {other}")
     return "  ".join(words)

@@ -50,7 +50,15 @@ PICTURES: dict[str, dict[str, Any]] = {
 }
 """Choices of the layouts that are drawn."""
 
-SASS_KERNELS = ("bf16 -> e4m3, ue8m0, rows", "bf16 -> nvfp4", "bf16 -> mxfp4", "SiLU", "RMSNorm")
+SASS_KERNELS = (
+    "bf16 -> e4m3, ue8m0, rows",
+    "bf16 -> e4m3, rounded",
+    "bf16 -> nvfp4",
+    "bf16 -> mxfp4",
+    "SiLU",
+    "gradients",
+    "RMSNorm",
+)
 """How the names of kernels start whose instructions are tabled."""
 
 PAGE: dict[str, Any] = {"rows_per_thread": 2, "row_warps": 2, "column_warps": 2}

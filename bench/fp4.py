@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 from bench import environment
-from bench.cases import Case, Run, require, run, streaming
+from bench.cases import Case, Makers, Run, require, run, streaming
 from bench.masked import poison, random, sample
 from bench.shapes import MAIN_COLUMN, VLLM_FP4_SHAPES, positive_numbers
 from cute_quant import MXFP4, NVFP4, Format, bind, dequantize, fake_quantize, quantize
@@ -97,7 +97,7 @@ def quantize_cases(rows: tuple[int, ...], k: int) -> Iterator[Case]:
     """Yield a case for each format and number of rows."""
     for name, fmt in FORMATS.items():
         for m in rows:
-            makers = {
+            makers: Makers = {
                 "cute_quant": functools.partial(quantizing, fmt, m, k),
                 "stream": functools.partial(streaming, 8, 2, m * k // 16),
             }
@@ -108,11 +108,11 @@ def vllm_cases(vllm: ModuleType | None) -> Iterator[Case]:
     """Yield cases at the shapes of vLLM's tests."""
     for m, k in sorted(VLLM_FP4_SHAPES, key=lambda shape: shape[0] * shape[1]):
         threads = m * k // 16
-        fake = {
+        fake: Makers = {
             "cute_quant": functools.partial(fake_quantizing, m, k),
             "stream": functools.partial(streaming, 8, 8, threads),
         }
-        back = {
+        back: Makers = {
             "cute_quant": functools.partial(dequantizing, m, k),
             "stream": functools.partial(streaming, 2, 8, threads),
         }

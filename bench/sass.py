@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import torch
 
 from bench.stream import Stream
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, NVFP4
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, NVFP4, ROWWISE_INT8
 from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.jit.lookup import ARCHITECTURES
 from cute_quant.kernels import architectures
@@ -36,6 +36,7 @@ from cute_quant.kernels.config import (
     QuantizerSpec,
     QuantizeSpec,
     RmsNormSpec,
+    SiluMulBackwardSpec,
     SiluMulSpec,
     Spec,
     Tile,
@@ -75,11 +76,22 @@ def reported() -> Iterator[tuple[str, int, QuantizerSpec | Stream]]:
     ):
         yield f"bf16 -> e4m3, ue8m0, {name}", 1, QuantizeSpec(bf16, packed, domain=domain)
     yield from fp4_reported()
-    whole_row = DEEP_GEMM_SM90.replace(group_size=-1, values=torch.int8)
-    yield "bf16 -> int8, float32 of whole rows", 1, QuantizeSpec(bf16, whole_row)
+    for max_warps, tiles, held in ((1, 2, True), (16, 2, True), (16, 4, True), (16, 1, False)):
+        tile = ONE_ROW._replace(tiles_per_thread=tiles, row_warps=4 if max_warps == 1 else 1)
+        shape = f"{max_warps} warps a row at most, tiles a thread: {tiles}"
+        name = f"bf16 -> int8, float32 of whole rows, {shape}" + ("" if held else ", read twice")
+        yield name, tiles, QuantizeSpec(bf16, ROWWISE_INT8, tile, max_warps=max_warps, held=held)
     for rows in (1, 2):
         spec = SiluMulSpec(bf16, packed, Tile(rows_per_thread=rows))
         yield f"SiLU * up, bf16 -> e4m3, ue8m0, rows a thread: {rows}", rows, spec
+    for name, fmt in (("e4m3", DEEP_GEMM_SM90), ("nvfp4", NVFP4)):
+        upper, access = (ENCODE, FP4_ACCESS) if fmt.upper_scale else (None, Access())
+        spec = QuantizeSpec(bf16, fmt, access=access, stochastic=True, upper=upper)
+        yield f"bf16 -> {name}, rounded stochastically", 1, spec
+    for interleaved in (False, True):
+        spec = SiluMulBackwardSpec(bf16, DEEP_GEMM_SM90, interleaved=interleaved)
+        layout = "interleaved" if interleaved else "in halves"
+        yield f"gradients of SiLU * up {layout}, bf16 -> e4m3, float32", 1, spec
     for tiles, max_warps in ((1, 16), (1, 4), (2, 8)):
         for residual in (False, True):
             spec = RmsNormSpec(
@@ -132,15 +144,17 @@ def bytes_per_warp(spec: QuantizerSpec | Stream) -> int:
     """
     if isinstance(spec, Stream):
         return ELEMENTS_PER_WARP * (2 * spec.loads + spec.stores)
-    inputs = 1
+    inputs = 1.0
     if isinstance(spec, SiluMulSpec):
         inputs = 2
+    elif isinstance(spec, SiluMulBackwardSpec):
+        inputs = 1.5
     elif isinstance(spec, RmsNormSpec) and spec.residual:
         inputs = 3
     fmt = spec.fmt
     values = fmt.value_columns(ELEMENTS_PER_WARP) * fmt.values.itemsize
     scales = 0 if fmt.whole_row else ELEMENTS_PER_WARP // fmt.group_size * fmt.scale_dtype.itemsize
-    return ELEMENTS_PER_WARP * 2 * inputs + values + scales
+    return int(ELEMENTS_PER_WARP * 2 * inputs) + values + scales
 
 
 def report(

@@ -6,13 +6,15 @@
     q, sf, residual = cute_quant.rms_norm_quantize(x, weight, residual=residual)
     q, sf = cute_quant.quantize(x, cute_quant.NVFP4, amax=cute_quant.tensor_amax(x))
     w8, w_sf = cute_quant.quantize_blocks(w)                # weights, in square blocks
+    rows, columns = cute_quant.quantize_both(x, fmt, column_fmt)  # for FP8 training
     launch = cute_quant.bind(x, out=(q, sf))                # checked once, launched often
     sf = cute_quant.convert_scales(sf, fmt, to, x.shape)    # the same scales in another layout
 
 ``Format`` and the named formats say what results look like, ``Masked``, ``PrefixSum`` and
 ``Indexed`` which rows exist. ``cute_quant.kernels`` has the stage for kernels of your own,
 ``cute_quant.integrations`` the calls of DeepGEMM and vLLM, ``cute_quant.distributed`` expert
-parallel layers and the shardings of DTensor.
+parallel layers and the shardings of DTensor, ``cute_quant.checkpoint`` what quantizes checkpoints
+of Hugging Face.
 """
 
 from cute_quant.contract.formats import (
@@ -29,7 +31,7 @@ from cute_quant.contract.formats import (
     ROWWISE_INT8,
     Format,
 )
-from cute_quant.contract.rows import Indexed, Masked, PrefixSum
+from cute_quant.contract.rows import Indexed, Masked, PrefixSum, PrefixSumWithGaps
 from cute_quant.dispatch.launch import Launch
 from cute_quant.dispatch.warm_up import WarmUp, warm_up
 from cute_quant.jit.aot_load import load
@@ -45,8 +47,11 @@ from cute_quant.ops import (
     fake_quantize,
     quantize,
     quantize_blocks,
+    quantize_both,
+    quantize_columns,
     requantize_blocks,
     rms_norm_quantize,
+    silu_mul_backward_quantize,
     silu_mul_quantize,
     tensor_amax,
 )
@@ -68,6 +73,7 @@ __all__ = [
     "Launch",
     "Masked",
     "PrefixSum",
+    "PrefixSumWithGaps",
     "WarmUp",
     "bind",
     "check_scales",
@@ -81,8 +87,11 @@ __all__ = [
     "load",
     "quantize",
     "quantize_blocks",
+    "quantize_both",
+    "quantize_columns",
     "requantize_blocks",
     "rms_norm_quantize",
+    "silu_mul_backward_quantize",
     "silu_mul_quantize",
     "tensor_amax",
     "warm_up",

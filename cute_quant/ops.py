@@ -10,13 +10,22 @@ from torch.compiler import is_dynamo_compiling
 
 from cute_quant.contract import checks
 from cute_quant.contract.blocks import check_block_format, stored_once
+from cute_quant.contract.blocks import empty_scales as empty_block_scales
 from cute_quant.contract.calls import Call
+from cute_quant.contract.columns import ColumnCall, Output
 from cute_quant.contract.dtypes import INPUT_DTYPES, describe
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90, Format
-from cute_quant.contract.prologues import FUSED, make_rms_norm, make_silu_mul
-from cute_quant.contract.reader_checks import Finding, Quantized, check_arguments, findings
+from cute_quant.contract.prologues import (
+    FUSED,
+    make_rms_norm,
+    make_silu_mul,
+    make_silu_mul_backward,
+)
+from cute_quant.contract.reader_checks.arguments import check_arguments
+from cute_quant.contract.reader_checks.quantized import Finding, Quantized
+from cute_quant.contract.reader_checks.search import findings
 from cute_quant.contract.readers import READERS
-from cute_quant.contract.rows import Rows
+from cute_quant.contract.rows import PrefixSum, Rows
 from cute_quant.contract.scale_conversion import Conversion
 from cute_quant.contract.tensors import check_tensor
 from cute_quant.contract.torch_private import (
@@ -26,8 +35,9 @@ from cute_quant.contract.torch_private import (
     outside_of_graphs,
 )
 from cute_quant.contract.upper_scales import make_upper_scale
-from cute_quant.dispatch import block_ops, launch, torch_ops
+from cute_quant.dispatch import block_ops, column_ops, launch, torch_ops
 from cute_quant.dispatch import blocks as block_launches
+from cute_quant.dispatch import columns as column_launches
 from cute_quant.dispatch import convert_scales as conversions
 from cute_quant.dispatch import tensor_amax as amaxes
 from cute_quant.dispatch.launch import Launch
@@ -46,6 +56,7 @@ def quantize(
     encode_scale: torch.Tensor | None = None,
     decode_scale: torch.Tensor | None = None,
     amax: torch.Tensor | None = None,
+    rng_state: torch.Tensor | None = None,
     check: bool = False,
     out: Out | None = None,
 ) -> tuple[torch.Tensor, ...]:
@@ -96,6 +107,13 @@ def quantize(
         decode_scale: the same, but its reciprocal, with which GEMMs multiply their result.
         amax: the same, but the largest magnitude, from which the encode scale is computed: 2688
             over it, at most 2^117, and 1 for an amax of 0.
+        rng_state: int64, (2,), contiguous, on the device of x: seed and offset of Philox 4x32-10
+            (Salmon et al., 2011). With it values are rounded stochastically, up or down with
+            probabilities that make their mean exact. The random bits of an element depend on the
+            state and on its matrix, row and column in the result alone, with a scatter on its row
+            and column in x: a call with the same state draws the same ones, so add to the offset
+            between calls, on the device. Bits 0 to 46 of the offset count. Numerics other than
+            "ieee" and `four_over_six` are refused.
         check: whether to read the counts of `rows`, `index`, `scatter` and the upper scale, which
             synchronizes, and raise on those that are out of range or do not fit x, or on a promise
             of `scatter` that is not kept. Otherwise counts are clamped.
@@ -103,7 +121,8 @@ def quantize(
             None to have it allocated. `q` has the leading
             dimensions of the result, any strides that do not overlap, and, unless rows are
             ``Masked``, may have more rows, which become 0. `sf` has the shape and strides of the
-            format; :func:`empty_scales` makes one. Padding rows of its last column become 0 as far
+            format; :func:`empty_scales` makes one. MN-major scales may also have columns without
+            padding rows, strides (..., 1, mn). Padding rows of its last column become 0 as far
             as its storage goes, so nothing else may live there. Memory that overlaps is refused,
             but not under ``torch.compile``, which cannot see it.
 
@@ -125,7 +144,8 @@ def quantize(
     if not (encode_scale is decode_scale is amax is None):
         upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
     moved = index is not None or scatter is not None or num_rows is not None
-    if rows is None and not moved and check is False and not is_dynamo_compiling():
+    plain = rows is None and not moved and rng_state is None and check is False
+    if plain and not is_dynamo_compiling():
         results = None
         if out is None:
             results = launch.quantize_again(x, fmt, upper)
@@ -140,7 +160,7 @@ def quantize(
         _check_input("quantize", *upper)
     _check_input("quantize", "x", x)
     call = Call(x, fmt, outputs.q, outputs.sf, rows, index, None, upper, outputs.row_scales)
-    return _run(call._replace(scatter=scatter, num_rows=num_rows), check)
+    return _run(call._replace(rng_state=rng_state, scatter=scatter, num_rows=num_rows), check)
 
 
 def silu_mul_quantize(
@@ -187,7 +207,9 @@ def silu_mul_quantize(
             ``quantize(F.silu(g) * u)``, or with an alpha that is not 1 to
             ``quantize(g * torch.sigmoid(alpha * g) * (u + beta))`` (except for a beta that the
             dtype does not have: on the CPU torch rounds it first); the product with a weight is
-            computed in float32, and rounded. On a GPU a sigmoid below 2^-126, of gates below -87,
+            computed in float32, and rounded. "vllm" rounds the product of activation and up alone,
+            as vLLM's ``silu_mul_quant_fp8_packed_triton`` does: all before it is float32, `clamp`
+            too. On a GPU a sigmoid below 2^-126, of gates below -87,
             may be 0.
         rows: which rows exist, as for :func:`quantize`.
         index: int32, (mn,) or (b, mn): rows of `gate_up`, as for :func:`quantize`.
@@ -201,7 +223,7 @@ def silu_mul_quantize(
 
     Returns:
         q, sf: as :func:`quantize` of the (..., mn, k) values returns them. A group in which a
-            result is NaN or beyond the largest float32, or in "unfused" beyond the largest of its
+            result is NaN or beyond the largest float32, or unless "fused" beyond the largest of its
             dtype, becomes NaN.
 
     Raises:
@@ -226,6 +248,71 @@ def silu_mul_quantize(
         gate_up, fmt, outputs.q, outputs.sf, rows, index, prologue, upper, outputs.row_scales
     )
     return _run(call._replace(scatter=scatter, num_rows=num_rows), check)
+
+
+def silu_mul_backward_quantize(
+    grad: torch.Tensor,
+    gate_up: torch.Tensor,
+    fmt: Format = DEEP_GEMM,
+    *,
+    interleaved: bool = False,
+    clamp: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    rows: Rows | None = None,
+    encode_scale: torch.Tensor | None = None,
+    decode_scale: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
+    rng_state: torch.Tensor | None = None,
+    check: bool = False,
+    out: Out | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Compute the gradients of gates and ups of a gated activation, and quantize them, in one pass.
+
+    With gates g and ups u, bounded by `clamp`, and s = sigmoid(alpha * g), the gradients of
+    ``(u + beta) * g * s`` are ``grad * (u + beta) * s * (1 + alpha * g * (1 - s))`` for gates and
+    ``grad * g * s`` for ups, and 0 for those beyond their bounds. They are computed in float64 on
+    the CPU, in float32 on a GPU, and quantized as float32 by :func:`quantize`, in the places of
+    gates and ups. Products with Inf are Inf or NaN, so their groups become NaN.
+
+    Args:
+        grad: (..., mn, k), of the dtype of `gate_up`, with strides as x of :func:`quantize`: the
+            gradient of what :func:`silu_mul_quantize` quantizes.
+        gate_up: (..., mn, 2 k), bfloat16, float16 or float32, with strides as x of
+            :func:`quantize`. k is at most 2^19.
+        fmt: what the result looks like. Groups are of columns of the result: where k is no multiple
+            of their size, one has gates and ups.
+        interleaved: as for :func:`silu_mul_quantize`.
+        clamp: as for :func:`silu_mul_quantize`.
+        alpha: as for :func:`silu_mul_quantize`.
+        beta: as for :func:`silu_mul_quantize`.
+        rows: which rows exist, as for :func:`quantize`.
+        encode_scale: as for :func:`quantize`.
+        decode_scale: as for :func:`quantize`.
+        amax: as for :func:`quantize`.
+        rng_state: as for :func:`quantize`.
+        check: whether to read counts and raise on those out of range.
+        out: q and sf to write into, as for :func:`quantize`.
+
+    Returns:
+        q, sf: as :func:`quantize` of the (..., mn, 2 k) gradients returns them.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    for name, t in (("grad", grad), ("gate_up", gate_up)):
+        _check_input("silu_mul_backward_quantize", name, t)
+    outputs = _outputs(out, fmt)
+    upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
+    if upper is not None:
+        _check_input("silu_mul_backward_quantize", *upper)
+    prologue = make_silu_mul_backward(
+        grad, interleaved=interleaved, clamp=clamp, alpha=alpha, beta=beta
+    )
+    call = Call(
+        gate_up, fmt, outputs.q, outputs.sf, rows, None, prologue, upper, outputs.row_scales
+    )
+    return _run(call._replace(rng_state=rng_state), check)
 
 
 def rms_norm_quantize(
@@ -274,9 +361,13 @@ def rms_norm_quantize(
             and quantizes float32 values. "unfused" rounds the sum to x's dtype before it is
             normalized, and the result before it is quantized, as torch does: equal to
             ``quantize(F.rms_norm(x + residual, (k,), weight, eps))``, whose squares are float32.
+            "huggingface" rounds the sum, the row over its root mean square, and the product with
+            the weight, as LlamaRMSNorm of transformers does. "vllm" normalizes the float32 sum,
+            rounds the row to the weight's dtype, and the product to x's, as vLLM's ``rms_norm``,
+            ``fused_add_rms_norm`` and fused quantizers do. Both without `weight_offset`.
         normalized: whether to return the normalized rows too, or where to write them: a tensor as
-            `residual` has to be. They are of x's dtype: what is quantized in "unfused", that
-            rounded in "fused".
+            `residual` has to be. They are of x's dtype: what is quantized, in "fused" that
+            rounded.
         rows: which rows exist, as for :func:`quantize`; without `residual` and `normalized`, unless
             there is a scatter, which takes every row of x.
         index: int32, (mn,) or (b, mn): rows of x, as for :func:`quantize`, without `residual` and
@@ -515,6 +606,7 @@ def requantize_blocks(
     encode_scale: torch.Tensor | None = None,
     decode_scale: torch.Tensor | None = None,
     amax: torch.Tensor | None = None,
+    check: bool = False,
     out: Out | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize the weights of an FP8 checkpoint anew, in another format.
@@ -525,15 +617,19 @@ def requantize_blocks(
     in a wider type.
 
     Args:
-        w8: (..., N, K), float8_e4m3fn, contiguous along k, with strides as for :func:`quantize`.
-        w_sf: float32, (..., ceil(N / 128), ceil(K / 128)), the scales of blocks of 128 x 128, which
-            checkpoints call ``weight_scale_inv``. Strides are free, as long as one of them walks
-            the leading dimensions.
+        w8: (..., N, K), float8_e4m3fn, with strides as for :func:`quantize_blocks`. For FP4 it is
+            contiguous along k, as its groups are.
+        w_sf: float32, the scales of blocks, which checkpoints call ``weight_scale_inv``:
+            (..., ceil(N / b), ceil(K / b)) for blocks of b x b, b being 128 or 32. Strides are
+            free, as long as one of them walks the leading dimensions.
         fmt: what the result looks like: for 8-bit values as for :func:`quantize_blocks`, for FP4 as
             for :func:`quantize`, without `row_scale`.
         encode_scale: as for :func:`quantize`.
         decode_scale: as for :func:`quantize`.
         amax: as for :func:`quantize`, of the products.
+        check: whether to read `w8`, `w_sf` and the scale over e4m3 scales, which synchronizes, and
+            raise on NaN among the values, on scales that are negative or not finite, on products
+            that are Inf, and on a scale that does not fit the products.
         out: as for :func:`quantize_blocks`.
 
     Returns:
@@ -547,10 +643,122 @@ def requantize_blocks(
     upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
     if upper is not None:
         _check_input("requantize_blocks", *upper)
+    _check_bool("check", check)
     outputs = _outputs(out, fmt)
-    traced = _is_traced(w8)
-    run = block_ops.requantize if traced else block_launches.requantize
-    return run(w8, w_sf, fmt, upper, outputs.q, outputs.sf)
+    call = w8, w_sf, fmt, upper, outputs.q, outputs.sf
+    if not _is_traced(w8):
+        return block_launches.requantize(*call, check=check)
+    if check:
+        raise ValueError(
+            "check: expected False under a tracer or dispatch mode, or with a tensor subclass, "
+            "whose values are not read"
+        )
+    return block_ops.requantize(*call)
+
+
+def quantize_columns(
+    x: torch.Tensor,
+    fmt: Format,
+    *,
+    transposed: bool = False,
+    rows: PrefixSum | None = None,
+    check: bool = False,
+    out: Out | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize columns in groups of rows that share a scale, as weight gradients are computed with.
+
+    A group is ``fmt.group_size`` rows, 32 or 128, of one column. The result is that of
+    ``quantize(x.mT, fmt)``, the same bits of values and scales in other places: x is not
+    transposed before, and read once. On a GPU this is one kernel, as of :func:`quantize`.
+
+    Args:
+        x: (..., mn, k), bfloat16, float16 or float32, contiguous along k, with strides as for
+            :func:`quantize`. mn need not be a multiple of the group size: the last group may be
+            short.
+        fmt: the format of the rows of the transpose: 8-bit values, and scales that are float32 and
+            MN-major in groups of 32 or 128, or UE8M0 in groups of 32, packed and MN-major or in
+            blocks of 128x4.
+        transposed: whether q is the transpose too, as GEMMs read it that want both operands
+            contiguous along the dimension that they sum over.
+        rows: None, or a :class:`PrefixSum` of experts stacked along M, for x of shape (M, k). Its
+            `alignment` is a multiple of the group size, of 128 where four scales share a word or a
+            block's row, so that none of these has rows of two experts. Rows that do not exist get
+            values 0, and count as zeros in the group of an expert's last rows. A group without
+            rows gets scales 0.
+        check: whether to read the ends of `rows`, which synchronizes, and raise on those out of
+            range. Otherwise they are clamped.
+        out: q and sf to write into, each of them None to have it allocated: `q` with the shape of
+            the result, any strides that do not overlap and rows that are contiguous, `sf`
+            contiguous, both in memory of their own.
+
+    Returns:
+        q: that of `out`, or (..., mn, k), or (..., k, mn) if it is `transposed`; ``fmt.values``,
+            contiguous.
+        sf: that of `out`, or a new one, contiguous, with a row for each group or word: float32
+            (..., ceil(mn / g), k), or int32 (..., ceil(mn / 128), k), where group j of a column is
+            byte j % 4 of word j / 4, the low one first, and bytes past the last group are 0. In
+            128x4 blocks it is that of :func:`quantize` for the transpose: (..., align(k, 128)
+            align(ceil(mn / 32), 4)).
+
+        DeepGEMM's k-grouped GEMMs read float32 and int32 scales on SM100 with q as x lies,
+        and float32 ones on SM90 with q transposed, of one expert; cuBLAS reads 128x4 blocks with
+        q transposed. ``dequantize(q, sf.mT, fmt)`` is the transpose of x again where q is
+        transposed and scales are MN-major.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    _check_input("quantize_columns", "x", x)
+    outputs = _outputs(out, fmt)
+    call = ColumnCall(x, Output(fmt, outputs.q, outputs.sf), transposed, rows)
+    return _run_columns(call, check).columns
+
+
+def quantize_both(
+    x: torch.Tensor,
+    fmt: Format,
+    column_fmt: Format,
+    *,
+    transposed: bool = False,
+    rows: PrefixSum | None = None,
+    check: bool = False,
+    out: Sequence[Out | None] | None = None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Quantize rows in groups along k, and columns in groups of rows, from one read of x.
+
+    FP8 training needs both of each activation and gradient: groups along k for the forward GEMM and
+    the gradient of the input, groups along rows for the gradient of the weight. Equal to the bit to
+    ``quantize(x, fmt, rows=rows)`` and
+    ``quantize_columns(x, column_fmt, transposed=transposed, rows=rows)``.
+
+    Args:
+        x: (..., mn, k), as for :func:`quantize_columns`.
+        fmt: of the rows, as for :func:`quantize`: 8-bit values in groups of 32 or 128, any layout.
+        column_fmt: of the columns, as for :func:`quantize_columns`.
+        transposed: whether the values of the columns are (..., k, mn).
+        rows: None or a :class:`PrefixSum`, as for :func:`quantize_columns`.
+        check: whether to read the ends of `rows`, which synchronizes, and raise on those out of
+            range.
+        out: memory for the two results, each a pair as `out` of :func:`quantize_columns` or None;
+            q of the rows has no more rows than x.
+
+    Returns:
+        The pair (q, sf) of the rows as :func:`quantize` returns it, and that of the columns.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    _check_input("quantize_both", "x", x)
+    if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
+        got = f"{len(out)} items" if isinstance(out, (tuple, list)) else describe(out)
+        raise TypeError(f"out: expected ((q, sf), (q, sf)), got {got}")
+    of_rows, of_columns = out or (None, None)
+    outputs, column_outputs = _outputs(of_rows, fmt), _outputs(of_columns, column_fmt)
+    along_k = Output(fmt, outputs.q, outputs.sf)
+    columns = Output(column_fmt, column_outputs.q, column_outputs.sf)
+    results = _run_columns(ColumnCall(x, columns, transposed, rows, along_k), check)
+    assert results.along_k is not None
+    return results.along_k, results.columns
 
 
 def convert_scales(
@@ -693,9 +901,11 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
     Args:
         *args: positional arguments of `operation`.
         **kwargs: keyword arguments of `operation`.
-        operation: :func:`quantize`, :func:`silu_mul_quantize`, :func:`rms_norm_quantize`,
-            :func:`dequantize`, :func:`fake_quantize`, :func:`quantize_blocks`,
-            :func:`dequantize_blocks` or :func:`requantize_blocks`.
+        operation: :func:`quantize`, :func:`silu_mul_quantize`,
+            :func:`silu_mul_backward_quantize`, :func:`rms_norm_quantize`, :func:`dequantize`,
+            :func:`fake_quantize`, :func:`quantize_blocks`, :func:`dequantize_blocks`,
+            :func:`requantize_blocks`, :func:`quantize_columns`, :func:`quantize_both` or
+            :func:`convert_scales`.
 
     Returns:
         The launch: a callable whose ``results`` are what `operation` returns.
@@ -707,12 +917,16 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
     operations = (
         quantize,
         silu_mul_quantize,
+        silu_mul_backward_quantize,
         rms_norm_quantize,
         dequantize,
         fake_quantize,
         quantize_blocks,
         dequantize_blocks,
         requantize_blocks,
+        convert_scales,
+        quantize_columns,
+        quantize_both,
     )
     if not any(operation is function for function in operations):
         names = ", ".join(function.__name__ for function in operations)
@@ -721,25 +935,36 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
 
 
 def empty_scales(
-    fmt: Format, shape: Sequence[int], *, device: torch.device | str | None = None
+    fmt: Format,
+    shape: Sequence[int],
+    *,
+    blocks: bool = False,
+    device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """Return uninitialized memory for the scales of values, as `out` of an operation takes it.
 
     Args:
         fmt: the format of values and scales.
         shape: shape of the values, (..., mn, k).
+        blocks: whether they are scales of square blocks, as :func:`quantize_blocks` writes them.
         device: device of the scales, by default torch's.
 
     Returns:
         ``fmt.sf_dtype``, shape and strides as :class:`Format` says, in storage that holds all
-        padding.
+        padding; float32 scales of blocks as :func:`quantize_blocks` says.
 
     Raises:
-        TypeError: `fmt` is no Format, or `shape` is no sequence.
-        ValueError: `shape` has less than 2 dimensions, or too many columns.
+        TypeError: `fmt` is no Format, `shape` is no sequence, or `blocks` is no bool.
+        ValueError: `shape` has less than 2 dimensions, or too many columns, or there are no such
+            blocks.
     """
     checks.check_format(fmt)
-    return fmt.empty_scales(*checks.check_values_shape(shape), device)
+    _check_bool("blocks", blocks)
+    sizes = checks.check_values_shape(shape)
+    if blocks:
+        check_block_format(fmt)
+        return empty_block_scales(fmt, sizes, device)
+    return fmt.empty_scales(*sizes, device)
 
 
 def deep_gemm_format(device: torch.device | str | int | None = None) -> Format:
@@ -812,12 +1037,26 @@ def _run(call: Call, check: bool) -> tuple[torch.Tensor, ...]:
         tensors += [t for t in further if isinstance(t, torch.Tensor) and not is_fake(t)]
     if not any(map(_is_traced, tensors)):
         return launch.quantize(call, check=check, remember=not check)
+    _refuse_check(check)
+    return torch_ops.quantize(call)
+
+
+def _run_columns(call: ColumnCall, check: bool) -> column_launches.Results:
+    """Launch a call, or hand it to its operator."""
+    _check_bool("check", check)
+    if not _is_traced(call.x):
+        return column_launches.run(call, check=check)
+    _refuse_check(check)
+    return column_ops.run(call)
+
+
+def _refuse_check(check: bool) -> None:
+    """Refuse to check counts where a tracer sees the call."""
     if check:
         raise ValueError(
             "check: expected False under a tracer or dispatch mode, or with a tensor subclass, "
             "whose counts are not read"
         )
-    return torch_ops.quantize(call)
 
 
 class _Outputs(NamedTuple):

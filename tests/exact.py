@@ -153,7 +153,7 @@ def exact_min_scale(
 ) -> float:
     """Return a smallest scale, a number, a library's name for one, or the default, as a number.
 
-    DeepGEMM and SGLang bound the amax by a float32 and divide it by the largest value.
+    DeepGEMM, SGLang and torchao bound the amax by a float32 and divide it by the largest value.
     """
     if min_scale is None:
         min_scale = "none" if scale_dtype is E4M3 else "vllm"
@@ -161,8 +161,8 @@ def exact_min_scale(
         return min_scale
     if scale_dtype is E4M3:
         return {"none": 0.0, "deepgemm": 2.0**-9, "torchao": 2.0**-6}[min_scale]
-    amax = {"deepgemm": 1e-4, "sglang": 1e-10}
+    amax = {"deepgemm": 1e-4, "sglang": 1e-10, "torchao": 1e-12}
     if min_scale in amax:
         rounded = exact_float32(Fraction(amax[min_scale]))
         return float(exact_float32(rounded / LARGEST[dtype]))
-    return {"vllm": 1e-10, "ocp": 0.0}[min_scale]
+    return {"vllm": 1e-10, "vllm_fused": 1 / (512 * LARGEST[dtype]), "ocp": 0.0}[min_scale]

@@ -209,12 +209,14 @@ def expect(
     index: torch.Tensor | None = None,
     upper: UpperScale | None = None,
     scaled_as: torch.Tensor | None = None,
+    rng_state: torch.Tensor | None = None,
     scatter: torch.Tensor | None = None,
 ) -> None:
     """Write the oracle's results to memory like that of ``poisoned_results``."""
     q, sf, *row_scales = results
-    row_scales = row_scales[0] if row_scales else None
-    oracle.quantize_into(x, q, sf, fmt, rows, index, upper, row_scales, scaled_as, scatter)
+    of_rows = row_scales[0] if row_scales else None
+    further = {"rng_state": rng_state, "scatter": scatter}
+    oracle.quantize_into(x, q, sf, fmt, rows, index, upper, of_rows, scaled_as, **further)
 
 
 def check_every_byte(
@@ -225,6 +227,7 @@ def check_every_byte(
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
     upper: UpperScale | None = None,
+    rng_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Quantize x on its device into poisoned memory; every byte must be the oracle's.
 
@@ -236,7 +239,7 @@ def check_every_byte(
     *batch_shape, mn, k = x.shape if index is None else (*index.shape, x.shape[-1])
     batch_shape = tuple(batch_shape)
     upper = upper_scale(x, fmt, index) if upper is None else upper
-    arguments = {"rows": rows, "index": index, **as_arguments(upper)}
+    arguments = {"rows": rows, "index": index, "rng_state": rng_state, **as_arguments(upper)}
     given, expected = (
         poisoned_results(fmt, mn, k, device, extra_rows, last_padding, batch_shape)
         for device in (x.device.type, "cpu")
@@ -244,7 +247,7 @@ def check_every_byte(
     results = quantize(x, fmt, **arguments, out=given)
     assert len(results) == len(given)
     assert all(result is own for result, own in zip(results, given, strict=True))
-    expect(expected, x, fmt, rows, index, upper)
+    expect(expected, x, fmt, rows, index, upper, rng_state=rng_state)
     for actual, wanted in zip(given[::2], expected[::2], strict=True):
         assert_same_bits(actual, wanted)
     q, sf = given[:2]

@@ -14,15 +14,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cute_quant import Format, Indexed, Masked, PrefixSum
+from cute_quant import Format, Indexed, Masked, PrefixSum, PrefixSumWithGaps
 from cute_quant.contract.rows import Rows
 from cute_quant.contract.upper_scales import UpperScale
-from tests.exact import E2M1, E4M3, LARGEST, MAGNITUDES, exact_min_scale, nan_byte
+from tests.exact import E2M1, E4M3, E5M2, LARGEST, MAGNITUDES, exact_min_scale, nan_byte
 
 POWERS = 2.0 ** np.arange(-127, 128)
 """Scales by their UE8M0 byte; the last byte is NaN's."""
 NAN_EXPONENT = 255
 TABLES = {dtype: np.array([float(m) for m in table]) for dtype, table in MAGNITUDES.items()}
+MANTISSA_BITS = {E4M3: 3, E5M2: 2, torch.int8: 7, E2M1: 1}
 SIGNS = {dtype: 0x8 if dtype is E2M1 else 0x80 for dtype in MAGNITUDES}
 FLOAT32_NAN = np.uint32(0x7FC00000)
 E4M3_NAN = 0x7F
@@ -144,12 +145,64 @@ def nearest(magnitudes: np.ndarray, table: np.ndarray) -> np.ndarray:
     return codes + (tied & (codes % 2 == 1))
 
 
-def codes_of(x: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """Return the codes of the values of x (..., k) under scales (..., groups), each in a byte."""
+def philox(counter: tuple, key: tuple) -> list[np.ndarray]:
+    """Return the four words of Philox 4x32-10, all of them uint64 below 2^32."""
+    word = np.uint64(0xFFFFFFFF)
+    counter = [np.asarray(c, np.uint64) & word for c in counter]
+    key = [int(k) & 0xFFFFFFFF for k in key]
+    for _ in range(10):
+        products = counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)
+        high, low = ([p >> np.uint64(32) for p in products], [p & word for p in products])
+        counter = [
+            high[1] ^ counter[1] ^ np.uint64(key[0]),
+            low[1],
+            high[0] ^ counter[3] ^ np.uint64(key[1]),
+            low[0],
+        ]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return counter
+
+
+def random_of(rng_state: torch.Tensor, matrices: int, mn: int, k: int) -> np.ndarray:
+    """Return the random word of each element, (matrices, mn, k), element by element."""
+    seed, offset = (number % 2**64 for number in rng_state.tolist())
+    matrix, row, column = np.indices((matrices, mn, k), np.uint64)
+    first = (column // np.uint64(8) + np.uint64((offset >> 32) * 2**17 % 2**32)) % np.uint64(2**32)
+    words = np.stack(philox((first, row, matrix, offset), (seed, seed >> 32)))
+    chosen = np.take_along_axis(words, (column % np.uint64(8) // np.uint64(2))[None], 0)[0]
+    swapped = (chosen << np.uint64(16) | chosen >> np.uint64(16)) & np.uint64(0xFFFFFFFF)
+    return np.where(column % np.uint64(2), chosen, swapped)
+
+
+def drawn(magnitudes: np.ndarray, random: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Return the code of one of the two neighbours of each magnitude, by its random word."""
+    table, bits = TABLES[dtype], 23 - MANTISSA_BITS[dtype]
+    magnitudes = np.minimum(np.where(np.isnan(magnitudes), 0.0, magnitudes), table[-1])
+    below = np.searchsorted(table, magnitudes, side="right") - 1
+    above = np.minimum(below + 1, len(table) - 1)
+    distance = np.where(above > below, table[above] - table[below], 1.0)
+    fraction = np.rint((magnitudes - table[below]) / distance * 2.0**bits)
+    up = fraction + (random >> np.uint64(32 - bits)) >= 2.0**bits
+    return np.where(up, above, below)
+
+
+def codes_of(
+    x: np.ndarray, scales: np.ndarray, fmt: Format, random: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the codes of the values of x (..., k) under scales (..., groups), each in a byte.
+
+    Args:
+        random: (..., k), a word for each value that is rounded by it; None to round to nearest.
+    """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         multipliers = np.where(scales == 0, 0.0, float32(1.0 / scales))
         products = (in_groups(x, fmt) * multipliers[..., None]).astype(np.float32)
-    codes = nearest(np.abs(products.astype(np.float64)), TABLES[fmt.values])
+    magnitudes = np.abs(products.astype(np.float64))
+    if random is None:
+        codes = nearest(magnitudes, TABLES[fmt.values])
+    else:
+        words = in_groups(random, fmt).astype(np.uint64)
+        codes = drawn(magnitudes, words, fmt.values)
     negative = np.signbit(products)
     if fmt.values is torch.int8:
         codes = np.where(negative, -codes, codes)
@@ -257,6 +310,7 @@ def quantize_into(
     upper: UpperScale | None = None,
     row_scales: torch.Tensor | None = None,
     scaled_as: torch.Tensor | None = None,
+    rng_state: torch.Tensor | None = None,
     scatter: torch.Tensor | None = None,
 ) -> None:
     """Write what ``quantize`` writes to `q`, to the storage of `sf`, and to `row_scales`.
@@ -268,6 +322,8 @@ def quantize_into(
         upper: the scale over e4m3 scales, on any device.
         row_scales: (..., mn), on the CPU, for the decode scales of rows.
         scaled_as: of x's shape, whose rows have the scales of rows; x by default.
+        rng_state: (2,), seed and offset of the random words that values are rounded by: those of
+            their place in q, with a scatter of that in x.
         scatter: rows of q for each row of x. Rows that exist and are not named stay.
     """
     k = x.shape[-1]
@@ -285,6 +341,8 @@ def quantize_into(
     if scatter is not None:
         stays = live_rows(rows, None, matrices, mn, matrices * mn) >= 0
         stays &= ~exists
+    if isinstance(rows, PrefixSumWithGaps):
+        stays = ~exists
     values = np.zeros((matrices, mn, k))
     values[exists] = flat[sources[exists]]
 
@@ -296,7 +354,12 @@ def quantize_into(
     scales = scales_of(values, fmt, forms) if mn else Scales(None, np.zeros((matrices, 0, 1)))
     codes = np.zeros((matrices, q_rows, k), np.uint8)
     if mn:
-        codes[:, :mn] = codes_of(values, scales.floats, fmt)
+        random = None
+        if rng_state is not None and scatter is None:
+            random = random_of(rng_state, matrices, mn, k)
+        elif rng_state is not None:
+            random = random_of(rng_state, 1, len(flat), k)[0][sources]
+        codes[:, :mn] = codes_of(values, scales.floats, fmt, random)
         codes[:, :mn][~exists] = 0
     counts = np.full(matrices, q_rows)
     if isinstance(rows, Masked):
@@ -485,6 +548,50 @@ def quantize_blocks_into(w: torch.Tensor, q: torch.Tensor, sf: torch.Tensor, fmt
         return
     rows = Scales(of_blocks.codes[:, block], of_blocks.floats[:, block])
     _store_scales(rows, np.ones(values.shape[:2], bool), None, sf, fmt)
+
+
+def quantize_columns_into(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    sf: torch.Tensor,
+    fmt: Format,
+    rows: PrefixSum | None = None,
+    transposed: bool = False,
+) -> None:
+    """Write what ``quantize_columns`` writes to `q` and to the storage of `sf`, on the CPU."""
+    if x.numel() == 0:
+        return
+    *leading, mn, k = x.shape
+    matrices, size = math.prod(leading), fmt.group_size
+    exists = live_rows(rows, None, matrices, mn, matrices * mn) >= 0
+    values = np.where(exists[..., None], to_array(x).reshape(matrices, mn, k), 0.0)
+    columns = np.ascontiguousarray(values.swapaxes(1, 2))
+    scales = scales_of(columns, fmt)
+    codes = np.where(exists[:, None], codes_of(columns, scales.floats, fmt), 0).astype(np.uint8)
+    codes = codes if transposed else np.ascontiguousarray(codes.swapaxes(1, 2))
+    q.view(torch.uint8).copy_(torch.from_numpy(codes).view(q.shape))
+
+    groups = scales.floats.shape[-1]
+    for matrix, group in np.ndindex(matrices, groups):
+        if not exists[matrix, group * size : (group + 1) * size].any():
+            scales.floats[matrix, :, group] = 0.0
+            if scales.codes is not None:
+                scales.codes[matrix, :, group] = 0
+    if fmt.scale_layout == "128x4":
+        _store_scales(scales, np.ones((matrices, k), bool), None, sf, fmt)
+        return
+    matrix, column, group = np.indices(scales.floats.shape)
+    storage = torch.empty(0, dtype=torch.uint8).set_(sf.untyped_storage()).numpy()
+    storage = storage[sf.storage_offset() * sf.element_size() :]
+    if fmt.scale_layout == "mn_major_packed":
+        words = -(-groups // 4)
+        storage[: 4 * matrices * words * k] = 0
+        storage[4 * ((matrix * words + group // 4) * k + column) + group % 4] = scales.codes
+        return
+    floats = scales.floats.astype(np.float32).view(np.uint32)
+    floats = np.where(np.isnan(scales.floats), FLOAT32_NAN, floats)
+    of_floats = storage[: 4 * matrices * groups * k].view(np.uint32)
+    of_floats[(matrix * groups + group) * k + column] = floats
 
 
 def products_of_blocks(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cute_quant.contract.formats import Format
-from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
+from cute_quant.contract.rows import KINDS, Indexed, Masked, Rows
 from tests import oracle
 from tests.helpers import POISON
 
@@ -23,14 +23,14 @@ def row_domain(kind: str, seed: int) -> tuple[Rows | None, int, int]:
         case "masked":
             counts = torch.cat([draw(3, 0, 12), torch.tensor([-(2**31), 11, 0], dtype=torch.int32)])
             return Masked(counts[torch.randperm(6, generator=generator)]), 6, 11
-        case "prefix_sum":
+        case "prefix_sum" | "prefix_sum_with_gaps":
             alignment = (4, 16, 7)[seed % 3]
             ends, start = [], 0
             for count in draw(5, 0, 20).tolist():
                 ends.append(start + count)
                 start = -(-ends[-1] // alignment) * alignment
             ends = torch.tensor(ends, dtype=torch.int32)
-            return PrefixSum(ends, alignment), 1, start + seed % 5
+            return KINDS[kind](ends, alignment), 1, start + seed % 5
         case "indexed":
             return Indexed(draw(70, -1, 3)), 1, 70
     return None, 1, 37 + seed % 3

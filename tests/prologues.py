@@ -62,6 +62,55 @@ def _silu_fused(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=
     return in_order(values, low, high)
 
 
+def silu_backward_bounds(
+    grad: torch.Tensor,
+    gate_up: torch.Tensor,
+    *,
+    interleaved: bool = False,
+    clamp: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+) -> Bounds:
+    """Return the gradients of (..., mn, 2 k), with the options of ``silu_mul_backward_quantize``.
+
+    Its two parts nearly cancel where gates are about -1.28: errors are those of their magnitudes.
+    """
+    gate, up, grad = (
+        t.double().numpy().astype(np.longdouble)
+        for t in (*split_halves(gate_up, interleaved), grad)
+    )
+    with np.errstate(all="ignore"):
+        limit = np.inf if clamp is None else np.longdouble(np.float32(clamp))
+        beyond = gate > limit, np.abs(up) > limit
+        gate, up = np.minimum(gate, limit), np.maximum(np.minimum(up, limit), -limit)
+        up = up + np.longdouble(np.float32(beta)) if beta else up
+        argument = np.clip(np.longdouble(np.float32(alpha)) * gate, -1000, 1000)
+        small = np.exp(-np.abs(argument))
+        sigmoid = np.where(argument >= 0, 1, small) / (1 + small)
+        rest = np.where(argument >= 0, small, 1) / (1 + small)
+        factors = grad * up, grad * gate
+        exact = factors[0] * sigmoid * (1 + argument * rest), factors[1] * sigmoid
+        # A sigmoid below the normal floats may be 0 on a GPU, times at most 89 in the sum.
+        errors = (
+            2 * SILU_ERROR * np.abs(factors[0] * sigmoid) * (1 + np.abs(argument))
+            + np.abs(factors[0]) * 89 * 2.0**-125,
+            np.abs(exact[1]) * SILU_ERROR + np.abs(factors[1]) * 2.0**-125,
+        )
+        parts = []
+        for out, value, error in zip(beyond, exact, errors, strict=True):
+            value, error = np.where(out, 0, value), np.where(out, 0, error) + 2.0**-126
+            error = np.where(np.isfinite(value), error, 0)
+            parts.append((value.astype(np.float32), value - error, value + error))
+        joined = [
+            np.stack(pair, -1).reshape(*pair[0].shape[:-1], -1)
+            if interleaved
+            else np.concatenate(pair, -1)
+            for pair in zip(*parts, strict=True)
+        ]
+    values, low, high = (torch.from_numpy(t.astype(np.float64)) for t in joined)
+    return in_order(values.float(), low, high)
+
+
 def _silu_unfused(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=0.0) -> Bounds:
     """Compute in torch's operations, of which only the sigmoid is inexact on a GPU."""
     gate, up = split_halves(gate_up, interleaved)
@@ -83,6 +132,22 @@ def _silu_unfused(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, bet
     values = [a * up for a in (activation, *ends)]
     if weight is not None:
         values = [(t.float() * weight.unsqueeze(-1)).to(dtype) for t in values]
+    return in_order(*values)
+
+
+def _silu_vllm(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=0.0) -> Bounds:
+    """Compute in torch's operations on float32, and round the product."""
+    bounds = _silu_fused(gate_up, None, interleaved, clamp, alpha, beta)
+    gate, up = (t.float() for t in split_halves(gate_up, interleaved))
+    alpha, beta = torch.tensor(alpha).float(), torch.tensor(beta).float()
+    if clamp is not None:
+        limit = torch.tensor(clamp).float()
+        gate, up = torch.minimum(gate, limit), torch.maximum(torch.minimum(up, limit), -limit)
+    up = up + beta if beta else up
+    activation = functional.silu(gate) if alpha == 1 else gate * torch.sigmoid(alpha * gate)
+    values = [t.to(gate_up.dtype) for t in (activation * up, bounds.low, bounds.high)]
+    if weight is not None:
+        values = [(t.float() * weight.unsqueeze(-1)).to(t.dtype) for t in values]
     return in_order(*values)
 
 
@@ -121,6 +186,16 @@ def _norm_unfused(total, weight, eps, offset, dtype) -> Bounds:
     return in_order(*(t.to(dtype) for t in (values, bounds.low, bounds.high)))
 
 
+def _norm_of_rounded_rows(total, weight, eps, dtype, row_dtype) -> Bounds:
+    """Normalize float32 rows as Hugging Face and vLLM write it: rounded, times the weight."""
+    bounds = _norm_fused(total, torch.ones_like(weight), eps, 0.0)
+    eps = torch.tensor(eps).float()
+    rows = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
+    rows = rows.where(bounds.values.isfinite(), bounds.values)
+    rounded = [t.to(row_dtype).float() for t in (rows, bounds.low, bounds.high)]
+    return in_order(*((t * weight.float()).to(dtype) for t in rounded))
+
+
 def silu_bounds(
     gate_up: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -128,7 +203,8 @@ def silu_bounds(
     **options: object,
 ) -> Bounds:
     """Return the gated activation of (..., mn, 2 k), with the options of ``silu_mul_quantize``."""
-    return {"fused": _silu_fused, "unfused": _silu_unfused}[rounding](gate_up, weight, **options)
+    functions = {"fused": _silu_fused, "unfused": _silu_unfused, "vllm": _silu_vllm}
+    return functions[rounding](gate_up, weight, **options)
 
 
 def norm_bounds(
@@ -142,6 +218,10 @@ def norm_bounds(
     """Return the norm of the rows of `total`, (..., mn, k), float32, for an input of `dtype`."""
     if rounding == "fused":
         return _norm_fused(total, weight, eps, weight_offset)
+    if rounding == "huggingface":
+        return _norm_of_rounded_rows(total.to(dtype).float(), weight, eps, dtype, dtype)
+    if rounding == "vllm":
+        return _norm_of_rounded_rows(total, weight, eps, dtype, weight.dtype)
     return _norm_unfused(total, weight, eps, weight_offset, dtype)
 
 

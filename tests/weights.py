@@ -124,21 +124,25 @@ def expect_requantized(
 ) -> None:
     """Write the oracle's results of ``requantize_blocks`` to memory of poison."""
     q, sf = results
-    w = oracle.products_of_blocks(w8, w_sf, DEEP_GEMM_SM90, torch.float32, 128)
+    of_most = w_sf.shape[-2:] == (-(-w8.shape[-2] // 128), -(-w8.shape[-1] // 128))
+    size = 128 if of_most else 32
+    w = oracle.products_of_blocks(w8, w_sf, DEEP_GEMM_SM90, torch.float32, size)
     if fmt.values is E2M1:
         oracle.quantize_into(w, q, sf, fmt, upper=upper)
     else:
         oracle.quantize_blocks_into(w, q, sf, fmt)
 
 
-def checkpoint(shape: tuple[int, ...], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def checkpoint(
+    shape: tuple[int, ...], seed: int, size: int = 128
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return e4m3 of any bits but few NaN, and scales of blocks of which some are special."""
     *leading, n, k = shape
     generator = torch.Generator().manual_seed(seed)
     w8 = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     rare = torch.rand(shape, generator=generator) < 1e-5
     w8 = w8.where((w8 & 0x7F != 0x7F) | rare, 0x31).view(torch.float8_e4m3fn)
-    blocks = (*leading, -(-n // 128), -(-k // 128))
+    blocks = (*leading, -(-n // size), -(-k // size))
     w_sf = torch.rand(blocks, generator=generator) * 1e-3
     special = torch.tensor([0.0, 1e-30, 1e30, math.nan, math.inf, -2e-4])
     flat = w_sf.view(-1)

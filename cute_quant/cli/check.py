@@ -20,20 +20,25 @@ from typing import Any, NamedTuple
 import torch
 
 import cute_quant
+from cute_quant.contract import blocks
+from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.dtypes import UPPER_MAX, ceil_div
-from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import FUSED, UNFUSED
+from cute_quant.contract.formats import DEEP_GEMM_SM90, Format
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.upper_scales import AMAX, DECODE, ENCODE
 from cute_quant.dispatch import presets
 from cute_quant.jit import keys, lookup, progress
 from cute_quant.kernels.config import (
     DENSE_ROWS,
+    BlocksSpec,
+    ConvertSpec,
     DequantizeSpec,
     Domain,
     QuantizerSpec,
     QuantizeSpec,
+    RequantizeSpec,
     RmsNormSpec,
+    SiluMulBackwardSpec,
     SiluMulSpec,
     Spec,
 )
@@ -42,6 +47,8 @@ from cute_quant.kernels.heuristics import TWO_ROWS, TWO_ROWS_FROM, TWO_TILES
 COLUMNS = 1024
 FEW_ROWS = 203
 """No multiple of 4, so that columns of scales have padding."""
+WHOLE_ROWS = 208
+"""A multiple of 16, for weights that are contiguous along them."""
 MATRICES = 3
 GROUPS = {PrefixSum.kind: 2, Indexed.kind: 4}
 """Groups of rows stacked along M."""
@@ -167,7 +174,7 @@ def _compare(spec: Spec, actual: Results, expected: Results) -> int | None:
             _require_equal("decode scales", _bytes(a), _bytes(b))
         wrong = f"more than {SCALE_ERROR:.1g} away from the reference's"
         _require_all("decode scales", _close(a, b), wrong)
-    if isinstance(spec, (SiluMulSpec, RmsNormSpec)):
+    if isinstance(spec, (SiluMulSpec, SiluMulBackwardSpec, RmsNormSpec)):
         count = _neighbouring_scales(_scales(actual), _scales(expected), spec.fmt)
         count += _neighbouring_values(actual, expected, spec.fmt)
         if expected.normalized is not None:
@@ -292,9 +299,13 @@ def _few(name: str, differing: torch.Tensor) -> int:
 
 def _results(spec: Spec, device: str) -> Results:
     """Return the results of a call that takes this kernel."""
+    generator = torch.Generator().manual_seed(SEED)
+    if isinstance(spec, ConvertSpec):
+        return _conversion(spec, device, generator)
+    if isinstance(spec, BlocksSpec | RequantizeSpec) or getattr(spec, "square", False):
+        return _weights(spec, device, generator)
     assert isinstance(spec, QuantizerSpec | DequantizeSpec), "no selection has it"
     fmt = spec.fmt
-    generator = torch.Generator().manual_seed(SEED)
     domain = DENSE_ROWS if isinstance(spec, DequantizeSpec) else spec.domain
     batch_shape = (MATRICES,) if domain.batched else ()
     mn, k = _size(spec)
@@ -339,9 +350,10 @@ def _results(spec: Spec, device: str) -> Results:
         places[order[: q.numel() // columns]] = torch.arange(q.numel() // columns)
         moves["scatter"] = places.view(FEW_ROWS, -1).to(device, torch.int32)
     residual = normalized = None
+    rng_state = torch.tensor([1, 2], device=device) if getattr(spec, "stochastic", False) else None
     match spec:
         case QuantizeSpec():
-            cute_quant.quantize(x, fmt, **moves, out=out, **upper)
+            cute_quant.quantize(x, fmt, **moves, rng_state=rng_state, out=out, **upper)
         case SiluMulSpec():
             weight = None
             if spec.weighted:
@@ -356,7 +368,22 @@ def _results(spec: Spec, device: str) -> Results:
                 alpha=1.702 if spec.scaled else 1.0,
                 beta=1.0 if spec.shifted else 0.0,
                 weight=weight,
-                rounding=UNFUSED if spec.unfused else FUSED,
+                rounding=spec.rounding,
+                out=out,
+                **upper,
+            )
+        case SiluMulBackwardSpec():
+            grad = torch.randn((*x.shape[:-1], k // 2), generator=generator)
+            cute_quant.silu_mul_backward_quantize(
+                grad.to(device, x.dtype),
+                x,
+                fmt,
+                rows=rows,
+                interleaved=spec.interleaved,
+                clamp=7.0 if spec.clamped else None,
+                alpha=1.702 if spec.scaled else 1.0,
+                beta=1.0 if spec.shifted else 0.0,
+                rng_state=rng_state,
                 out=out,
                 **upper,
             )
@@ -370,7 +397,7 @@ def _results(spec: Spec, device: str) -> Results:
                 fmt,
                 residual=residual,
                 **moves,
-                rounding=UNFUSED if spec.unfused else FUSED,
+                rounding=spec.rounding,
                 normalized=spec.normalized,
                 out=out,
                 **upper,
@@ -379,11 +406,60 @@ def _results(spec: Spec, device: str) -> Results:
     return Results(q, sf, residual, normalized, decode_scales)
 
 
+def _weights(spec: Spec, device: str, generator: torch.Generator) -> Results:
+    """Return the results of a call on weights that takes this kernel."""
+    assert isinstance(spec, BlocksSpec | RequantizeSpec | DequantizeSpec)
+    fmt, transposed = spec.fmt, isinstance(spec, BlocksSpec) and spec.transposed
+    rows = WHOLE_ROWS if transposed else FEW_ROWS
+    w = _activations((rows, COLUMNS), torch.float32, generator, 3)
+    if isinstance(spec, DequantizeSpec):
+        q, sf = cute_quant.quantize_blocks(w.to(device), fmt)
+        return Results(cute_quant.dequantize_blocks(q, sf, fmt, dtype=spec.dtype))
+    upper = None if isinstance(spec, BlocksSpec) else spec.upper
+    scales = _upper_scale(upper, _decode_scale(spec, w).to(device))
+    q = torch.full((rows, fmt.value_columns(COLUMNS)), POISON, dtype=torch.uint8, device=device)
+    q = q.view(fmt.values)
+    by_row = isinstance(spec, RequantizeSpec)
+    sf = (
+        fmt.empty_scales((), rows, COLUMNS, q.device)
+        if by_row
+        else blocks.empty_scales(fmt, ResultShape((), rows, COLUMNS), q.device)
+    )
+    _storage(sf).fill_(POISON)
+    if by_row or spec.dtype is fmt.values:
+        w8, w_sf = cute_quant.quantize_blocks(
+            w, DEEP_GEMM_SM90.replace(group_size=spec.source_block)
+        )
+        w8, w_sf = (_along_n(w8) if transposed else w8).to(device), w_sf.to(device)
+        cute_quant.requantize_blocks(w8, w_sf, fmt, out=(q, sf), **scales)
+    else:
+        w = w.to(spec.dtype)
+        w = (_along_n(w) if transposed else w).to(device)
+        cute_quant.quantize_blocks(w, fmt, out=(q, sf))
+    return Results(q, sf)
+
+
+def _along_n(w: torch.Tensor) -> torch.Tensor:
+    """Return the same weights contiguous along n."""
+    return w.mT.contiguous().mT
+
+
+def _conversion(spec: ConvertSpec, device: str, generator: torch.Generator) -> Results:
+    """Return the results of a conversion of scales that takes this kernel."""
+    fmt, to = (one.replace(round_scale=not one.byte_scales) for one in (spec.source, spec.result))
+    x = _activations((FEW_ROWS, COLUMNS), torch.float32, generator, 14)
+    _, sf = cute_quant.quantize(x.to(device), fmt)
+    result = to.empty_scales((), FEW_ROWS, COLUMNS, sf.device)
+    _storage(result).fill_(POISON)
+    cute_quant.convert_scales(sf, fmt, to, x.shape, out=result)
+    return Results(result, result)
+
+
 def _decode_scale(spec: Spec, x: torch.Tensor) -> torch.Tensor:
     """Return a scale that maps what a call quantizes to the range of its format."""
     amax = x.float().nan_to_num(0.0, 0.0, 0.0).abs().amax()
     match spec:
-        case SiluMulSpec():
+        case SiluMulSpec() | SiluMulBackwardSpec():
             amax = amax * amax
         case RmsNormSpec():
             amax = amax.new_tensor(32.0)
@@ -404,7 +480,7 @@ def _upper_scale(kind: str | None, decode_scale: torch.Tensor | None) -> dict[st
 
 def _size(spec: Spec) -> tuple[int, int]:
     """(mn, k) of a result that a kernel of this tile is launched for."""
-    if isinstance(spec, QuantizerSpec) and (isinstance(spec, RmsNormSpec) or spec.fmt.row_scale):
+    if isinstance(spec, QuantizerSpec) and (isinstance(spec, RmsNormSpec) or spec.fmt.by_row):
         return FEW_ROWS, presets.columns_of_whole_rows(spec)
     if isinstance(spec, QuantizeSpec) and spec.tile in (TWO_ROWS, TWO_TILES):
         sms = lookup.multiprocessors(torch.cuda.current_device())

@@ -10,12 +10,12 @@ import torch
 
 from cute_quant.contract.dtypes import INPUT_DTYPES, LOAD_BYTES
 from cute_quant.contract.formats import DEEP_GEMM, Format
-from cute_quant.contract.prologues import FUSED, ROUNDINGS
+from cute_quant.contract.prologues import FUSED, NORM_ROUNDINGS
 from cute_quant.contract.rows import DENSE, KINDS, Masked
 from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.contract.upper_scales import KINDS as UPPER_KINDS
 from cute_quant.dispatch import presets, reachable
-from cute_quant.dispatch.call_range import OPERATIONS, CallRange
+from cute_quant.dispatch.call_range import CONVERT_SCALES, OPERATIONS, CallRange
 from cute_quant.dispatch.plan import Gpu
 from cute_quant.jit import keys
 from cute_quant.kernels.config import Spec
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calls.add_argument("--max-rows", type=int, default=2**16, help="(default: 65536)")
     calls.add_argument("--operation", action="append", choices=OPERATIONS, help="(quantize)")
     calls.add_argument("--format", type=_format, default=DEEP_GEMM, help="(DEEP_GEMM)")
+    calls.add_argument("--to", type=_format, metavar="FORMAT", help="of convert_scales")
     calls.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(bfloat16)")
     calls.add_argument("--rows", action="append", choices=(DENSE, *KINDS), help="(dense)")
     calls.add_argument("--gathered", action="store_true", help="with an index")
@@ -56,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for choice in ("interleaved", "clamped", "scaled", "shifted"):
         calls.add_argument(f"--{choice}", action="store_true", help="of silu_mul_quantize")
-    calls.add_argument("--rounding", choices=ROUNDINGS, default=FUSED)
+    calls.add_argument("--stochastic", action="store_true", help="with an rng_state")
+    calls.add_argument("--rounding", choices=NORM_ROUNDINGS, default=FUSED)
     calls.add_argument("--weight-dtype", choices=DTYPES, help="of rms_norm_quantize")
     calls.add_argument(
         "--upper-scale",
@@ -135,6 +137,8 @@ def _ranges(options: argparse.Namespace) -> list[CallRange]:
             options.rounding,
             _weight_dtype(options),
             scattered=options.scattered,
+            stochastic=options.stochastic,
+            to=options.to if operation == CONVERT_SCALES else None,
         ).with_upper_scale(options.upper_scale)
         for operation in options.operation or OPERATIONS[:1]
         for kind in options.rows or (DENSE,)

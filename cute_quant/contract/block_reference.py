@@ -6,9 +6,9 @@ import torch
 from torch.nn.functional import pad
 
 from cute_quant.contract import reference
-from cute_quant.contract.blocks import in_groups, stored_once
+from cute_quant.contract.blocks import block_size, quantized_by_row, stored_once
 from cute_quant.contract.calls import Call
-from cute_quant.contract.dtypes import SOURCE_BLOCK, ceil_div
+from cute_quant.contract.dtypes import E4M3_NAN, ceil_div
 from cute_quant.contract.formats import Format
 from cute_quant.contract.upper_scales import UpperScale
 
@@ -75,7 +75,7 @@ def requantize_into(
 
     Args:
         w8: (..., n, k), e4m3.
-        w_sf: (..., ceil(n / 128), ceil(k / 128)), float32.
+        w_sf: (..., ceil(n / b), ceil(k / b)), float32, of blocks of 128 or 32.
         fmt: the format of the result.
         upper: the scale over e4m3 scales.
         q: (..., n, k), or bytes of two values.
@@ -83,10 +83,43 @@ def requantize_into(
     """
     if w8.numel() == 0:
         return
-    scales = rows_of_blocks(w_sf, SOURCE_BLOCK, w8.shape[-2])
-    by_column = scales.repeat_interleave(SOURCE_BLOCK, -1)[..., : w8.shape[-1]]
+    size = block_size(w8, w_sf)
+    scales = rows_of_blocks(w_sf, size, w8.shape[-2])
+    by_column = scales.repeat_interleave(size, -1)[..., : w8.shape[-1]]
     w = w8.float() * by_column
-    if in_groups(fmt):
+    if quantized_by_row(fmt):
         reference.quantize_into(Call(w, fmt, upper=upper), q, sf)
     else:
         quantize_into(w, fmt, q, sf)
+
+
+def check_source(
+    w8: torch.Tensor, w_sf: torch.Tensor, fmt: Format, upper: UpperScale | None
+) -> None:
+    """Read the values and scales of a checkpoint, which synchronizes, and check that they fit.
+
+    Raises:
+        ValueError: a scale is negative or not finite, a value is NaN, a product is Inf, or the
+            scale over e4m3 scales does not fit the products.
+    """
+    if w8.numel() == 0:
+        return
+    _refuse("w_sf: expected finite scales, 0 or above", w_sf, ~(w_sf.isfinite() & (w_sf >= 0)))
+    # The codes of magnitudes are in their order, NaN the largest.
+    codes = (w8.view(torch.uint8) & E4M3_NAN).reshape(-1, *w8.shape[-2:])
+    codes = block_amax(codes, block_size(w8, w_sf)).view(w_sf.shape)
+    amaxes = codes.view(w8.dtype).float()
+    _refuse("w8: expected numbers, of which a block has the amax", amaxes, amaxes.isnan())
+    products = amaxes * w_sf
+    _refuse("w_sf: expected products with the amax of a block below 2^128", w_sf, products.isinf())
+    reference.check_upper_scale(Call(products, fmt, upper=upper))
+
+
+def _refuse(expected: str, t: torch.Tensor, wrong: torch.Tensor) -> None:
+    """Raise for the first block of which something is wrong, if there is one."""
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"{expected}, got {t[at].item():.6g} at block {at}, and such in {int(wrong.sum())} of "
+            f"{wrong.numel()} blocks"
+        )

@@ -60,9 +60,29 @@ def check_block_format(fmt: object) -> None:
             f"fmt: expected UE8M0 or float32 scales, got {fmt.text}, under whose e4m3 scales "
             f"weights are quantized in groups: use quantize"
         )
+    if fmt.bounds_amax or fmt.divides:
+        raise ValueError(
+            f"fmt: expected numerics 'ieee' or 'deepgemm' for blocks, got {fmt.text}, which no "
+            f"library has for weights"
+        )
     if fmt.group_size not in BLOCK_SIZES:
         sizes = " or ".join(f"{size} x {size}" for size in BLOCK_SIZES)
         raise ValueError(f"fmt: expected a group_size for blocks of {sizes}, got {fmt.text}")
+
+
+def check_requantized_format(fmt: object) -> None:
+    """Check that the weights of a checkpoint can be quantized anew in a format.
+
+    Raises:
+        TypeError: it is no Format.
+        ValueError: they cannot.
+    """
+    check_format(fmt)
+    assert isinstance(fmt, Format)
+    if not quantized_by_row(fmt):
+        check_block_format(fmt)
+    elif fmt.row_scale or fmt.whole_row:
+        raise ValueError(f"fmt: expected groups of rows, none over whole rows, got {fmt}")
 
 
 def stored_once(fmt: Format) -> bool:
@@ -74,7 +94,7 @@ def scale_shape(fmt: Format, batch_shape: Sequence[int], n: int, k: int) -> tupl
     """Return the shape of the scales of the blocks of weights (..., n, k)."""
     if not stored_once(fmt):
         return Format.scale_shape(fmt, batch_shape, n, k)
-    return (*batch_shape, ceil_div(n, fmt.group_size), ceil_div(k, fmt.group_size))
+    return block_counts(tuple(batch_shape), n, k, fmt.group_size)
 
 
 def scale_strides(fmt: Format, batch_shape: Sequence[int], n: int, k: int) -> tuple[int, ...]:
@@ -87,7 +107,9 @@ def scale_strides(fmt: Format, batch_shape: Sequence[int], n: int, k: int) -> tu
     return tuple(reversed(strides))
 
 
-def empty_scales(fmt: Format, shape: ResultShape, device: torch.device | str) -> torch.Tensor:
+def empty_scales(
+    fmt: Format, shape: ResultShape, device: torch.device | str | None
+) -> torch.Tensor:
     """Return uninitialized scales of blocks, in storage that holds all padding."""
     if not stored_once(fmt):
         return fmt.empty_scales(*shape, device)
@@ -115,7 +137,7 @@ def check_quantize_blocks(
     """
     check_block_format(fmt)
     check_tensor("w", w, INPUT_DTYPES)
-    _check_weights(w)
+    _check_weights("w", w)
     shape = ResultShape(tuple(w.shape[:-2]), *w.shape[-2:])
     _check_result("w", w, fmt, shape, q, sf, blocks=True)
     return shape
@@ -139,7 +161,7 @@ def check_dequantize_blocks(
     check_matrices("q", q, fmt.value_columns(MAX_COLUMNS))
     *batch_shape, n, columns = q.shape
     shape = ResultShape(tuple(batch_shape), n, columns * fmt.value_type.per_byte)
-    _check_block_scales("sf", sf, "q", q, shape, fmt.group_size)
+    _check_block_scales("sf", sf, "q", q, shape, (fmt.group_size,))
     return shape
 
 
@@ -159,60 +181,81 @@ def check_requantize_blocks(
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
-    check_format(fmt)
-    if not in_groups(fmt):
-        check_block_format(fmt)
-    elif fmt.row_scale or fmt.whole_row:
-        raise ValueError(f"fmt: expected groups of rows, none over whole rows, got {fmt}")
+    check_requantized_format(fmt)
     check_tensor("w8", w8, (SOURCE_DTYPE,))
-    check_matrices("w8", w8, MAX_COLUMNS)
+    if quantized_by_row(fmt):
+        check_matrices("w8", w8, MAX_COLUMNS)
+    else:
+        _check_weights("w8", w8)
     *batch_shape, n, k = w8.shape
     shape = ResultShape(tuple(batch_shape), n, k)
-    _check_block_scales("w_sf", w_sf, "w8", w8, shape, SOURCE_BLOCK)
+    _check_block_scales("w_sf", w_sf, "w8", w8, shape, BLOCK_SIZES)
     check_upper_scale(upper, fmt, upper_scale_shapes(fmt, tuple(batch_shape)), w8, "w8")
-    _check_result("w8", w8, fmt, shape, q, sf, blocks=not in_groups(fmt))
+    _check_result("w8", w8, fmt, shape, q, sf, blocks=not quantized_by_row(fmt))
     return shape
 
 
-def in_groups(fmt: Format) -> bool:
-    """Return whether weights are requantized in groups of rows: FP4 has no blocks."""
+def quantized_by_row(fmt: Format) -> bool:
+    """Return whether weights are requantized in groups of rows, as those of FP4 are."""
     return fmt.value_type.per_byte > 1
 
 
-def _check_weights(w: torch.Tensor) -> None:
+def block_size(w8: torch.Tensor, w_sf: torch.Tensor) -> int:
+    """Return the size of the blocks that have these scales; both fit only what is one block."""
+    *batch_shape, n, k = w8.shape
+    fits_most = tuple(w_sf.shape) == block_counts(tuple(batch_shape), n, k, SOURCE_BLOCK)
+    return SOURCE_BLOCK if fits_most else min(BLOCK_SIZES)
+
+
+def block_counts(batch_shape: tuple[int, ...], n: int, k: int, size: int) -> tuple[int, ...]:
+    """Return how many blocks weights (..., n, k) have."""
+    return (*batch_shape, ceil_div(n, size), ceil_div(k, size))
+
+
+def _check_weights(name: str, w: torch.Tensor) -> None:
     """Check shape and strides of weights (..., n, k)."""
     if w.ndim < 2:
-        raise ValueError(f"w: expected 2 or more dimensions (..., N, K), got {tuple(w.shape)}")
+        raise ValueError(f"{name}: expected 2 or more dimensions (..., N, K), got {tuple(w.shape)}")
     n, k = w.shape[-2:]
     if known(n > MAX_SIZE) or known(k > MAX_COLUMNS):
         raise ValueError(
-            f"w: expected up to {MAX_SIZE} rows of up to {MAX_COLUMNS}, got shape {tuple(w.shape)}"
+            f"{name}: expected up to {MAX_SIZE} rows of up to {MAX_COLUMNS}, got shape "
+            f"{tuple(w.shape)}"
         )
     along_k, along_n = w.stride(-1), w.stride(-2)
     if known(k > 1) and known(along_k != 1) and known(n > 1) and known(along_n != 1):
-        raise ValueError(f"w: expected weights contiguous along k or n, got strides {w.stride()}")
+        raise ValueError(
+            f"{name}: expected weights contiguous along k or n, got strides {w.stride()}"
+        )
     transposed = known(k > 1) and known(along_k != 1)
     size, stride = (k, along_k) if transposed else (n, along_n)
     if known(size > 1) and known(stride * w.element_size() > MAX_SIZE):
         raise ValueError(
-            f"w: expected rows, or columns, up to {MAX_SIZE} bytes apart, got strides {w.stride()}"
+            f"{name}: expected rows, or columns, up to {MAX_SIZE} bytes apart, got strides "
+            f"{w.stride()}"
         )
-    flat_batch("w", w.shape, w.stride())
-    check_count("w", w.shape[:-2], 1)
+    flat_batch(name, w.shape, w.stride())
+    check_count(name, w.shape[:-2], 1)
 
 
 def _check_block_scales(
-    name: str, sf: torch.Tensor, values_name: str, q: torch.Tensor, shape: ResultShape, size: int
+    name: str,
+    sf: torch.Tensor,
+    values_name: str,
+    q: torch.Tensor,
+    shape: ResultShape,
+    sizes: tuple[int, ...],
 ) -> None:
-    """Check float32 scales of blocks that are read with values `q`."""
+    """Check float32 scales of blocks of one of these sizes, which are read with values `q`."""
     check_tensor(name, sf, (torch.float32,))
     check_device(name, sf, q, values_name)
-    expected = (*shape.batch_shape, ceil_div(shape.mn, size), ceil_div(shape.k, size))
-    if not same_sizes(sf.shape, expected):
-        raise ValueError(
-            f"{name}: expected shape {expected}, a scale for each block of {size} x {size} of "
-            f"{values_name}, got {tuple(sf.shape)}"
+    expected = {size: block_counts(*shape, size) for size in sizes}
+    if not any(same_sizes(sf.shape, blocks) for blocks in expected.values()):
+        shapes = " or ".join(
+            f"{blocks}, a scale for each block of {size} x {size} of {values_name},"
+            for size, blocks in expected.items()
         )
+        raise ValueError(f"{name}: expected shape {shapes} got {tuple(sf.shape)}")
     flat_batch(name, sf.shape, sf.stride())
 
 

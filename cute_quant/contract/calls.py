@@ -9,6 +9,7 @@ import torch
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import Prologue
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
+from cute_quant.contract.tensors import has_dense_columns
 from cute_quant.contract.upper_scales import UpperScale
 
 
@@ -37,6 +38,8 @@ class Call(NamedTuple):
         upper: the scale over e4m3 scales, None for formats without one or with one for each row.
         row_scales: the caller's memory for the decode scales of rows, None to allocate it or
             without any.
+        rng_state: seed and offset of the random numbers that values are rounded with, None to round
+            to nearest.
         scatter: rows of the result for each row of x, (T, places), None for its own.
         num_rows: rows of a matrix of the result of a scatter; None for those of `q`, or of the
             indices of ``Indexed`` rows.
@@ -51,6 +54,7 @@ class Call(NamedTuple):
     prologue: Prologue | None = None
     upper: UpperScale | None = None
     row_scales: torch.Tensor | None = None
+    rng_state: torch.Tensor | None = None
     scatter: torch.Tensor | None = None
     num_rows: int | None = None
 
@@ -74,6 +78,11 @@ class Call(NamedTuple):
         return row_major and sf.ndim == 2 and bool(sf.stride(0) != sf.shape[1])
 
     @property
+    def dense_scales(self) -> bool:
+        """Return whether the caller's MN-major scales have columns without padding rows."""
+        return self.sf is not None and self.fmt.mn_major and has_dense_columns(self.sf)
+
+    @property
     def input_name(self) -> str:
         """Return the name of the argument that `x` was given as."""
         return "x" if self.prologue is None else self.prologue.input_name
@@ -81,8 +90,8 @@ class Call(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Return whether all rows of x are quantized, in their order, without a prologue."""
-        special = self.rows, self.index, self.scatter, self.prologue, self.row_scales
-        return all(part is None for part in special)
+        parts = self.rows, self.index, self.scatter, self.prologue, self.row_scales, self.rng_state
+        return all(part is None for part in parts)
 
     @property
     def row_map(self) -> torch.Tensor | None:
@@ -105,6 +114,8 @@ class Call(NamedTuple):
             tensors[self.upper.kind] = self.upper.tensor
         if self.row_scales is not None:
             tensors["out row scales"] = self.row_scales
+        if self.rng_state is not None:
+            tensors["rng_state"] = self.rng_state
         return tensors if self.prologue is None else tensors | self.prologue.tensors
 
     @property

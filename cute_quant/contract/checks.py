@@ -11,10 +11,17 @@ import torch
 
 from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.dtypes import INPUT_DTYPES, align, ceil_div, describe, dtype_name
-from cute_quant.contract.format_choices import MAX_COLUMNS
+from cute_quant.contract.format_choices import IEEE, MAX_COLUMNS
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import MAX_NORM_COLUMNS, RmsNorm, SiluMul
-from cute_quant.contract.rows import KINDS, Indexed, Masked, PrefixSum, Rows
+from cute_quant.contract.prologues import MAX_NORM_COLUMNS, RmsNorm, SiluMul, SiluMulBackward
+from cute_quant.contract.rows import (
+    KINDS,
+    Indexed,
+    Masked,
+    PrefixSum,
+    PrefixSumWithGaps,
+    Rows,
+)
 from cute_quant.contract.tensors import (
     MAX_SIZE,
     check_count,
@@ -63,7 +70,7 @@ def check_call(call: Call) -> ResultShape:
     _check_rows(call)
     shape = call.result_shape
     # The tiles of all experts are counted together.
-    whole_rows = isinstance(prologue, RmsNorm) or fmt.row_scale
+    whole_rows = isinstance(prologue, RmsNorm) or fmt.by_row
     tile_rows = 1 if whole_rows else MIN_TILE_ROWS
     tiles = ceil_div(shape.mn, tile_rows) if isinstance(call.rows, Masked) else 1
     counted = name if call.index is None else "index"
@@ -71,6 +78,8 @@ def check_call(call: Call) -> ResultShape:
     if isinstance(prologue, SiluMul):
         of_rows = (*shape.batch_shape, shape.mn) if call.scatter is None else x.shape[:-1]
         _check_silu_mul(prologue, x, tuple(of_rows))
+    elif isinstance(prologue, SiluMulBackward):
+        _check_silu_mul_backward(prologue, call)
     elif isinstance(prologue, RmsNorm):
         every_row = call.scatter is not None or (call.rows is None and call.index is None)
         _check_rms_norm(prologue, x, every_row=every_row)
@@ -78,17 +87,18 @@ def check_call(call: Call) -> ResultShape:
     check_whole_bytes(name, fmt, shape.k)
     check_upper_scale(call.upper, fmt, upper_scale_shapes(fmt, shape.batch_shape, call), x, name)
     _check_row_scales(call, shape)
+    _check_rng_state(call)
     if call.q is not None:
         check_written("out q", call.q, fmt.values, x, name)
         exact = isinstance(call.rows, Masked) or call.scatter is not None
         check_values_out(call.q, fmt, shape, exact=exact)
     if call.sf is not None:
         check_written("out sf", call.sf, fmt.sf_dtype, x, name)
-        strides = fmt.scale_strides(*shape)
         if call.strided_scales:
             check_disjoint_rows("out sf", call.sf)
-            strides = call.sf.stride()
-        check_scales_out("out sf", call.sf, fmt.scale_shape(*shape), strides)
+            check_scales_out("out sf", call.sf, fmt.scale_shape(*shape), call.sf.stride())
+        else:
+            check_call_scales(call.sf, fmt, shape)
     return shape
 
 
@@ -103,6 +113,7 @@ def check_kinds(call: Call) -> None:
     """Check what the schema of an operator cannot name: types, and that x has rows."""
     check_format(call.fmt)
     tensors = {"out q": call.q, "out sf": call.sf, "index": call.index, "scatter": call.scatter}
+    tensors["rng_state"] = call.rng_state
     for name, t in tensors.items():
         if t is not None and not isinstance(t, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor or None, got {describe(t)}")
@@ -236,12 +247,50 @@ def _check_row_scales(call: Call, shape: ResultShape) -> None:
     check_operand(name, t, call.x, call.input_name)
 
 
-def _check_silu_mul(prologue: SiluMul, gate_up: torch.Tensor, of_rows: tuple[int, ...]) -> None:
+def _check_rng_state(call: Call) -> None:
+    """Check the state of random numbers, and that the format's values may be rounded with them."""
+    t, fmt = call.rng_state, call.fmt
+    if t is None:
+        return
+    check_tensor("rng_state", t, (torch.int64,))
+    if not same_sizes(t.shape, (2,)):
+        raise ValueError(f"rng_state: expected shape (2,), seed and offset, got {tuple(t.shape)}")
+    check_operand("rng_state", t, call.x, call.input_name)
+    if fmt.numerics != IEEE or fmt.four_over_six:
+        raise ValueError(
+            f"rng_state: expected None for {fmt}, of which only numerics={IEEE!r} without "
+            f"four_over_six is rounded stochastically, got a tensor"
+        )
+
+
+def _check_gate_up(gate_up: torch.Tensor) -> None:
     if known(gate_up.shape[-1] % 2 != 0):
         raise ValueError(
-            "gate_up: expected an even number of columns, a gate and an up for each of the "
-            f"result's, got shape {tuple(gate_up.shape)}"
+            "gate_up: expected an even number of columns, as many gates as ups, "
+            f"got shape {tuple(gate_up.shape)}"
         )
+
+
+def _check_silu_mul_backward(prologue: SiluMulBackward, call: Call) -> None:
+    gate_up, grad = call.x, prologue.grad
+    _check_gate_up(gate_up)
+    if call.index is not None:
+        raise ValueError("index: expected None for gradients, which lie as gates and ups do")
+    if call.scatter is not None:
+        raise ValueError("scatter: expected None for gradients, which lie as gates and ups do")
+    check_tensor("grad", grad, (gate_up.dtype,))
+    check_device("grad", grad, gate_up, "gate_up")
+    expected = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    if not same_sizes(grad.shape, expected):
+        raise ValueError(
+            f"grad: expected shape {expected}, a column for each gate of gate_up, "
+            f"got {tuple(grad.shape)}"
+        )
+    check_matrices("grad", grad, MAX_COLUMNS)
+
+
+def _check_silu_mul(prologue: SiluMul, gate_up: torch.Tensor, of_rows: tuple[int, ...]) -> None:
+    _check_gate_up(gate_up)
     weight = prologue.weight
     if weight is not None:
         check_tensor("weight", weight, (torch.float32,))
@@ -405,6 +454,10 @@ def _check_rows(call: Call) -> None:
         if index.ndim not in (1, 2):
             raise ValueError(f"index: expected 1 or 2 dimensions, got shape {tuple(index.shape)}")
         check_operand("index", index, x, input_name)
+        if isinstance(rows, PrefixSumWithGaps):
+            raise ValueError(
+                f"index: expected None for rows={type(rows).__name__}, got {describe(index)}"
+            )
         if known(index.shape[-1] > MAX_SIZE):
             raise ValueError(f"index: expected up to {MAX_SIZE} rows, got {index.shape[-1]}")
     if index is None:
@@ -532,7 +585,9 @@ def _check_range(name: str, t: torch.Tensor, lowest: int, highest: int) -> None:
         raise ValueError(f"{name}: expected {lowest} to {highest}, got {t[at].item()} at {at}")
 
 
-def check_values_out(q: torch.Tensor, fmt: Format, shape: ResultShape, *, exact: bool) -> None:
+def check_values_out(
+    q: torch.Tensor, fmt: Format, shape: ResultShape, *, exact: bool, name: str = "out q"
+) -> None:
     """Check shape and strides of a caller's `q`.
 
     Args:
@@ -540,6 +595,7 @@ def check_values_out(q: torch.Tensor, fmt: Format, shape: ResultShape, *, exact:
         fmt: the format of the result.
         shape: of the result.
         exact: whether it may have no more rows than the result.
+        name: of the argument.
     """
     columns = fmt.value_columns(shape.k)
     expected: Sequence[int] = (*shape.batch_shape, columns)
@@ -548,20 +604,41 @@ def check_values_out(q: torch.Tensor, fmt: Format, shape: ResultShape, *, exact:
     if not good or (exact and known(q.shape[-2] != shape.mn)):
         rows = shape.mn if exact else f"{shape.mn} or more"
         words = ", ".join(map(str, (*shape.batch_shape, rows, columns)))
-        raise ValueError(f"out q: expected shape ({words}), got {tuple(q.shape)}")
+        raise ValueError(f"{name}: expected shape ({words}), got {tuple(q.shape)}")
     if known(q.shape[-2] > MAX_SIZE):
-        raise ValueError(f"out q: expected up to {MAX_SIZE} rows, got {q.shape[-2]}")
-    check_disjoint_rows("out q", q)
+        raise ValueError(f"{name}: expected up to {MAX_SIZE} rows, got {q.shape[-2]}")
+    check_disjoint_rows(name, q)
+
+
+def check_call_scales(sf: torch.Tensor, fmt: Format, shape: ResultShape) -> None:
+    """Check shape and strides of a caller's scales, whose columns may have no padding rows."""
+    strides = [fmt.scale_strides(*shape)]
+    if fmt.mn_major:
+        strides.append(dense_column_strides(fmt, shape))
+    check_scales_out("out sf", sf, fmt.scale_shape(*shape), *strides)
+
+
+def dense_column_strides(fmt: Format, shape: ResultShape) -> tuple[int, ...]:
+    """Return the strides of MN-major scales whose columns have no padding rows."""
+    mn, columns = shape.mn, fmt.columns(shape.k)
+    matrix, strides = mn * columns, [mn, 1]
+    for size in reversed(shape.batch_shape):
+        strides.append(matrix)
+        matrix = matrix * size
+    return tuple(reversed(strides))
 
 
 def check_scales_out(
-    name: str, sf: torch.Tensor, shape: Sequence[int], strides: Sequence[int]
+    name: str, sf: torch.Tensor, shape: Sequence[int], *allowed: Sequence[int]
 ) -> None:
-    """Check shape and strides of a caller's memory for scales."""
+    """Check shape and strides of a caller's memory for scales; `allowed` are strides."""
     if not same_sizes(sf.shape, shape):
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(sf.shape)}")
-    if not known(sf.numel() == 0) and any(
-        known(size > 1) and known(actual != stride)
-        for size, actual, stride in zip(shape, sf.stride(), strides, strict=True)
-    ):
-        raise ValueError(f"{name}: expected strides {strides}, got {sf.stride()}")
+    if known(sf.numel() == 0):
+        return
+    for strides in allowed:
+        sizes = zip(shape, sf.stride(), strides, strict=True)
+        if not any(known(size > 1) and known(actual != stride) for size, actual, stride in sizes):
+            return
+    expected = " or ".join(map(str, dict.fromkeys(map(tuple, allowed))))
+    raise ValueError(f"{name}: expected strides {expected}, got {sf.stride()}")

@@ -19,6 +19,7 @@ INT8_MAX = 127.0
 
 FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 FLOAT32_MANTISSA_BITS = 23
+FLOAT32_BIAS = 127
 SMALLEST_NORMAL = 2.0**-126
 UE8M0_BIAS = 127
 UE8M0_MAX = 254
@@ -46,7 +47,7 @@ lie between."""
 BLOCK_SIZES = (32, 128)
 """Rows, and columns, of a square block of weights."""
 SOURCE_BLOCK = 128
-"""Those of the blocks of FP8 checkpoints."""
+"""Those of the blocks of FP8 checkpoints, as most of them are."""
 SOURCE_DTYPE = torch.float8_e4m3fn
 """The dtype of their values."""
 
@@ -57,12 +58,22 @@ class ValueType(NamedTuple):
     Attributes:
         max: the largest finite value, to which the amax of a group is scaled.
         nan_byte: the byte of every value in a group that is not finite.
+        mantissa_bits: of a normal value; integers count as values without an exponent.
+        min_exponent: of the smallest normal value, or of the first above all integers. Below it
+            values lie as far apart as above.
         per_byte: values in a byte, the earlier one in the low bits.
     """
 
     max: float
     nan_byte: int
+    mantissa_bits: int
+    min_exponent: int
     per_byte: int = 1
+
+    @property
+    def fraction_bits(self) -> int:
+        """Return the mantissa bits of a float32 that a value has no place for."""
+        return FLOAT32_MANTISSA_BITS - self.mantissa_bits
 
     @property
     def max_exponent(self) -> int:
@@ -76,10 +87,10 @@ class ValueType(NamedTuple):
 
 
 VALUE_TYPES = {
-    torch.float8_e4m3fn: ValueType(E4M3_MAX, 0x7F),
-    torch.float8_e5m2: ValueType(E5M2_MAX, 0x7F),
-    torch.int8: ValueType(INT8_MAX, 0),
-    torch.float4_e2m1fn_x2: ValueType(E2M1_MAX, 0, per_byte=2),
+    torch.float8_e4m3fn: ValueType(E4M3_MAX, 0x7F, 3, -6),
+    torch.float8_e5m2: ValueType(E5M2_MAX, 0x7F, 2, -14),
+    torch.int8: ValueType(INT8_MAX, 0, 7, 7),
+    torch.float4_e2m1fn_x2: ValueType(E2M1_MAX, 0, 1, 0, per_byte=2),
 }
 
 VLLM_MIN_SCALE = 1e-10
@@ -90,10 +101,13 @@ MIN_SCALES: dict[str, Callable[[float], float]] = {
     "vllm": lambda largest: VLLM_MIN_SCALE,
     "deepgemm": lambda largest: to_float32(1e-4) / largest,
     "sglang": lambda largest: to_float32(1e-10) / largest,
+    "vllm_fused": lambda largest: 1.0 / (512.0 * largest),
+    "torchao": lambda largest: to_float32(1e-12) / largest,
     "ocp": lambda largest: 0.0,
 }
 """Lower bounds of scales as libraries have them, computed from the largest value of the dtype.
-DeepGEMM and SGLang bound the amax, a float32, and divide it."""
+DeepGEMM, SGLang and torchao bound the amax, a float32, and divide it. vLLM's kernels for whole rows
+and its fused ones bound the scale."""
 
 NO_MIN_SCALE = "none"
 E4M3_MIN_SCALES = {NO_MIN_SCALE: 0.0, "deepgemm": 2.0**-9, "torchao": 2.0**-6}

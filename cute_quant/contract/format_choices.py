@@ -52,7 +52,7 @@ E4M3_GROUP_SIZE = 16
 """The one group size under e4m3 scales, that of NVFP4."""
 
 IEEE = "ieee"
-VLLM, VLLM_EMULATION, FLASHINFER, TE, TORCHAO, DEEPGEMM = LIBRARIES = (
+VLLM, VLLM_EMULATION, FLASHINFER, TE, TORCHAO, DEEPGEMM = E4M3_LIBRARIES = (
     "vllm",
     "vllm_emulation",
     "flashinfer",
@@ -60,6 +60,9 @@ VLLM, VLLM_EMULATION, FLASHINFER, TE, TORCHAO, DEEPGEMM = LIBRARIES = (
     "torchao",
     "deepgemm",
 )
+"""Libraries that quantize to NVFP4."""
+VLLM_TRITON, SGLANG, TILEKERNELS = "vllm_triton", "sglang", "tilekernels"
+LIBRARIES = (*E4M3_LIBRARIES, VLLM_TRITON, SGLANG, TILEKERNELS)
 NUMERICS = (IEEE, *LIBRARIES)
 """How scales and values are computed: each operation rounded correctly, or as a library does."""
 MX_GROUP_SIZE = 32
@@ -68,6 +71,39 @@ MX_LIBRARIES = {
     torch.float4_e2m1fn_x2: (VLLM, FLASHINFER, TORCHAO, DEEPGEMM),
 }
 """Libraries that quantize to MX formats, by the dtype of values."""
+
+QUOTIENT, PRODUCT, INVERTED = "amax / M", "amax * fl(1 / M)", "1 / (M / amax)"
+"""Float32 scales for an amax, M being the largest value."""
+DIVIDED, OF_SCALE, OF_AMAX = "x / scale", "1 / scale", "M / amax"
+APPROXIMATE_OF_SCALE, APPROXIMATE_OF_AMAX = "rcp.approx(scale)", "M * rcp.approx(amax)"
+"""What values are multiplied with under float32 scales, or that they are divided."""
+
+
+class Steps(NamedTuple):
+    """How values are scaled in float32, each step rounded to nearest even."""
+
+    scale: str
+    multiplier: str
+
+    @property
+    def bounds_amax(self) -> bool:
+        """Return whether the amax has a lower bound: that of the scale gives other bits."""
+        return self.multiplier not in (OF_SCALE, DIVIDED)
+
+
+FLOAT32_STEPS = {
+    IEEE: Steps(QUOTIENT, OF_SCALE),
+    VLLM: Steps(QUOTIENT, DIVIDED),
+    VLLM_TRITON: Steps(PRODUCT, APPROXIMATE_OF_SCALE),
+    SGLANG: Steps(PRODUCT, APPROXIMATE_OF_AMAX),
+    TORCHAO: Steps(INVERTED, OF_AMAX),
+    TILEKERNELS: Steps(QUOTIENT, OF_AMAX),
+    DEEPGEMM: Steps(PRODUCT, OF_SCALE),
+}
+"""Steps to e4m3 values. `float32_steps` has those to other values and of whole rows."""
+INT8_LIBRARIES = (VLLM, SGLANG, DEEPGEMM)
+MIN_EXACT_SCALE = 2.0**-90
+"""The least `min_scale` with numerics of a library: no step to it leaves the normal numbers."""
 
 _SHORT_NAMES = {
     torch.float8_e4m3fn: "e4m3",
@@ -174,10 +210,31 @@ def known_numerics(
 ) -> tuple[str, ...]:
     """Return the numerics that there are for these choices."""
     if scale_dtype is torch.float8_e4m3fn:
-        return NUMERICS
+        return (IEEE, *E4M3_LIBRARIES)
     if scale_dtype is torch.float8_e8m0fnu and group_size == MX_GROUP_SIZE:
         return (IEEE, *MX_LIBRARIES.get(values, ()))
-    return (IEEE, DEEPGEMM) if scale_dtype is torch.float32 and not round_scale else (IEEE,)
+    if scale_dtype is not torch.float32 or round_scale:
+        return (IEEE,)
+    if values is torch.float8_e4m3fn:
+        return tuple(FLOAT32_STEPS)
+    if values is torch.int8:
+        # SGLang's int8 kernels for whole rows round halves away from zero.
+        return (IEEE, *(n for n in INT8_LIBRARIES if n != SGLANG or group_size != WHOLE_ROW))
+    return (IEEE, DEEPGEMM)
+
+
+def float32_steps(values: torch.dtype, group_size: int, numerics: str) -> Steps:
+    """Return the steps to values under float32 scales."""
+    if numerics == VLLM and values is torch.int8:
+        return Steps(QUOTIENT, OF_AMAX if group_size == WHOLE_ROW else OF_SCALE)
+    if numerics == SGLANG and group_size == WHOLE_ROW:
+        return Steps(PRODUCT, APPROXIMATE_OF_SCALE)
+    return FLOAT32_STEPS[numerics]
+
+
+def truncates(values: torch.dtype, group_size: int, numerics: str) -> bool:
+    """Return whether values are rounded towards zero."""
+    return values is torch.int8 and group_size != WHOLE_ROW and numerics in (VLLM, SGLANG)
 
 
 def check_numerics(
@@ -209,13 +266,24 @@ def check_numerics(
         )
 
 
-def default_min_scale(scale_dtype: torch.dtype, numerics: str) -> str:
+def default_min_scale(values: torch.dtype, scale_dtype: torch.dtype, numerics: str) -> str:
     """Return the name of the smallest scale by default, which numerics of a library decide."""
     if scale_dtype is torch.float8_e4m3fn:
         return numerics if numerics in E4M3_MIN_SCALES else NO_MIN_SCALE
     if scale_dtype is torch.float8_e8m0fnu and numerics in LIBRARIES:
         return numerics if numerics == DEEPGEMM else "ocp"
-    return VLLM
+    if numerics == VLLM:
+        return SGLANG if values is torch.int8 else VLLM_FUSED
+    return _FLOAT32_MIN_SCALES.get(numerics, VLLM)
+
+
+VLLM_FUSED = "vllm_fused"
+_FLOAT32_MIN_SCALES = {
+    VLLM_TRITON: SGLANG,  # 1e-10 / M, too
+    SGLANG: SGLANG,
+    TORCHAO: TORCHAO,
+    TILEKERNELS: DEEPGEMM,
+}
 
 
 def scale_floor(
@@ -224,18 +292,23 @@ def scale_floor(
     scale_dtype: torch.dtype,
     power_of_two: bool,
     numerics: str,
+    steps: Steps,
+    default: str,
 ) -> int | float:
     """Return the smallest scale as kernels take it.
 
     It is `min_scale` rounded to float32, or to e4m3 if scales are. If scales are powers of two it
-    is the UE8M0 byte of the smallest power of two that is not below that.
+    is the UE8M0 byte of the smallest power of two that is not below that. Where steps bound the
+    amax it is the amax of that scale.
 
     Args:
         min_scale: a number, the name of a library, or None for the default.
         largest: the largest finite value of the dtype of values.
         scale_dtype: float8_e8m0fnu, float8_e4m3fn or float32.
         power_of_two: whether scales are powers of two.
-        numerics: one of ``NUMERICS``, which decides the default.
+        numerics: one of ``NUMERICS``.
+        steps: to values under float32 scales.
+        default: as `default_min_scale` returns it.
 
     Raises:
         TypeError, ValueError: it is no number or name, or beyond what scales can be.
@@ -243,7 +316,7 @@ def scale_floor(
     e4m3 = scale_dtype is torch.float8_e4m3fn
     bounds = E4M3_MIN_SCALES if e4m3 else {n: bound(largest) for n, bound in MIN_SCALES.items()}
     if min_scale is None:
-        min_scale = default_min_scale(scale_dtype, numerics)
+        min_scale = default
     if isinstance(min_scale, str):
         if min_scale not in bounds:
             raise ValueError(
@@ -257,13 +330,15 @@ def scale_floor(
             f"min_scale: expected a number or one of {tuple(bounds)}, got {describe(min_scale)}"
         )
     lowest = SMALLEST_NORMAL if scale_dtype is torch.float32 else 0.0
+    if lowest and numerics not in (IEEE, DEEPGEMM):
+        lowest = MIN_EXACT_SCALE
     highest = E4M3_MAX if e4m3 else MAX_MIN_SCALE
     if not lowest <= value <= highest:
         raise ValueError(
             f"min_scale: expected {lowest} <= min_scale <= {highest} for "
             f"{dtype_name(scale_dtype)} scales, got {min_scale!r}"
         )
-    floor = to_float32(float(value))
+    floor = to_float32(float(value) * largest if steps.bounds_amax else float(value))
     if e4m3:
         return torch.tensor(floor).to(scale_dtype).item()
     if not power_of_two:

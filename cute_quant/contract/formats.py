@@ -29,11 +29,12 @@ from cute_quant.contract.dtypes import (
 from cute_quant.contract.format_choices import (
     BLOCK_ROWS,
     BLOCKED,
-    BLOCKED_8,
     BLOCKED_GROUP_SIZES,
     DEEPGEMM,
+    DIVIDED,
     E4M3_GROUP_SIZE,
     FLASHINFER,
+    FLOAT32_STEPS,
     GROUP_SIZES,
     IEEE,
     MAX_COLUMNS,
@@ -46,14 +47,18 @@ from cute_quant.contract.format_choices import (
     VLLM,
     WHOLE_ROW,
     Choices,
+    Steps,
     check_choices,
     check_numerics,
     check_upper_scale,
     choices_text,
     default_min_scale,
+    float32_steps,
     parse_choices,
     scale_floor,
+    truncates,
 )
+from cute_quant.contract.readers import describe_readers
 from cute_quant.contract.torch_private import constant_in_graphs
 
 
@@ -91,15 +96,19 @@ class Format:
         round_scale: whether float32 scales are rounded up to powers of two.
         min_scale: the smallest scale, rounded to float32: a number from 0 (2^-126 for float32
             scales) to 2^100, or the name of a library with that bound: "vllm" (1e-10), "deepgemm"
-            (1e-4 / M), "sglang" (1e-10 / M) or "ocp" (0), M being the largest value. The default
-            is "vllm", which gives a group of zeros the UE8M0 byte 94, or that of `numerics`. For
+            (1e-4 / M), "sglang" (1e-10 / M), "vllm_fused" (1 / (512 M)), "torchao" (1e-12 / M) or
+            "ocp" (0), M being the largest value. The default is "vllm", which gives a group of
+            zeros the UE8M0 byte 94, or that of `numerics`. With numerics of a library other than
+            "deepgemm" a float32 scale is at least 2^-90. For
             e4m3 scales it is rounded to e4m3: a number from 0 to 448, "deepgemm" (2^-9), "torchao"
             (2^-6), or "none" (0), the default but with these numerics.
         numerics: "ieee", where each operation is rounded correctly, or the bits of a library on
             finite input: "vllm", "vllm_emulation" (its reference in torch), "flashinfer", "te"
             (TransformerEngine), "torchao" or "deepgemm"
-            for NVFP4, MXFP4 (not "te") and MXFP8, and "deepgemm" for float32 scales, which its cast
-            on CUDA computes as amax times float32(1 / M).
+            for NVFP4, MXFP4 (not "te") and MXFP8. For e4m3 values under float32 scales "vllm" (its
+            kernels for whole rows and the fused ones), "vllm_triton", "sglang", "torchao",
+            "tilekernels" or "deepgemm", and for int8 "vllm", "sglang" (groups) or "deepgemm": see
+            the page on numerics.
         row_scale: whether each row has a float32 scale over its e4m3 scales, computed from the
             row's own amax and returned. If not, operations take one for the tensor, or one for each
             matrix of a batch.
@@ -133,6 +142,8 @@ class Format:
     floor: int | float
     """The smallest scale as kernels take it: its UE8M0 byte if scales are powers of two."""
     whole_row: bool
+    by_row: bool
+    """Scales depend on all of a row: it is one group, or has a scale over those of its groups."""
     packed: bool
     """An int32 holds the scales of four groups."""
     block_rows: int
@@ -148,8 +159,14 @@ class Format:
     upper_scale: bool
     """Over the e4m3 scales there is one more, of the tensor, a matrix or a row."""
     power_of_two: bool
-    reciprocal: bool
-    """float32 scales are products with 1 / M."""
+    steps: Steps
+    """To values under float32 scales."""
+    bounds_amax: bool
+    """`floor` is the smallest amax, in place of the smallest scale."""
+    divides: bool
+    """Values are divided by float32 scales, not multiplied with an inverse."""
+    truncates: bool
+    """Values are rounded towards zero."""
     rounds_half_up: bool
     """A power of two is rounded from amax at the mantissa 1.75, not up."""
     rounds_quotient: bool
@@ -189,8 +206,12 @@ class Format:
         check_upper_scale(scale_dtype, numerics, row_scale, four_over_six)
         power_of_two = scale_dtype is torch.float8_e8m0fnu or round_scale
         largest = VALUE_TYPES[values].max
-        floor = scale_floor(min_scale, largest, scale_dtype, power_of_two, numerics)
-        if min_scale == default_min_scale(scale_dtype, numerics):
+        steps = FLOAT32_STEPS[IEEE]
+        if scale_dtype is torch.float32 and not round_scale:
+            steps = float32_steps(values, group_size, numerics)
+        default = default_min_scale(values, scale_dtype, numerics)
+        floor = scale_floor(min_scale, largest, scale_dtype, power_of_two, numerics, steps, default)
+        if min_scale == default:
             min_scale = None
         elif is_number(min_scale):
             min_scale = float(min_scale) + 0.0  # -0.0 becomes 0.0
@@ -209,7 +230,9 @@ class Format:
             fmt = _formats.get(choices)
             if fmt is None:
                 fmt = super().__new__(cls)
-                fmt.__dict__.update(choices._asdict(), floor=floor, power_of_two=power_of_two)
+                fmt.__dict__.update(
+                    choices._asdict(), floor=floor, power_of_two=power_of_two, steps=steps
+                )
                 fmt._derive(choices)
                 _formats[choices] = fmt
         return fmt
@@ -231,6 +254,7 @@ class Format:
             value_type=VALUE_TYPES[self.values],
             sf_dtype=torch.int32 if packed else self.scale_dtype,
             whole_row=self.group_size == WHOLE_ROW,
+            by_row=self.row_scale or self.group_size == WHOLE_ROW,
             packed=packed,
             block_rows=BLOCK_ROWS.get(self.scale_layout, 0),
             blocked=blocked,
@@ -238,7 +262,9 @@ class Format:
             byte_scales=self.scale_dtype.itemsize == 1,
             ue8m0=self.scale_dtype is torch.float8_e8m0fnu,
             upper_scale=self.scale_dtype is torch.float8_e4m3fn,
-            reciprocal=self.scale_dtype is torch.float32 and self.numerics == DEEPGEMM,
+            bounds_amax=self.steps.bounds_amax,
+            divides=self.steps.multiplier == DIVIDED,
+            truncates=truncates(self.values, self.group_size, self.numerics),
             rounds_half_up=mx and self.numerics == VLLM and fp4,
             rounds_quotient=mx and self.numerics != IEEE,
             flushes=mx and self.numerics in _FLUSH.get(self.values, ()),
@@ -312,8 +338,7 @@ class Format:
     @property
     def readers(self) -> str:
         """Return the GEMMs that read this format, as text for people."""
-        key = (self.values, self.group_size, self.scale_dtype, self.scale_layout)
-        return _READERS.get(key, "kernels of your own")
+        return describe_readers(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Format.parse, (self.text,)
@@ -428,25 +453,6 @@ NAMED_FORMATS: dict[str, Format] = {
     "ROWWISE_FP8": ROWWISE_FP8,
     "INT8": INT8,
     "ROWWISE_INT8": ROWWISE_INT8,
-}
-
-_READERS = {
-    (_E4M3, 128, _E8M0, MN_MAJOR_PACKED): "DeepGEMM on SM100",
-    (_E4M3, 32, _E8M0, MN_MAJOR_PACKED): "DeepGEMM on SM100 with recipes of 32",
-    (_E4M3, 32, _E8M0, ROW_MAJOR_PACKED): "DeepGEMM's mega-MoE on SM100",
-    (_E4M3, 128, torch.float32, MN_MAJOR): "DeepGEMM on SM90",
-    (_E4M3, 32, _E8M0, BLOCKED): "cuBLAS, CUTLASS and torch._scaled_mm for MXFP8",
-    (torch.float8_e5m2, 32, _E8M0, BLOCKED): "cuBLAS and CUTLASS for MXFP8",
-    (_E4M3, 128, torch.float32, ROW_MAJOR): "Triton's block-scaled GEMMs in vLLM and SGLang",
-    (_E4M3, WHOLE_ROW, torch.float32, ROW_MAJOR): "torch._scaled_mm with row-wise scales",
-    (torch.int8, 128, torch.float32, ROW_MAJOR): "Triton's block-scaled int8 GEMMs",
-    (torch.int8, WHOLE_ROW, torch.float32, ROW_MAJOR): "int8 GEMMs with per-token scales",
-    (_E2M1, 32, _E8M0, BLOCKED): "cuBLAS, CUTLASS and torch.nn.functional.scaled_mm for MXFP4",
-    (_E2M1, 32, _E8M0, BLOCKED_8): "TensorRT-LLM's MXFP4 kernels for few rows",
-    (_E2M1, 32, _E8M0, MN_MAJOR_PACKED): "DeepGEMM on SM100 with recipe_b (1, 32)",
-    (_E2M1, 16, _E4M3, BLOCKED): "cuBLAS, CUTLASS and torch.nn.functional.scaled_mm for NVFP4",
-    (_E2M1, 16, _E4M3, BLOCKED_8): "TensorRT-LLM's NVFP4 kernels for few rows",
-    (_E2M1, 16, _E4M3, ROW_MAJOR_PACKED): "mega-MoE kernels on SM100",
 }
 
 

@@ -11,11 +11,31 @@ from typing import NamedTuple
 import torch
 
 from cute_quant.contract.dtypes import FLOAT32_MAX, describe, is_number, to_float32
+from cute_quant.contract.format_choices import MAX_COLUMNS
 
 FUSED = "fused"
 UNFUSED = "unfused"
-ROUNDINGS = (FUSED, UNFUSED)
-"""Rounding points: once to float32, or to the input's dtype after each operation, as torch does."""
+VLLM = "vllm"
+HUGGINGFACE = "huggingface"
+SILU_ROUNDINGS = (FUSED, UNFUSED, VLLM)
+NORM_ROUNDINGS = (FUSED, UNFUSED, HUGGINGFACE, VLLM)
+"""Rounding points: once to float32, or to the input's dtype after each operation, as torch does, or
+where a library's kernels round to it."""
+
+
+def rounds_sum(rounding: str) -> bool:
+    """Return whether a sum with the residual is rounded before it is normalized."""
+    return rounding in (UNFUSED, HUGGINGFACE)
+
+
+def rounds_row(rounding: str, weight_dtype: torch.dtype) -> bool:
+    """Return whether a normalized row is rounded before it is multiplied with the weight.
+
+    vLLM rounds to the dtype of the weight, which for float32 leaves the row as it is.
+    """
+    narrow = weight_dtype is not torch.float32
+    return rounding == HUGGINGFACE or (rounding == VLLM and narrow)
+
 
 MAX_ALPHA = 2.0**100
 """Leaves room for its product with log2(e)."""
@@ -37,7 +57,7 @@ class SiluMul(NamedTuple):
         interleaved: whether gates and ups alternate in a row, rather than lie in its halves.
         clamp: upper bound of gates and bound of the magnitudes of ups, or None.
         alpha, beta: numbers of the formula.
-        rounding: one of ``ROUNDINGS``.
+        rounding: one of ``SILU_ROUNDINGS``.
         weight: a factor for each row of the result, float32, or None.
     """
 
@@ -88,6 +108,62 @@ class SiluMul(NamedTuple):
         return {}
 
 
+class SiluMulBackward(NamedTuple):
+    """Gradients of gates and ups of ``(up + beta) * gate * sigmoid(alpha * gate)``.
+
+    :func:`make_silu_mul_backward` makes one.
+
+    Attributes:
+        grad: gradient of the products, of half as many columns as gates and ups.
+        interleaved, clamp, alpha, beta: as of `SiluMul`.
+    """
+
+    grad: torch.Tensor
+    interleaved: bool
+    clamp: float | None
+    alpha: float
+    beta: float
+
+    @property
+    def input_name(self) -> str:
+        """Return the name of the argument that the input is given as."""
+        return "gate_up"
+
+    @property
+    def max_columns(self) -> int:
+        """Return the most columns that the input may have."""
+        return MAX_COLUMNS
+
+    def columns(self, columns: int) -> int:
+        """Return the columns of the result for an input with this many."""
+        return columns
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """Return all but the tensors; with their looks they decide which plan a call takes."""
+        return self.interleaved, self.clamp, self.alpha, self.beta
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """Return the further tensors of the call by the names of their arguments."""
+        return {"grad": self.grad}
+
+    @property
+    def operands(self) -> tuple[torch.Tensor | None, ...]:
+        """Return the further tensors in kernel-argument order."""
+        return (self.grad,)
+
+    @property
+    def reads(self) -> dict[str, torch.Tensor]:
+        """Return the further tensors that are read and not written."""
+        return {"grad": self.grad}
+
+    @property
+    def writes(self) -> dict[str, torch.Tensor]:
+        """Return the further tensors that are written."""
+        return {}
+
+
 class RmsNorm(NamedTuple):
     """Rows over their root mean square, after a residual is added.
 
@@ -97,7 +173,7 @@ class RmsNorm(NamedTuple):
         weight: (k,), a factor for each column.
         eps: added to the mean of squares.
         weight_offset: added to `weight`.
-        rounding: one of ``ROUNDINGS``.
+        rounding: one of ``NORM_ROUNDINGS``.
         residual: added to x, of its shape and dtype, or None.
         residual_out: receives the sum: `residual` itself if in place, None if there is none.
         normalized: receives the values that are quantized, of x's shape and dtype, or None.
@@ -172,7 +248,7 @@ class RmsNorm(NamedTuple):
         return {name: t for name, t in outputs.items() if t is not None}
 
 
-Prologue = SiluMul | RmsNorm
+Prologue = SiluMul | SiluMulBackward | RmsNorm
 
 
 def make_silu_mul(
@@ -190,9 +266,29 @@ def make_silu_mul(
 
     Raises:
         TypeError: an option has a wrong type.
-        ValueError: `rounding` is none of ``ROUNDINGS``, a number is not finite in float32, or
+        ValueError: there is no such `rounding`, a number is not finite in float32, or
             `clamp` is not above 0.
     """
+    clamp, alpha, beta = _gated_numbers(interleaved, clamp, alpha, beta)
+    _check_rounding(rounding, SILU_ROUNDINGS)
+    return SiluMul(interleaved, clamp, alpha, beta, rounding, weight)
+
+
+def make_silu_mul_backward(
+    grad: torch.Tensor, *, interleaved: bool, clamp: float | None, alpha: float, beta: float
+) -> SiluMulBackward:
+    """Return a prologue of these options, its numbers rounded to float32.
+
+    `grad` is left to ``checks``. Errors are those of :func:`make_silu_mul`.
+    """
+    clamp, alpha, beta = _gated_numbers(interleaved, clamp, alpha, beta)
+    return SiluMulBackward(grad, interleaved, clamp, alpha, beta)
+
+
+def _gated_numbers(
+    interleaved: object, clamp: float | None, alpha: float, beta: float
+) -> tuple[float | None, float, float]:
+    """Check options of a gated activation, and return its numbers rounded to float32."""
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved: expected a bool, got {describe(interleaved)}")
     if clamp is not None:
@@ -202,8 +298,7 @@ def make_silu_mul(
     given, alpha, beta = alpha, _number("alpha", alpha), _number("beta", beta)
     if abs(alpha) > MAX_ALPHA:
         raise ValueError(f"alpha: expected a magnitude up to {MAX_ALPHA}, got {given!r}")
-    _check_rounding(rounding)
-    return SiluMul(interleaved, clamp, alpha, beta, rounding, weight)
+    return clamp, alpha, beta
 
 
 def make_rms_norm(
@@ -223,14 +318,19 @@ def make_rms_norm(
 
     Raises:
         TypeError: an option has a wrong type.
-        ValueError: `rounding` is none of ``ROUNDINGS``, a number is not finite in float32, `eps` is
-            below 0, or there is no residual for `residual_out`.
+        ValueError: there is no such `rounding`, or it has no `weight_offset`, a number is not
+            finite in float32, `eps` is below 0, or there is no residual for `residual_out`.
     """
     given, eps = eps, _number("eps", eps)
     if given < 0:
         raise ValueError(f"eps: expected 0 or more, got {given!r}")
     weight_offset = _number("weight_offset", weight_offset)
-    _check_rounding(rounding)
+    _check_rounding(rounding, NORM_ROUNDINGS)
+    if rounding in (HUGGINGFACE, VLLM) and weight_offset != 0:
+        raise ValueError(
+            f"weight_offset: expected 0 with {rounding=!s}, got {weight_offset!r}: the norms that "
+            f"have an offset, Gemma's, round once, as {UNFUSED} does"
+        )
     if residual_out is None:
         residual_out = residual
     elif residual is None:
@@ -248,6 +348,6 @@ def _number(name: str, value: object) -> float:
     return to_float32(float(value))
 
 
-def _check_rounding(rounding: object) -> None:
-    if not isinstance(rounding, str) or rounding not in ROUNDINGS:
-        raise ValueError(f"rounding: expected one of {ROUNDINGS}, got {describe(rounding)}")
+def _check_rounding(rounding: object, known: tuple[str, ...]) -> None:
+    if not isinstance(rounding, str) or rounding not in known:
+        raise ValueError(f"rounding: expected one of {known}, got {describe(rounding)}")

@@ -7,7 +7,7 @@ Sources: DeepGEMM ``csrc/utils/layout.hpp`` (`major_check`, `check_sf_layout`) a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,9 +17,13 @@ from cute_quant.contract.format_choices import (
     MN_MAJOR,
     MN_MAJOR_PACKED,
     ROW_MAJOR,
+    ROW_MAJOR_PACKED,
     WHOLE_ROW,
 )
-from cute_quant.contract.formats import Format
+
+if TYPE_CHECKING:
+    # A format says who reads it.
+    from cute_quant.contract.formats import Format
 
 E2M1, E4M3, E5M2 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.float8_e5m2
 E8M0, FLOAT32 = torch.float8_e8m0fnu, torch.float32
@@ -117,7 +121,7 @@ READERS: dict[str, Reader] = {
         k_grouped=True,
     ),
     SCALED_MM: Reader(
-        "torch's scaled_mm",
+        "cuBLAS (torch's scaled_mm)",
         (
             Readable((E4M3, E5M2), (WHOLE_ROW,), FLOAT32, (ROW_MAJOR,)),
             Readable((E4M3, E5M2, E2M1), (32,), E8M0, (BLOCKED,)),
@@ -143,10 +147,45 @@ READERS: dict[str, Reader] = {
         k_multiple=16,
     ),
 }
-"""Readers by the names that ``cute_quant.check_scales`` takes. `scaled_mm` is cuBLAS."""
+"""Readers by the names that ``cute_quant.check_scales`` takes."""
+
+UNCHECKED = (
+    Reader(
+        "Triton's block-scaled GEMMs in vLLM and SGLang",
+        (Readable((E4M3, torch.int8), (128,), FLOAT32, (ROW_MAJOR,)),),
+    ),
+    Reader(
+        "int8 GEMMs with per-token scales",
+        (Readable((torch.int8,), (WHOLE_ROW,), FLOAT32, (ROW_MAJOR,)),),
+    ),
+    Reader(
+        "DeepGEMM's mega-MoE on SM100",
+        (Readable((E4M3,), (32,), E8M0, (ROW_MAJOR_PACKED,)),),
+    ),
+    Reader(
+        "mega-MoE kernels on SM100",
+        (Readable((E2M1,), (16,), torch.float8_e4m3fn, (ROW_MAJOR_PACKED,)),),
+    ),
+)
+"""Readers whose requirements ``cute_quant.check_scales`` does not know."""
 
 
 def takes(reader: Reader, fmt: Format) -> bool:
     """Return whether a GEMM reads a format."""
     powers = fmt.power_of_two or not reader.powers_of_two
     return powers and any(readable.has(fmt) for readable in reader.formats)
+
+
+def readers_of(fmt: Format) -> list[str]:
+    """Return the names of ``cute_quant.check_scales`` for the GEMMs that read a format.
+
+    K-grouped GEMMs are not among them: their groups lie along rows.
+    """
+    return [name for name, reader in READERS.items() if not reader.k_grouped and takes(reader, fmt)]
+
+
+def describe_readers(fmt: Format) -> str:
+    """Return the GEMMs that read a format, as text for people."""
+    readers = [READERS[name] for name in readers_of(fmt)]
+    readers += [reader for reader in UNCHECKED if takes(reader, fmt)]
+    return ", ".join(reader.name for reader in readers) or "kernels of your own"

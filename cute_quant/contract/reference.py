@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 from torch.nn.functional import pad
 
-from cute_quant.contract import scale_storage
+from cute_quant.contract import format_choices, scale_storage
 from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import (
     E2M1_MAX,
@@ -35,9 +35,19 @@ from cute_quant.contract.dtypes import (
 )
 from cute_quant.contract.format_choices import DEEPGEMM, VLLM_EMULATION
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import FUSED, RmsNorm, SiluMul
+from cute_quant.contract.philox import random_of_elements
+from cute_quant.contract.prologues import (
+    FUSED,
+    UNFUSED,
+    VLLM,
+    RmsNorm,
+    SiluMul,
+    SiluMulBackward,
+    rounds_row,
+    rounds_sum,
+)
 from cute_quant.contract.rcp_approx import rcp_approx
-from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
+from cute_quant.contract.rows import Indexed, Masked, PrefixSum, PrefixSumWithGaps, Rows
 from cute_quant.contract.tensors import flat_batch
 from cute_quant.contract.upper_scales import (
     AMAX,
@@ -50,6 +60,8 @@ from cute_quant.contract.upper_scales import (
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_SIGN = 8
+MAX_ARGUMENT = 1000.0
+"""Magnitude from which on the sigmoid of a float64 is 0 or 1."""
 
 
 def ue8m0_to_float32(exponents: torch.Tensor) -> torch.Tensor:
@@ -70,7 +82,7 @@ def group_scales(x: torch.Tensor, fmt: Format, upper: Factors | None = None) -> 
     Returns:
         (..., groups): int32 biased exponents where scales are powers of two, else float32.
     """
-    amax = _in_groups(x, fmt).abs().amax(-1)
+    amax = _split_into_groups(x, fmt).abs().amax(-1)
     if upper is not None:
         quotients = _e4m3_quotients(amax.float(), upper, fmt)
         scales = _e4m3_scales(quotients, fmt)
@@ -88,8 +100,16 @@ def scales_of_amax(amax: torch.Tensor, fmt: Format) -> torch.Tensor:
     exact = torch.float64 if fmt.power_of_two else torch.float32
     largest = amax.new_full((), fmt.value_type.max, dtype=exact)
     if not fmt.power_of_two:
-        scales = amax.float() * (1.0 / largest) if fmt.reciprocal else amax.float() / largest
-        return scales.clamp(min=fmt.floor).where(amax.isfinite(), torch.nan)
+        bounded = amax.float().clamp(min=fmt.floor) if fmt.bounds_amax else amax.float()
+        match fmt.steps.scale:
+            case format_choices.PRODUCT:
+                scales = bounded * (1.0 / largest)
+            case format_choices.INVERTED:
+                scales = 1.0 / (largest / bounded)
+            case _:
+                scales = bounded / largest
+        scales = scales if fmt.bounds_amax else scales.clamp(min=fmt.floor)
+        return scales.where(amax.isfinite(), torch.nan)
     if fmt.rounds_half_up:
         return _half_up_exponents(amax.float(), fmt)
     # In float64 no quotient of a float32 amax rounds onto a power of two that it is not.
@@ -154,7 +174,7 @@ def _errors(x: torch.Tensor, scales: torch.Tensor, upper: Factors, fmt: Format) 
     """Return the sum of absolute errors of each group, added in order, in float32."""
     q = group_values(x, scales, fmt, upper)
     decoded = multiply_back(q, scales * upper.decode, fmt, torch.float32)
-    differences = _in_groups((decoded - x.float()).abs(), fmt)
+    differences = _split_into_groups((decoded - x.float()).abs(), fmt)
     total = torch.zeros_like(differences[..., 0])
     for difference in differences.unbind(-1):
         total = total + difference
@@ -203,12 +223,12 @@ def groups_of_rows(rows: Rows | None, mn: int) -> torch.Tensor:
         return rows.m_indices.long()
     assert isinstance(rows, PrefixSum)
     # A last group of all rows, for those that belong to none.
-    belongs = pad(in_groups(rows, mn), (0, 0, 0, 1), value=True)
+    belongs = pad(rows_of_groups(rows, mn), (0, 0, 0, 1), value=True)
     group = belongs.int().argmax(0)
     return group.where(group < len(rows.ends), -1)
 
 
-def in_groups(rows: PrefixSum, mn: int) -> torch.Tensor:
+def rows_of_groups(rows: PrefixSum, mn: int) -> torch.Tensor:
     """Return which rows, (G, mn), each group has."""
     row = torch.arange(mn, device=rows.ends.device)
     ends = rows.ends.long().clamp(0, mn)
@@ -255,7 +275,9 @@ def check_upper_scale(call: Call) -> None:
         i = int(outside.nonzero()[0])
         got = given.reshape(-1)[i].item()
         if kind == AMAX:
-            raise ValueError(f"amax: expected about {amax[i]:.3g}, that of x, got {got:.3g}")
+            raise ValueError(
+                f"amax: expected about {amax[i]:.3g}, that of what is quantized, got {got:.3g}"
+            )
         raise ValueError(
             f"{kind}: expected about 2688 / amax = {UPPER_MAX / amax[i]:.3g} as an encode scale, "
             f"or amax / 2688 = {amax[i] / UPPER_MAX:.3g} as a decode scale, got {got:.3g}: were "
@@ -278,14 +300,20 @@ def _amax_under_each(call: Call, count: int) -> torch.Tensor:
 
 
 def group_values(
-    x: torch.Tensor, scales: torch.Tensor, fmt: Format, upper: Factors | None = None
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    fmt: Format,
+    upper: Factors | None = None,
+    random: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the values of `x` (..., k) under the scales of `group_scales`.
+
+    With `random`, 32-bit words (..., k), they are rounded stochastically.
 
     Returns:
         (..., k), or (..., k / 2) bytes of two, ``fmt.values``.
     """
-    groups = _in_groups(x.float(), fmt)
+    groups = _split_into_groups(x.float(), fmt)
     if fmt.power_of_two:
         finite = scales != UE8M0_NAN
         multipliers = ue8m0_to_float32((UE8M0_MAX - scales).where(finite, UE8M0_NAN))
@@ -294,7 +322,7 @@ def group_values(
         values = groups * multipliers.unsqueeze(-1)
     elif upper is None:
         finite = scales.isfinite()
-        values = groups * (1.0 / scales).unsqueeze(-1)
+        values = _scaled(groups, scales, fmt)
     elif fmt.numerics == DEEPGEMM:
         finite = scales.isfinite()
         values = groups / (scales * upper.decode).unsqueeze(-1)
@@ -304,13 +332,51 @@ def group_values(
         if fmt.numerics == VLLM_EMULATION:
             values = values + 0.0  # which makes 0 of -0
     values = values.where(finite.unsqueeze(-1), torch.nan).flatten(-2)[..., : x.shape[-1]]
-    return encode(values, fmt)
+    return encode(values if random is None else round_stochastically(values, random, fmt), fmt)
+
+
+def round_stochastically(values: torch.Tensor, random: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return float32 `values` rounded to those of a format, up or down by a random word.
+
+    A magnitude lies n + f steps from 0, n whole and f in units of 2^-F, F the format's
+    ``fraction_bits``: exact for normal values, rounded to nearest even below. It becomes n + 1
+    steps where f plus the first F bits of the word reaches 1, and n else.
+    """
+    value_type = fmt.value_type
+    bits = value_type.fraction_bits
+    magnitudes = values.abs().clamp(max=value_type.max).nan_to_num().double()
+    exponents = torch.frexp(magnitudes)[1] - 1
+    exponents = exponents.clamp(min=value_type.min_exponent) - value_type.mantissa_bits
+    step = ue8m0_to_float32(exponents + UE8M0_BIAS)
+    units = (magnitudes / step * 2**bits).round().long()
+    rounded: torch.Tensor = ((units + (random >> 32 - bits)) >> bits) * step
+    rounded = rounded.copysign(values)
+    return rounded.where(~values.isnan(), torch.nan)
+
+
+def _scaled(groups: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return float32 values (..., groups, size) under float32 scales, as the numerics compute."""
+    if fmt.divides:
+        return groups / scales.unsqueeze(-1)
+    # As a tensor: torch divides a number by a CUDA tensor with two roundings.
+    largest = scales.new_full((), fmt.value_type.max)
+    amax = groups.abs().amax(-1).clamp(min=fmt.floor)
+    match fmt.steps.multiplier:
+        case format_choices.APPROXIMATE_OF_SCALE:
+            multipliers = rcp_approx(scales)
+        case format_choices.APPROXIMATE_OF_AMAX:
+            multipliers = rcp_approx(amax) * largest
+        case format_choices.OF_AMAX:
+            multipliers = largest / amax
+        case _:
+            multipliers = 1.0 / scales
+    return groups * multipliers.unsqueeze(-1)
 
 
 def encode(values: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Return float32 in the dtype of a format, rounded to nearest even and saturated.
 
-    NaN becomes what a group that is not finite holds.
+    Formats that truncate round towards zero. NaN becomes what a group that is not finite holds.
     """
     value_type, nan = fmt.value_type, values.isnan()
     if fmt.values is torch.float4_e2m1fn_x2:
@@ -319,7 +385,8 @@ def encode(values: torch.Tensor, fmt: Format) -> torch.Tensor:
             codes = codes.where(codes != E2M1_SIGN, 0)
         return (codes[..., 0::2] | codes[..., 1::2] << 4).view(fmt.values)
     if fmt.values is torch.int8:
-        values = values.round().clamp(-INT8_MAX, INT8_MAX).where(~nan, 0.0)
+        rounded = values.trunc() if fmt.truncates else values.round()
+        values = rounded.clamp(-INT8_MAX, INT8_MAX).where(~nan, 0.0)
     codes = values.to(fmt.values).view(torch.uint8)
     return codes.where(~nan, value_type.nan_byte).view(fmt.values)
 
@@ -346,7 +413,7 @@ def decode(q: torch.Tensor, fmt: Format) -> torch.Tensor:
     return torch.cat([table, -table])[codes]
 
 
-def _in_groups(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+def _split_into_groups(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Return `x` (..., k) as (..., groups, group_size), the last group filled up with zeros."""
     k = x.shape[-1]
     size = k if fmt.whole_row else fmt.group_size
@@ -381,7 +448,7 @@ def existing_rows(rows: Rows, mn: int) -> torch.Tensor:
         case Masked():
             return below_count(rows, mn, mn)
         case PrefixSum():
-            return in_groups(rows, mn).any(0)
+            return rows_of_groups(rows, mn).any(0)
         case Indexed():
             return rows.m_indices >= 0
 
@@ -462,10 +529,7 @@ def silu_mul(gate_up: torch.Tensor, prologue: SiluMul) -> torch.Tensor:
     Returns:
         (batch, mn, k): float32 if it is fused, else the dtype of `gate_up`.
     """
-    if prologue.interleaved:
-        gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
-    else:
-        gate, up = gate_up.chunk(2, -1)
+    gate, up = _gates_and_ups(gate_up, prologue.interleaved)
     alpha, beta, weight = prologue.alpha, prologue.beta, prologue.weight
     if weight is not None:
         weight = weight.view(*gate.shape[:-1], 1)
@@ -476,18 +540,50 @@ def silu_mul(gate_up: torch.Tensor, prologue: SiluMul) -> torch.Tensor:
         up = up if beta == 0 else up + beta
         values = (up * gate * torch.sigmoid(alpha * gate)).float()
         return values if weight is None else values * weight
+    dtype = gate.dtype
+    if prologue.rounding == VLLM:
+        gate, up = gate.float(), up.float()
     gate, up = _clamp(gate, up, limit)
     activation = functional.silu(gate) if alpha == 1 else gate * torch.sigmoid(alpha * gate)
     # On the CPU, and there alone, torch rounds a number that it adds to the tensor's dtype first.
-    values = activation * (up if beta == 0 else (up.float() + beta).to(up.dtype))
+    values = (activation * (up if beta == 0 else (up.float() + beta).to(up.dtype))).to(dtype)
     return values if weight is None else (values.float() * weight).to(values.dtype)
 
 
+def silu_mul_backward(gate_up: torch.Tensor, prologue: SiluMulBackward) -> torch.Tensor:
+    """Return the gradients of gates and ups of `gate_up` (batch, mn, 2k).
+
+    Returns:
+        (batch, mn, 2k), float32, in the places of gates and ups.
+    """
+    gate, up = _gates_and_ups(gate_up.double(), prologue.interleaved)
+    grad = prologue.grad.reshape(gate.shape).double()
+    limit = math.inf if prologue.clamp is None else prologue.clamp
+    bounded_gate, bounded_up = _clamp(gate, up, limit)
+    # Further out a sigmoid, or what it lacks of 1, is 0 and has to stay so in a product with Inf.
+    argument = (prologue.alpha * bounded_gate).clamp(-MAX_ARGUMENT, MAX_ARGUMENT)
+    sigmoid = torch.sigmoid(argument)
+    slope = sigmoid * (1 + argument * torch.sigmoid(-argument))
+    bounded_up = bounded_up if prologue.beta == 0 else bounded_up + prologue.beta
+    of_gates = (grad * (bounded_up * slope)).masked_fill(gate > limit, 0.0)
+    of_ups = (grad * (bounded_gate * sigmoid)).masked_fill(up.abs() > limit, 0.0)
+    if prologue.interleaved:
+        return torch.stack((of_gates, of_ups), -1).flatten(-2).float()
+    return torch.cat((of_gates, of_ups), -1).float()
+
+
+def _gates_and_ups(gate_up: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if interleaved:
+        return gate_up[..., 0::2], gate_up[..., 1::2]
+    gate, up = gate_up.chunk(2, -1)
+    return gate, up
+
+
 def clamp_limit(prologue: SiluMul, dtype: torch.dtype) -> float:
-    """Return the bound of gates and ups, rounded to `dtype` unless they are fused; Inf if none."""
+    """Return the bound of gates and ups, rounded to `dtype` if they are unfused; Inf if none."""
     if prologue.clamp is None:
         return math.inf
-    if prologue.rounding == FUSED:
+    if prologue.rounding != UNFUSED:
         return prologue.clamp
     return torch.tensor(prologue.clamp, dtype=torch.float64).to(dtype).item()
 
@@ -515,10 +611,18 @@ def rms_norm(x: torch.Tensor, prologue: RmsNorm) -> torch.Tensor:
     weight = prologue.weight.float()
     if prologue.weight_offset != 0:
         weight = weight + prologue.weight_offset
+    if rounds_sum(prologue.rounding):
+        total = total.to(x.dtype).float()
     if prologue.rounding == FUSED:
         values = _normalized(total, weight, prologue.eps).float()
+    elif prologue.rounding != UNFUSED:
+        row = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + prologue.eps)
+        exact = _normalized(total, torch.ones_like(weight), prologue.eps).float()
+        row = row.where(exact.isfinite(), exact)
+        if rounds_row(prologue.rounding, prologue.weight.dtype):
+            row = row.to(x.dtype).float()
+        values = (row * weight).to(x.dtype)
     else:
-        total = total.to(x.dtype).float()
         exact = _normalized(total, weight, prologue.eps).float()
         values = functional.rms_norm(total, x.shape[-1:], weight, prologue.eps)
         values = values.where(exact.isfinite(), exact).to(x.dtype)
@@ -565,11 +669,16 @@ def quantize_into(
     match prologue:
         case SiluMul():
             source = silu_mul(source, prologue)
+        case SiluMulBackward():
+            source = silu_mul_backward(source, prologue)
         case RmsNorm():
             source = rms_norm(source, prologue)
     upper = upper_factors(source, call)
     scales = group_scales(source, fmt, upper)
-    codes = group_values(source, scales, fmt, upper).view(torch.uint8)
+    random = None
+    if call.rng_state is not None:
+        random = random_of_elements(call.rng_state, *source.shape)
+    codes = group_values(source, scales, fmt, upper, random).view(torch.uint8)
     decode_scales = None if row_scales is None or upper is None else upper.decode
     named = None
     if call.scatter is not None:
@@ -582,6 +691,9 @@ def quantize_into(
     if isinstance(rows, Masked):
         written = below_count(rows, mn, mn)
         written_scales = below_count(rows, mn, fmt.scale_rows(mn), SCALE_ROW_ALIGNMENT)
+    elif isinstance(rows, PrefixSumWithGaps):
+        written = live
+        written_scales[:, :mn] = live
     if named is not None:
         written = written & named
         written_scales = written_scales & pad(named, (0, fmt.scale_rows(mn) - mn), value=True)
@@ -616,12 +728,17 @@ def store_scales(
         fmt: the format.
         k: columns of the values.
     """
+    scale_storage.write(stored_scales(scales, fmt), written, sf, fmt, k)
+
+
+def stored_scales(scales: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return exponents or floats as they are stored, uint8 or float32."""
     if fmt.byte_scales:
-        scales = _scale_bytes(scales, fmt)
-    elif fmt.power_of_two:
+        return _scale_bytes(scales, fmt)
+    if fmt.power_of_two:
         # Exponent 0 is that of a row that does not exist: float32 scales are normal numbers.
-        scales = ue8m0_to_float32(scales).where(scales > 0, 0.0)
-    scale_storage.write(scales, written, sf, fmt, k)
+        return ue8m0_to_float32(scales).where(scales > 0, 0.0)
+    return scales
 
 
 def _scale_bytes(scales: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -687,7 +804,7 @@ def multiply_back(
 ) -> torch.Tensor:
     """Return `q` (..., k) times the float32 `scales` (..., groups) of its groups, in `dtype`."""
     decoded = decode(q, fmt)
-    values = _in_groups(decoded, fmt) * scales.unsqueeze(-1)
+    values = _split_into_groups(decoded, fmt) * scales.unsqueeze(-1)
     return values.to(dtype).flatten(-2)[..., : decoded.shape[-1]]
 
 

@@ -67,6 +67,17 @@ class PrefixSum:
 
 
 @dataclass(frozen=True, eq=False)
+class PrefixSumWithGaps(PrefixSum):
+    """As :class:`PrefixSum`, but rows that belong to no group keep what their memory held.
+
+    Neither their values nor their scales are written, as vLLM leaves them. Padding rows past M
+    become 0 as always. Not with an index, and not for ``convert_scales``.
+    """
+
+    kind: ClassVar[str] = "prefix_sum_with_gaps"
+
+
+@dataclass(frozen=True, eq=False)
 class Indexed:
     """Each row carries the index of its group, as in DeepGEMM's contiguous grouped GEMM.
 
@@ -93,8 +104,13 @@ Rows = Masked | PrefixSum | Indexed
 KINDS: dict[str, type[Rows]] = {
     Masked.kind: Masked,
     PrefixSum.kind: PrefixSum,
+    PrefixSumWithGaps.kind: PrefixSumWithGaps,
     Indexed.kind: Indexed,
 }
+
+
+PREFIX_SUMS = (PrefixSum.kind, PrefixSumWithGaps.kind)
+"""Kinds of rows in groups that are stacked along M."""
 
 
 class RowOperands(NamedTuple):
@@ -119,7 +135,7 @@ def from_operands(operands: RowOperands) -> Rows | None:
     kind, data, alignment = operands
     if kind not in (DENSE, *KINDS):
         raise ValueError(f"rows: expected one of {(DENSE, *KINDS)}, got {kind!r}")
-    if kind != PrefixSum.kind and alignment != 1:
+    if kind not in PREFIX_SUMS and alignment != 1:
         raise ValueError(f"alignment: expected 1 for rows={kind!r}, got {alignment}")
     if (data is None) != (kind == DENSE):
         expected = "None" if kind == DENSE else "a tensor"
@@ -127,4 +143,6 @@ def from_operands(operands: RowOperands) -> Rows | None:
         raise ValueError(f"row_data: expected {expected} for rows={kind!r}, got {got}")
     if data is None:
         return None
+    if kind == PrefixSumWithGaps.kind:
+        return PrefixSumWithGaps(data, alignment)
     return PrefixSum(data, alignment) if kind == PrefixSum.kind else KINDS[kind](data)

@@ -29,7 +29,7 @@ from cute_quant.contract.dtypes import (
     dtype_name,
 )
 from cute_quant.contract.formats import Format
-from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
+from cute_quant.contract.rows import Indexed, Masked, PrefixSum, PrefixSumWithGaps, Rows
 from cute_quant.contract.tensors import (
     check_count,
     check_tensor,
@@ -88,6 +88,8 @@ def check(call: Conversion) -> None:
     check_count("sf", shape.batch_shape, 1)
     for one in (fmt, to):
         check_number_of_scales("shape", one, shape)
+    if isinstance(rows, PrefixSumWithGaps):
+        raise ValueError(f"rows: expected PrefixSum, got {type(rows).__name__}")
     check_row_domain(rows, sf, "sf", (*shape.batch_shape, shape.mn), "shape", shape.k)
     if out is not None:
         check_written("out", out, to.sf_dtype, sf, "sf")
@@ -166,7 +168,7 @@ def rows_that_exist(rows: Rows, mn: int) -> torch.Tensor:
         case Masked():
             return reference.below_count(rows, mn, mn)
         case PrefixSum():
-            return reference.in_groups(rows, mn).any(0, keepdim=True)
+            return reference.rows_of_groups(rows, mn).any(0, keepdim=True)
         case Indexed():
             return (rows.m_indices >= 0).unsqueeze(0)
 

@@ -7,7 +7,12 @@ from torch.nn.functional import pad
 
 from cute_quant.contract.formats import Format
 from cute_quant.contract.scale_layouts import blocks, in_memory
-from cute_quant.contract.tensors import flat_batch, last_column_rows, span
+from cute_quant.contract.tensors import (
+    flat_batch,
+    has_dense_columns,
+    last_column_rows,
+    span,
+)
 
 
 def view(sf: torch.Tensor, fmt: Format, mn: int, k: int) -> torch.Tensor:
@@ -64,21 +69,33 @@ def write(
     Args:
         scales: (batch, mn, groups), uint8 or float32.
         written: (batch, stored rows), bool.
-        sf: as :func:`view` takes it; MN-major scales have the format's own strides.
+        sf: as :func:`view` takes it; MN-major scales have the format's own strides, or columns
+            without padding.
         fmt: the format.
         k: columns of the values.
     """
     batch, mn, groups = scales.shape
     if batch == 0 or mn == 0 or groups == 0:
         return
+    write_in_tensor(scales, written, sf, fmt, k)
+    if fmt.mn_major and fmt.scale_rows(mn) > mn and not has_dense_columns(sf):
+        columns = fmt.columns(k)
+        _clear_padding_rows(sf, written[:, mn:].repeat_interleave(columns, 0), mn)
+
+
+def write_in_tensor(
+    scales: torch.Tensor, written: torch.Tensor, sf: torch.Tensor, fmt: Format, k: int
+) -> None:
+    """Write scales as :func:`write` does, but no padding rows of MN-major ones.
+
+    `sf` has any strides, as :func:`view` takes it, and none of the sizes is 0.
+    """
+    _, mn, groups = scales.shape
     modes = view(sf, fmt, mn, k)
     stored = stored_matrix(modes, fmt, mn, k)
     rows = stored.shape[1]
     padded = pad(scales, (0, stored.shape[2] - groups, 0, rows - mn))
     modes.copy_(padded.where(written[:, :rows].unsqueeze(2), stored).view(modes.shape))
-    if fmt.mn_major and fmt.scale_rows(mn) > mn:
-        columns = fmt.columns(k)
-        _clear_padding_rows(sf, written[:, mn:].repeat_interleave(columns, 0), mn)
 
 
 def _clear_padding_rows(sf: torch.Tensor, written: torch.Tensor, mn: int) -> None:

@@ -74,6 +74,20 @@ def last_column_rows(sf: torch.Tensor) -> int:
     return min(aligned, end - (columns - 1) * aligned)
 
 
+def has_dense_columns(sf: torch.Tensor) -> bool:
+    """Return whether columns of MN-major scales follow each other without padding rows.
+
+    Of columns that need none, and of a single one, this is False.
+    """
+    *_, mn, columns = sf.shape
+    if mn % SCALE_ROW_ALIGNMENT == 0 or sf.numel() == 0:
+        return False
+    if columns > 1:
+        return sf.stride(-1) == mn
+    batch, stride = flat_batch("sf", sf.shape, sf.stride())
+    return batch > 1 and stride == mn
+
+
 def check_real(tensors: dict[str, torch.Tensor | None]) -> None:
     """Check that values are in memory where they seem to be, by the names of the arguments."""
     for name, t in tensors.items():

@@ -56,7 +56,7 @@ def requantize(
     if q is None and sf is None:
         return _from_stored(ops.requantize_blocks(w8, w_sf, fmt.text, tensor, kind), fmt)
     shape = blocks.check_requantize_blocks(w8, w_sf, fmt, upper, q, sf)
-    q, sf = _allocate(w8, fmt, shape, q, sf, in_blocks=not blocks.in_groups(fmt))
+    q, sf = _allocate(w8, fmt, shape, q, sf, in_blocks=not blocks.quantized_by_row(fmt))
     ops.requantize_blocks_out(w8, w_sf, q, as_stored(sf), fmt.text, tensor, kind)
     return from_stored(q, fmt.values), sf
 
@@ -145,7 +145,7 @@ def _requantize_fake(
     parsed = Format.parse(fmt)
     scale = upper_scale_of(upper_kind, upper)
     shape = blocks.check_requantize_blocks(w8, w_sf, parsed, scale)
-    in_blocks = not blocks.in_groups(parsed)
+    in_blocks = not blocks.quantized_by_row(parsed)
     return _as_stored(_allocate(w8, parsed, shape, in_blocks=in_blocks))
 
 

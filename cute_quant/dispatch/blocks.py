@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from cute_quant.contract import block_reference, blocks
-from cute_quant.contract.dtypes import LOAD_BYTES, STORE_BYTES
+from cute_quant.contract.dtypes import LOAD_BYTES, SOURCE_BLOCK, STORE_BYTES
 from cute_quant.contract.formats import Format
 from cute_quant.contract.tensors import (
     check_disjoint,
@@ -17,12 +19,18 @@ from cute_quant.contract.tensors import (
 )
 from cute_quant.contract.torch_private import in_dual_level
 from cute_quant.contract.upper_scales import UpperScale
-from cute_quant.dispatch import launch
+from cute_quant.dispatch import launch, plan
+from cute_quant.dispatch.call_range import (
+    DEQUANTIZE_BLOCKS,
+    QUANTIZE_BLOCKS,
+    REQUANTIZE_BLOCKS,
+    CallRange,
+)
 from cute_quant.dispatch.plan import (
-    Function,
+    Gpu,
     View,
     alignment,
-    choose_dequantize_spec,
+    compiled,
     matrix_view,
     missing_scale_rows,
     view_of_scales,
@@ -30,12 +38,11 @@ from cute_quant.dispatch.plan import (
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures, heuristics
 from cute_quant.kernels.config import (
-    DEFAULT_TILE,
     Access,
     BlocksSpec,
+    DequantizeSpec,
     Domain,
     RequantizeSpec,
-    Spec,
 )
 
 
@@ -65,8 +72,13 @@ def requantize(
     upper: UpperScale | None,
     q: torch.Tensor | None,
     sf: torch.Tensor | None,
+    *,
+    check: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run ``cute_quant.requantize_blocks`` on tensors with memory."""
+    """Run ``cute_quant.requantize_blocks`` on tensors with memory.
+
+    With `check` values and scales are read, which synchronizes, and refused where they do not fit.
+    """
     shape = blocks.check_requantize_blocks(w8, w_sf, fmt, upper, q, sf)
     reads = {"w8": w8, "w_sf": w_sf}
     if upper is not None:
@@ -74,15 +86,17 @@ def requantize(
     _check_memory({**reads, "out q": q, "out sf": sf})
     if q is None:
         q = torch.empty(shape.values(fmt), dtype=fmt.values, device=w8.device)
-    if sf is None and blocks.in_groups(fmt):
+    if sf is None and blocks.quantized_by_row(fmt):
         sf = fmt.empty_scales(*shape, w8.device)
     elif sf is None:
         sf = blocks.empty_scales(fmt, shape, w8.device)
-    of_rows = blocks.in_groups(fmt) or not blocks.stored_once(fmt)
+    of_rows = blocks.quantized_by_row(fmt) or not blocks.stored_once(fmt)
     _check_regions(reads, q, sf, mn_major=fmt.mn_major and of_rows)
+    if check:
+        block_reference.check_source(w8, w_sf, fmt, upper)
     if not launch.has_kernels(w8):
         launch.run(block_reference.requantize_into, (w8, w_sf, fmt, upper, q, sf), [])
-    elif w8.numel() and blocks.in_groups(fmt):
+    elif w8.numel() and blocks.quantized_by_row(fmt):
         _launch_groups(w8, w_sf, fmt, upper, q, sf)
     elif w8.numel():
         _launch_blocks(w8, w_sf, fmt, q, sf)
@@ -100,14 +114,15 @@ def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtyp
         launch.run(block_reference.dequantize_into, (q, sf, fmt, y), [])
     elif q.numel():
         arch = lookup.architecture(q.get_device())
-        spec = choose_dequantize_spec(q, y, fmt, None, arch)._replace(square=True)
+        spec = choose_dequantize_spec(q, y, fmt, arch)
         operands = (
             matrix_view(q, batched=True).of(q),
             view_of_scales(sf, 2).of(sf),
             None,
             matrix_view(y, batched=True).of(y),
         )
-        launch.run(_function(spec, arch), operands, [y])
+        calls = functools.partial(CallRange.of_weights, DEQUANTIZE_BLOCKS, q, fmt, y)
+        launch.run(compiled(spec, arch, lambda: calls().remedy(arch)), operands, [y])
     return y
 
 
@@ -116,7 +131,9 @@ def _launch_blocks(
 ) -> None:
     """Launch the kernel of blocks on weights, or on e4m3 with the scales of its blocks."""
     arch = lookup.architecture(w.get_device())
-    spec = choose_spec(w, fmt, q, arch)
+    spec = choose_spec(
+        w, fmt, q, arch, SOURCE_BLOCK if w_sf is None else blocks.block_size(w, w_sf)
+    )
     operands = (
         matrix_view(w.mT if spec.transposed else w, batched=True).of(w),
         None if w_sf is None else view_of_scales(w_sf, 2).of(w_sf),
@@ -124,7 +141,10 @@ def _launch_blocks(
         view_of_scales(sf, 2 if blocks.stored_once(fmt) else fmt.scale_dims).of(sf),
     )
     missing_rows = 0 if blocks.stored_once(fmt) else missing_scale_rows(sf, fmt)
-    launch.run(_function(spec, arch), (*operands, missing_rows, fmt.floor), [q, sf])
+    operation = QUANTIZE_BLOCKS if w_sf is None else REQUANTIZE_BLOCKS
+    calls = functools.partial(CallRange.of_weights, operation, w, fmt, q)
+    function = compiled(spec, arch, lambda: calls().remedy(arch))
+    launch.run(function, (*operands, missing_rows, fmt.floor), [q, sf])
 
 
 def _launch_groups(
@@ -136,9 +156,11 @@ def _launch_groups(
     sf: torch.Tensor,
 ) -> None:
     """Launch the kernel of groups of rows on e4m3 with the scales of its blocks."""
-    arch = lookup.architecture(w8.get_device())
+    device = w8.get_device()
+    arch = lookup.architecture(device)
+    gpu = Gpu(arch, lookup.multiprocessors(device))
     kind = None if upper is None else upper.kind
-    spec = choose_requantize_spec(w8, fmt, q, kind, arch)
+    spec = choose_requantize_spec(w8, fmt, q, kind, gpu, blocks.block_size(w8, w_sf))
     given = None
     if upper is not None:
         matrices = flat_batch("w8", w8.shape, w8.stride())[0]
@@ -151,12 +173,17 @@ def _launch_groups(
         given,
         None,
         None,
+        None,
     )
     numbers = missing_scale_rows(sf, fmt), 1, 1, fmt.floor
-    launch.run(_function(spec, arch), (*operands, *numbers), [q, sf])
+    calls = functools.partial(CallRange.of_weights, REQUANTIZE_BLOCKS, w8, fmt, q, upper)
+    function = compiled(spec, arch, lambda: calls().remedy(arch))
+    launch.run(function, (*operands, *numbers), [q, sf])
 
 
-def choose_spec(w: torch.Tensor, fmt: Format, q: torch.Tensor, arch: str) -> BlocksSpec:
+def choose_spec(
+    w: torch.Tensor, fmt: Format, q: torch.Tensor, arch: str, source_block: int = SOURCE_BLOCK
+) -> BlocksSpec:
     """Choose the spec of the kernel for weights and memory for their quantized values."""
     transposed = blocks.is_transposed(w)
     values = heuristics.block_values(w.dtype, fmt, arch, transposed=transposed)
@@ -180,38 +207,48 @@ def choose_spec(w: torch.Tensor, fmt: Format, q: torch.Tensor, arch: str) -> Blo
             ragged=w.shape[-1] % q_values != 0,
         ),
         transposed,
+        source_block,
         architectures.named(arch).pdl,
     )
 
 
 def choose_requantize_spec(
-    w8: torch.Tensor, fmt: Format, q: torch.Tensor, upper: str | None, arch: str
+    w8: torch.Tensor,
+    fmt: Format,
+    q: torch.Tensor,
+    upper: str | None,
+    gpu: Gpu,
+    source_block: int = SOURCE_BLOCK,
 ) -> RequantizeSpec:
     """Choose the spec of the kernel that requantizes in groups of rows."""
-    tile = DEFAULT_TILE
+    view, target = matrix_view(w8, batched=True), architectures.named(gpu.arch)
+    matrices, n, k = view.shape
+    tile = heuristics.shape(matrices, n, k, fmt, False, gpu.sms, target.warps).tile
     values = tile.values_per_thread
     load_bytes, store_bytes = values, values // fmt.value_type.per_byte
     access = Access(
-        alignment(w8.data_ptr(), matrix_view(w8, batched=True), w8.itemsize, load_bytes),
+        alignment(w8.data_ptr(), view, w8.itemsize, load_bytes),
         alignment(q.data_ptr(), matrix_view(q, batched=True), q.itemsize, store_bytes),
         ragged=w8.shape[-1] % values != 0,
     )
-    domain, pdl = Domain(batched=True), architectures.named(arch).pdl
-    return RequantizeSpec(w8.dtype, fmt.kernel_format, tile, domain, access, upper, pdl)
+    return RequantizeSpec(
+        w8.dtype,
+        fmt.kernel_format,
+        tile,
+        Domain(batched=True),
+        access,
+        upper,
+        source_block,
+        target.pdl,
+    )
 
 
-def _function(spec: Spec, arch: str) -> Function:
-    """Return a compiled kernel.
-
-    Raises:
-        RuntimeError: the kernel is missing and cannot be compiled.
-    """
-    try:
-        return lookup.function(spec, arch)
-    except lookup.NotBuilt as error:
-        raise RuntimeError(
-            f"{error}: call the operation before, on tensors of the same dtype and alignment"
-        ) from None
+def choose_dequantize_spec(
+    q: torch.Tensor, y: torch.Tensor, fmt: Format, arch: str
+) -> DequantizeSpec:
+    """Choose the spec of the kernel that multiplies weights by the scales of their blocks."""
+    spec = plan.choose_dequantize_spec(q, y, fmt, None, arch)
+    return spec._replace(square=blocks.stored_once(fmt))
 
 
 def _check_memory(tensors: dict[str, torch.Tensor | None]) -> None:

@@ -10,26 +10,64 @@ from typing import NamedTuple
 
 import torch
 
-from cute_quant.contract.blocks import check_block_format
+from cute_quant.contract.blocks import (
+    check_block_format,
+    check_requantized_format,
+    is_transposed,
+)
 from cute_quant.contract.calls import Call
-from cute_quant.contract.dtypes import LOAD_BYTES
+from cute_quant.contract.dtypes import BLOCK_SIZES, LOAD_BYTES
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import NAMED_FORMATS, Format
-from cute_quant.contract.prologues import FUSED, MAX_NORM_COLUMNS, RmsNorm, SiluMul
+from cute_quant.contract.prologues import (
+    FUSED,
+    MAX_NORM_COLUMNS,
+    RmsNorm,
+    SiluMul,
+    SiluMulBackward,
+)
 from cute_quant.contract.rows import DENSE, Masked
+from cute_quant.contract.scale_conversion import Conversion, check_formats
 from cute_quant.contract.upper_scales import DECODE, UpperScale
 
-QUANTIZE, SILU_MUL, RMS_NORM, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE_BLOCKS = OPERATIONS = (
-    "quantize",
-    "silu_mul_quantize",
-    "rms_norm_quantize",
-    "dequantize",
-    "fake_quantize",
-    "quantize_blocks",
+QUANTIZE = "quantize"
+SILU_MUL = "silu_mul_quantize"
+SILU_MUL_BACKWARD = "silu_mul_backward_quantize"
+RMS_NORM = "rms_norm_quantize"
+DEQUANTIZE = "dequantize"
+FAKE_QUANTIZE = "fake_quantize"
+QUANTIZE_BLOCKS = "quantize_blocks"
+DEQUANTIZE_BLOCKS = "dequantize_blocks"
+REQUANTIZE_BLOCKS = "requantize_blocks"
+CONVERT_SCALES = "convert_scales"
+GATHERING = (QUANTIZE, SILU_MUL, RMS_NORM)
+"""Operations whose rows an index or a scatter may name."""
+OPERATIONS = (
+    *GATHERING,
+    SILU_MUL_BACKWARD,
+    DEQUANTIZE,
+    FAKE_QUANTIZE,
+    QUANTIZE_BLOCKS,
+    DEQUANTIZE_BLOCKS,
+    REQUANTIZE_BLOCKS,
+    CONVERT_SCALES,
 )
 """Names of the public operations."""
-GROUPED = (QUANTIZE, SILU_MUL, RMS_NORM)
+FLAGS = (
+    "gathered",
+    "scattered",
+    "batched",
+    "interleaved",
+    "clamped",
+    "scaled",
+    "shifted",
+    "stochastic",
+)
+"""Fields of a `CallRange` that are options of the command line without a value."""
+WITH_ROWS = (*GATHERING, SILU_MUL_BACKWARD, CONVERT_SCALES)
 """Operations on rows of a domain."""
+STOCHASTIC = (QUANTIZE, SILU_MUL_BACKWARD)
+"""Operations that round by random numbers, if asked to."""
 
 
 class CallRange(NamedTuple):
@@ -37,7 +75,8 @@ class CallRange(NamedTuple):
 
     Attributes:
         operation: one of ``OPERATIONS``.
-        fmt, dtype: as of the call; for ``dequantize`` dtype is that of the result.
+        fmt, dtype: as of the call; for ``dequantize`` dtype is that of the result, and for
+            ``requantize_blocks`` and ``convert_scales`` it has no say.
         k: numbers of columns of the result.
         max_rows: most rows of the result, all leading dimensions together.
         kind: of the rows.
@@ -51,6 +90,9 @@ class CallRange(NamedTuple):
         weight_dtype: of the weight of `rms_norm_quantize`, with and without `residual` and
             `normalized`.
         upper: the argument that the scale over e4m3 scales is given as; None where calls take none.
+        stochastic: whether values are rounded by random numbers.
+        to: as of `convert_scales`; None for other operations.
+        source_blocks: sizes of the blocks whose scales `requantize_blocks` reads.
     """
 
     operation: str
@@ -69,22 +111,27 @@ class CallRange(NamedTuple):
     rounding: str = FUSED
     weight_dtype: torch.dtype = torch.bfloat16
     upper: str | None = None
+    stochastic: bool = False
+    to: Format | None = None
+    source_blocks: tuple[int, ...] = BLOCK_SIZES
     scattered: bool = False
 
     @property
     def possible(self) -> bool:
-        """Return whether the operation takes rows of this kind."""
+        """Return whether the operation takes rows of this kind, and random numbers."""
+        if self.stochastic and self.operation not in STOCHASTIC:
+            return False
+        if (self.gathered or self.scattered) and self.operation not in GATHERING:
+            return False
         if self.scattered and (self.gathered or self.batched != (self.kind == Masked.kind)):
             return False
-        if self.kind == Masked.kind:
-            return self.operation in GROUPED and self.batched
-        if self.kind != DENSE:
-            return self.operation in GROUPED and not self.batched
-        return self.operation in GROUPED or not (self.gathered or self.scattered)
+        if self.kind == DENSE:
+            return True
+        return self.operation in WITH_ROWS and self.batched == (self.kind == Masked.kind)
 
     def with_upper_scale(self, kind: str) -> CallRange:
         """Return these calls with their upper scale given as an argument, where they take one."""
-        if not self.fmt.upper_scale:
+        if not self.fmt.upper_scale or self.operation == CONVERT_SCALES:
             return self
         if self.fmt.row_scale:
             # Operations compute and return them.
@@ -95,22 +142,31 @@ class CallRange(NamedTuple):
         """Check that calls may have these columns.
 
         Raises:
+            TypeError: `to` is no format.
             ValueError: one number is too large, or of values that do not fill their bytes, or the
-                format has no blocks.
+                operation does not take the format.
         """
-        if self.operation == QUANTIZE_BLOCKS:
-            check_block_format(self.fmt)
+        match self.operation:
+            case "quantize_blocks" | "dequantize_blocks":
+                check_block_format(self.fmt)
+            case "requantize_blocks":
+                check_requantized_format(self.fmt)
+            case "convert_scales":
+                check_formats(self.fmt, self.to)
         whole_rows = self.operation == RMS_NORM or self.fmt.row_scale
-        bounded = whole_rows and self.operation != DEQUANTIZE
+        bounded = whole_rows and self.operation not in (DEQUANTIZE, CONVERT_SCALES)
         most = MAX_NORM_COLUMNS if bounded else MAX_COLUMNS
         per_byte = self.fmt.value_type.per_byte
+        values = str(self.fmt)
+        if self.operation == SILU_MUL_BACKWARD:
+            per_byte, values = 2, self.operation  # columns of gates and ups
         for k in self.k:
             if k > most:
                 raise ValueError(
                     f"k: expected at most {most} for {self.operation} to {self.fmt}, got {k}"
                 )
             if k % per_byte:
-                raise ValueError(f"k: expected multiples of {per_byte} for {self.fmt}, got {k}")
+                raise ValueError(f"k: expected multiples of {per_byte} for {values}, got {k}")
 
     @staticmethod
     def of(call: Call, result_dtype: torch.dtype, result_alignment: int) -> CallRange:
@@ -131,6 +187,7 @@ class CallRange(NamedTuple):
             min(_alignment(call.x), result_alignment),
             upper=None if call.upper is None else call.upper.kind,
             scattered=call.scatter is not None,
+            stochastic=call.rng_state is not None,
         )
         match call.prologue:
             case SiluMul() as silu_mul:
@@ -141,6 +198,15 @@ class CallRange(NamedTuple):
                     scaled=silu_mul.alpha != 1.0,
                     shifted=silu_mul.beta != 0.0,
                     rounding=silu_mul.rounding,
+                )
+            case SiluMulBackward() as backward:
+                return calls._replace(
+                    operation=SILU_MUL_BACKWARD,
+                    interleaved=backward.interleaved,
+                    clamped=backward.clamp is not None,
+                    scaled=backward.alpha != 1.0,
+                    shifted=backward.beta != 0.0,
+                    alignment=min(calls.alignment, _alignment(backward.grad)),
                 )
             case RmsNorm() as rms_norm:
                 tensors = [t for t in rms_norm.tensors.values() if t is not None]
@@ -169,19 +235,63 @@ class CallRange(NamedTuple):
             upper=None if upper is None else upper.kind,
         )
 
+    @staticmethod
+    def of_weights(
+        operation: str,
+        w: torch.Tensor,
+        fmt: Format,
+        result: torch.Tensor,
+        upper: UpperScale | None = None,
+    ) -> CallRange:
+        """Return the range of a call on weights, or on quantized ones, and of those like it."""
+        back = operation == DEQUANTIZE_BLOCKS
+        values, numbers = (w, result) if back else (result, w)
+        *leading, n, columns = values.shape
+        return CallRange(
+            operation,
+            fmt,
+            numbers.dtype,
+            (columns * fmt.value_type.per_byte,),
+            math.prod(leading) * n,
+            batched=bool(leading),
+            alignment=_alignment(w.mT if is_transposed(w) else w, result),
+            upper=None if upper is None else upper.kind,
+        )
+
+    @staticmethod
+    def of_conversion(call: Conversion, result: torch.Tensor) -> CallRange:
+        """Return the range of a call of ``convert_scales`` and of those like it."""
+        batch_shape, mn, k = call.shape
+        both = ((call.sf, call.fmt), (result, call.to))
+        return CallRange(
+            CONVERT_SCALES,
+            call.fmt,
+            torch.bfloat16,
+            (k,),
+            math.prod(batch_shape) * mn,
+            DENSE if call.rows is None else call.rows.kind,
+            batched=bool(batch_shape),
+            alignment=min(
+                math.gcd(LOAD_BYTES, t.data_ptr()) if fmt.mn_major else _alignment(t)
+                for t, fmt in both
+            ),
+            to=call.to,
+        )
+
     def arguments(self) -> Iterator[tuple[str, str | None]]:
         """Yield the options of ``cute-quant warm-up`` for these calls, with their values."""
         yield "operation", self.operation
-        named = (name for name, fmt in NAMED_FORMATS.items() if fmt is self.fmt.kernel_format)
-        yield "format", next(named, self.fmt.kernel_format.text)
-        yield "dtype", _name(self.dtype)
+        yield "format", _name_of(self.fmt)
+        if self.to is not None:
+            yield "to", _name_of(self.to)
+        if self.operation not in (REQUANTIZE_BLOCKS, CONVERT_SCALES):
+            yield "dtype", _name(self.dtype)
         for k in self.k:
             yield "k", str(k)
         yield "max-rows", str(self.max_rows)
         if self.kind != DENSE:
             yield "rows", self.kind
-        choices = "gathered", "scattered", "batched", "interleaved", "clamped", "scaled", "shifted"
-        for name in choices:
+        for name in FLAGS:
             if getattr(self, name):
                 yield name, None
         if self.alignment != LOAD_BYTES:
@@ -203,6 +313,12 @@ class CallRange(NamedTuple):
             f"call cute_quant.warm_up before, or run `cute-quant warm-up {' '.join(words)}`, or "
             f"cute-quant build with the same options"
         )
+
+
+def _name_of(fmt: Format) -> str:
+    """Return the name of a format, or its text, for all smallest scales."""
+    named = (name for name, one in NAMED_FORMATS.items() if one is fmt.kernel_format)
+    return next(named, fmt.kernel_format.text)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from cute_quant.contract.tensors import (
     region,
     region_of_scales,
 )
-from cute_quant.contract.torch_private import in_dual_level, increment_version
-from cute_quant.dispatch import torch_ops
-from cute_quant.dispatch.launch import has_kernels
-from cute_quant.dispatch.plan import missing_scale_rows, view_of_scales
+from cute_quant.contract.torch_private import in_dual_level
+from cute_quant.dispatch import launch, torch_ops
+from cute_quant.dispatch.call_range import CallRange
+from cute_quant.dispatch.plan import compiled, missing_scale_rows, view_of_scales
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures
 from cute_quant.kernels.config import ConvertSpec
@@ -56,13 +55,10 @@ def run(call: Conversion, *, check: bool = False) -> torch.Tensor:
         scale_conversion.check_powers_of_two(call)
     if not result.numel():
         return result
-    if call.out is not None:
-        # Autograd refuses to use what it saved of it.
-        increment_version([result])
-    if has_kernels(sf):
+    if launch.has_kernels(sf):
         _launch(call, result)
     else:
-        scale_conversion.convert_into(call, result)
+        launch.run(scale_conversion.convert_into, (call, result), [result])
     return result
 
 
@@ -72,13 +68,9 @@ def _launch(call: Conversion, result: torch.Tensor) -> None:
     device = sf.get_device()
     arch = lookup.architecture(device)
     spec = choose_spec(call, result, arch)
-    try:
-        function: Callable[..., None] = lookup.function(spec, arch)
-    except lookup.NotBuilt as error:
-        raise RuntimeError(
-            f"{error}: call convert_scales before, with the same formats, rows and alignment"
-        ) from None
-    function(
+    calls = functools.partial(CallRange.of_conversion, call, result)
+    function = compiled(spec, arch, lambda: calls().remedy(arch))
+    arguments = (
         _operand(sf, fmt),
         _operand(result, to),
         None if rows is None else rows.data,
@@ -88,6 +80,7 @@ def _launch(call: Conversion, result: torch.Tensor) -> None:
         1 if rows is None else rows.alignment,
         call.zero,
     )
+    launch.run(function, arguments, [result])
 
 
 def _operand(sf: torch.Tensor, fmt: Format) -> torch.Tensor:

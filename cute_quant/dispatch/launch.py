@@ -149,7 +149,7 @@ def bind(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Launch:
         results = operation(*args, **kwargs)
     finally:
         del _captures[thread]
-    tensors = results if isinstance(results, tuple) else (results,)
+    tensors = _tensors_of(results)
     # Without elements there is nothing to launch.
     expected = 0 if all(t.numel() == 0 for t in tensors) else 1
     if len(captured) > 1 or len(captured) < expected or any(map(is_fake, tensors)):
@@ -161,6 +161,13 @@ def bind(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Launch:
     if not captured:
         return Launch(results, functools.partial(_nothing), [])
     return Launch(results, captured[0].function, captured[0].written)
+
+
+def _tensors_of(results: Any) -> list[torch.Tensor]:
+    """Return the tensors of results, which may be pairs."""
+    if not isinstance(results, tuple):
+        return [results]
+    return [t for result in results for t in _tensors_of(result)]
 
 
 def _nothing() -> None:
@@ -206,10 +213,10 @@ def quantize_again(x: torch.Tensor, fmt: Format, upper: UpperScale | None) -> Re
     q, sf = plan.new_q(), plan.new_sf()
     if plan.new_row_scales is not None:
         row_scales = plan.new_row_scales()
-        recent.function(x, q, sf, row_scales, None, None, 0, *recent.numbers)
+        recent.function(x, q, sf, row_scales, None, None, None, 0, *recent.numbers)
         return q, sf, row_scales
     over_groups = None if upper is None else _upper_operand(recent, upper)
-    recent.function(x, q, sf, over_groups, None, None, 0, *recent.numbers)
+    recent.function(x, q, sf, over_groups, None, None, None, 0, *recent.numbers)
     return q, sf
 
 
@@ -254,7 +261,7 @@ def quantize_into_again(
     if plan.scale_rows > plan.mn:
         missing_rows = plan.scale_rows - last_column_rows(sf)
     increment_version((q, sf))
-    recent.function(x, q, sf, over_groups, None, None, missing_rows, *recent.numbers)
+    recent.function(x, q, sf, over_groups, None, None, None, missing_rows, *recent.numbers)
     return q, sf
 
 
@@ -384,7 +391,15 @@ def _execute(plan: Plan, call: Call) -> Results:
         return results
     row_data = None if rows is None else rows.data
     upper = row_scales if call.upper is None else call.upper.tensor
-    operands: tuple[torch.Tensor | None, ...] = (x, q, sf, upper, row_data, call.row_map)
+    operands: tuple[torch.Tensor | None, ...] = (
+        x,
+        q,
+        sf,
+        upper,
+        row_data,
+        call.row_map,
+        call.rng_state,
+    )
     further: tuple[torch.Tensor | None, ...] = () if prologue is None else prologue.operands
     written = [*results, *further_written]
     if kernel.views is not None:
@@ -400,7 +415,7 @@ def _execute(plan: Plan, call: Call) -> Results:
 
 def _key(call: Call) -> tuple[object, ...]:
     """Return all that a plan depends on, () if a call cannot have one."""
-    x, fmt, q, sf, rows, index, prologue, upper, row_scales, scatter, num_rows = call
+    x, fmt, q, sf, rows, index, prologue, upper, row_scales, rng_state, scatter, num_rows = call
     try:
         key: tuple[object, ...] = (fmt, *map(_looks, (x, q, sf, index)))
         if scatter is not None or num_rows is not None:
@@ -408,6 +423,8 @@ def _key(call: Call) -> tuple[object, ...]:
         if upper is not None or row_scales is not None:
             given, kind = (row_scales, "") if upper is None else (upper.tensor, upper.kind)
             key += (kind, _looks(given))
+        if rng_state is not None:
+            key += ("rng_state", _looks(rng_state))
         if rows is not None:
             # 128.0 is equal to 128, but refused.
             alignment = rows.alignment
@@ -459,6 +476,8 @@ def _check_regions(call: Call, q: Region, sf: Region) -> None:
         reads.append(region(f"rows.{call.rows.data_name}", call.rows.data))
     if call.upper is not None:
         reads.append(region(call.upper.kind, call.upper.tensor))
+    if call.rng_state is not None:
+        reads.append(region("rng_state", call.rng_state))
     if call.row_scales is not None:
         writes.append(region("out row scales", call.row_scales))
     if call.prologue is not None:
@@ -479,7 +498,8 @@ def _quantize_by_reference(call: Call, *, check: bool) -> Results:
         row_scales = x.new_empty((*shape.batch_shape, shape.mn), dtype=torch.float32)
     given = (call.q, call.sf, call.row_scales, call.prologue)
     if any(part is not None for part in given):
-        sf_region = region_of_scales("out sf", sf, mn_major=fmt.mn_major)
+        padded = fmt.mn_major and not call.dense_scales
+        sf_region = region_of_scales("out sf", sf, mn_major=padded)
         _check_regions(call, region("out q", q), sf_region)
     run(reference.quantize_into, (call, q, sf, row_scales), [])
     return (q, sf) if row_scales is None else (q, sf, row_scales)
@@ -503,7 +523,7 @@ def fake_quantize(call: Call, out: torch.Tensor | None) -> torch.Tensor:
         result = Destination(View(tuple(out.shape), out.stride()), out.data_ptr(), x.dtype)
         kernel = choose_kernel(call, result, None)
         upper = None if call.upper is None else call.upper.tensor
-        operands: tuple[torch.Tensor | None, ...] = (x, out, None, upper, None, None)
+        operands: tuple[torch.Tensor | None, ...] = (x, out, None, upper, None, None, None)
         if kernel.views is not None:
             operands, _ = _viewed(kernel.views, operands, ())
         run(kernel.function, (*operands, 0, *kernel.numbers), [out])

@@ -13,7 +13,7 @@ from cute_quant.contract import checks, reference
 from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.dtypes import LOAD_BYTES, align
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import UNFUSED, RmsNorm, SiluMul
+from cute_quant.contract.prologues import RmsNorm, SiluMul, SiluMulBackward
 from cute_quant.contract.rows import DENSE, Masked
 from cute_quant.contract.tensors import MAX_SIZE, flat_batch, last_column_rows, span
 from cute_quant.contract.upper_scales import UpperScale
@@ -25,8 +25,10 @@ from cute_quant.kernels.config import (
     Access,
     DequantizeSpec,
     Domain,
+    QuantizerSpec,
     QuantizeSpec,
     RmsNormSpec,
+    SiluMulBackwardSpec,
     SiluMulSpec,
     Spec,
 )
@@ -79,8 +81,8 @@ class Kernel(NamedTuple):
 
     Attributes:
         function: called on x, q, sf, the upper scale or memory for those of rows, counts, index,
-            the missing rows of the last scale column, the `numbers`, and the tensors of the
-            prologue.
+            the state of random numbers, the missing rows of the last scale column, the `numbers`,
+            and the tensors of the prologue.
         views: of the tensors of a call, in this order, None for those it takes as they are.
         numbers: alignment of row groups, CTAs that share masked rows, smallest scale, and those of
             the prologue.
@@ -125,14 +127,16 @@ def make_plan(call: Call) -> Plan:
     fmt = call.fmt
     values_shape = shape.values(fmt)
     q_view = View(values_shape, contiguous_strides(values_shape))
-    sf_view = View(fmt.scale_shape(*shape), fmt.scale_strides(*shape))
+    dense = call.dense_scales
+    sf_strides = checks.dense_column_strides(fmt, shape) if dense else fmt.scale_strides(*shape)
+    sf_view = View(fmt.scale_shape(*shape), sf_strides)
     given, address = q_view, 0
     if call.q is not None:
         given, address = View(tuple(call.q.shape), call.q.stride()), call.q.data_ptr()
     kernel = None
     if math.prod(given.shape):
         kernel = choose_kernel(call, Destination(given, address, fmt.values), sf_view)
-    scale_rows = fmt.scale_rows(shape.mn) if fmt.mn_major else shape.mn
+    scale_rows = fmt.scale_rows(shape.mn) if fmt.mn_major and not dense else shape.mn
     padded = sf_view.shape
     if fmt.mn_major:
         padded = (*shape.batch_shape, scale_rows, padded[-1])
@@ -170,13 +174,15 @@ class _Prologue(NamedTuple):
         numbers: what the kernel takes after the smallest scale.
         views: of the prologue's tensors, None for those that the kernel takes as they are.
         load_bytes: what the rows of its tensors, and the ups of a row, are aligned to.
+        part: columns that a thread's values must not straddle the end of, None for all of them.
     """
 
-    spec_class: type[QuantizeSpec] | type[SiluMulSpec] | type[RmsNormSpec]
+    spec_class: type[QuantizerSpec]
     choices: dict[str, Any]
     numbers: tuple[float, ...] = ()
     views: tuple[View | None, ...] = ()
     load_bytes: int = LOAD_BYTES
+    part: int | None = None
 
 
 def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kernel:
@@ -188,12 +194,25 @@ def choose_kernel(call: Call, result: Destination, scales: View | None) -> Kerne
     device = call.x.get_device()
     gpu = Gpu(lookup.architecture(device), lookup.multiprocessors(device))
     spec, views, numbers = choose_spec(call, result, scales, gpu)
-    try:
-        return Kernel(lookup.function(spec, gpu.arch), views, numbers)
-    except lookup.NotBuilt as error:
-        nbytes = row_alignment(result.address, *result.view, result.dtype.itemsize)
-        calls = CallRange.of(call, result.dtype, nbytes)
-        raise RuntimeError(f"{error}: {calls.remedy(gpu.arch)}") from None
+    calls = functools.partial(_range_of, call, result)
+    if _watcher is not None:
+        _watcher(calls())
+    function = compiled(spec, gpu.arch, lambda: calls().remedy(gpu.arch))
+    return Kernel(function, views, numbers)
+
+
+def _range_of(call: Call, result: Destination) -> CallRange:
+    nbytes = row_alignment(result.address, *result.view, result.dtype.itemsize)
+    return CallRange.of(call, result.dtype, nbytes)
+
+
+_watcher: Callable[[CallRange], None] | None = None
+
+
+def watch_calls(watcher: Callable[[CallRange], None] | None) -> None:
+    """Have a function told the range of each call that chooses a kernel; None for no more."""
+    global _watcher
+    _watcher = watcher
 
 
 def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) -> Choice:
@@ -218,9 +237,12 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
     x_batched = batched and not scattered
     match call.prologue:
         case None:
-            prologue = _Prologue(QuantizeSpec, {"fake": scales is None})
+            stochastic = call.rng_state is not None
+            prologue = _Prologue(QuantizeSpec, {"fake": scales is None, "stochastic": stochastic})
         case SiluMul() as silu_mul:
             prologue = _silu_mul(silu_mul, x.dtype, k, batched=x_batched)
+        case SiluMulBackward() as backward:
+            prologue = _silu_mul_backward(backward, call, k, batched=batched)
         case RmsNorm() as rms_norm:
             prologue = _rms_norm(rms_norm, batched=x_batched)
     x_view = matrix_view(x, batched=x_batched and index is None)
@@ -235,13 +257,15 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         _upper_view(call, shape, batched=batched),
         None,
         index_view,
+        None,
         *prologue.views,
     )
     store_bytes = heuristics.store_bytes(launch.tile, result.dtype)
     access = Access(
         alignment(x.data_ptr(), x_view, x.element_size(), prologue.load_bytes),
         alignment(result.address, q_view, result.dtype.itemsize, store_bytes),
-        ragged=k % launch.tile.values_per_thread != 0,
+        ragged=(prologue.part or k) % launch.tile.values_per_thread != 0,
+        dense_scales=call.dense_scales,
         strided_scales=call.strided_scales,
     )
     fmt = call.fmt.kernel_format
@@ -252,6 +276,8 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         choices["max_warps"] = launch.max_warps
         if isinstance(call.prologue, RmsNorm):
             choices["tiles_per_thread"] = launch.tiles_per_thread
+        else:
+            choices["held"] = launch.held
     spec = prologue.spec_class(x.dtype, fmt, launch.tile, domain, access, **choices)
     row_alignment = 1 if rows is None else rows.alignment
     numbers = row_alignment, launch.row_ctas, call.fmt.floor, *prologue.numbers
@@ -267,7 +293,7 @@ def _launch_shape(
     if call.scatter is not None:
         matrices, rows, masked = 1, call.x.shape[0], False
     size = matrices, rows, shape.k, call.fmt, masked, gpu.sms
-    if call.fmt.row_scale and not isinstance(call.prologue, RmsNorm):
+    if call.fmt.by_row and not isinstance(call.prologue, RmsNorm):
         return heuristics.row_shape(*size)
     match call.prologue:
         case None if fake:
@@ -276,7 +302,7 @@ def _launch_shape(
             return heuristics.shape(*size, tile=DEFAULT_TILE)
         case None:
             return heuristics.shape(*size, architectures.named(gpu.arch).warps)
-        case SiluMul():
+        case SiluMul() | SiluMulBackward():
             return heuristics.silu_shape(*size, gpu.arch)
         case RmsNorm():
             return heuristics.norm_shape(*size)
@@ -285,7 +311,7 @@ def _launch_shape(
 def _silu_mul(prologue: SiluMul, dtype: torch.dtype, k: int, *, batched: bool) -> _Prologue:
     choices = {
         "interleaved": prologue.interleaved,
-        "unfused": prologue.rounding == UNFUSED,
+        "rounding": prologue.rounding,
         "clamped": prologue.clamp is not None,
         "scaled": prologue.alpha != 1.0,
         "shifted": prologue.beta != 0.0,
@@ -300,10 +326,32 @@ def _silu_mul(prologue: SiluMul, dtype: torch.dtype, k: int, *, batched: bool) -
     return _Prologue(SiluMulSpec, choices, numbers, views, load_bytes)
 
 
+def _silu_mul_backward(
+    prologue: SiluMulBackward, call: Call, columns: int, *, batched: bool
+) -> _Prologue:
+    choices = {
+        "interleaved": prologue.interleaved,
+        "clamped": prologue.clamp is not None,
+        "scaled": prologue.alpha != 1.0,
+        "shifted": prologue.beta != 0.0,
+        "stochastic": call.rng_state is not None,
+    }
+    numbers = prologue.clamp or 0.0, prologue.alpha, prologue.beta
+    grad = prologue.grad
+    view = matrix_view(grad, batched=batched)
+    k = columns // 2
+    load_bytes = alignment(grad.data_ptr(), view, grad.element_size(), LOAD_BYTES)
+    part = None
+    if not prologue.interleaved:
+        # The ups of a row start k elements after its gates.
+        load_bytes, part = math.gcd(load_bytes, k * grad.element_size()), k
+    return _Prologue(SiluMulBackwardSpec, choices, numbers, (view,), load_bytes, part)
+
+
 def _rms_norm(prologue: RmsNorm, *, batched: bool) -> _Prologue:
     choices = {
         "weight_dtype": prologue.weight.dtype,
-        "unfused": prologue.rounding == UNFUSED,
+        "rounding": prologue.rounding,
         "residual": prologue.residual is not None,
         "normalized": prologue.normalized is not None,
     }
@@ -351,12 +399,9 @@ def choose_dequantize_kernel(
     elif upper is not None:
         upper_view = View((batch,), (int(upper.tensor.numel() > 1),))
     spec = choose_dequantize_spec(q, y, fmt, upper, arch)
-    try:
-        function = lookup.function(spec, arch)
-        return Dequantization(function, q_view, sf_view, upper_view, y_view)
-    except lookup.NotBuilt as error:
-        calls = CallRange.of_dequantize(q, fmt, y.dtype, upper)
-        raise RuntimeError(f"{error}: {calls.remedy(arch)}") from None
+    calls = functools.partial(CallRange.of_dequantize, q, fmt, y.dtype, upper)
+    function = compiled(spec, arch, lambda: calls().remedy(arch))
+    return Dequantization(function, q_view, sf_view, upper_view, y_view)
 
 
 def choose_dequantize_spec(
@@ -374,6 +419,18 @@ def choose_dequantize_spec(
     )
     kind, pdl = None if upper is None else upper.kind, architectures.named(arch).pdl
     return DequantizeSpec(fmt.kernel_format, y.dtype, tile, access, kind, pdl=pdl)
+
+
+def compiled(spec: Spec, arch: str, remedy: Callable[[], str]) -> Function:
+    """Return a compiled kernel; `remedy` says how to have it compiled before.
+
+    Raises:
+        RuntimeError: the kernel is missing and cannot be compiled.
+    """
+    try:
+        return lookup.function(spec, arch)
+    except lookup.NotBuilt as error:
+        raise RuntimeError(f"{error}: {remedy()}") from None
 
 
 def view_of_scales(sf: torch.Tensor, inner: int) -> View:

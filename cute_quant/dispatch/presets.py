@@ -1,7 +1,8 @@
 """Which kernels are built ahead of time: ranges of calls by use, for an architecture.
 
 Calls have tensors as torch allocates them, whose rows start at multiples of 32 bytes where k is a
-multiple of 16, on a GPU of any number of multiprocessors.
+multiple of 16, on a GPU of any number of multiprocessors. Weights that are contiguous along n have
+a multiple of 16 rows.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from cute_quant.contract.dtypes import INPUT_DTYPES
-from cute_quant.contract.format_choices import BLOCKED_8, ROW_MAJOR_PACKED, SCALE_LAYOUTS
+from cute_quant.contract.dtypes import INPUT_DTYPES, LOAD_BYTES, SOURCE_BLOCK
+from cute_quant.contract.format_choices import BLOCKED_8, ROW_MAJOR, ROW_MAJOR_PACKED, SCALE_LAYOUTS
 from cute_quant.contract.formats import (
     DEEP_GEMM,
     DEEP_GEMM_32,
     DEEP_GEMM_SM90,
+    GROUPWISE_FP8,
     MXFP4,
     MXFP8,
     NVFP4,
@@ -25,13 +27,17 @@ from cute_quant.contract.formats import (
     all_formats,
 )
 from cute_quant.contract.prologues import MAX_NORM_COLUMNS
-from cute_quant.contract.rows import DENSE, KINDS, Masked, PrefixSum
+from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
 from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.dispatch import reachable
 from cute_quant.dispatch.call_range import (
+    CONVERT_SCALES,
     DEQUANTIZE,
+    DEQUANTIZE_BLOCKS,
     FAKE_QUANTIZE,
     QUANTIZE,
+    QUANTIZE_BLOCKS,
+    REQUANTIZE_BLOCKS,
     RMS_NORM,
     SILU_MUL,
     CallRange,
@@ -40,6 +46,7 @@ from cute_quant.dispatch.plan import Gpu
 from cute_quant.kernels import heuristics
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
+    BlocksSpec,
     QuantizerSpec,
     RmsNormSpec,
     Spec,
@@ -47,6 +54,20 @@ from cute_quant.kernels.config import (
 
 DEEPGEMM_FORMATS = (DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90)
 MOE_FORMATS = (*DEEPGEMM_FORMATS, NVFP4, MXFP4)
+BLOCK_FORMATS = (*DEEPGEMM_FORMATS, MXFP8, MXFP4)
+"""Of weights in square blocks."""
+REQUANTIZED_FORMATS = (DEEP_GEMM, DEEP_GEMM_32, MXFP8, MXFP4, NVFP4)
+"""Of the weights of FP8 checkpoints on Blackwell."""
+CONVERSIONS = (
+    (GROUPWISE_FP8, DEEP_GEMM_SM90),
+    (GROUPWISE_FP8.replace(round_scale=True), DEEP_GEMM),
+    (DEEP_GEMM_SM90.replace(round_scale=True), DEEP_GEMM),
+    (MXFP8.replace(scale_layout=ROW_MAJOR), MXFP8),
+    (MXFP8.replace(scale_layout=ROW_MAJOR), DEEP_GEMM_32),
+    (NVFP4.replace(scale_layout=ROW_MAJOR), NVFP4.replace(scale_layout=BLOCKED_8)),
+    (MXFP8, MXFP8.replace(scale_layout=ROW_MAJOR)),
+)
+"""Scales as checkpoints and other quantizers have them, to what GEMMs read, and back."""
 BF16 = (torch.bfloat16,)
 
 COLUMNS = tuple(
@@ -55,12 +76,14 @@ COLUMNS = tuple(
 )
 """Numbers of columns of every choice that depends on them."""
 FEW_COLUMNS = COLUMNS[:1]
+LONG_COLUMNS = 2 * COLUMNS[-1]
+"""Columns of a row that is one group and that no CTA holds."""
 SMS = 1
 """Multiprocessors of a GPU that has all size classes below ``MAX_ROWS``."""
 MAX_ROWS = 2**17
 """Rows that are not too many for one dimension of a grid, in results as DeepGEMM reads them."""
 
-GROUPED = tuple(KINDS)
+GROUPED = (Masked.kind, PrefixSum.kind, Indexed.kind)
 """Rows of a mixture of experts."""
 
 Kernels = dict[Spec, reachable.Variant]
@@ -71,16 +94,24 @@ def columns_of_whole_rows(spec: QuantizerSpec) -> int:
     """Return a number of columns for which a kernel whose CTAs hold whole rows is chosen."""
     norm = isinstance(spec, RmsNormSpec)
     shape_of = heuristics.norm_shape if norm else heuristics.row_shape
-    for k in reversed(COLUMNS):
+    for k in (LONG_COLUMNS, *reversed(COLUMNS)):
         shape = shape_of(1, 1, k, spec.fmt, False, 1)
+        others = isinstance(spec, RmsNormSpec) or spec.held == shape.held
         tiles = spec.tiles_per_thread if isinstance(spec, RmsNormSpec) else shape.tiles_per_thread
-        if (shape.tile, shape.tiles_per_thread, shape.max_warps) == (
-            spec.tile,
-            tiles,
-            spec.max_warps,
+        if others and (spec.tile, tiles, spec.max_warps) == (
+            shape.tile,
+            shape.tiles_per_thread,
+            shape.max_warps,
         ):
             return k
     raise ValueError(f"spec: expected one that is chosen for some columns, got {spec}")
+
+
+def _columns(fmt: Format) -> tuple[int, ...]:
+    """Return columns of every choice for a format, if rows are not normalized."""
+    if not fmt.by_row:
+        return FEW_COLUMNS
+    return (*COLUMNS, LONG_COLUMNS) if fmt.whole_row else COLUMNS
 
 
 def _quantize(
@@ -90,7 +121,7 @@ def _quantize(
     gathered: Iterable[bool] = (False,),
 ) -> list[CallRange]:
     return [
-        CallRange(QUANTIZE, fmt, dtype, FEW_COLUMNS, MAX_ROWS, kind, index, kind == Masked.kind)
+        CallRange(QUANTIZE, fmt, dtype, _columns(fmt), MAX_ROWS, kind, index, kind == Masked.kind)
         for dtype, fmt, kind, index in itertools.product(dtypes, formats, kinds, gathered)
     ]
 
@@ -114,7 +145,7 @@ def _layer(fmt: Format) -> list[CallRange]:
 
 def _there_and_back(dtypes: Iterable[torch.dtype], formats: Iterable[Format]) -> list[CallRange]:
     return [
-        CallRange(operation, fmt, dtype, FEW_COLUMNS, MAX_ROWS)
+        CallRange(operation, fmt, dtype, _columns(fmt), MAX_ROWS)
         for operation in (FAKE_QUANTIZE, DEQUANTIZE)
         for dtype, fmt in itertools.product(dtypes, formats)
     ]
@@ -137,8 +168,37 @@ def _of_moe() -> list[CallRange]:
     ]
 
 
+def _of_blocks(dtypes: Iterable[torch.dtype]) -> list[CallRange]:
+    return [
+        CallRange(operation, fmt, dtype, FEW_COLUMNS, MAX_ROWS)
+        for operation in (QUANTIZE_BLOCKS, DEQUANTIZE_BLOCKS)
+        for dtype, fmt in itertools.product(dtypes, BLOCK_FORMATS)
+    ]
+
+
+def _of_weights() -> list[CallRange]:
+    return [
+        *_of_blocks(BF16),
+        *(
+            CallRange(
+                REQUANTIZE_BLOCKS,
+                fmt,
+                *BF16,
+                FEW_COLUMNS,
+                MAX_ROWS,
+                source_blocks=(SOURCE_BLOCK,),
+            )
+            for fmt in REQUANTIZED_FORMATS
+        ),
+        *(
+            CallRange(CONVERT_SCALES, fmt, *BF16, FEW_COLUMNS, MAX_ROWS, to=to)
+            for fmt, to in CONVERSIONS
+        ),
+    ]
+
+
 def _of_each_kind() -> list[CallRange]:
-    return [*_of_deepgemm(), *_of_moe(), *_there_and_back(BF16, MOE_FORMATS)]
+    return [*_of_deepgemm(), *_of_moe(), *_of_weights(), *_there_and_back(BF16, MOE_FORMATS)]
 
 
 def _formats_of_all() -> list[Format]:
@@ -161,8 +221,17 @@ def _of_all() -> list[CallRange]:
     return [
         *_of_each_kind(),
         *_quantize(INPUT_DTYPES, formats, (DENSE,)),
+        *_of_blocks(INPUT_DTYPES),
         *_there_and_back(INPUT_DTYPES, formats),
     ]
+
+
+def _has_whole_vectors(spec: Spec) -> bool:
+    """Return whether a kernel is for weights that are a multiple of 16 long where contiguous."""
+    if not isinstance(spec, BlocksSpec):
+        return True
+    widest = min(LOAD_BYTES, spec.values_per_thread * spec.dtype.itemsize)
+    return not spec.access.ragged and spec.access.load_bytes == widest
 
 
 @functools.cache
@@ -171,7 +240,8 @@ def _kernels(ranges: Callable[[], list[CallRange]], arch: str) -> Kernels:
     for calls in ranges():
         given = calls.with_upper_scale(ENCODE)
         for spec, variant in reachable.specs(given, Gpu(arch, SMS)).items():
-            found.setdefault(spec, variant)
+            if _has_whole_vectors(spec):
+                found.setdefault(spec, variant)
     return found
 
 
@@ -187,6 +257,15 @@ def moe(arch: str) -> Kernels:
     them, and SwiGLU between their GEMMs, plain or as in gpt-oss.
     """
     return _kernels(_of_moe, arch)
+
+
+def weights(arch: str) -> Kernels:
+    """Return what a loader of checkpoints calls: weights in square blocks, and their scales.
+
+    bf16 weights, contiguous along k or n, and those of FP8 checkpoints, to the formats of
+    DeepGEMM, cuBLAS and CUTLASS and back, and scales to the layouts that these read.
+    """
+    return _kernels(_of_weights, arch)
 
 
 def of_each_kind(arch: str) -> Kernels:
@@ -205,6 +284,7 @@ def all_kernels(arch: str) -> Kernels:
 PRESETS: dict[str, Callable[[str], Kernels]] = {
     "deepgemm": deepgemm,
     "moe": moe,
+    "weights": weights,
     "all": all_kernels,
 }
 """Kernels for a target of `architectures`, by the name of what they are for."""

@@ -13,29 +13,43 @@ from typing import NamedTuple
 
 import torch
 
+from cute_quant.contract import blocks
 from cute_quant.contract.calls import Call, ResultShape
-from cute_quant.contract.dtypes import LOAD_BYTES, VALUE_TYPES, align
-from cute_quant.contract.prologues import Prologue, make_rms_norm, make_silu_mul
+from cute_quant.contract.dtypes import LOAD_BYTES, SOURCE_BLOCK, SOURCE_DTYPE, VALUE_TYPES, align
+from cute_quant.contract.formats import Format
+from cute_quant.contract.prologues import (
+    Prologue,
+    make_rms_norm,
+    make_silu_mul,
+    make_silu_mul_backward,
+)
 from cute_quant.contract.rows import (
     DENSE,
+    PREFIX_SUMS,
     Indexed,
     Masked,
-    PrefixSum,
     RowOperands,
     Rows,
     from_operands,
 )
+from cute_quant.contract.scale_conversion import Conversion
 from cute_quant.contract.tensors import MAX_MATRICES
 from cute_quant.contract.upper_scales import UpperScale
+from cute_quant.dispatch.blocks import choose_dequantize_spec as choose_dequantize_blocks_spec
+from cute_quant.dispatch.blocks import choose_requantize_spec
 from cute_quant.dispatch.blocks import choose_spec as choose_blocks_spec
 from cute_quant.dispatch.call_range import (
     DEQUANTIZE,
+    DEQUANTIZE_BLOCKS,
     FAKE_QUANTIZE,
     QUANTIZE_BLOCKS,
+    REQUANTIZE_BLOCKS,
     RMS_NORM,
     SILU_MUL,
+    SILU_MUL_BACKWARD,
     CallRange,
 )
+from cute_quant.dispatch.convert_scales import choose_spec as choose_conversion_spec
 from cute_quant.dispatch.plan import (
     Destination,
     Gpu,
@@ -57,7 +71,8 @@ class Variant(NamedTuple):
         weighted: whether rows have a factor, in `silu_mul_quantize`.
         residual, normalized: whether there are such tensors, in `rms_norm_quantize`.
         upper_of_groups: whether each group of rows stacked along M has an upper scale of its own.
-        along_n: whether weights are contiguous along n, in `quantize_blocks`.
+        along_n: whether weights are contiguous along n.
+        source_block: size of the blocks whose scales `requantize_blocks` reads.
         strided_scales: whether rows of scales lie apart, in memory of the caller.
     """
 
@@ -68,6 +83,7 @@ class Variant(NamedTuple):
     normalized: bool = False
     upper_of_groups: bool = False
     along_n: bool = False
+    source_block: int = SOURCE_BLOCK
     strided_scales: bool = False
 
     @property
@@ -75,15 +91,35 @@ class Variant(NamedTuple):
         """Return the columns of x."""
         return 2 * self.k if self.calls.operation == SILU_MUL else self.k
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Return the dtype of x, or of the values that come in."""
+        match self.calls.operation:
+            case "dequantize" | "dequantize_blocks":
+                return self.calls.fmt.values
+            case "requantize_blocks":
+                return SOURCE_DTYPE
+        return self.calls.dtype
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Return the dtype of the result."""
+        calls = self.calls
+        multiplied = calls.operation in (DEQUANTIZE, DEQUANTIZE_BLOCKS, FAKE_QUANTIZE)
+        return calls.dtype if multiplied else calls.fmt.values
+
     def call(self, x: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> Call:
         """Return a call for results of this shape; `like` says where its other tensors are.
 
         Counts and indices are 0, so that every row exists or none does.
         """
         index = like.new_zeros(shape[:-1], dtype=torch.int32) if self.calls.gathered else None
-        prologue, rows = self._prologue(x, shape, like), self._rows(shape, like)
+        prologue, rows = self._prologue(x, shape, like), self.rows(shape, like)
         upper = self.upper_scale(shape, like)
-        call = Call(x, self.calls.fmt, None, None, rows, index, prologue, upper)
+        rng_state = like.new_zeros(2, dtype=torch.int64) if self.calls.stochastic else None
+        call = Call(
+            x, self.calls.fmt, None, None, rows, index, prologue, upper, rng_state=rng_state
+        )
         if not self.calls.scattered:
             return call
         places = like.new_zeros((x.shape[0], 1), dtype=torch.int32)
@@ -104,12 +140,13 @@ class Variant(NamedTuple):
             size = shape[:-1]
         return UpperScale(kind, like.new_ones(size, dtype=torch.float32))
 
-    def _rows(self, shape: tuple[int, ...], like: torch.Tensor) -> Rows | None:
+    def rows(self, shape: tuple[int, ...], like: torch.Tensor) -> Rows | None:
+        """Return the row domain of a call for results of this shape."""
         kind = self.calls.kind
         if kind == DENSE:
             return None
         counts = shape[0] if kind == Masked.kind else shape[-2]
-        if kind == PrefixSum.kind:
+        if kind in PREFIX_SUMS:
             counts = GROUPS
         return from_operands(RowOperands(kind, like.new_zeros(counts, dtype=torch.int32)))
 
@@ -127,6 +164,14 @@ class Variant(NamedTuple):
                     beta=1.0 if calls.shifted else 0.0,
                     rounding=calls.rounding,
                     weight=like.new_ones(of_rows, dtype=torch.float32) if self.weighted else None,
+                )
+            case "silu_mul_backward_quantize":
+                return make_silu_mul_backward(
+                    x[..., : self.k // 2],
+                    interleaved=calls.interleaved,
+                    clamp=7.0 if calls.clamped else None,
+                    alpha=2.0 if calls.scaled else 1.0,
+                    beta=1.0 if calls.shifted else 0.0,
                 )
             case "rms_norm_quantize":
                 return make_rms_norm(
@@ -149,15 +194,18 @@ def variants(calls: CallRange) -> Iterator[Variant]:
     every_row = calls.scattered or (calls.kind == DENSE and not calls.gathered)
     if calls.operation == RMS_NORM and every_row:
         residual = normalized = (False, True)
-    grouped = calls.kind in (PrefixSum.kind, Indexed.kind) and not calls.scattered
+    grouped = calls.kind in (*PREFIX_SUMS, Indexed.kind) and not calls.scattered
     if calls.upper is not None and grouped:
         of_groups = (False, True)
-    if calls.operation == QUANTIZE_BLOCKS:
+    requantized = calls.operation == REQUANTIZE_BLOCKS
+    in_blocks = requantized and not blocks.quantized_by_row(calls.fmt)
+    if calls.operation == QUANTIZE_BLOCKS or in_blocks:
         along_n = (False, True)
+    source_blocks = calls.source_blocks if requantized else (SOURCE_BLOCK,)
     row_major = not (calls.fmt.mn_major or calls.fmt.blocked)
     if calls.scattered and row_major and calls.kind != Masked.kind:
         strided = (False, True)
-    options = weighted, residual, normalized, of_groups, along_n, strided
+    options = weighted, residual, normalized, of_groups, along_n, source_blocks, strided
     for choices in itertools.product(calls.k, *options):
         yield Variant(calls, *choices)
 
@@ -168,16 +216,7 @@ def specs(calls: CallRange, gpu: Gpu) -> dict[Spec, Variant]:
     if not calls.max_rows:
         return found
     for variant in variants(calls):
-        result_dtype = calls.fmt.values
-        if calls.operation in (DEQUANTIZE, FAKE_QUANTIZE):
-            result_dtype = calls.dtype
-        x_dtype = calls.fmt.values if calls.operation == DEQUANTIZE else calls.dtype
-        # Any number of weights may be contiguous along n.
-        x_columns = 1 if variant.along_n else variant.input_columns
-        alignments = itertools.product(
-            _alignments(calls.alignment, _row_bytes(x_columns, x_dtype), x_dtype),
-            _alignments(calls.alignment, _row_bytes(variant.k, result_dtype), result_dtype),
-        )
+        alignments = _operand_alignments(variant)
         for (x_bytes, q_bytes), shape in itertools.product(alignments, _shapes(calls)):
 
             def spec_of(
@@ -191,6 +230,35 @@ def specs(calls: CallRange, gpu: Gpu) -> dict[Spec, Variant]:
             for spec in _specs_up_to(calls.max_rows, spec_of):
                 found.setdefault(spec, variant)
     return found
+
+
+def _operand_alignments(variant: Variant) -> Iterator[tuple[int, int]]:
+    """Yield the alignments that rows of the input and of the result can have."""
+    calls, k = variant.calls, variant.k
+    if calls.to is not None:
+        both = [
+            _alignments(calls.alignment, _scale_row_bytes(fmt, k), fmt.sf_dtype)
+            for fmt in (calls.fmt, calls.to)
+        ]
+    else:
+        # Any number of weights may be contiguous along n.
+        x_columns = 1 if variant.along_n else variant.input_columns
+        if calls.operation == SILU_MUL_BACKWARD:
+            x_columns = k // 2  # those of the gradient, whose rows are aligned the least
+        both = [
+            _alignments(calls.alignment, _row_bytes(columns, dtype), dtype)
+            for columns, dtype in (
+                (x_columns, variant.input_dtype),
+                (k, variant.result_dtype),
+            )
+        ]
+    yield from itertools.product(*both)
+
+
+def _scale_row_bytes(fmt: Format, k: int) -> int:
+    """Return the bytes of a row of scales; other layouts than row-major have rows of vectors."""
+    row_major = not (fmt.mn_major or fmt.blocked)
+    return fmt.columns(k) * fmt.sf_dtype.itemsize if row_major else LOAD_BYTES
 
 
 def _row_bytes(columns: int, dtype: torch.dtype) -> int:
@@ -242,25 +310,39 @@ def _spec(variant: Variant, leading: tuple[int, ...], x_bytes: int, q_bytes: int
         y = _aligned(shape, calls.dtype, q_bytes)
         upper = variant.upper_scale(shape, nowhere)
         return choose_dequantize_spec(q, y, calls.fmt, upper, gpu.arch)
-    if calls.operation == QUANTIZE_BLOCKS:
+    if calls.operation == DEQUANTIZE_BLOCKS:
+        q = _aligned(values_shape, calls.fmt.values, x_bytes)
+        y = _aligned(shape, calls.dtype, q_bytes)
+        return choose_dequantize_blocks_spec(q, y, calls.fmt, gpu.arch)
+    if calls.operation in (QUANTIZE_BLOCKS, REQUANTIZE_BLOCKS):
         *matrices, n = leading
-        w = _aligned((*matrices, k, n) if variant.along_n else shape, calls.dtype, x_bytes)
+        w_shape = (*matrices, k, n) if variant.along_n else shape
+        w = _aligned(w_shape, variant.input_dtype, x_bytes)
+        w = w.mT if variant.along_n else w
         q = _aligned(values_shape, calls.fmt.values, q_bytes)
-        return choose_blocks_spec(w.mT if variant.along_n else w, calls.fmt, q, gpu.arch)
+        block = variant.source_block
+        if calls.operation == REQUANTIZE_BLOCKS and blocks.quantized_by_row(calls.fmt):
+            return choose_requantize_spec(w, calls.fmt, q, calls.upper, gpu, block)
+        return choose_blocks_spec(w, calls.fmt, q, gpu.arch, block)
+    if calls.to is not None:
+        sizes = ResultShape(leading[:-1], leading[-1], k)
+        sf = _scales(calls.fmt, sizes, x_bytes, apart=True)
+        conversion = Conversion(sf, calls.fmt, calls.to, sizes, variant.rows(shape, nowhere))
+        result = _scales(calls.to, sizes, q_bytes, apart=False)
+        return choose_conversion_spec(conversion, result, gpu.arch)
     tokens = (2,) if calls.gathered else leading
     if calls.scattered:
         tokens = leading[-1:]
     x = _aligned((*tokens, variant.input_columns), calls.dtype, x_bytes)
     call = variant.call(x, shape, nowhere)
     fake = calls.operation == FAKE_QUANTIZE
-    result_dtype = calls.dtype if fake else calls.fmt.values
-    q = _aligned(shape if fake else values_shape, result_dtype, q_bytes)
-    result = Destination(View(tuple(q.shape), q.stride()), q.data_ptr(), result_dtype)
+    q = _aligned(shape if fake else values_shape, variant.result_dtype, q_bytes)
+    destination = Destination(View(tuple(q.shape), q.stride()), q.data_ptr(), q.dtype)
     scales = None
     if calls.operation != FAKE_QUANTIZE:
         sizes = ResultShape(leading[:-1], leading[-1], k)
         scales = View(calls.fmt.scale_shape(*sizes), calls.fmt.scale_strides(*sizes))
-    return choose_spec(call, result, scales, gpu).spec
+    return choose_spec(call, destination, scales, gpu).spec
 
 
 def _aligned(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> torch.Tensor:
@@ -271,3 +353,18 @@ def _aligned(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> torch.T
     strides = tuple(stride * row for stride in contiguous_strides(tuple(leading)))
     storage = torch.empty(step + math.prod(leading) * row, dtype=dtype, device="meta")
     return storage.as_strided(shape, (*strides, 1), step)
+
+
+def _scales(fmt: Format, shape: ResultShape, nbytes: int, *, apart: bool) -> torch.Tensor:
+    """Return scales without memory at a multiple of `nbytes` and no more.
+
+    Rows of row-major scales, and matrices in blocks, may lie as far `apart`.
+    """
+    sizes = fmt.scale_shape(*shape)
+    if apart and not fmt.mn_major and len(sizes) > 1:
+        return _aligned(sizes, fmt.sf_dtype, nbytes)
+    step = nbytes // fmt.sf_dtype.itemsize if nbytes < LOAD_BYTES else 0
+    matrices = math.prod(shape.batch_shape)
+    elements = matrices * fmt.scale_rows(shape.mn) * fmt.columns(shape.k)
+    storage = torch.empty(step + elements, dtype=fmt.sf_dtype, device="meta")
+    return storage.as_strided(sizes, fmt.scale_strides(*shape), step)

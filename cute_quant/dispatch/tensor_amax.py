@@ -23,7 +23,7 @@ from cute_quant.contract.tensors import (
 from cute_quant.contract.torch_private import in_dual_level
 from cute_quant.dispatch import torch_ops
 from cute_quant.dispatch.launch import has_kernels
-from cute_quant.dispatch.plan import View, alignment, matrix_view, view_as_matrices
+from cute_quant.dispatch.plan import View, alignment, compiled, matrix_view, view_as_matrices
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures
 from cute_quant.kernels.config import AMAX_WARPS, DEFAULT_TILE, AmaxSpec
@@ -161,12 +161,8 @@ def _function(device: int, dtype: torch.dtype, nbytes: int) -> tuple[Callable[..
     """
     arch = lookup.architecture(device)
     spec = AmaxSpec(dtype, nbytes, architectures.named(arch).pdl)
-    try:
-        return lookup.function(spec, arch), spec
-    except lookup.NotBuilt as error:
-        raise RuntimeError(
-            f"{error}: call tensor_amax before, on an x of the same dtype and alignment"
-        ) from None
+    remedy = "call tensor_amax before, on an x of the same dtype and alignment"
+    return compiled(spec, arch, lambda: remedy), spec
 
 
 def _meta(x: torch.Tensor, per_matrix: bool) -> torch.Tensor:

@@ -17,7 +17,14 @@ from cute_quant.contract import checks
 from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.dtypes import describe
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import RmsNorm, SiluMul, make_rms_norm, make_silu_mul
+from cute_quant.contract.prologues import (
+    RmsNorm,
+    SiluMul,
+    SiluMulBackward,
+    make_rms_norm,
+    make_silu_mul,
+    make_silu_mul_backward,
+)
 from cute_quant.contract.rows import RowOperands, from_operands, to_operands
 from cute_quant.contract.torch_private import CustomOpDef
 from cute_quant.contract.upper_scales import KINDS, UpperScale
@@ -29,7 +36,8 @@ _ROWS = 'str rows="dense", int alignment=1, str? upper_kind=None, SymInt? num_ro
 _OUT = "Tensor(a!) q, Tensor(b!) sf, Tensor(e!)? row_scales"
 UPPER_ARGUMENTS = "Tensor? upper=None, str? upper_kind=None"
 _RESIDUAL = "Tensor? residual, Tensor(c!)? residual_out, Tensor(d!)? normalized"
-_SILU_MUL_OPTIONS = ("interleaved", "clamp", "alpha", "beta", "rounding")
+_GATED_OPTIONS = ("interleaved", "clamp", "alpha", "beta")
+_SILU_MUL_OPTIONS = (*_GATED_OPTIONS, "rounding")
 _RMS_NORM_OPTIONS = ("eps", "weight_offset", "rounding")
 
 
@@ -85,6 +93,7 @@ def _quantize_call(
     upper: torch.Tensor | None = None,
     upper_kind: str | None = None,
     row_scales: torch.Tensor | None = None,
+    rng_state: torch.Tensor | None = None,
     scatter: torch.Tensor | None = None,
     num_rows: int | None = None,
 ) -> Call:
@@ -99,6 +108,7 @@ def _quantize_call(
         index,
         upper=upper_scale_of(upper_kind, upper),
         row_scales=row_scales,
+        rng_state=rng_state,
         scatter=scatter,
         num_rows=num_rows,
     )
@@ -107,6 +117,12 @@ def _quantize_call(
 def _silu_mul_call(*, gate_up: torch.Tensor, weight: torch.Tensor | None, **arguments: Any) -> Call:
     options = {name: arguments.pop(name) for name in _SILU_MUL_OPTIONS}
     prologue = make_silu_mul(weight=weight, **options)
+    return _quantize_call(x=gate_up, **arguments)._replace(prologue=prologue)
+
+
+def _silu_mul_backward_call(*, grad: torch.Tensor, gate_up: torch.Tensor, **arguments: Any) -> Call:
+    options = {name: arguments.pop(name) for name in _GATED_OPTIONS}
+    prologue = make_silu_mul_backward(grad, **options)
     return _quantize_call(x=gate_up, **arguments)._replace(prologue=prologue)
 
 
@@ -260,12 +276,21 @@ def refuse_vmap(operator: CustomOpDef) -> None:
 
 def _register_all() -> list[CustomOpDef]:
     gate_up, normed = "Tensor gate_up, Tensor? weight", "Tensor x, Tensor weight"
-    silu_mul = "bool interleaved, float? clamp, float alpha, float beta, str rounding, " + _ROWS
+    gated = "bool interleaved, float? clamp, float alpha, float beta"
+    backward = "Tensor grad, Tensor gate_up"
+    silu_mul = f"{gated}, str rounding, {_ROWS}"
     rms_norm = "float eps, float weight_offset, str rounding, " + _ROWS
     end = f"str fmt, {_ROW_TENSORS}"
-    quantize = _register("quantize", f"Tensor x, {end}", _ROWS, _quantize_call)
+    rounded = f"{end}, Tensor? rng_state=None"
+    quantize = _register("quantize", f"Tensor x, {rounded}", _ROWS, _quantize_call)
     silu_mul_quantize = _register(
         "silu_mul_quantize", f"{gate_up}, {end}", silu_mul, _silu_mul_call
+    )
+    silu_mul_backward_quantize = _register(
+        "silu_mul_backward_quantize",
+        f"{backward}, {rounded}",
+        f"{gated}, {_ROWS}",
+        _silu_mul_backward_call,
     )
     rms_norm_quantize = _register("rms_norm_quantize", f"{normed}, {end}", rms_norm, _rms_norm_call)
     dequantize = torch.library.custom_op(
@@ -284,17 +309,25 @@ def _register_all() -> list[CustomOpDef]:
     fake_quantize.register_fake(_fake_quantize_meta)
     refuse_gradients(quantize, "quantize", "x")
     refuse_gradients(silu_mul_quantize, "silu_mul_quantize", "gate_up and weight")
+    refuse_gradients(silu_mul_backward_quantize, "silu_mul_backward_quantize", "grad and gate_up")
     refuse_gradients(rms_norm_quantize, "rms_norm_quantize", "x and weight")
     refuse_gradients(dequantize, "dequantize", "q and sf")
     refuse_gradients(fake_quantize, "fake_quantize", "x")
     operators = [
         quantize,
         silu_mul_quantize,
+        silu_mul_backward_quantize,
         rms_norm_quantize,
         dequantize,
         fake_quantize,
-        _register("quantize_out", f"Tensor x, {_OUT}, {end}", _ROWS, _quantize_call),
+        _register("quantize_out", f"Tensor x, {_OUT}, {rounded}", _ROWS, _quantize_call),
         _register("silu_mul_quantize_out", f"{gate_up}, {_OUT}, {end}", silu_mul, _silu_mul_call),
+        _register(
+            "silu_mul_backward_quantize_out",
+            f"{backward}, {_OUT}, {rounded}",
+            f"{gated}, {_ROWS}",
+            _silu_mul_backward_call,
+        ),
         _register(
             "rms_norm_quantize_residual", f"{normed}, {_RESIDUAL}, {end}", rms_norm, _rms_norm_call
         ),
@@ -332,13 +365,20 @@ def quantize(call: Call) -> Results:
         operator, operator_out = ops.silu_mul_quantize, ops.silu_mul_quantize_out
         inputs = (call.x, prologue.weight)
         options |= {name: getattr(prologue, name) for name in _SILU_MUL_OPTIONS}
+    elif isinstance(prologue, SiluMulBackward):
+        operator = ops.silu_mul_backward_quantize
+        operator_out = ops.silu_mul_backward_quantize_out
+        inputs = (prologue.grad, call.x)
+        options |= {name: getattr(prologue, name) for name in _GATED_OPTIONS}
     elif isinstance(prologue, RmsNorm):
         operator, operator_out = ops.rms_norm_quantize, ops.rms_norm_quantize_out
         inputs = (call.x, prologue.weight)
         residual = None if prologue.residual_out is prologue.residual else prologue.residual
         extra = (residual, prologue.residual_out, prologue.normalized)
         options |= {name: getattr(prologue, name) for name in _RMS_NORM_OPTIONS}
-    end = (fmt.text, rows.row_data, call.index, upper, call.scatter)
+    end: tuple[Any, ...] = (fmt.text, rows.row_data, call.index, upper, call.scatter)
+    if call.rng_state is not None:
+        end += (call.rng_state,)
     if call.q is None and call.sf is None and not fmt.row_scale:
         if any(t is not None for t in extra):
             # Operators that write are no pure functions, which compilers merge and move.

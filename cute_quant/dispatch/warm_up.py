@@ -9,22 +9,31 @@ from typing import NamedTuple
 
 import torch
 
+from cute_quant.contract import blocks as block_contract
+from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.checks import check_format
-from cute_quant.contract.dtypes import INPUT_DTYPES, LOAD_BYTES, align, describe
+from cute_quant.contract.dtypes import (
+    BYTES_PER_WORD,
+    INPUT_DTYPES,
+    LOAD_BYTES,
+    align,
+    ceil_div,
+    describe,
+)
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import DEEP_GEMM, Format
 from cute_quant.contract.prologues import FUSED, make_silu_mul
 from cute_quant.contract.rows import DENSE, KINDS, Masked, Rows
+from cute_quant.contract.scale_conversion import Conversion
 from cute_quant.contract.tensors import MAX_SIZE
 from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.contract.upper_scales import KINDS as UPPER_KINDS
-from cute_quant.dispatch import blocks, launch, reachable
+from cute_quant.dispatch import blocks, convert_scales, launch, reachable
 from cute_quant.dispatch.call_range import (
-    DEQUANTIZE,
-    FAKE_QUANTIZE,
+    CONVERT_SCALES,
     OPERATIONS,
     QUANTIZE,
-    QUANTIZE_BLOCKS,
+    STOCHASTIC,
     CallRange,
 )
 from cute_quant.dispatch.plan import Gpu
@@ -101,6 +110,8 @@ def warm_up(
     rounding: str = FUSED,
     weight_dtype: torch.dtype | None = None,
     upper_scale: str = ENCODE,
+    stochastic: bool = False,
+    to: Format | None = None,
     device: torch.device | str | int | None = None,
 ) -> WarmUp:
     """Compile, or load, every kernel that calls of a range take, and launch each once.
@@ -114,9 +125,12 @@ def warm_up(
         k: columns of their results, one number or several.
         max_rows: most rows of a result, all leading dimensions, and more rows of an `out`,
             included.
-        operations: names: "quantize", "silu_mul_quantize", "rms_norm_quantize", "dequantize",
-            "fake_quantize", "quantize_blocks", whose weights may be contiguous along k or n.
-        dtype: of the inputs: bfloat16, float16 or float32; of the result of ``dequantize``.
+        operations: names: "quantize", "silu_mul_quantize", "silu_mul_backward_quantize" (k being
+            its columns of gates and ups), "rms_norm_quantize", "dequantize", "fake_quantize",
+            "quantize_blocks" and "requantize_blocks", whose weights may be contiguous along k or n,
+            "dequantize_blocks", and "convert_scales", of scales that lie as `fmt` says.
+        dtype: of the inputs: bfloat16, float16 or float32; of the result of ``dequantize`` and
+            ``dequantize_blocks``. Scales and the weights of checkpoints have dtypes of their own.
         rows: row domains: some of None, ``Masked``, ``PrefixSum`` and ``Indexed``.
         gathered: whether there are calls with `index` too.
         scattered: whether there are calls with `scatter` too.
@@ -134,6 +148,8 @@ def warm_up(
         upper_scale: the argument that calls give the scale over e4m3 scales as: "encode_scale",
             "decode_scale" or "amax". Only formats with such scales, and without `row_scale`, have
             calls that depend on it.
+        stochastic: whether calls of operations that take an `rng_state` have one.
+        to: as of ``convert_scales``, and only for it.
         device: that the calls run on, by default the current CUDA device. On the CPU,
             and on a GPU without kernels, there is nothing to compile.
 
@@ -169,6 +185,8 @@ def warm_up(
             shifted=activation.beta != 0.0,
             rounding=rounding,
             weight_dtype=weight_dtype,
+            stochastic=stochastic and operation in STOCHASTIC,
+            to=to if operation == CONVERT_SCALES else None,
         ).with_upper_scale(upper_scale)
         for operation in _operations(operations)
         for kind in kinds
@@ -237,7 +255,8 @@ def _kind(rows: object) -> str:
     kind = DENSE if rows is None else getattr(rows, "kind", rows)
     if not isinstance(kind, str) or kind not in (DENSE, *KINDS):
         raise ValueError(
-            f"rows: expected some of None, Masked, PrefixSum and Indexed, got {describe(rows)}"
+            f"rows: expected some of None, Masked, PrefixSum, PrefixSumWithGaps and "
+            f"Indexed, got {describe(rows)}"
         )
     return kind
 
@@ -317,23 +336,35 @@ def _small_launch(variant: reachable.Variant, device: torch.device) -> launch.La
 
     The stride of a single row does not matter, so it is as aligned as a kernel may want it.
     """
-    calls = variant.calls
+    calls, fmt, dtype = variant.calls, variant.calls.fmt, variant.calls.dtype
     leading = (1, 1) if calls.batched else (1,)
-    if calls.operation == DEQUANTIZE:
-        columns = calls.fmt.value_columns(variant.k)
-        # CUDA fills no tensor of float4.
-        q = torch.zeros((*leading, columns), dtype=torch.uint8, device=device)
-        q = q.view(calls.fmt.values)
-        sf = calls.fmt.empty_scales(leading[:-1], 1, variant.k, device)
-        upper = variant.upper_scale((*leading, variant.k), sf.view(-1))
-        return launch.bind(lambda: launch.dequantize(q, sf, calls.fmt, calls.dtype, upper))
-    if calls.operation == QUANTIZE_BLOCKS:
-        w, q = small_weights(variant, device)
-        return launch.bind(lambda: blocks.quantize(w, calls.fmt, q, None))
+    shape = ResultShape(leading[:-1], 1, variant.k)
+    match calls.operation:
+        case "dequantize":
+            q = _zeros((*leading, fmt.value_columns(variant.k)), fmt.values, device)
+            sf = fmt.empty_scales(*shape, device)
+            upper = variant.upper_scale((*leading, variant.k), sf.view(-1))
+            return launch.bind(lambda: launch.dequantize(q, sf, fmt, dtype, upper))
+        case "dequantize_blocks":
+            q = _zeros((*leading, fmt.value_columns(variant.k)), fmt.values, device)
+            sf = block_contract.empty_scales(fmt, shape, device)
+            return launch.bind(lambda: blocks.dequantize(q, sf, fmt, dtype))
+        case "quantize_blocks":
+            w, q = small_weights(variant, device)
+            return launch.bind(lambda: blocks.quantize(w, fmt, q, None))
+        case "requantize_blocks":
+            w, q = small_weights(variant, device)
+            size = variant.source_block
+            number = [ceil_div(columns, size) for columns in w.shape[-2:]]
+            w_sf = torch.zeros((*w.shape[:-2], *number), device=device)
+            upper = variant.upper_scale(tuple(w.shape), w_sf)
+            return launch.bind(lambda: blocks.requantize(w, w_sf, fmt, upper, q, None))
+        case "convert_scales":
+            return launch.bind(lambda: convert_scales.run(small_conversion(variant, device)))
     x_rows = (1,) if calls.gathered or calls.scattered else leading
     x = torch.zeros((*x_rows, variant.input_columns), dtype=calls.dtype, device=device)
     call = variant.call(x, (*leading, variant.k), x)
-    if calls.operation == FAKE_QUANTIZE:
+    if calls.operation == "fake_quantize":
         return launch.bind(lambda: launch.fake_quantize(call, None))
     return launch.bind(lambda: launch.quantize(call))
 
@@ -346,13 +377,32 @@ def small_weights(
     All rows and columns start at multiples of the widest vectors.
     """
     matrices = (1,) if variant.calls.batched else ()
-    k, n = variant.k, LOAD_BYTES
-    columns = variant.calls.fmt.value_columns(k)
-    q = torch.zeros(
-        (*matrices, n, align(columns, LOAD_BYTES)), dtype=torch.uint8, device=device
-    ).view(variant.calls.fmt.values)[..., :columns]
+    k, n, fmt = variant.k, LOAD_BYTES, variant.calls.fmt
+    columns = fmt.value_columns(k)
+    q = _zeros((*matrices, n, align(columns, LOAD_BYTES)), fmt.values, device)[..., :columns]
     if variant.along_n:
-        w = torch.zeros((*matrices, k, n), dtype=variant.calls.dtype, device=device)
-        return w.mT, q
-    w = torch.zeros((*matrices, n, align(k, LOAD_BYTES)), dtype=variant.calls.dtype, device=device)
+        return _zeros((*matrices, k, n), variant.input_dtype, device).mT, q
+    w = _zeros((*matrices, n, align(k, LOAD_BYTES)), variant.input_dtype, device)
     return w[..., :k], q
+
+
+def small_conversion(variant: reachable.Variant, device: torch.device) -> Conversion:
+    """Return a call that converts the scales of a row, which any kernel of a variant takes.
+
+    Its groups are those of whole vectors.
+    """
+    calls = variant.calls
+    assert calls.to is not None
+    unit = 1 if calls.fmt.whole_row else calls.fmt.group_size * BYTES_PER_WORD
+    leading = (1, 1) if calls.batched else (1,)
+    shape = ResultShape(leading[:-1], 1, align(variant.k, unit))
+    sf = calls.fmt.empty_scales(*shape, device)
+    rows = variant.rows((*leading, shape.k), sf.view(-1))
+    return Conversion(sf, calls.fmt, calls.to, shape, rows)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return zeros of any dtype; CUDA fills no tensor of float4."""
+    if dtype.itemsize > 1:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.zeros(shape, dtype=torch.uint8, device=device).view(dtype)

@@ -46,7 +46,7 @@ def register_shardings() -> None:
 
     Results and residuals that are written in place keep their placements: they may be sharded by
     rows on all dimensions of the mesh, or replicated. ``convert_scales``, whose shape is an
-    argument, and operators that write to `out` take replicated tensors.
+    argument, groups along rows, and operators that write to `out` take replicated tensors.
     """
     ops = torch.ops.cute_quant
     for name, shardings in _SHARDINGS.items():
@@ -128,7 +128,7 @@ def _rows(arguments: dict[str, Any], input_name: str, *of_rows: str) -> list[Sha
     fmt, x = Format.parse(arguments["fmt"]), arguments[input_name]
     kind, index = arguments.get("rows", DENSE), arguments.get("index")
     upper, counts = arguments.get("upper"), arguments.get("row_data")
-    if arguments.get("scatter") is not None or kind not in (DENSE, Masked.kind, Indexed.kind):
+    if _bound_to_places(arguments) or kind not in (DENSE, Masked.kind, Indexed.kind):
         return []
     leading = tuple(x.shape[:-1] if index is None else index.shape)
     last = len(leading) - 1
@@ -156,13 +156,21 @@ def _columns(arguments: dict[str, Any], input_name: str, columns: int = 1) -> li
         columns: of it for each of the result, beside each other.
     """
     fmt, x = Format.parse(arguments["fmt"]), arguments[input_name]
-    moved = arguments.get("index") is not None or arguments.get("scatter") is not None
+    moved = arguments.get("index") is not None or _bound_to_places(arguments)
     if moved or arguments.get("rows", DENSE) != DENSE:
         return []
     if not _whole_words(fmt, x.shape[-1] // columns, x.mesh.size()):
         return []
     last = x.ndim - 1
     return [Sharding((last, last), {input_name: last})]
+
+
+def _bound_to_places(arguments: dict[str, Any]) -> bool:
+    """Return whether results depend on numbers of rows, which a shard does not know.
+
+    These are the places of a scatter, and what random numbers are drawn for.
+    """
+    return any(arguments.get(name) is not None for name in ("scatter", "rng_state"))
 
 
 def _numel(spec: Spec) -> int:
@@ -189,6 +197,10 @@ def _silu_mul(arguments: dict[str, Any]) -> list[Sharding]:
     found = _rows(arguments, "gate_up", "weight")
     # Gates and ups in the halves of a row would not be in the same shard.
     return found + (_columns(arguments, "gate_up", 2) if arguments["interleaved"] else [])
+
+
+def _silu_mul_backward(arguments: dict[str, Any]) -> list[Sharding]:
+    return _rows(arguments, "gate_up", "grad")
 
 
 def _rms_norm(arguments: dict[str, Any]) -> list[Sharding]:
@@ -263,6 +275,7 @@ def _blocks(*inputs: str, results: int) -> Callable[[dict[str, Any]], list[Shard
 _SHARDINGS: dict[str, Callable[[dict[str, Any]], list[Sharding]]] = {
     "quantize": _quantize,
     "silu_mul_quantize": _silu_mul,
+    "silu_mul_backward_quantize": _silu_mul_backward,
     "rms_norm_quantize": _rms_norm,
     "rms_norm_quantize_residual": _rms_norm,
     "dequantize": _dequantize,
@@ -275,9 +288,14 @@ _SHARDINGS: dict[str, Callable[[dict[str, Any]], list[Sharding]]] = {
 _OUT = (
     "quantize_out",
     "silu_mul_quantize_out",
+    "silu_mul_backward_quantize_out",
     "rms_norm_quantize_out",
     "quantize_blocks_out",
     "requantize_blocks_out",
+    "quantize_columns",
+    "quantize_columns_out",
+    "quantize_both",
+    "quantize_both_out",
     "convert_scales",
     "convert_scales_out",
 )

@@ -18,6 +18,7 @@ SOURCES = (
     "contract/dtypes.py",
     "contract/format_choices.py",
     "contract/formats.py",
+    "contract/philox.py",
     "contract/rows.py",
     "contract/scale_layouts.py",
     "contract/torch_private.py",
@@ -74,7 +75,9 @@ def _distinctive(record: Any) -> list[str]:
     for name, choice in record._asdict().items():
         has_default = name in record._field_defaults
         if _is_record(choice):
-            words += _distinctive(choice)
+            # Two of a kind are told apart, such as `access` and `q_access`.
+            prefix = name.removesuffix(type(choice).__name__.lower())
+            words += [prefix + word for word in _distinctive(choice)]
         elif isinstance(choice, Format):
             words.append(choice.text)
         elif name == "dtype" or not has_default or choice != record._field_defaults[name]:

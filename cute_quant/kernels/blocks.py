@@ -11,11 +11,12 @@ values go to rows of n through shared memory.
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.contract.dtypes import INPUT_DTYPES
-from cute_quant.kernels import copy, encodings, layouts
+from cute_quant.kernels import block_tile, copy, encodings, layouts
+from cute_quant.kernels.block_tile import VECTOR_BYTES
 from cute_quant.kernels.config import (
     BLOCK_TILE,
     BLOCK_WARPS,
@@ -25,15 +26,11 @@ from cute_quant.kernels.config import (
     BlocksSpec,
     Tile,
 )
-from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.scales import GroupScale
-from cute_quant.kernels.stage import Scales, Stage, store_scale
-
-VECTOR_BYTES = 16
-"""Bytes of q that a thread takes from shared memory at once."""
+from cute_quant.kernels.stage import Scales, Stage
 
 
 class Problem(Params):
@@ -198,8 +195,8 @@ class Blocks:
         if const_expr(self.spec.transposed):
             w_tile = (column_tile, row_tile)
         first_row, column_lane = layouts.threads_of_block_tile(self.values)((lane, warp))
-        segment = self.segment(self.values, column_lane, w_tile[1])
-        rows = self.rows_of(w_tile[0], first_row, self.rows)
+        segment = block_tile.segment(self.values, column_lane, w_tile[1])
+        rows = block_tile.rows_of(w_tile[0], first_row, self.rows)
         exist = [row < problem.w.rows for row in rows]
         gW = [problem.w.row(row) for row in rows]  # (columns,) each
 
@@ -210,7 +207,10 @@ class Blocks:
         for i in cutlass.range_constexpr(self.rows):
             copy.load(gW[i], segment, exist[i], tXrW[i], self.spec.access)
         if const_expr(self.scaled):
-            w_scale = self.load_scale(problem.w_scales, w_tile)
+            blocks = layouts.blocks_of_tile(self.spec.source_block)
+            _, row_block = blocks(first_row)
+            _, column_block = blocks(column_lane * self.values)
+            w_scale = self.load_scale(problem.w_scales, w_tile, (row_block, column_block))
             tXrW = [encodings.multiply(tXrV, w_scale) for tXrV in tXrW]
 
         amaxes = self.share_amaxes(tXrW, column_lane)
@@ -226,22 +226,21 @@ class Blocks:
                 copy.store(tXrQ, gQ[i], segment, exist[i], self.spec.q_access)
         self.store_scales(amaxes, row_tile, column_tile, problem)
 
-    def segment(self, values: int, column_lane: Int32, column_tile: Int32) -> Segment:
-        """Return the segment of a row of all tiles that a lane of a tile's row has."""
-        lane, tile = layouts.segments_of_block_tile(values)((column_lane, column_tile))
-        return Segment(tile, lane)
-
-    def rows_of(self, tile: Int32, first: Int32, count: int) -> list[Uint32]:
-        """Return the indices of rows of a tile that follow each other."""
-        first = Uint32(tile) * BLOCK_TILE + layouts.unsigned(first)
-        return [first + i for i in range(count)]
-
     @cute.jit
-    def load_scale(self, scales: cute.Tensor, tile: tuple[Int32, Int32]) -> Float32:
-        """Load the scale of a tile of w, 0 where a CTA has padding of the result alone."""
+    def load_scale(
+        self, scales: cute.Tensor, tile: tuple[Int32, Int32], block: tuple[Int32, Int32]
+    ) -> Float32:
+        """Load the scale of a block of a tile of w, 0 where there is none.
+
+        A CTA may have padding of the result alone, and a tile less blocks at both ends.
+        """
+        blocks = BLOCK_TILE // self.spec.source_block
+        row, column = (tile[i] * blocks + block[i] for i in range(2))
+        if const_expr(self.spec.transposed):
+            row, column = column, row
         scale = Float32(0.0)
-        if tile[1] < scales.shape[1]:
-            scale = scales[tile]
+        if (const_expr(blocks == 1) or row < scales.shape[0]) and column < scales.shape[1]:
+            scale = scales[row, column]
         return scale
 
     @cute.jit
@@ -294,32 +293,28 @@ class Blocks:
             row_tile: the tile along n.
             problem: of one matrix.
         """
-        per_byte, vector = self.fmt.value_type.per_byte, self.q_values
-        first_k, lane = place
-        layout = layouts.transposed_tile(self.values, per_byte)
-        memory = cute.arch.alloc_smem(Uint8, BLOCK_TILE * BLOCK_TILE // per_byte, alignment=128)
-        wide = [encodings.widen(tXrV) for tXrV in tXrW]
-        for i in cutlass.range_constexpr(self.values):
-            tXrV = cute.make_rmem_tensor(self.rows, Float32)  # along k
-            for j in cutlass.range_constexpr(self.rows):
-                tXrV[j] = wide[j][i]
-            tXrQ = cute.recast_tensor(self.stage.encode(tXrV, scale), Uint8)
-            byte = layout((lane * self.values + i, first_k))
-            copy_vector(tXrQ, bytes_at(memory, byte, self.rows // per_byte))
-        cute.arch.barrier()
+        # FP4 is encoded from pairs of bfloat16.
+        dtype = self.dtype if const_expr(self.fmt.value_type.per_byte > 1) else Float32
+        if const_expr(dtype is Float32):
+            tXrW = [encodings.widen(tXrV) for tXrV in tXrW]
 
-        thread_lane, warp, _ = cute.arch.thread_idx()
+        def encode(i: int) -> cute.Tensor:
+            tXrV = cute.make_rmem_tensor(self.rows, dtype)  # along k
+            for j in cutlass.range_constexpr(self.rows):
+                tXrV[j] = tXrW[j][i]
+            return self.stage.encode(tXrV, scale)
+
         column_tile, _, _ = cute.arch.block_idx()
-        vectors = layouts.vectors_of_transposed_tile(vector)
-        for i in cutlass.range_constexpr(cute.size(vectors.shape[2])):
-            row, column = vectors((thread_lane, warp, i))
-            row_index = self.rows_of(row_tile, row, 1)[0]
-            gQ = problem.q.row(row_index)
-            tXrQ = cute.make_rmem_tensor(VECTOR_BYTES, gQ.element_type)
-            byte = layout((row, column * vector))
-            copy_vector(bytes_at(memory, byte, VECTOR_BYTES), cute.recast_tensor(tXrQ, Uint8))
-            segment = self.segment(vector, column, column_tile)
-            copy.store(tXrQ, gQ, segment, row_index < problem.n, self.spec.q_access)
+        block_tile.store_transposed(
+            encode,
+            place,
+            (row_tile, column_tile),
+            problem.q,
+            problem.n,
+            self.values,
+            self.fmt.value_type.per_byte,
+            self.spec.q_access,
+        )
 
     @cute.jit
     def store_scales(
@@ -341,37 +336,12 @@ class Blocks:
                 )
                 scale = self.scale(amaxes, block, problem.bound).scale
                 column = column_tile * groups + group
-                row_index = self.rows_of(row_tile, row, 1)[0]
+                row_index = block_tile.rows_of(row_tile, row, 1)[0]
                 if const_expr(self.fmt.byte_scales):
-                    self.store_scale_of_row(scale, row_index, column, problem)
+                    self.stage.store_scale_of_row(
+                        problem.scales, scale, row_index, row_index < problem.n, column, problem.k
+                    )
                 elif row_in_block == 0 and (
                     row_index < problem.n and column < cute.ceil_div(problem.k, self.size)
                 ):
                     problem.scales[row_tile * groups + row_block, column] = scale
-
-    @cute.jit
-    def store_scale_of_row(self, scale: Uint32, row: Uint32, group: Int32, problem: Problem):
-        """Store the scale of a row's group, 0 in the padding past rows and groups."""
-        fmt, scales = self.fmt, problem.scales
-        groups = cute.ceil_div(problem.k, self.size)
-        layout = layouts.scales(fmt, Int32(scales.rows), scales.groups)
-        coordinate = (Int32 if const_expr(fmt.mn_major or fmt.blocked) else Int64)(row), group
-        byte, element = layout(coordinate)
-        predicate = row < scales.rows and group < cute.round_up(groups, fmt.groups_per_unit)
-        if const_expr(fmt.mn_major):
-            predicate = predicate and layouts.unsigned(element) < scales.elements
-        if predicate:
-            scale = scale if row < problem.n and group < groups else Uint32(0)
-            store_scale(scale, scales.start + Int64(self.stage.index(element)), byte)
-
-
-def bytes_at(memory: cute.Pointer, byte: Int32, nbytes: int) -> cute.Tensor:
-    """Return as many bytes of shared memory from a multiple of their number on."""
-    return cute.make_tensor(memory + cute.assume(byte, divby=nbytes), nbytes)
-
-
-def copy_vector(source: cute.Tensor, target: cute.Tensor):
-    """Copy bytes, (bytes,), as one vector."""
-    op = cute.nvgpu.CopyUniversalOp()
-    atom = cute.make_copy_atom(op, Uint8, num_bits_per_copy=8 * cute.size(source))
-    cute.copy(atom, source, target)

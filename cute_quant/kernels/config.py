@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 
-from cute_quant.contract.dtypes import LOAD_BYTES, STORE_BYTES
+from cute_quant.contract.dtypes import LOAD_BYTES, SOURCE_BLOCK, STORE_BYTES
 from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.contract.formats import Format
-from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
+from cute_quant.contract.prologues import FUSED
+from cute_quant.contract.rows import DENSE, PREFIX_SUMS, Indexed, Masked, PrefixSumWithGaps
 from cute_quant.kernels import architectures
 
 LANES = 32
@@ -135,10 +136,9 @@ class Tile(NamedTuple):
         values, rows = self.values_per_thread, self.rows_per_thread
         if size == WHOLE_ROW:
             _require(
-                rows == self.column_warps == self.tiles_per_thread == 1,
-                f"rows_per_thread, column_warps, tiles_per_thread: expected 1, 1 and 1, a row "
-                f"being one group that a warp goes over alone, got {rows}, {self.column_warps} and "
-                f"{self.tiles_per_thread}",
+                rows == self.column_warps == 1,
+                f"rows_per_thread, column_warps: expected 1 and 1, a row being one group whose "
+                f"warps a launch counts, got {rows} and {self.column_warps}",
             )
             return
         _require(
@@ -173,6 +173,7 @@ class Access(NamedTuple):
         store_bytes: the same for the output, up to 16, or 32 if its elements are x's.
         ragged: whether a row may end within a thread's values.
         load_hint: None or one of ``LOAD_HINTS``.
+        dense_scales: whether columns of MN-major scales have no padding rows.
         strided_scales: whether rows of row-major scales are as far apart as their tensor says,
             rather than contiguous.
     """
@@ -181,6 +182,7 @@ class Access(NamedTuple):
     store_bytes: int = STORE_BYTES
     ragged: bool = False
     load_hint: str | None = None
+    dense_scales: bool = False
     strided_scales: bool = False
 
 
@@ -232,7 +234,12 @@ class Domain(NamedTuple):
     @property
     def prefix_sum(self) -> bool:
         """Return whether groups of rows are stacked along M, each up to an end."""
-        return self.kind == PrefixSum.kind
+        return self.kind in PREFIX_SUMS
+
+    @property
+    def keeps_gaps(self) -> bool:
+        """Return whether rows between such groups are not written."""
+        return self.kind == PrefixSumWithGaps.kind
 
     @property
     def indexed(self) -> bool:
@@ -265,7 +272,11 @@ class QuantizeSpec(NamedTuple):
         dtype: of the elements of x.
         fmt: of the results.
         fake: whether the result is the products of values and scales, in x's dtype.
-        max_warps: most warps that share a row, where each row has a scale of its own.
+        stochastic: whether values are rounded by random numbers.
+        max_warps: most warps that share a row, where each row has a scale of its own or is one
+            group.
+        held: whether a row that is one group lies in the registers of its CTA; a longer one is read
+            twice.
         upper: the argument that the scale over e4m3 scales is given as, as of
             `cute_quant.contract.upper_scales`; None where the format has none, or one for each row.
         pdl: programmatic dependent launch. CTAs start while the kernel before still runs, and wait
@@ -278,7 +289,9 @@ class QuantizeSpec(NamedTuple):
     domain: Domain = DENSE_ROWS
     access: Access = WIDEST
     fake: bool = False
+    stochastic: bool = False
     max_warps: int = 16
+    held: bool = True
     upper: str | None = None
     pdl: bool = True
     kernel: str = "quantize.Quantize"
@@ -290,12 +303,12 @@ class SiluMulSpec(NamedTuple):
     Attributes:
         dtype, fmt, tile, domain, access, upper, pdl: as of a `QuantizeSpec`, x being gates and ups.
         interleaved: whether gates and ups alternate; if not, all gates come first.
-        unfused: whether each step is rounded to x's dtype.
+        rounding: of the prologue.
         clamped: whether there are bounds.
         scaled: whether the gate has a factor in the sigmoid.
         shifted: whether something is added to the up.
         weighted: whether rows have a factor of their own.
-        max_warps: as of a `QuantizeSpec`.
+        max_warps, held: as of a `QuantizeSpec`.
     """
 
     dtype: torch.dtype
@@ -304,15 +317,43 @@ class SiluMulSpec(NamedTuple):
     domain: Domain = DENSE_ROWS
     access: Access = WIDEST
     interleaved: bool = False
-    unfused: bool = False
+    rounding: str = FUSED
     clamped: bool = False
     scaled: bool = False
     shifted: bool = False
     weighted: bool = False
     max_warps: int = 16
+    held: bool = True
     upper: str | None = None
     pdl: bool = True
     kernel: str = "silu_mul.SiluMul"
+
+
+class SiluMulBackwardSpec(NamedTuple):
+    """Choices of `kernels.silu_mul_backward.SiluMulBackward`.
+
+    Attributes:
+        dtype, fmt, tile, domain, access, stochastic, upper, pdl: as of a `QuantizeSpec`, x being
+            gates and ups. Rows are ragged too where a thread may have gates and ups.
+        interleaved, clamped, scaled, shifted: as of a `SiluMulSpec`.
+        max_warps, held: as of a `QuantizeSpec`.
+    """
+
+    dtype: torch.dtype
+    fmt: Format
+    tile: Tile = DEFAULT_TILE
+    domain: Domain = DENSE_ROWS
+    access: Access = WIDEST
+    interleaved: bool = False
+    clamped: bool = False
+    scaled: bool = False
+    shifted: bool = False
+    stochastic: bool = False
+    max_warps: int = 16
+    held: bool = True
+    upper: str | None = None
+    pdl: bool = True
+    kernel: str = "silu_mul_backward.SiluMulBackward"
 
 
 class RmsNormSpec(NamedTuple):
@@ -323,7 +364,7 @@ class RmsNormSpec(NamedTuple):
         tiles_per_thread: tiles of a row in the registers of each thread.
         max_warps: most warps that share a row.
         weight_dtype: of the weights.
-        unfused: whether sum and product are rounded to x's dtype.
+        rounding: of the prologue.
         residual: whether there is one to add.
         normalized: whether what is quantized is written too.
     """
@@ -336,7 +377,7 @@ class RmsNormSpec(NamedTuple):
     tiles_per_thread: int = 1
     max_warps: int = 16
     weight_dtype: torch.dtype = torch.bfloat16
-    unfused: bool = False
+    rounding: str = FUSED
     residual: bool = False
     normalized: bool = False
     upper: str | None = None
@@ -403,6 +444,7 @@ class BlocksSpec(NamedTuple):
         access: to the weights.
         q_access: to the quantized values.
         transposed: whether the weights are contiguous along n.
+        source_block: size of the blocks whose scales the weights have.
         pdl: as of a `QuantizeSpec`.
     """
 
@@ -412,6 +454,7 @@ class BlocksSpec(NamedTuple):
     access: Access
     q_access: Access
     transposed: bool = False
+    source_block: int = SOURCE_BLOCK
     pdl: bool = True
     kernel: str = "blocks.Blocks"
 
@@ -422,6 +465,7 @@ class RequantizeSpec(NamedTuple):
     Attributes:
         dtype: of the values that come in, e4m3.
         fmt, tile, domain, access, upper, pdl: as of a `QuantizeSpec`.
+        source_block: as of a `BlocksSpec`.
     """
 
     dtype: torch.dtype
@@ -430,12 +474,40 @@ class RequantizeSpec(NamedTuple):
     domain: Domain = DENSE_ROWS
     access: Access = WIDEST
     upper: str | None = None
+    source_block: int = SOURCE_BLOCK
     pdl: bool = True
     kernel: str = "requantize.Requantize"
 
 
+class ColumnsSpec(NamedTuple):
+    """Choices of `kernels.columns.Columns`.
+
+    Attributes:
+        dtype: of x.
+        fmt: of the results of groups along rows.
+        values_per_thread: of a row of x, contiguous, that a thread holds.
+        access: to x, and to the values of groups along k.
+        q_access: to the values of groups along rows.
+        transposed: whether these are the transpose.
+        row_fmt: of the results of groups along k, None without.
+        kind: of the rows, as `cute_quant.contract.rows` names it: dense or a prefix sum.
+        pdl: as of a `QuantizeSpec`.
+    """
+
+    dtype: torch.dtype
+    fmt: Format
+    values_per_thread: int
+    access: Access
+    q_access: Access
+    transposed: bool = False
+    row_fmt: Format | None = None
+    kind: str = DENSE
+    pdl: bool = True
+    kernel: str = "columns.Columns"
+
+
 BLOCK_TILE = 128
-"""Rows, and columns, of the weights that a CTA of `kernels.blocks.Blocks` has."""
+"""Rows, and columns, that a CTA of `kernels.blocks.Blocks` and `kernels.columns.Columns` has."""
 BLOCK_WARPS = 8
 """Its warps."""
 
@@ -466,8 +538,16 @@ CONVERT_ROWS = 4
 """Rows of a thread whose words are contiguous in the result."""
 
 
-QuantizerSpec = QuantizeSpec | SiluMulSpec | RmsNormSpec
-Spec = QuantizerSpec | DequantizeSpec | AmaxSpec | BlocksSpec | RequantizeSpec | ConvertSpec
+QuantizerSpec = QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec | RmsNormSpec
+Spec = (
+    QuantizerSpec
+    | DequantizeSpec
+    | AmaxSpec
+    | BlocksSpec
+    | RequantizeSpec
+    | ColumnsSpec
+    | ConvertSpec
+)
 
 
 def launched_on(spec: Spec, arch: str) -> Spec:

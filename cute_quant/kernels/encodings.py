@@ -9,13 +9,20 @@ from cutlass import (
     Float4E2M1FNx2,
     Float16,
     Float32,
+    Int32,
     Uint8,
     Uint16,
     Uint32,
     const_expr,
 )
 
-from cute_quant.contract.dtypes import E2M1_MAX, INPUT_DTYPES
+from cute_quant.contract.dtypes import (
+    E2M1_MAX,
+    FLOAT32_BIAS,
+    FLOAT32_MANTISSA_BITS,
+    INPUT_DTYPES,
+    VALUE_TYPES,
+)
 from cute_quant.contract.formats import Format
 from cute_quant.kernels import ptx
 
@@ -32,6 +39,9 @@ ELEMENT_TYPES = {
 }
 """CuTe's type of the elements of a torch tensor."""
 
+DTYPES = {element: dtype for dtype, element in ELEMENT_TYPES.items()}
+"""torch's dtype of CuTe's type."""
+
 INPUT_TYPES = {ELEMENT_TYPES[dtype]: dtype for dtype in INPUT_DTYPES}
 """Types that can be quantized, and torch's dtypes of them."""
 
@@ -42,6 +52,12 @@ _INTEGERS = 2**23
 """The least float32 from which on there are only integers."""
 _E2M1_OFFSETS = sum((0x4B000000 << 1) << 4 * i for i in range(E2M1_PER_WORD)) % 2**32
 """The bits of `_INTEGERS` in each code, as they add up in a word."""
+_BF16_INTEGERS = 2**7
+"""The least bfloat16 from which on there are only integers."""
+_LAST_SLOPE = 0.298828125
+"""A bfloat16 below 0.3: times 5 it is at most 1.5, and more for every bfloat16 above 5."""
+_EVEN_BYTES, _ODD_BYTES = 0x6420, 0x7531
+"""Bytes of two registers."""
 
 
 def value_type_of(fmt: Format) -> type[cutlass.Numeric]:
@@ -112,6 +128,38 @@ def divide(rX: cute.Tensor, divisor: Float32) -> cute.Tensor:
 
 
 @cute.jit
+def divide_by(rX: cute.Tensor, divisor: Float32, inverse: Float32) -> cute.Tensor:
+    """Return the quotients of values and a divisor as float32, with IEEE rounding.
+
+    By Markstein's theorem, for a normal divisor, its rounded `inverse`, and quotients that are
+    normal; smaller ones are not exact. A zero keeps its sign, which the remainder would lose.
+    """
+    rY = widen(rX)
+    for i in cutlass.range_constexpr(cute.size(rY)):
+        estimate = rY[i] * inverse
+        remainder = cute.math.fma(-divisor, estimate, rY[i])
+        quotient = cute.math.fma(remainder, inverse, estimate)
+        sign = rY[i].bitcast(Uint32) & Uint32(0x80000000)
+        rY[i] = (quotient.bitcast(Uint32) | sign).bitcast(Float32)
+    return rY
+
+
+@cute.jit
+def truncate(rX: cute.Tensor):
+    """Round float32 below 2^22 towards zero; NaN stays NaN.
+
+    A sum with 2^23 rounds to nearest: where that is above, one is subtracted.
+    """
+    for i in cutlass.range_constexpr(cute.size(rX)):
+        bits = rX[i].bitcast(Uint32)
+        magnitude = (bits & Uint32(0x7FFFFFFF)).bitcast(Float32)
+        nearest = (magnitude + Float32(_INTEGERS)) - Float32(_INTEGERS)
+        above = nearest > magnitude
+        whole = nearest - (Float32(1.0) if above else Float32(0.0))
+        rX[i] = (whole.bitcast(Uint32) | bits & Uint32(0x80000000)).bitcast(Float32)
+
+
+@cute.jit
 def multiply_power_of_two(rX: cute.Tensor, multiplier: Float32) -> cute.Tensor:
     """Return the products of values and a power of two, or NaN, as float32.
 
@@ -136,6 +184,34 @@ def multiply_power_of_two(rX: cute.Tensor, multiplier: Float32) -> cute.Tensor:
 
 
 @cute.jit
+def multiply_columns(
+    rX: cute.Tensor, multipliers: cute.Tensor, power_of_two: cutlass.Constexpr[bool]
+) -> cute.Tensor:
+    """Return the products of values and multipliers of their own as float32, (values,).
+
+    Powers of two are taken as `multiply_power_of_two` does.
+    """
+    if const_expr(not power_of_two or rX.element_type is not BFloat16):
+        rY = widen(rX)
+        rY.store(rY.load() * multipliers.load())
+        return rY
+    bits = cute.recast_tensor(multipliers, Uint32)
+    if const_expr(ptx.target().mixed_fma):
+        rY = cute.make_rmem_tensor(rX.shape, Float32)
+        halves = cute.recast_tensor(rX, Uint16)
+        for i in cutlass.range_constexpr(cute.size(rX)):
+            rY[i] = ptx.mul_bf16_to_f32(halves[i], Uint16(bits[i] >> 16))
+        return rY
+    rY = cute.make_rmem_tensor_like(rX)
+    pairs, products = cute.recast_tensor(rX, Uint32), cute.recast_tensor(rY, Uint32)
+    for i in cutlass.range_constexpr(cute.size(pairs)):
+        # The low half of a NaN is not 0.
+        factors = bits[2 * i + 1] & Uint32(0xFFFF0000) | bits[2 * i] >> 16
+        products[i] = ptx.mul_bf16x2(pairs[i], factors)
+    return widen(rY)
+
+
+@cute.jit
 def encode(rX: cute.Tensor, dtype: cutlass.Constexpr[type]) -> cute.Tensor:
     """Return float32 values in a dtype, rounded to nearest even and saturated.
 
@@ -155,6 +231,61 @@ def encode(rX: cute.Tensor, dtype: cutlass.Constexpr[type]) -> cute.Tensor:
 
 
 @cute.jit
+def encode_stochastically(
+    rX: cute.Tensor, random: list[Uint32], dtype: cutlass.Constexpr[type], number: Boolean
+) -> cute.Tensor:
+    """Return float32 values in a dtype, rounded up or down by a random word each, saturated.
+
+    The bits of a float32 count in steps of its last place, also from one power of two to the next.
+    Those of a value that is normal in the dtype are the code and its fraction, but for the bias of
+    the exponent. Below, those of the sum with the smallest normal value are, which has steps of
+    constant size, less one in the exponent. Of the two the larger one counts: they meet there. The
+    carry out of fraction and random bits rounds up, into the exponent too.
+
+    Args:
+        rX: (values,), float32.
+        random: a word for each value, of which the first bits are used.
+        dtype: of the codes; of e2m1 two share a byte: (values / 2,).
+        number: whether the scale of the values is no NaN; they are NaN if it is.
+    """
+    facts = VALUE_TYPES[DTYPES[dtype]]
+    code_bits, fraction = 8 // facts.per_byte, facts.fraction_bits
+    per_word = 32 // code_bits
+    last_bits = sum(1 << code_bits * i for i in range(per_word))
+    signs = last_bits << code_bits - 1
+    # What the exponents of a float32 have more than those of the dtype, in a word of codes.
+    bias = (facts.min_exponent + FLOAT32_BIAS - 1) << facts.mantissa_bits
+    nan_word = Uint32(facts.nan_byte * (2**32 // 255) if facts.per_byte == 1 else 0)
+    rQ = cute.make_rmem_tensor(
+        cute.size(rX) // facts.per_byte, Uint8 if facts.per_byte > 1 else dtype
+    )
+    words = cute.recast_tensor(rQ, Uint32)
+    for i in cutlass.range_constexpr(cute.size(words)):
+        word = Uint32(0)
+        for j in cutlass.range_constexpr(per_word - 1, -1, -1):
+            value, drawn = rX[per_word * i + j], random[per_word * i + j]
+            bits = value.bitcast(Uint32)
+            magnitude = (bits & Uint32(0x7FFFFFFF)).bitcast(Float32)
+            magnitude = cute.arch.fmin(magnitude, Float32(facts.max))
+            total = magnitude + Float32(2.0**facts.min_exponent)
+            below = total.bitcast(Int32) - Int32(1 << FLOAT32_MANTISSA_BITS)
+            steps = Uint32(cutlass.max(magnitude.bitcast(Int32), below))
+            code = (steps + (drawn >> 32 - fraction)) >> fraction
+            # The sign below its code, since one shift of both registers takes it there.
+            word = (word << code_bits) + (code << 1 | bits >> 31)
+        word = word - Uint32((bias << 1) * last_bits % 2**32)
+        magnitudes, negative = word >> 1 & Uint32(~signs % 2**32), word & Uint32(last_bits)
+        if const_expr(dtype is cutlass.Int8):
+            # Two's complement: 128 plus or minus a magnitude, which no other byte feels.
+            below = magnitudes & negative * Uint32(0x7F)
+            word = (Uint32(signs) + (magnitudes ^ below) - below) ^ Uint32(signs)
+        else:
+            word = magnitudes | negative << code_bits - 1
+        words[i] = word if number else nan_word
+    return rQ
+
+
+@cute.jit
 def clear_unless(predicate: Boolean, rQ: cute.Tensor):
     """Make bytes, (values,), of a thread 0 where the predicate is false."""
     words = cute.recast_tensor(rQ, Uint32)
@@ -163,21 +294,33 @@ def clear_unless(predicate: Boolean, rQ: cute.Tensor):
 
 
 @cute.jit
+def clear_bytes(masks: list[Uint32], rQ: cute.Tensor):
+    """Make bytes, (values,), of a thread 0 where the bits of masks, one for each word, are."""
+    words = cute.recast_tensor(rQ, Uint32)
+    for i in cutlass.range_constexpr(cute.size(words)):
+        words[i] = words[i] & masks[i]
+
+
+@cute.jit
 def products_e2m1(
     rX: cute.Tensor, multiplier: Float32, power_of_two: cutlass.Constexpr[bool]
 ) -> cute.Tensor:
-    """Return the products of values and a multiplier as e2m1, (values / 2,) bytes."""
-    if const_expr(not (power_of_two and rX.element_type is BFloat16 and ptx.target().e2m1)):
-        multiply_by = multiply_power_of_two if const_expr(power_of_two) else multiply
-        return encode_e2m1(multiply_by(rX, multiplier))
+    """Return the products of values and a multiplier as e2m1, (values / 2,) bytes.
+
+    Powers of two are multipliers of the values' own group, and NaN where it is not finite: the
+    products are below 8, or what they become is any.
+    """
+    if const_expr(not (power_of_two and rX.element_type is BFloat16)):
+        return encode_e2m1(multiply(rX, multiplier))
     rQ = cute.make_rmem_tensor(cute.size(rX) // 2, Uint8)
     pairs, words = cute.recast_tensor(rX, Uint32), cute.recast_tensor(rQ, Uint32)
     bits = multiplier.bitcast(Uint32)
     factors = bits | bits >> 16
+    e2m1 = ptx.e2m1_of_bf16x2 if const_expr(ptx.target().e2m1) else e2m1_of_small_pairs
     per_word = E2M1_PER_WORD // 2
     for i in cutlass.range_constexpr(cute.size(words)):
         products = [ptx.mul_bf16x2(pairs[per_word * i + j], factors) for j in range(per_word)]
-        words[i] = ptx.e2m1_of_bf16x2(products)
+        words[i] = e2m1(products)
     return rQ
 
 
@@ -212,6 +355,37 @@ def e2m1_by_arithmetic(values: list[Float32]) -> Uint32:
         word = word * 16 + (code << 1 | bits >> 31)
     word = word - Uint32(_E2M1_OFFSETS)
     return word >> 1 & Uint32(0x77777777) | word << 3 & Uint32(0x88888888)
+
+
+def e2m1_of_small_pairs(pairs: list[Uint32]) -> Uint32:
+    """Return four pairs of bfloat16 below 8 as e2m1, the first in the low bits.
+
+    The lines of `e2m1_by_arithmetic`, but for the last, which is so flat that nothing has to be
+    bounded: it goes through (5, 6.5), or just below, reaches 7.4 at 8, and is above the other two
+    where these are right. A sum with 2^7 has no bits for less than 1.
+    """
+
+    def line(magnitudes: Uint32, slope: float, start: int) -> Uint32:
+        return ptx.fma_bf16x2(magnitudes, _bf16_pair(slope), _bf16_pair(_BF16_INTEGERS + start))
+
+    codes = []
+    for pair in pairs:
+        magnitudes = pair & Uint32(0x7FFF7FFF)
+        code = ptx.min_bf16x2(line(magnitudes, 2.0, 0), line(magnitudes, 1.0, 2))
+        codes.append(ptx.min_bf16x2(code, line(magnitudes, _LAST_SLOPE, 5)))
+    fours = []
+    for i in range(0, len(pairs), 2):
+        # The low byte of each half has the code, the high byte the sign.
+        four = ptx.select_bytes(codes[i], codes[i + 1], _EVEN_BYTES)
+        signs = ptx.select_bytes(pairs[i], pairs[i + 1], _ODD_BYTES)
+        fours.append(four | signs >> 4 & Uint32(0x08080808))
+    return ptx.select_bytes(*fours, _EVEN_BYTES) | ptx.select_bytes(*fours, _ODD_BYTES) << 4
+
+
+def _bf16_pair(value: float) -> Uint32:
+    """Return a bfloat16 twice."""
+    bits = torch.tensor(value, dtype=torch.bfloat16).view(torch.uint16).item()
+    return Uint32(bits << 16 | bits)
 
 
 @cute.jit

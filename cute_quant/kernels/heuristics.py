@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 
 from cute_quant.contract.dtypes import LOAD_BYTES, VALUE_TYPES, align, ceil_div
-from cute_quant.contract.format_choices import WHOLE_ROW
 from cute_quant.contract.formats import Format
 from cute_quant.kernels import architectures
 from cute_quant.kernels.architectures import MAX_WARPS_PER_SM
@@ -51,6 +50,10 @@ and 1.06, with 16 values a thread 1.02; 1.11 at one row, whatever the tile."""
 
 MAX_WARPS = 16
 """Most warps of a CTA: with twice as many, a thread has too few registers for tile and sum."""
+MAX_TILES = 4
+"""Most tiles of a row that a thread of them holds."""
+ROW_TILES = 2
+"""Least tiles of a thread that holds part of a row which is scaled as a whole."""
 WARPS_PER_NORM = 4
 """Least warps of a CTA where rows are so short that it can have several."""
 
@@ -86,7 +89,6 @@ def shape(
 
     A `tile` that is given is taken, whatever the size.
     """
-    whole_row = fmt.group_size == WHOLE_ROW
     if tile is None:
         tile = DEFAULT_TILE
         lanes = tile.lanes_per_group(fmt.group_size)
@@ -94,16 +96,20 @@ def shape(
         full = sms * warps_per_sm / MAX_WARPS_PER_SM
         large = matrices * rows * k >= TWO_ROWS_FROM * full
         fp4 = fmt.value_type.per_byte > 1
-        if large and not whole_row and not masked:
+        if large and not masked:
             if fp4 and k > tile.columns:
                 tile = TWO_TILES
             elif fits_two and not fp4:
                 tile = TWO_ROWS
     row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)
-    tiles = 1 if whole_row else ceil_div(k, tile.columns)
-    slots = min(ceil_div(RESIDENT_CTAS * sms, tiles * max(matrices, 1)), row_tiles)
-    row_ctas = min(matrices * slots, MAX_GRID_Y)
+    row_ctas = expert_ctas(matrices, row_tiles, ceil_div(k, tile.columns), sms)
     return Shape(tile, row_tiles > MAX_GRID_Y, row_ctas)
+
+
+def expert_ctas(matrices: int, row_tiles: int, column_tiles: int, sms: int) -> int:
+    """Return how many CTAs along M share the rows of all masked experts."""
+    slots = min(ceil_div(RESIDENT_CTAS * sms, column_tiles * max(matrices, 1)), row_tiles)
+    return min(matrices * slots, MAX_GRID_Y)
 
 
 def silu_shape(
@@ -133,6 +139,7 @@ class NormShape(NamedTuple):
         tile, tall, row_ctas: as of a `Shape`.
         tiles_per_thread: tiles of a row in the registers of a thread.
         max_warps: the most warps that share a row.
+        held: whether the row lies in their registers.
     """
 
     tile: Tile
@@ -140,15 +147,24 @@ class NormShape(NamedTuple):
     row_ctas: int
     tiles_per_thread: int
     max_warps: int
+    held: bool = True
 
 
 def row_shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int) -> NormShape:
-    """Return the launch for rows with a scale of their own, by a warp for each two of their tiles.
+    """Return the launch for rows that are scaled as a whole, by a warp for each two of their tiles.
 
-    The tiles of a thread are adjacent, so that they share addresses.
+    The tiles of a thread are adjacent, so that they share addresses. Where a row is one group, few
+    kernels serve every k: for one warp, for all that may share a row, and for longer rows.
     """
-    shape = norm_shape(matrices, rows, k, fmt, masked, sms, least_tiles=2)
-    return shape._replace(tile=shape.tile._replace(tiles_per_thread=shape.tiles_per_thread))
+    shape = norm_shape(matrices, rows, k, fmt, masked, sms, least_tiles=ROW_TILES)
+    tiles = shape.tiles_per_thread
+    if fmt.whole_row:
+        held = tiles <= MAX_TILES
+        tiles = max(ROW_TILES, tiles) if held else 1
+        if shape.max_warps > 1:
+            row_ctas = expert_ctas(matrices, fmt.scale_rows(rows), 1, sms)
+            shape = NormShape(ONE_ROW, False, row_ctas, tiles, MAX_WARPS, held)
+    return shape._replace(tile=shape.tile._replace(tiles_per_thread=tiles))
 
 
 def norm_shape(
@@ -165,7 +181,7 @@ def norm_shape(
     Fewer warps with two tiles each, or several rows in a CTA, were slower at every size (k = 2048
     and 7168). `least_tiles` is the least number of tiles of a thread.
     """
-    unit = 1 if fmt.group_size == WHOLE_ROW else fmt.group_size * fmt.groups_per_unit
+    unit = 1 if fmt.whole_row else fmt.group_size * fmt.groups_per_unit
     columns = ceil_div(align(k, unit), DEFAULT_TILE.columns)
     tiles_per_thread, max_warps = min(least_tiles, columns), MAX_WARPS
     while max_warps * tiles_per_thread < columns:
@@ -174,8 +190,7 @@ def norm_shape(
         max_warps //= 2
     tile = ONE_ROW._replace(row_warps=max(1, WARPS_PER_NORM // max_warps))
     row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)
-    slots = min(ceil_div(RESIDENT_CTAS * sms, max(matrices, 1)), row_tiles)
-    row_ctas = min(matrices * slots, MAX_GRID_Y)
+    row_ctas = expert_ctas(matrices, row_tiles, 1, sms)
     return NormShape(tile, False, row_ctas, tiles_per_thread, max_warps)
 
 

@@ -72,6 +72,14 @@ def tiles_of_thread(tile: Tile) -> cute.Layout:
     return cute.make_layout((tiles, MAX_COLUMNS // tile.columns), stride=(1, tiles))
 
 
+def vectors_of_row() -> cute.Layout:
+    """Return the layout (vector of a row) -> (lane, tile) of the `copy.Segment` that it is.
+
+    ``(32, tiles) : (1@0, 1@1)``
+    """
+    return cute.make_layout((LANES, MAX_COLUMNS // LANES), stride=(cute.E(0), cute.E(1)))
+
+
 def thread_value(tile: Tile, group_size: int) -> cute.Layout:
     """Return the layout (lane, value) -> (row, column) of a warp's tile.
 
@@ -107,6 +115,36 @@ def threads_of_block_tile(values: int) -> cute.Layout:
     )
 
 
+def threads_of_column_tile(values: int) -> cute.Layout:
+    """Return the same layout for a tile whose columns are reduced and transposed.
+
+    ``((8, lanes along rows, lanes along columns / 8), warps)``. Eight lanes along columns and those
+    along rows have a half warp, so that its stores to `transposed_tile` go to all banks.
+    """
+    lanes, rows = BLOCK_TILE // values, rows_of_block_thread(values)
+    return cute.make_layout(
+        ((8, LANES // lanes, lanes // 8), BLOCK_WARPS),
+        stride=(
+            (cute.E(1), rows * cute.E(0), 8 * cute.E(1)),
+            BLOCK_TILE // BLOCK_WARPS * cute.E(0),
+        ),
+    )
+
+
+def vectors_of_column_tile(values: int, vector: int, rows: int) -> cute.Layout:
+    """Return the layout (row, column of a tile) -> place in shared memory.
+
+    ``(rows, ((vector, vectors of a thread), lanes)) : (128, ((1, lanes vector), vector))``. Lanes
+    along columns have adjacent vectors, 16 bytes each, of their first columns, then of the next.
+    """
+    lanes = BLOCK_TILE // values
+    vector = min(vector, values)
+    return cute.make_layout(
+        (rows, (vector, values // vector, lanes)),
+        stride=(BLOCK_TILE, (1, lanes * vector, vector)),
+    )
+
+
 def rows_of_block_thread(values: int) -> int:
     """Return how many rows of a tile of weights a thread has `values` of."""
     return BLOCK_TILE * BLOCK_TILE // (LANES * BLOCK_WARPS * values)
@@ -139,6 +177,14 @@ def amaxes_of_block_tile(size: int) -> cute.Layout:
     blocks = BLOCK_TILE // size
     warps = BLOCK_WARPS // blocks
     return cute.make_layout(((warps, blocks), blocks), stride=((1, BLOCK_WARPS), warps))
+
+
+def row_scales_of_tile(size: int) -> cute.Layout:
+    """Return the layout (row, group along k) of a tile -> place of its scale in shared memory.
+
+    ``(128, groups) : (1, 128)``: lanes store those of adjacent rows.
+    """
+    return cute.make_layout((BLOCK_TILE, BLOCK_TILE // size))
 
 
 def rows_of_scales() -> cute.Layout:

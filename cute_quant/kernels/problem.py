@@ -9,6 +9,7 @@ from cutlass import Float32, Int32, Uint32, const_expr
 
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
+from cute_quant.kernels.philox import Random, RngState
 from cute_quant.kernels.stage import Scales
 from cute_quant.kernels.upper_scales import Factors, UpperScale
 
@@ -24,6 +25,7 @@ class Operands(NamedTuple):
         mCounts: what the row domain reads: (experts,), (groups,) or (mn,).
         mIndex: row of x of each row of the result, (mn,) or (batch, mn); or rows of the result of
             each row of x, (tokens, places), numbered through all matrices.
+        mRng: seed and offset of random numbers, (2,), None where values are rounded to nearest.
         missing_rows: padding rows of the last MN-major scale column without storage.
         alignment: of the first row of a group in a prefix sum.
         row_ctas: CTAs that share the rows of all experts.
@@ -35,6 +37,7 @@ class Operands(NamedTuple):
     mUpper: cute.Tensor | None
     mCounts: cute.Tensor | None
     mIndex: cute.Tensor | None
+    mRng: cute.Tensor | None
     missing_rows: Int32
     alignment: Int32
     row_ctas: Int32
@@ -56,6 +59,7 @@ class Problem(Params):
         num_row_tiles: tiles of rows of a matrix, or of x where rows are scattered.
         counts, index, alignment: as of `Operands`.
         dedicated_tiles: the first tiles of each expert, which have CTAs to themselves.
+        rng: where random numbers come from, or None.
     """
 
     static = ("values_per_column",)
@@ -76,6 +80,7 @@ class Problem(Params):
         counts: cute.Tensor | None,
         index: cute.Tensor | None,
         alignment: Int32,
+        rng: RngState | None,
     ):
         self.scale_bound = scale_bound
         self.prologue = prologue
@@ -90,6 +95,7 @@ class Problem(Params):
         self.counts = counts
         self.index = index
         self.alignment = alignment
+        self.rng = rng
 
     @property
     def k(self) -> Int32:
@@ -112,16 +118,23 @@ class Problem(Params):
             return bound
         return bound.load() if group is None else bound.load_of_group(group)
 
+    def random_of_row(self, row: Uint32) -> Random | None:
+        """Return random numbers for a row of the result, None where none are wanted."""
+        return None if self.rng is None else self.rng.of_row(row)
+
     def slice_batch(self, batch: Int32) -> Problem:
         """Return the problem of one matrix of a batch."""
         index, gathered, bound = self.index, self.index is not None, self.scale_bound
+        rng = self.rng
         if const_expr(isinstance(bound, UpperScale)):
             bound = bound.slice_batch(batch)
+        if const_expr(rng is not None):
+            rng = rng.slice_batch(batch)
         result = self.slice_result(batch)
         if const_expr(gathered):
             index = index[batch, None]
         prologue = self.prologue.slice_batch(batch, gathered)
-        return result.replace(prologue=prologue, scale_bound=bound, index=index)
+        return result.replace(prologue=prologue, scale_bound=bound, index=index, rng=rng)
 
     def slice_result(self, batch: Int32) -> Problem:
         """Return a problem whose results are one matrix of a batch, and whose input is all."""

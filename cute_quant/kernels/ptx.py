@@ -57,6 +57,21 @@ def mul_bf16x2(a: Uint32, b: Uint32) -> Uint32:
     return _apply("fma.rn.bf16x2", a, b, Uint32(NEGATIVE_ZEROS))
 
 
+def fma_bf16x2(a: Uint32, b: Uint32, c: Uint32) -> Uint32:
+    """Return the fused sums of products of two pairs of bfloat16 and a third, rounded once."""
+    return _apply("fma.rn.bf16x2", a, b, c)
+
+
+def min_bf16x2(a: Uint32, b: Uint32) -> Uint32:
+    """Return the minima of two pairs of bfloat16."""
+    return _apply("min.bf16x2", a, b)
+
+
+def select_bytes(a: Uint32, b: Uint32, selector: int) -> Uint32:
+    """Return bytes of two registers: each hexadecimal digit names one, 0 to 3 of a, 4 to 7 of b."""
+    return _apply("prmt.b32", a, b, Uint32(selector))
+
+
 @dsl_user_op
 def mul_bf16_to_f32(a: Uint16, b: Uint16, *, loc=None, ip=None) -> Float32:
     """Return the product of two bfloat16 as float32, a fused sum with -0: needs `mixed_fma`."""

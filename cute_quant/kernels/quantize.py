@@ -3,7 +3,7 @@
 A thread holds 16 values of a row, contiguous along k, in registers from its load to its store, and
 as many of each of its other rows. Eight threads hold a group of 128 and find its amax in three
 shuffles; all of them know its scale, and one writes it. `layouts` draws the thread-value layout.
-Where a whole row is the group, a warp passes over it twice.
+`quantize_rows` has the kernel where scales depend on whole rows.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_quant.kernels import copy, encodings, layouts, scatter
-from cute_quant.kernels.config import LANES, QuantizeSpec, SiluMulSpec
+from cute_quant.kernels.config import LANES, QuantizeSpec, SiluMulBackwardSpec, SiluMulSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
+from cute_quant.kernels.philox import words_of
 from cute_quant.kernels.problem import Operands, Problem
 from cute_quant.kernels.quantize_rows import RowQuantizer
 from cute_quant.kernels.row_domains import Row, select_rows
 from cute_quant.kernels.scales import GroupScale
-from cute_quant.kernels.scatter import Target, Targets
 from cute_quant.kernels.scheduler import Scheduler
 from cute_quant.kernels.stage import Origin, Rows, Scales, Stage
 from cute_quant.kernels.upper_scales import Factors
@@ -41,7 +41,7 @@ class GroupQuantizer:
 
     def __init__(
         self,
-        spec: QuantizeSpec | SiluMulSpec,
+        spec: QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec,
         stage: Stage,
         fake: bool = False,
     ):
@@ -54,10 +54,8 @@ class GroupQuantizer:
         """Launch the kernel: as many CTAs along M and N as the scheduler has."""
         stage, tile = self.stage, self.stage.tile
         problem = self.scheduler.problem(prologue, operands)
-        num_column_ctas = 1
-        if const_expr(not stage.whole_row):
-            columns = tile.column_warps * tile.tiles_per_thread
-            num_column_ctas = cute.ceil_div(stage.tiles(problem.k), columns)
+        columns = tile.column_warps * tile.tiles_per_thread
+        num_column_ctas = cute.ceil_div(stage.tiles(problem.k), columns)
         self.kernel(problem).launch(
             grid=self.scheduler.grid(problem, operands, num_column_ctas),
             block=[LANES, *layouts.warps(tile).shape],
@@ -78,23 +76,23 @@ class GroupQuantizer:
         rows = select_rows(problem, self.spec.domain, row_indices)
         inputs = [problem.prologue.row(row, k) for row in rows]
         targets = [scatter.target(row, problem, self.spec.access) for row in rows]
+        randoms = [problem.random_of_row(row.index) for row in rows]
 
         scales, bounds = [], self.load_bounds(rows, problem)
-        if const_expr(stage.whole_row):
-            scales = [[self.quantize_row(inputs[0], targets[0], problem)]]
-        else:
-            # (values,) of each tile and row
-            tXrX = [[row.load(segment) for row in inputs] for segment in segments]
-            for j in cutlass.range_constexpr(len(segments)):
-                row_scales = []
-                for i in cutlass.range_constexpr(len(rows)):
-                    tXrV = inputs[i].values(tXrX[j][i])  # (values,)
-                    amax = stage.group_amax(stage.thread_amax(tXrV))
-                    scale = stage.refine(tXrV, stage.scale(amax, bounds[i]), bounds[i])
-                    tXrQ = self.encode(tXrV, scale, bounds[i])  # (values,), or bytes of two
-                    targets[i].store(tXrQ, segments[j])
-                    row_scales.append(scale)
-                scales.append(row_scales)
+        # (values,) of each tile and row
+        tXrX = [[row.load(segment) for row in inputs] for segment in segments]
+        for j in cutlass.range_constexpr(len(segments)):
+            row_scales = []
+            for i in cutlass.range_constexpr(len(rows)):
+                tXrV = inputs[i].values(tXrX[j][i])  # (values,)
+                amax = stage.group_amax(stage.thread_amax(tXrV))
+                scale = stage.refine(tXrV, stage.scale(amax, bounds[i]), bounds[i])
+                words = words_of(randoms[i], segments[j], tXrV)
+                # (values,), bytes of two
+                tXrQ = stage.results(tXrV, scale, bounds[i], self.fake, words)
+                targets[i].store(tXrQ, segments[j])
+                row_scales.append(scale)
+            scales.append(row_scales)
         if const_expr(problem.scales is not None):
             self.store_scales(rows, scales, segments, problem)
 
@@ -103,30 +101,6 @@ class GroupQuantizer:
         if self.spec.domain.grouped:
             return [problem.load_bound(row.group) for row in rows]
         return [problem.load_bound()] * len(rows)
-
-    @cute.jit
-    def quantize_row(
-        self, source: Params, target: Target | Targets, problem: Problem
-    ) -> GroupScale:
-        """Quantize and store a row that is one group, by one warp, and return its scale."""
-        lane = cute.arch.lane_idx()
-        tiles = cute.ceil_div(problem.k, self.stage.tile.columns)
-        amax = Uint32(0)
-        for i in range(tiles):
-            tXrV = source.values(source.load(Segment(i, lane)))
-            amax = self.stage.larger(amax, self.stage.thread_amax(tXrV))
-        scale = self.stage.scale(self.stage.group_amax(amax), problem.scale_bound)
-        for i in range(tiles):
-            tXrV = source.values(source.load(Segment(i, lane)))
-            tXrQ = self.encode(tXrV, scale, problem.scale_bound)
-            target.store(tXrQ, Segment(i, lane))
-        return scale
-
-    def encode(self, tXrV: cute.Tensor, scale: GroupScale, bound: Float32 | Factors) -> cute.Tensor:
-        """Return registers to be stored in q."""
-        if self.fake:
-            return self.stage.encode_and_decode(tXrV, scale, bound)
-        return self.stage.encode(tXrV, scale)
 
     def thread_tile(self, row_tile: Int32) -> tuple[list[Segment], list[Uint32]]:
         """Return the thread's segments of its warp's tiles, and the indices of its rows."""
@@ -180,10 +154,10 @@ class GroupQuantizer:
 
 
 def quantizer(
-    spec: QuantizeSpec | SiluMulSpec, stage: Stage, fake: bool = False
+    spec: QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec, stage: Stage, fake: bool = False
 ) -> GroupQuantizer | RowQuantizer:
-    """Return the kernel for a format: where each row has its own scale, CTAs hold whole rows."""
-    return (RowQuantizer if spec.fmt.row_scale else GroupQuantizer)(spec, stage, fake)
+    """Return the kernel for a format: where scales depend on whole rows, a CTA has all of one."""
+    return (RowQuantizer if spec.fmt.by_row else GroupQuantizer)(spec, stage, fake)
 
 
 class Input(Params):
@@ -235,7 +209,7 @@ class Quantize:
     def __init__(self, spec: QuantizeSpec):
         self.spec = spec
         self.dtype = ELEMENT_TYPES[spec.dtype]
-        self.stage = Stage(self.dtype, spec.fmt, spec.tile)
+        self.stage = Stage(self.dtype, spec.fmt, spec.tile, spec.domain.keeps_gaps)
         self.quantizer = quantizer(spec, self.stage, spec.fake)
 
     def signature(self) -> tuple:
@@ -261,6 +235,7 @@ class Quantize:
         mUpper: cute.Tensor | None,
         mCounts: cute.Tensor | None,
         mIndex: cute.Tensor | None,
+        mRng: cute.Tensor | None,
         missing_rows: Int32,
         alignment: Int32,
         row_ctas: Int32,
@@ -269,6 +244,6 @@ class Quantize:
     ):
         """Launch. `Operands` describes what comes after x."""
         operands = Operands(
-            mQ, mS, mUpper, mCounts, mIndex, missing_rows, alignment, row_ctas, floor
+            mQ, mS, mUpper, mCounts, mIndex, mRng, missing_rows, alignment, row_ctas, floor
         )
         self.quantizer.launch(Input(Matrix(mX), self.spec), operands, stream)

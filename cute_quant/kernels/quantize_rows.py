@@ -1,19 +1,29 @@
-"""Quantize whole rows, each with a scale over those of its groups: load, reduce, scale, store.
+"""Quantize rows whose scales depend on all of them: load, reduce, scale, quantize, store.
 
-The story is that of `quantize`, told once more where a row's own amax decides its scales: all of it
-has to be there first. It lies in the registers of the warps of a CTA, so x is read once.
+The story is that of `quantize`, told once more where a row is one group, or has a scale over those
+of its groups: all of it has to be there first. It lies in the registers of the warps of a CTA, so x
+is read once. A row that is one group may be too long for them, and is read twice.
 """
 
 from __future__ import annotations
 
+import functools
+
+import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Uint32, const_expr
+from cutlass import Float32, Int32, Uint32, const_expr
 
 from cute_quant.kernels import arithmetic, scatter
 from cute_quant.kernels import scales as scaling
-from cute_quant.kernels.config import QuantizeSpec, SiluMulSpec
+from cute_quant.kernels.config import QuantizeSpec, SiluMulBackwardSpec, SiluMulSpec
+from cute_quant.kernels.copy import Segment
+from cute_quant.kernels.params import Params
+from cute_quant.kernels.philox import Random, words_of
 from cute_quant.kernels.problem import Problem
+from cute_quant.kernels.scales import GroupScale
+from cute_quant.kernels.scatter import Target, Targets
 from cute_quant.kernels.stage import Stage
+from cute_quant.kernels.upper_scales import Factors
 from cute_quant.kernels.whole_rows import WholeRows
 
 
@@ -26,42 +36,114 @@ class RowQuantizer(WholeRows):
         fake: whether q takes the products of values and scales, in the dtype that the stage takes.
     """
 
-    def __init__(self, spec: QuantizeSpec | SiluMulSpec, stage: Stage, fake: bool = False):
+    def __init__(
+        self,
+        spec: QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec,
+        stage: Stage,
+        fake: bool = False,
+    ):
         super().__init__(spec, stage)
         self.fake = fake
+
+    def num_warps(self, num_tiles: Int32) -> Int32:
+        """Return how many warps share a row; a long one has as many as can be."""
+        return super().num_warps(num_tiles) if self.spec.held else self.spec.max_warps
 
     @cute.jit
     def quantize_tile(self, row_tile: Int32, problem: Problem):
         """Load, reduce, scale, quantize and store a row by the warps that share it."""
-        stage = self.stage
         row, segments = self.row_segments(row_tile, problem)
-        source = problem.prologue.row(row, problem.k)
+        source = problem.prologue.row(row, problem.k)  # (k,)
         target = scatter.target(row, problem, self.spec.access)
+        random = problem.random_of_row(row.index)
+        if const_expr(self.spec.held):
+            # Registers of each of the thread's tiles: (values,).
+            tXrX = [source.load(segment) for segment in segments]
+            tXrV = [source.values(t) for t in tXrX]
+            scales, bound = self.scales(tXrV, problem)
+            self.store_values(tXrV, scales, bound, target, segments, random)
+        else:
+            scales = [self.quantize_long_row(source, target, random, problem)] * len(segments)
+        if const_expr(problem.scales is not None):
+            self.store_scales(row, scales, segments, problem)
+            if const_expr(self.spec.fmt.row_scale):
+                self.store_row_scale(row, bound, problem)
 
-        # Registers of each of the thread's tiles: (values,).
-        tXrX = [source.load(segment) for segment in segments]
-        tXrV = [source.values(t) for t in tXrX]
+    @cute.jit
+    def quantize_long_row(
+        self,
+        source: Params,
+        target: Target | Targets,
+        random: cutlass.Constexpr[Random | None],
+        problem: Problem,
+    ) -> GroupScale:
+        """Quantize and store a row that is one group, in two passes, and return its scale."""
+        lane, warp, _ = cute.arch.thread_idx()
+        _, warps, _ = cute.arch.block_dim()
+        num_parts = cute.ceil_div(self.stage.tiles(problem.k), self.tiles_per_thread)
+        amax = Uint32(0)
+        for part in cutlass.range(warp, num_parts, warps, unroll=1):
+            tXrX = [source.load(Segment(tile, lane)) for tile in self.tiles_of_warp(part)]
+            amax = self.stage.larger(amax, self.thread_amax([source.values(t) for t in tXrX]))
+        scale = self.stage.scale(self.row_amax(amax), problem.scale_bound)
+        for part in cutlass.range(warp, num_parts, warps, unroll=1):
+            segments = [Segment(tile, lane) for tile in self.tiles_of_warp(part)]
+            tXrX = [source.load(segment) for segment in segments]
+            tXrV = [source.values(t) for t in tXrX]
+            scales = [scale] * len(segments)
+            self.store_values(tXrV, scales, problem.scale_bound, target, segments, random)
+        return scale
+
+    def store_values(
+        self,
+        tXrV: list[cute.Tensor],
+        scales: list[GroupScale],
+        bound: Float32 | Factors,
+        target: Target | Targets,
+        segments: list[Segment],
+        random: Random | None,
+    ):
+        """Quantize the thread's tiles, (values,) each, and store them."""
+        for segment, t, scale in zip(segments, tXrV, scales, strict=True):
+            words = words_of(random, segment, t)
+            tXrQ = self.stage.results(t, scale, bound, self.fake, words)
+            target.store(tXrQ, segment)
+
+    def scales(
+        self, tXrV: list[cute.Tensor], problem: Problem
+    ) -> tuple[list[GroupScale], Float32 | Factors]:
+        """Return the scale of the lane's group in each of the thread's tiles, and their bound."""
+        stage = self.stage
+        if stage.whole_row:
+            scale = stage.scale(self.row_amax(self.thread_amax(tXrV)), problem.scale_bound)
+            return [scale] * len(tXrV), problem.scale_bound
         amaxes = [stage.group_amax(stage.thread_amax(t)) for t in tXrV]
         bound = self.row_bound(amaxes, problem)
         scales = [
             stage.refine(t, stage.scale(amax, bound), bound)
             for t, amax in zip(tXrV, amaxes, strict=True)
         ]
-        for segment, t, scale in zip(segments, tXrV, scales, strict=True):
-            if const_expr(self.fake):
-                tXrQ = stage.encode_and_decode(t, scale, bound)
-            else:
-                tXrQ = stage.encode(t, scale)
-            target.store(tXrQ, segment)
-        if const_expr(problem.scales is not None):
-            self.store_scales(row, scales, segments, problem)
-            self.store_row_scale(row, bound, problem)
+        return scales, bound
+
+    def thread_amax(self, tXrV: list[cute.Tensor]) -> Uint32:
+        """Return the largest magnitude of a thread's tiles, as `Stage.group_amax` takes it."""
+        return functools.reduce(self.stage.larger, map(self.stage.thread_amax, tXrV))
 
     @cute.jit
-    def row_bound(self, amaxes: list[Uint32], problem: Problem):
+    def row_amax(self, amax: Uint32) -> Uint32:
+        """Return the largest magnitude of a row that is one group, from that of each thread."""
+        amax = self.stage.group_amax(amax)
+        if const_expr(self.spec.max_warps == 1):
+            return amax
+        self.wait_for_readers()
+        maxima = self.store_warp_partial(amax)
+        cute.arch.sync_threads()
+        return arithmetic.thread_max(maxima.load())
+
+    @cute.jit
+    def row_bound(self, amaxes: list[Uint32], problem: Problem) -> Factors:
         """Return forms of the row's scale, from the amax of the lane's group in each tile."""
-        if const_expr(self.spec.domain.repeats):
-            cute.arch.sync_threads()  # all have read the partial results of the row before
+        self.wait_for_readers()
         dtype = self.stage.amax_dtype
         magnitudes = [scaling.magnitude(amax, dtype).bitcast(Uint32) for amax in amaxes]
         maxima = self.store_warp_amax(magnitudes)

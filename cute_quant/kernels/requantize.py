@@ -10,7 +10,6 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float8E4M3FN, Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from cute_quant.contract.dtypes import SOURCE_BLOCK
 from cute_quant.kernels import copy, encodings, layouts
 from cute_quant.kernels.config import RequantizeSpec
 from cute_quant.kernels.copy import Segment
@@ -78,8 +77,9 @@ class ProductsRow(Params):
         """Load the scale of the block that a thread's segment lies in, 0 where there is none."""
         k, scale = cute.size(self.gX), Float32(0.0)
         tXcX = copy.column_coordinates(k, segment, self.spec.tile.values_per_thread)
-        _, block = layouts.lanes(self.spec.tile.lanes_per_group(SOURCE_BLOCK))(segment.lane)
-        blocks = layouts.groups_by_tile(self.scales.layout, self.spec.tile.groups(SOURCE_BLOCK))
+        tile, size = self.spec.tile, self.spec.source_block
+        _, block = layouts.lanes(tile.lanes_per_group(size))(segment.lane)
+        blocks = layouts.groups_by_tile(self.scales.layout, tile.groups(size))
         if self.predicate and tXcX[0] < k:
             scale = self.scales[self.index, blocks((block, segment.tile))]
         return scale
@@ -122,6 +122,7 @@ class Requantize:
         mUpper: cute.Tensor | None,
         mCounts: cute.Tensor | None,
         mIndex: cute.Tensor | None,
+        mRng: cute.Tensor | None,
         missing_rows: Int32,
         alignment: Int32,
         row_ctas: Int32,
@@ -130,8 +131,8 @@ class Requantize:
     ):
         """Launch. `Operands` describes what comes after the scales of x."""
         operands = Operands(
-            mQ, mS, mUpper, mCounts, mIndex, missing_rows, alignment, row_ctas, floor
+            mQ, mS, mUpper, mCounts, mIndex, mRng, missing_rows, alignment, row_ctas, floor
         )
-        layout = layouts.rows_of_square_blocks(mXS.layout, SOURCE_BLOCK)
+        layout = layouts.rows_of_square_blocks(mXS.layout, self.spec.source_block)
         scales = cute.make_tensor(mXS.iterator, layout)
         self.quantizer.launch(Products(Matrix(mX), scales, self.spec), operands, stream)

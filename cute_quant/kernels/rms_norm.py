@@ -14,6 +14,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from cute_quant.contract.prologues import FUSED, rounds_row, rounds_sum
 from cute_quant.kernels import arithmetic, copy, encodings, scatter
 from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.config import RmsNormSpec
@@ -82,7 +83,9 @@ class RmsNorm(WholeRows):
     def __init__(self, spec: RmsNormSpec):
         self.dtype = ELEMENT_TYPES[spec.dtype]
         self.weight_dtype = ELEMENT_TYPES[spec.weight_dtype]
-        super().__init__(spec, Stage(self.dtype if spec.unfused else Float32, spec.fmt, spec.tile))
+        dtype = self.dtype if spec.rounding != FUSED else Float32
+        super().__init__(spec, Stage(dtype, spec.fmt, spec.tile, spec.domain.keeps_gaps))
+        self.rounds_row = rounds_row(spec.rounding, spec.weight_dtype)
 
     def signature(self) -> tuple:
         """Return stand-ins for the arguments, with the sizes that vary and the alignment."""
@@ -112,6 +115,7 @@ class RmsNorm(WholeRows):
         mUpper: cute.Tensor | None,
         mCounts: cute.Tensor | None,
         mIndex: cute.Tensor | None,
+        mRng: cute.Tensor | None,
         missing_rows: Int32,
         alignment: Int32,
         row_ctas: Int32,
@@ -126,7 +130,7 @@ class RmsNorm(WholeRows):
     ):
         """Launch. `Operands` and `NormInput` describe what comes after x."""
         operands = Operands(
-            mQ, mS, mUpper, mCounts, mIndex, missing_rows, alignment, row_ctas, floor
+            mQ, mS, mUpper, mCounts, mIndex, mRng, missing_rows, alignment, row_ctas, floor
         )
         inputs = NormInput(
             x=Matrix(mX),
@@ -158,26 +162,34 @@ class RmsNorm(WholeRows):
             values = [encodings.widen(t).load() for t in tXrX]
 
         # All that does not depend on the row's factor is done before the barrier. Rounding is
-        # monotonic: the largest product is that of the largest, whatever the factor.
+        # monotonic: the largest product is that of the largest, whatever the factor. That does not
+        # hold where the row is rounded before it is multiplied with the weights.
         square = warp_sum_of_squares(values)
         if const_expr(not early):
             tXrW = [self.load(inputs.weight, segment, row) for segment in segments]
         offset = zero_unless(row.exists, inputs.offset)
         weights = [encodings.widen(t).load() + offset for t in tXrW]
-        products = [value * weight for value, weight in zip(values, weights, strict=True)]
-        square, row_amax, amaxes = self.reduce_over_warps(square, self.group_amaxes(products))
+        if const_expr(self.rounds_row):
+            square = self.sum_over_warps(square)
+        else:
+            products = [value * weight for value, weight in zip(values, weights, strict=True)]
+            square, row_amax, amaxes = self.reduce_over_warps(square, self.group_amaxes(products))
         factor = arithmetic.rsqrt(square * inputs.reciprocal + inputs.eps)
         factor = zero_unless(row.exists, factor)
+        if const_expr(self.rounds_row):
+            rounded = [encodings.round_to(value * factor, self.dtype) for value in values]
+            products = [self.round(r * w) for r, w in zip(rounded, weights, strict=True)]
+            row_amax, amaxes = self.amax_over_warps(self.group_amaxes(products))
 
         target = scatter.target(row, problem, spec.access)
         bound = problem.load_bound(row.group if spec.domain.grouped else None)
         if const_expr(spec.fmt.row_scale):
-            largest = self.round(row_amax.bitcast(Float32) * factor)
+            largest = self.normalized(row_amax.bitcast(Float32), factor)
             bound = self.bound_of_amax(largest.bitcast(Uint32), problem)
             self.store_row_scale(row, bound, problem)
         scales = []
         for segment, product, amax in zip(segments, products, amaxes, strict=True):
-            value = self.round(product * factor)
+            value = self.normalized(product, factor)
             tXrV = registers(value.to(stage.dtype))
             scale = stage.refine(tXrV, self.normalized_scale(amax, factor, bound), bound)
             scales.append(scale)
@@ -204,7 +216,7 @@ class RmsNorm(WholeRows):
         """Return x + residual, and store the sum."""
         # Columns are compared with the k of q everywhere: that of the weights, though the same,
         # would be compared anew and take up to 22 registers of a thread with 4 tiles.
-        inputs, k = problem.prologue, problem.k
+        spec, inputs, k = self.spec, problem.prologue, problem.k
         gR, gSum = inputs.residual.row(row.index, k), inputs.residual_out.row(row.index, k)
         tXrR = [self.load(gR, segment, row) for segment in segments]
         values = [encodings.widen(t).load() for t in tXrX]
@@ -212,7 +224,7 @@ class RmsNorm(WholeRows):
         sums = [a + b for a, b in zip(values, residuals, strict=True)]
         for segment, value in zip(segments, sums, strict=True):
             self.store(value, gSum, segment, row)
-        return [self.round(value) for value in sums]
+        return [self.round(v) for v in sums] if rounds_sum(spec.rounding) else sums
 
     def group_amaxes(self, products: list[cute.TensorSSA]) -> list[Uint32]:
         """Return the amax of the lane's group in each tile, or of its values if a row is one."""
@@ -223,20 +235,43 @@ class RmsNorm(WholeRows):
         return [scaling.group_amax(amax, Float32, lanes) for amax in amaxes]
 
     @cute.jit
+    def sum_over_warps(self, square: Float32) -> Float32:
+        """Return the sum of squares of the row."""
+        self.wait_for_readers()
+        squares = self.store_warp_partial(square)
+        cute.arch.sync_threads()
+        return arithmetic.thread_sum(squares.load())
+
+    @cute.jit
+    def amax_over_warps(self, amaxes: list[Uint32]) -> tuple:
+        """Return the amax of the row, where it is asked for, and those of the lane's groups."""
+        largest = amaxes[0]
+        if const_expr(self.needs_row_amax):
+            maxima = self.store_warp_amax(amaxes)
+            cute.arch.sync_threads()
+            largest = arithmetic.thread_max(maxima.load())
+        if const_expr(self.stage.whole_row):
+            amaxes = [largest] * self.tiles_per_thread
+        return largest, amaxes
+
+    @property
+    def needs_row_amax(self) -> bool:
+        """Return whether a row is one group, or has a scale of its own."""
+        return self.stage.whole_row or self.spec.fmt.row_scale
+
+    @cute.jit
     def reduce_over_warps(self, square: Float32, amaxes: list[Uint32]) -> tuple:
         """Return the sum of squares of the row, its amax, and those of the lane's groups.
 
         The amax is that of the row where it is one group, or has a scale of its own.
         """
-        if const_expr(self.spec.domain.repeats):
-            cute.arch.sync_threads()  # all have read the partial results of the row before
+        self.wait_for_readers()
         squares = self.store_warp_partial(square)
-        needs_row_amax = self.stage.whole_row or self.spec.fmt.row_scale
-        if const_expr(needs_row_amax):
+        if const_expr(self.needs_row_amax):
             maxima = self.store_warp_amax(amaxes)
         cute.arch.sync_threads()
         square, row_amax = arithmetic.thread_sum(squares.load()), amaxes[0]
-        if const_expr(needs_row_amax):
+        if const_expr(self.needs_row_amax):
             row_amax = arithmetic.thread_max(maxima.load())
         if const_expr(self.stage.whole_row):
             amaxes = [row_amax] * self.tiles_per_thread
@@ -245,13 +280,19 @@ class RmsNorm(WholeRows):
     def normalized_scale(
         self, amax: Uint32, factor: Float32, bound: Float32 | Factors
     ) -> GroupScale:
-        """Return the scale of a group whose products with the row's factor get quantized."""
-        amax = self.round(amax.bitcast(Float32) * factor)
+        """Return the scale of a group, given the amax of its products."""
+        amax = self.normalized(amax.bitcast(Float32), factor)
         return scaling.group_scale(amax.bitcast(Uint32), self.stage.dtype, bound, self.spec.fmt)
 
+    def normalized(
+        self, product: cute.TensorSSA | Float32, factor: Float32
+    ) -> cute.TensorSSA | Float32:
+        """Return a product with a weight times the row's factor, if that is not in it already."""
+        return product if self.rounds_row else self.round(product * factor)
+
     def round(self, value: cute.TensorSSA | Float32) -> cute.TensorSSA | Float32:
-        """Return float32 rounded to x's dtype, where torch's operations do."""
-        if not self.spec.unfused:
+        """Return float32 rounded to x's dtype, unless all is fused."""
+        if self.spec.rounding == FUSED:
             return value
         if isinstance(value, Float32):
             return value.to(self.dtype).to(Float32)

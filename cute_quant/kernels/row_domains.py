@@ -73,9 +73,13 @@ def select_rows(
         tokens = problem.prologue.x.rows
         sources = [gather(problem.index, index, num_rows) for index in indices]
         exist = [here and row < tokens for here, row in zip(exist, sources, strict=True)]
+    in_bounds = [index < problem.num_q_rows for index in indices]
+    if const_expr(domain.keeps_gaps):
+        # Rows past the last are no gaps.
+        written = [e or i >= num_rows for e, i in zip(exist, indices, strict=True)]
+        in_bounds = [b and w for b, w in zip(in_bounds, written, strict=True)]
     return [
-        Row(indices[i], exist[i], sources[i], indices[i] < problem.num_q_rows, groups[i])
-        for i in range(len(indices))
+        Row(indices[i], exist[i], sources[i], in_bounds[i], groups[i]) for i in range(len(indices))
     ]
 
 
@@ -186,6 +190,26 @@ def in_a_group_of_lane(
                 found = found | Uint32(1 << i)
         start = next_multiple(end, alignment)
     return [(found & Uint32(1 << i)) != 0 for i in range(len(rows))]
+
+
+@cute.jit
+def end_of_rows_from(
+    mEnds: cute.Tensor,  # (groups,)
+    alignment: Int32,
+    mn: Uint32,
+    first: Uint32,
+) -> Uint32:
+    """Return the end of the rows that exist from a row on, 0 if that one does not.
+
+    The row is one that a group may start at, the same for all lanes of a warp, which look at a
+    group each. The end is that of rows up to the next such row.
+    """
+    last = Uint32(0)
+    for base in range(0, mEnds.shape[0], LANES):
+        start, end = span_of(mEnds, alignment, mn, base + cute.arch.lane_idx())
+        if start <= first and first < end:
+            last = cutlass.max(last, end)
+    return cute.arch.warp_reduction(last, cutlass.max)
 
 
 @cute.jit

@@ -23,8 +23,13 @@ from cute_quant.contract.dtypes import (
     ValueType,
 )
 from cute_quant.contract.format_choices import (
+    APPROXIMATE_OF_SCALE,
     DEEPGEMM,
     FLASHINFER,
+    INVERTED,
+    OF_AMAX,
+    PRODUCT,
+    QUOTIENT,
     TE,
     TORCHAO,
     VLLM,
@@ -108,6 +113,37 @@ def group_amax(
     return result
 
 
+def column_amaxes(rows: list[cute.Tensor]) -> list[Uint32]:
+    """Return the largest magnitude of each of a thread's columns, of rows (values,).
+
+    The bits of a float32, or of a pair of halves, for each register of a row.
+    """
+    dtype = rows[0].element_type
+    words = [cute.recast_tensor(rX, Uint32) for rX in rows]
+    single = dtype is Float32
+    mask = Uint32(MAGNITUDE_MASK if single else MAGNITUDE_MASK_X2)
+    amaxes = []
+    for i in range(cute.size(words[0])):
+        values = [row[i] for row in words]
+        result = values[0]
+        if single and ptx.target().three_input_max:
+            for j in range(1, len(values), 2):
+                last = values[min(j + 1, len(values) - 1)]
+                result = ptx.max_magnitude_of_3(result, values[j], last)
+        else:
+            for value in values[1:]:
+                result = ptx.max_magnitude(result, value, dtype)
+        amaxes.append(result & mask)
+    return amaxes
+
+
+def amax_of_half(bits: Uint16, dtype: type[cutlass.Numeric]) -> Uint32:
+    """Return the magnitude of a half as `group_scale` takes it."""
+    if dtype is Float16:
+        return Float32(bits.bitcast(Float16)).bitcast(Uint32)
+    return Uint32(bits) << 16
+
+
 @cute.jit
 def is_finite(amax: Uint32) -> Boolean:
     """Return whether the group of this amax holds neither NaN nor Inf."""
@@ -142,7 +178,9 @@ def group_scale(
                 multiplier = multiplier if scale != Uint32(0) else Float32(0.0)
             return GroupScale(multiplier, scale)
         return GroupScale(multiplier, float32_of_multiplier(multiplier, False))
-    scale = float32_scale(amax, dtype, fmt.value_type, bound, fmt.reciprocal)
+    if const_expr(fmt.bounds_amax):
+        return scale_of_bounded_amax(amax, dtype, bound, fmt)
+    scale = float32_scale(amax, dtype, fmt.value_type, bound, fmt.steps.scale == PRODUCT)
     return GroupScale(arithmetic.reciprocal(scale), scale)
 
 
@@ -247,6 +285,34 @@ def float32_scale(
         scale = arithmetic.quotient(scale, values.max)
     scale = cutlass.max(scale, min_scale)
     return scale if is_finite(amax) else Uint32(FLOAT32_NAN).bitcast(Float32)
+
+
+@cute.jit
+def scale_of_bounded_amax(
+    amax: Uint32,
+    dtype: cutlass.Constexpr[type],
+    min_amax: Float32,
+    fmt: cutlass.Constexpr[Format],
+) -> GroupScale:
+    """Return multiplier and float32 scale of an amax by its steps; it is `min_amax` at least."""
+    largest, (scale_step, multiplier_step) = Float32(fmt.value_type.max), fmt.steps
+    bounded = cutlass.max(magnitude(amax, dtype), min_amax)
+    scale = multiplier = largest
+    if const_expr(scale_step == PRODUCT):
+        scale = bounded * (1.0 / fmt.value_type.max)
+    elif const_expr(scale_step == QUOTIENT):
+        scale = arithmetic.quotient(bounded, fmt.value_type.max)
+    if const_expr(multiplier_step == OF_AMAX):
+        multiplier = largest / bounded
+    elif const_expr(multiplier_step == APPROXIMATE_OF_SCALE):
+        multiplier = cute.arch.rcp_approx(scale)
+    else:
+        multiplier = cute.arch.rcp_approx(bounded) * largest
+    if const_expr(scale_step == INVERTED):
+        scale = arithmetic.reciprocal(multiplier)
+    nan = Uint32(FLOAT32_NAN).bitcast(Float32)
+    finite = is_finite(amax)
+    return GroupScale(multiplier if finite else nan, scale if finite else nan)
 
 
 def magnitude(amax: Uint32, dtype: type[cutlass.Numeric]) -> Float32:

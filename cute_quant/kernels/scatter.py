@@ -122,10 +122,15 @@ class Scatter:
         if self.domain.masked:
             return problem.batches
         windows = Int32((problem.scales.rows + (LANES - 1)) // LANES)
-        return windows if self.domain.counted else windows - self.first_window(problem)
+        return windows if self.clears_rows else windows - self.first_window(problem)
+
+    @property
+    def clears_rows(self) -> bool:
+        """Return whether there are rows of a matrix that do not exist and are written."""
+        return self.domain.counted and not self.domain.keeps_gaps
 
     def first_window(self, problem: Problem) -> Int32:
-        """Return the first window with rows of scales past the last row, if all rows exist."""
+        """Return the first window with rows of scales past the last row, if no other is cleared."""
         return Int32(problem.num_rows // LANES)
 
     @cute.jit
@@ -140,17 +145,17 @@ class Scatter:
             count = read_count(problem, window)
             rows, first = problem.slice_result(window), Uint32(count)
             missing = rows_before(first, problem.scales.rows_to_write(count))
+        elif const_expr(not self.clears_rows):
+            first = Uint32(self.first_window(problem) + window) * LANES
+            alive = rows_before(first, problem.num_rows)
+            missing = ~alive & rows_before(first, problem.scales.rows)
         elif const_expr(self.domain.prefix_sum):
             alive = in_a_group_of_window(problem.counts, problem.alignment, problem.num_rows, first)
             missing = ~alive & rows_before(first, problem.scales.rows)
-        elif const_expr(self.domain.indexed):
+        else:
             row = first + cute.arch.lane_idx()
             exists = index_of(problem.counts, row, problem.num_rows) >= 0
             alive = Uint32(cute.arch.vote_ballot_sync(exists))
-            missing = ~alive & rows_before(first, problem.scales.rows)
-        else:
-            first = Uint32(self.first_window(problem) + window) * LANES
-            alive = rows_before(first, problem.num_rows)
             missing = ~alive & rows_before(first, problem.scales.rows)
         if missing != Uint32(0):
             for i in range(LANES):

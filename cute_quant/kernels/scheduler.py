@@ -21,6 +21,7 @@ from cute_quant.kernels.copy import fake_matrix
 from cute_quant.kernels.encodings import scale_type_of, values_per_element
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
+from cute_quant.kernels.philox import RngState
 from cute_quant.kernels.problem import Operands, Problem
 from cute_quant.kernels.row_domains import read_count
 from cute_quant.kernels.scatter import Scatter
@@ -86,7 +87,7 @@ class Scheduler:
     def fake_operands(self, sizes: Sizes, q_dtype: type[cutlass.Numeric]) -> Operands:
         """Return stand-ins for the operands that all these kernels have."""
         fmt, domain, batch, mn = self.spec.fmt, self.domain, sizes.batch, sizes.mn
-        index = counts = upper = None
+        index = counts = upper = rng = None
         if self.spec.upper is not None:
             upper = make_fake_tensor(Float32, (cute.sym_int32(),), stride=(cute.sym_int64(),))
         elif fmt.row_scale:
@@ -101,6 +102,8 @@ class Scheduler:
             index = make_fake_tensor(
                 Int32, (sizes.tokens, cute.sym_int32()), stride=(cute.sym_int64(), 1)
             )
+        if getattr(self.spec, "stochastic", False):
+            rng = make_fake_tensor(Int64, (2,), stride=(1,))
         columns = (cute.sym_int32(),) if fmt.blocked else (mn, cute.sym_int32())
         strides = tuple(cute.sym_int64() for _ in (*batch, *columns))
         q_columns = sizes.k
@@ -115,6 +118,7 @@ class Scheduler:
             mUpper=upper,
             mCounts=counts,
             mIndex=index,
+            mRng=rng,
             missing_rows=Int32(0),
             alignment=Int32(0),
             row_ctas=Int32(0),
@@ -136,7 +140,9 @@ class Scheduler:
         scales, rows_to_write = None, q.rows
         if const_expr(operands.mS is not None):
             k = operands.mQ.shape[-1] * values_per_column
-            scales = stage.scales(operands.mS, mn, k, operands.missing_rows)
+            scales = stage.scales(
+                operands.mS, mn, k, operands.missing_rows, self.spec.access.dense_scales
+            )
             rows_to_write = cutlass.max(rows_to_write, scales.rows)
             if const_expr(self.spec.access.strided_scales):
                 scales = scales.replace(row_stride=Int64(operands.mS.stride[0]))
@@ -158,6 +164,7 @@ class Scheduler:
             dedicated_tiles=dedicated_tiles,
             counts=operands.mCounts,
             index=operands.mIndex,
+            rng=None if operands.mRng is None else RngState(operands.mRng),
             alignment=operands.alignment,
         )
 

@@ -13,6 +13,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from cute_quant.contract.prologues import FUSED, UNFUSED, VLLM
 from cute_quant.kernels import arithmetic, copy, encodings
 from cute_quant.kernels.config import SiluMulSpec
 from cute_quant.kernels.copy import Segment
@@ -118,40 +119,44 @@ class GatedRow(Params):
     def values(self, tXrX: list[cute.Tensor]) -> cute.Tensor:
         """Return (up + beta) * gate * sigmoid(alpha * gate), times the row's weight, (values,)."""
         spec, activation = self.spec, self.activation
-        gate, up = self.gates_and_ups(tXrX)
+        gate, up = gates_and_ups(tXrX, spec.interleaved)
         if spec.clamped:
             gate = arithmetic.minimum(gate, activation.bound)
             up = arithmetic.minimum(up, activation.bound)
             up = arithmetic.maximum(up, -activation.bound)
         if spec.shifted:
             up = self.round(up + activation.beta)
-        product = self.round(self.round(gate * self.sigmoid(gate)) * up)
+        product = self.round(self.round(gate * self.sigmoid(gate)) * up, after_product=True)
         if spec.weighted:
-            product = self.round(product * self.weight)
-        dtype = ELEMENT_TYPES[spec.dtype] if spec.unfused else Float32
+            product = self.round(product * self.weight, after_product=True)
+        dtype = ELEMENT_TYPES[spec.dtype] if spec.rounding != FUSED else Float32
         return encodings.registers(product.to(dtype))
-
-    def gates_and_ups(self, tXrX: list[cute.Tensor]) -> tuple[cute.TensorSSA, cute.TensorSSA]:
-        """Return a thread's gates and ups as float32, (values,) each."""
-        wide = [encodings.widen(t) for t in tXrX]
-        if self.spec.interleaved:
-            every_other = cute.make_layout(self.spec.tile.values_per_thread, stride=2)
-            wide = [cute.make_tensor(wide[0].iterator + i, every_other) for i in range(2)]
-        gate, up = (t.load() for t in wide)
-        return gate, up
 
     def sigmoid(self, gate: cute.TensorSSA) -> cute.TensorSSA:
         """Return the sigmoid of alpha * gate, rounded where torch's operations round."""
-        if self.spec.unfused and self.spec.scaled:
+        if self.spec.rounding == UNFUSED and self.spec.scaled:
             argument = self.round(gate * self.activation.alpha)
             return self.round(arithmetic.sigmoid(argument))
         return arithmetic.sigmoid(gate, self.activation.factor if self.spec.scaled else None)
 
-    def round(self, values: cute.TensorSSA) -> cute.TensorSSA:
-        """Return float32 rounded to x's dtype, where torch's operations do."""
-        if not self.spec.unfused:
+    def round(self, values: cute.TensorSSA, after_product: bool = False) -> cute.TensorSSA:
+        """Return float32 rounded to x's dtype, where torch's operations do; after products vLLM."""
+        rounding = self.spec.rounding
+        if rounding != UNFUSED and not (rounding == VLLM and after_product):
             return values
         return encodings.round_to(values, ELEMENT_TYPES[self.spec.dtype])
+
+
+def gates_and_ups(
+    tXrX: list[cute.Tensor], interleaved: bool
+) -> tuple[cute.TensorSSA, cute.TensorSSA]:
+    """Return a thread's gates and ups as float32, from registers of each or of both in turns."""
+    wide = [encodings.widen(t) for t in tXrX]
+    if interleaved:
+        every_other = cute.make_layout(cute.size(wide[0]) // 2, stride=2)
+        wide = [cute.make_tensor(wide[0].iterator + i, every_other) for i in range(2)]
+    gate, up = (t.load() for t in wide)
+    return gate, up
 
 
 @cute.jit
@@ -169,7 +174,8 @@ class SiluMul:
     def __init__(self, spec: SiluMulSpec):
         self.spec = spec
         self.dtype = ELEMENT_TYPES[spec.dtype]
-        stage = Stage(self.dtype if spec.unfused else Float32, spec.fmt, spec.tile)
+        dtype = self.dtype if spec.rounding != FUSED else Float32
+        stage = Stage(dtype, spec.fmt, spec.tile, spec.domain.keeps_gaps)
         self.quantizer = quantizer(spec, stage)
 
     def signature(self) -> tuple:
@@ -200,6 +206,7 @@ class SiluMul:
         mUpper: cute.Tensor | None,
         mCounts: cute.Tensor | None,
         mIndex: cute.Tensor | None,
+        mRng: cute.Tensor | None,
         missing_rows: Int32,
         alignment: Int32,
         row_ctas: Int32,
@@ -212,7 +219,7 @@ class SiluMul:
     ):
         """Launch. `Operands` and `Activation` describe what comes after x."""
         operands = Operands(
-            mQ, mS, mUpper, mCounts, mIndex, missing_rows, alignment, row_ctas, floor
+            mQ, mS, mUpper, mCounts, mIndex, mRng, missing_rows, alignment, row_ctas, floor
         )
         activation = Activation(bound, alpha, beta)
         prologue = GatedInput(Matrix(mX), mWeight, activation, self.spec)

@@ -132,13 +132,20 @@ class Stage:
         dtype: of the values that come in: BFloat16, Float16 or Float32.
         fmt: of the results.
         tile: of a CTA's threads.
+        keeps_gaps: whether scales of rows that do not exist are not written, but for padding.
 
     Raises:
         TypeError: `dtype` or `fmt` is something else.
         ValueError: `tile` does not fit them, with the rule that it breaks.
     """
 
-    def __init__(self, dtype: type[cutlass.Numeric], fmt: Format, tile: Tile = DEFAULT_TILE):
+    def __init__(
+        self,
+        dtype: type[cutlass.Numeric],
+        fmt: Format,
+        tile: Tile = DEFAULT_TILE,
+        keeps_gaps: bool = False,
+    ):
         if dtype not in encodings.INPUT_TYPES:
             expected = tuple(encodings.INPUT_TYPES)
             raise TypeError(f"dtype: expected one of {expected}, got {dtype!r}")
@@ -148,6 +155,7 @@ class Stage:
         self.dtype = dtype
         self.fmt = fmt
         self.tile = tile
+        self.keeps_gaps = keeps_gaps
         self.whole_row = fmt.group_size == WHOLE_ROW
         self.lanes_per_group = tile.lanes_per_group(fmt.group_size)
         self.groups_per_tile = tile.groups(fmt.group_size)
@@ -159,7 +167,12 @@ class Stage:
         self.rows_at_once = min(tile.rows_per_thread, self.lanes_per_group)
 
     def scales(
-        self, mS: cute.Tensor, mn: Int32 | Uint32, k: Int32, missing_rows: Int32 | int = 0
+        self,
+        mS: cute.Tensor,
+        mn: Int32 | Uint32,
+        k: Int32,
+        missing_rows: Int32 | int = 0,
+        dense: bool = False,
     ) -> Scales:
         """Return where the scales of (mn, k) values, or of a batch of such, go.
 
@@ -168,6 +181,7 @@ class Stage:
             mn: rows of a matrix.
             k: columns of a matrix.
             missing_rows: padding rows of the last MN-major column that have no storage.
+            dense: whether MN-major columns have no padding rows.
         """
         fmt = self.fmt
         mn = Uint32(mn)
@@ -175,7 +189,7 @@ class Stage:
         columns = cute.ceil_div(groups, fmt.groups_per_column)
         rows, elements = mn, Uint32(0)
         if const_expr(fmt.mn_major):
-            rows = round_up(mn, SCALE_ROW_ALIGNMENT)
+            rows = mn if const_expr(dense) else round_up(mn, SCALE_ROW_ALIGNMENT)
             elements = layouts.unsigned(columns) * rows - Uint32(missing_rows)
         elif const_expr(fmt.blocked):
             rows = round_up(mn, fmt.block_rows)
@@ -278,9 +292,21 @@ class Stage:
             total = total + bits.bitcast(Float32)
         return total
 
-    def encode(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
-        """Return a segment times its multiplier, quantized: (values,), or bytes of two."""
+    def encode(
+        self, tXrX: cute.Tensor, scale: GroupScale, random: list[Uint32] | None = None
+    ) -> cute.Tensor:
+        """Return a segment times its multiplier, quantized: (values,), or bytes of two.
+
+        With `random`, a word for each value, values are rounded stochastically.
+        """
         fmt = self.fmt
+        if random is not None:
+            return encodings.encode_stochastically(
+                self.products(tXrX, scale),
+                random,
+                encodings.value_type_of(fmt),
+                scaling.is_number(scale, fmt),
+            )
         if fmt.value_type.per_byte > 1:
             if const_expr(fmt.upper_scale and fmt.numerics == DEEPGEMM):
                 quotients = encodings.divide(tXrX, scale.multiplier)
@@ -294,10 +320,15 @@ class Stage:
             # There is no NaN of 4 bits.
             encodings.clear_unless(scaling.is_number(scale, fmt), tXrQ)
             return tXrQ
-        return encodings.encode(self.products(tXrX, scale), encodings.value_type_of(fmt))
+        tXrV = self.products(tXrX, scale)
+        if fmt.truncates:
+            encodings.truncate(tXrV)
+        return encodings.encode(tXrV, encodings.value_type_of(fmt))
 
     def products(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
         """Return a segment times its multiplier as float32, (values,)."""
+        if self.fmt.divides:
+            return encodings.divide_by(tXrX, scale.scale, scale.multiplier)
         power_of_two = self.fmt.power_of_two
         multiply = encodings.multiply_power_of_two if power_of_two else encodings.multiply
         tXrV = multiply(tXrX, scale.multiplier)
@@ -314,6 +345,22 @@ class Stage:
         if fmt.value_type.per_byte == 1 or ptx.target().e2m1 or fmt.positive_zero:
             return encodings.decode(self.encode(tXrX, scale), fmt)
         return encodings.round_to_e2m1(self.products(tXrX, scale))
+
+    def results(
+        self,
+        tXrX: cute.Tensor,
+        scale: GroupScale,
+        bound: Float32 | Factors,
+        fake: bool,
+        random: list[Uint32] | None,
+    ) -> cute.Tensor:
+        """Return what is stored of a segment: quantized values, or their products if `fake`.
+
+        `random` is as of `encode`.
+        """
+        if fake:
+            return self.encode_and_decode(tXrX, scale, bound)
+        return self.encode(tXrX, scale, random)
 
     def encode_and_decode(
         self, tXrX: cute.Tensor, scale: GroupScale, bound: Float32 | Factors
@@ -422,6 +469,8 @@ class Stage:
         row_exists = row < rows.num_rows
         if const_expr(rows.exist is not None):
             row_exists = pick(rows.exist, lane_row)
+        if const_expr(self.keeps_gaps):
+            predicate = predicate and (row_exists or row >= rows.num_rows)
         if const_expr(base is not None):
             base_row = base.row
             if const_expr(num_rows > 1):
@@ -445,6 +494,32 @@ class Stage:
                 _, group = layouts.lanes(self.lanes_per_group)(cute.arch.lane_idx())
                 group = layouts.groups_by_tile(layout, groups_per_tile)((group, segment.tile))
                 byte, _ = layout((Int32(row), group))
+            store_scale(scale, scales.start + Int64(self.index(element)), byte)
+
+    @cute.jit
+    def store_scale_of_row(
+        self,
+        scales: Scales,
+        scale: Uint32 | Float32,
+        row: Uint32,
+        row_exists: Boolean,
+        group: Int32,
+        k: Int32,
+    ):
+        """Store the scale of one group, by a thread that need not hold any of it.
+
+        It is 0 in the padding past rows and groups.
+        """
+        fmt = self.fmt
+        groups = cute.ceil_div(k, fmt.group_size)
+        layout = layouts.scales(fmt, Int32(scales.rows), scales.groups)
+        coordinate = (Int32 if const_expr(fmt.mn_major or fmt.blocked) else Int64)(row), group
+        byte, element = layout(coordinate)
+        predicate = row < scales.rows and group < cute.round_up(groups, fmt.groups_per_unit)
+        if const_expr(fmt.mn_major):
+            predicate = predicate and layouts.unsigned(element) < scales.elements
+        if predicate:
+            scale = scale if row_exists and group < groups else type(scale)(0)
             store_scale(scale, scales.start + Int64(self.index(element)), byte)
 
     def index(self, element: Int32 | Int64) -> Uint32 | Int64:

@@ -1,7 +1,7 @@
-"""Kernels whose CTAs hold whole rows in registers, so that memory is passed over once.
+"""Kernels whose CTAs have whole rows, in registers, so that memory is passed over once.
 
-A warp has a tile of the row's columns, or several, ``warps`` tiles apart. Warps that share a row
-exchange partial results in shared memory, behind a barrier.
+A warp has a tile of the row's columns, or several. Warps that share a row exchange partial results
+in shared memory, behind a barrier.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cutlass import Float32, Int32, Uint32, const_expr
 from cute_quant.kernels import layouts
 from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.arithmetic import FLOAT32_NAN
-from cute_quant.kernels.config import LANES, QuantizeSpec, RmsNormSpec, SiluMulSpec
+from cute_quant.kernels.config import LANES, QuantizerSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.problem import Operands, Problem
@@ -35,7 +35,7 @@ class WholeRows:
         stage: quantizes the values of a row.
     """
 
-    def __init__(self, spec: QuantizeSpec | SiluMulSpec | RmsNormSpec, stage: Stage):
+    def __init__(self, spec: QuantizerSpec, stage: Stage):
         self.spec = spec
         self.stage = stage
         self.scheduler = Scheduler(spec, stage)
@@ -48,7 +48,7 @@ class WholeRows:
     def launch(self, prologue: Params, operands: Operands, stream: cuda.CUstream):
         """Launch the kernel: as many warps for a row as its tiles need."""
         problem = self.scheduler.problem(prologue, operands)
-        warps = cute.ceil_div(self.stage.tiles(problem.k), self.tiles_per_thread)
+        warps = self.num_warps(self.stage.tiles(problem.k))
         self.kernel(problem).launch(
             grid=self.scheduler.grid(problem, operands, 1),
             block=[LANES, warps, self.stage.tile.rows],
@@ -56,6 +56,10 @@ class WholeRows:
             stream=stream,
             use_pdl=self.spec.pdl,
         )
+
+    def num_warps(self, num_tiles: Int32) -> Int32:
+        """Return how many warps share a row of so many tiles."""
+        return cute.ceil_div(num_tiles, self.tiles_per_thread)
 
     @cute.kernel
     def kernel(self, problem: Problem):
@@ -73,6 +77,11 @@ class WholeRows:
         """Return a warp's tiles of its row, one after the other."""
         tiles = layouts.tiles_of_thread(self.stage.tile)
         return [tiles((i, warp)) for i in range(self.tiles_per_thread)]
+
+    def wait_for_readers(self):
+        """Wait for all threads to have read the partial results of the row before."""
+        if const_expr(self.spec.domain.repeats):
+            cute.arch.sync_threads()
 
     @cute.jit
     def store_warp_partial(self, value: Float32 | Uint32) -> cute.Tensor:
@@ -131,11 +140,14 @@ class WholeRows:
     def store_row_scale(self, row: Row, upper: Factors, problem: Problem):
         """Store the decode scale of a row, 0 for one that does not exist."""
         lane, warp, _ = cute.arch.thread_idx()
+        written = row.index < problem.num_rows
+        if const_expr(self.stage.keeps_gaps):
+            written = row.exists
         if const_expr(row.places is not None):
             if warp == 0:
                 scale = with_one_nan(upper.decode)
                 self.scheduler.scatter.store_row_scale(row.places, scale, problem)
-        elif lane == 0 and warp == 0 and row.index < problem.num_rows:
+        elif lane == 0 and warp == 0 and written:
             scale = with_one_nan(upper.decode)
             problem.row_scales[Int32(row.index)] = scale if row.exists else Float32(0.0)
 

@@ -9,7 +9,7 @@ from cute_quant.contract.checks import check_whole_bytes
 from cute_quant.contract.dtypes import dtype_name
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import Format
-from cute_quant.contract.readers import READERS, takes
+from cute_quant.contract.readers import readers_of
 from cute_quant.contract.scale_layouts import ScaleLayout, scale_layout
 from cute_quant.contract.tensors import MAX_SIZE
 
@@ -17,8 +17,6 @@ DRAWN = 8
 """First rows and groups that are drawn, besides those where a mode ends."""
 LISTED = 16
 """First scales in memory that are listed."""
-UNKNOWN_READERS = "kernels of your own"
-"""Text of a format that names no reader."""
 SEARCHED_ROWS, SEARCHED_GROUPS = 128, 16
 """Rows and groups that hold the first scales in memory, in every layout."""
 
@@ -44,8 +42,8 @@ def explain(fmt: Format, mn: int, k: int) -> dict[str, Any]:
     rows, groups = layout.sizes
     return {
         "format": str(fmt),
-        "readers": _readers(fmt),
-        "check_scales": check_scales_readers(fmt),
+        "readers": fmt.readers,
+        "check_scales": readers_of(fmt),
         "dtype": dtype_name(fmt.sf_dtype),
         "shape": list(fmt.scale_shape((), mn, k)),
         "strides": list(fmt.scale_strides((), mn, k)),
@@ -117,22 +115,6 @@ def describe_place(found: dict[str, Any]) -> str:
     if found["byte_of_element"] is not None:
         where = f"byte {found['byte_of_element']} of word {found['element']}"
     return f"{words}: {where}, {found['byte']} bytes from the first"
-
-
-def check_scales_readers(fmt: Format) -> list[str]:
-    """Return the readers of ``cute_quant.check_scales`` that take a format as it is explained.
-
-    K-grouped GEMMs are not among them: their groups lie along rows.
-    """
-    return [name for name, reader in READERS.items() if not reader.k_grouped and takes(reader, fmt)]
-
-
-def _readers(fmt: Format) -> str:
-    """Return the GEMMs that read a format, as text for people."""
-    names = check_scales_readers(fmt)
-    if fmt.readers != UNKNOWN_READERS or not names:
-        return fmt.readers
-    return ", ".join(READERS[name].name for name in names)
 
 
 def _unit(fmt: Format) -> str:

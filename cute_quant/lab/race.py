@@ -98,7 +98,7 @@ class Track:
         function = lookup.function(launched_on(layout.spec, arch), arch)
         upper, floor = self.encode_scale, layout.fmt.floor
         return [
-            functools.partial(function, *operands, upper, None, None, 0, 1, 1, floor)
+            functools.partial(function, *operands, upper, None, None, None, 0, 1, 1, floor)
             for operands in self.buffers
         ]
 

@@ -133,11 +133,12 @@ int run(const std::string &directory, const std::string &arch) {
   cudaStream_t stream;
   check(cudaStreamCreate(&stream));
   TVMFFIEnvSetStream(kDLCUDA, 0, stream, nullptr);
-  // All padding rows are there, and no rows are counted or gathered. The first null stands for the
-  // scale over those of groups, which only formats of FP4 with e4m3 scales have.
+  // All padding rows are there, no rows are counted or gathered, and values are rounded to nearest.
+  // The first null stands for the scale over those of groups, which only formats of FP4 with e4m3
+  // scales have.
   const int missing_rows = 0, alignment = 1, row_ctas = 1;
   (*quantize)(ffi::TensorView(&x_matrix.tensor), ffi::TensorView(&q_matrix.tensor),
-              ffi::TensorView(&sf_matrix.tensor), nullptr, nullptr, nullptr, missing_rows,
+              ffi::TensorView(&sf_matrix.tensor), nullptr, nullptr, nullptr, nullptr, missing_rows,
               alignment, row_ctas, kFloor);
   check(cudaStreamSynchronize(stream));
   check(cudaStreamDestroy(stream));

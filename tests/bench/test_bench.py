@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from bench import demo, environment, masked, scatter, stage_report, stream
+from bench import convert_scales, demo, environment, masked, scatter, stage_report
 from bench.names import CUTE_QUANT, PLAIN, STREAM, of_operation
 from bench.results import Result, Results
 from bench.run import Check, Run
@@ -21,6 +21,19 @@ from bench.stage_problem import (
 from bench.targets import Target, verdicts
 from cute_quant import quantize, rms_norm_quantize, silu_mul_quantize
 from cute_quant.lab import timing
+
+
+@pytest.mark.parametrize("conversion", convert_scales.CONVERSIONS, ids=lambda c: c.name)
+def test_conversions_are_checked(conversion, monkeypatch):
+    monkeypatch.setattr(convert_scales, "random", lambda *shape: torch.randn(shape).bfloat16())
+    convert_scales.converting(conversion, 133, COLUMNS)()
+
+    def wrong(sf: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(sf)
+
+    with pytest.raises(RuntimeError, match=f"^{conversion.name} of .* differs from the reference"):
+        convert_scales.of_peer(wrong, conversion, 133, COLUMNS)
+
 
 ROWS, COLUMNS = 5, 640
 """Five groups: the last word has padding."""
@@ -80,21 +93,6 @@ def test_values_within_the_error_are_right():
     assert check_quantized(q, sf, values, FLOAT32_ERROR).difference
     difference, differing = check_quantized(q, sf, values, BFLOAT16_ERROR)
     assert not difference and differing > 0
-
-
-@pytest.mark.parametrize(
-    ("loads", "stores", "words_in", "words_out", "written"),
-    [(1, 1, 8, 4, 1), (2, 1, 8, 4, 1), (2, 3, 8, 4, 2), (1, 1, 8, 2, 1), (1, 1, 2, 8, 4)],
-)
-def test_every_word_counts_in_a_stream(loads, stores, words_in, words_out, written):
-    spec = stream.Stream(True, loads, stores, words_in, words_out)
-    x = torch.arange(loads * 2 * words_in, dtype=torch.int32)
-    y = stream.expected(spec, x)
-    assert y.shape == (stores, 2 * words_out)
-    for i in range(len(x)):
-        x[i] ^= 1 << 20
-        assert int((stream.expected(spec, x) != y).sum()) == written
-        x[i] ^= 1 << 20
 
 
 def result(operation, provider, mn, seconds):

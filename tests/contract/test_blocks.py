@@ -106,12 +106,21 @@ def test_dequantize(fmt, dtype, device):
     assert_same_bits(y.nan_to_num(), expected.nan_to_num())
 
 
+def sources():
+    """Yield checkpoints of either size of blocks."""
+    for seed, shape in enumerate([(128, 256), (2, 261, 300), (20, 30)]):
+        for size in (128, 32):
+            yield shape, *checkpoint(shape, seed, size)
+
+
 @pytest.mark.parametrize("fmt", [f for f in FORMATS if f.values is not E2M1], ids=str)
 def test_requantize_in_blocks(fmt, device):
-    for seed, shape in enumerate([(128, 256), (2, 261, 300)]):
-        w8, w_sf = checkpoint(shape, seed)
+    for shape, w8, w_sf in sources():
         given, expected = (poisoned_results(fmt, shape, d) for d in (device, "cpu"))
-        cq.requantize_blocks(w8.to(device), w_sf.to(device), fmt, out=given)
+        along_n = w8.to(device).mT.contiguous().mT
+        cq.requantize_blocks(along_n, w_sf.to(device), fmt, out=given)
+        again = cq.requantize_blocks(w8.to(device), w_sf.to(device), fmt)
+        assert_same_bits(again[0], given[0])
         expect_requantized(expected, w8, w_sf, fmt)
         assert_same_bits(given[0].cpu(), expected[0])
         assert torch.equal(storage_bits(given[1]), storage_bits(expected[1]))
@@ -119,8 +128,7 @@ def test_requantize_in_blocks(fmt, device):
 
 @pytest.mark.parametrize("fmt", GROUPS, ids=str)
 def test_requantize_in_groups_of_rows(fmt, device):
-    for seed, shape in enumerate([(128, 256), (2, 261, 300)]):
-        w8, w_sf = checkpoint(shape, seed)
+    for shape, w8, w_sf in sources():
         upper = UpperScale("amax", torch.tensor(0.7)) if fmt.upper_scale else None
         *leading, n, k = shape
         given, expected = (
@@ -148,6 +156,10 @@ def test_it_is_one_launch_to_bind(device):
         (cq.quantize_blocks, (w, DEEP_GEMM_SM90)),
         (cq.dequantize_blocks, (*cq.quantize_blocks(w, DEEP_GEMM_SM90), DEEP_GEMM_SM90)),
         (cq.requantize_blocks, (*cq.quantize_blocks(w, DEEP_GEMM_SM90), MXFP4)),
+        (
+            cq.convert_scales,
+            (cq.quantize(w, GROUPWISE_FP8)[1], GROUPWISE_FP8, DEEP_GEMM_SM90, w.shape),
+        ),
     ):
         launch = cq.bind(*args, operation=operation)
         expected = operation(*args)
@@ -159,6 +171,7 @@ def test_it_is_one_launch_to_bind(device):
 
 BF16 = torch.ones(256, 256, dtype=torch.bfloat16)
 Q8, SF = cq.quantize_blocks(BF16, DEEP_GEMM_SM90)
+OF_SGLANG = DEEP_GEMM_SM90.replace(numerics="sglang")
 EMPTY = torch.empty(256, 256, dtype=torch.float8_e4m3fn)
 
 
@@ -170,6 +183,7 @@ EMPTY = torch.empty(256, 256, dtype=torch.float8_e4m3fn)
         (BF16, "DEEP_GEMM", None, TypeError, "fmt: expected a Format"),
         (BF16, NVFP4, None, ValueError, "fmt: expected UE8M0 or float32 scales, got e2m1:16"),
         (BF16, ROWWISE_FP8, None, ValueError, "fmt: expected a group_size for blocks of 32 x 32"),
+        (BF16, OF_SGLANG, None, ValueError, "fmt: expected numerics 'ieee' or 'deepgemm' for"),
         (BF16, DEEP_GEMM.replace(group_size=64), None, ValueError, "blocks of 32 x 32 or 128 x"),
         (BF16[0], DEEP_GEMM, None, ValueError, "w: expected 2 or more dimensions"),
         (BF16[::2, ::2], DEEP_GEMM, None, ValueError, "contiguous along k or n, got strides"),
@@ -222,9 +236,11 @@ AMAX = torch.tensor(1.0)
     ("w8", "w_sf", "fmt", "options", "error", "message"),
     [
         (BF16, SF, DEEP_GEMM, {}, TypeError, "w8: expected a tensor of float8_e4m3fn"),
-        (Q8.mT, SF, DEEP_GEMM, {}, ValueError, "w8: expected rows contiguous along k"),
+        (Q8.mT, SF, MXFP4, {}, ValueError, "w8: expected rows contiguous along k"),
+        (Q8[::2, ::2], SF[:1, :1], MXFP8, {}, ValueError, "w8: expected weights contiguous along"),
         (Q8, SF.half(), DEEP_GEMM, {}, TypeError, "w_sf: expected a tensor of float32"),
-        (Q8, SF[:, :1], DEEP_GEMM, {}, ValueError, r"w_sf: expected shape \(2, 2\)"),
+        (Q8, SF[:, :1], DEEP_GEMM, {}, ValueError, r"w_sf: expected .* or \(2, 2\), a scale for"),
+        (Q8, SF, MXFP8, {"check": 1}, TypeError, "check: expected a bool, got 1"),
         (Q8, SF, ROWWISE_FP8, {}, ValueError, "fmt: expected a group_size for blocks"),
         (Q8, SF, NVFP4, {}, ValueError, "encode_scale: expected one of"),
         (Q8, SF, NVFP4.replace(row_scale=True), {}, ValueError, "none over whole rows"),
@@ -237,6 +253,69 @@ AMAX = torch.tensor(1.0)
 def test_requantize_refuses(w8, w_sf, fmt, options, error, message):
     with pytest.raises(error, match=message):
         cq.requantize_blocks(w8, w_sf, fmt, **options)
+
+
+def with_place(t, place, value):
+    """Return a copy in which one element is another."""
+    t = t.clone()
+    t.view(torch.uint8 if t.itemsize == 1 else t.dtype)[place] = value
+    return t
+
+
+@pytest.mark.parametrize("size", [128, 32])
+def test_check_names_what_a_checkpoint_has_wrong(size, device):
+    w8 = torch.randn(2, 256, 384, device=device).to(torch.float8_e4m3fn)
+    w_sf = torch.rand(2, 256 // size, 384 // size, device=device)
+    w_sf[0, 1, 1] = 0.0
+    blocks = w_sf.numel()
+    for fmt, options in ((DEEP_GEMM, {}), (NVFP4, {"amax": (w8.float().abs().amax() * 1.0)})):
+        cq.requantize_blocks(w8, w_sf, fmt, check=True, **options)
+        for value in (-1.0, torch.nan, torch.inf):
+            wrong = with_place(w_sf, (1, 0, 2), value)
+            got = f"got {value} at block \\(1, 0, 2\\), and such in 1 of {blocks} blocks"
+            got = got.replace("-1.0", "-1")
+            with pytest.raises(ValueError, match=f"^w_sf: expected finite scales, 0 or .*, {got}"):
+                cq.requantize_blocks(w8, wrong, fmt, check=True, **options)
+            cq.requantize_blocks(w8, wrong, fmt, **options)
+        for code in (0x7F, 0xFF):
+            wrong = with_place(w8, (0, size, 5), code)
+            with pytest.raises(ValueError, match=r"^w8: .* got nan at block \(0, 1, 0\), and such"):
+                cq.requantize_blocks(wrong, w_sf, fmt, check=True, **options)
+        large = with_place(w_sf, (0, 0, 0), 3e38)
+        with pytest.raises(ValueError, match=r"^w_sf: .* below 2\^128, got 3e\+38 at block"):
+            cq.requantize_blocks(w8, large, fmt, check=True, **options)
+    with pytest.raises(ValueError, match=r"^amax: expected about .* of what is quantized, got 1e"):
+        cq.requantize_blocks(w8, w_sf, NVFP4, amax=torch.tensor(1e-9, device=device), check=True)
+    mixed_up = torch.tensor(1e-3, device=device)
+    with pytest.raises(ValueError, match="were the two mixed up"):
+        cq.requantize_blocks(w8, w_sf, NVFP4, encode_scale=mixed_up, check=True)
+    nothing = w8[:, :0], w_sf[:, :0]
+    assert cq.requantize_blocks(*nothing, DEEP_GEMM, check=True)[0].numel() == 0
+
+
+def test_check_is_refused_where_nothing_is_read():
+    call = torch.compile(
+        lambda q: cq.requantize_blocks(q, SF, MXFP8, check=True), backend="aot_eager"
+    )
+    with pytest.raises(Exception, match="check: expected False under a tracer"):
+        call(Q8)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_empty_scales_of_blocks(fmt):
+    w = torch.ones(2, 133, 302, dtype=torch.bfloat16)
+    expected = cq.quantize_blocks(w, fmt)[1]
+    sf = cq.empty_scales(fmt, w.shape, blocks=True)
+    assert (sf.shape, sf.stride(), sf.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    assert sf.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
+    assert cq.quantize_blocks(w, fmt, out=(None, sf))[1] is sf
+    with pytest.raises(TypeError, match="blocks: expected a bool, got 1"):
+        cq.empty_scales(fmt, w.shape, blocks=1)
+
+
+def test_there_are_no_scales_of_blocks_of_nvfp4():
+    with pytest.raises(ValueError, match="fmt: expected UE8M0 or float32 scales"):
+        cq.empty_scales(NVFP4, (32, 32), blocks=True)
 
 
 def test_memory_that_overlaps_is_refused():

@@ -45,6 +45,9 @@ E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 E2M1 = torch.float4_e2m1fn_x2
 
 LIBRARIES = ("vllm", "vllm_emulation", "flashinfer", "te", "torchao", "deepgemm")
+OTHERS = ("vllm_triton", "sglang", "tilekernels")
+"""Libraries without NVFP4."""
+MIN_SCALE_NAMES = ("vllm", "deepgemm", "sglang", "vllm_fused", "torchao", "ocp")
 
 WITH_OPTIONS = [
     *(DEEP_GEMM.replace(min_scale=value) for value in ("deepgemm", "sglang", "ocp")),
@@ -54,6 +57,10 @@ WITH_OPTIONS = [
     DEEP_GEMM_SM90.replace(numerics="deepgemm"),
     GROUPWISE_FP8.replace(round_scale=True, min_scale=1 / 3),
     ROWWISE_INT8.replace(numerics="deepgemm", min_scale="sglang"),
+    GROUPWISE_FP8.replace(numerics="vllm_triton"),
+    GROUPWISE_FP8.replace(numerics="tilekernels", min_scale=0.1),
+    ROWWISE_FP8.replace(numerics="vllm", min_scale="vllm"),
+    INT8.replace(numerics="sglang", min_scale="torchao"),
     MXFP8.replace(values=E5M2, min_scale="ocp"),
     *(MXFP8.replace(numerics=name) for name in ("vllm", "flashinfer", "te", "torchao", "deepgemm")),
     *(MXFP4.replace(numerics=name) for name in ("vllm", "flashinfer", "torchao", "deepgemm")),
@@ -320,12 +327,12 @@ def test_threads_make_the_same_object(number):
             MXFP8,
             "<MXFP8 = Format(float8_e4m3fn, 32, float8_e8m0fnu, '128x4'): sf float8_e8m0fnu "
             "(align(mn, 128) * align(ceil(k/32), 4),), contiguous blocks of 128x4; "
-            "read by cuBLAS, CUTLASS and torch._scaled_mm for MXFP8>",
+            "read by cuBLAS (torch's scaled_mm), CUTLASS>",
         ),
         (
             ROWWISE_FP8,
             "<ROWWISE_FP8 = Format(float8_e4m3fn, -1, float32, 'row_major'): "
-            "sf float32 (mn, 1), contiguous; read by torch._scaled_mm with row-wise scales>",
+            "sf float32 (mn, 1), contiguous; read by cuBLAS (torch's scaled_mm)>",
         ),
         (
             INT8.replace(values=E5M2, group_size=64, round_scale=True),
@@ -336,13 +343,13 @@ def test_threads_make_the_same_object(number):
             NVFP4,
             "<NVFP4 = Format(float4_e2m1fn_x2, 16, float8_e4m3fn, '128x4'): sf float8_e4m3fn "
             "(align(mn, 128) * align(ceil(k/16), 4),), contiguous blocks of 128x4; "
-            "read by cuBLAS, CUTLASS and torch.nn.functional.scaled_mm for NVFP4>",
+            "read by cuBLAS (torch's scaled_mm), CUTLASS>",
         ),
         (
             NVFP4.replace(scale_layout="8x4", row_scale=True),
             "<Format(float4_e2m1fn_x2, 16, float8_e4m3fn, '8x4', row_scale=True): "
             "sf float8_e4m3fn (align(mn, 8) * align(ceil(k/16), 4),), contiguous blocks of 8x4; "
-            "read by TensorRT-LLM's NVFP4 kernels for few rows>",
+            "read by TensorRT-LLM's kernels for few rows>",
         ),
         (
             MXFP8.replace(scale_layout="row_major_packed"),
@@ -550,19 +557,14 @@ def test_round_scale_of_exponents(fmt):
     ids=lambda value: "" if isinstance(value, Unprintable) else None,
 )
 def test_type_of_min_scale(value, got):
-    message = (
-        f"min_scale: expected a number or one of ('vllm', 'deepgemm', 'sglang', 'ocp'), got {got}"
-    )
+    message = f"min_scale: expected a number or one of {MIN_SCALE_NAMES}, got {got}"
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         DEEP_GEMM.replace(min_scale=value)
 
 
 @pytest.mark.parametrize("name", ["nobody", "", "VLLM", "1e-10"])
 def test_name_of_min_scale(name):
-    message = (
-        "min_scale: expected a number or one of ('vllm', 'deepgemm', 'sglang', 'ocp'), "
-        f"got {name!r}"
-    )
+    message = f"min_scale: expected a number or one of {MIN_SCALE_NAMES}, got {name!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         DEEP_GEMM.replace(min_scale=name)
 
@@ -590,13 +592,26 @@ def test_value_of_min_scale(fmt, lowest, value):
         fmt.replace(min_scale=value)
 
 
+FLOAT32_NUMERICS = (
+    "ieee",
+    "vllm",
+    "vllm_triton",
+    "sglang",
+    "torchao",
+    "tilekernels",
+    "deepgemm",
+)
 NUMERICS = [
     (NVFP4, ("ieee", *LIBRARIES)),
     (MXFP8, ("ieee", "vllm", "flashinfer", "te", "torchao", "deepgemm")),
     (MXFP4, ("ieee", "vllm", "flashinfer", "torchao", "deepgemm")),
     (MXFP8.replace(values=E5M2), ("ieee",)),
     (DEEP_GEMM, ("ieee",)),
-    (DEEP_GEMM_SM90, ("ieee", "deepgemm")),
+    (DEEP_GEMM_SM90, FLOAT32_NUMERICS),
+    (ROWWISE_FP8, FLOAT32_NUMERICS),
+    (INT8, ("ieee", "vllm", "sglang", "deepgemm")),
+    (ROWWISE_INT8, ("ieee", "vllm", "deepgemm")),
+    (DEEP_GEMM_SM90.replace(values=E5M2), ("ieee", "deepgemm")),
     (DEEP_GEMM_SM90.replace(round_scale=True), ("ieee",)),
 ]
 
@@ -605,7 +620,7 @@ NUMERICS = [
 def test_numerics(fmt, known):
     for name in known:
         assert fmt.replace(numerics=name).numerics == name
-    wrong = [(name, repr(name)) for name in ("ieee", *LIBRARIES) if name not in known]
+    wrong = [(name, repr(name)) for name in ("ieee", *LIBRARIES, *OTHERS) if name not in known]
     for value, got in (*wrong, ("fast", "'fast'"), ("", "''"), (None, "None"), (["ieee"], "list")):
         message = f"numerics: expected one of {known} for "
         with pytest.raises(ValueError, match=f"^{re.escape(message)}.* scales.*, got {got}$"):
@@ -634,7 +649,7 @@ def test_kernel_format(fmt):
 
 
 @pytest.mark.parametrize("values", EVERY_DTYPE, ids=str)
-@pytest.mark.parametrize("min_scale", ["vllm", "deepgemm", "sglang", "ocp"])
+@pytest.mark.parametrize("min_scale", MIN_SCALE_NAMES)
 def test_floor(min_scale, values):
     """Named bounds are UE8M0 bytes if scales are powers of two, else float32."""
     bound = exact_min_scale(min_scale, values)
@@ -649,6 +664,21 @@ def test_floor(min_scale, values):
     assert fmt.floor == byte and type(fmt.floor) is int
     fmt = DEEP_GEMM_SM90.replace(**choices)
     assert fmt.floor == np.float32(bound) and type(fmt.floor) is float
+
+
+def test_numerics_that_bound_the_amax():
+    """Their floor is an amax, exactly that of the library, which by default is the library's."""
+    for name, amax in (("sglang", 1e-10), ("vllm_triton", 1e-10), ("torchao", 1e-12)):
+        fmt = GROUPWISE_FP8.replace(numerics=name)
+        assert fmt.bounds_amax and fmt.floor == np.float32(amax)
+    assert GROUPWISE_FP8.replace(numerics="tilekernels").floor == np.float32(1e-4)
+    assert INT8.replace(numerics="sglang", min_scale=0.5).floor == 63.5
+    fmt = GROUPWISE_FP8.replace(numerics="vllm")
+    assert not fmt.bounds_amax and fmt.floor == np.float32(1 / (512 * 448))
+    for name in OTHERS:
+        message = "min_scale: expected 8.077935669463161e-28 <= min_scale <= .* for float32 scales"
+        with pytest.raises(ValueError, match=message):
+            GROUPWISE_FP8.replace(numerics=name, min_scale=2.0**-91)
 
 
 def test_floors_of_e4m3_scales():

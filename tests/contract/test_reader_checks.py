@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cute_quant as cq
-from cute_quant.contract.reader_checks import RULES
+from cute_quant.contract.reader_checks.quantized import RULES
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum
 
 MN, K = 100, 1024
@@ -90,6 +90,37 @@ def test_dtypes(x):
     q, sf, _ = quantized(x, fp4)
     assert rules(q, sf, fp4, "deep_gemm_sm100") == ["dtype"]
     assert rules(q.view(torch.int8), sf, fp4, "deep_gemm_sm100") == []
+
+
+def test_packed_words_and_float32_mixed_up(x):
+    q, sf, _ = quantized(x, POWERS)
+    words = cq.convert_scales(sf, POWERS, cq.DEEP_GEMM, x.shape)
+    for given, fmt in ((sf, cq.DEEP_GEMM), (words, POWERS)):
+        (found,) = cq.check_scales(q, given, fmt, "deep_gemm_sm100")
+        assert found.rule == "dtype" and "convert_scales makes packed words" in found.text
+    # As the same bits.
+    assert "shape" in rules(q, words.view(torch.float32), POWERS, "deep_gemm_sm100")
+    floats = torch.empty_like(words).copy_(sf[:, : words.shape[1]].view(torch.int32))
+    assert "values" in rules(q, floats, cq.DEEP_GEMM, "deep_gemm_sm100", x=x)
+
+
+def test_scales_that_were_rounded_after_the_values_were_quantized(x):
+    x = x * torch.logspace(-3, 3, MN, device=x.device)[:, None]
+    for fmt, reader in ((cq.DEEP_GEMM_SM90, "deep_gemm_sm90"), (POWERS, "deep_gemm_sm100")):
+        q, sf, _ = quantized(x, cq.DEEP_GEMM_SM90)
+        rounded = torch.empty_strided(sf.shape, sf.stride(), device=sf.device)
+        rounded.copy_(torch.exp2(sf.log2().ceil()))
+        (found,) = cq.check_scales(q, rounded, fmt, reader, x=x)
+        assert found.rule == "values"
+        assert "were they rounded after the values were quantized?" in found.text
+        assert "quantized with, got scales 1 to 2 times as large" in found.text
+    q, sf, _ = quantized(x, cq.MXFP8)
+    bytes_ = sf.view(torch.uint8)
+    doubled = (bytes_ + (bytes_ > 0).to(torch.uint8)).view(sf.dtype)
+    (found,) = cq.check_scales(q, doubled, cq.MXFP8, "cutlass", x=x)
+    assert "got scales 1.9 to 2.1 times as large" in found.text
+    (found,) = cq.check_scales(q, sf, cq.MXFP8, "cutlass", x=x * 4)
+    assert "the scales belong to other groups, or to another x" in found.text
 
 
 @pytest.mark.gpu
@@ -438,6 +469,22 @@ def test_upper_scales_of_groups(kind, device):
     found = cq.check_scales(q, sf, cq.NVFP4, "cutlass", rows=rows, encode_scale=encode)
     assert [f.rule for f in found] == ["upper scale"]
     assert "expected few scales" in found[0].text and f"in {word} 1" in found[0].text
+
+
+@pytest.mark.parametrize("shape", [(1, 256), (4, 1024)])
+def test_all_scales_of_a_constant_are_the_largest(shape, device):
+    x = torch.full(shape, -0.37, device=device)
+    x[:, 5::7] = 0.0
+    amax = cq.tensor_amax(x)
+    q, sf = cq.quantize(x, cq.NVFP4, amax=amax)
+    call = q, sf, cq.NVFP4, "scaled_mm"
+    assert rules(*call, amax=amax) == rules(*call, amax=amax, x=x) == []
+    x[0, :32] = torch.linspace(-0.37, 0.37, 32)
+    encode = 2688 * 1.5 / amax
+    q, sf = cq.quantize(x, cq.NVFP4, encode_scale=encode)
+    found = cq.check_scales(q, sf, cq.NVFP4, "scaled_mm", encode_scale=encode, x=x)
+    assert [f.rule for f in found] == ["upper scale", "values"]
+    assert "expected few scales of 448" in found[0].text
 
 
 def test_few_scales_may_be_the_largest(device):

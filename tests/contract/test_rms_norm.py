@@ -14,6 +14,7 @@ from cute_quant import (
     DEEP_GEMM_32,
     DEEP_GEMM_SM90,
     INT8,
+    ROWWISE_FP8,
     Format,
     Masked,
     quantize,
@@ -46,6 +47,7 @@ every_format = pytest.mark.parametrize("fmt", mostly_slow(all_formats(), 3), ids
 every_layout = pytest.mark.parametrize("fmt", ONE_OF_EACH_LAYOUT, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=str)
 both_roundings = pytest.mark.parametrize("rounding", ["fused", "unfused"])
+of_libraries = pytest.mark.parametrize("rounding", ["huggingface", "vllm"])
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
@@ -161,6 +163,71 @@ def test_unfused_is_what_torch_computes(dtype, shape, weight_dtype):
     results = rms_norm_quantize(x, weight, eps=1e-3, rounding="unfused")
     for result, expected in zip(results, quantize(y), strict=True):
         assert_same_bits(result, expected)
+
+
+def llama_rms_norm(hidden, residual, weight, eps):
+    """LlamaRMSNorm of transformers, after the sum that its layers compute."""
+    hidden = residual + hidden
+    updated, dtype = hidden, hidden.dtype
+    hidden = hidden.to(torch.float32)
+    variance = hidden.pow(2).mean(-1, keepdim=True)
+    hidden = hidden * torch.rsqrt(variance + eps)
+    return weight * hidden.to(dtype), updated
+
+
+def vllm_rms_norm(x, residual, weight, eps):
+    """``fused_add_rms_norm`` of vllm.ir.ops.layernorm."""
+    dtype = x.dtype
+    x = x.to(torch.float32) + residual.to(torch.float32)
+    updated = x.to(dtype)
+    variance = x.pow(2).mean(-1, keepdim=True)
+    x = x * torch.rsqrt(variance + eps)
+    x = x.to(weight.dtype) * weight
+    return x.to(dtype), updated
+
+
+@every_dtype
+@of_libraries
+@pytest.mark.parametrize("fmt", [DEEP_GEMM_32, ROWWISE_FP8], ids=str)
+def test_rounding_of_a_library_is_its_formula(rounding, dtype, fmt):
+    """To the bit, and other bits than those of the roundings beside it."""
+    x, residual = normal(64, 1024, dtype=dtype), normal(64, 1024, dtype=dtype, seed=1)
+    weight, eps = normal(1024, dtype=dtype, seed=2), torch.tensor(1e-6).item()
+    formula = {"huggingface": llama_rms_norm, "vllm": vllm_rms_norm}[rounding]
+    y, total = formula(x, residual, weight, eps)
+    updated = residual.clone()
+    results = rms_norm_quantize(
+        x, weight, fmt, residual=updated, rounding=rounding, normalized=True
+    )
+    for result, expected in zip(results, (*quantize(y, fmt), total, y), strict=True):
+        assert_same_bits(result, expected)
+    if dtype is torch.float32:
+        return
+    for other in ("fused", "unfused", "huggingface", "vllm"):
+        out = rms_norm_quantize(x, weight, fmt, residual=residual.clone(), rounding=other)
+        assert (bits(out[0]) != bits(results[0])).any() == (other != rounding)
+
+
+def test_rounding_of_vllm_with_a_float32_weight():
+    """The row is not rounded then."""
+    x, residual, weight = normal(8, 512), normal(8, 512, seed=1), normal(512, seed=2).float()
+    y, _ = vllm_rms_norm(x, residual, weight, torch.tensor(1e-6).item())
+    results = rms_norm_quantize(x, weight, residual=residual, rounding="vllm")
+    for result, expected in zip(results, quantize(y), strict=False):
+        assert_same_bits(result, expected)
+
+
+@of_libraries
+def test_rounding_of_a_library_has_no_offset(rounding):
+    with pytest.raises(ValueError, match=f"weight_offset: expected 0 with rounding={rounding}"):
+        rms_norm_quantize(normal(2, 128), normal(128), weight_offset=1, rounding=rounding)
+
+
+@of_libraries
+@every_layout
+def test_layouts_of_libraries(fmt, rounding, device):
+    x, residual = inputs((6, 140), torch.bfloat16, 1), inputs((6, 140), torch.bfloat16, 2)
+    check(x, fmt, device, rounding, residual=residual)
 
 
 def test_weight_offset_is_what_gemma_computes():

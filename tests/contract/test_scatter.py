@@ -21,6 +21,9 @@ from cute_quant import (
     silu_mul_quantize,
     warm_up,
 )
+from cute_quant.contract.calls import Call
+from cute_quant.contract.prologues import make_silu_mul_backward
+from cute_quant.dispatch import launch
 from cute_quant.jit import lookup
 from tests import oracle
 from tests.helpers import (
@@ -105,6 +108,41 @@ def test_every_byte(kind, fmt, k, device):
         )
         assert all(a is b for a, b in zip(returned, out, strict=True))
         assert_same_memory(out, expected)
+
+
+@pytest.mark.parametrize("fmt", [DEEP_GEMM, ROWWISE_FP8, NVFP4.replace(row_scale=True)], ids=str)
+def test_gaps_that_are_kept(fmt, device):
+    rows, matrices, mn, results = memory(fmt, "prefix_sum_with_gaps", 2, 640)
+    scatter = places(rows, matrices, mn, 2, 3, unnamed=2)
+    x = random_bits((len(scatter), 640), BF16, 2)
+    expected, out = results("cpu"), results(device)
+    expect(expected, x, fmt, rows, scatter=scatter)
+    moves = {"rows": on_device(rows, device), "scatter": scatter.to(device)}
+    quantize(x.to(device), fmt, **moves, out=out)
+    assert_same_memory(out, expected)
+
+
+@every_domain
+@pytest.mark.parametrize("fmt", [DEEP_GEMM_SM90, ROWWISE_FP8], ids=str)
+def test_stochastic_rounding(kind, fmt, device):
+    """All places of a row have the same bytes, drawn for its place in x."""
+    rows, matrices, mn, results = memory(fmt, kind, 3, 640)
+    scatter = places(rows, matrices, mn, 3, 2)
+    x, state = random_bits((len(scatter), 640), BF16, 3), torch.tensor([2**40 + 3, 5])
+    expected, out = results("cpu"), results(device)
+    expect(expected, x, fmt, rows, scatter=scatter, rng_state=state)
+    moves = {"rows": on_device(rows, device), "scatter": scatter.to(device)}
+    quantize(x.to(device), fmt, **moves, rng_state=state.to(device), out=out)
+    assert_same_memory(out, expected)
+
+
+def test_gradients_are_not_scattered(device):
+    gate_up, grad = normal(4, 512, device=device), normal(4, 256, device=device)
+    prologue = make_silu_mul_backward(grad, interleaved=False, clamp=None, alpha=1.0, beta=0.0)
+    places_of_rows = int32([0], [1], [2], [3]).to(device)
+    call = Call(gate_up, DEEP_GEMM, prologue=prologue, scatter=places_of_rows, num_rows=4)
+    with pytest.raises(ValueError, match="scatter: expected None for gradients"):
+        launch.quantize(call)
 
 
 def inverse(scatter: torch.Tensor, matrices: int, mn: int, masked: bool) -> torch.Tensor:

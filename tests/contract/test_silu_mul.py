@@ -133,6 +133,39 @@ def test_unfused_is_what_torch_computes(dtype, shape):
             assert_same_bits(result, expected)
 
 
+def silu_mul_of_vllm(gate_up, clamp, alpha, beta):
+    """The steps of ``_silu_mul_quant_fp8_packed_kernel`` before its quantizer, in torch."""
+    gate, up = gate_up.float().chunk(2, -1)
+    if clamp is not None:
+        gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
+    glu = gate * torch.sigmoid(gate * alpha)
+    return ((up + beta) * glu).to(gate_up.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_of_vllm_is_its_formula(dtype):
+    """With SiLU to the bit; other bits than those of the roundings beside it."""
+    x = torch.randn(64, 2048, generator=torch.Generator().manual_seed(3)).to(dtype)
+    gate, up = x.float().chunk(2, -1)
+    results = silu_mul_quantize(x, rounding="vllm")
+    y = (functional.silu(gate) * up).to(dtype)
+    for result, expected in zip(results, quantize(y), strict=True):
+        assert_same_bits(result, expected)
+    limit = torch.tensor(7.03).item()
+    options = {"clamp": limit, "alpha": 1.75, "beta": 0.3}
+    y = silu_mul_of_vllm(4 * x, limit, 1.75, torch.tensor(0.3).item())
+    results = silu_mul_quantize(4 * x, rounding="vllm", **options)
+    for result, expected in zip(results, quantize(y), strict=True):
+        assert_same_bits(result, expected)
+    for other in ("fused", "unfused"):
+        q, _ = silu_mul_quantize(4 * x, rounding=other, **options)
+        assert (bits(q) != bits(results[0])).any()
+
+
+def test_rounding_of_vllm_with_weights(device):
+    check(inputs((6, 140), torch.bfloat16, 1), DEEP_GEMM_32, device, "vllm", weight=weights(6))
+
+
 @both_roundings
 @every_format
 def test_every_format(fmt, rounding, device):

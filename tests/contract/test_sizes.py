@@ -207,7 +207,11 @@ def test_rows_beyond_32_bits(kind):
         assert torch.equal(sf[part], dense_sf)
 
 
-@pytest.mark.parametrize("fmt", [DEEP_GEMM.replace(group_size=16), WHOLE_ROW], ids=str)
+@pytest.mark.parametrize(
+    "fmt",
+    [DEEP_GEMM.replace(group_size=16), WHOLE_ROW, WHOLE_ROW.replace(scale_layout="mn_major")],
+    ids=str,
+)
 def test_most_rows(fmt):
     """2^31 - 1 rows of one column: 4.3 GB in, 2.1 and 8.6 GB out."""
     needs(25)
@@ -237,6 +241,14 @@ def test_most_columns(k, dtype, group_size):
         check_every_byte(x, layout.replace(group_size=group_size), extra_rows=1)
     if group_size == 32:
         check_every_byte(random(3, k, dtype=dtype), MXFP8)
+
+
+@pytest.mark.parametrize("k", [512, 1024, 1032, 7168, 16384, 16392, 32768, 32776, 100_000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("fmt", [WHOLE_ROW, DEEP_GEMM.replace(group_size=-1)], ids=str)
+def test_rows_that_are_one_group(fmt, dtype, k):
+    """On both sides of each number of columns at which another kernel takes them."""
+    check_every_byte(random(37, k, dtype=dtype), fmt, extra_rows=3)
 
 
 @pytest.mark.parametrize("fmt", [UE8M0, MXFP8, WHOLE_ROW], ids=str)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from cute_quant import Masked, rms_norm_quantize
+from cute_quant import DEEP_GEMM_SM90, ROWWISE_FP8, Masked, quantize, rms_norm_quantize
 from cute_quant.contract.tensors import check_disjoint_rows, check_matrices, span
 
 
@@ -47,10 +47,14 @@ def test_memory_of_a_tensor_has_its_last_element():
 
 
 def test_most_rows_of_experts():
-    """A CTA of a norm has as few as one row, and the tiles of all experts are counted together."""
+    """A CTA of whole rows has as few as one, and the tiles of all experts are counted together."""
     x = far_apart((6, 2**28, 8), (0, 8, 1), torch.bfloat16)
     weight = torch.empty(8, dtype=torch.bfloat16, device="meta")
     masked_m = torch.empty(8, dtype=torch.int32, device="meta")
     rms_norm_quantize(x, weight, rows=Masked(masked_m[:6]))
     with pytest.raises(ValueError, match="x: expected up to 7 matrices, got 8"):
         rms_norm_quantize(x[:1].expand(8, -1, -1), weight, rows=Masked(masked_m))
+    quantize(x, ROWWISE_FP8, rows=Masked(masked_m[:6]))
+    with pytest.raises(ValueError, match="x: expected up to 7 matrices, got 8"):
+        quantize(x[:1].expand(8, -1, -1), ROWWISE_FP8, rows=Masked(masked_m))
+    quantize(x[:1].expand(8, -1, -1), DEEP_GEMM_SM90, rows=Masked(masked_m))

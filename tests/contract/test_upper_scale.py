@@ -464,7 +464,9 @@ def test_check_names_a_bad_amax(value, device):
 
 def test_check_names_an_amax_of_other_values(device):
     given = torch.tensor(2.0**40, device=device)
-    with pytest.raises(ValueError, match=r"^amax: expected about 1, that of x, got 1.1e\+12$"):
+    with pytest.raises(
+        ValueError, match=r"^amax: expected about 1, that of what is quantized, got 1.1e\+12$"
+    ):
         quantize(torch.ones(4, 64, device=device), NVFP4, amax=given, check=True)
 
 

@@ -13,7 +13,7 @@ from cute_quant.dispatch import blocks, reachable
 from cute_quant.dispatch.call_range import CallRange
 from cute_quant.dispatch.plan import Gpu
 from cute_quant.dispatch.warm_up import small_weights
-from cute_quant.jit import lookup
+from cute_quant.jit import keys, lookup
 from tests.helpers import assert_same_bits
 from tests.kernels.emulated_gpu import OnGpu
 from tests.weights import views
@@ -140,9 +140,10 @@ def test_a_missing_kernel_is_named(call, name, monkeypatch):
             lookup,
             architecture=lambda device: "sm_90a",
             find_architecture=lambda device: "sm_90a",
+            multiprocessors=lambda device: 132,
         ),
         cq.forbid_compilation(),
-        pytest.raises(RuntimeError, match=rf"{name}.* for sm_90a.*call the operation before"),
+        pytest.raises(RuntimeError, match=rf"{name}.* for sm_90a.*run `cute-quant warm-up"),
     ):
         call(W.as_subclass(OnGpu))
 
@@ -162,20 +163,35 @@ def test_a_warm_up_has_every_kernel_of_a_range(fmt, dtype):
                 assert spec in contiguous or not name.startswith("whole")
 
 
-@pytest.mark.parametrize("k", [64, 70])
-def test_a_small_launch_fits_every_kernel_of_a_warm_up(k, gpu):
-    calls = CallRange("quantize_blocks", MXFP8, torch.bfloat16, (k,), 64, alignment=16)
+@pytest.mark.parametrize(("k", "operation"), [(64, "requantize_blocks"), (70, "quantize_blocks")])
+def test_a_small_launch_fits_every_kernel_of_a_warm_up(k, operation, gpu):
+    calls = CallRange(operation, MXFP8, torch.bfloat16, (k,), 64, alignment=16)
     found = sorted(reachable.specs(calls, Gpu(gpu.arch, 132)).items(), key=str)
     for spec, variant in found[:: max(1, len(found) // 5)]:
         w, q = small_weights(variant, torch.device("cpu"))
         assert is_transposed(w) == variant.along_n
         with mock.patch.object(blocks, "choose_spec", lambda *arguments, spec=spec: spec):
-            gpu.quantize_blocks(w, q, None, MXFP8)
+            if operation == "quantize_blocks":
+                gpu.quantize_blocks(w, q, None, MXFP8)
+                continue
+            size = variant.source_block
+            w_sf = torch.zeros([-(-columns // size) for columns in w.shape])
+            gpu.requantize_blocks(w, w_sf, q, None, MXFP8)
 
 
 def test_a_warm_up_of_formats_without_blocks_is_refused():
     with pytest.raises(ValueError, match="fmt: expected UE8M0 or float32 scales"):
         cq.warm_up(NVFP4, k=128, max_rows=8, operations="quantize_blocks")
+
+
+@pytest.mark.parametrize("fmt", [DEEP_GEMM_SM90, MXFP8, NVFP4], ids=str)
+def test_kernels_of_a_range_have_names_of_their_own(fmt):
+    for operation in ("quantize_blocks", "requantize_blocks"):
+        if operation == "quantize_blocks" and fmt is NVFP4:
+            continue
+        calls = CallRange(operation, fmt, torch.bfloat16, (304, 70), 1000, alignment=1)
+        specs = reachable.specs(calls.with_upper_scale("amax"), Gpu("sm_90a", 132))
+        assert len({keys.spec_name(spec) for spec in specs}) == len(specs)
 
 
 @pytest.mark.gpu

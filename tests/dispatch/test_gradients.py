@@ -19,6 +19,11 @@ def call(name: str, x: torch.Tensor) -> object:
             return operators.silu_mul_quantize(
                 x, None, text, interleaved=False, rounding="fused", **options
             )
+        case "silu_mul_backward_quantize":
+            options = dict.fromkeys(("clamp", "alpha", "beta"), 1.0)
+            return operators.silu_mul_backward_quantize(
+                x, torch.ones(4, 512), text, interleaved=False, **options
+            )
         case "rms_norm_quantize":
             options = {"eps": 1e-6, "weight_offset": 0.0, "rounding": "fused"}
             return operators.rms_norm_quantize(x, x[0].detach(), text, **options)
@@ -30,7 +35,14 @@ def call(name: str, x: torch.Tensor) -> object:
 
 @pytest.mark.parametrize(
     "name",
-    ["quantize", "silu_mul_quantize", "rms_norm_quantize", "dequantize", "fake_quantize"],
+    [
+        "quantize",
+        "silu_mul_quantize",
+        "silu_mul_backward_quantize",
+        "rms_norm_quantize",
+        "dequantize",
+        "fake_quantize",
+    ],
 )
 def test_operators_have_no_gradient(name):
     x = torch.ones(4, 256)

@@ -19,7 +19,8 @@ from cute_quant import (
     rms_norm_quantize,
     silu_mul_quantize,
 )
-from cute_quant.dispatch import launch
+from cute_quant.dispatch import launch, seen
+from cute_quant.dispatch.call_range import RMS_NORM, SILU_MUL
 from cute_quant.jit import lookup
 from tests.helpers import UE8M0, poisoned_scales, poisoned_values
 
@@ -178,7 +179,7 @@ def test_plans_are_of_the_alignment_of_groups(launched):
     x, ends = x_at(), torch.tensor([3, 6], dtype=torch.int32)
     for alignment in (4, 8, 4):
         quantize(x, rows=PrefixSum(ends, alignment))
-        assert launched[-1].arguments[7] == alignment
+        assert launched[-1].arguments[8] == alignment
 
 
 def test_plans_are_of_a_device():
@@ -328,7 +329,7 @@ def test_memory_for_scales_of_rows(launched):
 
 def numbers(launch: Launched) -> tuple[float, ...]:
     """Return those of the prologue, after the smallest scale."""
-    return launch.arguments[10 : 10 + (3 if "silu" in launch.spec.kernel else 2)]
+    return launch.arguments[11 : 11 + (3 if "silu" in launch.spec.kernel else 2)]
 
 
 def test_numbers_of_a_norm(launched):
@@ -346,17 +347,18 @@ def test_no_offset_keeps_the_sign_of_a_weight(launched):
         assert offset == 0.0 and math.copysign(1.0, offset) == -1.0
 
 
-@pytest.mark.parametrize("rounding", ["fused", "unfused"])
+@pytest.mark.parametrize("rounding", ["fused", "unfused", "vllm"])
 def test_numbers_of_a_gated_activation(launched, rounding):
     """The bound is rounded as torch rounds it: to the dtype of x where each step is."""
     silu_mul_quantize(x_at(), clamp=7.03, alpha=1.5, beta=0.25, rounding=rounding)
-    dtype = torch.float32 if rounding == "fused" else BF16
+    dtype = BF16 if rounding == "unfused" else torch.float32
     assert numbers(launched[0]) == (torch.tensor(7.03, dtype=dtype).item(), 1.5, 0.25)
     spec = launched[0].spec
     assert spec.clamped and spec.scaled and spec.shifted and not spec.weighted
     silu_mul_quantize(x_at())
     spec = launched[1].spec
-    assert not (spec.clamped or spec.scaled or spec.shifted or spec.interleaved or spec.unfused)
+    assert not (spec.clamped or spec.scaled or spec.shifted or spec.interleaved)
+    assert spec.rounding == "fused"
 
 
 # Views
@@ -366,7 +368,7 @@ def test_factors_of_a_batch_have_its_stride(launched):
     x = x_at(0, (2, 3, 4, 256))
     weight = torch.arange(24.0).view(2, 3, 4)
     silu_mul_quantize(x, weight=weight)
-    viewed = launched[0].arguments[13]
+    viewed = launched[0].arguments[14]
     assert viewed.shape == (6, 4) and torch.equal(viewed, weight.view(6, 4))
 
 
@@ -386,7 +388,7 @@ def test_views_of_a_residual_have_its_strides(launched):
     x, weight = x_at(0, (2, 3, 256)), x_at(0, (1, 256))[0]
     residual = x_at(0, (2, 3, 256), stride=512)
     rms_norm_quantize(x, weight, residual=residual)
-    for viewed in launched[0].arguments[13:15]:
+    for viewed in launched[0].arguments[14:16]:
         assert viewed.stride() == (1536, 512, 1) and viewed.data_ptr() == residual.data_ptr()
 
 
@@ -471,3 +473,53 @@ def test_there_are_no_tangents_of_values(launched):
             launch.dequantize(q, dual, fmt, BF16)
     dequantize(q, sf, fmt)
     assert len(launched) == 1
+
+
+@pytest.fixture
+def watching():
+    seen.watch()
+    yield
+    seen.forget()
+
+
+@pytest.mark.usefixtures("launched", "watching")
+class TestSeen:
+    """Ranges of calls that were made, for a warm-up of those with fewer rows."""
+
+    def test_the_most_rows(self):
+        for rows in (3, 40, 7):
+            quantize(torch.zeros(rows, 256, dtype=BF16))
+        (calls,) = seen.ranges()
+        assert (calls.operation, calls.fmt, calls.k) == ("quantize", DEEP_GEMM, (256,))
+        assert calls.max_rows == 40
+
+    def test_what_calls_differ_in(self):
+        quantize(torch.zeros(3, 256, dtype=BF16))
+        quantize(torch.zeros(3, 512, dtype=BF16), MXFP8)
+        silu_mul_quantize(torch.zeros(3, 512, dtype=BF16), rounding="vllm")
+        rms_norm_quantize(torch.zeros(3, 256, dtype=BF16), torch.ones(256, dtype=BF16))
+        found = {(c.operation, c.fmt, c.k, c.rounding) for c in seen.ranges()}
+        assert len(found) == 4
+        assert (SILU_MUL, DEEP_GEMM, (256,), "vllm") in found
+        assert (RMS_NORM, DEEP_GEMM, (256,), "fused") in found
+
+    def test_forgotten(self):
+        quantize(torch.zeros(3, 256, dtype=BF16))
+        seen.forget()
+        quantize(torch.zeros(4, 256, dtype=BF16))
+        assert seen.ranges() == []
+
+    def test_warm_up_of_all(self, monkeypatch):
+        warmed = []
+        monkeypatch.setattr(
+            seen.warming, "on_device", lambda calls, device: warmed.append((calls, device))
+        )
+        device = torch.device("cuda", 0)
+        quantize(torch.zeros(3, 256, dtype=BF16))
+        seen.warm_up(device)
+        ((calls, where),) = warmed
+        assert (calls, where) == (seen.ranges(), device)
+
+
+def test_nothing_seen_is_nothing_to_warm_up():
+    assert list(seen.warm_up(torch.device("cuda", 0))) == []

@@ -167,9 +167,48 @@ LAUNCHED = {
         "max_rows": 3,
         "batched": True,
     },
+    "gradients": {
+        "operations": ("quantize", "silu_mul_backward_quantize"),
+        "k": (48, 64),
+        "max_rows": 3,
+        "batched": True,
+        "stochastic": True,
+    },
+    "interleaved gradients": {
+        "operations": "silu_mul_backward_quantize",
+        "k": 48,
+        "max_rows": 3,
+        "interleaved": True,
+        "clamp": 7.0,
+    },
     "gathered": {"k": 128, "max_rows": 3, "rows": (Masked, Indexed), "gathered": True},
     "scattered": {"k": 128, "max_rows": 3, "rows": (Masked, PrefixSum), "scattered": True},
     "scattered silu": {**SCATTERED, "operations": "silu_mul_quantize", "rows": (None,)},
+    "weights": {
+        "operations": "dequantize_blocks",
+        "fmt": cq.DEEP_GEMM_SM90,
+        "k": 72,
+        "max_rows": 3,
+        "batched": True,
+    },
+    "checkpoints": {"operations": "requantize_blocks", "fmt": cq.MXFP4, "k": 72, "max_rows": 3},
+    "scales": {
+        "operations": "convert_scales",
+        "fmt": cq.GROUPWISE_FP8,
+        "to": cq.DEEP_GEMM_SM90,
+        "k": 700,
+        "max_rows": 3,
+        "rows": (None, Masked, PrefixSum, Indexed),
+        "alignment": 4,
+    },
+    "bytes": {
+        "operations": "convert_scales",
+        "fmt": cq.MXFP8,
+        "to": cq.MXFP8.replace(scale_layout="row_major"),
+        "k": 100,
+        "max_rows": 3,
+        "alignment": 1,
+    },
 }
 
 
@@ -191,6 +230,36 @@ def test_each_kernel_takes_the_launch_of_a_warm_up(name, gpu, kernels, monkeypat
     monkeypatch.setattr(compiled, "function", function, raising=False)
     done = cq.warm_up(**LAUNCHED[name])
     assert {keys.spec_name(spec) for spec in launched} == {kernel.name for kernel in done}
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_warm_up_of_gradients(interleaved, stochastic, gpu):
+    """Calls that differ from the range are missing, and say with which options they are not."""
+    compiled = gpu("sm_90a", 132)
+    options = {"interleaved": interleaved, "alpha": 1.702}
+    operations = "quantize", "silu_mul_backward_quantize"
+    for k in (40, 64, 512):
+        cq.warm_up(
+            k=k, max_rows=8, operations=operations, stochastic=stochastic, batched=True, **options
+        )
+    compiled.forbidden = True
+    given = torch.zeros(2, dtype=torch.int64)
+    for shape in ((3, 40), (1, 64), (2, 4, 512)):
+        x = torch.zeros(shape, dtype=torch.bfloat16)
+        grad = torch.zeros(*shape[:-1], shape[-1] // 2, dtype=torch.bfloat16)
+        state, other = (given, None) if stochastic else (None, given)
+        cq.quantize(x, rng_state=state)
+        cq.silu_mul_backward_quantize(grad, x, rng_state=state, **options)
+        for call in (
+            lambda x=x, other=other: cq.quantize(x, rng_state=other),
+            lambda x=x, grad=grad, other=other: cq.silu_mul_backward_quantize(
+                grad, x, rng_state=other, **options
+            ),
+        ):
+            with pytest.raises(RuntimeError) as raised:
+                call()
+            assert ("--stochastic" in str(raised.value)) == (not stochastic)
 
 
 @pytest.mark.parametrize("kind", ["encode_scale", "decode_scale", "amax"])
@@ -342,6 +411,16 @@ WRONG = {
     "rounding: expected one of": {"rounding": "up"},
     "clamp: expected": {"clamp": -1.0},
     "device: expected a CUDA device or the CPU": {"device": "meta"},
+    "fmt: expected a group_size for blocks": {
+        "operations": "dequantize_blocks",
+        "fmt": cq.ROWWISE_FP8,
+    },
+    "fmt: expected groups of rows, none over whole rows": {
+        "operations": "requantize_blocks",
+        "fmt": cq.NVFP4.replace(row_scale=True),
+    },
+    "to: expected a Format, such as .*, got None": {"operations": "convert_scales"},
+    "to: expected group_size 128": {"operations": "convert_scales", "to": cq.MXFP8},
     "k: expected multiples of 2 for e2m1": {"k": (64, 65), "fmt": cq.MXFP4},
     "k: expected at most 32768 for quantize to e2m1": {
         "k": 2**15 + 2,

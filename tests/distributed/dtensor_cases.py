@@ -167,6 +167,20 @@ def row_domains(rank: int) -> None:
     check(call, (rows, places), ((S0, R), (R, S0)))
 
 
+def numbers_of_rows_and_groups_along_them(rank: int) -> None:
+    """Random numbers are those of whole tensors; gradients are sharded by rows, as their inputs."""
+    x, state = normal(8, 512), torch.tensor([3, 4])
+    call = lambda x, s: cq.quantize(x, cq.GROUPWISE_FP8, rng_state=s)  # noqa: E731
+    for placements in ((S0, S0), (S0, S1), (R, R)):
+        check(call, (x, state), (placements, (R, R)), (R, R))
+    grad, gate_up = normal(8, 256), normal(8, 512, seed=2)
+    call = lambda g, x: cq.silu_mul_backward_quantize(g, x, cq.GROUPWISE_FP8)  # noqa: E731
+    check(call, (grad, gate_up), ((S0, S0), (S0, S0)), (S0, S0))
+    check(call, (grad, gate_up), ((S1, R), (S1, R)))
+    columns = lambda x: cq.quantize_columns(x, cq.DEEP_GEMM_SM90)  # noqa: E731
+    check(columns, (normal(256, 256),), ((S0, R),), (R, R))
+
+
 def fused_operations(rank: int) -> None:
     """Norm and SwiGLU, a residual that is updated in place, and what they refuse."""
     x, weight, factors = normal(8, 1024), normal(512, seed=2), torch.rand(8)

@@ -19,6 +19,7 @@ def ranks():
         cases.quantize_stays_where_it_is,
         cases.formats_after_each_other,
         cases.row_domains,
+        cases.numbers_of_rows_and_groups_along_them,
         cases.fused_operations,
         cases.back_and_blocks,
         cases.partial_sums_are_added_first,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cute_quant as cq
-from cute_quant import emulator, jit, kernels, lab
+from cute_quant import checkpoint, emulator, jit, kernels, lab, nn
 from cute_quant.integrations import deep_gemm, vllm
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +143,10 @@ def test_the_table_of_smallest_scales():
 def test_the_reference_has_every_public_name():
     text = (DOCS / "reference.md").read_text()
     modules = {"cute_quant": cq, "jit": jit, "kernels": kernels, "emulator": emulator, "lab": lab}
-    constants = {*cq.NAMED_FORMATS, "NAMED_FORMATS", "LANES"}
+    modules["nn"] = nn
+    modules["checkpoint"] = checkpoint
+    constants = {*cq.NAMED_FORMATS, "NAMED_FORMATS", "LANES", "SM90", "SM100"}
+    constants |= {"CONVENTIONS", "DEFAULT_KEEP"}
     for module_name, module in modules.items():
         prefix = "cute_quant" if module is cq else f"cute_quant.{module_name}"
         for name in module.__all__:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 
@@ -12,9 +13,13 @@ import cute_quant as cq
 from bench import numerics as bench_numerics
 from cute_quant.cli import main
 from cute_quant.cli.differences import CODE_REASONS, SCALE_REASONS
+from cute_quant.contract import format_choices
+from cute_quant.contract.dtypes import VALUE_TYPES
 from cute_quant.contract.format_choices import LIBRARIES, known_numerics
+from cute_quant.contract.rcp_approx import rcp_approx
 from tests.docs.test_docs import DOCS, ROOT, table_rows
 
+MX_LIBRARIES = {name for names in format_choices.MX_LIBRARIES.values() for name in names}
 PAGE = (DOCS / "numerics.md").read_text(encoding="utf-8")
 
 
@@ -40,11 +45,49 @@ def test_which_formats_have_which_numerics():
     table = dict(rows("format", "`numerics`"))
     for name in ("NVFP4", "MXFP8", "MXFP4"):
         assert quoted(table[name]) == numerics_of(cq.NAMED_FORMATS[name])
-    assert quoted(table["float32 scales"]) == numerics_of(cq.GROUPWISE_FP8)
+    for name, fmt in (
+        ("e4m3 under float32 scales", cq.GROUPWISE_FP8),
+        ("int8 in groups", cq.INT8),
+        ("int8, whole rows", cq.ROWWISE_INT8),
+    ):
+        assert quoted(table[name]) == numerics_of(fmt)
+
+
+def test_steps_of_float32_scales():
+    """Each formula of the page, in torch, gives the bits of the package."""
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    v = x.unflatten(1, (-1, 128)).abs().amax(2)
+    groups, largest = x.unflatten(1, (-1, 128)), torch.tensor(448.0)
+    names = {"v": v, "M": largest, "c": 1 / largest, "rcp": rcp_approx, "x": groups}
+    table = rows("`numerics`", "scale", "value, before it is rounded", "at least")
+    assert [quoted(cells[0])[0] for cells in table] == numerics_of(cq.GROUPWISE_FP8)
+    for name, scale, value, least in table:
+        fmt = cq.GROUPWISE_FP8.replace(numerics=quoted(name)[0])
+        q, sf = cq.quantize(x, fmt)
+        names["scale"] = eval(scale.replace("·", "*"), names)
+        assert torch.equal(sf, names["scale"])
+        names |= {name: names[name][..., None] for name in ("v", "scale")}
+        values = eval(value.replace("·", "*"), names).to(torch.float8_e4m3fn)
+        assert torch.equal(q.view(torch.uint8), values.flatten(1).view(torch.uint8))
+        names["v"] = v
+        kind, _, bound = least.partition(" ")
+        assert fmt.bounds_amax == (kind == "v")
+        assert math.isclose(fmt.floor, eval(bound.replace("512 M", "512 * 448")), rel_tol=1e-6)
+
+
+def test_steps_of_stochastic_rounding():
+    facts = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
+    facts["e2m1"] = torch.float4_e2m1fn_x2
+    for name, bits, below in rows("dtype", "F"):
+        value_type = VALUE_TYPES[facts.pop(name)]
+        assert value_type.fraction_bits == int(bits)
+        base, _, power = below.partition("^")
+        assert 2.0**value_type.min_exponent == float(base) ** float(power or 1)
+    assert not facts
 
 
 def test_every_library_is_described():
-    assert [quoted(cells[0])[0] for cells in rows("name", "is")] == list(LIBRARIES)
+    assert {quoted(cells[0])[0] for cells in rows("name", "is")} == set(LIBRARIES)
 
 
 @pytest.mark.parametrize("name", ["NVFP4", "MXFP4", "MXFP8"])
@@ -76,7 +119,7 @@ def test_the_smallest_scales_of_nvfp4():
 def test_the_smallest_bytes_of_mx():
     table = rows("`numerics`", "scale", "smallest byte")
     named = [name for cells in table for name in quoted(cells[0])]
-    assert set(named) == {"ieee", *LIBRARIES} - {"vllm_emulation"}
+    assert set(named) == {"ieee", *MX_LIBRARIES}
     for names, _, bytes_, _ in table:
         for numerics in set(quoted(names)) - {"ieee", "deepgemm"}:
             formats = [f for f in (cq.MXFP4, cq.MXFP8) if numerics in numerics_of(f)]

@@ -39,7 +39,20 @@ class Call:
             sf = self.tensors["sf"]
             missing_rows = UE8M0.scale_rows(sf.shape[0]) - last_column_rows(sf)
         program, host = self.kernel.program, self.kernel.host
-        host(program, self.memory, *tensors, None, None, None, missing_rows, 1, 1, 94, **options)
+        host(
+            program,
+            self.memory,
+            *tensors,
+            None,
+            None,
+            None,
+            None,
+            missing_rows,
+            1,
+            1,
+            94,
+            **options,
+        )
 
 
 @pytest.fixture
@@ -99,7 +112,7 @@ def test_dtypes_are_those_that_torch_exports(dtype):
 
 
 def test_number_of_arguments(call):
-    with pytest.raises(TypeError, match="Expects 10 parameters"):
+    with pytest.raises(TypeError, match="Expects 11 parameters"):
         call.kernel.host(call.kernel.program, call.memory, 1, 2)
 
 

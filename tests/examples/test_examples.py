@@ -15,7 +15,7 @@ from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, Format, deep_gemm_format
 from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT
 from cute_quant.emulator.host import C_COMPILER
 from cute_quant.jit import lookup
-from examples import moe_layer, relu_squared, rope_quantize
+from examples import moe_layer, relu_squared, rope_quantize, train
 from examples.moe_layer import DeepGemmCasts, Fused, Unfused, relative_error
 from tests.helpers import (
     DIFFERING_SHARE,
@@ -397,3 +397,29 @@ def test_examples_run_without_a_gpu(example, last_line, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if "emulated" in line]) == 2
     assert re.fullmatch(last_line, lines[-1])
+
+
+# A transformer, trained
+
+
+@pytest.mark.slow
+def test_training(monkeypatch, tmp_path, capsys):
+    """Losses fall alike in both; the picture has a curve for each."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "TINY", train.Size(32, 2, 1, 80, 24, 4, 1e-2))
+    monkeypatch.setattr(train, "LAST", 5)
+    path = tmp_path / "losses.svg"
+    bf16, fp8 = train.main(["--steps", "25", "--plot", str(path)])
+    for run in (bf16, fp8):
+        assert len(run.losses) == 25 and run.milliseconds > 0
+        assert run.losses[0] > 5.3 and run.last < 4.6
+    assert 0 < abs(fp8.last - bf16.last) < 0.05
+    printed = capsys.readouterr().out
+    assert f"{fp8.last:.4f}" in printed and "difference" in printed
+    picture = path.read_text()
+    assert picture.count("<rect") > 50 and f"FP8, {fp8.last:.4f} at the end" in picture
+
+
+def test_moving_averages_of_losses():
+    assert train.smoothed([2.0] * 3) == pytest.approx([2.0] * 3)
+    assert train.smoothed([1.0, 2.0], weight=0.5) == pytest.approx([1.0, 5 / 3])

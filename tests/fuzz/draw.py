@@ -85,9 +85,9 @@ def draw_kernels(count: int, operation: str, seed: int) -> list[Kernel]:
 
 
 OPTIONS = {
-    "silu_mul": {"interleaved": (False, True), "rounding": ("fused", "unfused")},
+    "silu_mul": {"interleaved": (False, True), "rounding": ("fused", "unfused", "vllm")},
     "rms_norm": {
-        "rounding": ("fused", "unfused"),
+        "rounding": ("fused", "unfused", "huggingface", "vllm"),
         "weight_dtype": ("x", "float32"),
         "residual": (None, "in place", "elsewhere"),
         "normalized": (None, "given"),
@@ -233,9 +233,13 @@ class Draw:
                 for name in names:
                     nbytes = self.any_of(powers_of_two(kernel.load_bytes, 32))
                     places[name] = self.matrix(kernel.dtype, shape, nbytes, False)
+                # Roundings of libraries have no offset.
+                offsets = [0.0, 0.0, 1.0, -0.25]
+                if kernel.option("rounding") not in ("fused", "unfused"):
+                    offsets = [0.0]
                 return {
                     "eps": self.any_of([1e-6, 1e-6, 0.1, 1e-5]),
-                    "weight_offset": self.any_of([0.0, 0.0, 1.0, -0.25]),
+                    "weight_offset": self.any_of(offsets),
                 }
         return {}
 

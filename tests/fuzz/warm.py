@@ -108,8 +108,60 @@ RANGES: dict[str, dict[str, Any]] = {
         "batched": True,
         "alignment": 2,
     },
+    "weights": {
+        "operations": ("quantize_blocks", "dequantize_blocks", "requantize_blocks"),
+        "fmt": cq.DEEP_GEMM_SM90,
+        "k": (512, 72),
+        "max_rows": 700,
+        "batched": True,
+        "alignment": 4,
+    },
+    "one size of weights": {
+        "operations": ("quantize_blocks", "dequantize_blocks", "requantize_blocks"),
+        "fmt": cq.MXFP8,
+        "dtype": torch.float32,
+        "k": 304,
+        "max_rows": 300,
+    },
+    "checkpoints in NVFP4": {
+        "operations": "requantize_blocks",
+        "fmt": cq.NVFP4,
+        "k": (512, 72, 34),
+        "max_rows": 500,
+        "batched": True,
+        "alignment": 2,
+        "upper_scale": "amax",
+    },
+    "scales of experts": {
+        "operations": "convert_scales",
+        "fmt": cq.GROUPWISE_FP8.replace(round_scale=True),
+        "to": cq.DEEP_GEMM,
+        "k": (512, 1024),
+        "max_rows": 600,
+        "rows": (None, Masked, PrefixSum, Indexed),
+        "batched": True,
+        "alignment": 8,
+    },
+    "scales in blocks": {
+        "operations": "convert_scales",
+        "fmt": cq.MXFP8,
+        "to": cq.MXFP8.replace(scale_layout="row_major"),
+        "k": (512, 100, 40),
+        "max_rows": 300,
+        "batched": True,
+        "alignment": 1,
+    },
+    "one size of scales": {
+        "operations": "convert_scales",
+        "fmt": cq.NVFP4.replace(scale_layout="row_major"),
+        "to": cq.NVFP4,
+        "k": 112,
+        "max_rows": 300,
+    },
 }
 """Arguments of ``cute_quant.warm_up``, one range for each way to declare it."""
+
+WEIGHTS = ("quantize_blocks", "dequantize_blocks", "requantize_blocks")
 
 KERNELS = {"silu_mul_quantize": "silu_mul", "rms_norm_quantize": "rms_norm"}
 """Names of operations in cases."""
@@ -123,6 +175,9 @@ def draw_call(arguments: dict[str, Any], seed: object) -> Callable[[str], object
     k = generator.choice(arguments["k"]) if isinstance(arguments["k"], tuple) else arguments["k"]
     fmt, dtype = arguments.get("fmt", cq.DEEP_GEMM), arguments.get("dtype", torch.bfloat16)
     rows = generator.choice(arguments.get("rows", (None,)))
+    if operation in WEIGHTS or operation == "convert_scales":
+        draw_other = _draw_weights if operation in WEIGHTS else _draw_conversion
+        return draw_other(arguments, operation, rows, k, generator)
     grouped = operation not in ("fake_quantize", "dequantize")
     gathered = grouped and generator.choice((False, arguments.get("gathered", False)))
     batched = arguments.get("batched", False) and rows is None and generator.random() < 0.5
@@ -233,3 +288,105 @@ def _dequantize(
         return cq.dequantize(q, sf, kernel.fmt, dtype=kernel.dtype, **upper)
 
     return run
+
+
+def _draw_weights(
+    arguments: dict[str, Any], operation: str, rows: Any, k: int, generator: random.Random
+) -> Callable[[str], object]:
+    """Draw a call on weights (..., n, k), of any strides that the range has."""
+    fmt, dtype = arguments["fmt"], arguments.get("dtype", torch.bfloat16)
+    least = arguments.get("alignment", 32)
+    leading, n = _leading(arguments, rows, generator)
+    by_row = fmt.value_type.per_byte > 1
+    along_n = generator.random() < 0.5 and not (by_row and operation == "requantize_blocks")
+    values_shape = (*leading, n, fmt.value_columns(k))
+    back = operation == "dequantize_blocks"
+    w_dtype = {"quantize_blocks": dtype, "requantize_blocks": torch.float8_e4m3fn}.get(
+        operation, fmt.values
+    )
+    w_shape = values_shape if back else (*leading, k, n) if along_n else (*leading, n, k)
+    draw_w = _draw_matrix(w_shape, w_dtype, least, generator)
+    draw_q = _draw_matrix(values_shape, fmt.values, least, generator)
+    block = generator.choice((32, 128)) if operation == "requantize_blocks" else fmt.group_size
+    scales_shape = (*leading, -(-n // block), -(-k // block))
+
+    def run(device: str) -> object:
+        w, q = draw_w(device), draw_q(device)
+        if back:
+            sf = torch.zeros(scales_shape, device=device)
+            if fmt.byte_scales:
+                sf = cq.empty_scales(fmt, (*leading, n, k), device=device)
+            return cq.dequantize_blocks(w, sf, fmt, dtype=dtype)
+        w = w.mT if along_n else w
+        if operation == "quantize_blocks":
+            return cq.quantize_blocks(w, fmt, out=(q, None))
+        kind = _upper_scale(arguments, operation, fmt)
+        upper = {} if kind is None else {kind: torch.ones((), device=device)}
+        sf = torch.zeros(scales_shape, device=device)
+        return cq.requantize_blocks(w, sf, fmt, out=(q, None), **upper)
+
+    return run
+
+
+def _draw_conversion(
+    arguments: dict[str, Any], operation: str, rows: Any, k: int, generator: random.Random
+) -> Callable[[str], object]:
+    """Draw a conversion of scales, which may lie apart where they are row-major."""
+    fmt, to = arguments["fmt"], arguments["to"]
+    least = arguments.get("alignment", 32)
+    leading, mn = _leading(arguments, rows, generator)
+    if rows is Masked and not leading:
+        leading = (1,)
+    shape = (*leading, mn, k)
+    row_major = fmt.scale_layout == "row_major"
+    draw_sf = _draw_matrix(fmt.scale_shape(leading, mn, k), fmt.sf_dtype, least, generator)
+    nbytes = max(least, to.sf_dtype.itemsize) * generator.randrange(4)
+
+    def run(device: str) -> object:
+        sf = draw_sf(device) if row_major else cq.empty_scales(fmt, shape, device=device)
+        given = None
+        if rows is not None:
+            count = {Masked: leading, PrefixSum: (2,)}.get(rows, (mn,))
+            given = rows(torch.zeros(count, dtype=torch.int32, device=device))
+        new = cq.empty_scales(to, shape, device=device)
+        memory = torch.zeros(nbytes + new.untyped_storage().nbytes(), dtype=torch.uint8)
+        moved = memory.to(device)[nbytes:].view(to.sf_dtype)
+        out = moved.as_strided(new.shape, new.stride(), moved.storage_offset())
+        return cq.convert_scales(sf, fmt, to, shape, rows=given, out=out)
+
+    return run
+
+
+def _leading(
+    arguments: dict[str, Any], rows: Any, generator: random.Random
+) -> tuple[tuple[int, ...], int]:
+    """Draw leading dimensions and rows."""
+    most = generator.choice([1, 2, 5, 40, arguments["max_rows"]])
+    total = generator.randint(1, most)
+    batched = rows is Masked or (
+        rows is None and arguments.get("batched", False) and generator.random() < 0.5
+    )
+    if not batched:
+        return (), total
+    matrices = generator.choice([size for size in (1, 2, 3) if size <= total])
+    return (matrices,), total // matrices
+
+
+def _draw_matrix(
+    shape: tuple[int, ...], dtype: torch.dtype, least: int, generator: random.Random
+) -> Callable[[str], torch.Tensor]:
+    """Draw strides of zeros: contiguous, or rows at multiples of `least` bytes."""
+    *leading, columns = shape
+    unit = max(1, least // dtype.itemsize)
+    row = -(-columns // unit) * unit + unit * generator.randrange(4)
+    offset = unit * generator.randrange(4)
+    contiguous = generator.random() < 0.4
+
+    def make(device: str) -> torch.Tensor:
+        nbytes = dtype.itemsize * (offset + math.prod(leading) * row)
+        memory = torch.zeros(nbytes, dtype=torch.uint8, device=device).view(dtype)
+        if contiguous:
+            return memory[: math.prod(shape)].view(shape)
+        return memory[offset:].view(*leading, row)[..., :columns]
+
+    return make

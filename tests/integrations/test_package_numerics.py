@@ -5,6 +5,7 @@ The CPU reference is held to them on many groups, the kernels in the emulator on
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 
@@ -40,11 +41,25 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("MXFP8", "torchao"): lambda x: formulas.mxfp8_torchao(x, "rceil"),
     ("MXFP8", "deepgemm"): formulas.mxfp8_deepgemm,
 }
+FLOAT32_FORMULAS: dict[tuple[str, str], Formula] = {
+    ("GROUPWISE_FP8", "vllm"): formulas.fp8_vllm,
+    ("GROUPWISE_FP8", "vllm_triton"): formulas.fp8_vllm_triton,
+    ("GROUPWISE_FP8", "sglang"): formulas.fp8_sglang,
+    ("GROUPWISE_FP8", "torchao"): formulas.fp8_torchao,
+    ("GROUPWISE_FP8", "tilekernels"): formulas.fp8_tilekernels,
+    ("GROUPWISE_FP8", "deepgemm"): formulas.fp8_deepgemm,
+    ("INT8", "vllm"): formulas.int8_vllm,
+    ("INT8", "sglang"): formulas.int8_sglang,
+    ("ROWWISE_FP8", "vllm"): formulas.fp8_vllm,
+    ("ROWWISE_FP8", "sglang"): formulas.fp8_sglang_rows,
+    ("ROWWISE_INT8", "vllm"): formulas.int8_vllm_rows,
+}
 NVFP4_FORMULAS = {key: formula for key, formula in FORMULAS.items() if key[0] == "NVFP4"}
 CONVENTIONS = {"torchao": DECODE, "deepgemm": DECODE}
 """How the formula of a library takes the upper scale, others the encode scale."""
 
 every_formula = pytest.mark.parametrize(("name", "numerics"), FORMULAS, ids=str)
+every_float32_formula = pytest.mark.parametrize(("name", "numerics"), FLOAT32_FORMULAS, ids=str)
 every_nvfp4_formula = pytest.mark.parametrize(("name", "numerics"), NVFP4_FORMULAS, ids=str)
 every_input_dtype = pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=dtype_name)
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -92,8 +107,10 @@ def check(x: torch.Tensor, name: str, numerics: str, encode: np.ndarray, quantiz
         upper = UpperScale(kind, torch.from_numpy(scale))
         per_matrix = x[0].numel() // fmt.group_size if scale.ndim else 1
         options = (np.repeat(scale.astype(np.float64), per_matrix),)
-    in_groups = x.float().numpy().reshape(-1, fmt.group_size)
-    scale_bytes, codes = FORMULAS[name, numerics](in_groups, *options)
+    in_groups = x.float().numpy()
+    if not fmt.whole_row:
+        in_groups = in_groups.reshape(-1, fmt.group_size)
+    scale_bytes, codes = (FORMULAS | FLOAT32_FORMULAS)[name, numerics](in_groups, *options)
     q, sf = quantize(x, fmt, upper)
     found = sf.view(torch.uint8).numpy().reshape(-1)
     wrong = np.flatnonzero(found != scale_bytes)
@@ -122,6 +139,32 @@ def test_groups(name, numerics, kind, dtype):
     x = in_dtype(groups(cq.NAMED_FORMATS[name].group_size, kind), dtype)
     for amax in UPPER_SCALES if name == "NVFP4" else UPPER_SCALES[:1]:
         check(x, name, numerics, encode_scale(amax), on_cpu)
+
+
+@every_float32_formula
+def test_float32_scales(name, numerics):
+    """Also on elements beside the middle of two values, where an error of the last bit counts."""
+    for kind, dtype in zip(KINDS, itertools.cycle(INPUT_DTYPES)):
+        check(in_dtype(some_groups(128, kind)[::4], dtype), name, numerics, np.ones(()), on_cpu)
+    check(torch.from_numpy(beside_middles_of_8_bits(name)), name, numerics, np.ones(()), on_cpu)
+
+
+def beside_middles_of_8_bits(name: str) -> np.ndarray:
+    """Return groups with elements up to four units in the last place from where values change."""
+    rng = np.random.default_rng(8)
+    fmt = cq.NAMED_FORMATS[name]
+    amax = (2.0 ** rng.uniform(-12, 12, (256, 1))).astype(np.float32).astype(np.float64)
+    if fmt.values is torch.int8:
+        middles = rng.integers(1, 255, (256, 128)) / 2.0
+    else:
+        at = rng.integers(1, len(formulas.E4M3) - 1, (256, 128))
+        middles = (formulas.E4M3[at] + formulas.E4M3[at + 1]) / 2
+    signs = rng.choice([-1, 1], middles.shape)
+    x = (signs * middles * amax / fmt.value_type.max).astype(np.float32)
+    x.view(np.int32)[...] += rng.integers(-4, 5, x.shape, dtype=np.int32)
+    x = x.clip(-amax, amax).astype(np.float32)
+    x[:, :1] = amax
+    return x
 
 
 def random_groups(count: int, size: int, seed: int) -> np.ndarray:
@@ -262,3 +305,53 @@ def test_kernels(name, numerics, arch, kernels):
         check(torch.from_numpy(x), name, numerics, scales, quantize)
         x = beside_middles(scales, 4).reshape(64, 1, 64)
         check(torch.from_numpy(x), name, numerics, scales, quantize)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(C_COMPILER is None, reason="needs a C compiler")
+@every_float32_formula
+def test_kernels_of_float32_scales(name, numerics, kernels):
+    from tests.kernels.emulated_gpu import Gpu
+
+    # Half of the numerics on each architecture.
+    arch = ARCHITECTURES[list(FLOAT32_FORMULAS).index((name, numerics)) % len(ARCHITECTURES)]
+    gpu = Gpu(kernels, arch)
+
+    def quantize(x: torch.Tensor, fmt: cq.Format, upper: UpperScale | None):
+        return gpu.quantize(x, None, None, fmt, upper=upper)
+
+    x = np.concatenate([some_groups(128, kind)[::8] for kind in KINDS])
+    check(in_dtype(x, torch.bfloat16), name, numerics, np.ones(()), quantize)
+    x = np.concatenate([x, beside_middles_of_8_bits(name)])
+    check(torch.from_numpy(x), name, numerics, np.ones(()), quantize)
+
+
+@pytest.mark.skipif(C_COMPILER is None, reason="needs a C compiler")
+@pytest.mark.parametrize("numerics", ["sglang", "vllm"])
+def test_kernels_on_groups_that_are_not_finite(numerics, kernels):
+    """Values and scale are NaN, as on the CPU, also where the inverse of Inf is 0."""
+    from tests.kernels.emulated_gpu import Gpu
+
+    x = torch.ones(1, 4 * 128)
+    x[0, 3], x[0, 130], x[0, 257] = torch.nan, torch.inf, -torch.inf
+    fmt = format_of("GROUPWISE_FP8", numerics)
+    for quantize in (on_cpu, lambda x, fmt, _: Gpu(kernels, "sm_90a").quantize(x, None, None, fmt)):
+        q, sf = quantize(x, fmt, None)
+        assert sf.isnan().tolist() == [[True, True, True, False]]
+        assert (codes_of(q, fmt)[0, : 3 * 128] == 0x7F).all() and not q[
+            0, 384:
+        ].float().isnan().any()
+
+
+@pytest.mark.gpu
+@every_float32_formula
+def test_float32_scales_on_a_gpu(name, numerics):
+    x = np.concatenate(
+        [*(some_groups(128, kind) for kind in KINDS), beside_middles_of_8_bits(name)]
+    )
+
+    def on_gpu(x: torch.Tensor, fmt: cq.Format, upper: UpperScale | None):
+        return tuple(t.cpu() for t in cq.quantize(x.cuda(), fmt))
+
+    for dtype in INPUT_DTYPES:
+        check(in_dtype(x, dtype), name, numerics, np.ones(()), on_gpu)

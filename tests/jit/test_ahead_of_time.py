@@ -55,7 +55,7 @@ function = lookup.function(QuantizeSpec(torch.bfloat16, DEEP_GEMM), "{ARCH}")
 try:
     function()
 except TypeError as error:
-    assert str(error).startswith("Expects 10 parameters when calling")
+    assert str(error).startswith("Expects 11 parameters when calling")
 try:
     lookup.function(QuantizeSpec(torch.float16, DEEP_GEMM), "{ARCH}")
 except RuntimeError as error:

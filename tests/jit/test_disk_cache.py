@@ -73,7 +73,7 @@ def finish(process: subprocess.Popen) -> tuple[bool, str]:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     answer = json.loads(out)
-    assert answer["message"].startswith("Expects 10 parameters when calling")
+    assert answer["message"].startswith("Expects 11 parameters when calling")
     return answer["compiled"], err
 
 

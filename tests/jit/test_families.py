@@ -77,7 +77,7 @@ def test_a_gpu_takes_the_closest_object(capability, target, loaded, monkeypatch)
         assert function == f"compiled for {arch}" and not loaded
         return
     assert loaded == [f"{NAME}_{target}".replace("-", "_")]
-    with pytest.raises(TypeError, match="Expects 10 parameters when calling"):
+    with pytest.raises(TypeError, match="Expects 11 parameters when calling"):
         function()
 
 

@@ -105,6 +105,7 @@ def check(
     q_strides: tuple[int, ...] | None = None,
     q_offset: int = 0,
     upper: UpperScale | None = None,
+    rng_state: torch.Tensor | None = None,
     scatter: torch.Tensor | None = None,
     num_rows: int | None = None,
     **options,
@@ -138,9 +139,9 @@ def check(
     before = [storage_bits(t).clone() for t in inputs]
     q, sf, *row_scales = results[0]
     row_scales = row_scales[0] if row_scales else None
-    further = {"upper": upper, "row_scales": row_scales, "scatter": scatter, **options}
-    gpu.quantize(x, q, sf, fmt, rows, index, **further)
-    expect(results[1], x, fmt, rows, index, upper, scatter=scatter)
+    given = {"upper": upper, "row_scales": row_scales, "rng_state": rng_state, "scatter": scatter}
+    gpu.quantize(x, q, sf, fmt, rows, index, **given, **options)
+    expect(results[1], x, fmt, rows, index, upper, rng_state=rng_state, scatter=scatter)
     for name, actual, expected in zip(("q", "sf", "row scales"), *results, strict=False):
         assert_same_storage(name, actual, expected)
     for t, bits in zip(inputs, before, strict=True):

@@ -15,14 +15,16 @@ from unittest import mock
 import torch
 
 from cute_quant.contract.calls import Call
+from cute_quant.contract.columns import ColumnCall
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import Prologue
 from cute_quant.contract.rows import Rows
 from cute_quant.contract.upper_scales import UpperScale
-from cute_quant.dispatch import blocks, launch, plan
+from cute_quant.dispatch import blocks, columns, launch, plan
 from cute_quant.emulator import EmulatedKernel
 from cute_quant.jit import lookup
 from cute_quant.kernels import blocks as block_kernels
+from cute_quant.kernels import columns as column_kernels
 from cute_quant.kernels import dequantize, heuristics, scheduler
 from cute_quant.kernels.config import Spec
 
@@ -91,20 +93,20 @@ class Gpu:
         prologue: Prologue | None = None,
         upper: UpperScale | None = None,
         row_scales: torch.Tensor | None = None,
+        rng_state: torch.Tensor | None = None,
         scatter: torch.Tensor | None = None,
         num_rows: int | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, ...]:
         """``cute_quant.quantize``, or what ends in it; `options` are those of ``machine.run``."""
-        x_on_gpu, results = x.as_subclass(OnGpu), (q, sf)
-        moves = scatter, num_rows
-        call = Call(x_on_gpu, fmt, *results, rows, index, prologue, upper, row_scales, *moves)
-        reads = [x, index, scatter, *(() if rows is None else [rows.data])]
+        call = Call(x.as_subclass(OnGpu), fmt, q, sf, rows, index, prologue, upper, row_scales)
+        call = call._replace(rng_state=rng_state, scatter=scatter, num_rows=num_rows)
+        reads = [x, index, rng_state, scatter, *(() if rows is None else [rows.data])]
         reads += [] if upper is None else [upper.tensor]
         reads += [] if prologue is None else prologue.reads.values()
         if prologue is not None and getattr(prologue, "in_place", False):
             reads.append(prologue.residual)
-        with self._present(reads, options):
+        with self.present(reads, options):
             return launch.quantize(call)
 
     def fake_quantize(
@@ -116,7 +118,7 @@ class Gpu:
         **options: Any,
     ) -> torch.Tensor:
         """``cute_quant.fake_quantize`` into `out`."""
-        with self._present([x, *([] if upper is None else [upper.tensor])], options):
+        with self.present([x, *([] if upper is None else [upper.tensor])], options):
             return launch.fake_quantize(Call(x.as_subclass(OnGpu), fmt, upper=upper), out)
 
     def dequantize(
@@ -129,7 +131,7 @@ class Gpu:
         **options: Any,
     ) -> torch.Tensor:
         """``cute_quant.dequantize``."""
-        with self._present([q, sf, *([] if upper is None else [upper.tensor])], options):
+        with self.present([q, sf, *([] if upper is None else [upper.tensor])], options):
             return launch.dequantize(q.as_subclass(OnGpu), sf, fmt, dtype, upper)
 
     def quantize_blocks(
@@ -141,7 +143,7 @@ class Gpu:
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``cute_quant.quantize_blocks``."""
-        with self._present([w], options):
+        with self.present([w], options):
             return blocks.quantize(w.as_subclass(OnGpu), fmt, q, sf)
 
     def requantize_blocks(
@@ -155,7 +157,7 @@ class Gpu:
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``cute_quant.requantize_blocks``."""
-        with self._present([w8, w_sf, *([] if upper is None else [upper.tensor])], options):
+        with self.present([w8, w_sf, *([] if upper is None else [upper.tensor])], options):
             return blocks.requantize(w8.as_subclass(OnGpu), w_sf, fmt, upper, q, sf)
 
     def dequantize_blocks(
@@ -167,11 +169,16 @@ class Gpu:
         **options: Any,
     ) -> torch.Tensor:
         """``cute_quant.dequantize_blocks``."""
-        with self._present([q, sf], options):
+        with self.present([q, sf], options):
             return blocks.dequantize(q.as_subclass(OnGpu), sf, fmt, dtype)
 
+    def quantize_columns(self, call: ColumnCall, **options: Any) -> columns.Results:
+        """``cute_quant.quantize_columns``, or ``quantize_both``."""
+        with self._present(list(call.reads.values()), options):
+            return columns.run(call._replace(x=call.x.as_subclass(OnGpu)))
+
     @contextlib.contextmanager
-    def _present(self, reads: list[torch.Tensor | None], options: dict[str, Any]) -> Iterator[None]:
+    def present(self, reads: list[torch.Tensor | None], options: dict[str, Any]) -> Iterator[None]:
         """Put the emulated GPU in place; only the memory of `reads` holds values."""
         storages = {t.untyped_storage().data_ptr() for t in reads if t is not None}
         choose_shape = plan._launch_shape
@@ -200,6 +207,7 @@ class Gpu:
             mock.patch.multiple(scheduler, **limits),
             mock.patch.multiple(dequantize, **limits),
             mock.patch.multiple(block_kernels, **limits),
+            mock.patch.multiple(column_kernels, **limits),
             mock.patch.object(
                 plan,
                 "_launch_shape",

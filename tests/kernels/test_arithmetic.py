@@ -6,7 +6,7 @@ import cutlass.cute as cute
 import numpy as np
 import pytest
 import torch
-from cutlass import Float32
+from cutlass import BFloat16, Float32, Uint32
 
 from cute_quant.contract.rcp_approx import rcp_approx
 from cute_quant.emulator import EmulatedKernel, isa
@@ -107,6 +107,37 @@ def test_rounding_to_e2m1(tmp_path):
     expected = table[oracle.nearest(x.abs().double().numpy(), table.numpy())].copysign(x)
     actual = apply(rounded, x, tmp_path, "sm_90a")
     assert torch.equal(actual.view(torch.int32), expected.view(torch.int32))
+
+
+def test_pairs_to_e2m1(tmp_path):
+    """Every bfloat16 below 8, or a part of it, in each place of a word."""
+    factors = (1.0, 0.5, 0.5, 1.0, 0.25, 0.5, 1.0, 1.0)
+    negated = (0, 1, 1, 0, 0, 1, 0, 1)
+
+    def encoded(x: Float32) -> Float32:
+        rX = cute.make_rmem_tensor(len(factors), BFloat16)
+        for i, factor in enumerate(factors):
+            rX[i] = (x * Float32(factor)).to(BFloat16)
+        pairs = cute.recast_tensor(rX, Uint32)
+        for i in range(len(factors) // 2):
+            signs = negated[2 * i] << 15 | negated[2 * i + 1] << 31
+            pairs[i] = pairs[i] ^ Uint32(signs)
+        rQ = encodings.products_e2m1(rX, Float32(1.0), True)
+        return cute.recast_tensor(rQ, Float32)[0]
+
+    x = torch.arange(0x4100, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    x = torch.cat([x, -x])
+    assert x.max() == 7.96875
+    table = oracle.TABLES[E2M1]
+    expected = torch.zeros(len(x), dtype=torch.int64)
+    for i, factor in enumerate(factors):
+        # A part of the smallest ones is rounded to bfloat16, and 0 either way.
+        value = (x * factor).double().numpy()
+        code = oracle.nearest(np.minimum(np.abs(value), 6.0), table)
+        code += 8 * (np.signbit(value) ^ negated[i])
+        expected += torch.from_numpy(code) << 4 * i
+    actual = apply(encoded, x, tmp_path, "sm_90a").view(torch.int32)
+    assert torch.equal(actual, expected.to(torch.int32))
 
 
 @pytest.mark.parametrize("factor", [None, 1.702, -3.3])

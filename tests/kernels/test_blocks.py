@@ -8,7 +8,8 @@ from cute_quant.contract.upper_scales import KINDS, UpperScale
 from cute_quant.kernels import architectures, heuristics
 from tests import oracle
 from tests.helpers import ARCHITECTURES, assert_same_bits, poisoned_values, storage_bits
-from tests.kernels.emulated_gpu import OnGpu
+from tests.helpers import poisoned_results as rows_of_poison
+from tests.kernels.emulated_gpu import Gpu, OnGpu
 from tests.weights import (
     DTYPES,
     E2M1,
@@ -134,25 +135,39 @@ def test_dequantize(fmt, dtype, gpu):
             assert_same_bits(y.nan_to_num().contiguous(), expected.nan_to_num())
 
 
-@pytest.mark.parametrize("fmt", [f for f in FORMATS if f.values is not E2M1], ids=str)
-@pytest.mark.parametrize("shape", [(128, 384), (2, 261, 300), (1, 72)])
-def test_requantize_in_blocks(shape, fmt, gpu):
-    w8, w_sf = checkpoint(shape, 13)
-    for scales in (w_sf, w_sf.mT.contiguous().mT):
-        given, expected = (poisoned_results(fmt, shape) for _ in range(2))
-        gpu.requantize_blocks(w8, scales, *given, fmt)
-        expect_requantized(expected, w8, w_sf, fmt)
-        assert_same_bits(given[0], expected[0])
-        assert torch.equal(storage_bits(given[1]), storage_bits(expected[1]))
+def checkpoints_and_formats():
+    """Every format with some checkpoints, and with the others where there is time."""
+    checkpoints = (
+        ((2, 133, 300), 128, False),
+        ((2, 133, 300), 32, False),
+        ((128, 384), 128, True),
+        ((150, 72), 32, True),
+        ((1, 72), 128, False),
+    )
+    for i, fmt in enumerate(f for f in FORMATS if f.values is not E2M1):
+        for j, source in enumerate(checkpoints):
+            marks = () if (i + j) % 3 == 0 else pytest.mark.slow
+            yield pytest.param(*source, fmt, marks=marks)
+
+
+@pytest.mark.parametrize(("shape", "size", "along_n", "fmt"), list(checkpoints_and_formats()))
+def test_requantize_in_blocks(shape, size, along_n, fmt, gpu):
+    w8, w_sf = checkpoint(shape, 13, size)
+    given, expected = (poisoned_results(fmt, shape) for _ in range(2))
+    source, scales = w8, w_sf.mT.contiguous().mT
+    if along_n:
+        source, scales = w8.mT.contiguous().mT, w_sf
+    gpu.requantize_blocks(source, scales, *given, fmt)
+    expect_requantized(expected, w8, w_sf, fmt)
+    assert_same_bits(given[0], expected[0])
+    assert torch.equal(storage_bits(given[1]), storage_bits(expected[1]))
 
 
 @pytest.mark.parametrize("fmt", GROUPS, ids=str)
 @pytest.mark.parametrize("shape", [(128, 384), (2, 133, 302)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_requantize_in_groups_of_rows(kind, shape, fmt, gpu):
-    from tests.helpers import poisoned_results as rows_of_poison
-
-    w8, w_sf = checkpoint(shape, 17)
+    w8, w_sf = checkpoint(shape, 17, 32 if kind == KINDS[0] else 128)
     *leading, n, k = shape
     upper = None
     if fmt.upper_scale:
@@ -166,6 +181,20 @@ def test_requantize_in_groups_of_rows(kind, shape, fmt, gpu):
     expect_requantized(expected, w8, w_sf, fmt, upper)
     assert_same_bits(given[0], expected[0])
     assert torch.equal(storage_bits(given[1]), storage_bits(expected[1]))
+
+
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
+def test_requantize_two_tiles_a_thread(fmt, kernels, arch):
+    """As large weights are: the last tile of a row is short, or there is none."""
+    gpu = Gpu(kernels, arch, rows_per_thread=2)
+    upper = UpperScale("amax", torch.tensor(0.7)) if fmt.upper_scale else None
+    for k in (1072, 1552):
+        w8, w_sf = checkpoint((2, 131, k), 23)
+        given, expected = (rows_of_poison(fmt, 131, k, "cpu", batch_shape=(2,)) for _ in range(2))
+        gpu.requantize_blocks(w8, w_sf, *given, fmt, upper)
+        expect_requantized(expected, w8, w_sf, fmt, upper)
+        assert_same_bits(given[0], expected[0])
+        assert torch.equal(storage_bits(given[1]), storage_bits(expected[1]))
 
 
 def test_weights_of_any_stride_are_requantized(gpu):

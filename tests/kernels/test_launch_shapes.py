@@ -21,7 +21,6 @@ def test_a_thread_takes_two_rows_of_large_matrices():
     assert tile(rows, k) == DEFAULT_TILE
     assert tile(rows + 1, k) == TWO_ROWS
     assert tile(rows + 1, k, masked=True) == DEFAULT_TILE
-    assert tile(rows + 1, k, ROWWISE_FP8) == DEFAULT_TILE
     assert heuristics.shape(2, rows // 2 + 1, k, DEEP_GEMM, False, SMS).tile == TWO_ROWS
 
 
@@ -63,7 +62,8 @@ def test_ctas_of_masked_experts():
     """At least 16 for each multiprocessor, but no more than there are tiles."""
     assert heuristics.shape(8, 4096, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 19
     assert heuristics.shape(8, 16, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 4
-    assert heuristics.shape(8, 4096, 7168, ROWWISE_FP8, True, SMS).row_ctas == 8 * 264
+    assert heuristics.row_shape(8, 4096, 7168, ROWWISE_FP8, True, SMS).row_ctas == 8 * 264
+    assert heuristics.row_shape(8, 16, 512, ROWWISE_FP8, True, SMS).row_ctas == 8 * 4
     assert heuristics.shape(2**16, 64, 128, DEEP_GEMM, True, SMS).row_ctas == MAX_GRID_Y
     assert heuristics.shape(0, 64, 128, DEEP_GEMM, True, SMS).row_ctas == 0
 
@@ -108,6 +108,32 @@ def test_warps_of_a_norm(fmt, k, tiles_per_thread, max_warps, row_warps):
     shape = heuristics.norm_shape(1, 64, k, fmt, False, SMS)
     assert (shape.tiles_per_thread, shape.max_warps) == (tiles_per_thread, max_warps)
     assert shape.tile.row_warps == row_warps and not shape.tall
+
+
+@pytest.mark.parametrize(
+    ("fmt", "k", "tiles", "max_warps", "held"),
+    [
+        (ROWWISE_FP8, 7, 2, 1, True),
+        (ROWWISE_FP8, 1024, 2, 1, True),
+        (ROWWISE_FP8, 1025, 2, 16, True),
+        (ROWWISE_FP8, 16384, 2, 16, True),
+        (ROWWISE_FP8, 16385, 4, 16, True),
+        (ROWWISE_FP8, 32768, 4, 16, True),
+        (ROWWISE_FP8, 32769, 1, 16, False),
+        (ROWWISE_FP8, 2**20, 1, 16, False),
+        (NVFP4.replace(row_scale=True), 512, 1, 1, True),
+        (NVFP4.replace(row_scale=True), 7168, 2, 8, True),
+        (NVFP4.replace(row_scale=True), 32768, 4, 16, True),
+    ],
+    ids=str,
+)
+def test_warps_of_a_row_that_is_scaled_as_a_whole(fmt, k, tiles, max_warps, held):
+    shape = heuristics.row_shape(1, 64, k, fmt, False, SMS)
+    assert (shape.tile.tiles_per_thread, shape.max_warps, shape.held) == (tiles, max_warps, held)
+    # Short rows share a CTA: there may be 2^31 - 1 of them, and a row of padding.
+    assert shape.tile.row_warps == (4 if max_warps == 1 else 1)
+    if held:
+        assert max_warps * tiles * shape.tile.columns >= k
 
 
 def test_ctas_of_masked_norms():

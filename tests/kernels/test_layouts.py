@@ -9,11 +9,19 @@ import pytest
 import torch
 from cutlass._mlir import ir
 
-from cute_quant import DEEP_GEMM_32, GROUPWISE_FP8, MXFP8, NVFP4, ROWWISE_FP8
+from cute_quant import DEEP_GEMM_32, GROUPWISE_FP8, MXFP8, NVFP4
 from cute_quant.contract.checks import MIN_TILE_ROWS
 from cute_quant.jit.lookup import ARCHITECTURES
 from cute_quant.kernels import heuristics, layouts
-from cute_quant.kernels.config import ALONG, DEFAULT_TILE, DOWN, LANES, Tile
+from cute_quant.kernels.config import (
+    ALONG,
+    BLOCK_TILE,
+    BLOCK_WARPS,
+    DEFAULT_TILE,
+    DOWN,
+    LANES,
+    Tile,
+)
 from cute_quant.kernels.heuristics import TWO_ROWS
 from tests.helpers import FLOAT32, UE8M0
 
@@ -123,7 +131,7 @@ def test_lanes_and_values_cover_a_tile_once(mlir, tile, size):
     assert sorted(places) == sorted(every)
 
 
-@pytest.mark.parametrize("fmt", [*EVERY_LAYOUT, ROWWISE_FP8], ids=str)
+@pytest.mark.parametrize("fmt", EVERY_LAYOUT, ids=str)
 @pytest.mark.parametrize("arch", ARCHITECTURES.values())
 @pytest.mark.parametrize("rows", [1, 64, 100_000])
 def test_tiles_of_experts_have_the_rows_that_checks_count_with(rows, arch, fmt):
@@ -142,3 +150,86 @@ def test_warps_cover_a_cta_once(mlir, shape, order):
     places = [tuple(map(int, layout(warp))) for warp in range(rows * columns)]
     expected = [(2 * row, column) for column in range(columns) for row in range(rows)]
     assert places == (expected if order == DOWN else sorted(expected))
+
+
+def wavefronts(accesses):
+    """Return in how many steps shared memory serves a warp: addresses and bytes of each lane.
+
+    Lanes that access 4 bytes take turns all at once, of 8 bytes by halves, of 16 by quarters of a
+    warp. In a turn each of 32 banks serves one word of 4 bytes.
+    """
+    per_turn = LANES // max(1, accesses[0][1] // 4)
+    steps = 0
+    for first in range(0, LANES, per_turn):
+        banks = {}
+        for address, nbytes in accesses[first : first + per_turn]:
+            assert address % nbytes == 0
+            for word in range(address // 4, -(-(address + nbytes) // 4)):
+                banks.setdefault(word % 32, set()).add(word)
+        steps += max(map(len, banks.values()))
+    return steps
+
+
+def test_wavefronts_are_counted():
+    assert wavefronts([(4 * lane, 4) for lane in range(LANES)]) == 1
+    assert wavefronts([(128 * lane, 4) for lane in range(LANES)]) == 32
+    assert wavefronts([(0, 4)] * LANES) == 1
+    assert wavefronts([(16 * lane, 16) for lane in range(LANES)]) == 4
+    assert wavefronts([(32 * lane, 16) for lane in range(LANES)]) == 8
+
+
+every_width = pytest.mark.parametrize("values", [4, 8, 16])
+
+
+@every_width
+def test_threads_of_a_column_tile_cover_it_once(mlir, values):
+    threads, rows = layouts.threads_of_column_tile(values), layouts.rows_of_block_thread(values)
+    places = []
+    for warp in range(BLOCK_WARPS):
+        of_warp = [threads((lane, warp)) for lane in range(LANES)]
+        assert {int(row) // 16 for row, _ in of_warp} == {warp}, "a warp is in one group of rows"
+        places += [
+            (row + i, column * values + j)
+            for row, column in of_warp
+            for i in range(rows)
+            for j in range(values)
+        ]
+    assert sorted(places) == list(itertools.product(range(BLOCK_TILE), range(BLOCK_TILE)))
+
+
+@every_width
+def test_a_tile_is_transposed_without_bank_conflicts(mlir, values):
+    layout, rows = layouts.transposed_tile(values, 1), layouts.rows_of_block_thread(values)
+    threads, vectors = (
+        layouts.threads_of_column_tile(values),
+        layouts.vectors_of_transposed_tile(16),
+    )
+    stored, read = set(), set()
+    for warp in range(BLOCK_WARPS):
+        places = [threads((lane, warp)) for lane in range(LANES)]
+        for i in range(values):
+            stores = [(int(layout((c * values + i, row))), rows) for row, c in places]
+            assert wavefronts(stores) == max(1, rows // 4)
+            stored |= {address + j for address, nbytes in stores for j in range(nbytes)}
+        for i in range(cute.size(vectors.shape[2])):
+            places_read = [vectors((lane, warp, i)) for lane in range(LANES)]
+            loads = [(int(layout((row, 16 * vector))), 16) for row, vector in places_read]
+            assert wavefronts(loads) == 4
+            read |= {address + j for address, nbytes in loads for j in range(nbytes)}
+    assert stored == read == set(range(BLOCK_TILE * BLOCK_TILE))
+
+
+@every_width
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_columns_are_shared_without_bank_conflicts(mlir, values, itemsize):
+    vector = min(16 // itemsize, values)
+    layout = layouts.vectors_of_column_tile(values, 16 // itemsize, 4)
+    threads = layouts.threads_of_column_tile(values)
+    places = [threads((lane, 0)) for lane in range(LANES)]
+    for i in range(values // vector):
+        accesses = [
+            (int(layout((3, (0, i, column)))) * itemsize, vector * itemsize) for _, column in places
+        ]
+        assert wavefronts(accesses) <= max(1, vector * itemsize // 4)
+    columns = [int(layout((row, c))) for row in range(4) for c in range(BLOCK_TILE)]
+    assert sorted(columns) == list(range(4 * BLOCK_TILE))

@@ -8,7 +8,14 @@ from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, ROWWISE_INT8
 from cute_quant.dispatch import blocks
 from cute_quant.jit.lookup import ARCHITECTURES
 from cute_quant.kernels import architectures
-from cute_quant.kernels.config import DEFAULT_TILE, Access, Domain, QuantizeSpec, launched_on
+from cute_quant.kernels.config import (
+    DEFAULT_TILE,
+    ONE_ROW,
+    Access,
+    Domain,
+    QuantizeSpec,
+    launched_on,
+)
 from cute_quant.kernels.heuristics import TWO_ROWS
 from tests.helpers import FLOAT32, FLOAT32_ROUNDED, FORMATS, UE8M0
 
@@ -22,16 +29,17 @@ MAX_INSTRUCTIONS = {
 }
 """Budgets of the bf16 kernels on sm_100a, by format and rows a thread. They only ever go down."""
 
+MAX_STOCHASTIC = {"sm_90a": 393, "sm_100a": 391}
+"""The same where values are rounded by random numbers, for float32 scales and one row a thread."""
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TILES = {1: DEFAULT_TILE, 2: TWO_ROWS}
 BLOCKED = MXFP8.replace(values=torch.float8_e5m2)
-INT8_ROW = ROWWISE_INT8
 SMALL_GROUPS = DEEP_GEMM_SM90.replace(group_size=16, values=torch.int8, round_scale=True)
 
 VARIANTS = {
     "fp32": (FP32, UE8M0, TWO_ROWS),
     "blocks": (FP32, BLOCKED, DEFAULT_TILE, Domain(batched=True)),
-    "whole row": (BF16, INT8_ROW),
     "masked": (BF16, UE8M0, DEFAULT_TILE, Domain("masked", False, True)),
     "prefix sum": (BF16, UE8M0, TWO_ROWS, Domain("prefix_sum")),
     "gathered": (BF16, UE8M0, TWO_ROWS, Domain("indexed", True)),
@@ -50,6 +58,13 @@ every_arch = pytest.mark.parametrize(
 every_dtype = pytest.mark.parametrize("dtype", [BF16, FP16])
 every_number_of_rows = pytest.mark.parametrize("rows", [1, 2])
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
+
+
+@pytest.mark.parametrize("arch", MAX_STOCHASTIC)
+def test_stochastic_rounding(arch):
+    code = machine_code(QuantizeSpec(BF16, FLOAT32, stochastic=True), arch)
+    assert len(code.opcodes) <= MAX_STOCHASTIC[arch]
+    assert code.stack == 0 and code.registers <= 40
 
 
 @pytest.mark.slow
@@ -102,6 +117,20 @@ def test_registers_only(arch, choices):
 def assert_in_registers(code):
     assert code.count("LDS", "STS", "BAR", "ATOM", "ATOMS", "RED", "LDL", "STL") == 0
     assert code.stack == 0 and code.shared == 0
+
+
+@every_arch
+@pytest.mark.parametrize("tiles", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_row_that_is_one_group_is_read_once(arch, tiles):
+    """All loads are in flight at once; registers leave an SM 32 warps."""
+    spec = QuantizeSpec(BF16, ROWWISE_INT8, ONE_ROW._replace(tiles_per_thread=tiles))
+    code = machine_code(launched_on(spec, arch), arch)
+    wide = architectures.named(arch).widest_load == 32
+    loads = [i for i, op in enumerate(code.opcodes) if op.startswith("LDG")]
+    assert len(loads) == (tiles if wide else 2 * tiles)
+    assert loads[-1] < code.opcodes.index("SHFL.BFLY")
+    assert (code.count("SHFL"), code.count("BAR")) == (5, 1)
+    assert code.count("LDL", "STL") == 0 and code.stack == 0 and code.registers <= 64
 
 
 @pytest.mark.slow

@@ -14,13 +14,15 @@ from cute_quant import (
     MXFP8,
     NVFP4,
     ROWWISE_FP8,
+    ROWWISE_INT8,
+    convert_scales,
     quantize,
 )
 from cute_quant.contract.dtypes import ceil_div
 from cute_quant.contract.formats import Format
-from cute_quant.contract.rows import Indexed, Masked, PrefixSum
+from cute_quant.contract.rows import Indexed, Masked, PrefixSum, PrefixSumWithGaps
 from cute_quant.contract.upper_scales import KINDS, UpperScale
-from cute_quant.kernels.config import DOWN, MAX_GRID_Y, Domain, QuantizeSpec, Tile
+from cute_quant.kernels.config import DOWN, MAX_GRID_Y, ONE_ROW, Domain, QuantizeSpec, Tile
 from tests import oracle
 from tests.helpers import (
     ARCHITECTURES,
@@ -33,6 +35,8 @@ from tests.helpers import (
     POISON,
     UE8M0,
     all_formats,
+    poisoned,
+    poisoned_row_scales,
     poisoned_scales,
     poisoned_values,
     random_bits,
@@ -42,6 +46,7 @@ from tests.helpers import (
 from tests.kernels.cases import (
     DTYPES,
     EVERY_FORMAT,
+    assert_same_storage,
     check,
     check_dequantize,
     check_fake,
@@ -234,10 +239,58 @@ def test_rows_of_several_tiles_a_thread(kernels, arch):
     assert gpu.launched[-1].kernel.spec.tile.tiles_per_thread == 2
 
 
-def test_scales_of_rows_of_several_matrices(kernels, arch):
+@pytest.mark.parametrize("fmt", [PER_ROW, ROWWISE_FP8], ids=str)
+def test_scales_of_rows_of_several_matrices(kernels, arch, fmt):
     """A CTA of several warps goes round a loop with its barriers for them."""
     x = torch.randn(5, 3, 1040, generator=torch.Generator().manual_seed(1)).to(BF16)
-    check(Gpu(kernels, arch, max_grid=2), x, PER_ROW)
+    check(Gpu(kernels, arch, max_grid=2), x, fmt)
+
+
+# Rows that are one group
+
+
+def rows_with_amax_at(columns: tuple[int, ...], k: int) -> torch.Tensor:
+    """Return rows, each with its amax in another column."""
+    x = torch.randn(len(columns), k, generator=torch.Generator().manual_seed(1)).to(BF16)
+    for row, column in enumerate(columns):
+        x[row, column] = -30.0 - row
+    return x
+
+
+@pytest.mark.parametrize(
+    ("fmt", "shape"),
+    [
+        (ROWWISE_FP8, {}),
+        (DEEP_GEMM.replace(group_size=-1), {"held": False, "max_warps": 2}),
+        pytest.param(
+            ROWWISE_INT8, {"held": False, "max_warps": 2}, marks=pytest.mark.slow, id="int8"
+        ),
+    ],
+    ids=["held", "two passes", None],
+)
+def test_a_row_that_is_one_group(kernels, arch, fmt, shape):
+    """Its amax lies in any tile of any warp, and in any pass over the tiles of a long row."""
+    x = rows_with_amax_at((3, 600, 1500, 2000, 2570, 3000), 3001)
+    gpu = Gpu(kernels, arch, tile=ONE_ROW._replace(tiles_per_thread=2), **shape)
+    check(gpu, x, fmt)
+    check(gpu, special_groups(9, 3001, BF16, 2, fmt), fmt, extra_rows=1)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_experts_whose_rows_are_one_group(kernels, arch, held):
+    fmt = DEEP_GEMM.replace(group_size=-1)
+    x = batch((3, 9), 1200, BF16, fmt)
+    gpu = Gpu(kernels, arch, max_grid=4, held=held, max_warps=2)
+    check(gpu, x, fmt, rows=Masked(torch.tensor([9, 0, 5], dtype=torch.int32)))
+    check(gpu, x[0], fmt, index=numbers((7,), -2, 10, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [16385, 32768, 32769])
+def test_longest_rows_of_each_kernel(kernels, arch, k):
+    gpu = Gpu(kernels, arch)
+    check(gpu, rows_with_amax_at((0, k // 2, k - 1), k), ROWWISE_FP8)
+    assert gpu.launched[-1].kernel.spec.held == (k <= 32768)
 
 
 def test_every_tie_of_two_codes(gpu):
@@ -604,3 +657,95 @@ def test_several_blocks_of_scales(gpu):
     x = special_groups(130, 160, BF16, 1, MXFP8)
     check(gpu, x, MXFP8)
     check_dequantize(gpu, *quantize(x, MXFP8), MXFP8, BF16)
+
+
+# Columns of scales without padding rows
+
+
+def dense_scales(fmt, batch_shape, mn, k):
+    """Return scales whose columns follow each other in poisoned memory, and that memory."""
+    columns, guard = fmt.columns(k), 7
+    count = math.prod(batch_shape) * mn * columns
+    storage = poisoned((count + guard) * fmt.sf_dtype.itemsize, "cpu").view(fmt.sf_dtype)
+    sf = storage[:count].view(*batch_shape, columns, mn).mT
+    return sf, storage[count:]
+
+
+@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32], ids=str)
+def test_columns_without_padding_rows(gpu, fmt):
+    """The scales of dense, masked, stacked and batched rows; nothing is written beside them."""
+    k, ends = 640, torch.tensor([3, 7], dtype=torch.int32)
+    for batch_shape, mn, rows in (
+        ((), 7, None),
+        ((), 10, PrefixSum(ends, 4)),
+        ((3,), 5, Masked(torch.tensor([5, 0, 2], dtype=torch.int32))),
+        ((2,), 6, None),
+    ):
+        x = batch((*batch_shape, mn), k, BF16, fmt)
+        found = []
+        for run in (
+            gpu.quantize,
+            lambda x, q, sf, fmt, rows: quantize(x, fmt, rows=rows, out=(q, sf)),
+        ):
+            q = poisoned(x.numel(), "cpu").view(fmt.values).view(x.shape)
+            sf, guard = dense_scales(fmt, batch_shape, mn, k)
+            before = guard.clone()
+            run(x, q, sf, fmt, rows)
+            assert torch.equal(guard, before)
+            found.append((q, sf))
+        for name, actual, expected in zip(("q", "sf"), *found, strict=True):
+            assert_same_storage(name, actual, expected)
+        q, sf = quantize(x, fmt, rows=rows)
+        live = torch.ones(x.shape[:-1], dtype=torch.bool)
+        if isinstance(rows, Masked):
+            live = torch.arange(mn) < rows.masked_m[:, None]
+        assert torch.equal(
+            sf[live].contiguous().view(torch.int32), found[0][1][live].view(torch.int32)
+        )
+
+
+@pytest.mark.parametrize("fmt", [UE8M0, FLOAT32, MXFP4, PER_ROW], ids=str)
+def test_gaps_that_are_kept(gpu, fmt):
+    """Rows between groups hold what they held, on the CPU too; those past the last are zeros."""
+    mn, k, ends = 22, 640, torch.tensor([3, 9, 9, 18], dtype=torch.int32)
+    live = torch.tensor([*[1] * 3, 0, *[1] * 5, *[0] * 3, *[1] * 6, *[0] * 4], dtype=torch.bool)
+    x = special_groups(mn, k, BF16, 4, fmt)
+    x = x.where(x.isfinite(), 1.0)
+
+    def on_cpu(x, q, sf, fmt, rows, row_scales):
+        quantize(x, fmt, rows=rows, out=(q, sf, *([] if row_scales is None else [row_scales])))
+
+    def on_gpu(x, q, sf, fmt, rows, row_scales):
+        gpu.quantize(x, q, sf, fmt, rows, row_scales=row_scales)
+
+    found = []
+    for run, kind in (
+        (on_gpu, PrefixSumWithGaps),
+        (on_cpu, PrefixSumWithGaps),
+        (on_cpu, PrefixSum),
+    ):
+        q = poisoned_values(mn + 2, fmt.value_columns(k), "cpu").view(fmt.values)
+        sf = poisoned_scales(fmt, mn, k, "cpu")
+        row_scales = poisoned_row_scales((mn,), "cpu") if fmt.row_scale else None
+        run(x, q, sf, fmt, kind(ends, 4), row_scales)
+        found.append((q, sf, *([] if row_scales is None else [row_scales])))
+    for on_gpu_, on_cpu_ in zip(*found[:2], strict=True):
+        assert_same_storage("gaps", on_gpu_, on_cpu_)
+    q, zeroed = found[1][0].view(torch.uint8), found[2][0].view(torch.uint8)
+    assert q[:mn][~live].eq(POISON).all() and not q[mn:].any()
+    assert torch.equal(q[:mn][live], zeroed[:mn][live]) and not zeroed[:mn][~live].any()
+    if not fmt.blocked:
+        sf, zeroed = (t[1].contiguous().view(torch.uint8) for t in found[1:])
+        assert sf[~live].eq(POISON).all() and torch.equal(sf[live], zeroed[live])
+    if fmt.row_scale:
+        assert found[1][2][~live].contiguous().view(torch.uint8).eq(POISON).all()
+
+
+def test_gaps_that_are_kept_have_no_index():
+    rows = PrefixSumWithGaps(torch.tensor([3], dtype=torch.int32))
+    x, index = torch.ones(4, 128, dtype=BF16), torch.arange(4, dtype=torch.int32)
+    with pytest.raises(ValueError, match="index: expected None for rows=PrefixSumWithGaps"):
+        quantize(x, rows=rows, index=index)
+    sf = quantize(x)[1]
+    with pytest.raises(ValueError, match="rows: expected PrefixSum, got PrefixSumWithGaps"):
+        convert_scales(sf, DEEP_GEMM, DEEP_GEMM, (4, 128), rows=rows)

@@ -16,6 +16,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 VARIANTS = {
     "fused": {},
     "unfused": {"rounding": "unfused"},
+    "huggingface": {"rounding": "huggingface", "residual": True},
+    "vllm": {"rounding": "vllm", "residual": True, "normalized": True},
     "offset": {"offset": 1.0, "eps": 0.1},
     "float32 weight": {"weight_dtype": FP32},
     "residual": {"residual": True},
@@ -87,7 +89,7 @@ def test_more_threads_than_compiled_for(kernels, arch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "fmt", "k"), FORMATS, ids=str)
 def test_formats(gpu, dtype, fmt, k):
-    for name in ("fused", "all"):
+    for name in ("fused", "all", "vllm"):
         check_rms_norm(gpu, 5, k, fmt, dtype, extra_rows=1, last_padding=False, **VARIANTS[name])
 
 
@@ -100,7 +102,8 @@ def test_batches(kernels, arch, fmt):
     """
     for max_grid in (65535, 2):
         gpu = Gpu(kernels, arch, max_grid=max_grid)
-        check_rms_norm(gpu, 5, 1040, fmt, batch=(5,), extra_rows=1, **VARIANTS["all"])
+        for name in ("all", "huggingface"):
+            check_rms_norm(gpu, 5, 1040, fmt, batch=(5,), extra_rows=1, **VARIANTS[name])
 
 
 MASKED = {

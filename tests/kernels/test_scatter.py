@@ -15,11 +15,13 @@ from cute_quant import (
     ROWWISE_FP8,
     ROWWISE_INT8,
     PrefixSum,
+    quantize,
 )
 from cute_quant.contract.prologues import make_rms_norm, make_silu_mul
 from cute_quant.emulator import MemoryFault
+from cute_quant.kernels.config import ONE_ROW
 from tests import oracle
-from tests.helpers import ARCHITECTURES, poisoned_results
+from tests.helpers import ARCHITECTURES, poisoned, poisoned_results
 from tests.kernels.cases import assert_same_storage, check, special_groups
 from tests.kernels.emulated_gpu import Gpu
 from tests.places import DOMAINS, in_records, places, row_domain
@@ -60,6 +62,80 @@ def test_every_byte(kernels, arch, kind, dtype, fmt, k):
         x = special_groups(len(scatter), k, dtype, seed, fmt)
         options = {"rows": rows, "scatter": scatter, "num_rows": mn}
         check(Gpu(kernels, arch), x, fmt, **options, last_padding=seed == 1)
+
+
+@pytest.mark.parametrize(
+    ("arch", "fmt"),
+    [
+        ("sm_90a", DEEP_GEMM),
+        ("sm_100a", ROWWISE_INT8),
+        pytest.param("sm_90a", NVFP4.replace(row_scale=True), marks=pytest.mark.slow),
+        pytest.param("sm_100a", MXFP8, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_gaps_that_are_kept(kernels, arch, fmt):
+    """Rows between groups keep what memory held, whatever places name them."""
+    rows, _, mn = row_domain("prefix_sum_with_gaps", 4)
+    scatter = places(rows, 1, mn, 4, 3, unnamed=2)
+    x = special_groups(len(scatter), 640, BF16, 4, fmt)
+    check(Gpu(kernels, arch), x, fmt, rows=rows, scatter=scatter, num_rows=mn)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "fmt"),
+    [
+        ("sm_100a", "masked", DEEP_GEMM),
+        ("sm_90a", "dense", ROWWISE_FP8),
+        pytest.param("sm_90a", "prefix_sum", MXFP4, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_stochastic_rounding(kernels, arch, kind, fmt):
+    """All places of a row have the same bytes, drawn for its place in x."""
+    rows, matrices, mn = row_domain(kind, 5)
+    scatter = places(rows, matrices, mn, 5)
+    x = special_groups(len(scatter), 640, BF16, 5, fmt)
+    state = torch.tensor([2**40 + 3, 5])
+    options = {"rows": rows, "scatter": scatter, "num_rows": mn, "rng_state": state}
+    check(Gpu(kernels, arch), x, fmt, **options)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "shape"),
+    [
+        (ROWWISE_FP8, {"tile": ONE_ROW._replace(tiles_per_thread=2), "max_warps": 4}),
+        (ROWWISE_INT8, {"tile": ONE_ROW, "held": False, "max_warps": 2}),
+    ],
+    ids=["held", "two passes"],
+)
+def test_rows_that_are_one_group(kernels, arch, fmt, shape):
+    """Of several warps, and in each pass over the tiles of a row that no CTA holds."""
+    rows, matrices, mn = row_domain("masked", 6)
+    scatter = places(rows, matrices, mn, 6, 2)
+    x = special_groups(len(scatter), 3001, FP16, 8, fmt)
+    gpu = Gpu(kernels, arch, max_grid=3, **shape)
+    check(gpu, x, fmt, rows=rows, scatter=scatter, num_rows=mn)
+
+
+@pytest.mark.parametrize("kind", ["dense", "masked"])
+def test_columns_of_scales_without_padding_rows(gpu, kind):
+    rows, matrices, mn = row_domain(kind, 3)
+    scatter = places(rows, matrices, mn, 3)
+    batch = (matrices,) if kind == "masked" else ()
+    x = special_groups(len(scatter), 640, BF16, 3)
+    found = []
+    for run in (gpu.quantize, on_cpu):
+        q, _ = poisoned_results(DEEP_GEMM_SM90, mn, 640, "cpu", batch_shape=batch)
+        sf = poisoned(4 * matrices * mn * 5, "cpu").view(torch.float32).view(*batch, 5, mn).mT
+        run(x, q, sf, DEEP_GEMM_SM90, rows, scatter=scatter)
+        found.append((q, sf))
+    for name, a, b in zip(("q", "sf"), *found, strict=True):
+        assert_same_storage(name, a, b)
+
+
+def on_cpu(x, q, sf, fmt, rows, scatter):
+    quantize(x, fmt, rows=rows, scatter=scatter, out=(q, sf))
 
 
 @pytest.mark.parametrize("width", [9, pytest.param(32, marks=pytest.mark.slow)])

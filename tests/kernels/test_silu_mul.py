@@ -21,6 +21,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 VARIANTS = {
     "fused": {},
     "unfused": {"rounding": "unfused"},
+    "vllm": {"rounding": "vllm", "clamp": 2.53, "beta": 0.3},
+    "vllm weighted": {"rounding": "vllm", "weighted": True},
     "clamped": {"clamp": 2.5},
     "scaled": {"alpha": 1.702},
     "shifted": {"beta": -1.0},

@@ -100,7 +100,7 @@ def test_refusals(arguments, message, capsys):
 def test_explanations_agree_with_check_scales(fmt):
     facts = explanation.explain(fmt, 5, 64)
     names = facts["check_scales"]
-    assert (facts["readers"] != explanation.UNKNOWN_READERS) or not names
+    assert all(READERS[name].name in fmt.readers for name in names)
     checked = explanation.describe(fmt, 5, 64).splitlines()[2]
     assert checked == f"checked   by check_scales for {', '.join(names) or 'no reader'}"
     q = torch.zeros(5, fmt.value_columns(64), dtype=torch.uint8).view(fmt.values)

@@ -71,7 +71,7 @@ def check(kernels, arch, tile, fmt, dtype, access, mn, k, batch=()):
     spec = QuantizeSpec(dtype, fmt, tile, Domain(batched=bool(batch)), access)
     upper = UpperScale(ENCODE, torch.ones(1)) if fmt.upper_scale else None
     spec = spec._replace(upper=upper and upper.kind)
-    operands = x, *results[0], upper and upper.tensor, None, None, 0, 1, 1, fmt.floor
+    operands = x, *results[0], upper and upper.tensor, None, None, None, 0, 1, 1, fmt.floor
     kernels.get(spec, arch)(*operands, outputs=results[0])
     oracle.quantize_into(x, *results[1], fmt, upper=upper)
     for name, actual, expected in zip(("q", "sf"), *results, strict=True):

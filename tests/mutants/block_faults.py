@@ -7,6 +7,8 @@ REFERENCE = "contract/block_reference.py"
 DISPATCH = "dispatch/blocks.py"
 OPERATORS = "dispatch/block_ops.py"
 KERNEL = "kernels/blocks.py"
+TILE = "kernels/block_tile.py"
+STAGE = "kernels/stage.py"
 REQUANTIZE = "kernels/requantize.py"
 DEQUANTIZE = "kernels/dequantize.py"
 LAYOUTS = "kernels/layouts.py"
@@ -20,6 +22,7 @@ PLACES = [f"{ON_KERNEL}::test_each_value_counts_in_its_block_alone"]
 IN_BLOCKS = [f"{ON_KERNEL}::test_requantize_in_blocks"]
 IN_GROUPS = [f"{ON_KERNEL}::test_requantize_in_groups_of_rows"]
 FORMATS = [f"{ON_CONTRACT}::test_every_format"]
+CHECKPOINT = [f"{ON_CONTRACT}::test_check_names_what_a_checkpoint_has_wrong"]
 
 FAULTS = [
     Fault(
@@ -67,8 +70,8 @@ FAULTS = [
     Fault(
         "blocks-scales-of-any-shape",
         BLOCKS,
-        "if not same_sizes(sf.shape, expected):",
-        "if len(sf.shape) != len(expected):",
+        "if not any(same_sizes(sf.shape, blocks) for blocks in expected.values()):",
+        "if not any(len(sf.shape) == len(blocks) for blocks in expected.values()):",
         [f"{ON_CONTRACT}::test_dequantize_refuses"],
     ),
     Fault(
@@ -164,9 +167,9 @@ FAULTS = [
     ),
     Fault(
         "blocks-transposed-barrier",
-        KERNEL,
-        "self.rows // per_byte))\n        cute.arch.barrier()",
-        "self.rows // per_byte))",
+        TILE,
+        "rows // per_byte))\n    cute.arch.barrier()",
+        "rows // per_byte))",
         STRIDES,
     ),
     Fault(
@@ -206,23 +209,30 @@ FAULTS = [
     ),
     Fault(
         "blocks-padding-rows-have-scales",
-        KERNEL,
-        "scale = scale if row < problem.n and group < groups else Uint32(0)",
-        "scale = scale if group < groups else Uint32(0)",
+        STAGE,
+        "scale = scale if row_exists and group < groups else type(scale)(0)",
+        "scale = scale if group < groups else type(scale)(0)",
         SHAPES,
     ),
     Fault(
         "blocks-rows-past-the-storage",
-        KERNEL,
-        "predicate = predicate and layouts.unsigned(element) < scales.elements",
-        "predicate = predicate and layouts.unsigned(element) <= scales.elements",
+        STAGE,
+        "layouts.unsigned(element) < scales.elements\n        if predicate:\n            scale",
+        "layouts.unsigned(element) <= scales.elements\n        if predicate:\n            scale",
         [f"{ON_KERNEL}::test_every_format"],
     ),
     Fault(
         "blocks-scale-of-w-past-the-last",
         KERNEL,
-        "if tile[1] < scales.shape[1]:",
-        "if tile[1] <= scales.shape[1]:",
+        "and column < scales.shape[1]:",
+        "and column <= scales.shape[1]:",
+        IN_BLOCKS,
+    ),
+    Fault(
+        "blocks-scale-of-w-below-the-last",
+        KERNEL,
+        "or row < scales.shape[0]",
+        "or row <= scales.shape[0]",
         IN_BLOCKS,
     ),
     Fault(
@@ -234,9 +244,9 @@ FAULTS = [
     ),
     Fault(
         "blocks-transposed-rows-of-q",
-        KERNEL,
-        "copy.store(tXrQ, gQ, segment, row_index < problem.n, self.spec.q_access)",
-        "copy.store(tXrQ, gQ, segment, row_index <= problem.n, self.spec.q_access)",
+        TILE,
+        "copy.store(tXrQ, gQ, to, row_index < num_rows, access)",
+        "copy.store(tXrQ, gQ, to, row_index <= num_rows, access)",
         SHAPES,
     ),
     Fault(
@@ -277,8 +287,8 @@ FAULTS = [
     Fault(
         "requantize-groups-of-the-source",
         REQUANTIZE,
-        "_, block = layouts.lanes(self.spec.tile.lanes_per_group(SOURCE_BLOCK))(segment.lane)",
-        "_, block = layouts.lanes(self.spec.tile.lanes_per_group(64))(segment.lane)",
+        "_, block = layouts.lanes(tile.lanes_per_group(size))(segment.lane)",
+        "_, block = layouts.lanes(tile.lanes_per_group(64))(segment.lane)",
         IN_GROUPS,
     ),
     Fault(
@@ -294,5 +304,85 @@ FAULTS = [
         "if self.predicate and tXcX[0] < k:",
         "if self.predicate and tXcX[0] < k + 128:",
         IN_GROUPS,
+    ),
+    Fault(
+        "requantize-first-block-of-a-tile",
+        KERNEL,
+        "row, column = (tile[i] * blocks + block[i] for i in range(2))",
+        "row, column = (tile[i] * blocks + 0 * block[i] for i in range(2))",
+        IN_BLOCKS,
+    ),
+    Fault(
+        "requantize-scales-of-the-transpose",
+        KERNEL,
+        "            row, column = column, row\n",
+        "            pass\n",
+        IN_BLOCKS,
+    ),
+    Fault(
+        "requantize-blocks-of-one-size",
+        DISPATCH,
+        "SOURCE_BLOCK if w_sf is None else blocks.block_size(w, w_sf)",
+        "SOURCE_BLOCK",
+        IN_BLOCKS,
+    ),
+    Fault(
+        "requantize-blocks-taken-for-large-ones",
+        BLOCKS,
+        "return SOURCE_BLOCK if fits_most else min(BLOCK_SIZES)",
+        "return SOURCE_BLOCK",
+        [f"{ON_CONTRACT}::test_requantize_in_blocks"],
+    ),
+    Fault(
+        "checkpoint-negative-scales",
+        REFERENCE,
+        "~(w_sf.isfinite() & (w_sf >= 0))",
+        "~w_sf.isfinite()",
+        CHECKPOINT,
+    ),
+    Fault(
+        "checkpoint-nan-of-one-sign",
+        REFERENCE,
+        "codes = (w8.view(torch.uint8) & E4M3_NAN)",
+        "codes = w8.view(torch.uint8)",
+        CHECKPOINT,
+    ),
+    Fault(
+        "checkpoint-infinite-products",
+        REFERENCE,
+        "w_sf, products.isinf())",
+        "w_sf, products.isnan())",
+        CHECKPOINT,
+    ),
+    Fault(
+        "checkpoint-upper-scale-unread",
+        REFERENCE,
+        "reference.check_upper_scale(Call(products, fmt, upper=upper))",
+        "pass",
+        CHECKPOINT,
+    ),
+    Fault(
+        "names-of-two-accesses-alike",
+        "jit/keys.py",
+        "words += [prefix + word for word in _distinctive(choice)]",
+        "words += _distinctive(choice)",
+        [f"{ON_DISPATCH}::test_kernels_of_a_range_have_names_of_their_own"],
+    ),
+    Fault(
+        "warm-up-without-small-source-blocks",
+        "dispatch/reachable.py",
+        "source_blocks = calls.source_blocks if requantized else (SOURCE_BLOCK,)",
+        "source_blocks = (SOURCE_BLOCK,)",
+        ["tests/dispatch/test_warm_up.py::test_nothing_is_compiled_after_a_warm_up[weights]"],
+    ),
+    Fault(
+        "warm-up-of-aligned-scales-alone",
+        "dispatch/reachable.py",
+        "sf = _scales(calls.fmt, sizes, x_bytes, apart=True)",
+        "sf = _scales(calls.fmt, sizes, LOAD_BYTES, apart=True)",
+        [
+            "tests/dispatch/test_warm_up.py::"
+            "test_nothing_is_compiled_after_a_warm_up[scales of experts]"
+        ],
     ),
 ]

@@ -17,6 +17,7 @@ DIFFERENCES = "cli/differences.py"
 
 ON_INPUTS = "tests/contract/test_inputs.py"
 ON_OUTPUTS = "tests/contract/test_outputs.py"
+ON_PACKAGE_NUMERICS = "tests/integrations/test_package_numerics.py"
 ON_REFERENCE = "tests/contract/test_reference.py"
 ON_UPPER_SCALE = "tests/contract/test_upper_scale.py"
 ON_SILU = "tests/contract/test_silu_mul.py"
@@ -48,15 +49,15 @@ FAULTS = [
     Fault(
         "reference-float-scale-of-inf",
         REFERENCE,
-        "scales.clamp(min=fmt.floor).where(amax.isfinite(), torch.nan)",
-        "scales.clamp(min=fmt.floor)",
+        "        return scales.where(amax.isfinite(), torch.nan)",
+        "        return scales",
         [f"{ON_INPUTS}::test_every_format"],
     ),
     Fault(
         "reference-float-scale-without-floor",
         REFERENCE,
-        "scales.clamp(min=fmt.floor).where(amax",
-        "scales.where(amax",
+        "scales if fmt.bounds_amax else scales.clamp(min=fmt.floor)",
+        "scales",
         [f"{ON_INPUTS}::test_floors_of_floats"],
     ),
     Fault(
@@ -83,22 +84,43 @@ FAULTS = [
     Fault(
         "reference-deepgemm-numerics-divide",
         REFERENCE,
-        "amax.float() * (1.0 / largest) if fmt.reciprocal else amax.float() / largest",
-        "amax.float() / largest",
+        "scales = bounded * (1.0 / largest)",
+        "scales = bounded / largest",
         [f"{ON_REFERENCE}::test_float32_scale_of_deepgemm_is_a_rounded_product"],
+    ),
+    Fault(
+        "reference-vllm-numerics-multiply",
+        REFERENCE,
+        "if fmt.divides:",
+        "if False:",
+        [f"{ON_PACKAGE_NUMERICS}::test_float32_scales[GROUPWISE_FP8-vllm]"],
+    ),
+    Fault(
+        "reference-sglang-numerics-exact",
+        REFERENCE,
+        "multipliers = rcp_approx(amax) * largest",
+        "multipliers = largest / amax",
+        [f"{ON_PACKAGE_NUMERICS}::test_float32_scales[GROUPWISE_FP8-sglang]"],
+    ),
+    Fault(
+        "reference-int8-never-truncated",
+        REFERENCE,
+        "values.trunc() if fmt.truncates else values.round()",
+        "values.round()",
+        [f"{ON_PACKAGE_NUMERICS}::test_float32_scales[INT8-vllm]"],
     ),
     Fault(
         "reference-ieee-numerics-multiply",
         REFERENCE,
-        "amax.float() * (1.0 / largest) if fmt.reciprocal else amax.float() / largest",
-        "amax.float() * (1.0 / largest)",
+        "                scales = bounded / largest",
+        "                scales = bounded * (1.0 / largest)",
         [f"{ON_REFERENCE}::test_float32_scale_is_the_rounded_quotient"],
     ),
     Fault(
         "reference-values-divided",
         REFERENCE,
-        "values = groups * (1.0 / scales).unsqueeze(-1)",
-        "values = groups / scales.unsqueeze(-1)",
+        "if fmt.divides:",
+        "if True:",
         [f"{ON_REFERENCE}::test_exact_oracle_of_float32_scales"],
     ),
     Fault(
@@ -174,8 +196,8 @@ FAULTS = [
     Fault(
         "reference-scale-of-a-dead-row",
         REFERENCE,
-        "scales = ue8m0_to_float32(scales).where(scales > 0, 0.0)",
-        "scales = ue8m0_to_float32(scales)",
+        "return ue8m0_to_float32(scales).where(scales > 0, 0.0)",
+        "return ue8m0_to_float32(scales)",
         [f"{ON_INPUTS}::test_rows"],
     ),
     Fault(
@@ -195,8 +217,8 @@ FAULTS = [
     Fault(
         "reference-gates-and-ups-swapped",
         REFERENCE,
-        "gate, up = gate_up[..., 0::2], gate_up[..., 1::2]",
-        "up, gate = gate_up[..., 0::2], gate_up[..., 1::2]",
+        "return gate_up[..., 0::2], gate_up[..., 1::2]",
+        "return gate_up[..., 1::2], gate_up[..., 0::2]",
         [f"{ON_SILU}::test_interleaving", f"{ON_SILU}::test_options"],
     ),
     Fault(
@@ -598,7 +620,7 @@ FAULTS = [
     Fault(
         "rows-alignment-of-other-kinds",
         ROWS,
-        "if kind != PrefixSum.kind and alignment != 1:",
+        "if kind not in PREFIX_SUMS and alignment != 1:",
         "if False:",
         [f"{ON_CHECKS}::test_operands_of_the_operator_belong_to_the_rows"],
     ),
@@ -828,7 +850,7 @@ FAULTS = [
     Fault(
         "formats-default-floor-has-two-objects",
         FORMATS,
-        "if min_scale == default_min_scale(scale_dtype, numerics):",
+        "if min_scale == default:",
         "if False:",
         [f"{ON_FORMATS}::test_the_default_has_a_name_and_is_one_object"],
     ),

@@ -123,7 +123,7 @@ FAULTS = [
     Fault(
         "plan-rows-of-a-short-row",
         PLAN,
-        "ragged=k % launch.tile.values_per_thread != 0,",
+        "ragged=(prologue.part or k) % launch.tile.values_per_thread != 0,",
         "ragged=False,",
         [f"{ON_QUANTIZE_KERNEL}::test_formats"],
     ),
@@ -230,7 +230,7 @@ FAULTS = [
     Fault(
         "launch-padding-on-the-cpu",
         LAUNCH,
-        'region_of_scales("out sf", sf, mn_major=fmt.mn_major)',
+        'region_of_scales("out sf", sf, mn_major=padded)',
         'region_of_scales("out sf", sf, mn_major=False)',
         [
             f"{ON_INPUTS}::test_outputs_overlap_nothing",

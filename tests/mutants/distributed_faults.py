@@ -112,6 +112,13 @@ FAULTS = [
         [ON_DTENSOR],
     ),
     Fault(
+        "sharding-of-random-numbers",
+        SHARDING,
+        'for name in ("scatter", "rng_state"))',
+        'for name in ("scatter",))',
+        [ON_DTENSOR],
+    ),
+    Fault(
         "sharding-moves-what-is-written",
         SHARDING,
         "            found = [s for s in found if s.arguments.get(name) == dimension]\n",

@@ -14,13 +14,18 @@ Left out, since nothing that a caller sees depends on them:
 
 from tests.mutants import (
     block_faults,
+    checkpoint_faults,
+    column_faults,
     contract_faults,
     dispatch_faults,
     distributed_faults,
+    engine_faults,
     jit_faults,
     kernels_faults,
+    nn_faults,
     scales_faults,
     scatter_faults,
+    stochastic_faults,
 )
 
 FAULTS = [
@@ -29,7 +34,12 @@ FAULTS = [
     *distributed_faults.FAULTS,
     *kernels_faults.FAULTS,
     *block_faults.FAULTS,
+    *column_faults.FAULTS,
     *scales_faults.FAULTS,
     *scatter_faults.FAULTS,
+    *stochastic_faults.FAULTS,
+    *nn_faults.FAULTS,
     *jit_faults.FAULTS,
+    *checkpoint_faults.FAULTS,
+    *engine_faults.FAULTS,
 ]

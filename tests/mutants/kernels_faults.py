@@ -31,6 +31,7 @@ ON_ARITHMETIC = "tests/kernels/test_arithmetic.py"
 ON_SILU_KERNEL = "tests/kernels/test_silu_mul.py"
 ON_NORM_KERNEL = "tests/kernels/test_rms_norm.py"
 ON_UPPER_SCALES = "tests/kernels/test_upper_scales.py"
+ON_PACKAGE_NUMERICS = "tests/integrations/test_package_numerics.py"
 ON_AMAX = "tests/kernels/test_amax.py"
 
 DEEPGEMM_CASE = "sm_100a-e4m3:128:float32:mn_major:numerics=deepgemm-torch.bfloat16"
@@ -182,8 +183,8 @@ FAULTS = [
     Fault(
         "rows-of-q-past-the-rows",
         ROW_DOMAINS,
-        "indices[i] < problem.num_q_rows, groups[i])",
-        "indices[i] < num_rows, groups[i])",
+        "[index < problem.num_q_rows for index in indices]",
+        "[index < num_rows for index in indices]",
         [f"{ON_QUANTIZE_KERNEL}::test_more_rows_of_q"],
     ),
     Fault(
@@ -474,6 +475,83 @@ FAULTS = [
         [f"{ON_QUANTIZE_KERNEL}::test_random_bits"],
     ),
     Fault(
+        "rows-gaps-that-are-kept-written",
+        ROW_DOMAINS,
+        "if const_expr(domain.keeps_gaps):",
+        "if const_expr(False):",
+        [f"{ON_QUANTIZE_KERNEL}::test_gaps_that_are_kept"],
+    ),
+    Fault(
+        "stage-scales-of-gaps-that-are-kept-written",
+        STAGE,
+        "if const_expr(self.keeps_gaps):",
+        "if const_expr(False):",
+        [f"{ON_QUANTIZE_KERNEL}::test_gaps_that_are_kept"],
+    ),
+    Fault(
+        "stage-dense-columns-padded",
+        STAGE,
+        "rows = mn if const_expr(dense) else round_up(mn, SCALE_ROW_ALIGNMENT)",
+        "rows = round_up(mn, SCALE_ROW_ALIGNMENT)",
+        [f"{ON_QUANTIZE_KERNEL}::test_columns_without_padding_rows"],
+    ),
+    Fault(
+        "norm-row-of-a-library-not-rounded",
+        RMS_NORM,
+        "rounded = [encodings.round_to(value * factor, self.dtype) for value in values]",
+        "rounded = [value * factor for value in values]",
+        [f"{ON_NORM_KERNEL}::test_variants[sm_90a-vllm]"],
+    ),
+    Fault(
+        "norm-sum-of-vllm-rounded",
+        RMS_NORM,
+        "[self.round(v) for v in sums] if rounds_sum(spec.rounding) else sums",
+        "[self.round(v) for v in sums]",
+        [f"{ON_NORM_KERNEL}::test_variants[sm_90a-vllm]"],
+    ),
+    Fault(
+        "silu-product-of-vllm-not-rounded-before-its-weight",
+        SILU_MUL,
+        "not (rounding == VLLM and after_product)",
+        "not (rounding == VLLM and False)",
+        [f"{ON_SILU_KERNEL}::test_variants[sm_90a-vllm weighted]"],
+    ),
+    Fault(
+        "scales-sglang-numerics-of-the-scale",
+        SCALES,
+        "multiplier = cute.arch.rcp_approx(bounded) * largest",
+        "multiplier = cute.arch.rcp_approx(scale)",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels_of_float32_scales[GROUPWISE_FP8-sglang]"],
+    ),
+    Fault(
+        "scales-bounded-amax-not-finite",
+        SCALES,
+        "GroupScale(multiplier if finite else nan, scale if finite else nan)",
+        "GroupScale(multiplier, scale if finite else nan)",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels_on_groups_that_are_not_finite"],
+    ),
+    Fault(
+        "encodings-quotient-without-its-remainder",
+        ENCODINGS,
+        "quotient = cute.math.fma(remainder, inverse, estimate)",
+        "quotient = estimate",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels_of_float32_scales[GROUPWISE_FP8-vllm]"],
+    ),
+    Fault(
+        "encodings-quotient-without-the-sign-of-zero",
+        ENCODINGS,
+        "(quotient.bitcast(Uint32) | sign).bitcast(Float32)",
+        "quotient",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels_of_float32_scales[GROUPWISE_FP8-vllm]"],
+    ),
+    Fault(
+        "encodings-truncated-to-nearest",
+        ENCODINGS,
+        "Float32(1.0) if above else Float32(0.0)",
+        "Float32(0.0)",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels_of_float32_scales[INT8-vllm]"],
+    ),
+    Fault(
         "scales-deepgemm-numerics-divide",
         SCALES,
         "if const_expr(reciprocal_of_max):",
@@ -588,10 +666,59 @@ FAULTS = [
     ),
     Fault(
         "quantize-row-amax-of-the-last-tile",
-        QUANTIZE,
-        "amax = self.stage.larger(amax, self.stage.thread_amax(tXrV))",
-        "amax = self.stage.thread_amax(tXrV)",
-        [f"{ON_QUANTIZE_KERNEL}::test_formats"],
+        QUANTIZE_ROWS,
+        "amax = self.stage.larger(amax, self.thread_amax([source.values(t) for t in tXrX]))",
+        "amax = self.thread_amax([source.values(t) for t in tXrX])",
+        [f"{ON_QUANTIZE_KERNEL}::test_a_row_that_is_one_group"],
+    ),
+    Fault(
+        "quantize-row-amax-of-the-first-tile",
+        QUANTIZE_ROWS,
+        "return functools.reduce(self.stage.larger, map(self.stage.thread_amax, tXrV))",
+        "return self.stage.thread_amax(tXrV[0])",
+        [f"{ON_QUANTIZE_KERNEL}::test_a_row_that_is_one_group[sm_90a-held]"],
+    ),
+    Fault(
+        "quantize-row-amax-of-a-warp",
+        QUANTIZE_ROWS,
+        "        return arithmetic.thread_max(maxima.load())\n\n",
+        "        return maxima[0]\n\n",
+        [f"{ON_QUANTIZE_KERNEL}::test_a_row_that_is_one_group[sm_90a-held]"],
+    ),
+    Fault(
+        "heuristics-one-short-row-a-cta",
+        HEURISTICS,
+        "        if shape.max_warps > 1:\n",
+        "        if shape.max_warps >= 1:\n",
+        [f"{ON_LAUNCH_SHAPES}::test_warps_of_a_row_that_is_scaled_as_a_whole"],
+    ),
+    Fault(
+        "quantize-row-amax-before-all-warps-have-stored",
+        QUANTIZE_ROWS,
+        "maxima = self.store_warp_partial(amax)\n        cute.arch.sync_threads()",
+        "maxima = self.store_warp_partial(amax)",
+        [f"{ON_QUANTIZE_KERNEL}::test_a_row_that_is_one_group[sm_90a-held]"],
+    ),
+    Fault(
+        "quantize-row-of-one-pass-of-its-warps",
+        QUANTIZE_ROWS,
+        "num_parts = cute.ceil_div(self.stage.tiles(problem.k), self.tiles_per_thread)",
+        "num_parts = self.spec.max_warps",
+        [f"{ON_QUANTIZE_KERNEL}::test_a_row_that_is_one_group"],
+    ),
+    Fault(
+        "heuristics-longer-rows-than-registers",
+        HEURISTICS,
+        "held = tiles <= MAX_TILES",
+        "held = tiles <= 2 * MAX_TILES",
+        [f"{ON_LAUNCH_SHAPES}::test_warps_of_a_row_that_is_scaled_as_a_whole"],
+    ),
+    Fault(
+        "checks-tiles-of-whole-rows",
+        "contract/checks.py",
+        "isinstance(prologue, RmsNorm) or fmt.by_row",
+        "isinstance(prologue, RmsNorm) or fmt.row_scale",
+        ["tests/contract/test_tensors.py::test_most_rows_of_experts"],
     ),
     Fault(
         "quantize-second-row-from-the-first",
@@ -638,8 +765,8 @@ FAULTS = [
     Fault(
         "silu-product-rounded-once",
         SILU_MUL,
-        "product = self.round(self.round(gate * self.sigmoid(gate)) * up)",
-        "product = self.round(gate * self.sigmoid(gate) * up)",
+        "self.round(self.round(gate * self.sigmoid(gate)) * up, after_product=True)",
+        "self.round(gate * self.sigmoid(gate) * up, after_product=True)",
         [f"{ON_SILU_KERNEL}::test_variants"],
     ),
     Fault(
@@ -694,8 +821,8 @@ FAULTS = [
     Fault(
         "norm-barrier-of-a-loop",
         RMS_NORM,
-        "cute.arch.sync_threads()  # all have read the partial results of the row before",
-        "pass",
+        "self.wait_for_readers()\n        squares = self.store_warp_partial(square)\n        if",
+        "squares = self.store_warp_partial(square)\n        if",
         [f"{ON_NORM_KERNEL}::test_batches"],
     ),
     Fault(
@@ -722,8 +849,8 @@ FAULTS = [
     Fault(
         "norm-sum-not-rounded",
         RMS_NORM,
-        "return [self.round(value) for value in sums]",
-        "return sums",
+        "if rounds_sum(spec.rounding) else sums",
+        "if False else sums",
         [f"{ON_NORM_KERNEL}::test_variants[sm_100a-all]"],
     ),
     Fault(
@@ -736,7 +863,7 @@ FAULTS = [
     Fault(
         "norm-amax-not-rounded",
         RMS_NORM,
-        "amax = self.round(amax.bitcast(Float32) * factor)",
+        "amax = self.normalized(amax.bitcast(Float32), factor)",
         "amax = amax.bitcast(Float32) * factor",
         [f"{ON_NORM_KERNEL}::test_formats"],
     ),
@@ -790,6 +917,27 @@ FAULTS = [
         [f"{ON_ARITHMETIC}::test_rounding_to_e2m1"],
     ),
     Fault(
+        "encodings-pairs-of-a-steep-last-line",
+        ENCODINGS,
+        "_LAST_SLOPE = 0.298828125",
+        "_LAST_SLOPE = 0.30078125",
+        [f"{ON_ARITHMETIC}::test_pairs_to_e2m1"],
+    ),
+    Fault(
+        "encodings-pairs-of-a-flat-last-line",
+        ENCODINGS,
+        "_LAST_SLOPE = 0.298828125",
+        "_LAST_SLOPE = 0.296875",
+        [f"{ON_ARITHMETIC}::test_pairs_to_e2m1"],
+    ),
+    Fault(
+        "encodings-pairs-with-signs-of-others",
+        ENCODINGS,
+        "signs = ptx.select_bytes(pairs[i], pairs[i + 1], _ODD_BYTES)",
+        "signs = ptx.select_bytes(pairs[i + 1], pairs[i], _ODD_BYTES)",
+        [f"{ON_ARITHMETIC}::test_pairs_to_e2m1"],
+    ),
+    Fault(
         "dequantize-scale-of-the-first-tile",
         DEQUANTIZE,
         "scale = mS[row, groups((group, segment.tile))]",
@@ -827,8 +975,8 @@ FAULTS = [
     Fault(
         "heuristics-two-rows-of-masked-experts",
         HEURISTICS,
-        "if large and not whole_row and not masked:",
-        "if large and not whole_row:",
+        "if large and not masked:",
+        "if large:",
         [f"{ON_LAUNCH_SHAPES}::test_a_thread_takes_two_rows_of_large_matrices"],
     ),
     Fault(
@@ -841,8 +989,10 @@ FAULTS = [
     Fault(
         "heuristics-rows-of-scales-not-counted",
         HEURISTICS,
-        "row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)\n    tiles = 1",
-        "row_tiles = ceil_div(rows, tile.rows)\n    tiles = 1",
+        "row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)\n"
+        "    row_ctas = expert_ctas(matrices, row_tiles, ceil_div",
+        "row_tiles = ceil_div(rows, tile.rows)\n"
+        "    row_ctas = expert_ctas(matrices, row_tiles, ceil_div",
         [f"{ON_LAUNCH_SHAPES}::test_rows_past_a_dimension_of_the_grid"],
     ),
     Fault(
@@ -883,8 +1033,8 @@ FAULTS = [
     Fault(
         "heuristics-more-ctas-than-the-grid",
         HEURISTICS,
-        "    row_ctas = min(matrices * slots, MAX_GRID_Y)\n    return Shape",
-        "    row_ctas = matrices * slots\n    return Shape",
+        "return min(matrices * slots, MAX_GRID_Y)",
+        "return matrices * slots",
         [f"{ON_LAUNCH_SHAPES}::test_ctas_of_masked_experts"],
     ),
     Fault(
@@ -1093,8 +1243,8 @@ FAULTS = [
     Fault(
         "rows-store-scales-past-the-count",
         WHOLE_ROWS,
-        "if lane == 0 and warp == 0 and row.index < problem.num_rows:",
-        "if lane == 0 and warp == 0:",
+        "written = row.index < problem.num_rows",
+        "written = row.index < 2**31",
         [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4:row_scale]"],
     ),
     Fault(
@@ -1141,9 +1291,9 @@ FAULTS = [
     ),
     Fault(
         "rows-partial-results-of-the-next-row",
-        QUANTIZE_ROWS,
-        "cute.arch.sync_threads()  # all have read the partial results of the row before",
-        "pass",
+        WHOLE_ROWS,
+        "        if const_expr(self.spec.domain.repeats):\n            cute.arch.sync_threads()",
+        "        pass",
         [f"{ON_QUANTIZE_KERNEL}::test_scales_of_rows_of_several_matrices"],
     ),
     Fault(

@@ -55,9 +55,23 @@ FAULTS = [
     Fault(
         "scatter-one-window-less",
         SCATTER,
-        "return windows if self.domain.counted else windows - self.first_window(problem)",
+        "return windows if self.clears_rows else windows - self.first_window(problem)",
         "return windows - self.first_window(problem)",
         [PACKED_PREFIX_SUM],
+    ),
+    Fault(
+        "scatter-clears-gaps-that-are-kept",
+        SCATTER,
+        "return self.domain.counted and not self.domain.keeps_gaps",
+        "return self.domain.counted",
+        [f"{ON_KERNEL}::test_gaps_that_are_kept"],
+    ),
+    Fault(
+        "scatter-draws-of-one-row-for-all",
+        "kernels/quantize.py",
+        "[problem.random_of_row(row.index) for row in rows]",
+        "[problem.random_of_row(rows[0].index - rows[0].index) for row in rows]",
+        [f"{ON_KERNEL}::test_stochastic_rounding"],
     ),
     Fault(
         "scatter-only-as-many-scales-as-lanes",
@@ -114,6 +128,29 @@ FAULTS = [
         "    return exist, source.where(exist, -1)\n",
         "    return exist, source\n",
         [f"{ON_CONTRACT}::test_every_byte"],
+    ),
+    Fault(
+        "scatter-reference-clears-gaps",
+        REFERENCE,
+        "        written_scales[:, :mn] = live\n",
+        "        pass\n",
+        [f"{ON_CONTRACT}::test_gaps_that_are_kept"],
+    ),
+    Fault(
+        "scatter-reference-draws-of-the-result",
+        REFERENCE,
+        "        random = random_of_elements(call.rng_state, *source.shape)\n",
+        "        shape = call.result_shape\n"
+        "        random = random_of_elements(call.rng_state, 1, shape.mn, shape.k)\n"
+        "        random = random[:, -source.shape[1] :]\n",
+        [f"{ON_CONTRACT}::test_stochastic_rounding"],
+    ),
+    Fault(
+        "scatter-of-gradients",
+        "contract/checks.py",
+        '        raise ValueError("scatter: expected None for gradients',
+        '        str("scatter: expected None for gradients',
+        [f"{ON_CONTRACT}::test_gradients_are_not_scattered"],
     ),
     Fault(
         "scatter-check-of-rows-named-twice",

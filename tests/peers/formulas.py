@@ -1,9 +1,9 @@
-"""What other libraries compute for NVFP4, MXFP4 and MXFP8, in numpy.
+"""What other libraries compute for FP4, FP8 and int8, in numpy.
 
 Each function takes finite groups (groups, size) in float32, and returns their scale bytes (groups,)
-and a byte for each element: an e2m1 code, or an e4m3 value. Every operation on float32 is done in
-float64 and rounded once. Float64 has more than twice the bits, so this is the rounding of the exact
-sum, product or quotient.
+and a byte for each element: an e2m1 code, or an e4m3 or int8 value. Every operation on float32 is
+done in float64 and rounded once. Float64 has more than twice the bits, so this is the rounding of
+the exact sum, product or quotient.
 
 The encode scale of NVFP4 is 2688 / amax of the tensor, the decode scale is its inverse.
 `test_library_numerics` compares the functions with the libraries where they are installed.
@@ -418,3 +418,84 @@ def dequantized_vllm(codes: np.ndarray, sf: np.ndarray, decode_scale: float) -> 
     """Return the values of vLLM's ``dequantize_to_dtype`` in float32."""
     values = np.where(codes & 8, -1.0, 1.0) * E2M1[codes & 7]
     return mul(values, mul(decoded(sf), decode_scale)[:, None])
+
+
+# Float32 scales
+
+
+def bounded(x: np.ndarray, smallest: float) -> np.ndarray:
+    return np.maximum(amax_of(x), f32(smallest))
+
+
+def in_float32(scales: np.ndarray, codes: np.ndarray) -> Quantized:
+    """Return scales as bytes, four of each."""
+    return scales.astype(np.float32).view(np.uint8), codes
+
+
+def int8(a: np.ndarray) -> np.ndarray:
+    """Return integers, saturated, as bytes."""
+    return a.clip(-128, 127).astype(np.int8).view(np.uint8)
+
+
+def fp8_vllm(x: np.ndarray) -> Quantized:
+    """Quantize as vLLM's ``dynamic_per_token_scaled_fp8_quant`` and its fused kernels."""
+    scales = np.maximum(div(amax_of(x), 448), f32(1 / (448 * 512)))
+    return in_float32(scales, e4m3(div(x.astype(np.float64), scales[:, None])))
+
+
+def fp8_vllm_triton(x: np.ndarray) -> Quantized:
+    """Quantize as ``_per_token_group_quant_fp8``, whose ``/`` is ``div.full``: rcp.approx, times x.
+
+    `test_triton` holds it to Triton on a GPU.
+    """
+    scales = mul(bounded(x, 1e-10), f32(1 / 448))
+    return in_float32(scales, e4m3(times(x, rcp_approx(scales))))
+
+
+def fp8_sglang(x: np.ndarray) -> Quantized:
+    """Quantize as ``per_token_group_quant.cuh``, which is compiled with ``--use_fast_math``."""
+    amax = bounded(x, 1e-10)
+    return in_float32(mul(amax, f32(1 / 448)), e4m3(times(x, mul(rcp_approx(amax), 448))))
+
+
+def fp8_sglang_rows(x: np.ndarray) -> Quantized:
+    """Quantize as ``per_token_quant_fp8.cuh`` on SM90, with ``--use_fast_math``; not zeros."""
+    scales = mul(bounded(x, 1e-10), f32(1 / 448))
+    return in_float32(scales, e4m3(times(x, rcp_approx(scales))))
+
+
+def fp8_torchao(x: np.ndarray) -> Quantized:
+    """Quantize as ``triton_fp8_blockwise_act_quant_lhs``."""
+    inverse = div(448, bounded(x, 1e-12))
+    return in_float32(div(1.0, inverse), e4m3(times(x, inverse)))
+
+
+def fp8_tilekernels(x: np.ndarray) -> Quantized:
+    """Quantize as TileKernels' ``get_sf_and_inv``."""
+    amax = bounded(x, 1e-4)
+    return in_float32(div(amax, 448), e4m3(times(x, div(448, amax))))
+
+
+def fp8_deepgemm(x: np.ndarray) -> Quantized:
+    """Quantize as ``per_token_cast_to_fp8`` on CUDA, with the lower bound of `cute_quant`."""
+    scales = np.maximum(mul(amax_of(x), f32(1 / 448)), f32(1e-10))
+    return in_float32(scales, e4m3(times(x, div(1.0, scales))))
+
+
+def int8_vllm(x: np.ndarray) -> Quantized:
+    """Quantize as vLLM's ``per_token_group_quant_int8``, which truncates."""
+    scales = div(bounded(x, 1e-10), 127)
+    return in_float32(scales, int8(np.trunc(times(x, div(1.0, scales)))))
+
+
+def int8_vllm_rows(x: np.ndarray) -> Quantized:
+    """Quantize as vLLM's ``dynamic_scaled_int8_quant``; not zeros."""
+    amax = bounded(x, 1e-10)
+    return in_float32(div(amax, 127), int8(np.rint(times(x, div(127, amax)))))
+
+
+def int8_sglang(x: np.ndarray) -> Quantized:
+    """Quantize as ``per_token_group_quant.cuh``, which truncates."""
+    amax = bounded(x, 1e-10)
+    products = times(x, mul(rcp_approx(amax), 127))
+    return in_float32(mul(amax, f32(1 / 127)), int8(np.trunc(products)))

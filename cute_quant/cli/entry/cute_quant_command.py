@@ -17,6 +17,8 @@ COMMANDS = {
     "check": ("cute_quant.cli.check", "hold every kernel against the reference"),
     "build": ("cute_quant.cli.build", "compile kernels ahead of time into a directory"),
     "warm-up": ("cute_quant.cli.warm_up", "compile kernels into the disk cache"),
+    "checkpoint": ("cute_quant.cli.checkpoint", "quantize a Hugging Face checkpoint"),
+    "engines": ("cute_quant.cli.engines", "calls of inference engines that are taken over"),
     "diff": ("cute_quant.cli.diff", "where two libraries' numerics differ, and why"),
     "layout": ("cute_quant.lab.command", "draw layouts, try others"),
     "cache": ("cute_quant.cli.cache", "list, size and clear the disk cache"),
@@ -53,7 +55,8 @@ def command(arguments: list[str]) -> str:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     overview.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    lines = "\n".join(f"{name:8} {text}" for name, (_, text) in COMMANDS.items())
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"{name:{width}} {text}" for name, (_, text) in COMMANDS.items())
     overview.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=lines)
     name: str = overview.parse_args(arguments[:1]).command
     return name

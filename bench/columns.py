@@ -1,0 +1,193 @@
+"""Measure groups along rows, and both directions from one read, beside a copy of as many bytes.
+
+    python -m bench.columns [--shapes MxK,...] [--experts N] [--output FILE]
+
+The tables have `quantize_columns` of bf16 as x lies and transposed, over all rows and over experts
+of uneven sizes, and `quantize_both`. Beside them stands what takes their place without them: a copy
+of the transpose, and `quantize`. Times are of launches in CUDA graphs over rotating buffers, ours
+and those of the ceiling programmatic dependents of each other. Outputs are compared with the
+reference on the CPU before they are timed, in the first and the last columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import environment
+from bench.cases import Case, Makers, Run, require, run, streaming
+from bench.masked import poison, random
+from cute_quant import (
+    DEEP_GEMM_32,
+    DEEP_GEMM_SM90,
+    MXFP8,
+    Format,
+    PrefixSum,
+    bind,
+    quantize,
+    quantize_both,
+    quantize_columns,
+)
+
+SHAPES = ((2048, 7168), (8192, 8192), (16384, 7168))
+EXPERTS = 32
+ALIGNMENT = 128
+COMPARED = 256
+"""Columns at each end that are compared with the reference."""
+DEVICE = "cuda"
+
+
+class Kind(NamedTuple):
+    """Calls that are alike but for their sizes.
+
+    Attributes:
+        fmt: of columns.
+        transposed: whether their values are the transpose.
+        row_fmt: of rows in the same call, None without.
+        experts: whether rows are stacked experts.
+    """
+
+    fmt: Format
+    transposed: bool
+    row_fmt: Format | None = None
+    experts: bool = False
+
+    def __str__(self) -> str:
+        names = {DEEP_GEMM_SM90: "SM90", DEEP_GEMM_32: "32", MXFP8: "MXFP8"}
+        direction = "transposed" if self.transposed else "as x lies"
+        words = ["both" if self.row_fmt else "columns", names[self.fmt], direction]
+        return " ".join([*words, *["experts"] * self.experts])
+
+
+KINDS = (
+    Kind(DEEP_GEMM_SM90, False),
+    Kind(DEEP_GEMM_32, False),
+    Kind(DEEP_GEMM_SM90, True),
+    Kind(MXFP8, True),
+    Kind(DEEP_GEMM_32, False, None, True),
+    Kind(DEEP_GEMM_SM90, True, None, True),
+    Kind(DEEP_GEMM_SM90, True, DEEP_GEMM_SM90),
+    Kind(DEEP_GEMM_32, False, DEEP_GEMM_32),
+    Kind(MXFP8, True, MXFP8),
+    Kind(DEEP_GEMM_SM90, True, DEEP_GEMM_SM90, True),
+)
+
+
+def uneven_experts(mn: int, count: int) -> PrefixSum:
+    """Return groups of rows whose sizes vary by a factor of 3, one of them empty, up to mn."""
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(count, generator=generator) + 0.5
+    shares[count // 2] = 0.0
+    sizes = (shares / shares.sum() * (mn - count * ALIGNMENT // 2)).int().tolist()
+    ends, end = [], 0
+    for size in sizes:
+        end = min(-(-end // ALIGNMENT) * ALIGNMENT + size, mn)
+        ends.append(end)
+    return PrefixSum(torch.tensor(ends, dtype=torch.int32, device=DEVICE), ALIGNMENT)
+
+
+def compare(x: torch.Tensor, kind: Kind, rows: PrefixSum | None, results: Any) -> None:
+    """Compare the results of columns at both ends with the reference."""
+    q, sf = results
+    on_cpu = None if rows is None else PrefixSum(rows.ends.cpu(), rows.alignment)
+    for some in (slice(0, COMPARED), slice(x.shape[1] - COMPARED, x.shape[1])):
+        expected = quantize_columns(
+            x[:, some].cpu().contiguous(), kind.fmt, transposed=kind.transposed, rows=on_cpu
+        )
+        part = (some,) if kind.transposed else (slice(None), some)
+        actual = q.view(torch.uint8)[part].cpu()
+        require(torch.equal(actual, expected[0].view(torch.uint8)), f"{kind}: values")
+        if not kind.fmt.blocked:
+            require(torch.equal(sf[:, some].cpu(), expected[1]), f"{kind}: scales")
+
+
+def quantizing(kind: Kind, mn: int, k: int, count: int) -> Run:
+    """Return a launch."""
+    x = random(mn, k)
+    options: dict[str, Any] = {"transposed": kind.transposed}
+    rows = options["rows"] = uneven_experts(mn, count) if kind.experts else None
+    if kind.row_fmt is None:
+        launch = bind(x, kind.fmt, operation=quantize_columns, **options)
+        tensors = columns = launch.results
+    else:
+        launch = bind(x, kind.row_fmt, kind.fmt, operation=quantize_both, **options)
+        of_rows, columns = launch.results
+        tensors = (*of_rows, *columns)
+    poison(*tensors)
+    launch()
+    compare(x, kind, rows, columns)
+    if kind.row_fmt is not None:
+        for actual, expected in zip(of_rows, quantize(x, kind.row_fmt, rows=rows), strict=True):
+            if actual.itemsize == 1:
+                actual, expected = actual.view(torch.uint8), expected.view(torch.uint8)
+            require(torch.equal(actual, expected), f"{kind}: rows")
+    return launch
+
+
+def transposing(kind: Kind, mn: int, k: int, count: int) -> Run:
+    """Return calls that quantize a copy of the transpose, and x where both are wanted."""
+    x = random(mn, k)
+    rows = uneven_experts(mn, count) if kind.experts else None
+
+    def call() -> None:
+        if kind.row_fmt is not None:
+            quantize(x, kind.row_fmt, rows=rows)
+        quantize(x.mT.contiguous(), kind.fmt)
+
+    call()
+    return call
+
+
+def cases(shapes: list[tuple[int, int]], count: int) -> Iterator[Case]:
+    """Yield a case for each kind and shape; scales are not counted."""
+    for mn, k in shapes:
+        threads = mn * k // 16
+        for kind in KINDS:
+            results = 1 if kind.row_fmt is None else 2
+            makers: Makers = {
+                "cute_quant": functools.partial(quantizing, kind, mn, k, count),
+                "stream": functools.partial(streaming, 8, 4 * results, threads),
+                "transpose first": functools.partial(transposing, kind, mn, k, count),
+            }
+            yield Case(str(kind), mn, k, (2 + results) * mn * k, makers)
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    shapes = []
+    for part in text.split(","):
+        mn, k = map(int, part.split("x"))
+        shapes.append((mn, k))
+    return shapes
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.columns",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--shapes", type=parse_shapes, default=list(SHAPES), metavar="MxK,...", help="of x")
+    add("--experts", type=int, default=EXPERTS, metavar="N", help="default: %(default)s")
+    add("--output", type=Path, metavar="FILE", help="JSON lines: the machine, then the results")
+    add("--commit", help="name of the measured version, where there is no git to ask")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    if not torch.cuda.is_available():
+        sys.exit("bench.columns: needs a CUDA GPU that has kernels")
+    torch.manual_seed(0)
+    machine = environment.describe("python -m bench.columns", options.commit)
+    run(cases(options.shapes, options.experts), machine, "transpose first", options.output)
+
+
+if __name__ == "__main__":
+    main()

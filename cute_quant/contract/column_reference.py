@@ -1,0 +1,52 @@
+"""Groups along rows in plain torch: quantize without a kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from cute_quant.contract import reference, scale_storage
+from cute_quant.contract.calls import Call
+from cute_quant.contract.columns import ColumnCall
+from cute_quant.contract.formats import Format
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def quantize_into(call: ColumnCall, columns: Pair, along_k: Pair | None) -> None:
+    """Quantize what a call asks for.
+
+    Args:
+        call: a call that was checked.
+        columns: values and scales of groups along rows.
+        along_k: those of groups along k, if the call has them.
+    """
+    if call.along_k is not None and along_k is not None:
+        of_rows = Call(call.x, call.along_k.fmt, rows=call.rows)
+        reference.quantize_into(of_rows, *along_k)
+    if call.x.numel():
+        _quantize_columns_into(call, *columns)
+
+
+def _quantize_columns_into(call: ColumnCall, q: torch.Tensor, sf: torch.Tensor) -> None:
+    fmt = call.columns.fmt
+    live, source = reference.live_rows(call.x, call.rows, None)
+    of_columns = source.where(live.unsqueeze(2), 0.0).mT  # (batch, k, mn)
+    scales = reference.group_scales(of_columns, fmt)
+    codes = reference.group_values(of_columns, scales, fmt).view(torch.uint8)
+    codes = codes.where(live.unsqueeze(1), 0)
+    q.view(torch.uint8).copy_((codes if call.transposed else codes.mT).reshape(q.shape))
+
+    scales = scales.where(_groups_with_rows(live, fmt).unsqueeze(1), 0)
+    stored = reference.stored_scales(scales, fmt)
+    batch, k, _ = scales.shape
+    written = live.new_ones(batch, fmt.scale_rows(k))
+    scale_storage.write_in_tensor(
+        stored, written, sf if fmt.blocked else sf.mT, fmt, call.x.shape[-2]
+    )
+
+
+def _groups_with_rows(live: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return which groups of rows, (batch, groups), have one of those that exist, (batch, mn)."""
+    batch, mn = live.shape
+    return pad(live, (0, -mn % fmt.group_size)).view(batch, -1, fmt.group_size).any(2)

@@ -1,0 +1,1 @@
+"""Everything that can be wrong between quantized values and a GEMM that reads them."""

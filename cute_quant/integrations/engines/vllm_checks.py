@@ -1,0 +1,196 @@
+"""Comparisons of the calls with vLLM's own functions, on small tensors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90
+from cute_quant.integrations.engines.comparison import difference, sample
+from cute_quant.integrations.engines.takeover import Function, NotComparable
+from cute_quant.ops import dequantize
+
+ROWS, COLUMNS = 12, 512
+"""Columns of scales are as long as there are rows, in every layout."""
+
+
+def quant_fp8(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``QuantFP8``: float32 scales of either rounding, and packed ones.
+
+    Its ``forward_native`` is compared where its bits are CUDA's, which these are: not for groups of
+    zeros, nor for scales that are no powers of two.
+    """
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+
+    native = theirs.__name__ == "forward_native"
+    others = [False] if native else [False, True]
+    rounded = [True] if native or device.type != "cuda" else [True, False]
+    x = sample((ROWS, COLUMNS), device, zeros=not native and device.type == "cuda") * 1024
+    for round_scale, column_major, supported in itertools.product(rounded, others, others):
+        layer = SimpleNamespace(
+            static=False,
+            is_group_quant=True,
+            group_size=128,
+            use_ue8m0=round_scale,
+            use_deep_gemm_supported=supported,
+            column_major_scales=column_major,
+            tma_aligned_scales=False,
+        )
+        layer._quantize_group_native = QuantFP8._quantize_group_native.__get__(layer)
+        found = difference(ours(layer, x), theirs(layer, x))
+        if found is not None:
+            return found
+    return None
+
+
+def group_quant(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``per_token_group_quant_fp8`` in all of its layouts.
+
+    Triton's kernel, which runs without CUDA, has other float32 scales, and for zeros other powers
+    of two.
+    """
+    cuda = device.type == "cuda"
+    x = sample((ROWS, COLUMNS), device, zeros=cuda)
+    layouts = ((False, False), (True, False), (True, True))
+    return _first(
+        ours,
+        theirs,
+        (
+            dict(
+                x=x,
+                group_size=128,
+                column_major_scales=column_major,
+                tma_aligned_scales=tma_aligned,
+                use_ue8m0=round_scale,
+            )
+            for (column_major, tma_aligned), round_scale in itertools.product(
+                layouts, (True, False) if cuda else (True,)
+            )
+        ),
+    )
+
+
+def packed(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``per_token_group_quant_fp8_packed_for_deepgemm``, both sizes of a group."""
+    x = sample((ROWS, COLUMNS), device)
+    return _first(ours, theirs, (dict(x=x, group_size=size, use_ue8m0=True) for size in (128, 32)))
+
+
+def silu_packed(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``silu_mul_quant_fp8_packed_triton``, with and without a clamp."""
+    gate_up = _gate_up((ROWS, 2 * COLUMNS), device)
+    return _first(ours, theirs, (dict(input=gate_up, clamp_limit=clamp) for clamp in (None, 4.0)))
+
+
+def silu_column_major(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``silu_mul_per_token_group_quant_fp8_colmajor``."""
+    gate_up = _gate_up((128, 2 * COLUMNS), device)
+    return _first(
+        ours,
+        theirs,
+        (
+            dict(input=gate_up, clamp_limit=clamp, use_ue8m0=round_scale)
+            for clamp, round_scale in itertools.product((None, 4.0), (True, False))
+        ),
+    )
+
+
+def silu_masked(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Hold ``persistent_masked_m_silu_mul_quant`` against the product in float32.
+
+    vLLM's own rounds in bf16, and is off by more than a rounding to e4m3 in some groups.
+    """
+    from vllm.utils.deep_gemm import DeepGemmQuantScaleFMT
+
+    counts = torch.tensor([ROWS, 5], dtype=torch.int32, device=device)
+    gate_up = _gate_up((2, ROWS, 2 * COLUMNS), device)
+    gate, up = gate_up.double().chunk(2, -1)
+    exact = torch.nn.functional.silu(gate) * up
+    for name, fmt in (("UE8M0", DEEP_GEMM), ("FLOAT32", DEEP_GEMM_SM90)):
+        q, sf = ours(gate_up, counts, quant_scale_fmt=DeepGemmQuantScaleFMT[name])
+        for expert, rows in enumerate(counts.tolist()):
+            y = dequantize(q[expert], sf[expert], fmt, dtype=torch.float32)[:rows]
+            e = exact[expert, :rows]
+            largest = e.view(rows, -1, 128).abs().amax(-1, keepdim=True)
+            bound = largest.expand(-1, -1, 128).flatten(-2) / 448 + e.abs() / 16
+            if ((y - e).abs() > bound).any():
+                return f"values of {name} are off by more than a rounding"
+    return None
+
+
+def fused_activation(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare a producer of ``fused_act_quant``."""
+    gate_up = _gate_up((ROWS, 2 * COLUMNS), device)
+    linear = SimpleNamespace(input_global_scale_inv=torch.tensor([4.0], device=device))
+    results = [function(gate_up, linear) for function in (ours, theirs)]
+    if results[0] is NotImplemented:
+        return difference(*results)
+    return difference(*([r.data, r.scale] for r in results))
+
+
+def mxfp8(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``mxfp8_e4m3_quantize`` in both layouts."""
+    x = sample((ROWS, COLUMNS), device)
+    return _first(ours, theirs, (dict(x=x, is_sf_swizzled_layout=s) for s in (True, False)))
+
+
+def nvfp4(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``scaled_fp4_quant`` in both layouts."""
+    x = sample((ROWS, COLUMNS), device)
+    scale = torch.tensor([4.0], device=device)
+    return _first(
+        ours,
+        theirs,
+        (dict(input=x, input_global_scale=scale, is_sf_swizzled_layout=s) for s in (True, False)),
+    )
+
+
+def scaled_fp8(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``scaled_fp8_quant`` for scales of rows."""
+    x = sample((ROWS, COLUMNS), device)
+    return _first(ours, theirs, iter([dict(input=x, use_per_token_if_dynamic=True)]))
+
+
+def group_quant_int8(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``per_token_group_quant_int8`` with CUDA's kernel; Triton's has other bits."""
+    _need_cuda(device)
+    return _first(ours, theirs, iter([dict(x=sample((ROWS, COLUMNS), device), group_size=128)]))
+
+
+def swizzle(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``swizzle_mxfp8_scale`` for rows and groups that do not fill their blocks."""
+    rows, groups = 130, 6
+    sf = torch.arange(rows * groups, device=device).remainder(255).to(torch.uint8)
+    sf = sf.view(rows, groups)
+    return difference(ours(sf, rows, 32 * groups), theirs(sf, rows, 32 * groups))
+
+
+def _need_cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise NotComparable("CUDA's kernel is the one whose bits these are")
+
+
+def _first(ours: Function, theirs: Function, calls: Iterator[dict[str, Any]]) -> str | None:
+    """Return the difference of the first call that has one."""
+    for call in calls:
+        found = difference(ours(**call), theirs(**call))
+        if found is not None:
+            options = ", ".join(
+                f"{name}={value}"
+                for name, value in call.items()
+                if not isinstance(value, torch.Tensor)
+            )
+            return f"{found}, with {options}"
+    return None
+
+
+def _gate_up(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return gates up to about 16 and ups of all magnitudes."""
+    x = sample(shape, device, torch.float32)
+    gate, _ = x.chunk(2, -1)
+    gate.clamp_(-16.0, 16.0)
+    return x.to(torch.bfloat16)

@@ -1,0 +1,28 @@
+"""Groups of rows stacked along M, for grouped GEMMs."""
+
+from __future__ import annotations
+
+import torch
+
+from cute_quant.contract import reference
+from cute_quant.contract.dtypes import align
+from cute_quant.contract.rows import PrefixSum
+
+GROUP_ALIGNMENT = 128
+"""Rows, to a multiple of which each group is padded: those of a tile of DeepGEMM's, and of a group
+that shares a scale."""
+
+
+def groups_of_rows(rows: PrefixSum, m: int) -> torch.Tensor:
+    """Return the group of each of m rows, int32, -1 of none."""
+    return reference.groups_of_rows(rows, m).int()
+
+
+def group_sizes(rows: PrefixSum, m: int) -> list[int]:
+    """Read the ends of groups of m rows, and return the rows of each with its padding."""
+    sizes, start = [], 0
+    for end in rows.ends.tolist():
+        stop = align(max(min(end, m), start), GROUP_ALIGNMENT)
+        sizes.append(stop - start)
+        start = stop
+    return sizes

@@ -1,0 +1,351 @@
+"""Groups along rows on each device: every byte against the oracle, and what is refused."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cute_quant as cq
+from cute_quant import (
+    DEEP_GEMM,
+    DEEP_GEMM_32,
+    DEEP_GEMM_SM90,
+    GROUPWISE_FP8,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    ROWWISE_FP8,
+    Masked,
+    PrefixSum,
+)
+from tests.columns import (
+    DTYPES,
+    FORMATS,
+    ROW_FORMATS,
+    assert_columns,
+    assert_rows,
+    experts,
+    poisoned_columns,
+    special_weights,
+    views,
+)
+from tests.helpers import assert_same_bits, moved, on_device, poisoned_results
+
+
+def check(x, fmt, device, rows=None, transposed=False):
+    """Quantize columns into poison and into new memory; every byte must be the oracle's."""
+    memory = poisoned_columns(fmt, tuple(x.shape), transposed, device)
+    arguments = {"transposed": transposed, "rows": on_device(rows, device)}
+    on_it = moved(x, device)
+    results = cq.quantize_columns(on_it, fmt, **arguments, out=memory)
+    assert all(result is own for result, own in zip(results, memory, strict=True))
+    assert_columns(memory, x, fmt, rows, transposed)
+    for new, own in zip(cq.quantize_columns(on_it, fmt, **arguments), memory, strict=True):
+        assert new.is_contiguous() and new.dtype is own.dtype
+        assert_same_bits(new, own)
+
+
+def check_both(x, fmt, column_fmt, device, rows=None, transposed=False):
+    """The same for rows and columns of one call."""
+    *leading, mn, k = x.shape
+    memory = (
+        poisoned_results(fmt, mn, k, device, batch_shape=tuple(leading)),
+        poisoned_columns(column_fmt, tuple(x.shape), transposed, device),
+    )
+    arguments = {"transposed": transposed, "rows": on_device(rows, device)}
+    on_it = moved(x, device)
+    cq.quantize_both(on_it, fmt, column_fmt, **arguments, out=memory)
+    assert_rows(memory[0], x, fmt, rows)
+    assert_columns(memory[1], x, column_fmt, rows, transposed)
+    results = cq.quantize_both(on_it, fmt, column_fmt, **arguments)
+    for pair, owned in zip(results, memory, strict=True):
+        for new, own in zip(pair, owned, strict=True):
+            assert new.stride() == own.stride()
+            assert_same_bits(new, own)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_every_format(fmt, dtype, device):
+    for seed, shape in enumerate([(128, 136), (2, 133, 70), (1, 2), (2, 3, 40, 6)]):
+        x = special_weights(shape, dtype, fmt.group_size, seed)
+        check(x, fmt, device, transposed=seed % 2 == 0)
+        check(x, fmt, device, transposed=seed % 2 == 1)
+
+
+@pytest.mark.parametrize("kind", range(1, 6))
+@pytest.mark.parametrize("fmt", FORMATS[:5], ids=str)
+def test_experts(fmt, kind, device):
+    for mn, transposed in ((700, False), (640, True)):
+        x = special_weights((mn, 40), torch.bfloat16, fmt.group_size, kind + mn)
+        check(x, fmt, device, experts(mn, fmt, kind), transposed)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", [name for name in views(torch.zeros(1, 1)) if "along" not in name])
+@pytest.mark.parametrize("fmt", [DEEP_GEMM_SM90, MXFP8], ids=str)
+def test_every_stride(fmt, name, transposed, device):
+    x = special_weights((3, 140, 134), torch.bfloat16, fmt.group_size, 3)
+    check(views(x)[name], fmt, device, transposed=transposed)
+
+
+@pytest.mark.parametrize("number", range(len(ROW_FORMATS)))
+def test_both(number, device):
+    fmt, column_fmt = ROW_FORMATS[number], FORMATS[number % len(FORMATS)]
+    for seed, (shape, kind) in enumerate([((130, 134), 0), ((2, 33, 140), 0), ((300, 72), 1)]):
+        x = special_weights(shape, DTYPES[(number + seed) % 3], 32, number)
+        rows = experts(shape[0], column_fmt, kind)
+        check_both(x, fmt, column_fmt, device, rows, transposed=(number + seed) % 2 == 0)
+
+
+def hypothesis_calls(data, device):
+    draw = data.draw
+    column_fmt, dtype = draw(st.sampled_from(FORMATS)), draw(st.sampled_from(DTYPES))
+    kind, transposed = draw(st.integers(0, 5)), draw(st.booleans())
+    mn, k = draw(st.integers(0, 300)), draw(st.integers(0, 150))
+    leading = () if kind else draw(st.sampled_from([(), (1,), (2,), (0,), (2, 2)]))
+    seed = draw(st.integers(0, 99))
+    x = special_weights((*leading, mn, k), dtype, column_fmt.group_size, seed)
+    if x.numel():
+        x = views(x)[draw(st.sampled_from(["whole", "apart", "unaligned"]))]
+    rows = experts(mn, column_fmt, kind, seed)
+    if draw(st.booleans()):
+        fmt = draw(st.sampled_from(ROW_FORMATS))
+        check_both(x, fmt, column_fmt, device, rows, transposed)
+    else:
+        check(x, column_fmt, device, rows, transposed)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_hypothesis_calls(data):
+    hypothesis_calls(data, "cpu")
+
+
+@pytest.mark.gpu
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_hypothesis_calls_on_gpu(data):
+    hypothesis_calls(data, "cuda")
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_it_is_quantize_of_the_transpose(fmt, device):
+    x = special_weights((200, 136), torch.bfloat16, fmt.group_size, 4).to(device)
+    expected_q, expected_sf = cq.quantize(x.mT.contiguous(), fmt)
+    q, sf = cq.quantize_columns(x, fmt, transposed=True)
+    assert_same_bits(q, expected_q)
+    assert_same_bits(sf if fmt.blocked else sf.mT.contiguous(), expected_sf.contiguous())
+    y = cq.dequantize(q, sf if fmt.blocked else sf.mT, fmt)
+    assert_same_bits(y, cq.dequantize(expected_q, expected_sf, fmt))
+
+
+def test_rows_that_do_not_exist_are_zeros_beside_what_is_not_finite(device):
+    """In values too: a group's NaN is not theirs."""
+    x = torch.ones(256, 64, dtype=torch.bfloat16)
+    x[3, 5], x[130, 6], x[40:128] = float("nan"), float("inf"), float("nan")
+    for transposed in (False, True):
+        rows = PrefixSum(torch.tensor([40, 131], dtype=torch.int32))
+        check(x, DEEP_GEMM_SM90, device, rows, transposed)
+        q, sf = cq.quantize_columns(
+            x.to(device), DEEP_GEMM_SM90, transposed=transposed, rows=on_device(rows, device)
+        )
+        bits = (q.mT if transposed else q).contiguous().view(torch.uint8).cpu()
+        assert (bits[:40, 5] == 0x7F).all() and (bits[40:128] == 0).all()
+        assert (bits[128:131, 6] == 0x7F).all() and (bits[131:] == 0).all()
+        assert sf.isnan().sum() == 2
+
+
+def test_a_word_of_scales(device):
+    """Group j of a column is byte j % 4 of word j / 4, the low one first."""
+    x = torch.zeros(160, 8, dtype=torch.bfloat16, device=device)
+    for group, power in enumerate((448.0, 896.0, 1792.0, 3584.0, 7168.0)):
+        x[32 * group + group, 2] = power
+    _, sf = cq.quantize_columns(x, DEEP_GEMM_32)
+    assert sf.shape == (2, 8) and sf.dtype is torch.int32
+    assert sf[:, 2].contiguous().view(torch.uint8).tolist() == [127, 128, 129, 130, 131, 0, 0, 0]
+    assert sf[:, 0].tolist() == [0x5E5E5E5E, 0x5E]
+
+
+def test_it_is_one_launch_to_bind(device):
+    x = special_weights((130, 256), torch.bfloat16, 128, 9).to(device)
+    launch = cq.bind(x, DEEP_GEMM_32, operation=cq.quantize_columns)
+    for actual, expected in zip(launch(), cq.quantize_columns(x, DEEP_GEMM_32), strict=True):
+        assert_same_bits(actual, expected)
+    launch = cq.bind(x, DEEP_GEMM, DEEP_GEMM_32, operation=cq.quantize_both)
+    for pair, wanted in zip(launch(), cq.quantize_both(x, DEEP_GEMM, DEEP_GEMM_32), strict=True):
+        for actual, expected in zip(pair, wanted, strict=True):
+            assert_same_bits(actual, expected)
+
+
+X = torch.ones(256, 256, dtype=torch.bfloat16)
+Q = torch.empty(256, 256, dtype=torch.float8_e4m3fn)
+ENDS = torch.tensor([100, 256], dtype=torch.int32)
+SF32 = torch.empty(2, 256)
+
+
+@pytest.mark.parametrize(
+    ("x", "fmt", "options", "error", "message"),
+    [
+        (1.0, DEEP_GEMM_32, {}, TypeError, "x: expected a torch.Tensor, got 1.0"),
+        (X.double(), DEEP_GEMM_32, {}, TypeError, "x: expected a tensor of bfloat16 or"),
+        (X, "MXFP8", {}, TypeError, "fmt: expected a Format"),
+        (X, NVFP4, {}, ValueError, "fmt: expected 8-bit values, got e2m1:16"),
+        (X, MXFP4, {}, ValueError, "fmt: expected 8-bit values, got e2m1:32"),
+        (X, ROWWISE_FP8, {}, ValueError, "fmt: expected a group_size of 32 or 128, got e4m3:row"),
+        (X, DEEP_GEMM.replace(group_size=64), {}, ValueError, "fmt: expected a group_size of 32"),
+        (X, DEEP_GEMM, {}, ValueError, "groups of 32 rows where scales are bytes of words"),
+        (X, GROUPWISE_FP8, {}, ValueError, "fmt: expected a scale_layout of .*'mn_major'.*128x4"),
+        (X, MXFP8.replace(scale_layout="8x4"), {}, ValueError, "fmt: expected a scale_layout"),
+        (X[0], DEEP_GEMM_32, {}, ValueError, "x: expected 2 or more dimensions"),
+        (X.mT[:200], DEEP_GEMM_32, {}, ValueError, "x: expected rows contiguous along k"),
+        (X, DEEP_GEMM_32, {"transposed": 1}, TypeError, "transposed: expected a bool, got 1"),
+        (X, DEEP_GEMM_32, {"check": 1}, TypeError, "check: expected a bool, got 1"),
+        (X, DEEP_GEMM_32, {"rows": ENDS}, TypeError, "rows: expected None or one of"),
+        (
+            X[None],
+            DEEP_GEMM_32,
+            {"rows": Masked(ENDS[:1])},
+            ValueError,
+            "rows: expected None or a PrefixSum for groups along rows, got Masked",
+        ),
+        (X[None], DEEP_GEMM_32, {"rows": PrefixSum(ENDS)}, ValueError, r"expected shape \(M, k\)"),
+        (
+            X,
+            DEEP_GEMM_32,
+            {"rows": PrefixSum(ENDS, 32)},
+            ValueError,
+            "rows.alignment: expected a multiple of 128, .* got 32",
+        ),
+        (X, DEEP_GEMM_SM90, {"rows": PrefixSum(ENDS, 64)}, ValueError, "a multiple of 128"),
+        (X, FORMATS[4], {"rows": PrefixSum(ENDS, 48)}, ValueError, "a multiple of 32"),
+        (
+            X,
+            DEEP_GEMM_32,
+            {"rows": PrefixSum(ENDS + 1), "check": True},
+            ValueError,
+            "rows.ends: expected 0 to 256, got 257",
+        ),
+        (
+            X,
+            DEEP_GEMM_32,
+            {"rows": PrefixSum(ENDS.flip(0)), "check": True},
+            ValueError,
+            "rows.ends: expected group 1 to end at its start",
+        ),
+        (X, DEEP_GEMM_32, {"out": (Q,)}, TypeError, r"out: expected \(q, sf\), got 1 items"),
+        (X, DEEP_GEMM_32, {"out": (X, None)}, TypeError, "out q: expected a tensor of float8"),
+        (X, DEEP_GEMM_32, {"out": (Q[:9], None)}, ValueError, r"out q: expected shape \(256, 256"),
+        (
+            X[:, :64],
+            DEEP_GEMM_32,
+            {"out": (Q[:, :64], None), "transposed": True},
+            ValueError,
+            r"out q: expected shape \(64, 256\)",
+        ),
+        (X, DEEP_GEMM_SM90, {"out": (None, SF32.int())}, TypeError, "out sf: expected a tensor of"),
+        (X, DEEP_GEMM_SM90, {"out": (None, SF32[:1])}, ValueError, r"expected shape \(2, 256\)"),
+        (
+            X,
+            DEEP_GEMM_SM90,
+            {"out": (None, torch.empty(256, 2).mT)},
+            ValueError,
+            r"out sf: expected strides \(256, 1\)",
+        ),
+        (
+            X,
+            MXFP8,
+            {"out": (None, torch.empty(2049, dtype=torch.uint8)[1:].view(MXFP8.sf_dtype))},
+            ValueError,
+            "out sf: expected memory at a multiple of 4 bytes, got an address 1 bytes past",
+        ),
+        (
+            X.clone().requires_grad_(),
+            DEEP_GEMM_32,
+            {},
+            RuntimeError,
+            "x: expected a tensor that requires no gradient, since quantize_columns",
+        ),
+    ],
+)
+def test_what_is_refused(x, fmt, options, error, message):
+    with pytest.raises(error, match=message):
+        cq.quantize_columns(x, fmt, **options)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "column_fmt", "out", "error", "message"),
+    [
+        (NVFP4, MXFP8, None, ValueError, "^fmt: expected 8-bit values"),
+        (ROWWISE_FP8, MXFP8, None, ValueError, "^fmt: expected a group_size of 32 or 128"),
+        (MXFP8, MXFP4, None, ValueError, "column_fmt: expected 8-bit values"),
+        (MXFP8, GROUPWISE_FP8, None, ValueError, "column_fmt: expected a scale_layout"),
+        (MXFP8, DEEP_GEMM, None, ValueError, "column_fmt: expected groups of 32 rows"),
+        (MXFP8, None, None, TypeError, "column_fmt: expected a Format"),
+        (MXFP8, DEEP_GEMM_32, Q, TypeError, r"out: expected \(\(q, sf\), \(q, sf\)\), got a"),
+        (MXFP8, DEEP_GEMM_32, (Q, None), TypeError, r"out: expected \(q, sf\), got a tensor"),
+        (MXFP8, DEEP_GEMM_32, ((Q[:9], None), None), ValueError, "out q: expected shape"),
+        (MXFP8, DEEP_GEMM_32, (None, (Q[:9], None)), ValueError, "out column q: expected shape"),
+        (DEEP_GEMM_32, DEEP_GEMM_SM90, (None, (None, SF32[:1])), ValueError, "out column sf: "),
+        (
+            MXFP8,
+            DEEP_GEMM_32,
+            ((Q, None), (Q, None)),
+            ValueError,
+            "out q: expected memory of its own, got memory that overlaps out column q",
+        ),
+    ],
+)
+def test_what_both_refuse(fmt, column_fmt, out, error, message):
+    with pytest.raises(error, match=message):
+        cq.quantize_both(X, fmt, column_fmt, out=out)
+
+
+def test_memory_that_overlaps_is_refused():
+    memory = torch.zeros(256 * 256 * 3, dtype=torch.uint8)
+    x = memory[: 256 * 256 * 2].view(torch.bfloat16).view(256, 256)
+    q = memory[256 * 256 : 256 * 256 * 2].view(torch.float8_e4m3fn).view(256, 256)
+    with pytest.raises(ValueError, match=r"out q: expected memory of its own, .* overlaps x"):
+        cq.quantize_columns(x, DEEP_GEMM_32, out=(q, None))
+    sf = memory[: 4 * 512].view(torch.float32).view(2, 256)
+    with pytest.raises(ValueError, match="out sf: expected memory of its own"):
+        cq.quantize_columns(x, DEEP_GEMM_SM90, out=(None, sf))
+    ends = memory[-8:].view(torch.int32)
+    q = memory[-(256 * 256) :].view(torch.float8_e4m3fn).view(256, 256)
+    with pytest.raises(ValueError, match=r"out q: .* overlaps rows\.ends"):
+        cq.quantize_columns(X, DEEP_GEMM_32, rows=PrefixSum(ends), out=(q, None))
+    # The padding rows of the last column of the rows' scales count.
+    words = memory.view(torch.int32).as_strided((254, 1), (1, 256))
+    x = memory[254 * 4 : 254 * 4 + 254 * 128 * 2].view(torch.bfloat16).view(254, 128)
+    with pytest.raises(ValueError, match="out sf: expected memory of its own"):
+        cq.quantize_both(x, DEEP_GEMM, DEEP_GEMM_32, out=((None, words), None))
+
+
+def test_more_scales_in_blocks_than_a_kernel_counts():
+    x = torch.empty(2**20, dtype=torch.bfloat16).expand(2**31 - 1, -1)
+    with pytest.raises(ValueError, match="x: expected up to 2147483647 scales in a matrix"):
+        cq.quantize_columns(x, MXFP8)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_view_into_a_larger_result(transposed, device):
+    x = special_weights((2, 130, 96), torch.bfloat16, 32, 5)
+    shape = (2, 96, 150) if transposed else (2, 130, 112)
+    wide = torch.full(shape, 0x5A, dtype=torch.uint8, device=device)
+    columns = 130 if transposed else 96
+    q = wide.view(torch.float8_e4m3fn)[..., :columns]
+    _, sf = cq.quantize_columns(x.to(device), DEEP_GEMM_32, transposed=transposed, out=(q, None))
+    assert_columns((q.contiguous(), sf), x, DEEP_GEMM_32, None, transposed)
+    assert (wide[..., columns:] == 0x5A).all()
+
+
+def test_both_are_two_calls(device):
+    rows = PrefixSum(ENDS.to(device))
+    x = special_weights((256, 256), torch.bfloat16, 32, 6).to(device)
+    of_rows, of_columns = cq.quantize_both(x, DEEP_GEMM, MXFP8, rows=rows, transposed=True)
+    expected = cq.quantize(x, DEEP_GEMM, rows=rows)
+    for actual, wanted in zip(of_rows, expected, strict=True):
+        assert_same_bits(actual, wanted)
+    expected = cq.quantize_columns(x, MXFP8, rows=rows, transposed=True)
+    for actual, wanted in zip(of_columns, expected, strict=True):
+        assert_same_bits(actual, wanted)

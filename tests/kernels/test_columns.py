@@ -1,0 +1,182 @@
+"""Emulated kernels of groups along rows against the oracle: every byte of their results."""
+
+import pytest
+import torch
+
+from cute_quant import DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90, MXFP8, PrefixSum
+from cute_quant.contract.columns import ColumnCall, Output
+from cute_quant.kernels import architectures, heuristics
+from cute_quant.kernels.config import BLOCK_TILE, BLOCK_WARPS, LANES, Access, ColumnsSpec
+from tests.columns import (
+    DTYPES,
+    FORMATS,
+    ROW_FORMATS,
+    assert_columns,
+    assert_rows,
+    experts,
+    poisoned_columns,
+    special_weights,
+    views,
+)
+from tests.helpers import poisoned_results
+
+
+def check(gpu, x, fmt, rows=None, transposed=False, row_fmt=None, last_padding=True):
+    """Quantize on the emulated GPU into poisoned memory; every byte must be the oracle's."""
+    *leading, mn, k = x.shape
+    columns = poisoned_columns(fmt, tuple(x.shape), transposed)
+    along_k, of_rows = None, None
+    if row_fmt is not None:
+        of_rows = poisoned_results(
+            row_fmt, mn, k, "cpu", last_padding=last_padding, batch_shape=tuple(leading)
+        )
+        along_k = Output(row_fmt, *of_rows)
+    gpu.quantize_columns(ColumnCall(x, Output(fmt, *columns), transposed, rows, along_k))
+    assert_columns(columns, x, fmt, rows, transposed)
+    if row_fmt is not None:
+        assert_rows(of_rows, x, row_fmt, rows, last_padding)
+
+
+def slow_but(count, values):
+    """Return values as parameters, all but the first ones slow."""
+    return [
+        pytest.param(
+            *value, marks=() if i < count else pytest.mark.slow, id="-".join(map(str, value))
+        )
+        for i, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "dtype"), slow_but(3, [(fmt, DTYPES[i % 3]) for i, fmt in enumerate(FORMATS)])
+)
+def test_every_format(fmt, dtype, gpu):
+    x = special_weights((2, 133, 142), dtype, fmt.group_size, 1)
+    check(gpu, x, fmt)
+    check(gpu, x, fmt, transposed=True)
+
+
+@pytest.mark.parametrize(
+    ("row_fmt", "fmt", "dtype", "kind", "transposed"),
+    slow_but(
+        1,
+        [
+            (row_fmt, FORMATS[(2 * i + 1) % len(FORMATS)], DTYPES[i % 3], (i + 1) % 6, i % 2 == 0)
+            for i, row_fmt in enumerate(ROW_FORMATS)
+        ],
+    ),
+)
+def test_both(row_fmt, fmt, dtype, kind, transposed, gpu):
+    x = special_weights((261, 142), dtype, 32, kind)
+    check(gpu, x, fmt, experts(261, fmt, kind), transposed, row_fmt, last_padding=kind % 2 == 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "transposed"), slow_but(1, [(1, True), (2, False), (3, True), (4, False), (5, True)])
+)
+def test_experts(transposed, kind, gpu):
+    fmt = FORMATS[kind % 5]
+    x = special_weights((640 if transposed else 700, 72), torch.bfloat16, fmt.group_size, kind)
+    check(gpu, x, fmt, experts(x.shape[0], fmt, kind), transposed)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "transposed"), slow_but(1, [(DEEP_GEMM_SM90, True), (DEEP_GEMM_32, False)])
+)
+def test_rows_that_do_not_exist_are_zeros_beside_what_is_not_finite(fmt, transposed, gpu):
+    x = torch.ones(256, 136, dtype=torch.bfloat16)
+    x[3, 5], x[130, 6], x[40:128] = float("nan"), float("inf"), float("nan")
+    rows = PrefixSum(torch.tensor([40, 131], dtype=torch.int32))
+    check(gpu, x, fmt, rows, transposed, DEEP_GEMM)
+
+
+@pytest.mark.parametrize(
+    ("name", "transposed"), slow_but(1, [("apart", True), ("unaligned", False), ("whole", True)])
+)
+def test_every_stride(name, transposed, gpu):
+    fmt = MXFP8 if transposed else DEEP_GEMM_SM90
+    x = special_weights((3, 144, 152), torch.bfloat16, fmt.group_size, 3)
+    check(gpu, views(x)[name], fmt, transposed=transposed, row_fmt=DEEP_GEMM_32)
+
+
+SIZES = [(129, 641), (1, 130), (130, 1), (3, 513), (144, 30), (1, 1)]
+
+
+@pytest.mark.parametrize(("mn", "k"), slow_but(2, SIZES))
+def test_sizes_of_no_whole_tile(mn, k, gpu):
+    x = special_weights((mn, k), torch.bfloat16, 32, mn + k)
+    fmt = (DEEP_GEMM_SM90, DEEP_GEMM_32)[mn % 2]
+    check(gpu, x, fmt, transposed=k % 2 == 0, row_fmt=MXFP8)
+    check(gpu, x, MXFP8, transposed=k % 2 == 1, row_fmt=DEEP_GEMM)
+
+
+@pytest.mark.parametrize(("fmt",), slow_but(1, [(DEEP_GEMM_SM90,), (DEEP_GEMM_32,)]))
+def test_each_value_counts_in_its_groups_alone(fmt, gpu):
+    for i, place in enumerate([(0, 0), (15, 127), (16, 8), (31, 96), (71, 64), (127, 31)]):
+        x = torch.ones(128, 256, dtype=torch.bfloat16)
+        x[place] = -5.0
+        check(gpu, x, fmt, None, i % 2 == 1, (DEEP_GEMM, DEEP_GEMM_32)[i // 2 % 2])
+
+
+def test_views_into_larger_results(gpu):
+    x = special_weights((2, 130, 96), torch.bfloat16, 32, 5)
+    for transposed, shape in ((False, (2, 130, 112)), (True, (2, 96, 150))):
+        wide = torch.full(shape, 0x5A, dtype=torch.uint8)
+        columns = 130 if transposed else 96
+        q = wide.view(torch.float8_e4m3fn)[..., :columns]
+        call = ColumnCall(x, Output(DEEP_GEMM_32, q), transposed)
+        _, sf = gpu.quantize_columns(call).columns
+        assert_columns((q.contiguous(), sf), x, DEEP_GEMM_32, None, transposed)
+        assert (wide[..., columns:] == 0x5A).all()
+
+
+@pytest.mark.slow
+def test_more_tiles_than_a_grid_counts(gpu, monkeypatch):
+    monkeypatch.setattr(gpu.kernels, "_kernels", {})
+    gpu.max_grid = 2
+    x = special_weights((3, 5 * 128 - 3, 40), torch.bfloat16, 128, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(heuristics, "MAX_GRID_Y", 2)
+        check(gpu, x, DEEP_GEMM_SM90, transposed=True)
+        check(gpu, x, DEEP_GEMM_32, row_fmt=MXFP8)
+
+
+def test_nothing_to_quantize_launches_nothing(gpu):
+    for shape in ((0, 128), (128, 0), (0, 3, 8)):
+        x = torch.empty(shape, dtype=torch.bfloat16)
+        for fmt in (DEEP_GEMM_SM90, MXFP8):
+            along_k = Output(DEEP_GEMM)
+            for q, sf in gpu.quantize_columns(ColumnCall(x, Output(fmt), along_k=along_k)):
+                assert q.numel() == 0 == sf.numel()
+    assert not gpu.launched
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize(
+    ("fmt", "row_fmt", "transposed", "kind", "most"),
+    [
+        (DEEP_GEMM_SM90, None, True, "dense", {"sm_90a": 494, "sm_100a": 588}),
+        (DEEP_GEMM_32, None, False, "prefix_sum", {"sm_90a": 566, "sm_100a": 515}),
+        (MXFP8, MXFP8, True, "dense", {"sm_90a": 956, "sm_100a": 863}),
+    ],
+    ids=str,
+)
+@pytest.mark.slow
+def test_machine_code(fmt, row_fmt, transposed, kind, most, arch):
+    """Vectors as wide as they can be, registers for four CTAs, no spills, room beside memory."""
+    from bench.sass import machine_code
+
+    values = heuristics.block_values(torch.bfloat16, fmt, arch, transposed=False)
+    access = Access(2 * values, values)
+    q_access = Access(store_bytes=16 if transposed else values)
+    spec = ColumnsSpec(torch.bfloat16, fmt, values, access, q_access, transposed, row_fmt, kind)
+    code = machine_code(spec, arch)
+    assert code.count("LDL", "STL") == 0 == code.stack and code.registers <= 64
+    assert len(code.opcodes) <= most[arch]
+    results = 1 if row_fmt is None else 2
+    bytes_of_warp = BLOCK_TILE**2 * (2 + results) / BLOCK_WARPS
+    assert len(code.opcodes) <= 0.75 * architectures.named(arch).gpu.issue_budget(bytes_of_warp)
+    load = "LDG.E.128" if arch == "sm_90a" else "LDG.E.ENL2.256"
+    assert code.opcodes.count(load) == BLOCK_TILE**2 // (BLOCK_WARPS * LANES * values)
+    narrow = [op for op in code.opcodes if op.startswith("STG.E.U8")]
+    assert len(narrow) == (4 if row_fmt is not None else 0), "bytes of scales of rows alone"

@@ -1,0 +1,224 @@
+"""Faults in groups along rows: contract, dispatch, layouts and kernels."""
+
+from tests.mutants.fault import Fault
+
+COLUMNS = "contract/columns.py"
+REFERENCE = "contract/column_reference.py"
+DISPATCH = "dispatch/columns.py"
+OPERATORS = "dispatch/column_ops.py"
+KERNEL = "kernels/columns.py"
+LAYOUTS = "kernels/layouts.py"
+ENCODINGS = "kernels/encodings.py"
+SCALES = "kernels/scales.py"
+DOMAINS = "kernels/row_domains.py"
+
+ON_CONTRACT = "tests/contract/test_columns.py"
+ON_DISPATCH = "tests/dispatch/test_columns.py"
+ON_KERNEL = "tests/kernels/test_columns.py"
+FORMATS = [f"{ON_KERNEL}::test_every_format"]
+BOTH = [f"{ON_KERNEL}::test_both"]
+SIZES = [f"{ON_KERNEL}::test_sizes_of_no_whole_tile"]
+PLACES = [f"{ON_KERNEL}::test_each_value_counts_in_its_groups_alone"]
+DEAD_ROWS = [f"{ON_KERNEL}::test_rows_that_do_not_exist_are_zeros_beside_what_is_not_finite"]
+EXPERTS = [f"{ON_KERNEL}::test_experts"]
+
+FAULTS = [
+    Fault(
+        "columns-dead-rows-count",
+        REFERENCE,
+        "of_columns = source.where(live.unsqueeze(2), 0.0).mT",
+        "of_columns = source.mT",
+        [f"{ON_CONTRACT}::test_rows_that_do_not_exist_are_zeros_beside_what_is_not_finite"],
+    ),
+    Fault(
+        "columns-dead-rows-are-nan",
+        REFERENCE,
+        "codes = codes.where(live.unsqueeze(1), 0)",
+        "codes = codes.where(live.any(), 0)",
+        [f"{ON_CONTRACT}::test_rows_that_do_not_exist_are_zeros_beside_what_is_not_finite"],
+    ),
+    Fault(
+        "columns-scales-of-groups-without-rows",
+        REFERENCE,
+        "scales = scales.where(_groups_with_rows(live, fmt).unsqueeze(1), 0)",
+        "scales = scales + 0",
+        [f"{ON_CONTRACT}::test_experts"],
+    ),
+    Fault(
+        "columns-experts-in-one-word",
+        COLUMNS,
+        "return fmt.group_size * fmt.groups_per_unit",
+        "return fmt.group_size",
+        [f"{ON_CONTRACT}::test_what_is_refused"],
+    ),
+    Fault(
+        "columns-words-of-large-groups",
+        COLUMNS,
+        "if fmt.packed and fmt.group_size != WORD_GROUP_SIZE:",
+        "if fmt.packed and fmt.group_size not in GROUP_SIZES:",
+        [f"{ON_CONTRACT}::test_what_is_refused"],
+    ),
+    Fault(
+        "columns-words-anywhere",
+        COLUMNS,
+        "sf.data_ptr() % BYTES_PER_WORD:",
+        "sf.data_ptr() % 1:",
+        [f"{ON_CONTRACT}::test_what_is_refused"],
+    ),
+    Fault(
+        "columns-overlapping-padding-of-rows",
+        DISPATCH,
+        'region_of_scales("out sf", sf, mn_major=fmt.mn_major)',
+        'region_of_scales("out sf", sf, mn_major=False)',
+        [f"{ON_CONTRACT}::test_memory_that_overlaps_is_refused"],
+    ),
+    Fault(
+        "columns-fake-of-the-transpose",
+        OPERATORS,
+        "columns.values_shape(shape, call.transposed) if of_columns else shape",
+        "columns.values_shape(shape, False) if of_columns else shape",
+        [f"{ON_DISPATCH}::test_fakes_are_like_results"],
+    ),
+    Fault(
+        "columns-missing-rows-forgotten",
+        DISPATCH,
+        "missing_rows, row_floor = missing_scale_rows(row_sf, row_fmt), row_fmt.floor",
+        "missing_rows, row_floor = 0, row_fmt.floor",
+        BOTH,
+    ),
+    Fault(
+        "columns-ragged-transpose",
+        DISPATCH,
+        "ragged=q.shape[-1] % q_values != 0",
+        "ragged=x.shape[-1] % values != 0",
+        SIZES,
+    ),
+    Fault(
+        "columns-first-barrier",
+        KERNEL,
+        "            row_amaxes = self.share_row_amaxes(tXrX, place)\n        cute.arch.barrier()",
+        "            row_amaxes = self.share_row_amaxes(tXrX, place)",
+        PLACES,
+    ),
+    Fault(
+        "columns-second-barrier",
+        KERNEL,
+        "- BLOCK_TILE, tile, problem)\n        cute.arch.barrier()",
+        "- BLOCK_TILE, tile, problem)",
+        PLACES,
+    ),
+    Fault(
+        "columns-batch-of-the-first-launch",
+        KERNEL,
+        "problem = problem.slice_batch(problem.first_batch + batch)",
+        "problem = problem.slice_batch(batch)",
+        [f"{ON_KERNEL}::test_more_tiles_than_a_grid_counts"],
+    ),
+    Fault(
+        "columns-last-warp-of-a-group",
+        KERNEL,
+        "for i in range(1, warps):",
+        "for i in range(1, warps - 1):",
+        PLACES,
+    ),
+    Fault(
+        "columns-other-rows-of-lanes",
+        KERNEL,
+        "range_constexpr((LANES // self.lanes).bit_length() - 1)",
+        "range_constexpr((LANES // self.lanes).bit_length() - 2)",
+        PLACES,
+    ),
+    Fault(
+        "columns-half-of-a-row",
+        KERNEL,
+        "amax = stage.larger(amax, cute.arch.shuffle_sync_bfly(amax, offset=LANES // 2))",
+        "amax = stage.larger(amax, amax)",
+        [
+            f"{ON_KERNEL}::test_each_value_counts_in_its_groups_alone[sm_90a-e4m3:128:float32:mn_major]"
+        ],
+    ),
+    Fault(
+        "columns-bits-above-the-byte-of-nan",
+        KERNEL,
+        "word = word | (stored[i] & 0xFF) << 8 * i",
+        "word = word | stored[i] << 8 * i",
+        FORMATS,
+    ),
+    Fault(
+        "columns-words-past-the-last-column",
+        KERNEL,
+        "word = word if column < problem.k else Uint32(0)",
+        "word = word + Uint32(0)",
+        SIZES,
+    ),
+    Fault(
+        "columns-scales-past-the-last-group",
+        KERNEL,
+        "if column < problem.k and row < problem.scales.shape[0]:",
+        "if column < problem.k:",
+        FORMATS,
+    ),
+    Fault(
+        "columns-scales-of-dead-groups",
+        KERNEL,
+        "stored.append(scale.scale if first < end else type(scale.scale)(0))",
+        "stored.append(scale.scale)",
+        EXPERTS,
+    ),
+    Fault(
+        "columns-scales-of-dead-rows",
+        KERNEL,
+        "                row_index < end,\n",
+        "                row_index < problem.num_rows,\n",
+        BOTH,
+    ),
+    Fault(
+        "columns-dead-rows-of-a-nan",
+        KERNEL,
+        "encodings.clear_unless(exist[i], tXrQ)",
+        "encodings.clear_unless(Boolean(True), tXrQ)",
+        DEAD_ROWS,
+    ),
+    Fault(
+        "columns-dead-rows-of-a-nan-transposed",
+        KERNEL,
+        "cutlass.select_(exist[first + j], Uint32(0xFF << 8 * j), Uint32(0))",
+        "cutlass.select_(exist[first], Uint32(0xFF << 8 * j), Uint32(0))",
+        DEAD_ROWS,
+    ),
+    Fault(
+        "columns-multiplier-of-a-nan-beside",
+        ENCODINGS,
+        "factors = bits[2 * i + 1] & Uint32(0xFFFF0000) | bits[2 * i] >> 16",
+        "factors = bits[2 * i + 1] | bits[2 * i] >> 16",
+        FORMATS,
+    ),
+    Fault(
+        "columns-sign-of-an-amax",
+        SCALES,
+        "amaxes.append(result & mask)",
+        "amaxes.append(result)",
+        FORMATS,
+    ),
+    Fault(
+        "columns-experts-of-one-warp",
+        DOMAINS,
+        "return cute.arch.warp_reduction(last, cutlass.max)",
+        "return cute.arch.warp_reduction(last, cutlass.max, threads_in_group=2)",
+        EXPERTS,
+    ),
+    Fault(
+        "columns-conflicts-of-banks",
+        LAYOUTS,
+        "((8, LANES // lanes, lanes // 8), BLOCK_WARPS),",
+        "((min(lanes, 32), LANES // lanes, 1), BLOCK_WARPS),",
+        ["tests/kernels/test_layouts.py::test_a_tile_is_transposed_without_bank_conflicts"],
+    ),
+    Fault(
+        "columns-vectors-of-one-lane",
+        LAYOUTS,
+        "stride=(BLOCK_TILE, (1, lanes * vector, vector)),",
+        "stride=(BLOCK_TILE, (1, vector, values)),",
+        ["tests/kernels/test_layouts.py::test_columns_are_shared_without_bank_conflicts"],
+    ),
+]

@@ -1,0 +1,76 @@
+"""Faults in the layers that are trained in FP8."""
+
+from tests.mutants.fault import Fault
+
+LINEAR = "nn/linear.py"
+GROUPED = "nn/grouped.py"
+GEMMS = "nn/gemms.py"
+ROWS = "nn/rows.py"
+
+ON_LAYERS = "tests/nn/test_linear.py"
+
+FAULTS = [
+    Fault(
+        "linear-keeps-the-input",
+        LINEAR,
+        "ctx.save_for_backward(weight if of_x else None, *columns)",
+        "ctx.x = ctx.save_for_backward(weight if of_x else None, *columns, x)",
+        [f"{ON_LAYERS}::test_what_is_kept_is_fp8"],
+    ),
+    Fault(
+        "linear-keeps-what-nobody-needs",
+        LINEAR,
+        "ctx.save_for_backward(weight if of_x else None, *columns)",
+        "ctx.save_for_backward(weight, *columns)",
+        [f"{ON_LAYERS}::test_what_needs_no_gradient_is_not_kept"],
+    ),
+    Fault(
+        "linear-padding-that-is-not-zero",
+        LINEAR,
+        "return torch.zeros((k, padded), dtype=torch.uint8, device=device).view(fmt.values)",
+        "return torch.full((k, padded), 0x7E, dtype=torch.uint8, device=device).view(fmt.values)",
+        [f"{ON_LAYERS}::test_gradients"],
+    ),
+    Fault(
+        "linear-second-derivative",
+        LINEAR,
+        "if torch.is_grad_enabled():",
+        "if False:",
+        [f"{ON_LAYERS}::test_second_derivatives_are_refused"],
+    ),
+    Fault(
+        "linear-ignores-autocast",
+        LINEAR,
+        "return torch.get_autocast_dtype(x.device.type)",
+        "return x.dtype",
+        [f"{ON_LAYERS}::test_autocast"],
+    ),
+    Fault(
+        "grouped-rows-of-no-group",
+        GROUPED,
+        "q, sf = quantize(x, recipe.fmt, rows=rows)",
+        "q, sf = quantize(x, recipe.fmt)",
+        ["tests/nn/test_gemms.py::test_rows_between_groups"],
+    ),
+    Fault(
+        "grouped-empty-groups",
+        ROWS,
+        "stop = align(max(min(end, m), start), GROUP_ALIGNMENT)",
+        "stop = align(max(min(end, m), start + 1), GROUP_ALIGNMENT)",
+        [f"{ON_LAYERS}::test_groups", f"{ON_LAYERS}::test_sizes_of_groups"],
+    ),
+    Fault(
+        "gemms-under-autocast",
+        GEMMS,
+        "with torch.autocast(a.device.type, enabled=False):",
+        "with torch.autocast(a.device.type, enabled=True):",
+        [f"{ON_LAYERS}::test_operands"],
+    ),
+    Fault(
+        "gemms-gradient-of-rows-in-words",
+        GEMMS,
+        "q = q if transposed else q.mT.contiguous()",
+        "q = q.reshape(q.shape[::-1]) if not transposed else q",
+        [f"{ON_LAYERS}::test_groups"],
+    ),
+]
