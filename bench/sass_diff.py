@@ -70,7 +70,7 @@ def format_text(fmt: Any) -> str:
     """Return what a format means for a kernel; fields have other names in other commits."""
     values = fmt.values if hasattr(fmt, "values") else fmt.dtype
     kinds = ("packed", "blocked", "mn_major", "ue8m0", "power_of_two", "reciprocal")
-    words = [name for name in kinds if getattr(fmt, name)]
+    words = [name for name in kinds if getattr(fmt, name, False)]
     # An older commit has only blocks of 128 rows.
     if (rows := getattr(fmt, "block_rows", 0)) not in (0, 128):
         words.append(f"{rows} rows")

@@ -32,7 +32,7 @@ WORDS_OUT = 4
 CHUNK = 256
 """Vectors of a bulk copy: 8 KB to be read for 16-bit elements."""
 ALIGNMENT = 128
-"""Bytes that the shared memory of bulk copies is aligned to."""
+"""Bytes that memory of bulk copies is aligned to, shared or not."""
 BYTES_PER_WORD = 4
 
 
@@ -52,9 +52,13 @@ class Traffic(NamedTuple):
 
 
 def fake_words(number: int, words: int) -> cute.Tensor:
-    """Return a stand-in for `number` parts of memory, of vectors of so many words."""
+    """Return a stand-in for `number` parts of memory, of vectors of so many words.
+
+    Memory that an allocator of torch returns is aligned enough, however long a vector is.
+    """
     size = cute.sym_int64(divisibility=number * words)
-    return make_fake_tensor(Int32, (size,), stride=(1,), assumed_align=max(16, 4 * words))
+    alignment = min(max(16, BYTES_PER_WORD * words), ALIGNMENT)
+    return make_fake_tensor(Int32, (size,), stride=(1,), assumed_align=alignment)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def tiles_of_rows(k: int) -> Iterator[Fields]:
         tile = ONE_ROW._replace(values_per_thread=values, tiles_per_thread=tiles)
         warps = ceil_div(k, tiles * tile.columns)
         most = 1 << (warps - 1).bit_length()
-        for max_warps in {most, heuristics.MAX_WARPS}:
+        for max_warps in {most, heuristics.FEW_ROWS_WARPS, heuristics.MAX_WARPS}:
             if warps <= max_warps <= heuristics.MAX_WARPS:
                 yield {"tile": tile, "max_warps": max_warps}
 

@@ -481,7 +481,7 @@ def _upper_scale(kind: str | None, decode_scale: torch.Tensor | None) -> dict[st
 def _size(spec: Spec) -> tuple[int, int]:
     """(mn, k) of a result that a kernel of this tile is launched for."""
     if isinstance(spec, QuantizerSpec) and (isinstance(spec, RmsNormSpec) or spec.fmt.by_row):
-        return FEW_ROWS, presets.columns_of_whole_rows(spec)
+        return presets.size_of_whole_rows(spec)
     if isinstance(spec, QuantizeSpec) and spec.tile in (TWO_ROWS, TWO_TILES):
         sms = lookup.multiprocessors(torch.cuda.current_device())
         return ceil_div(TWO_ROWS_FROM * sms, COLUMNS), COLUMNS

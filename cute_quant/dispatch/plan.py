@@ -294,7 +294,7 @@ def _launch_shape(
         matrices, rows, masked = 1, call.x.shape[0], False
     size = matrices, rows, shape.k, call.fmt, masked, gpu.sms
     if call.fmt.by_row and not isinstance(call.prologue, RmsNorm):
-        return heuristics.row_shape(*size)
+        return heuristics.row_shape(*size, gpu.arch)
     match call.prologue:
         case None if fake:
             return heuristics.fake_shape(*size, gpu.arch)

@@ -43,7 +43,7 @@ from cute_quant.dispatch.call_range import (
     CallRange,
 )
 from cute_quant.dispatch.plan import Gpu
-from cute_quant.kernels import heuristics
+from cute_quant.kernels import architectures, heuristics
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
     BlocksSpec,
@@ -80,6 +80,8 @@ LONG_COLUMNS = 2 * COLUMNS[-1]
 """Columns of a row that is one group and that no CTA holds."""
 SMS = 1
 """Multiprocessors of a GPU that has all size classes below ``MAX_ROWS``."""
+FEW_ROWS, MANY_ROWS = 19, 203
+"""Rows that are fewer, and more, than a GPU has multiprocessors."""
 MAX_ROWS = 2**17
 """Rows that are not too many for one dimension of a grid, in results as DeepGEMM reads them."""
 
@@ -90,20 +92,23 @@ Kernels = dict[Spec, reachable.Variant]
 """Specs, each with calls that take it."""
 
 
-def columns_of_whole_rows(spec: QuantizerSpec) -> int:
-    """Return a number of columns for which a kernel whose CTAs hold whole rows is chosen."""
-    norm = isinstance(spec, RmsNormSpec)
-    shape_of = heuristics.norm_shape if norm else heuristics.row_shape
-    for k in (LONG_COLUMNS, *reversed(COLUMNS)):
-        shape = shape_of(1, 1, k, spec.fmt, False, 1)
-        others = isinstance(spec, RmsNormSpec) or spec.held == shape.held
-        tiles = spec.tiles_per_thread if isinstance(spec, RmsNormSpec) else shape.tiles_per_thread
-        if others and (spec.tile, tiles, spec.max_warps) == (
-            shape.tile,
-            shape.tiles_per_thread,
-            shape.max_warps,
-        ):
-            return k
+def size_of_whole_rows(spec: QuantizerSpec) -> tuple[int, int]:
+    """Return (mn, k) for which a kernel whose CTAs hold whole rows is chosen."""
+    if isinstance(spec, RmsNormSpec):
+        wanted = spec.tile, spec.tiles_per_thread, spec.max_warps, True
+    else:
+        wanted = spec.tile, spec.tile.tiles_per_thread, spec.max_warps, spec.held
+    arches = [architecture.name for architecture in architectures.ARCHITECTURES]
+    for rows, k, arch in itertools.product(
+        (MANY_ROWS, FEW_ROWS), (LONG_COLUMNS, *reversed(COLUMNS)), arches
+    ):
+        size = 1, rows, k, spec.fmt, False, FEW_ROWS
+        if isinstance(spec, RmsNormSpec):
+            shape = heuristics.norm_shape(*size)
+        else:
+            shape = heuristics.row_shape(*size, arch)
+        if (shape.tile, shape.tiles_per_thread, shape.max_warps, shape.held) == wanted:
+            return rows, k
     raise ValueError(f"spec: expected one that is chosen for some columns, got {spec}")
 
 

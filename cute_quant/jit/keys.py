@@ -19,6 +19,8 @@ SOURCES = (
     "contract/format_choices.py",
     "contract/formats.py",
     "contract/philox.py",
+    "contract/prologues.py",
+    "contract/readers.py",
     "contract/rows.py",
     "contract/scale_layouts.py",
     "contract/torch_private.py",

@@ -42,6 +42,19 @@ between them. Of gates and ups 1.00 of the ceiling at 4096 x 2048, where the def
 and two rows a thread 1.08, and 1.17 instead of 1.37 at one row. Of NVFP4 and back 0.94 instead of
 0.98 at 4096 x 7168, and 1.14 instead of 1.27 at one row. That Ada is like Hopper, and that
 Blackwell takes the default, is not measured."""
+SHORT_SILU_TILE = Tile(values_per_thread=8, row_warps=1)
+SILU_TILE = Tile(row_warps=1)
+FEWEST_GATES, FEW_GATES = 64, 4096
+"""Tiles of few gates and ups where a vector has 16 bytes, and most of them for each SM.
+
+A CTA of one warp spreads them over all SMs. On an H100, k = 7168, time over that of the ceiling:
+
+    rows    8 values,    8, 1 warp    16, 1 warp
+            8 warps
+     1      1.44         1.30         1.43
+    16      1.59         1.62         1.47
+    64      1.50         1.59         1.20
+"""
 DEQUANTIZE_TILES = {16: Tile(values_per_thread=8, tiles_per_thread=2), 32: DEFAULT_TILE}
 """Tiles of values to be multiplied by their scales, by the bytes of a vector.
 
@@ -54,11 +67,42 @@ MAX_TILES = 4
 """Most tiles of a row that a thread of them holds."""
 ROW_TILES = 2
 """Least tiles of a thread that holds part of a row which is scaled as a whole."""
+FEW_ROWS_TILES = {
+    16: ONE_ROW._replace(values_per_thread=8, tiles_per_thread=4),
+    32: ONE_ROW._replace(tiles_per_thread=2),
+}
+FEW_ROWS_WARPS = 8
+MANY_ROWS_TILE = ONE_ROW
+"""Tiles of rows that are one group, which 8 or 16 warps hold, by the bytes of a vector.
+
+On an H100, FP8 of k = 7168, time over that of the ceiling:
+
+    rows     32 values a thread    32, 16 warps    16
+             of vectors, 8 warps   at most
+        1    1.58                  1.77            1.84
+       16    1.22                  1.29            1.32
+       64    1.42                  1.62            1.82
+      256    1.33                  1.25            1.19
+     1024    1.06                  1.03            1.03
+     4096    1.02                  1.02            1.01
+    16384    1.01                  1.01            1.00
+
+Rows are few where each has an SM. Blackwell, whose vectors have 16 values, is not measured.
+"""
 WARPS_PER_NORM = 4
 """Least warps of a CTA where rows are so short that it can have several."""
 
-RESIDENT_CTAS = 16
+RESIDENT_CTAS = 8
 """CTAs for each SM that walk the experts of a batch, at least."""
+EXPERT_CTAS = 2
+"""CTAs for each expert and tile of columns, at least.
+
+On an H100, k = 7168, time over that of the ceiling, by the CTAs of an expert:
+
+    experts x rows of each     1       2       3       5       10
+    32 x 8                                     1.57    1.60    2.25
+    256 x 512                  1.13    1.08
+"""
 
 
 class Shape(NamedTuple):
@@ -108,15 +152,20 @@ def shape(
 
 def expert_ctas(matrices: int, row_tiles: int, column_tiles: int, sms: int) -> int:
     """Return how many CTAs along M share the rows of all masked experts."""
-    slots = min(ceil_div(RESIDENT_CTAS * sms, column_tiles * max(matrices, 1)), row_tiles)
-    return min(matrices * slots, MAX_GRID_Y)
+    slots = ceil_div(RESIDENT_CTAS * sms, column_tiles * max(matrices, 1))
+    return min(matrices * min(max(slots, EXPERT_CTAS), row_tiles), MAX_GRID_Y)
 
 
 def silu_shape(
     matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int, arch: str
 ) -> Shape:
     """Return the launch for gates and ups on an architecture."""
-    tile = VECTOR_TILES[architectures.named(arch).widest_load]
+    widest_load = architectures.named(arch).widest_load
+    tile = VECTOR_TILES[widest_load]
+    if widest_load == LOAD_BYTES // 2 and not masked:
+        elements = matrices * rows * k
+        if elements <= FEW_GATES * sms:
+            tile = SHORT_SILU_TILE if elements <= FEWEST_GATES * sms else SILU_TILE
     return shape(matrices, rows, k, fmt, masked, sms, tile=tile)
 
 
@@ -150,21 +199,29 @@ class NormShape(NamedTuple):
     held: bool = True
 
 
-def row_shape(matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int) -> NormShape:
+def row_shape(
+    matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int, arch: str
+) -> NormShape:
     """Return the launch for rows that are scaled as a whole, by a warp for each two of their tiles.
 
     The tiles of a thread are adjacent, so that they share addresses. Where a row is one group, few
-    kernels serve every k: for one warp, for all that may share a row, and for longer rows.
+    kernels serve every k: for one warp, for few and for many rows, and for longer rows.
     """
     shape = norm_shape(matrices, rows, k, fmt, masked, sms, least_tiles=ROW_TILES)
     tiles = shape.tiles_per_thread
-    if fmt.whole_row:
-        held = tiles <= MAX_TILES
-        tiles = max(ROW_TILES, tiles) if held else 1
-        if shape.max_warps > 1:
-            row_ctas = expert_ctas(matrices, fmt.scale_rows(rows), 1, sms)
-            shape = NormShape(ONE_ROW, False, row_ctas, tiles, MAX_WARPS, held)
-    return shape._replace(tile=shape.tile._replace(tiles_per_thread=tiles))
+    if not fmt.whole_row:
+        return shape._replace(tile=shape.tile._replace(tiles_per_thread=tiles))
+    if shape.max_warps == 1:
+        return shape._replace(tile=shape.tile._replace(tiles_per_thread=ROW_TILES))
+    row_ctas = expert_ctas(matrices, fmt.scale_rows(rows), 1, sms)
+    tile, max_warps, held = ONE_ROW._replace(tiles_per_thread=tiles), MAX_WARPS, tiles <= MAX_TILES
+    if k <= MAX_WARPS * MANY_ROWS_TILE.columns:
+        few = not masked and matrices * rows <= sms
+        tile = FEW_ROWS_TILES[architectures.named(arch).widest_load] if few else MANY_ROWS_TILE
+        max_warps = FEW_ROWS_WARPS if few else MAX_WARPS
+    elif not held:
+        tile = ONE_ROW
+    return NormShape(tile, False, row_ctas, tile.tiles_per_thread, max_warps, held)
 
 
 def norm_shape(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_quant.kernels import copy, encodings, layouts, scatter
@@ -25,6 +25,7 @@ from cute_quant.kernels.problem import Operands, Problem
 from cute_quant.kernels.quantize_rows import RowQuantizer
 from cute_quant.kernels.row_domains import Row, select_rows
 from cute_quant.kernels.scales import GroupScale
+from cute_quant.kernels.scatter import Target, Targets
 from cute_quant.kernels.scheduler import Scheduler
 from cute_quant.kernels.stage import Origin, Rows, Scales, Stage
 from cute_quant.kernels.upper_scales import Factors
@@ -76,13 +77,31 @@ class GroupQuantizer:
         rows = select_rows(problem, self.spec.domain, row_indices)
         inputs = [problem.prologue.row(row, k) for row in rows]
         targets = [scatter.target(row, problem, self.spec.access) for row in rows]
-        randoms = [problem.random_of_row(row.index) for row in rows]
 
-        scales, bounds = [], self.load_bounds(rows, problem)
+        # What comes before needs no memory, and overlaps with the end of the kernel before.
+        self.scheduler.wait_in_tile(inputs[-1].address(segments[0]))
+        scales = stage.scale_registers(len(segments) * len(rows))  # (rows of each tile,)
+        if stage.may_write(rows[0].in_bounds):
+            self.quantize_rows(rows, inputs, targets, segments, scales, problem)
+        if const_expr(problem.scales is not None):
+            self.store_scales(rows, scales, segments, problem)
+
+    @cute.jit
+    def quantize_rows(
+        self,
+        rows: list[Row],
+        inputs: list[Params],
+        targets: list[Target | Targets],
+        segments: list[Segment],
+        scales: cute.Tensor,
+        problem: Problem,
+    ):
+        """Load, reduce, scale, quantize and store the thread's tiles, and keep their scales."""
+        stage, bounds = self.stage, self.load_bounds(rows, problem)
+        randoms = [problem.random_of_row(row.index) for row in rows]
         # (values,) of each tile and row
         tXrX = [[row.load(segment) for row in inputs] for segment in segments]
         for j in cutlass.range_constexpr(len(segments)):
-            row_scales = []
             for i in cutlass.range_constexpr(len(rows)):
                 tXrV = inputs[i].values(tXrX[j][i])  # (values,)
                 amax = stage.group_amax(stage.thread_amax(tXrV))
@@ -91,10 +110,7 @@ class GroupQuantizer:
                 # (values,), bytes of two
                 tXrQ = stage.results(tXrV, scale, bounds[i], self.fake, words)
                 targets[i].store(tXrQ, segments[j])
-                row_scales.append(scale)
-            scales.append(row_scales)
-        if const_expr(problem.scales is not None):
-            self.store_scales(rows, scales, segments, problem)
+                scales[j * len(rows) + i] = scale.scale
 
     def load_bounds(self, rows: list[Row], problem: Problem) -> list[Float32 | Factors]:
         """Return what the scales of each row are bounded by, or lie under."""
@@ -119,16 +135,19 @@ class GroupQuantizer:
     def store_scales(
         self,
         rows: list[Row],
-        scales: list[list[GroupScale]],
+        scales: cute.Tensor,  # (rows of each tile,)
         segments: list[Segment],
         problem: Problem,
     ):
-        """Store the scales of the thread's tiles, each a list of those of its rows."""
+        """Store the scales of the thread's tiles."""
         exist = None
         if self.spec.domain.selects:
             exist = [row.exists for row in rows]
         scale_rows = Rows([row.index for row in rows], problem.num_rows, exist)
-        for i, (segment, row_scales) in enumerate(zip(segments, scales, strict=True)):
+        for i, segment in enumerate(segments):
+            row_scales = [
+                GroupScale(Float32(0.0), scales[i * len(rows) + j]) for j in range(len(rows))
+            ]
             memory = self.scales_of_tile(segment, problem)
             origin = Origin(segments[0], i)
             if self.spec.domain.scattered:
@@ -191,6 +210,11 @@ class InputRow(Params):
         self.gX = gX
         self.predicate = predicate
         self.spec = spec
+
+    def address(self, segment: Segment) -> Int64:
+        """Return the address of a thread's segment."""
+        values = self.spec.tile.values_per_thread
+        return copy.address(self.gX, segment, values, self.spec.access)
 
     def load(self, segment: Segment) -> cute.Tensor:
         """Load a thread's segment, (values,), zeros where there is nothing."""

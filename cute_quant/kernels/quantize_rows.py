@@ -18,8 +18,9 @@ from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.config import QuantizeSpec, SiluMulBackwardSpec, SiluMulSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.params import Params
-from cute_quant.kernels.philox import Random, words_of
+from cute_quant.kernels.philox import words_of
 from cute_quant.kernels.problem import Problem
+from cute_quant.kernels.row_domains import Row
 from cute_quant.kernels.scales import GroupScale
 from cute_quant.kernels.scatter import Target, Targets
 from cute_quant.kernels.stage import Stage
@@ -55,27 +56,41 @@ class RowQuantizer(WholeRows):
         row, segments = self.row_segments(row_tile, problem)
         source = problem.prologue.row(row, problem.k)  # (k,)
         target = scatter.target(row, problem, self.spec.access)
-        random = problem.random_of_row(row.index)
-        if const_expr(self.spec.held):
-            # Registers of each of the thread's tiles: (values,).
-            tXrX = [source.load(segment) for segment in segments]
-            tXrV = [source.values(t) for t in tXrX]
-            scales, bound = self.scales(tXrV, problem)
-            self.store_values(tXrV, scales, bound, target, segments, random)
-        else:
-            scales = [self.quantize_long_row(source, target, random, problem)] * len(segments)
+        self.scheduler.wait_in_tile(source.address(segments[0]))
+        scales = self.stage.scale_registers(len(segments))  # (tiles,)
+        if self.may_write(row):
+            if const_expr(self.spec.held):
+                self.quantize_row(row, source, target, segments, scales, problem)
+            else:
+                scales.fill(self.quantize_long_row(row, source, target, problem).scale)
         if const_expr(problem.scales is not None):
-            self.store_scales(row, scales, segments, problem)
-            if const_expr(self.spec.fmt.row_scale):
-                self.store_row_scale(row, bound, problem)
+            stored = [GroupScale(Float32(0.0), scales[i]) for i in range(len(segments))]
+            self.store_scales(row, stored, segments, problem)
+
+    @cute.jit
+    def quantize_row(
+        self,
+        row: Row,
+        source: Params,
+        target: Target | Targets,
+        segments: list[Segment],
+        scales: cute.Tensor,
+        problem: Problem,
+    ):
+        """Load, reduce, scale, quantize and store a row, and keep the scales of its tiles."""
+        # Registers of each of the thread's tiles: (values,).
+        tXrX = [source.load(segment) for segment in segments]
+        tXrV = [source.values(t) for t in tXrX]
+        found, bound = self.scales(tXrV, problem)
+        self.store_values(tXrV, found, bound, row, target, segments, problem)
+        if const_expr(self.spec.fmt.row_scale and problem.scales is not None):
+            self.store_row_scale(row, bound, problem)
+        for i in cutlass.range_constexpr(len(segments)):
+            scales[i] = found[i].scale
 
     @cute.jit
     def quantize_long_row(
-        self,
-        source: Params,
-        target: Target | Targets,
-        random: cutlass.Constexpr[Random | None],
-        problem: Problem,
+        self, row: Row, source: Params, target: Target | Targets, problem: Problem
     ) -> GroupScale:
         """Quantize and store a row that is one group, in two passes, and return its scale."""
         lane, warp, _ = cute.arch.thread_idx()
@@ -91,7 +106,8 @@ class RowQuantizer(WholeRows):
             tXrX = [source.load(segment) for segment in segments]
             tXrV = [source.values(t) for t in tXrX]
             scales = [scale] * len(segments)
-            self.store_values(tXrV, scales, problem.scale_bound, target, segments, random)
+            bound = problem.scale_bound
+            self.store_values(tXrV, scales, bound, row, target, segments, problem)
         return scale
 
     def store_values(
@@ -99,11 +115,13 @@ class RowQuantizer(WholeRows):
         tXrV: list[cute.Tensor],
         scales: list[GroupScale],
         bound: Float32 | Factors,
+        row: Row,
         target: Target | Targets,
         segments: list[Segment],
-        random: Random | None,
+        problem: Problem,
     ):
         """Quantize the thread's tiles, (values,) each, and store them."""
+        random = problem.random_of_row(row.index)
         for segment, t, scale in zip(segments, tXrV, scales, strict=True):
             words = words_of(random, segment, t)
             tXrQ = self.stage.results(t, scale, bound, self.fake, words)

@@ -150,7 +150,26 @@ class RmsNorm(WholeRows):
         spec, stage, inputs, k = self.spec, self.stage, problem.prologue, problem.k
         row, segments = self.row_segments(row_tile, problem)
         gX = inputs.x.row(row.source, k)  # (k,)
+        values = stage.tile.values_per_thread
+        self.scheduler.wait_in_tile(copy.address(gX, segments[0], values, spec.access))
 
+        scales = stage.scale_registers(len(segments))  # (tiles,)
+        if self.may_write(row):
+            self.quantize_row(row, gX, segments, scales, problem)
+        stored = [GroupScale(Float32(0.0), scales[i]) for i in range(len(segments))]
+        self.store_scales(row, stored, segments, problem)
+
+    @cute.jit
+    def quantize_row(
+        self,
+        row: Row,
+        gX: cute.Tensor,  # (k,)
+        segments: list[Segment],
+        stored: cute.Tensor,  # (tiles,)
+        problem: Problem,
+    ):
+        """Load, add, reduce, normalize, quantize and store a row; keep the scales of its tiles."""
+        spec, stage, inputs = self.spec, self.stage, problem.prologue
         # Registers of each of the thread's tiles: (values,).
         tXrX = [self.load(gX, segment, row) for segment in segments]
         early = len(segments) <= EARLY_WEIGHTS
@@ -194,10 +213,12 @@ class RmsNorm(WholeRows):
             scale = stage.refine(tXrV, self.normalized_scale(amax, factor, bound), bound)
             scales.append(scale)
             if const_expr(spec.normalized):
-                self.store(value, inputs.normalized.row(row.index, k), segment, row)
+                gN = inputs.normalized.row(row.index, problem.k)
+                self.store(value, gN, segment, row)
             tXrQ = stage.encode(tXrV, scale)
             target.store(tXrQ, segment)
-        self.store_scales(row, scales, segments, problem)
+        for i in cutlass.range_constexpr(len(segments)):
+            stored[i] = scales[i].scale
 
     @property
     def tiles_per_thread(self) -> int:

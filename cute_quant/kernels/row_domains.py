@@ -125,13 +125,23 @@ def places_in_groups(problem: Problem, row: Uint32) -> Boolean:
     return found
 
 
-@cute.jit
 def read_count(problem: Problem, expert: Int32) -> Int32:
     """Return the rows of an expert, 0 of one past the last."""
+    return clamp_count(problem, load_count(problem, expert))
+
+
+@cute.jit
+def load_count(problem: Problem, expert: Int32) -> Int32:
+    """Load the count of an expert as it is given, 0 of one past the last."""
     count = Int32(0)
     if expert < problem.counts.shape[0]:
-        count = Int32(clamp(problem.counts[expert], problem.num_rows))
+        count = problem.counts[expert]
     return count
+
+
+def clamp_count(problem: Problem, count: Int32) -> Int32:
+    """Return the rows that an expert with such a count has."""
+    return Int32(clamp(count, problem.num_rows))
 
 
 @cute.jit

@@ -15,7 +15,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_tensor
 
 from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT
-from cute_quant.kernels import layouts
+from cute_quant.kernels import layouts, ptx
 from cute_quant.kernels.config import DOWN, LANES, MAX_GRID_Y, MAX_GRID_Z, Spec
 from cute_quant.kernels.copy import fake_matrix
 from cute_quant.kernels.encodings import scale_type_of, values_per_element
@@ -23,7 +23,7 @@ from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.philox import RngState
 from cute_quant.kernels.problem import Operands, Problem
-from cute_quant.kernels.row_domains import read_count
+from cute_quant.kernels.row_domains import clamp_count, load_count, read_count
 from cute_quant.kernels.scatter import Scatter
 from cute_quant.kernels.stage import Stage
 from cute_quant.kernels.upper_scales import UpperScale
@@ -149,7 +149,7 @@ class Scheduler:
         if const_expr(self.domain.scattered):
             rows_to_write = prologue.x.rows
         dedicated_tiles = Int32(0)
-        if const_expr(self.domain.masked and not self.domain.scattered):
+        if const_expr(self.walks_experts):
             dedicated_tiles = self.num_expert_ctas(operands) // operands.mQ.shape[0]
         return Problem(
             prologue=prologue,
@@ -216,9 +216,8 @@ class Scheduler:
         _, _, z = cute.arch.block_idx()
         num_row_ctas = self.num_row_ctas()
         _, _, depth = cute.arch.grid_dim()
-        if const_expr(self.spec.pdl):
-            # Nothing is read or written before: the kernel before may still write x, or read q.
-            cute.arch.griddepcontrol_wait()
+        if const_expr(not (self.waits_late or self.walks_experts)):
+            self.wait()
         if const_expr(self.domain.scattered):
             self.for_each_token_tile(row_cta, num_row_ctas, problem, process)
         elif const_expr(self.domain.masked):
@@ -229,6 +228,40 @@ class Scheduler:
                     process(row_tile, problem.slice_batch(batch))
         else:
             process(row_cta, problem)
+
+    @property
+    def walks_experts(self) -> bool:
+        """Return whether CTAs share the rows of masked experts."""
+        return self.domain.masked and not self.domain.scattered
+
+    @property
+    def waits_late(self) -> bool:
+        """Return whether a tile waits for the kernel before, not all of them together.
+
+        It has one tile, whose rows and addresses are known without memory. So they are computed
+        while the kernel before ends.
+        """
+        domain = self.domain
+        reads = domain.counted or domain.gathered or getattr(self.spec, "weighted", False)
+        return not (domain.repeats or reads)
+
+    def wait(self):
+        """Wait for the kernel before, which may still write x, or read q.
+
+        Nothing is read or written before.
+        """
+        if self.spec.pdl:
+            cute.arch.griddepcontrol_wait()
+
+    def wait_for(self, address: Int64):
+        """Wait for the kernel before, and have an address that is read next by then."""
+        if self.spec.pdl:
+            ptx.griddepcontrol_wait_after(address)
+
+    def wait_in_tile(self, address: Int64):
+        """Wait for the kernel before, if that is left to the tile, with an address to be read."""
+        if self.waits_late:
+            self.wait_for(address)
 
     @cute.jit
     def for_each_token_tile(
@@ -263,48 +296,51 @@ class Scheduler:
         """Call ``process(row_tile, problem)`` for masked experts, whose counts are on the device.
 
         The first tiles of each expert have CTAs to themselves, which find them without a search.
-        All CTAs share the other tiles.
+        All CTAs share the other tiles. Their number is read beside the count of the first tile, so
+        that nothing waits for memory once a CTA has no more of them.
         """
         experts = problem.batches
         row_tile = Int32(Uint32(row_cta) // layouts.unsigned(experts))
         expert = row_cta - row_tile * experts
+        self.wait_for(cute.domain_offset((expert,), problem.counts).iterator.toint())
         count = Int32(0)
         if row_tile < problem.dedicated_tiles:
-            count = read_count(problem, expert)
+            count = load_count(problem, expert)
+        lane_tiles = self.shared_tiles_of_lane(problem, Int32(0))
+        count = clamp_count(problem, count)
         if Uint32(row_tile * self.tile.rows) < self.num_visited_rows(problem, count):
             process(row_tile, problem.slice_expert(expert, count))
         next_tile, end = row_cta, Int32(0)
         for chunk in range(0, experts, EXPERTS_PER_CHUNK):
-            lane_first, lane_end, end = self.read_chunk(problem, chunk, end)
-            while next_tile < end:
-                owner = lane_where(lane_first <= next_tile and next_tile < lane_end)
-                first_tile = cute.arch.shuffle_sync(lane_first, owner)
-                expert, row_tile, count = self.find_tile(
-                    problem, chunk + owner * EXPERTS_PER_LANE, first_tile, next_tile
-                )
-                process(row_tile, problem.slice_expert(expert, count))
-                next_tile += num_row_ctas
+            if chunk > 0:
+                lane_tiles = self.shared_tiles_of_lane(problem, chunk)
+            if cute.arch.vote_any_sync(lane_tiles > 0):
+                lane_end = end + prefix_sum(lane_tiles, LANES)
+                lane_first, end = lane_end - lane_tiles, cute.arch.shuffle_sync(lane_end, LANES - 1)
+                while next_tile < end:
+                    owner = lane_where(lane_first <= next_tile and next_tile < lane_end)
+                    first_tile = cute.arch.shuffle_sync(lane_first, owner)
+                    expert, row_tile, count = self.find_tile(
+                        problem, chunk + owner, first_tile, next_tile
+                    )
+                    process(row_tile, problem.slice_expert(expert, count))
+                    next_tile += num_row_ctas
 
     @cute.jit
-    def read_chunk(self, problem: Problem, chunk: Int32, first_tile: Int32) -> tuple:
-        """Read the counts of the experts from `chunk` on, as a warp, and number their tiles.
+    def shared_tiles_of_lane(self, problem: Problem, chunk: Int32) -> Int32:
+        """Read the counts of the lane's experts, and return their tiles past the dedicated ones.
 
         Args:
             problem: that of all experts.
-            chunk: the first expert of ``EXPERTS_PER_CHUNK``.
-            first_tile: number of the chunk's first tile past the dedicated ones.
-
-        Returns:
-            The first tile of the lane's ``EXPERTS_PER_LANE`` experts; that after their last; and
-            that after the last of the chunk.
+            chunk: the first expert of ``EXPERTS_PER_CHUNK``, of which each lane has every 32nd. So
+                few experts are read at once.
         """
-        lane = cute.arch.lane_idx()
+        first = chunk + cute.arch.lane_idx()
+        counts = [load_count(problem, first + i * LANES) for i in range(EXPERTS_PER_LANE)]
         total = Int32(0)
-        for i in cutlass.range_constexpr(EXPERTS_PER_LANE):
-            expert = chunk + lane * EXPERTS_PER_LANE + i
-            total += self.num_shared_tiles(problem, read_count(problem, expert))
-        end = first_tile + prefix_sum(total, LANES)
-        return end - total, end, cute.arch.shuffle_sync(end, LANES - 1)
+        for count in counts:
+            total += self.num_shared_tiles(problem, clamp_count(problem, count))
+        return total
 
     @cute.jit
     def find_tile(
@@ -314,13 +350,13 @@ class Scheduler:
 
         Args:
             problem: that of all experts.
-            first_expert: the first of the ``EXPERTS_PER_LANE`` experts of which one has the tile.
+            first_expert: the first of the experts of a lane, of which one has the tile.
             first_tile: number of their first tile.
             tile: number of the tile.
         """
         lane = cute.arch.lane_idx()
         in_group, _ = layouts.lanes(EXPERTS_PER_LANE)(lane)
-        expert = first_expert + in_group
+        expert = first_expert + in_group * LANES
         count = read_count(problem, expert)
         tiles = self.num_shared_tiles(problem, count)
         begin = first_tile + prefix_sum(tiles, EXPERTS_PER_LANE) - tiles

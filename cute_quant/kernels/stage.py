@@ -200,6 +200,25 @@ class Stage:
             start = cute.recast_ptr(start, dtype=Uint8)
         return Scales(start, rows, elements, Int32(groups), stride)
 
+    def scale_registers(self, count: int) -> cute.Tensor:
+        """Return registers for so many stored scales, (count,), zeros."""
+        scales = cute.make_rmem_tensor(count, Uint32 if self.fmt.byte_scales else Float32)
+        scales.fill(0)
+        return scales
+
+    def may_write(self, in_bounds: Boolean) -> Boolean | bool:
+        """Return whether a row has more to store than the padding of scales.
+
+        A block has up to 127 rows of padding, which need no arithmetic. `in_bounds` is whether q
+        has the row, or the first of some that follow each other. That one may lie in a gap that is
+        kept, before others that do not.
+        """
+        if self.keeps_gaps:
+            return True
+        if self.fmt.blocked and self.fmt.block_rows > SCALE_ROW_ALIGNMENT * self.tile.rows:
+            return in_bounds
+        return True
+
     def scale_bound(self, floor: Int32 | Float32) -> Float32:
         """Return the bound on scales: the largest multiplier (UE8M0) or the smallest scale.
 

@@ -11,7 +11,7 @@ import functools
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
 from cute_quant.kernels import layouts
 from cute_quant.kernels import scales as scaling
@@ -65,6 +65,14 @@ class WholeRows:
     def kernel(self, problem: Problem):
         """Quantize the tiles of rows that the CTA takes."""
         self.scheduler.for_each_tile(problem, self.quantize_tile)
+
+    def may_write(self, row: Row) -> Boolean | bool:
+        """Return whether a row has more to store than the padding of scales.
+
+        All warps of a barrier have the same row where it is the only one of the CTA.
+        """
+        alone = self.stage.tile.rows == 1
+        return self.stage.may_write(row.in_bounds) if alone else True
 
     def row_segments(self, row_tile: Int32, problem: Problem) -> tuple[Row, list[Segment]]:
         """Return the warp's row, and the thread's segment of each of its tiles."""

@@ -77,6 +77,14 @@ def test_bulk_copies_take_whole_chunks():
     assert (loads, stores) == (2 * (4 + 1), 3)
 
 
+@pytest.mark.parametrize("spec", [*stream.family(True, Traffic(2, 1), SMS)], ids=str)
+def test_no_kernel_asks_for_more_alignment_than_an_allocation_has(spec):
+    """The allocator of a GPU starts blocks at multiples of 512 bytes, of a CPU at those of 64."""
+    x, y, _ = spec.signature()
+    for memory in (x, y):
+        assert 16 <= memory._assumed_align <= 128
+
+
 def test_memory_of_a_traffic(monkeypatch):
     on_cpu = torch.randint
 

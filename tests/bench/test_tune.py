@@ -30,11 +30,14 @@ def test_shapes_keep_the_contract(k):
 
 @pytest.mark.parametrize("k", [2048, 7168])
 def test_what_calls_take_is_among_the_shapes(k):
-    rows = heuristics.row_shape(1, 64, k, ROWWISE_FP8, False, 132)
+    few, many = (
+        heuristics.row_shape(1, m, k, ROWWISE_FP8, False, 132, "sm_90a") for m in (64, 4096)
+    )
     norm = heuristics.norm_shape(1, 64, k, DEEP_GEMM, False, 132)
     silu = heuristics.silu_shape(1, 64, k, DEEP_GEMM, False, 132, "sm_90a")
     for shape, candidates in (
-        (rows, tune.tiles_of_rows(k)),
+        (few, tune.tiles_of_rows(k)),
+        (many, tune.tiles_of_rows(k)),
         (norm, tune.tiles_of_norms(k)),
         (silu, tune.tiles_of_groups(k)),
         (heuristics.shape(1, 4096, k, DEEP_GEMM, False, 132), tune.tiles_of_groups(k)),

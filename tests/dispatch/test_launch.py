@@ -221,8 +221,8 @@ def test_launches_keep_their_memory(device):
 def test_operation_is_one_that_can_be_bound(operation, device):
     names = (
         "quantize, silu_mul_quantize, silu_mul_backward_quantize, rms_norm_quantize, dequantize, "
-        "fake_quantize, quantize_blocks, dequantize_blocks, requantize_blocks, quantize_columns, "
-        "quantize_both"
+        "fake_quantize, quantize_blocks, dequantize_blocks, requantize_blocks, convert_scales, "
+        "quantize_columns, quantize_both"
     )
     with pytest.raises(TypeError, match=rf"^operation: expected one of {names}, got "):
         bind(normal(MN, K, device=device), operation=operation)

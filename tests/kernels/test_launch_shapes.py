@@ -59,18 +59,38 @@ def test_rows_past_a_dimension_of_the_grid(fmt, rows, tall):
 
 
 def test_ctas_of_masked_experts():
-    """At least 16 for each multiprocessor, but no more than there are tiles."""
-    assert heuristics.shape(8, 4096, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 19
+    """At least 8 for each SM, and 2 for each expert, but no more than there are tiles."""
+    assert heuristics.shape(8, 4096, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 10
+    assert heuristics.shape(256, 4096, 7168, DEEP_GEMM, True, SMS).row_ctas == 256 * 2
+    assert heuristics.shape(256, 4, 7168, DEEP_GEMM, True, SMS).row_ctas == 256
     assert heuristics.shape(8, 16, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 4
-    assert heuristics.row_shape(8, 4096, 7168, ROWWISE_FP8, True, SMS).row_ctas == 8 * 264
-    assert heuristics.row_shape(8, 16, 512, ROWWISE_FP8, True, SMS).row_ctas == 8 * 4
+    assert heuristics.row_shape(8, 4096, 7168, ROWWISE_FP8, True, SMS, "sm_90a").row_ctas == 8 * 132
+    assert heuristics.row_shape(8, 16, 512, ROWWISE_FP8, True, SMS, "sm_90a").row_ctas == 8 * 4
     assert heuristics.shape(2**16, 64, 128, DEEP_GEMM, True, SMS).row_ctas == MAX_GRID_Y
     assert heuristics.shape(0, 64, 128, DEEP_GEMM, True, SMS).row_ctas == 0
 
 
+@pytest.mark.parametrize(
+    ("matrices", "rows", "masked", "values", "row_warps"),
+    [
+        (1, 1, False, 8, 1),
+        (1, 2, False, 16, 1),
+        (1, 75, False, 16, 1),
+        (5, 15, False, 16, 1),
+        (1, 76, False, 8, 8),
+        (1, 1, True, 8, 8),
+    ],
+)
+def test_tiles_of_few_gates_and_ups(matrices, rows, masked, values, row_warps):
+    size = matrices, rows, 7168, DEEP_GEMM, masked, SMS
+    tile = heuristics.silu_shape(*size, "sm_90a").tile
+    assert (tile.values_per_thread, tile.row_warps) == (values, row_warps)
+    assert heuristics.silu_shape(*size, "sm_100a").tile == DEFAULT_TILE
+
+
 def test_tiles_of_gates_and_ups():
     by_arch = [
-        heuristics.silu_shape(1, 64, 2048, DEEP_GEMM, False, SMS, arch).tile
+        heuristics.silu_shape(1, 4096, 2048, DEEP_GEMM, False, SMS, arch).tile
         for arch in ("sm_90a", "sm_100a", "sm_89", "sm_120f")
     ]
     assert [tile.values_per_thread for tile in by_arch] == [8, 16, 8, 16]
@@ -115,7 +135,9 @@ def test_warps_of_a_norm(fmt, k, tiles_per_thread, max_warps, row_warps):
     [
         (ROWWISE_FP8, 7, 2, 1, True),
         (ROWWISE_FP8, 1024, 2, 1, True),
-        (ROWWISE_FP8, 1025, 2, 16, True),
+        (ROWWISE_FP8, 1025, 4, 8, True),
+        (ROWWISE_FP8, 8192, 4, 8, True),
+        (ROWWISE_FP8, 8193, 2, 16, True),
         (ROWWISE_FP8, 16384, 2, 16, True),
         (ROWWISE_FP8, 16385, 4, 16, True),
         (ROWWISE_FP8, 32768, 4, 16, True),
@@ -128,7 +150,7 @@ def test_warps_of_a_norm(fmt, k, tiles_per_thread, max_warps, row_warps):
     ids=str,
 )
 def test_warps_of_a_row_that_is_scaled_as_a_whole(fmt, k, tiles, max_warps, held):
-    shape = heuristics.row_shape(1, 64, k, fmt, False, SMS)
+    shape = heuristics.row_shape(1, 64, k, fmt, False, SMS, "sm_90a")
     assert (shape.tile.tiles_per_thread, shape.max_warps, shape.held) == (tiles, max_warps, held)
     # Short rows share a CTA: there may be 2^31 - 1 of them, and a row of padding.
     assert shape.tile.row_warps == (4 if max_warps == 1 else 1)
@@ -136,8 +158,25 @@ def test_warps_of_a_row_that_is_scaled_as_a_whole(fmt, k, tiles, max_warps, held
         assert max_warps * tiles * shape.tile.columns >= k
 
 
+@pytest.mark.parametrize(
+    ("matrices", "rows", "masked", "arch", "columns", "tiles", "max_warps"),
+    [
+        (1, SMS, False, "sm_90a", 256, 4, 8),
+        (2, SMS // 2, False, "sm_90a", 256, 4, 8),
+        (1, SMS, False, "sm_100a", 512, 2, 8),
+        (1, SMS + 1, False, "sm_90a", 512, 1, 16),
+        (2, SMS, False, "sm_100a", 512, 1, 16),
+        (1, SMS, True, "sm_90a", 512, 1, 16),
+    ],
+)
+def test_few_rows_have_fewer_warps(matrices, rows, masked, arch, columns, tiles, max_warps):
+    shape = heuristics.row_shape(matrices, rows, 7168, ROWWISE_FP8, masked, SMS, arch)
+    assert (shape.tile.columns, shape.tile.tiles_per_thread) == (columns, tiles)
+    assert (shape.tiles_per_thread, shape.max_warps, shape.held) == (tiles, max_warps, True)
+
+
 def test_ctas_of_masked_norms():
-    assert heuristics.norm_shape(8, 4096, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 264
+    assert heuristics.norm_shape(8, 4096, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 132
     assert heuristics.norm_shape(8, 9, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 12
 
 

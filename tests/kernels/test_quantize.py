@@ -280,7 +280,8 @@ def test_a_row_that_is_one_group(kernels, arch, fmt, shape):
 def test_experts_whose_rows_are_one_group(kernels, arch, held):
     fmt = DEEP_GEMM.replace(group_size=-1)
     x = batch((3, 9), 1200, BF16, fmt)
-    gpu = Gpu(kernels, arch, max_grid=4, held=held, max_warps=2)
+    tile = ONE_ROW._replace(tiles_per_thread=2)
+    gpu = Gpu(kernels, arch, tile=tile, max_grid=4, held=held, max_warps=2)
     check(gpu, x, fmt, rows=Masked(torch.tensor([9, 0, 5], dtype=torch.int32)))
     check(gpu, x[0], fmt, index=numbers((7,), -2, 10, 3))
 
@@ -547,11 +548,11 @@ def test_masked(kernels, arch, mixed):
 def test_masked_experts_of_several_chunks(kernels, arch):
     counts = numbers((600,), -1, 6, seed=3).where(numbers((600,), 0, 3, seed=4) == 0, 0)
     x = batch((600, 5), 128, BF16, UE8M0)
-    for sms in (1, 132):
-        check(Gpu(kernels, arch, sms=sms), x, UE8M0, rows=Masked(counts))
+    for row_ctas in (600, 1200):
+        check(Gpu(kernels, arch, row_ctas=row_ctas), x, UE8M0, rows=Masked(counts))
     for last in (256, 257, 512):
         counts[last - 1] = 5  # has tiles to be shared
-        check(Gpu(kernels, arch, sms=2), x[:last], UE8M0, rows=Masked(counts[:last]))
+        check(Gpu(kernels, arch, row_ctas=last), x[:last], UE8M0, rows=Masked(counts[:last]))
 
 
 def test_ctas_that_are_no_multiple_of_the_experts(kernels, arch):
@@ -741,6 +742,13 @@ def test_gaps_that_are_kept(gpu, fmt):
         assert found[1][2][~live].contiguous().view(torch.uint8).eq(POISON).all()
 
 
+def test_a_gap_that_is_kept_and_a_group_in_the_rows_of_a_thread(kernels):
+    """Also where rows of padding of blocks are skipped."""
+    x = special_groups(22, 640, BF16, 4, MXFP8)
+    rows = PrefixSumWithGaps(torch.tensor([2, 9, 9, 17], dtype=torch.int32), 3)
+    check(Gpu(kernels, "sm_90a", rows_per_thread=2), x, MXFP8, rows=rows)
+
+
 def test_gaps_that_are_kept_have_no_index():
     rows = PrefixSumWithGaps(torch.tensor([3], dtype=torch.int32))
     x, index = torch.ones(4, 128, dtype=BF16), torch.arange(4, dtype=torch.int32)
@@ -749,3 +757,14 @@ def test_gaps_that_are_kept_have_no_index():
     sf = quantize(x)[1]
     with pytest.raises(ValueError, match="rows: expected PrefixSum, got PrefixSumWithGaps"):
         convert_scales(sf, DEEP_GEMM, DEEP_GEMM, (4, 128), rows=rows)
+
+
+@pytest.mark.parametrize("fmt", [MXFP8, NVFP4.replace(row_scale=True)], ids=str)
+def test_padding_of_a_block_needs_no_arithmetic(kernels, fmt, capsys):
+    """A thread of a row that x has not stores a scale of 0, and looks for no amax."""
+    x = batch((2,), 512, BF16, fmt)
+    shuffles = []
+    for row in (0, 100):
+        check(Gpu(kernels, "sm_90a", tile=ONE_ROW), x, fmt, watch=((row, 0, 0), (0, 0, 0)))
+        shuffles.append(capsys.readouterr().out.count("shfl"))
+    assert shuffles[0] > 0 and not shuffles[1]
