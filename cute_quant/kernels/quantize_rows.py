@@ -22,7 +22,6 @@ from cute_quant.kernels.philox import words_of
 from cute_quant.kernels.problem import Problem
 from cute_quant.kernels.row_domains import Row
 from cute_quant.kernels.scales import GroupScale
-from cute_quant.kernels.scatter import Target, Targets
 from cute_quant.kernels.stage import Stage
 from cute_quant.kernels.upper_scales import Factors
 from cute_quant.kernels.whole_rows import WholeRows
@@ -55,14 +54,13 @@ class RowQuantizer(WholeRows):
         """Load, reduce, scale, quantize and store a row by the warps that share it."""
         row, segments = self.row_segments(row_tile, problem)
         source = problem.prologue.row(row, problem.k)  # (k,)
-        target = scatter.target(row, problem, self.spec.access)
         self.scheduler.wait_in_tile(source.address(segments[0]))
         scales = self.stage.scale_registers(len(segments))  # (tiles,)
         if self.may_write(row):
             if const_expr(self.spec.held):
-                self.quantize_row(row, source, target, segments, scales, problem)
+                self.quantize_row(row, source, segments, scales, problem)
             else:
-                scales.fill(self.quantize_long_row(row, source, target, problem).scale)
+                scales.fill(self.quantize_long_row(row, source, problem).scale)
         if const_expr(problem.scales is not None):
             stored = [GroupScale(Float32(0.0), scales[i]) for i in range(len(segments))]
             self.store_scales(row, stored, segments, problem)
@@ -72,7 +70,6 @@ class RowQuantizer(WholeRows):
         self,
         row: Row,
         source: Params,
-        target: Target | Targets,
         segments: list[Segment],
         scales: cute.Tensor,
         problem: Problem,
@@ -82,16 +79,14 @@ class RowQuantizer(WholeRows):
         tXrX = [source.load(segment) for segment in segments]
         tXrV = [source.values(t) for t in tXrX]
         found, bound = self.scales(tXrV, problem)
-        self.store_values(tXrV, found, bound, row, target, segments, problem)
+        self.store_values(tXrV, found, bound, row, segments, problem)
         if const_expr(self.spec.fmt.row_scale and problem.scales is not None):
             self.store_row_scale(row, bound, problem)
         for i in cutlass.range_constexpr(len(segments)):
             scales[i] = found[i].scale
 
     @cute.jit
-    def quantize_long_row(
-        self, row: Row, source: Params, target: Target | Targets, problem: Problem
-    ) -> GroupScale:
+    def quantize_long_row(self, row: Row, source: Params, problem: Problem) -> GroupScale:
         """Quantize and store a row that is one group, in two passes, and return its scale."""
         lane, warp, _ = cute.arch.thread_idx()
         _, warps, _ = cute.arch.block_dim()
@@ -106,8 +101,7 @@ class RowQuantizer(WholeRows):
             tXrX = [source.load(segment) for segment in segments]
             tXrV = [source.values(t) for t in tXrX]
             scales = [scale] * len(segments)
-            bound = problem.scale_bound
-            self.store_values(tXrV, scales, bound, row, target, segments, problem)
+            self.store_values(tXrV, scales, problem.scale_bound, row, segments, problem)
         return scale
 
     def store_values(
@@ -116,11 +110,11 @@ class RowQuantizer(WholeRows):
         scales: list[GroupScale],
         bound: Float32 | Factors,
         row: Row,
-        target: Target | Targets,
         segments: list[Segment],
         problem: Problem,
     ):
         """Quantize the thread's tiles, (values,) each, and store them."""
+        target = scatter.target(row, problem, self.spec.access)
         random = problem.random_of_row(row.index)
         for segment, t, scale in zip(segments, tXrV, scales, strict=True):
             words = words_of(random, segment, t)
