@@ -19,6 +19,9 @@ from cute_quant.ops import dequantize, dequantize_blocks
 Fp8 = tuple[torch.Tensor, torch.Tensor]
 """Values and scales."""
 
+NARROW_FEATURES = 32
+"""Up to as many rows of a weight gradient have no kernel of DeepGEMM's on SM90."""
+
 
 def product(a: Fp8, weight: Fp8, recipe: Recipe) -> torch.Tensor:
     """Return rows times weights, (m, k) times (n, k) transposed: (m, n), bfloat16."""
@@ -32,8 +35,11 @@ def product(a: Fp8, weight: Fp8, recipe: Recipe) -> torch.Tensor:
 
 def weight_gradient(grad: Fp8, x: Fp8, recipe: Recipe) -> torch.Tensor:
     """Return the product over rows of transposed columns, (n, m) times (k, m): (n, k), float32."""
-    d = grad[0].new_zeros((grad[0].shape[0], x[0].shape[0]), dtype=torch.float32)
-    deep_gemm = _deep_gemm(d.device)
+    n, k = grad[0].shape[0], x[0].shape[0]
+    deep_gemm = _deep_gemm_of_gradients(grad[0].device, n, k, recipe)
+    if deep_gemm is not None and _is_narrow(n, recipe):
+        return weight_gradient(x, grad, recipe).mT
+    d = grad[0].new_zeros((n, k), dtype=torch.float32)
     if deep_gemm is None:
         return d.copy_(_multiply(_columns(grad, recipe), _columns(x, recipe)))
     a, b = ((q, sf.mT) for q, sf in (grad, x))
@@ -70,8 +76,10 @@ def grouped_weight_gradient(grad: Fp8, x: Fp8, rows: PrefixSum, recipe: Recipe) 
     """
     sizes = group_sizes(rows, grad[0].shape[1 if recipe.transposed_groups else 0])
     n, k = (q.shape[0 if recipe.transposed_groups else 1] for q, _ in (grad, x))
+    deep_gemm = _deep_gemm_of_gradients(grad[0].device, n, k, recipe)
+    if deep_gemm is not None and _is_narrow(n, recipe):
+        return grouped_weight_gradient(x, grad, rows, recipe).mT
     d = grad[0].new_zeros((len(sizes), n, k), dtype=torch.float32)
-    deep_gemm = _deep_gemm(d.device)
     if deep_gemm is None:
         a, b = (_columns(t, recipe, transposed=recipe.transposed_groups) for t in (grad, x))
         start = 0
@@ -123,6 +131,21 @@ def _columns(columns: Fp8, recipe: Recipe, *, transposed: bool = True) -> torch.
     q, sf = columns
     q = q if transposed else q.mT.contiguous()
     return dequantize(q, sf.mT, recipe.column_fmt, dtype=torch.float32)
+
+
+def _is_narrow(features: int, recipe: Recipe) -> bool:
+    """Return whether DeepGEMM has no kernel for gradients of so few rows.
+
+    On SM90 it chooses tiles of 16 or 32 rows for them, which its kernel does not compile with.
+    """
+    return recipe.transposed_groups and features <= NARROW_FEATURES
+
+
+def _deep_gemm_of_gradients(
+    device: torch.device, n: int, k: int, recipe: Recipe
+) -> ModuleType | None:
+    """Return DeepGEMM if it has GEMMs for weight gradients (n, k), or their transposes."""
+    return None if _is_narrow(max(n, k), recipe) else _deep_gemm(device)
 
 
 def _deep_gemm(device: torch.device) -> ModuleType | None:

@@ -469,7 +469,7 @@ def int32(*values_, device):
 
 @pytest.mark.parametrize("rows", [torch.zeros(3, dtype=torch.int32), "masked", Masked, (3,)])
 def test_rows_are_of_a_kind(rows, device):
-    message = r"rows: expected None or one of Masked, PrefixSum, Indexed, got "
+    message = r"rows: expected None or one of Masked, PrefixSum, PrefixSumWithGaps, Indexed, got "
     with pytest.raises(TypeError, match=message):
         quantize(activations(device).expand(3, 6, 256), rows=rows)
 

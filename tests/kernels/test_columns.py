@@ -18,7 +18,8 @@ from tests.columns import (
     special_weights,
     views,
 )
-from tests.helpers import poisoned_results
+from tests.helpers import ARCHITECTURES, poisoned_results
+from tests.kernels.emulated_gpu import Gpu
 
 
 def check(gpu, x, fmt, rows=None, transposed=False, row_fmt=None, last_padding=True):
@@ -37,52 +38,51 @@ def check(gpu, x, fmt, rows=None, transposed=False, row_fmt=None, last_padding=T
         assert_rows(of_rows, x, row_fmt, rows, last_padding)
 
 
-def slow_but(count, values):
-    """Return values as parameters, all but the first ones slow."""
-    return [
-        pytest.param(
-            *value, marks=() if i < count else pytest.mark.slow, id="-".join(map(str, value))
-        )
-        for i, value in enumerate(values)
-    ]
+def drawn(fast, names, values):
+    """Parametrize by values and by the architecture: in turns, the first ones on each.
+
+    All but the first ones, on the first architecture, are slow.
+    """
+    cases = []
+    for i, value in enumerate(values):
+        for arch in ARCHITECTURES if i < fast else [ARCHITECTURES[i % len(ARCHITECTURES)]]:
+            marks = () if i < fast and arch == ARCHITECTURES[0] else pytest.mark.slow
+            name = "-".join(map(str, (arch, *value)))
+            cases.append(pytest.param(*value, arch, marks=marks, id=name))
+    return pytest.mark.parametrize((*names, "arch"), cases)
 
 
-@pytest.mark.parametrize(
-    ("fmt", "dtype"), slow_but(3, [(fmt, DTYPES[i % 3]) for i, fmt in enumerate(FORMATS)])
+@drawn(
+    3,
+    ("fmt", "dtype", "transposed"),
+    [(fmt, DTYPES[i // 2 % 3], (i + i // 3) % 2 == 1) for i, fmt in enumerate(FORMATS)],
 )
-def test_every_format(fmt, dtype, gpu):
+def test_every_format(fmt, dtype, transposed, gpu):
     x = special_weights((2, 133, 142), dtype, fmt.group_size, 1)
-    check(gpu, x, fmt)
-    check(gpu, x, fmt, transposed=True)
+    check(gpu, x, fmt, transposed=transposed)
 
 
-@pytest.mark.parametrize(
+@drawn(
+    1,
     ("row_fmt", "fmt", "dtype", "kind", "transposed"),
-    slow_but(
-        1,
-        [
-            (row_fmt, FORMATS[(2 * i + 1) % len(FORMATS)], DTYPES[i % 3], (i + 1) % 6, i % 2 == 0)
-            for i, row_fmt in enumerate(ROW_FORMATS)
-        ],
-    ),
+    [
+        (row_fmt, FORMATS[(2 * i + 1) % len(FORMATS)], DTYPES[i % 3], (i + 1) % 6, i % 2 == 0)
+        for i, row_fmt in enumerate(ROW_FORMATS)
+    ],
 )
 def test_both(row_fmt, fmt, dtype, kind, transposed, gpu):
     x = special_weights((261, 142), dtype, 32, kind)
     check(gpu, x, fmt, experts(261, fmt, kind), transposed, row_fmt, last_padding=kind % 2 == 0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "transposed"), slow_but(1, [(1, True), (2, False), (3, True), (4, False), (5, True)])
-)
+@drawn(1, ("kind", "transposed"), [(1, True), (2, False), (3, True), (4, False), (5, True)])
 def test_experts(transposed, kind, gpu):
     fmt = FORMATS[kind % 5]
     x = special_weights((640 if transposed else 700, 72), torch.bfloat16, fmt.group_size, kind)
     check(gpu, x, fmt, experts(x.shape[0], fmt, kind), transposed)
 
 
-@pytest.mark.parametrize(
-    ("fmt", "transposed"), slow_but(1, [(DEEP_GEMM_SM90, True), (DEEP_GEMM_32, False)])
-)
+@drawn(1, ("fmt", "transposed"), [(DEEP_GEMM_SM90, True), (DEEP_GEMM_32, False)])
 def test_rows_that_do_not_exist_are_zeros_beside_what_is_not_finite(fmt, transposed, gpu):
     x = torch.ones(256, 136, dtype=torch.bfloat16)
     x[3, 5], x[130, 6], x[40:128] = float("nan"), float("inf"), float("nan")
@@ -90,19 +90,17 @@ def test_rows_that_do_not_exist_are_zeros_beside_what_is_not_finite(fmt, transpo
     check(gpu, x, fmt, rows, transposed, DEEP_GEMM)
 
 
-@pytest.mark.parametrize(
-    ("name", "transposed"), slow_but(1, [("apart", True), ("unaligned", False), ("whole", True)])
-)
+@drawn(1, ("name", "transposed"), [("apart", True), ("unaligned", False), ("whole", True)])
 def test_every_stride(name, transposed, gpu):
     fmt = MXFP8 if transposed else DEEP_GEMM_SM90
     x = special_weights((3, 144, 152), torch.bfloat16, fmt.group_size, 3)
     check(gpu, views(x)[name], fmt, transposed=transposed, row_fmt=DEEP_GEMM_32)
 
 
-SIZES = [(129, 641), (1, 130), (130, 1), (3, 513), (144, 30), (1, 1)]
+SIZES = [(129, 641), (1, 144), (130, 1), (3, 513), (144, 30), (1, 1)]
 
 
-@pytest.mark.parametrize(("mn", "k"), slow_but(2, SIZES))
+@drawn(2, ("mn", "k"), SIZES)
 def test_sizes_of_no_whole_tile(mn, k, gpu):
     x = special_weights((mn, k), torch.bfloat16, 32, mn + k)
     fmt = (DEEP_GEMM_SM90, DEEP_GEMM_32)[mn % 2]
@@ -110,7 +108,7 @@ def test_sizes_of_no_whole_tile(mn, k, gpu):
     check(gpu, x, MXFP8, transposed=k % 2 == 1, row_fmt=DEEP_GEMM)
 
 
-@pytest.mark.parametrize(("fmt",), slow_but(1, [(DEEP_GEMM_SM90,), (DEEP_GEMM_32,)]))
+@drawn(1, ("fmt",), [(DEEP_GEMM_SM90,), (DEEP_GEMM_32,)])
 def test_each_value_counts_in_its_groups_alone(fmt, gpu):
     for i, place in enumerate([(0, 0), (15, 127), (16, 8), (31, 96), (71, 64), (127, 31)]):
         x = torch.ones(128, 256, dtype=torch.bfloat16)
@@ -149,6 +147,14 @@ def test_nothing_to_quantize_launches_nothing(gpu):
             for q, sf in gpu.quantize_columns(ColumnCall(x, Output(fmt), along_k=along_k)):
                 assert q.numel() == 0 == sf.numel()
     assert not gpu.launched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_89", "sm_120a"])
+def test_other_architectures(arch, kernels):
+    x = special_weights((261, 142), torch.bfloat16, 32, 5)
+    for row_fmt, fmt, transposed in ((None, DEEP_GEMM_SM90, False), (MXFP8, MXFP8, True)):
+        check(Gpu(kernels, arch), x, fmt, experts(261, fmt, 1), transposed, row_fmt)
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])

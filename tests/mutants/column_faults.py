@@ -133,9 +133,7 @@ FAULTS = [
         KERNEL,
         "amax = stage.larger(amax, cute.arch.shuffle_sync_bfly(amax, offset=LANES // 2))",
         "amax = stage.larger(amax, amax)",
-        [
-            f"{ON_KERNEL}::test_each_value_counts_in_its_groups_alone[sm_90a-e4m3:128:float32:mn_major]"
-        ],
+        [f"{ON_KERNEL}::test_each_value_counts_in_its_groups_alone"],
     ),
     Fault(
         "columns-bits-above-the-byte-of-nan",
