@@ -43,6 +43,7 @@ FUSED = (
     frozenset({"gate_proj", "up_proj"}),
     frozenset({"w1", "w3"}),
     frozenset({"q_a_proj", "kv_a_proj_with_mqa"}),
+    frozenset({"in_proj_qkv", "in_proj_z"}),
 )
 """Projections that engines read as one matrix: all are quantized or none, under one upper scale."""
 EXPERTS = "experts"
@@ -151,11 +152,15 @@ def _kept(name: str, patterns: Collection[str]) -> bool:
 def _listed(config: Mapping[str, Any]) -> list[str]:
     """Return modules that the config of an FP8 checkpoint names as not converted."""
     quantization = config.get("quantization_config") or {}
-    return [
-        name
-        for key in ("modules_to_not_convert", "ignored_layers")
-        for name in quantization.get(key) or ()
-    ]
+    listed: list[str] = []
+    for key in ("modules_to_not_convert", "ignored_layers"):
+        names = quantization.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"source: expected a list of names as {key} of {CONFIG}, got {names!r}"
+            )
+        listed += names
+    return listed
 
 
 def _check_config(checkpoint: Checkpoint, convention: Convention) -> None:
@@ -172,7 +177,11 @@ def _check_config(checkpoint: Checkpoint, convention: Convention) -> None:
             f"{config['model_type']!r}, whose weights are (K, N)"
         )
     has_fp8 = any(tensor.dtype == FP8 for tensor in checkpoint.tensors.values())
-    found = config.get("quantization_config", config.get("compression_config"))
+    found = config.get("quantization_config") or config.get("compression_config")
+    if found and not isinstance(found, dict):
+        raise ValueError(
+            f"source: expected a JSON object as quantization_config of {CONFIG}, got {found!r}"
+        )
     if not found:
         if has_fp8:
             raise ValueError(f"source: expected quantization_config in {CONFIG} of FP8 weights")
@@ -185,8 +194,10 @@ def _check_config(checkpoint: Checkpoint, convention: Convention) -> None:
             )
     scale_fmt = convention.config.get("scale_fmt")
     if convention.in_blocks and scale_fmt in (None, found.get("scale_fmt")):
+        kind = "powers of two" if found.get("scale_fmt") else "float32 scales"
         raise ValueError(
-            f"fmt: expected another format than that of the source, got {convention.name!r}"
+            f"fmt: expected a format that FP8 with {kind} is requantized to, got "
+            f"{convention.name!r}"
         )
 
 
@@ -205,7 +216,8 @@ def _scales(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
             raise ValueError(
                 f"source: expected the weight of the scales {scale}, got no such tensor"
             )
-        if weight.dtype != FP8 or len(weight.shape) not in (2, 3):
+        matrix = len(weight.shape) == 3 or weight.name.endswith(".weight")
+        if weight.dtype != FP8 or len(weight.shape) not in (2, 3) or not matrix:
             raise ValueError(
                 f"source: expected a matrix of {FP8} with the scales {scale}, got {weight.dtype} "
                 f"{weight.shape} as {weight}"
@@ -288,7 +300,8 @@ def _check_shape(tensor: StoredTensor, config: Mapping[str, Any], convention: Co
             f"source: expected columns that are a multiple of {convention.column_multiple} for "
             f"{convention.name}, got {tensor.shape} as {tensor}"
         )
-    hidden = (config.get("text_config") or config).get("hidden_size")
+    text_config = config.get("text_config")
+    hidden = (text_config if isinstance(text_config, dict) else config).get("hidden_size")
     last = tensor.name.removesuffix(".weight").rpartition(".")[2]
     side = n if last in DOWN_PROJECTIONS else k
     if batch and hidden is not None and side != hidden:

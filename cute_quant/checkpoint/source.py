@@ -149,6 +149,8 @@ def _weight_map(index: Mapping[str, Any], path: Path) -> dict[str, str]:
     for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
             raise ValueError(f"source: expected names of files in {str(path)!r}, got {shard!r}")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise ValueError(f"source: expected a JSON object as metadata in {str(path)!r}")
     return weight_map
 
 

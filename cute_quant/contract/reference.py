@@ -268,7 +268,10 @@ def check_upper_scale(call: Call) -> None:
     fitting = (UPPER_MAX / amax).clamp(max=MAX_UPPER_SCALE)
     off = (encode / fitting).log2().abs()
     outside = off > 20
-    if kind != AMAX:
+    if kind == AMAX:
+        # All values have to fit under it, up to the rounding of who computed it.
+        outside |= encode > 2 * fitting
+    else:
         outside |= (off > 8) & ((encode * fitting).log2().abs() < 4)
     outside &= (amax > 0) & amax.isfinite()
     if outside.any():

@@ -78,7 +78,7 @@ COLUMNS = tuple(
 FEW_COLUMNS = COLUMNS[:1]
 LONG_COLUMNS = 2 * COLUMNS[-1]
 """Columns of a row that is one group and that no CTA holds."""
-SMS = 1
+SMS = 8
 """Multiprocessors of a GPU that has all size classes below ``MAX_ROWS``."""
 FEW_ROWS, MANY_ROWS = 19, 203
 """Rows that are fewer, and more, than a GPU has multiprocessors."""

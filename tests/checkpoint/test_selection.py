@@ -1,5 +1,6 @@
 """Which weights are quantized, and what is refused by name."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -119,6 +120,20 @@ def test_a_part_of_what_engines_fuse(tmp_path, pattern):
     )
 
 
+def test_projections_of_linear_attention_share_a_scale(tmp_path):
+    names = [f"layers.0.linear_attn.in_proj_{part}.weight" for part in ("qkv", "z")]
+    directory = save(tmp_path / "in", {name: matrix() for name in names})
+    assert plan_checkpoint(directory, "nvfp4").fused == dict.fromkeys(names, names)
+    refuses(directory, "engines load them as one", keep=["in_proj_z"])
+
+
+def test_an_index_with_other_metadata(tmp_path):
+    directory = made.save(tmp_path / "in", made.llama())
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": "x"}))
+    refuses(directory, "JSON object as metadata")
+
+
 @pytest.mark.parametrize("pattern", ["*_proj", "experts.*"])
 def test_all_of_what_engines_fuse(tmp_path, pattern):
     tensors = made.experts(stacked=False)["model.safetensors"] | {"a.weight": matrix()}
@@ -187,6 +202,11 @@ def test_foreign_tensors(tmp_path, name, t):
         ({**made.FP8_CONFIG, "weight_block_size": None}, r"\[128, 128\] .*, got None"),
         ({**made.FP8_CONFIG, "weight_block_size": [1, 128]}, r"\[128, 128\] .*, got \[1, 128\]"),
         ({**made.FP8_CONFIG, "fmt": "e5m2"}, "fmt 'e4m3' .*, got 'e5m2'"),
+        ("fp8", "JSON object as quantization_config .*, got 'fp8'"),
+        (
+            {**made.FP8_CONFIG, "modules_to_not_convert": "lm_head"},
+            "list of names as modules_to_not_convert .*, got 'lm_head'",
+        ),
     ],
 )
 def test_foreign_configs(tmp_path, quantization, match):
@@ -246,6 +266,13 @@ def test_fp8_weights_are_not_kept(tmp_path):
     refuses(fp8_with(tmp_path / "in", {}), f"matches {WEIGHT}, which is FP8", "mxfp8", ["q_proj"])
 
 
+def test_fp8_of_no_linear_layer(tmp_path):
+    """Other names have no place for scales in every format."""
+    scales = torch.ones(1, 2)
+    changes = {"a.kernel": matrix().to(torch.float8_e4m3fn), "a.kernel_scale_inv": scales}
+    refuses(fp8_with(tmp_path / "in", changes), "a matrix of F8_E4M3 .* as a.kernel", "nvfp4")
+
+
 def test_what_an_fp8_checkpoint_leaves_stays(tmp_path):
     plan = plan_checkpoint(fp8_with(tmp_path / "in", {"a.weight": matrix()}), "mxfp8")
     assert "a.weight" in plan.kept and "a" in plan.kept_modules
@@ -255,7 +282,7 @@ def test_what_an_fp8_checkpoint_leaves_stays(tmp_path):
 def test_the_format_of_the_source(tmp_path, fmt):
     said = {**made.FP8_CONFIG, "scale_fmt": "ue8m0"}
     directory = fp8_with(tmp_path / "in", {}, quantization=said)
-    refuses(directory, f"expected another format than that of the source, got '{fmt}'", fmt)
+    refuses(directory, f"FP8 with powers of two is requantized to, got '{fmt}'", fmt)
     assert plan_checkpoint(directory, "mxfp8").quantized
 
 

@@ -286,6 +286,8 @@ def test_check_names_what_a_checkpoint_has_wrong(size, device):
             cq.requantize_blocks(w8, large, fmt, check=True, **options)
     with pytest.raises(ValueError, match=r"^amax: expected about .* of what is quantized, got 1e"):
         cq.requantize_blocks(w8, w_sf, NVFP4, amax=torch.tensor(1e-9, device=device), check=True)
+    with pytest.raises(ValueError, match="amax: expected about"):
+        cq.requantize_blocks(w8, w_sf, NVFP4, amax=w_sf.max(), check=True)  # not times 448
     mixed_up = torch.tensor(1e-3, device=device)
     with pytest.raises(ValueError, match="were the two mixed up"):
         cq.requantize_blocks(w8, w_sf, NVFP4, encode_scale=mixed_up, check=True)

@@ -42,7 +42,7 @@ def wrong_k_grouped(given: Quantized) -> Iterator[Finding]:
         return
     scales = sf.reshape(1, *sf.shape)
     if fmt.byte_scales:
-        scales = scales.view(torch.uint8)
+        scales = scales.contiguous().view(torch.uint8)
     elif reader.powers_of_two:
         yield from wrong_powers_of_two(scales, reader)
     yield from wrong_nan(scales, torch.ones_like(scales[..., 0], dtype=torch.bool), fmt)
