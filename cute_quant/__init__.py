@@ -12,8 +12,9 @@
 
 ``Format`` and the named formats say what results look like, ``Masked``, ``PrefixSum`` and
 ``Indexed`` which rows exist. ``cute_quant.kernels`` has the stage for kernels of your own,
-``cute_quant.integrations`` the calls of DeepGEMM and vLLM, ``cute_quant.checkpoint`` what quantizes
-checkpoints of Hugging Face.
+``cute_quant.integrations`` the calls of DeepGEMM and vLLM, ``cute_quant.distributed`` expert
+parallel layers and the shardings of DTensor, ``cute_quant.checkpoint`` what quantizes checkpoints
+of Hugging Face.
 """
 
 from cute_quant.contract.formats import (

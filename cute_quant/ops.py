@@ -51,6 +51,8 @@ def quantize(
     *,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    scatter: torch.Tensor | None = None,
+    num_rows: int | None = None,
     encode_scale: torch.Tensor | None = None,
     decode_scale: torch.Tensor | None = None,
     amax: torch.Tensor | None = None,
@@ -86,6 +88,16 @@ def quantize(
             scales: these keep what memory held.
         index: int32, contiguous, (mn,) or (b, mn), for x of shape (T, k): row i of the result is
             ``x[index[i]]``. An index outside of 0 to T - 1 gives values 0 and scales 0.
+        scatter: int32, contiguous, (T, places), up to 32 of them, for x of shape (T, k): row t is
+            read and quantized once, and written to each row of the result that ``scatter[t]``
+            names; of ``Masked`` experts row r of expert e is ``e * max_m + r``. -1, what is out of
+            range, and rows that do not exist are no place. Each row that exists is promised to be
+            named once: one that nobody names keeps what memory held, of one that several name it is
+            not defined which they get, or parts of which. All others are as without. An upper scale
+            is one number. Rows of an `sf` in `out` that is row-major may lie apart, also in records
+            with those of q.
+        num_rows: rows of the result of a scatter: M, or max_m of ``Masked`` experts. None where a q
+            in `out`, which then has no more rows, or ``Indexed`` rows tell.
         encode_scale: for e4m3 scales without `row_scale`, about 2688 over the largest magnitude:
             float32, contiguous, on the device of x, () or (1,) for the tensor, or of the leading
             dimensions for each of its matrices. For rows stacked along M it may be (G,), one for
@@ -98,12 +110,13 @@ def quantize(
         rng_state: int64, (2,), contiguous, on the device of x: seed and offset of Philox 4x32-10
             (Salmon et al., 2011). With it values are rounded stochastically, up or down with
             probabilities that make their mean exact. The random bits of an element depend on the
-            state and on its matrix, row and column in the result alone: a call with the same state
-            draws the same ones, so add to the offset between calls, on the device. Bits 0 to 46 of
-            the offset count. Numerics other than "ieee" and `four_over_six` are refused.
-        check: whether to read the counts of `rows`, `index` and the upper scale, which
-            synchronizes, and raise on those that are out of range or do not fit x. Otherwise counts
-            are clamped.
+            state and on its matrix, row and column in the result alone, with a scatter on its row
+            and column in x: a call with the same state draws the same ones, so add to the offset
+            between calls, on the device. Bits 0 to 46 of the offset count. Numerics other than
+            "ieee" and `four_over_six` are refused.
+        check: whether to read the counts of `rows`, `index`, `scatter` and the upper scale, which
+            synchronizes, and raise on those that are out of range or do not fit x, or on a promise
+            of `scatter` that is not kept. Otherwise counts are clamped.
         out: q and sf to write into, and with ``fmt.row_scale`` the scales of rows, each of them
             None to have it allocated. `q` has the leading
             dimensions of the result, any strides that do not overlap, and, unless rows are
@@ -115,7 +128,8 @@ def quantize(
 
     Returns:
         q: that of `out`, or (..., mn, k), ``fmt.values``, contiguous; with an index,
-            (*index.shape, k). FP4 has two values in an element, so k / 2 of them.
+            (*index.shape, k), with a scatter (num_rows, k) or (E, num_rows, k). FP4 has two values
+            in an element, so k / 2 of them.
         sf: that of `out`, or a new one: ``fmt.sf_dtype``, shape and strides as in :class:`Format`.
         row_scales: with ``fmt.row_scale``, that of `out`, or (..., mn), float32: decode scales.
 
@@ -129,7 +143,8 @@ def quantize(
     upper = None
     if not (encode_scale is decode_scale is amax is None):
         upper = make_upper_scale(encode_scale=encode_scale, decode_scale=decode_scale, amax=amax)
-    plain = rows is None and index is None and rng_state is None and check is False
+    moved = index is not None or scatter is not None or num_rows is not None
+    plain = rows is None and not moved and rng_state is None and check is False
     if plain and not is_dynamo_compiling():
         results = None
         if out is None:
@@ -145,7 +160,7 @@ def quantize(
         _check_input("quantize", *upper)
     _check_input("quantize", "x", x)
     call = Call(x, fmt, outputs.q, outputs.sf, rows, index, None, upper, outputs.row_scales)
-    return _run(call._replace(rng_state=rng_state), check)
+    return _run(call._replace(rng_state=rng_state, scatter=scatter, num_rows=num_rows), check)
 
 
 def silu_mul_quantize(
@@ -160,6 +175,8 @@ def silu_mul_quantize(
     rounding: str = FUSED,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    scatter: torch.Tensor | None = None,
+    num_rows: int | None = None,
     encode_scale: torch.Tensor | None = None,
     decode_scale: torch.Tensor | None = None,
     amax: torch.Tensor | None = None,
@@ -183,7 +200,7 @@ def silu_mul_quantize(
             `clamp`.
         beta: added to u: finite, rounded to float32.
         weight: a factor for each row of the result, such as the routing weight of a token: float32,
-            contiguous, of q's shape without k; with an index, of its shape.
+            contiguous, of q's shape without k; with an index, of its shape; with a scatter, (T,).
         rounding: "fused" computes in float64 on the CPU, in float32 on a GPU, and quantizes float32
             values: rounded once, and once more when multiplied by a weight. "unfused" rounds to
             the dtype of `gate_up` after each operation, `clamp` too, as torch does: equal to
@@ -196,6 +213,8 @@ def silu_mul_quantize(
             may be 0.
         rows: which rows exist, as for :func:`quantize`.
         index: int32, (mn,) or (b, mn): rows of `gate_up`, as for :func:`quantize`.
+        scatter: int32, (T, places): places of rows of `gate_up`, as for :func:`quantize`.
+        num_rows: rows of the result of a scatter, as for :func:`quantize`.
         encode_scale: as for :func:`quantize`.
         decode_scale: as for :func:`quantize`.
         amax: as for :func:`quantize`.
@@ -228,7 +247,7 @@ def silu_mul_quantize(
     call = Call(
         gate_up, fmt, outputs.q, outputs.sf, rows, index, prologue, upper, outputs.row_scales
     )
-    return _run(call, check)
+    return _run(call._replace(scatter=scatter, num_rows=num_rows), check)
 
 
 def silu_mul_backward_quantize(
@@ -308,6 +327,8 @@ def rms_norm_quantize(
     normalized: bool | torch.Tensor = False,
     rows: Rows | None = None,
     index: torch.Tensor | None = None,
+    scatter: torch.Tensor | None = None,
+    num_rows: int | None = None,
     encode_scale: torch.Tensor | None = None,
     decode_scale: torch.Tensor | None = None,
     amax: torch.Tensor | None = None,
@@ -347,9 +368,13 @@ def rms_norm_quantize(
         normalized: whether to return the normalized rows too, or where to write them: a tensor as
             `residual` has to be. They are of x's dtype: what is quantized, in "fused" that
             rounded.
-        rows: which rows exist, as for :func:`quantize`, without `residual` and `normalized`.
+        rows: which rows exist, as for :func:`quantize`; without `residual` and `normalized`, unless
+            there is a scatter, which takes every row of x.
         index: int32, (mn,) or (b, mn): rows of x, as for :func:`quantize`, without `residual` and
             `normalized`.
+        scatter: int32, (T, places): places of rows of x, as for :func:`quantize`. `residual` and
+            `normalized` are (T, k), as x.
+        num_rows: rows of the result of a scatter, as for :func:`quantize`.
         encode_scale: as for :func:`quantize`.
         decode_scale: as for :func:`quantize`.
         amax: as for :func:`quantize`.
@@ -388,6 +413,7 @@ def rms_norm_quantize(
         normalized=None if normalized is False else normalized,
     )
     call = Call(x, fmt, outputs.q, outputs.sf, rows, index, prologue, upper, outputs.row_scales)
+    call = call._replace(scatter=scatter, num_rows=num_rows)
     further = (prologue.residual_out, prologue.normalized)
     return *_run(call, check), *(t for t in further if t is not None)
 

@@ -210,11 +210,13 @@ def expect(
     upper: UpperScale | None = None,
     scaled_as: torch.Tensor | None = None,
     rng_state: torch.Tensor | None = None,
+    scatter: torch.Tensor | None = None,
 ) -> None:
     """Write the oracle's results to memory like that of ``poisoned_results``."""
     q, sf, *row_scales = results
     of_rows = row_scales[0] if row_scales else None
-    oracle.quantize_into(x, q, sf, fmt, rows, index, upper, of_rows, scaled_as, rng_state)
+    further = {"rng_state": rng_state, "scatter": scatter}
+    oracle.quantize_into(x, q, sf, fmt, rows, index, upper, of_rows, scaled_as, **further)
 
 
 def check_every_byte(

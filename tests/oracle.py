@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cute_quant import Format, Indexed, Masked, PrefixSum
+from cute_quant import Format, Indexed, Masked, PrefixSum, PrefixSumWithGaps
 from cute_quant.contract.rows import Rows
 from cute_quant.contract.upper_scales import UpperScale
 from tests.exact import E2M1, E4M3, E5M2, LARGEST, MAGNITUDES, exact_min_scale, nan_byte
@@ -226,8 +226,23 @@ def unpacked(content: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return np.stack([content & 0xF, content >> 4], -1).reshape(*content.shape[:-1], -1)
 
 
+def tokens_of_scatter(scatter: torch.Tensor, matrices: int, mn: int) -> np.ndarray:
+    """Return the row of the input, (matrices, mn), that is scattered to each row, -1 of none."""
+    sources = np.full(matrices * mn, -1)
+    for token, places in enumerate(scatter.tolist()):
+        for place in places:
+            if 0 <= place < len(sources):
+                sources[place] = token
+    return sources.reshape(matrices, mn)
+
+
 def live_rows(
-    rows: Rows | None, index: torch.Tensor | None, matrices: int, mn: int, tokens: int
+    rows: Rows | None,
+    index: torch.Tensor | None,
+    matrices: int,
+    mn: int,
+    tokens: int,
+    scatter: torch.Tensor | None = None,
 ) -> np.ndarray:
     """Return the row of the input, all leading dimensions flattened, for each row of the result.
 
@@ -237,7 +252,9 @@ def live_rows(
     Returns:
         (matrices, mn), -1 where the row does not exist.
     """
-    if index is None:
+    if scatter is not None:
+        sources = tokens_of_scatter(scatter, matrices, mn)
+    elif index is None:
         sources = np.arange(matrices * mn)
     else:
         sources = index.cpu().numpy().astype(np.int64).flatten()
@@ -294,6 +311,7 @@ def quantize_into(
     row_scales: torch.Tensor | None = None,
     scaled_as: torch.Tensor | None = None,
     rng_state: torch.Tensor | None = None,
+    scatter: torch.Tensor | None = None,
 ) -> None:
     """Write what ``quantize`` writes to `q`, to the storage of `sf`, and to `row_scales`.
 
@@ -304,17 +322,27 @@ def quantize_into(
         upper: the scale over e4m3 scales, on any device.
         row_scales: (..., mn), on the CPU, for the decode scales of rows.
         scaled_as: of x's shape, whose rows have the scales of rows; x by default.
-        rng_state: (2,), seed and offset of the random words that values are rounded by.
+        rng_state: (2,), seed and offset of the random words that values are rounded by: those of
+            their place in q, with a scatter of that in x.
+        scatter: rows of q for each row of x. Rows that exist and are not named stay.
     """
     k = x.shape[-1]
     leading = (x if index is None else index).shape[: -1 if index is not None else -2]
-    matrices, q_rows = math.prod(leading), q.shape[-2]
     mn = x.shape[-2] if index is None else index.shape[-1]
+    if scatter is not None:
+        leading, mn = q.shape[:-2], q.shape[-2]
+    matrices, q_rows = math.prod(leading), q.shape[-2]
     if not k or not matrices:
         return
     flat = to_array(x).reshape(-1, k)
-    sources = live_rows(rows, index, matrices, mn, len(flat))
+    sources = live_rows(rows, index, matrices, mn, len(flat), scatter)
     exists = sources >= 0
+    stays = np.zeros_like(exists)
+    if scatter is not None:
+        stays = live_rows(rows, None, matrices, mn, matrices * mn) >= 0
+        stays &= ~exists
+    if isinstance(rows, PrefixSumWithGaps):
+        stays = ~exists
     values = np.zeros((matrices, mn, k))
     values[exists] = flat[sources[exists]]
 
@@ -326,19 +354,24 @@ def quantize_into(
     scales = scales_of(values, fmt, forms) if mn else Scales(None, np.zeros((matrices, 0, 1)))
     codes = np.zeros((matrices, q_rows, k), np.uint8)
     if mn:
-        random = None if rng_state is None else random_of(rng_state, matrices, mn, k)
+        random = None
+        if rng_state is not None and scatter is None:
+            random = random_of(rng_state, matrices, mn, k)
+        elif rng_state is not None:
+            random = random_of(rng_state, 1, len(flat), k)[0][sources]
         codes[:, :mn] = codes_of(values, scales.floats, fmt, random)
         codes[:, :mn][~exists] = 0
     counts = np.full(matrices, q_rows)
     if isinstance(rows, Masked):
         counts = rows.masked_m.cpu().numpy().clip(0, mn)
     written = np.arange(q_rows) < counts[:, None]
+    written[:, :mn] &= ~stays
     target = q.view(torch.uint8)
     new = torch.from_numpy(packed(codes, fmt.values)).view(q.shape)
     target.copy_(new.where(torch.from_numpy(written).view(*q.shape[:-1], 1), target))
     if not mn:
         return
-    _store_scales(scales, exists, counts if isinstance(rows, Masked) else None, sf, fmt)
+    _store_scales(scales, exists, counts if isinstance(rows, Masked) else None, sf, fmt, stays)
     if row_scales is not None:
         decode = np.where(exists, forms.decode[..., 0], 0.0).astype(np.float32)
         stored = torch.from_numpy(decode).view(row_scales.shape)
@@ -347,12 +380,18 @@ def quantize_into(
 
 
 def _store_scales(
-    scales: Scales, exists: np.ndarray, counts: np.ndarray | None, sf: torch.Tensor, fmt: Format
+    scales: Scales,
+    exists: np.ndarray,
+    counts: np.ndarray | None,
+    sf: torch.Tensor,
+    fmt: Format,
+    stays: np.ndarray | None = None,
 ) -> None:
     """Write all scales of rows that exist and 0 to all padding, as far as the storage goes.
 
     Args:
         counts: rows of each masked matrix; scales past the next multiple of 4 stay.
+        stays: (matrices, mn), rows whose scales stay too.
     """
     matrices, mn = exists.shape
     groups = scales.floats.shape[-1]
@@ -371,9 +410,10 @@ def _store_scales(
     limits = np.full(matrices, stored_rows)
     if counts is not None:
         limits = np.minimum((counts + 3) // 4 * 4, stored_rows)
-    batch, row, group = np.nonzero(
-        np.broadcast_to(np.arange(stored_rows)[None, :, None] < limits[:, None, None], padded.shape)
-    )
+    written = np.arange(stored_rows) < limits[:, None]
+    if stays is not None:
+        written[:, :mn] &= ~stays
+    batch, row, group = np.nonzero(np.broadcast_to(written[..., None], padded.shape))
     nbytes = padded.itemsize
     offsets = scale_offset(fmt.scale_layout, nbytes, batch, row, group, mn, groups)
     offsets += sf.storage_offset() * sf.element_size()

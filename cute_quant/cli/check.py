@@ -317,7 +317,8 @@ def _results(spec: Spec, device: str) -> Results:
     index = None
     if domain.gathered:
         index = torch.randint(FEW_ROWS, (*batch_shape, mn), dtype=torch.int32, generator=generator)
-    shape = (FEW_ROWS, k) if domain.gathered else (*batch_shape, mn, k)
+    own_rows = domain.gathered or domain.scattered
+    shape = (FEW_ROWS, k) if own_rows else (*batch_shape, mn, k)
     if isinstance(spec, SiluMulSpec):
         shape = (*shape[:-1], 2 * k)
     # Under one scale for all rows, smaller ones would be 0.
@@ -346,23 +347,27 @@ def _results(spec: Spec, device: str) -> Results:
         decode_scales = torch.full((*batch_shape, mn), torch.nan, device=device)
         out = (q, sf, decode_scales)
     rows = _rows(domain, mn, device, generator)
-    index = None if index is None else index.to(device)
+    moves: dict[str, Any] = {"rows": rows, "index": None if index is None else index.to(device)}
+    if domain.scattered:
+        # Each row of the result once, and -1.
+        places = torch.full((FEW_ROWS * ceil_div(q.numel() // columns + 1, FEW_ROWS),), -1)
+        order = torch.randperm(len(places), generator=generator)
+        places[order[: q.numel() // columns]] = torch.arange(q.numel() // columns)
+        moves["scatter"] = places.view(FEW_ROWS, -1).to(device, torch.int32)
     residual = normalized = None
     rng_state = torch.tensor([1, 2], device=device) if getattr(spec, "stochastic", False) else None
     match spec:
         case QuantizeSpec():
-            cute_quant.quantize(
-                x, fmt, rows=rows, index=index, rng_state=rng_state, out=out, **upper
-            )
+            cute_quant.quantize(x, fmt, **moves, rng_state=rng_state, out=out, **upper)
         case SiluMulSpec():
             weight = None
             if spec.weighted:
-                weight = torch.rand(q.shape[:-1], generator=generator).to(device)
+                of_rows = x.shape[:-1] if domain.scattered else q.shape[:-1]
+                weight = torch.rand(of_rows, generator=generator).to(device)
             cute_quant.silu_mul_quantize(
                 x,
                 fmt,
-                rows=rows,
-                index=index,
+                **moves,
                 interleaved=spec.interleaved,
                 clamp=7.0 if spec.clamped else None,
                 alpha=1.702 if spec.scaled else 1.0,
@@ -396,8 +401,7 @@ def _results(spec: Spec, device: str) -> Results:
                 weight,
                 fmt,
                 residual=residual,
-                rows=rows,
-                index=index,
+                **moves,
                 rounding=spec.rounding,
                 normalized=spec.normalized,
                 out=out,

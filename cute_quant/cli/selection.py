@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calls.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(bfloat16)")
     calls.add_argument("--rows", action="append", choices=(DENSE, *KINDS), help="(dense)")
     calls.add_argument("--gathered", action="store_true", help="with an index")
+    calls.add_argument("--scattered", action="store_true", help="with a scatter")
     calls.add_argument("--batched", action="store_true", help="with leading dimensions")
     calls.add_argument(
         "--alignment", type=int, choices=(1, 2, 4, 8, 16, LOAD_BYTES), default=LOAD_BYTES
@@ -135,6 +136,7 @@ def _ranges(options: argparse.Namespace) -> list[CallRange]:
             options.shifted,
             options.rounding,
             _weight_dtype(options),
+            scattered=options.scattered,
             stochastic=options.stochastic,
             to=options.to if operation == CONVERT_SCALES else None,
         ).with_upper_scale(options.upper_scale)

@@ -43,6 +43,10 @@ MIN_TILE_ROWS = 4
 """Least rows of a CTA's tile, except of those that hold whole rows: the tiles of masked experts are
 counted with it. Calls are refused alike on CPU and GPU, so it belongs to the contract, and
 `heuristics` keeps it."""
+MAX_PLACES = 32
+"""Places of a row that is scattered: as many as a warp has lanes, each of which reads one."""
+MAX_SCATTERED_ROWS = 2**30
+"""Rows of x that are scattered: their tiles are counted together with those of the result."""
 MAX_SCALES = 2**32 - 1
 """MN-major scales of a matrix, which kernels index with 32 bits."""
 MAX_SCALE_BYTES = 2**31 - 1
@@ -72,11 +76,13 @@ def check_call(call: Call) -> ResultShape:
     counted = name if call.index is None else "index"
     check_count(counted, shape.batch_shape, 1 if known(tiles < 1) else tiles)
     if isinstance(prologue, SiluMul):
-        _check_silu_mul(prologue, x, shape)
+        of_rows = (*shape.batch_shape, shape.mn) if call.scatter is None else x.shape[:-1]
+        _check_silu_mul(prologue, x, tuple(of_rows))
     elif isinstance(prologue, SiluMulBackward):
         _check_silu_mul_backward(prologue, call)
     elif isinstance(prologue, RmsNorm):
-        _check_rms_norm(prologue, x, every_row=call.rows is None and call.index is None)
+        every_row = call.scatter is not None or (call.rows is None and call.index is None)
+        _check_rms_norm(prologue, x, every_row=every_row)
     check_number_of_scales(name, fmt, shape)
     check_whole_bytes(name, fmt, shape.k)
     check_upper_scale(call.upper, fmt, upper_scale_shapes(fmt, shape.batch_shape, call), x, name)
@@ -84,10 +90,15 @@ def check_call(call: Call) -> ResultShape:
     _check_rng_state(call)
     if call.q is not None:
         check_written("out q", call.q, fmt.values, x, name)
-        check_values_out(call.q, fmt, shape, exact=isinstance(call.rows, Masked))
+        exact = isinstance(call.rows, Masked) or call.scatter is not None
+        check_values_out(call.q, fmt, shape, exact=exact)
     if call.sf is not None:
         check_written("out sf", call.sf, fmt.sf_dtype, x, name)
-        check_call_scales(call.sf, fmt, shape)
+        if call.strided_scales:
+            check_disjoint_rows("out sf", call.sf)
+            check_scales_out("out sf", call.sf, fmt.scale_shape(*shape), call.sf.stride())
+        else:
+            check_call_scales(call.sf, fmt, shape)
     return shape
 
 
@@ -101,7 +112,7 @@ def check_real_call(call: Call) -> ResultShape:
 def check_kinds(call: Call) -> None:
     """Check what the schema of an operator cannot name: types, and that x has rows."""
     check_format(call.fmt)
-    tensors = {"out q": call.q, "out sf": call.sf, "index": call.index}
+    tensors = {"out q": call.q, "out sf": call.sf, "index": call.index, "scatter": call.scatter}
     tensors["rng_state"] = call.rng_state
     for name, t in tensors.items():
         if t is not None and not isinstance(t, torch.Tensor):
@@ -204,6 +215,9 @@ def upper_scale_shapes(
     if not fmt.upper_scale or fmt.row_scale:
         return []
     shapes = [(), (1,), batch_shape]
+    if call is not None and call.scatter is not None:
+        # A row is quantized once, wherever it goes.
+        return [(), (1,)]
     if call is not None and call.upper is not None and call.upper.tensor.ndim == 1:
         if isinstance(call.rows, PrefixSum):
             shapes.append(tuple(call.rows.ends.shape))
@@ -262,6 +276,8 @@ def _check_silu_mul_backward(prologue: SiluMulBackward, call: Call) -> None:
     _check_gate_up(gate_up)
     if call.index is not None:
         raise ValueError("index: expected None for gradients, which lie as gates and ups do")
+    if call.scatter is not None:
+        raise ValueError("scatter: expected None for gradients, which lie as gates and ups do")
     check_tensor("grad", grad, (gate_up.dtype,))
     check_device("grad", grad, gate_up, "gate_up")
     expected = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
@@ -273,15 +289,14 @@ def _check_silu_mul_backward(prologue: SiluMulBackward, call: Call) -> None:
     check_matrices("grad", grad, MAX_COLUMNS)
 
 
-def _check_silu_mul(prologue: SiluMul, gate_up: torch.Tensor, shape: ResultShape) -> None:
+def _check_silu_mul(prologue: SiluMul, gate_up: torch.Tensor, of_rows: tuple[int, ...]) -> None:
     _check_gate_up(gate_up)
     weight = prologue.weight
     if weight is not None:
         check_tensor("weight", weight, (torch.float32,))
-        expected = (*shape.batch_shape, shape.mn)
-        if not same_sizes(weight.shape, expected):
+        if not same_sizes(weight.shape, of_rows):
             raise ValueError(
-                f"weight: expected shape {expected}, one for each row of the result, "
+                f"weight: expected shape {of_rows}, one for each row that is quantized, "
                 f"got {tuple(weight.shape)}"
             )
         check_operand("weight", weight, gate_up, "gate_up")
@@ -423,6 +438,13 @@ def check_values_shape(shape: object) -> ResultShape:
 def _check_rows(call: Call) -> None:
     """Check row domain and index against the input, without a look at what they hold."""
     x, index, rows, input_name = call.x, call.index, call.rows, call.input_name
+    if call.scatter is not None:
+        _check_scatter(call, call.scatter)
+        shape = call.result_shape
+        check_row_domain(rows, x, input_name, (*shape.batch_shape, shape.mn), "the result")
+        return
+    if call.num_rows is not None:
+        raise ValueError(f"num_rows: expected None without a scatter, got {call.num_rows!r}")
     if index is not None:
         check_tensor("index", index, (torch.int32,))
         if x.ndim != 2:
@@ -442,6 +464,51 @@ def _check_rows(call: Call) -> None:
         check_row_domain(rows, x, input_name, tuple(x.shape[:-1]), input_name, x.shape[-1])
     else:
         check_row_domain(rows, x, input_name, tuple(index.shape), "index")
+
+
+def _check_scatter(call: Call, scatter: torch.Tensor) -> None:
+    """Check the places that rows are scattered to, without a look at what they hold."""
+    x, rows, num_rows = call.x, call.rows, call.num_rows
+    check_tensor("scatter", scatter, (torch.int32,))
+    if call.index is not None:
+        raise ValueError("index: expected None with a scatter, got a tensor")
+    if x.ndim != 2:
+        raise ValueError(
+            f"{call.input_name}: expected 2 dimensions (T, k) with a scatter, got {tuple(x.shape)}"
+        )
+    if known(x.shape[0] > MAX_SCATTERED_ROWS):
+        raise ValueError(
+            f"{call.input_name}: expected up to {MAX_SCATTERED_ROWS} rows with a scatter, got "
+            f"{x.shape[0]}"
+        )
+    if scatter.ndim != 2 or known(scatter.shape[0] != x.shape[0]):
+        raise ValueError(
+            f"scatter: expected shape ({x.shape[0]}, places), the places of each row of "
+            f"{call.input_name}, got {tuple(scatter.shape)}"
+        )
+    if known(scatter.shape[1] > MAX_PLACES):
+        raise ValueError(
+            f"scatter: expected up to {MAX_PLACES} places for each row, got {scatter.shape[1]}"
+        )
+    check_operand("scatter", scatter, x, call.input_name)
+    if num_rows is not None:
+        if isinstance(num_rows, bool) or not isinstance(num_rows, (int, torch.SymInt)):
+            raise TypeError(f"num_rows: expected an int or None, got {describe(num_rows)}")
+        if known(num_rows < 0) or known(num_rows > MAX_SIZE):
+            raise ValueError(f"num_rows: expected 0 to {MAX_SIZE}, got {num_rows}")
+    check_row_kind(rows)
+    if rows is not None:
+        check_tensor(f"rows.{rows.data_name}", rows.data, (torch.int32,))
+        if rows.data.ndim != 1:
+            raise ValueError(
+                f"rows.{rows.data_name}: expected 1 dimension, got {tuple(rows.data.shape)}"
+            )
+    if call.q is not None:
+        check_tensor("out q", call.q, (call.fmt.values,))
+        if call.q.ndim < 2:
+            raise ValueError(
+                f"out q: expected 2 or more dimensions (..., rows, k), got {tuple(call.q.shape)}"
+            )
 
 
 def check_row_domain(

@@ -290,7 +290,7 @@ def check_upper_scale(call: Call) -> None:
 
 def _amax_under_each(call: Call, count: int) -> torch.Tensor:
     """Return the largest magnitudes that lie under each of the `count` upper scales of a call."""
-    live, source = live_rows(call.x, call.rows, call.index)
+    live, source = live_rows(call.x, call.rows if call.scatter is None else None, call.index)
     if source.numel() == 0:
         return torch.zeros(count, dtype=torch.float64, device=source.device)
     of_rows = source.abs().amax(-1).where(live, 0).double()
@@ -442,14 +442,82 @@ def live_rows(
         live = (index >= 0) & (index < tokens)
         # A row of zeros for those that have none, also where x has no rows at all.
         source = torch.cat([x, x.new_zeros(1, x.shape[1])])[index.long().where(live, tokens)]
+    return (live if rows is None else live & existing_rows(rows, live.shape[1])), source
+
+
+def existing_rows(rows: Rows, mn: int) -> torch.Tensor:
+    """Return which rows of a domain exist: (E, mn), or (mn,) where there are no experts."""
     match rows:
         case Masked():
-            live = live & below_count(rows, live.shape[1], live.shape[1])
+            return below_count(rows, mn, mn)
         case PrefixSum():
-            live = live & rows_of_groups(rows, live.shape[1]).any(0)
+            return rows_of_groups(rows, mn).any(0)
         case Indexed():
-            live = live & (rows.m_indices >= 0)
-    return live, source
+            return rows.m_indices >= 0
+
+
+def scattered_rows(call: Call, scatter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which rows of the result of a scatter exist, and the row of x that each of them is.
+
+    Returns:
+        exist: (batch, mn), bool.
+        source: (batch, mn), -1 of those that do not exist or that no place names.
+    """
+    batch_shape, mn, _ = call.result_shape
+    batch = math.prod(batch_shape)
+    count = batch * mn
+    source = scatter.new_full((count + 1,), -1, dtype=torch.int64)
+    row = torch.arange(scatter.shape[0], device=scatter.device).unsqueeze(1).expand_as(scatter)
+    source[scatter.long().where((scatter >= 0) & (scatter < count), count)] = row
+    source = source[:count].view(batch, mn)
+    exist = torch.ones_like(source, dtype=torch.bool)
+    if call.rows is not None:
+        exist = exist & existing_rows(call.rows, mn)
+    return exist, source.where(exist, -1)
+
+
+def check_scatter(call: Call) -> None:
+    """Read the places of a scatter, which synchronizes, and check that each row is named once.
+
+    Raises:
+        ValueError: a place is no row that exists, or a row is named twice or by none.
+    """
+    scatter = call.scatter
+    if scatter is None:
+        return
+    exist, source = scattered_rows(call, scatter)
+    count = exist.numel()
+    named, times = torch.unique(scatter[scatter != -1].long(), return_counts=True)
+    outside = named[(named < 0) | (named >= count)]
+    if len(outside):
+        bad = int(outside[0])
+        raise ValueError(
+            f"scatter: expected -1 to {count - 1}, got {bad} at {_where(scatter, bad)}"
+        )
+    dead = named[~exist.flatten()[named]]
+    if len(dead):
+        bad = int(dead[0])
+        raise ValueError(
+            f"scatter: expected rows that exist, got row {bad}, which does not, at "
+            f"{_where(scatter, bad)}"
+        )
+    if (times > 1).any():
+        bad = int(named[times > 1][0])
+        raise ValueError(
+            f"scatter: expected each row once, got row {bad} {int(times.max())} times, first at "
+            f"{_where(scatter, bad)}"
+        )
+    unnamed = (exist & (source < 0)).flatten().nonzero()
+    if len(unnamed):
+        raise ValueError(
+            f"scatter: expected a place for each row that exists, got none for row "
+            f"{int(unnamed[0])}"
+        )
+
+
+def _where(scatter: torch.Tensor, place: int) -> tuple[int, ...]:
+    """Return the first index of a place."""
+    return tuple((scatter == place).nonzero()[0].tolist())
 
 
 def below_count(masked: Masked, mn: int, rows: int, alignment: int = 1) -> torch.Tensor:
@@ -586,6 +654,8 @@ def quantize_into(
 ) -> None:
     """Quantize what `call` asks for into `q` and `sf`, and define their padding.
 
+    Rows of a scatter that exist and that no place names keep what memory held.
+
     Args:
         call: a call that was checked. What else its prologue writes is written too.
         q: (..., q_rows, k), q_rows >= mn, or bytes of two values. Rows past mn become 0.
@@ -598,7 +668,7 @@ def quantize_into(
         if row_scales is not None:
             row_scales.fill_(1.0)
         return
-    live, source = live_rows(x, rows, call.index)
+    live, source = live_rows(x, rows if call.scatter is None else None, call.index)
     match prologue:
         case SiluMul():
             source = silu_mul(source, prologue)
@@ -606,36 +676,45 @@ def quantize_into(
             source = silu_mul_backward(source, prologue)
         case RmsNorm():
             source = rms_norm(source, prologue)
-    batch, mn = live.shape
     upper = upper_factors(source, call)
     scales = group_scales(source, fmt, upper)
     random = None
     if call.rng_state is not None:
-        random = random_of_elements(call.rng_state, batch, mn, source.shape[-1])
+        random = random_of_elements(call.rng_state, *source.shape)
     codes = group_values(source, scales, fmt, upper, random).view(torch.uint8)
-    codes = codes.where(live.unsqueeze(2), 0)
-
-    bytes_ = q.view(torch.uint8).view(batch, *q.shape[-2:])
-    if row_scales is not None and upper is not None:
-        decode_scales = upper.decode.squeeze(-1).where(live, 0.0)
-        below = live if isinstance(rows, PrefixSumWithGaps) else torch.ones_like(live)
-        if isinstance(rows, Masked):
-            below = below_count(rows, mn, mn)
-        row_scales.copy_(
-            decode_scales.where(below, row_scales.view_as(live)).view(row_scales.shape)
-        )
+    decode_scales = None if row_scales is None or upper is None else upper.decode
+    named = None
+    if call.scatter is not None:
+        exist, token = scattered_rows(call, call.scatter)
+        live, named = token >= 0, (token >= 0) | ~exist
+        scales, codes = _taken(scales, token), _taken(codes, token)
+        decode_scales = None if decode_scales is None else _taken(decode_scales, token)
+    batch, mn = live.shape
+    written, written_scales = torch.ones_like(live), live.new_ones(batch, fmt.scale_rows(mn))
     if isinstance(rows, Masked):
-        below = below_count(rows, mn, mn).unsqueeze(2)
-        bytes_.copy_(codes.where(below, bytes_))
-        written = below_count(rows, mn, fmt.scale_rows(mn), SCALE_ROW_ALIGNMENT)
-    else:
-        written = live.new_ones(batch, fmt.scale_rows(mn))
-        if isinstance(rows, PrefixSumWithGaps):
-            codes = codes.where(live.unsqueeze(2), bytes_[:, :mn])
-            written[:, :mn] = live
-        bytes_[:, :mn].copy_(codes)
+        written = below_count(rows, mn, mn)
+        written_scales = below_count(rows, mn, fmt.scale_rows(mn), SCALE_ROW_ALIGNMENT)
+    elif isinstance(rows, PrefixSumWithGaps):
+        written = live
+        written_scales[:, :mn] = live
+    if named is not None:
+        written = written & named
+        written_scales = written_scales & pad(named, (0, fmt.scale_rows(mn) - mn), value=True)
+
+    codes = codes.where(live.unsqueeze(2), 0)
+    bytes_ = q.view(torch.uint8).view(batch, *q.shape[-2:])
+    bytes_[:, :mn].copy_(codes.where(written.unsqueeze(2), bytes_[:, :mn]))
+    if not isinstance(rows, Masked):
         bytes_[:, mn:].zero_()
-    store_scales(scales.where(live.unsqueeze(2), 0), written, sf, fmt, call.result_shape.k)
+    if row_scales is not None and decode_scales is not None:
+        new = decode_scales.squeeze(-1).where(live, 0.0)
+        row_scales.copy_(new.where(written, row_scales.view_as(live)).view(row_scales.shape))
+    store_scales(scales.where(live.unsqueeze(2), 0), written_scales, sf, fmt, call.result_shape.k)
+
+
+def _taken(t: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return rows of `t` (1, tokens, columns) as (*rows.shape, columns), zeros for -1."""
+    return torch.cat([t[0], t.new_zeros(1, t.shape[2])])[rows]
 
 
 def store_scales(

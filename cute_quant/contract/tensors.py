@@ -242,6 +242,25 @@ def check_disjoint(reads: Iterable[Region], writes: Iterable[Region]) -> None:
         others.append(written)
 
 
+def interleaved(q: torch.Tensor, sf: torch.Tensor) -> bool:
+    """Return whether rows of two matrices lie in records, as far apart, and do not overlap."""
+    if q.ndim != 2 or sf.ndim != 2 or not q.numel() or not sf.numel():
+        return False
+    step = q.stride(0) * q.element_size()
+    if step != sf.stride(0) * sf.element_size():
+        return False
+    first, second = (q, sf) if q.data_ptr() <= sf.data_ptr() else (sf, q)
+    distance = second.data_ptr() - first.data_ptr()
+    sizes = (t.shape[1] * t.element_size() for t in (first, second))
+    return next(sizes) <= distance <= step - next(sizes)
+
+
+def joined(q: Region, sf: Region) -> Region:
+    """Return the memory from the first byte of two to the last."""
+    start = min(q.start, sf.start)
+    return Region(q.name, start, max(q.start + q.nbytes, sf.start + sf.nbytes) - start)
+
+
 def region_of_scales(name: str, sf: torch.Tensor, *, mn_major: bool) -> Region:
     """Return the memory of scales (..., mn, columns), padding rows of MN-major ones included."""
     nbytes = span(sf)

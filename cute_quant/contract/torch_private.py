@@ -20,6 +20,7 @@ __all__ = [
     "CustomOpDef",
     "constant_in_graphs",
     "has_tangent",
+    "hash_all_arguments",
     "in_dual_level",
     "increment_version",
     "is_fake",
@@ -92,3 +93,18 @@ def look_alike_check(*tensors: torch.Tensor) -> Callable[..., bool]:
         dynamic_dims_sizes=[list(t.shape) for t in tensors],  # type: ignore[misc]
         dynamic_dims_strides=[list(t.stride()) for t in tensors],  # type: ignore[misc]
     ).check
+
+
+def hash_all_arguments(operator: Any) -> None:
+    """Have DTensor choose the sharding of an operator anew where any argument differs.
+
+    By itself it takes none but tensors and ints into account, and takes the dtypes and the
+    placements of another format for those of this one.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+
+    keywords = [a.name for a in operator._schema.arguments if a.kwarg_only]
+    info = RuntimeSchemaInfo(1, keywords or None, needs_pytree=True)
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    propagator.op_to_schema_info[operator] = info

@@ -41,7 +41,7 @@ DEQUANTIZE_BLOCKS = "dequantize_blocks"
 REQUANTIZE_BLOCKS = "requantize_blocks"
 CONVERT_SCALES = "convert_scales"
 GATHERING = (QUANTIZE, SILU_MUL, RMS_NORM)
-"""Operations whose rows an index may name."""
+"""Operations whose rows an index or a scatter may name."""
 OPERATIONS = (
     *GATHERING,
     SILU_MUL_BACKWARD,
@@ -53,7 +53,16 @@ OPERATIONS = (
     CONVERT_SCALES,
 )
 """Names of the public operations."""
-FLAGS = ("gathered", "batched", "interleaved", "clamped", "scaled", "shifted", "stochastic")
+FLAGS = (
+    "gathered",
+    "scattered",
+    "batched",
+    "interleaved",
+    "clamped",
+    "scaled",
+    "shifted",
+    "stochastic",
+)
 """Fields of a `CallRange` that are options of the command line without a value."""
 WITH_ROWS = (*GATHERING, SILU_MUL_BACKWARD, CONVERT_SCALES)
 """Operations on rows of a domain."""
@@ -72,6 +81,7 @@ class CallRange(NamedTuple):
         max_rows: most rows of the result, all leading dimensions together.
         kind: of the rows.
         gathered: whether calls have an index.
+        scattered: whether rows are scattered; then `max_rows` counts rows of x too.
         batched: whether there are leading dimensions; masked rows have them in any case.
         alignment: bytes, a power of two. Rows of inputs and results lie as in a contiguous tensor,
             or start at multiples of it.
@@ -104,13 +114,16 @@ class CallRange(NamedTuple):
     stochastic: bool = False
     to: Format | None = None
     source_blocks: tuple[int, ...] = BLOCK_SIZES
+    scattered: bool = False
 
     @property
     def possible(self) -> bool:
         """Return whether the operation takes rows of this kind, and random numbers."""
         if self.stochastic and self.operation not in STOCHASTIC:
             return False
-        if self.gathered and self.operation not in GATHERING:
+        if (self.gathered or self.scattered) and self.operation not in GATHERING:
+            return False
+        if self.scattered and (self.gathered or self.batched != (self.kind == Masked.kind)):
             return False
         if self.kind == DENSE:
             return True
@@ -173,6 +186,7 @@ class CallRange(NamedTuple):
             bool(batch_shape),
             min(_alignment(call.x), result_alignment),
             upper=None if call.upper is None else call.upper.kind,
+            scattered=call.scatter is not None,
             stochastic=call.rng_state is not None,
         )
         match call.prologue:

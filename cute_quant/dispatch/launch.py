@@ -24,6 +24,8 @@ from cute_quant.contract.tensors import (
     check_disjoint,
     check_no_tangents,
     check_real,
+    interleaved,
+    joined,
     last_column_rows,
     region,
     region_of_scales,
@@ -290,12 +292,18 @@ def quantize(call: Call, *, check: bool = False, remember: bool = False) -> Resu
                 _plans.clear()
             _plans[key] = plan
     if check:
-        checks.check_counts(call.rows, call.index, call.x.shape[-2], plan.mn)
-        reference.check_upper_scale(call)
+        _check_contents(call, plan.mn)
     result = _execute(plan, call)
     if remember and key and plan.kernel is not None and not _captures:
         _remember(plan, plan.kernel, call)
     return result
+
+
+def _check_contents(call: Call, mn: int) -> None:
+    """Read the counts, indices, places and the upper scale of a call, and check them."""
+    checks.check_counts(call.rows, call.index, call.x.shape[-2], mn)
+    reference.check_scatter(call)
+    reference.check_upper_scale(call)
 
 
 def has_kernels(x: torch.Tensor) -> bool:
@@ -389,7 +397,7 @@ def _execute(plan: Plan, call: Call) -> Results:
         sf,
         upper,
         row_data,
-        call.index,
+        call.row_map,
         call.rng_state,
     )
     further: tuple[torch.Tensor | None, ...] = () if prologue is None else prologue.operands
@@ -407,9 +415,11 @@ def _execute(plan: Plan, call: Call) -> Results:
 
 def _key(call: Call) -> tuple[object, ...]:
     """Return all that a plan depends on, () if a call cannot have one."""
-    x, fmt, q, sf, rows, index, prologue, upper, row_scales, rng_state = call
+    x, fmt, q, sf, rows, index, prologue, upper, row_scales, rng_state, scatter, num_rows = call
     try:
         key: tuple[object, ...] = (fmt, *map(_looks, (x, q, sf, index)))
+        if scatter is not None or num_rows is not None:
+            key += ("scatter", _looks(scatter), num_rows, type(num_rows))
         if upper is not None or row_scales is not None:
             given, kind = (row_scales, "") if upper is None else (upper.tensor, upper.kind)
             key += (kind, _looks(given))
@@ -455,8 +465,13 @@ def _check_regions(call: Call, q: Region, sf: Region) -> None:
     """Check that the memory that a call writes overlaps nothing else of it."""
     reads = [region(call.input_name, call.x)]
     writes = [q, sf]
-    if call.index is not None:
-        reads.append(region("index", call.index))
+    if call.strided_scales and call.q is not None and call.sf is not None:
+        q_region, sf_region = region("out q", call.q), region("out sf", call.sf)
+        in_records = interleaved(call.q, call.sf)
+        writes = [joined(q_region, sf_region)] if in_records else [q_region, sf_region]
+    for name, t in (("index", call.index), ("scatter", call.scatter)):
+        if t is not None:
+            reads.append(region(name, t))
     if call.rows is not None:
         reads.append(region(f"rows.{call.rows.data_name}", call.rows.data))
     if call.upper is not None:
@@ -475,8 +490,7 @@ def _quantize_by_reference(call: Call, *, check: bool) -> Results:
     shape = checks.check_real_call(call)
     x, fmt = call.x, call.fmt
     if check:
-        checks.check_counts(call.rows, call.index, x.shape[-2], shape.mn)
-        reference.check_upper_scale(call)
+        _check_contents(call, shape.mn)
     q = x.new_empty(shape.values(fmt), dtype=fmt.values) if call.q is None else call.q
     sf = fmt.empty_scales(*shape, x.device) if call.sf is None else call.sf
     row_scales = call.row_scales

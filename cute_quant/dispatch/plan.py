@@ -21,6 +21,7 @@ from cute_quant.dispatch.call_range import CallRange, row_alignment
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures, heuristics
 from cute_quant.kernels.config import (
+    DEFAULT_TILE,
     Access,
     DequantizeSpec,
     Domain,
@@ -229,19 +230,22 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
     k = call.result_shape.k
     shape = ResultShape(tuple(batch_shape), q_rows, k)
     launch = _launch_shape(call, shape, gpu, fake=scales is None)
-    batched = bool(batch_shape) or launch.tall
-    domain = Domain(kind, index is not None, batched, call.upper_of_groups)
+    scattered = call.scatter is not None
+    batched = bool(batch_shape) or (launch.tall and not scattered)
+    domain = Domain(kind, index is not None, batched, call.upper_of_groups, scattered)
+    # Rows of x are those of one matrix where they are scattered.
+    x_batched = batched and not scattered
     match call.prologue:
         case None:
             stochastic = call.rng_state is not None
             prologue = _Prologue(QuantizeSpec, {"fake": scales is None, "stochastic": stochastic})
         case SiluMul() as silu_mul:
-            prologue = _silu_mul(silu_mul, x.dtype, k, batched=batched)
+            prologue = _silu_mul(silu_mul, x.dtype, k, batched=x_batched)
         case SiluMulBackward() as backward:
             prologue = _silu_mul_backward(backward, call, k, batched=batched)
         case RmsNorm() as rms_norm:
-            prologue = _rms_norm(rms_norm, batched=batched)
-    x_view = matrix_view(x, batched=batched and index is None)
+            prologue = _rms_norm(rms_norm, batched=x_batched)
+    x_view = matrix_view(x, batched=x_batched and index is None)
     q_view = view_as_matrices(result.view, result.dtype.itemsize, batched=batched)
     index_view = None
     if index is not None and batched and index.ndim == 1:
@@ -262,6 +266,7 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
         alignment(result.address, q_view, result.dtype.itemsize, store_bytes),
         ragged=(prologue.part or k) % launch.tile.values_per_thread != 0,
         dense_scales=call.dense_scales,
+        strided_scales=call.strided_scales,
     )
     fmt = call.fmt.kernel_format
     upper = None if call.upper is None else call.upper.kind
@@ -284,12 +289,17 @@ def _launch_shape(
 ) -> heuristics.Shape | heuristics.NormShape:
     """Return tile and grid for the size of a call."""
     masked = isinstance(call.rows, Masked)
-    size = math.prod(shape.batch_shape), shape.mn, shape.k, call.fmt, masked, gpu.sms
+    matrices, rows = math.prod(shape.batch_shape), shape.mn
+    if call.scatter is not None:
+        matrices, rows, masked = 1, call.x.shape[0], False
+    size = matrices, rows, shape.k, call.fmt, masked, gpu.sms
     if call.fmt.by_row and not isinstance(call.prologue, RmsNorm):
         return heuristics.row_shape(*size, gpu.arch)
     match call.prologue:
         case None if fake:
             return heuristics.fake_shape(*size, gpu.arch)
+        case None if call.scatter is not None:
+            return heuristics.shape(*size, tile=DEFAULT_TILE)
         case None:
             return heuristics.shape(*size, architectures.named(gpu.arch).warps)
         case SiluMul() | SiluMulBackward():

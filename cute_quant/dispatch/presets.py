@@ -165,6 +165,10 @@ def _of_deepgemm() -> list[CallRange]:
 def _of_moe() -> list[CallRange]:
     return [
         *_quantize(BF16, MOE_FORMATS, (DENSE, *GROUPED), (False, True)),
+        *(
+            calls._replace(scattered=True)
+            for calls in _quantize(BF16, DEEPGEMM_FORMATS, (Masked.kind, PrefixSum.kind))
+        ),
         *(calls for fmt in MOE_FORMATS for calls in _layer(fmt)),
     ]
 
@@ -254,8 +258,8 @@ def deepgemm(arch: str) -> Kernels:
 def moe(arch: str) -> Kernels:
     """Return a layer with a mixture of experts in bf16, for DeepGEMM, NVFP4 and MXFP4.
 
-    It has the norm in front of the experts, tokens gathered for them, and SwiGLU between their
-    GEMMs, plain or as in gpt-oss.
+    It has the norm in front of the experts, tokens gathered for them or, for DeepGEMM, scattered to
+    them, and SwiGLU between their GEMMs, plain or as in gpt-oss.
     """
     return _kernels(_of_moe, arch)
 

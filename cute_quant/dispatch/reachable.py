@@ -73,6 +73,7 @@ class Variant(NamedTuple):
         upper_of_groups: whether each group of rows stacked along M has an upper scale of its own.
         along_n: whether weights are contiguous along n.
         source_block: size of the blocks whose scales `requantize_blocks` reads.
+        strided_scales: whether rows of scales lie apart, in memory of the caller.
     """
 
     calls: CallRange
@@ -83,6 +84,7 @@ class Variant(NamedTuple):
     upper_of_groups: bool = False
     along_n: bool = False
     source_block: int = SOURCE_BLOCK
+    strided_scales: bool = False
 
     @property
     def input_columns(self) -> int:
@@ -115,9 +117,18 @@ class Variant(NamedTuple):
         prologue, rows = self._prologue(x, shape, like), self.rows(shape, like)
         upper = self.upper_scale(shape, like)
         rng_state = like.new_zeros(2, dtype=torch.int64) if self.calls.stochastic else None
-        return Call(
+        call = Call(
             x, self.calls.fmt, None, None, rows, index, prologue, upper, rng_state=rng_state
         )
+        if not self.calls.scattered:
+            return call
+        places = like.new_zeros((x.shape[0], 1), dtype=torch.int32)
+        sf = None
+        if self.strided_scales:
+            fmt, columns = self.calls.fmt, self.calls.fmt.columns(self.k)
+            records = like.new_empty((shape[-2], 2 * columns), dtype=fmt.sf_dtype)
+            sf = records[:, :columns]
+        return call._replace(scatter=places, num_rows=shape[-2], sf=sf)
 
     def upper_scale(self, shape: tuple[int, ...], like: torch.Tensor) -> UpperScale | None:
         """Return the scale over those of groups that a call of this shape has, if any."""
@@ -143,6 +154,7 @@ class Variant(NamedTuple):
         self, x: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor
     ) -> Prologue | None:
         calls = self.calls
+        of_rows = x.shape[:-1] if calls.scattered else shape[:-1]
         match calls.operation:
             case "silu_mul_quantize":
                 return make_silu_mul(
@@ -151,9 +163,7 @@ class Variant(NamedTuple):
                     alpha=2.0 if calls.scaled else 1.0,
                     beta=1.0 if calls.shifted else 0.0,
                     rounding=calls.rounding,
-                    weight=like.new_ones(shape[:-1], dtype=torch.float32)
-                    if self.weighted
-                    else None,
+                    weight=like.new_ones(of_rows, dtype=torch.float32) if self.weighted else None,
                 )
             case "silu_mul_backward_quantize":
                 return make_silu_mul_backward(
@@ -178,21 +188,25 @@ class Variant(NamedTuple):
 def variants(calls: CallRange) -> Iterator[Variant]:
     """Yield the variants of a range."""
     weighted: tuple[bool, ...] = (False,)
-    residual = normalized = of_groups = along_n = weighted
+    residual = normalized = of_groups = along_n = strided = weighted
     if calls.operation == SILU_MUL:
         weighted = (False, True)
-    if calls.operation == RMS_NORM and calls.kind == DENSE and not calls.gathered:
+    every_row = calls.scattered or (calls.kind == DENSE and not calls.gathered)
+    if calls.operation == RMS_NORM and every_row:
         residual = normalized = (False, True)
-    if calls.upper is not None and calls.kind in (*PREFIX_SUMS, Indexed.kind):
+    grouped = calls.kind in (*PREFIX_SUMS, Indexed.kind) and not calls.scattered
+    if calls.upper is not None and grouped:
         of_groups = (False, True)
     requantized = calls.operation == REQUANTIZE_BLOCKS
     in_blocks = requantized and not blocks.quantized_by_row(calls.fmt)
     if calls.operation == QUANTIZE_BLOCKS or in_blocks:
         along_n = (False, True)
     source_blocks = calls.source_blocks if requantized else (SOURCE_BLOCK,)
-    for choices in itertools.product(
-        calls.k, weighted, residual, normalized, of_groups, along_n, source_blocks
-    ):
+    row_major = not (calls.fmt.mn_major or calls.fmt.blocked)
+    if calls.scattered and row_major and calls.kind != Masked.kind:
+        strided = (False, True)
+    options = weighted, residual, normalized, of_groups, along_n, source_blocks, strided
+    for choices in itertools.product(calls.k, *options):
         yield Variant(calls, *choices)
 
 
@@ -315,6 +329,8 @@ def _spec(variant: Variant, leading: tuple[int, ...], x_bytes: int, q_bytes: int
         result = _scales(calls.to, sizes, q_bytes, apart=False)
         return choose_conversion_spec(conversion, result, gpu.arch)
     tokens = (2,) if calls.gathered else leading
+    if calls.scattered:
+        tokens = leading[-1:]
     x = _aligned((*tokens, variant.input_columns), calls.dtype, x_bytes)
     call = variant.call(x, shape, nowhere)
     fake = calls.operation == FAKE_QUANTIZE

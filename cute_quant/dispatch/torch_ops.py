@@ -31,8 +31,8 @@ from cute_quant.contract.upper_scales import KINDS, UpperScale
 from cute_quant.dispatch import launch
 from cute_quant.dispatch.launch import Results
 
-_ROW_TENSORS = "Tensor? row_data=None, Tensor? index=None, Tensor? upper=None"
-_ROWS = 'str rows="dense", int alignment=1, str? upper_kind=None'
+_ROW_TENSORS = "Tensor? row_data=None, Tensor? index=None, Tensor? upper=None, Tensor? scatter=None"
+_ROWS = 'str rows="dense", int alignment=1, str? upper_kind=None, SymInt? num_rows=None'
 _OUT = "Tensor(a!) q, Tensor(b!) sf, Tensor(e!)? row_scales"
 UPPER_ARGUMENTS = "Tensor? upper=None, str? upper_kind=None"
 _RESIDUAL = "Tensor? residual, Tensor(c!)? residual_out, Tensor(d!)? normalized"
@@ -94,6 +94,8 @@ def _quantize_call(
     upper_kind: str | None = None,
     row_scales: torch.Tensor | None = None,
     rng_state: torch.Tensor | None = None,
+    scatter: torch.Tensor | None = None,
+    num_rows: int | None = None,
 ) -> Call:
     """Return the call that the arguments of an operator describe."""
     parsed = Format.parse(fmt)
@@ -107,6 +109,8 @@ def _quantize_call(
         upper=upper_scale_of(upper_kind, upper),
         row_scales=row_scales,
         rng_state=rng_state,
+        scatter=scatter,
+        num_rows=num_rows,
     )
 
 
@@ -352,6 +356,8 @@ def quantize(call: Call) -> Results:
     options: dict[str, Any] = {"rows": rows.rows, "alignment": rows.alignment}
     if upper_kind is not None:
         options["upper_kind"] = upper_kind
+    if call.num_rows is not None:
+        options["num_rows"] = call.num_rows
     inputs: tuple[torch.Tensor | None, ...] = (call.x,)
     extra: tuple[torch.Tensor | None, ...] = ()
     operator, operator_out = ops.quantize, ops.quantize_out
@@ -370,7 +376,7 @@ def quantize(call: Call) -> Results:
         residual = None if prologue.residual_out is prologue.residual else prologue.residual
         extra = (residual, prologue.residual_out, prologue.normalized)
         options |= {name: getattr(prologue, name) for name in _RMS_NORM_OPTIONS}
-    end: tuple[Any, ...] = (fmt.text, rows.row_data, call.index, upper)
+    end: tuple[Any, ...] = (fmt.text, rows.row_data, call.index, upper, call.scatter)
     if call.rng_state is not None:
         end += (call.rng_state,)
     if call.q is None and call.sf is None and not fmt.row_scale:

@@ -100,6 +100,7 @@ def warm_up(
     dtype: torch.dtype = torch.bfloat16,
     rows: Iterable[type[Rows] | str | None] = (None,),
     gathered: bool = False,
+    scattered: bool = False,
     batched: bool = False,
     alignment: int = LOAD_BYTES,
     interleaved: bool = False,
@@ -132,6 +133,7 @@ def warm_up(
             ``dequantize_blocks``. Scales and the weights of checkpoints have dtypes of their own.
         rows: row domains: some of None, ``Masked``, ``PrefixSum`` and ``Indexed``.
         gathered: whether there are calls with `index` too.
+        scattered: whether there are calls with `scatter` too.
         batched: whether there are calls with leading dimensions too.
         alignment: a power of two up to 32. Rows of all inputs and results start at multiples of
             that many bytes, or lie as in a contiguous tensor. torch allocates memory at multiples
@@ -175,6 +177,7 @@ def warm_up(
             dtype=dtype,
             kind=kind,
             gathered=index,
+            scattered=scatter,
             batched=leading,
             interleaved=activation.interleaved,
             clamped=activation.clamp is not None,
@@ -188,6 +191,7 @@ def warm_up(
         for operation in _operations(operations)
         for kind in kinds
         for index in {False, gathered}
+        for scatter in {False, scattered}
         for leading in ({True} if kind == Masked.kind else {False, batched})
     ]
     for of_one in calls:
@@ -357,7 +361,7 @@ def _small_launch(variant: reachable.Variant, device: torch.device) -> launch.La
             return launch.bind(lambda: blocks.requantize(w, w_sf, fmt, upper, q, None))
         case "convert_scales":
             return launch.bind(lambda: convert_scales.run(small_conversion(variant, device)))
-    x_rows = (1,) if calls.gathered else leading
+    x_rows = (1,) if calls.gathered or calls.scattered else leading
     x = torch.zeros((*x_rows, variant.input_columns), dtype=calls.dtype, device=device)
     call = variant.call(x, (*leading, variant.k), x)
     if calls.operation == "fake_quantize":

@@ -174,6 +174,8 @@ class Access(NamedTuple):
         ragged: whether a row may end within a thread's values.
         load_hint: None or one of ``LOAD_HINTS``.
         dense_scales: whether columns of MN-major scales have no padding rows.
+        strided_scales: whether rows of row-major scales are as far apart as their tensor says,
+            rather than contiguous.
     """
 
     load_bytes: int = LOAD_BYTES
@@ -181,6 +183,7 @@ class Access(NamedTuple):
     ragged: bool = False
     load_hint: str | None = None
     dense_scales: bool = False
+    strided_scales: bool = False
 
 
 WIDEST = Access()
@@ -214,12 +217,14 @@ class Domain(NamedTuple):
         batched: whether there are several matrices, or more rows than one dimension of a grid
             counts; the results of masked experts always are.
         grouped: whether each group of a prefix sum or an index has an upper scale of its own.
+        scattered: whether each row of x names rows of the result.
     """
 
     kind: str = DENSE
     gathered: bool = False
     batched: bool = False
     grouped: bool = False
+    scattered: bool = False
 
     @property
     def masked(self) -> bool:
@@ -245,6 +250,11 @@ class Domain(NamedTuple):
     def counted(self) -> bool:
         """Return whether the kernel reads counts."""
         return self.kind != DENSE
+
+    @property
+    def repeats(self) -> bool:
+        """Return whether a CTA may take several tiles of rows."""
+        return self.batched or self.scattered
 
     @property
     def selects(self) -> bool:

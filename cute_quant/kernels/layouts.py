@@ -305,7 +305,9 @@ def scale_layout(fmt: Format, mn: int, k: int) -> cute.Layout:
     return as_layout(scale_layouts.scale_layout(fmt, mn, k))
 
 
-def scales(fmt: Format, rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
+def scales(
+    fmt: Format, rows: Int32 | int, groups: Int32 | int, row_stride: Int64 | None = None
+) -> cute.Layout:
     """Return the layout (row, group) -> (byte of an element, element) of a matrix's scales.
 
     An element is a float32, a byte, or a word of four bytes. Its index has 32 bits but in row-major
@@ -316,6 +318,7 @@ def scales(fmt: Format, rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
         fmt: the format of the scales.
         rows: with padding.
         groups: with the padding of blocks.
+        row_stride: of a row-major layout, by default that of contiguous rows.
     """
     element = cute.E(1)
     if fmt.blocked:
@@ -326,7 +329,7 @@ def scales(fmt: Format, rows: Int32 | int, groups: Int32 | int) -> cute.Layout:
     byte = cute.E(0) if fmt.packed else None
     if fmt.mn_major:
         return as_layout(scale_layouts.strided(rows, columns, element, rows * element, byte))
-    row_stride = _wide(columns) * element
+    row_stride = (_wide(columns) if row_stride is None else row_stride) * element
     return as_layout(scale_layouts.strided(rows, columns, row_stride, element, byte))
 
 

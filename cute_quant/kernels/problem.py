@@ -23,7 +23,8 @@ class Operands(NamedTuple):
         mUpper: the scale over e4m3 scales, (1,), (batch,) or (groups,), or, where each row has its
             own, their memory, (mn,) or (batch, mn); None without.
         mCounts: what the row domain reads: (experts,), (groups,) or (mn,).
-        mIndex: row of x of each row of the result, (mn,) or (batch, mn).
+        mIndex: row of x of each row of the result, (mn,) or (batch, mn); or rows of the result of
+            each row of x, (tokens, places), numbered through all matrices.
         mRng: seed and offset of random numbers, (2,), None where values are rounded to nearest.
         missing_rows: padding rows of the last MN-major scale column without storage.
         alignment: of the first row of a group in a prefix sum.
@@ -55,7 +56,7 @@ class Problem(Params):
         row_scales: where each row's scale goes, (mn,) or (batch, mn), or None.
         num_rows: the first rows exist.
         num_q_rows: rows of q to be written, those that do not exist as 0.
-        num_row_tiles: tiles of rows of a matrix.
+        num_row_tiles: tiles of rows of a matrix, or of x where rows are scattered.
         counts, index, alignment: as of `Operands`.
         dedicated_tiles: the first tiles of each expert, which have CTAs to themselves.
         rng: where random numbers come from, or None.
@@ -123,28 +124,26 @@ class Problem(Params):
 
     def slice_batch(self, batch: Int32) -> Problem:
         """Return the problem of one matrix of a batch."""
-        scales, index, gathered = self.scales, self.index, self.index is not None
-        bound, row_scales, rng = self.scale_bound, self.row_scales, self.rng
+        index, gathered, bound = self.index, self.index is not None, self.scale_bound
+        rng = self.rng
         if const_expr(isinstance(bound, UpperScale)):
             bound = bound.slice_batch(batch)
         if const_expr(rng is not None):
             rng = rng.slice_batch(batch)
+        result = self.slice_result(batch)
+        if const_expr(gathered):
+            index = index[batch, None]
+        prologue = self.prologue.slice_batch(batch, gathered)
+        return result.replace(prologue=prologue, scale_bound=bound, index=index, rng=rng)
+
+    def slice_result(self, batch: Int32) -> Problem:
+        """Return a problem whose results are one matrix of a batch, and whose input is all."""
+        scales, row_scales = self.scales, self.row_scales
         if const_expr(row_scales is not None):
             row_scales = row_scales[batch, None]
         if const_expr(scales is not None):
             scales = scales.slice_batch(batch, batch == self.batches - 1)
-        if const_expr(gathered):
-            index = index[batch, None]
-        prologue = self.prologue.slice_batch(batch, gathered)
-        return self.replace(
-            prologue=prologue,
-            q=self.q[batch],
-            scales=scales,
-            scale_bound=bound,
-            row_scales=row_scales,
-            index=index,
-            rng=rng,
-        )
+        return self.replace(q=self.q[batch], scales=scales, row_scales=row_scales)
 
     def slice_expert(self, expert: Int32, count: Int32) -> Problem:
         """Return the problem of an expert that has `count` rows."""

@@ -14,7 +14,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
-from cute_quant.kernels import copy, encodings, layouts
+from cute_quant.kernels import copy, encodings, layouts, scatter
 from cute_quant.kernels.config import LANES, QuantizeSpec, SiluMulBackwardSpec, SiluMulSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES
@@ -25,6 +25,7 @@ from cute_quant.kernels.problem import Operands, Problem
 from cute_quant.kernels.quantize_rows import RowQuantizer
 from cute_quant.kernels.row_domains import Row, select_rows
 from cute_quant.kernels.scales import GroupScale
+from cute_quant.kernels.scatter import Target, Targets
 from cute_quant.kernels.scheduler import Scheduler
 from cute_quant.kernels.stage import Origin, Rows, Scales, Stage
 from cute_quant.kernels.upper_scales import Factors
@@ -75,13 +76,13 @@ class GroupQuantizer:
         segments, row_indices = self.thread_tile(row_tile)
         rows = select_rows(problem, self.spec.domain, row_indices)
         inputs = [problem.prologue.row(row, k) for row in rows]
-        gQ = [problem.q.row(row.index) for row in rows]  # (k,) each
+        targets = [scatter.target(row, problem, self.spec.access) for row in rows]
 
         # What comes before needs no memory, and overlaps with the end of the kernel before.
         self.scheduler.wait_in_tile(inputs[-1].address(segments[0]))
         scales = stage.scale_registers(len(segments) * len(rows))  # (rows of each tile,)
         if stage.may_write(rows[0].in_bounds):
-            self.quantize_rows(rows, inputs, gQ, segments, scales, problem)
+            self.quantize_rows(rows, inputs, targets, segments, scales, problem)
         if const_expr(problem.scales is not None):
             self.store_scales(rows, scales, segments, problem)
 
@@ -90,7 +91,7 @@ class GroupQuantizer:
         self,
         rows: list[Row],
         inputs: list[Params],
-        gQ: list[cute.Tensor],
+        targets: list[Target | Targets],
         segments: list[Segment],
         scales: cute.Tensor,
         problem: Problem,
@@ -108,7 +109,7 @@ class GroupQuantizer:
                 words = words_of(randoms[i], segments[j], tXrV)
                 # (values,), bytes of two
                 tXrQ = stage.results(tXrV, scale, bounds[i], self.fake, words)
-                copy.store(tXrQ, gQ[i], segments[j], rows[i].in_bounds, self.spec.access)
+                targets[i].store(tXrQ, segments[j])
                 scales[j * len(rows) + i] = scale.scale
 
     def load_bounds(self, rows: list[Row], problem: Problem) -> list[Float32 | Factors]:
@@ -149,6 +150,12 @@ class GroupQuantizer:
             ]
             memory = self.scales_of_tile(segment, problem)
             origin = Origin(segments[0], i)
+            if self.spec.domain.scattered:
+                for row, scale in zip(rows, row_scales, strict=True):
+                    self.scheduler.scatter.store_scale(
+                        memory, row.places, scale, segment, problem, origin
+                    )
+                continue
             self.stage.store_scales(memory, scale_rows, row_scales, segment, problem.k, origin)
 
     @cute.jit

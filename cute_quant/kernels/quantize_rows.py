@@ -13,7 +13,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, const_expr
 
-from cute_quant.kernels import arithmetic, copy
+from cute_quant.kernels import arithmetic, scatter
 from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.config import QuantizeSpec, SiluMulBackwardSpec, SiluMulSpec
 from cute_quant.kernels.copy import Segment
@@ -114,12 +114,12 @@ class RowQuantizer(WholeRows):
         problem: Problem,
     ):
         """Quantize the thread's tiles, (values,) each, and store them."""
-        gQ = problem.q.row(row.index)  # (k,)
+        target = scatter.target(row, problem, self.spec.access)
         random = problem.random_of_row(row.index)
         for segment, t, scale in zip(segments, tXrV, scales, strict=True):
             words = words_of(random, segment, t)
             tXrQ = self.stage.results(t, scale, bound, self.fake, words)
-            copy.store(tXrQ, gQ, segment, row.in_bounds, self.spec.access)
+            target.store(tXrQ, segment)
 
     def scales(
         self, tXrV: list[cute.Tensor], problem: Problem

@@ -15,7 +15,7 @@ from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.contract.prologues import FUSED, rounds_row, rounds_sum
-from cute_quant.kernels import arithmetic, copy, encodings
+from cute_quant.kernels import arithmetic, copy, encodings, scatter
 from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.config import RmsNormSpec
 from cute_quant.kernels.copy import Segment
@@ -200,7 +200,7 @@ class RmsNorm(WholeRows):
             products = [self.round(r * w) for r, w in zip(rounded, weights, strict=True)]
             row_amax, amaxes = self.amax_over_warps(self.group_amaxes(products))
 
-        gQ = problem.q.row(row.index)  # (k,)
+        target = scatter.target(row, problem, spec.access)
         bound = problem.load_bound(row.group if spec.domain.grouped else None)
         if const_expr(spec.fmt.row_scale):
             largest = self.normalized(row_amax.bitcast(Float32), factor)
@@ -216,7 +216,7 @@ class RmsNorm(WholeRows):
                 gN = inputs.normalized.row(row.index, problem.k)
                 self.store(value, gN, segment, row)
             tXrQ = stage.encode(tXrV, scale)
-            copy.store(tXrQ, gQ, segment, row.in_bounds, spec.access)
+            target.store(tXrQ, segment)
         for i in cutlass.range_constexpr(len(segments)):
             stored[i] = scales[i].scale
 

@@ -15,9 +15,24 @@ from cutlass import Boolean, Int32, Uint32, const_expr
 from cute_quant.kernels.config import LANES, Domain
 from cute_quant.kernels.problem import Problem
 
+NOWHERE = 2**32 - 1
+"""The row of a place that is none."""
+
+
+class Places(NamedTuple):
+    """Rows of the result that a row of x is scattered to, each lane of a warp having one.
+
+    Attributes:
+        row: of its matrix, or ``NOWHERE``.
+        matrix: of the results of masked experts, None where there is one.
+    """
+
+    row: Uint32
+    matrix: Int32 | None
+
 
 class Row(NamedTuple):
-    """A row of the results.
+    """A row of the results, or of x where rows are scattered.
 
     Attributes:
         index: of the row in its matrix.
@@ -25,6 +40,7 @@ class Row(NamedTuple):
         source: index of the row in x.
         in_bounds: whether q has the row, and it is to be written.
         group: that it belongs to, of a prefix sum or an index; -1 of none, and where nobody asks.
+        places: where it goes if rows are scattered.
     """
 
     index: Uint32
@@ -32,6 +48,7 @@ class Row(NamedTuple):
     source: Uint32
     in_bounds: Boolean
     group: Int32
+    places: Places | None = None
 
 
 @cute.jit
@@ -39,6 +56,8 @@ def select_rows(
     problem: Problem, domain: cutlass.Constexpr[Domain], indices: list[Uint32]
 ) -> list[Row]:
     """Return the rows of these indices; asked by whole warps."""
+    if const_expr(domain.scattered):
+        return [select_token(problem, domain, index) for index in indices]
     num_rows, sources = problem.num_rows, indices
     exist = [index < num_rows for index in indices]
     groups = [Int32(-1)] * len(indices)
@@ -64,6 +83,67 @@ def select_rows(
     ]
 
 
+def select_token(problem: Problem, domain: Domain, index: Uint32) -> Row:
+    """Return a row of x, with its places."""
+    exists = index < problem.prologue.x.rows
+    places = places_of_token(problem, domain, index)
+    return Row(index, exists, index, exists, Int32(-1), places)
+
+
+@cute.jit
+def places_of_token(problem: Problem, domain: cutlass.Constexpr[Domain], token: Uint32) -> Places:
+    """Return the places of a row of x; asked by whole warps."""
+    lane, rows = cute.arch.lane_idx(), problem.num_rows
+    place = Int32(-1)
+    if token < problem.prologue.x.rows and lane < problem.index.shape[1]:
+        place = problem.index[Int32(token), lane]
+    # As unsigned, -1 lies past the last row.
+    matrix, row = None, Uint32(place)
+    exists = row < rows
+    if const_expr(domain.masked):
+        row = Uint32(cutlass.max(place, Int32(0)))
+        matrix = Int32(row // rows)
+        row = row - Uint32(matrix) * rows
+        exists = place >= 0 and row < Uint32(read_count(problem, matrix))
+    elif const_expr(domain.prefix_sum):
+        exists = places_in_groups(problem, row)
+    elif const_expr(domain.indexed):
+        exists = index_of(problem.counts, row, rows) >= 0
+    return Places(row if exists else Uint32(NOWHERE), matrix)
+
+
+@cute.jit
+def places_in_groups(problem: Problem, row: Uint32) -> Boolean:
+    """Return whether the row that a lane holds exists; of lanes past the places anything."""
+    lane, found = cute.arch.lane_idx(), Boolean(False)
+    for base in range(0, problem.counts.shape[0], LANES):
+        start, end = span_of(problem.counts, problem.alignment, problem.num_rows, base + lane)
+        for i in range(problem.index.shape[1]):
+            place = cute.arch.shuffle_sync(row, i)
+            inside = cute.arch.vote_any_sync(start <= place and place < end)
+            found = found or (inside and lane == i)
+    return found
+
+
+def read_count(problem: Problem, expert: Int32) -> Int32:
+    """Return the rows of an expert, 0 of one past the last."""
+    return clamp_count(problem, load_count(problem, expert))
+
+
+@cute.jit
+def load_count(problem: Problem, expert: Int32) -> Int32:
+    """Load the count of an expert as it is given, 0 of one past the last."""
+    count = Int32(0)
+    if expert < problem.counts.shape[0]:
+        count = problem.counts[expert]
+    return count
+
+
+def clamp_count(problem: Problem, count: Int32) -> Int32:
+    """Return the rows that an expert with such a count has."""
+    return Int32(clamp(count, problem.num_rows))
+
+
 @cute.jit
 def in_a_group(
     mEnds: cute.Tensor,  # (groups,)
@@ -82,6 +162,26 @@ def in_a_group(
             if start <= indices[i] and indices[i] < end:
                 found = found | Uint32(1 << i)
     return [cute.arch.vote_any_sync((found & Uint32(1 << i)) != 0) for i in range(len(indices))]
+
+
+@cute.jit
+def in_a_group_of_window(
+    mEnds: cute.Tensor,  # (groups,)
+    alignment: Int32,
+    mn: Uint32,
+    first: Uint32,
+) -> Uint32:
+    """Return a bit for each of the 32 rows from `first` on: whether it exists."""
+    alive = Uint32(0)
+    for base in range(0, mEnds.shape[0], LANES):
+        start, end = span_of(mEnds, alignment, mn, base + cute.arch.lane_idx())
+        low = cutlass.max(start, first) - first
+        high = cutlass.max(cutlass.min(end, first + LANES), first) - first
+        if low < high:
+            alive = alive | (Uint32(2**32 - 1) >> (LANES - (high - low))) << low
+    for i in cutlass.range_constexpr(LANES.bit_length() - 1):
+        alive = alive | cute.arch.shuffle_sync_bfly(alive, offset=1 << i)
+    return alive
 
 
 @cute.jit

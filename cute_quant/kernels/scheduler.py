@@ -23,7 +23,8 @@ from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.philox import RngState
 from cute_quant.kernels.problem import Operands, Problem
-from cute_quant.kernels.row_domains import clamp
+from cute_quant.kernels.row_domains import clamp_count, load_count, read_count
+from cute_quant.kernels.scatter import Scatter
 from cute_quant.kernels.stage import Stage
 from cute_quant.kernels.upper_scales import UpperScale
 
@@ -37,7 +38,7 @@ class Sizes(NamedTuple):
 
     Attributes:
         batch: leading dimensions of the results.
-        x_batch: leading dimensions of x, none where an index names its rows.
+        x_batch: leading dimensions of x, none where an index names its rows, or they are scattered.
         mn, tokens, q_rows: rows of the results, of x, and of the tensor of values.
         k: columns.
         divisibility: of k.
@@ -60,20 +61,24 @@ class Scheduler:
         self.domain = spec.domain
         self.stage = stage
         self.tile = stage.tile
+        self.scatter = Scatter(spec, stage)
 
     def symbolic_sizes(self) -> Sizes:
         """Return sizes for a kernel's signature."""
-        tile, gathered = self.tile, self.domain.gathered
+        tile, domain = self.tile, self.domain
         divisor = 1
         if not self.spec.access.ragged:
             divisor = tile.values_per_thread * self.stage.rows_at_once
         batch = (cute.sym_int32(),) if self.domain.batched else ()
         mn, q_rows = cute.sym_int32(), cute.sym_int32()
+        if domain.scattered:
+            q_rows = mn
+        own_rows = domain.gathered or domain.scattered
         return Sizes(
             batch=batch,
-            x_batch=() if gathered else batch,
+            x_batch=() if own_rows else batch,
             mn=mn,
-            tokens=cute.sym_int32() if gathered else mn,
+            tokens=cute.sym_int32() if own_rows else mn,
             q_rows=q_rows,
             k=cute.sym_int32(divisibility=divisor),
             divisibility=divisor,
@@ -93,6 +98,10 @@ class Scheduler:
         if domain.gathered:
             strides = *(cute.sym_int64() for _ in batch), 1
             index = make_fake_tensor(Int32, (*batch, mn), stride=strides)
+        elif domain.scattered:
+            index = make_fake_tensor(
+                Int32, (sizes.tokens, cute.sym_int32()), stride=(cute.sym_int64(), 1)
+            )
         if getattr(self.spec, "stochastic", False):
             rng = make_fake_tensor(Int64, (2,), stride=(1,))
         columns = (cute.sym_int32(),) if fmt.blocked else (mn, cute.sym_int32())
@@ -126,6 +135,8 @@ class Scheduler:
         mn = prologue.x.rows
         if const_expr(self.domain.gathered):
             mn = layouts.unsigned(operands.mIndex.shape[-1])
+        elif const_expr(self.domain.scattered):
+            mn = q.rows
         scales, rows_to_write = None, q.rows
         if const_expr(operands.mS is not None):
             k = operands.mQ.shape[-1] * values_per_column
@@ -133,8 +144,12 @@ class Scheduler:
                 operands.mS, mn, k, operands.missing_rows, self.spec.access.dense_scales
             )
             rows_to_write = cutlass.max(rows_to_write, scales.rows)
+            if const_expr(self.spec.access.strided_scales):
+                scales = scales.replace(row_stride=Int64(operands.mS.stride[0]))
+        if const_expr(self.domain.scattered):
+            rows_to_write = prologue.x.rows
         dedicated_tiles = Int32(0)
-        if const_expr(self.domain.masked):
+        if const_expr(self.walks_experts):
             dedicated_tiles = self.num_expert_ctas(operands) // operands.mQ.shape[0]
         return Problem(
             prologue=prologue,
@@ -160,7 +175,12 @@ class Scheduler:
     def grid(self, problem: Problem, operands: Operands, num_column_ctas: Int32) -> list:
         """Return the CTAs of a launch, by dimension of its grid."""
         depth, num_row_ctas = 1, problem.num_row_tiles
-        if const_expr(self.domain.masked):
+        if const_expr(self.domain.scattered):
+            windows = self.scatter.num_windows(problem)
+            num_row_ctas = num_row_ctas + cute.ceil_div(windows, num_column_ctas)
+            # Without rows of x all rows of the result may exist, and nothing is to be written.
+            num_row_ctas = cutlass.max(num_row_ctas, Int32(1))
+        elif const_expr(self.domain.masked):
             num_row_ctas = self.num_expert_ctas(operands)
         elif const_expr(self.domain.batched):
             depth = problem.batches
@@ -173,6 +193,11 @@ class Scheduler:
         """Return the CTA's place along the columns and along the rows."""
         x, y, _ = cute.arch.block_idx()
         return (y, x) if const_expr(self.tile.cta_order == DOWN) else (x, y)
+
+    def num_column_ctas(self) -> Int32:
+        """Return how many CTAs the grid has along the columns."""
+        x, y, _ = cute.arch.grid_dim()
+        return y if const_expr(self.tile.cta_order == DOWN) else x
 
     def num_row_ctas(self) -> Int32:
         """Return how many CTAs the grid has along the rows."""
@@ -191,9 +216,11 @@ class Scheduler:
         _, _, z = cute.arch.block_idx()
         num_row_ctas = self.num_row_ctas()
         _, _, depth = cute.arch.grid_dim()
-        if const_expr(not (self.waits_late or self.domain.masked)):
+        if const_expr(not (self.waits_late or self.walks_experts)):
             self.wait()
-        if const_expr(self.domain.masked):
+        if const_expr(self.domain.scattered):
+            self.for_each_token_tile(row_cta, num_row_ctas, problem, process)
+        elif const_expr(self.domain.masked):
             self.for_each_expert_tile(row_cta, num_row_ctas, problem, process)
         elif const_expr(self.domain.batched):
             for batch in range(z, problem.batches, depth):
@@ -201,6 +228,11 @@ class Scheduler:
                     process(row_tile, problem.slice_batch(batch))
         else:
             process(row_cta, problem)
+
+    @property
+    def walks_experts(self) -> bool:
+        """Return whether CTAs share the rows of masked experts."""
+        return self.domain.masked and not self.domain.scattered
 
     @property
     def waits_late(self) -> bool:
@@ -211,7 +243,7 @@ class Scheduler:
         """
         domain = self.domain
         reads = domain.counted or domain.gathered or getattr(self.spec, "weighted", False)
-        return not (domain.batched or reads)
+        return not (domain.repeats or reads)
 
     def wait(self):
         """Wait for the kernel before, which may still write x, or read q.
@@ -230,6 +262,28 @@ class Scheduler:
         """Wait for the kernel before, if that is left to the tile, with an address to be read."""
         if self.waits_late:
             self.wait_for(address)
+
+    @cute.jit
+    def for_each_token_tile(
+        self,
+        row_cta: Int32,
+        num_row_ctas: Int32,
+        problem: Problem,
+        process: cutlass.Constexpr[Callable],
+    ):
+        """Call ``process(tile, problem)`` for tiles of x, and clear rows that do not exist.
+
+        The first CTAs along the rows have tiles, the last ones windows of rows, each CTA along the
+        columns others. Of a grid that is not large enough all have both.
+        """
+        for tile in range(row_cta, problem.num_row_tiles, num_row_ctas):
+            process(tile, problem)
+        column_cta, _ = self.cta_coordinates()
+        num_column_ctas = self.num_column_ctas()
+        first = (num_row_ctas - 1 - row_cta) * num_column_ctas + column_cta
+        step = num_row_ctas * num_column_ctas
+        for window in range(first, self.scatter.num_windows(problem), step):
+            self.scatter.clear_window(problem, window)
 
     @cute.jit
     def for_each_expert_tile(
@@ -325,25 +379,6 @@ class Scheduler:
         if self.tile.rows % SCALE_ROW_ALIGNMENT == 0:
             return Uint32(count)
         return problem.scales.rows_to_write(count)
-
-
-def read_count(problem: Problem, expert: Int32) -> Int32:
-    """Return the rows of an expert, 0 of one past the last."""
-    return clamp_count(problem, load_count(problem, expert))
-
-
-@cute.jit
-def load_count(problem: Problem, expert: Int32) -> Int32:
-    """Load the count of an expert as it is given, 0 of one past the last."""
-    count = Int32(0)
-    if expert < problem.counts.shape[0]:
-        count = problem.counts[expert]
-    return count
-
-
-def clamp_count(problem: Problem, count: Int32) -> Int32:
-    """Return the rows that an expert with such a count has."""
-    return Int32(clamp(count, problem.num_rows))
 
 
 @cute.jit

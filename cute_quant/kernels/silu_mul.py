@@ -192,8 +192,11 @@ class SiluMul:
         mX = copy.fake_matrix(self.dtype, shape, spec.access.load_bytes)
         mWeight = None
         if spec.weighted:
-            strides = *(cute.sym_int64() for _ in sizes.batch), 1
-            mWeight = make_fake_tensor(Float32, (*sizes.batch, sizes.mn), stride=strides)
+            batch, rows = sizes.batch, sizes.mn
+            if spec.domain.scattered:
+                batch, rows = (), sizes.tokens
+            strides = *(cute.sym_int64() for _ in batch), 1
+            mWeight = make_fake_tensor(Float32, (*batch, rows), stride=strides)
         operands = scheduler.fake_operands(sizes, encodings.value_type_of(spec.fmt))
         parameters = Float32(0), Float32(0), Float32(0)
         stream = make_fake_stream(use_tvm_ffi_env_stream=True)

@@ -50,6 +50,7 @@ class Scales(Params):
         groups: of a row, with the padding of blocks.
         stride: elements from a matrix to the next.
         written_rows: to be written, those that do not exist as 0; None for all.
+        row_stride: elements from a row to the next; None where the format says it.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Scales(Params):
         self.groups = groups
         self.stride = stride
         self.written_rows = None
+        self.row_stride = None
 
     def slice_batch(self, batch: Int32, last: Boolean) -> Scales:
         """Return the scales of one matrix of a batch."""
@@ -84,11 +86,14 @@ class Rows(NamedTuple):
         indices: of the rows in their matrix.
         num_rows: how many rows of the matrix exist, the first ones.
         exist: whether each of `indices` exists, where those are not just the first ones.
+        of_lanes: whether each lane of a group has a row of its own, anywhere, rather than the
+            thread several.
     """
 
     indices: list[Uint32]
     num_rows: Uint32
     exist: list[Boolean] | None = None
+    of_lanes: bool = False
 
 
 class Origin(NamedTuple):
@@ -419,7 +424,7 @@ class Stage:
         for first in range(0, len(row_scales), self.lanes_per_group):
             some = slice(first, first + self.lanes_per_group)
             exist = None if rows.exist is None else rows.exist[some]
-            some_rows = Rows(rows.indices[some], rows.num_rows, exist)
+            some_rows = Rows(rows.indices[some], rows.num_rows, exist, rows.of_lanes)
             base = None
             if several and self.scales_are_linear(len(row_scales)):
                 base = Base(rows.indices[0], origin.segment, first, origin.tiles)
@@ -452,7 +457,10 @@ class Stage:
             lane_row, group, groups_per_tile = Int32(0), segment.lane, self.groups_per_unit
         else:
             lane_row, group = layouts.lanes(self.lanes_per_group)(segment.lane)
-        layout = layouts.scales(fmt, Int32(scales.rows), scales.groups)
+            if const_expr(rows.of_lanes):
+                # The last group may have fewer columns than lanes: its first lane tells.
+                first_lane = Segment(segment.tile, group * self.lanes_per_group)
+        layout = layouts.scales(fmt, Int32(scales.rows), scales.groups, scales.row_stride)
         group = layouts.groups_by_tile(layout, groups_per_tile)((group, segment.tile))
         if const_expr(self.whole_row):
             group_exists, predicate = segment.lane == 0, segment.lane < self.groups_per_unit
@@ -461,8 +469,9 @@ class Stage:
                 # The lane's own column tells too: k is a multiple of all that these lanes hold.
                 row = row + layouts.unsigned(lane_row)
                 scale = pick([scale.scale for scale in row_scales], lane_row)
-            group_exists = copy.column_coordinates(k, segment, tile.values_per_thread)[0] < k
-            predicate = lane_row < num_rows
+            teller = first_lane if const_expr(rows.of_lanes) else segment
+            group_exists = copy.column_coordinates(k, teller, tile.values_per_thread)[0] < k
+            predicate = Boolean(True) if const_expr(rows.of_lanes) else lane_row < num_rows
             if const_expr(self.groups_per_unit == 1):
                 predicate = predicate and group_exists
             elif const_expr(self.tiles_have_units):

@@ -88,7 +88,7 @@ class WholeRows:
 
     def wait_for_readers(self):
         """Wait for all threads to have read the partial results of the row before."""
-        if const_expr(self.spec.domain.batched):
+        if const_expr(self.spec.domain.repeats):
             cute.arch.sync_threads()
 
     @cute.jit
@@ -135,7 +135,14 @@ class WholeRows:
             if const_expr(not stage.tiles_have_units):
                 takes_part = warp == 0 if const_expr(stage.whole_row) else segments[i].tile < last
             if takes_part:
-                self.stage.store_scales(problem.scales, rows, [scales[i]], segments[i], k, origin)
+                if const_expr(row.places is not None):
+                    self.scheduler.scatter.store_scale(
+                        problem.scales, row.places, scales[i], segments[i], problem, origin
+                    )
+                else:
+                    self.stage.store_scales(
+                        problem.scales, rows, [scales[i]], segments[i], k, origin
+                    )
 
     @cute.jit
     def store_row_scale(self, row: Row, upper: Factors, problem: Problem):
@@ -144,7 +151,16 @@ class WholeRows:
         written = row.index < problem.num_rows
         if const_expr(self.stage.keeps_gaps):
             written = row.exists
-        if lane == 0 and warp == 0 and written:
-            scale = upper.decode
-            scale = scale if scale == scale else Uint32(FLOAT32_NAN).bitcast(Float32)
+        if const_expr(row.places is not None):
+            if warp == 0:
+                scale = with_one_nan(upper.decode)
+                self.scheduler.scatter.store_row_scale(row.places, scale, problem)
+        elif lane == 0 and warp == 0 and written:
+            scale = with_one_nan(upper.decode)
             problem.row_scales[Int32(row.index)] = scale if row.exists else Float32(0.0)
+
+
+@cute.jit
+def with_one_nan(scale: Float32) -> Float32:
+    """Return a scale whose NaN, if it is one, is that of the contract."""
+    return scale if scale == scale else Uint32(FLOAT32_NAN).bitcast(Float32)

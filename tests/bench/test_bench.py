@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from bench import convert_scales, demo, environment, masked, stage_report
+from bench import convert_scales, demo, environment, masked, scatter, stage_report
 from bench.names import CUTE_QUANT, PLAIN, STREAM, of_operation
 from bench.results import Result, Results
 from bench.run import Check, Run
@@ -217,3 +217,17 @@ def test_experts_are_pairs():
     for text in ("32", "32:1024:8"):
         with pytest.raises(ValueError, match="unpack"):
             masked._pairs(text)
+
+
+@pytest.mark.parametrize("kind", ["dense", "masked", "prefix_sum"])
+def test_scatters_name_each_row_once(kind, monkeypatch):
+    for module in (masked, scatter):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    torch.manual_seed(0)
+    call, gather, moved = scatter.calls(33, 8, 640, kind)
+    call.run.keywords["check"] = True
+    assert call.difference() == ""
+    assert moved >= 33 * 640 * 2 + 33 * 8 * (640 + 5)
+    monkeypatch.setattr(scatter, "poison", lambda *tensors: None)
+    gather.run.keywords["index"].fill_(0)
+    assert call.difference() != ""

@@ -270,7 +270,7 @@ def test_graph_draws_anew_at_every_replay():
 def test_operators(device):
     x = torch.randn(4, 256, generator=torch.Generator().manual_seed(7)).to(BF16).to(device)
     given = state(3, 4, device)
-    operators, end = torch.ops.cute_quant, (None, None, None, given)
+    operators, end = torch.ops.cute_quant, (None, None, None, None, given)
     torch.library.opcheck(operators.quantize.default, (x, str(DEEP_GEMM_SM90), *end))
     q, sf = quantize(x, DEEP_GEMM_SM90, rng_state=given)
     operators.quantize_out(x, q.zero_(), sf.zero_(), None, str(DEEP_GEMM_SM90), *end)

@@ -105,6 +105,55 @@ def test_the_generator_reaches_size_classes_and_alignments(gpu):
     assert any("batched" in name for name in missing)
 
 
+SCATTERED = {"k": (512, 24), "max_rows": 300, "scattered": True, "alignment": 8}
+
+
+@pytest.mark.parametrize("rows", [None, Masked, PrefixSum, Indexed])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        cq.DEEP_GEMM,
+        pytest.param(cq.NVFP4, marks=pytest.mark.slow),
+        pytest.param(cq.NVFP4.replace(row_scale=True), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_scattered_calls(rows, fmt, gpu):
+    """Of all operations, with every further tensor, and of any number of places and rows."""
+    compiled = gpu("sm_90a", 132)
+    operations = ("quantize", "silu_mul_quantize", "rms_norm_quantize")
+    cq.warm_up(fmt, operations=operations, rows=(rows,), **SCATTERED)
+    compiled.forbidden = True
+    generator = random.Random(0)
+    upper = {"encode_scale": torch.ones(())} if fmt is cq.NVFP4 else {}
+    for _ in range(15):
+        k, tokens = generator.choice(SCATTERED["k"]), generator.randint(1, 300)
+        mn, width = generator.choice((1, 3, 300)), generator.randint(1, 32)
+        places = torch.zeros(tokens, width, dtype=torch.int32)
+        counts = torch.zeros(mn if rows is Indexed else generator.randint(1, 5), dtype=torch.int32)
+        domain = None if rows is None else rows(counts)
+        call = {"rows": domain, "scatter": places, "num_rows": mn, **upper}
+        gate_up = torch.zeros(tokens, 2 * k, dtype=torch.bfloat16)
+        x, weight = gate_up[:, :k], torch.ones(k, dtype=torch.bfloat16)
+        results = cq.quantize(x, fmt, **call)
+        of_rows = generator.choice((None, torch.ones(tokens)))
+        cq.silu_mul_quantize(gate_up, fmt, weight=of_rows, **call)
+        residual = generator.choice((None, x.clone()))
+        normalized = generator.random() < 0.5
+        cq.rms_norm_quantize(x, weight, fmt, residual=residual, normalized=normalized, **call)
+        assert results[0].shape[-2] == mn
+        if rows is not Indexed:
+            taller = cq.quantize(x, fmt, **{**call, "num_rows": mn + 1})
+            assert taller[0].shape[-2] == mn + 1
+    compiled.clear()
+    launch._plans.clear()
+    with pytest.raises(RuntimeError, match="--scattered") as raised:
+        cq.quantize(x, fmt, **call)
+    command = shlex.split(str(raised.value).split("`")[1])
+    kernel = str(raised.value).split(" for sm_90a is missing: ")[0]
+    assert kernel in listed(["build", *command[2:], "--list"])
+
+
 LAUNCHED = {
     "quantize": {"fmt": cq.MXFP8, "k": (20, 64), "max_rows": 3, "alignment": 8, "batched": True},
     "silu": {"operations": "silu_mul_quantize", "k": 24, "max_rows": 3, "rows": (None, Masked)},
@@ -133,6 +182,8 @@ LAUNCHED = {
         "clamp": 7.0,
     },
     "gathered": {"k": 128, "max_rows": 3, "rows": (Masked, Indexed), "gathered": True},
+    "scattered": {"k": 128, "max_rows": 3, "rows": (Masked, PrefixSum), "scattered": True},
+    "scattered silu": {**SCATTERED, "operations": "silu_mul_quantize", "rows": (None,)},
     "weights": {
         "operations": "dequantize_blocks",
         "fmt": cq.DEEP_GEMM_SM90,

@@ -9,7 +9,7 @@ import torch
 from cute_quant import quantize
 from cute_quant.contract.format_choices import DEEPGEMM, WHOLE_ROW
 from cute_quant.contract.formats import Format
-from cute_quant.contract.rows import Rows
+from cute_quant.contract.rows import Masked, Rows
 from cute_quant.contract.upper_scales import UpperScale
 from tests import oracle
 from tests.helpers import (
@@ -106,6 +106,8 @@ def check(
     q_offset: int = 0,
     upper: UpperScale | None = None,
     rng_state: torch.Tensor | None = None,
+    scatter: torch.Tensor | None = None,
+    num_rows: int | None = None,
     **options,
 ) -> None:
     """Run a call into poisoned memory; every byte of it must be the oracle's.
@@ -118,6 +120,8 @@ def check(
     x = whole_bytes(x, fmt)
     upper = upper_scale(x, fmt, index) if upper is None else upper
     *batch_shape, mn, k = x.shape if index is None else (*index.shape, x.shape[-1])
+    if scatter is not None:
+        mn, batch_shape = num_rows, list(rows.masked_m.shape if isinstance(rows, Masked) else ())
     q_shape = (*batch_shape, mn + extra_rows, fmt.value_columns(k))
     if q_strides is None:
         q_strides = torch.empty(q_shape, device="meta").stride()[:-1]
@@ -129,14 +133,15 @@ def check(
         )
         for _ in range(2)
     ]
-    inputs = [t for t in (x, None if rows is None else rows.data, index) if t is not None]
+    data = None if rows is None else rows.data
+    inputs = [t for t in (x, data, index, scatter) if t is not None]
     inputs += [] if upper is None else [upper.tensor]
     before = [storage_bits(t).clone() for t in inputs]
     q, sf, *row_scales = results[0]
     row_scales = row_scales[0] if row_scales else None
-    given = {"upper": upper, "row_scales": row_scales, "rng_state": rng_state}
+    given = {"upper": upper, "row_scales": row_scales, "rng_state": rng_state, "scatter": scatter}
     gpu.quantize(x, q, sf, fmt, rows, index, **given, **options)
-    expect(results[1], x, fmt, rows, index, upper, rng_state=rng_state)
+    expect(results[1], x, fmt, rows, index, upper, rng_state=rng_state, scatter=scatter)
     for name, actual, expected in zip(("q", "sf", "row scales"), *results, strict=False):
         assert_same_storage(name, actual, expected)
     for t, bits in zip(inputs, before, strict=True):

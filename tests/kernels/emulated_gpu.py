@@ -94,13 +94,14 @@ class Gpu:
         upper: UpperScale | None = None,
         row_scales: torch.Tensor | None = None,
         rng_state: torch.Tensor | None = None,
+        scatter: torch.Tensor | None = None,
+        num_rows: int | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, ...]:
         """``cute_quant.quantize``, or what ends in it; `options` are those of ``machine.run``."""
-        call = Call(
-            x.as_subclass(OnGpu), fmt, q, sf, rows, index, prologue, upper, row_scales, rng_state
-        )
-        reads = [x, index, rng_state, *(() if rows is None else [rows.data])]
+        call = Call(x.as_subclass(OnGpu), fmt, q, sf, rows, index, prologue, upper, row_scales)
+        call = call._replace(rng_state=rng_state, scatter=scatter, num_rows=num_rows)
+        reads = [x, index, rng_state, scatter, *(() if rows is None else [rows.data])]
         reads += [] if upper is None else [upper.tensor]
         reads += [] if prologue is None else prologue.reads.values()
         if prologue is not None and getattr(prologue, "in_place", False):

@@ -154,8 +154,8 @@ FAULTS = [
     Fault(
         "reference-group-0-is-padding",
         REFERENCE,
-        "live = live & (rows.m_indices >= 0)",
-        "live = live & (rows.m_indices > 0)",
+        "return rows.m_indices >= 0",
+        "return rows.m_indices > 0",
         [f"{ON_INPUTS}::test_rows"],
     ),
     Fault(
@@ -679,15 +679,15 @@ FAULTS = [
     Fault(
         "reference-row-scales-past-the-count",
         REFERENCE,
-        "            below = below_count(rows, mn, mn)",
-        "            pass",
+        "new.where(written, row_scales.view_as(live))",
+        "new",
         [f"{ON_UPPER_SCALE}::test_scales_of_rows_that_do_not_exist"],
     ),
     Fault(
         "reference-row-scales-of-dead-rows",
         REFERENCE,
-        "decode_scales = upper.decode.squeeze(-1).where(live, 0.0)",
-        "decode_scales = upper.decode.squeeze(-1)",
+        "new = decode_scales.squeeze(-1).where(live, 0.0)",
+        "new = decode_scales.squeeze(-1)",
         [f"{ON_UPPER_SCALE}::test_scales_of_rows_that_do_not_exist"],
     ),
     Fault(

@@ -54,8 +54,8 @@ FAULTS = [
     Fault(
         "scheduler-counts-before-the-grid-before-ended",
         SCHEDULER,
-        "return not (domain.batched or reads)",
-        "return not domain.batched",
+        "return not (domain.repeats or reads)",
+        "return not domain.repeats",
         [f"{ON_QUANTIZE_KERNEL}::test_prefix_sums"],
     ),
     Fault(
@@ -137,7 +137,7 @@ FAULTS = [
     ),
     Fault(
         "scheduler-expert-past-the-last",
-        SCHEDULER,
+        ROW_DOMAINS,
         "if expert < problem.counts.shape[0]:",
         "if expert <= problem.counts.shape[0]:",
         [f"{ON_QUANTIZE_KERNEL}::test_masked"],
@@ -330,8 +330,8 @@ FAULTS = [
     Fault(
         "layouts-row-major-in-32-bits",
         LAYOUTS,
-        "row_stride = _wide(columns) * element",
-        "row_stride = columns * element",
+        "row_stride = (_wide(columns) if row_stride is None else row_stride) * element",
+        "row_stride = (columns if row_stride is None else row_stride) * element",
         [f"{ON_QUANTIZE_KERNEL}::test_scales_past_32_bits"],
     ),
     Fault(
@@ -515,6 +515,13 @@ FAULTS = [
         "if const_expr(domain.keeps_gaps):",
         "if const_expr(False):",
         [f"{ON_QUANTIZE_KERNEL}::test_gaps_that_are_kept"],
+    ),
+    Fault(
+        "stage-group-behind-a-gap-of-a-thread",
+        STAGE,
+        "        if self.keeps_gaps:\n            return True\n",
+        "",
+        [f"{ON_QUANTIZE_KERNEL}::test_a_gap_that_is_kept_and_a_group_in_the_rows_of_a_thread"],
     ),
     Fault(
         "stage-scales-of-gaps-that-are-kept-written",
@@ -1313,8 +1320,8 @@ FAULTS = [
     Fault(
         "rows-nan-of-a-row-as-it-is-computed",
         WHOLE_ROWS,
-        "scale = scale if scale == scale else Uint32(FLOAT32_NAN).bitcast(Float32)",
-        "scale = scale",
+        "return scale if scale == scale else Uint32(FLOAT32_NAN).bitcast(Float32)",
+        "return scale",
         [f"{ON_QUANTIZE_KERNEL}::test_fp4[sm_100a-e2m1:16:e4m3:128x4:row_scale]"],
     ),
     Fault(
@@ -1334,7 +1341,7 @@ FAULTS = [
     Fault(
         "rows-partial-results-of-the-next-row",
         WHOLE_ROWS,
-        "        if const_expr(self.spec.domain.batched):\n            cute.arch.sync_threads()",
+        "        if const_expr(self.spec.domain.repeats):\n            cute.arch.sync_threads()",
         "        pass",
         [f"{ON_QUANTIZE_KERNEL}::test_scales_of_rows_of_several_matrices"],
     ),

@@ -1,0 +1,214 @@
+"""Quantized tokens to the ranks of their experts, and results back: one collective each way."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from cute_quant import ops
+from cute_quant.contract.checks import MAX_PLACES, check_format
+from cute_quant.contract.dtypes import INPUT_DTYPES, align, describe
+from cute_quant.contract.format_choices import ROW_MAJOR, ROW_MAJOR_PACKED
+from cute_quant.contract.formats import DEEP_GEMM, Format
+from cute_quant.contract.tensors import check_tensor
+from cute_quant.distributed.peers import PeerBuffers
+from cute_quant.distributed.routing import Plan, exchange
+
+ALIGNMENT = 32
+"""Bytes that a record starts at a multiple of: the widest store of a thread."""
+SCALE_ALIGNMENT = 16
+UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Elements that rows of bytes are gathered as."""
+
+
+class Record(NamedTuple):
+    """Where values and scales of a row lie in a record, in bytes.
+
+    Attributes:
+        fmt: of the record: the scales of a row are contiguous.
+        value_bytes: of the values, from the first byte on.
+        scale_start, scale_bytes: of the scales.
+        nbytes: of a record.
+    """
+
+    fmt: Format
+    value_bytes: int
+    scale_start: int
+    scale_bytes: int
+    nbytes: int
+
+    @staticmethod
+    def of(fmt: Format, k: int) -> Record:
+        """Return the record of a row of k columns."""
+        own = fmt.replace(scale_layout=ROW_MAJOR_PACKED if fmt.byte_scales else ROW_MAJOR)
+        value_bytes = own.value_columns(k) * own.values.itemsize
+        scale_start = align(value_bytes, SCALE_ALIGNMENT)
+        scale_bytes = own.columns(k) * own.sf_dtype.itemsize
+        nbytes = align(scale_start + scale_bytes, ALIGNMENT)
+        return Record(own, value_bytes, scale_start, scale_bytes, nbytes)
+
+    def views(self, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return values and scales of records, (records, bytes)."""
+        end = self.scale_start + self.scale_bytes
+        scales = records[:, self.scale_start : end].view(self.fmt.sf_dtype)
+        return records[:, : self.value_bytes].view(self.fmt.values), scales
+
+
+def dispatch(
+    x: torch.Tensor,
+    plan: Plan,
+    fmt: Format | None = DEEP_GEMM,
+    *,
+    buffers: PeerBuffers | None = None,
+    encode_scale: torch.Tensor | None = None,
+    decode_scale: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Quantize tokens, and send them to the ranks of their experts, in front of a grouped GEMM.
+
+    One kernel quantizes each token and writes values and scales, as one record for each rank, into
+    the buffer that is sent. One ``all_to_all`` moves it. What arrives is put in the rows of the
+    experts: values are copied, and scales laid out as the GEMM reads them. All ranks call this
+    together. With `buffers` the kernel writes to the memory of the other ranks itself, each row of
+    an expert once.
+
+    Args:
+        x: (T, k), bfloat16, float16 or float32, contiguous along k.
+        plan: of :func:`route`.
+        fmt: what the result looks like, without ``row_scale``; None to send x as it is.
+        buffers: memory that all ranks see, where the results lie then.
+        encode_scale: as for :func:`cute_quant.quantize`, one number, the same on all ranks.
+        decode_scale: the same.
+        amax: the same.
+
+    Returns:
+        q: (M, k), or (experts, max_m, k) where rows are ``Masked``; x's dtype without a format.
+        sf: its scales, if there is a format. Rows that do not exist are as :func:`route` makes
+            them: 0 between the groups of a ``PrefixSum``; undefined past the count of ``Masked``
+            experts.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+        RuntimeError: a rank is gone.
+    """
+    _check_tokens("x", x, plan)
+    upper = {"encode_scale": encode_scale, "decode_scale": decode_scale, "amax": amax}
+    if fmt is None:
+        if buffers is not None:
+            raise ValueError("buffers: expected None without a format, got PeerBuffers")
+        received = plan.exchange(x.index_select(0, plan.tokens) if len(x) else _nothing(x, plan))
+        y = received.index_select(0, plan.sources)
+        return (y.view(*plan.batch_shape, plan.num_rows, x.shape[1]),)
+    check_format(fmt)
+    if fmt.row_scale:
+        raise ValueError(f"fmt: expected a format without row_scale, got {fmt}")
+    if buffers is not None:
+        return buffers.dispatch(x, plan, fmt, upper)
+    record = Record.of(fmt, x.shape[1])
+    send = x.new_empty((len(plan.tokens), record.nbytes), dtype=torch.uint8)
+    _quantize(x, plan.records, record.fmt, record.views(send), upper)
+    received = plan.exchange(send)
+    shape = (*plan.batch_shape, plan.num_rows, x.shape[1])
+    q, sf = _arrive(received, plan, record, shape)
+    if record.fmt is fmt:
+        return q, sf
+    return q, ops.convert_scales(sf, record.fmt, fmt, shape, rows=plan.rows)
+
+
+def _quantize(
+    x: torch.Tensor,
+    places: torch.Tensor,
+    fmt: Format,
+    out: tuple[torch.Tensor, torch.Tensor],
+    upper: dict[str, Any],
+) -> None:
+    """Write each row to its places, as many at once as a row may have."""
+    for first in range(0, places.shape[1], MAX_PLACES):
+        some = places[:, first : first + MAX_PLACES].contiguous()
+        ops.quantize(x, fmt, scatter=some, out=out, **upper)
+
+
+def _arrive(
+    received: torch.Tensor, plan: Plan, record: Record, shape: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return values and scales of records in the rows of the arrival."""
+    unit = math.gcd(record.value_bytes, 8)
+    values = received.view(UNITS[unit])[:, : record.value_bytes // unit]
+    q = values.index_select(0, plan.sources).view(record.fmt.values)
+    _, scales = record.views(received)
+    sf = scales.index_select(0, plan.sources)
+    return q.view(*shape[:-1], q.shape[1]), sf.view(*shape[:-1], sf.shape[1])
+
+
+def combine(y: torch.Tensor, plan: Plan, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Send results of experts back to the ranks of their tokens, and add them up.
+
+    A rank adds up, in float32, what its experts have for a token, rounds the sum to y's dtype and
+    sends it as one row; the token's rank adds up those of all ranks, in their order. Rows of tokens
+    without experts are 0.
+
+    Args:
+        y: (M, n), or (experts, max_m, n) where rows are ``Masked``: results in the rows of the
+            arrival. Rows that do not exist are not read.
+        plan: of :func:`route`.
+        weights: (T, topk), float32: factors of the experts of each token, 1 by default.
+
+    Returns:
+        (T, n), y's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+        RuntimeError: a rank is gone.
+    """
+    shape = (*plan.batch_shape, plan.num_rows)
+    check_tensor("y", y, INPUT_DTYPES)
+    if y.shape[:-1] != shape:
+        raise ValueError(f"y: expected shape ({', '.join(map(str, shape))}, n), got {y.shape}")
+    factors = None
+    if weights is not None:
+        check_tensor("weights", weights, (torch.float32,))
+        if weights.shape != plan.ids.shape:
+            raise ValueError(
+                f"weights: expected shape {tuple(plan.ids.shape)}, got {tuple(weights.shape)}"
+            )
+        sent = weights.index_select(0, plan.tokens) if len(weights) else _nothing(weights, plan)
+        factors = plan.exchange(sent)[:-1]
+    rows = y.flatten(0, -2)
+    total = y.new_zeros((plan.num_received, y.shape[-1]), dtype=torch.float32)
+    for choice in range(plan.places.shape[1] if len(rows) else 0):
+        place = plan.places[:, choice]
+        row = rows.index_select(0, place.clamp(min=0)).float()
+        if factors is not None:
+            row = row * factors[:, choice].unsqueeze(1)
+        total += row.where((place >= 0).unsqueeze(1), 0.0)
+    returned = _return(total.to(y.dtype), plan)
+    tokens, ranks = plan.records.shape
+    result = y.new_zeros((tokens, y.shape[-1]), dtype=torch.float32)
+    for rank in range(ranks):
+        record = plan.records[:, rank].long()
+        result += returned.index_select(0, record.where(record >= 0, len(returned) - 1)).float()
+    return result.to(y.dtype)
+
+
+def _return(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Send rows back the way of their records; one of zeros is behind those that come."""
+    returned = rows.new_empty((len(plan.tokens) + 1, rows.shape[1]))
+    returned[-1].zero_()
+    exchange(returned[:-1], rows, plan.sent, plan.received, plan.group)
+    return returned
+
+
+def _nothing(t: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Return records of a rank without tokens."""
+    return t.new_zeros((len(plan.tokens), *t.shape[1:]))
+
+
+def _check_tokens(name: str, x: torch.Tensor, plan: Plan) -> None:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan, as route returns it, got {describe(plan)}")
+    check_tensor(name, x, INPUT_DTYPES)
+    tokens = plan.records.shape[0]
+    if x.ndim != 2 or x.shape[0] != tokens:
+        raise ValueError(f"{name}: expected shape ({tokens}, k), got {tuple(x.shape)}")

@@ -1,0 +1,281 @@
+"""Which rank and which row each token goes to, found on the device by all ranks together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from cute_quant.contract.dtypes import align, describe
+from cute_quant.contract.rows import Masked, PrefixSum
+from cute_quant.contract.tensors import MAX_SIZE
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The way of the tokens of all ranks to their experts and back; :func:`route` makes one.
+
+    A token is sent once to each rank that has one of its experts, as a record. Tensors are on the
+    device of the ids.
+
+    Attributes:
+        group: the ranks.
+        experts: of this rank.
+        rows: which rows of the arrival exist: ``PrefixSum`` or ``Masked``.
+        num_rows: rows of the arrival: M, or max_m of each expert.
+        dropped: (), int32: how many rows found no place in the arrival, of this rank's experts.
+        records: (T, ranks), int32: the record that holds a token for each rank, -1 for none.
+        tokens: (records,), int64: the token of each record that is sent, 0 where none is.
+        sent, received: records to and from each rank, None where they are as many for all.
+        num_received: records that arrive.
+        sources: (rows,), int64: the record of each row of the arrival, `num_received` of none.
+        places: (received, topk), int64: the row for each of a record's experts, -1 for none.
+        ids: (T, topk), int64: the experts of tokens, -1 for none.
+    """
+
+    group: ProcessGroup | None
+    experts: int
+    rows: PrefixSum | Masked
+    num_rows: int
+    dropped: torch.Tensor
+    records: torch.Tensor
+    tokens: torch.Tensor
+    sent: list[int] | None
+    received: list[int] | None
+    num_received: int
+    sources: torch.Tensor
+    places: torch.Tensor
+    ids: torch.Tensor
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Return the leading dimensions of the arrival: (experts,) where rows are masked."""
+        return (self.experts,) if isinstance(self.rows, Masked) else ()
+
+    def exchange(self, send: torch.Tensor) -> torch.Tensor:
+        """Send records, (records, ...), and return those received, and one of zeros behind them."""
+        received = send.new_empty((self.num_received + 1, *send.shape[1:]))
+        received[-1].zero_()
+        exchange(received[:-1], send, self.received, self.sent, self.group)
+        return received
+
+    def check(self) -> None:
+        """Synchronize, and check that each row found a place.
+
+        Raises:
+            RuntimeError: the arrival has too few rows.
+        """
+        dropped = int(self.dropped)
+        if dropped:
+            raise RuntimeError(
+                f"num_rows: expected enough rows for what arrives, got {self.num_rows}, of which "
+                f"{dropped} rows did not find one"
+            )
+
+
+def exchange(
+    received: torch.Tensor,
+    send: torch.Tensor,
+    received_counts: list[int] | None,
+    sent_counts: list[int] | None,
+    group: ProcessGroup | None,
+) -> None:
+    """Send rows to each rank of a group, and receive theirs; in one collective.
+
+    Raises:
+        RuntimeError: a rank is gone, or did not answer within the timeout of the group.
+    """
+    dist.all_to_all_single(received, send, received_counts, sent_counts, group=group)
+
+
+def route(
+    topk_ids: torch.Tensor,
+    experts: int,
+    group: ProcessGroup | None = None,
+    *,
+    layout: type[PrefixSum] | type[Masked] = PrefixSum,
+    alignment: int = 128,
+    max_tokens: int | None = None,
+    num_rows: int | None = None,
+    check: bool = False,
+) -> Plan:
+    """Find the way of each token to its experts, which the ranks of a group have in turn.
+
+    Rank r has experts ``r * experts / ranks`` and so on. All ranks call this together. The rows of
+    an expert come from rank 0, 1, ..., each in the order of its tokens.
+
+    With `max_tokens` and `num_rows` nothing synchronizes, sizes are the same at every call, and the
+    call may be captured in a CUDA graph: each rank sends as many records to each other. Without
+    them it reads counts, sends what there is, and the arrival has the rows that it needs.
+
+    Args:
+        topk_ids: (T, topk), int32 or int64, the experts of each token, all different; -1, or what
+            is out of range, is none. T may differ between ranks.
+        experts: of all ranks together, a multiple of their number.
+        group: the ranks, by default all.
+        layout: of the arrival: ``PrefixSum`` for DeepGEMM's psum and contiguous GEMMs, ``Masked``
+            for its masked one.
+        alignment: rows that groups of a ``PrefixSum`` start at multiples of.
+        max_tokens: most tokens of any rank, the same on all ranks.
+        num_rows: rows of the arrival: M, or max_m of ``Masked`` experts. What finds no place is
+            dropped, and counted.
+        check: whether to synchronize, and raise where rows were dropped.
+
+    Returns:
+        The plan.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: an argument has a wrong value or shape.
+        RuntimeError: rows were dropped and `check` is set, or a rank is gone.
+    """
+    ranks = dist.get_world_size(group)
+    _check_route(topk_ids, experts, layout, alignment, max_tokens, num_rows, ranks)
+    device, (tokens, topk) = topk_ids.device, topk_ids.shape
+    local = experts // ranks
+    ids = topk_ids.long()
+    ids = ids.where((ids >= 0) & (ids < experts), -1)
+    rank = torch.arange(ranks, device=device)
+    goes = (ids.unsqueeze(1).div(local, rounding_mode="floor") == rank.unsqueeze(1)).any(2)
+    slot = goes.cumsum(0) - 1
+
+    sent = received = None
+    if max_tokens is not None:
+        first, num_sent, num_received = rank * max_tokens, ranks * max_tokens, ranks * max_tokens
+    else:
+        counts = goes.sum(0)
+        of_others = torch.empty_like(counts)
+        exchange(of_others, counts, None, None, group)
+        sent, received = torch.stack([counts, of_others]).tolist()
+        first = counts.cumsum(0) - counts
+        num_sent, num_received = sum(sent), sum(received)
+    records = (first + slot).where(goes, -1)
+
+    # Of each record the experts on its rank, as these count them.
+    of_rank = ids.unsqueeze(1) - (rank * local).unsqueeze(1)
+    of_rank = of_rank.where((of_rank >= 0) & (of_rank < local), -1)
+    where = records.where(goes, num_sent).flatten()
+    sent_ids = ids.new_full((num_sent + 1, topk), -1, dtype=torch.int32)
+    sent_ids[where] = of_rank.flatten(0, 1).int()
+    token = torch.arange(tokens, device=device).unsqueeze(1).expand(tokens, ranks)
+    token_of_record = ids.new_zeros(num_sent + 1)
+    token_of_record[where] = token.flatten()
+    expert = sent_ids.new_empty((num_received, topk))
+    exchange(expert, sent_ids[:num_sent], received, sent, group)
+
+    expert = expert.long()
+    count, rank_in_expert = ranks_in_experts(expert, local)
+    if num_rows is None:
+        num_rows = _rows_needed(count, layout, alignment, num_received, topk, max_tokens)
+    rows, row, dropped = _rows(expert, count, rank_in_expert, layout, alignment, num_rows)
+    total = num_rows * (local if layout is Masked else 1)
+    sources = ids.new_full((total + 1,), num_received)
+    record = torch.arange(num_received, device=device).unsqueeze(1).expand_as(row)
+    sources[row.where(row >= 0, total).flatten()] = record.flatten()
+    plan = Plan(
+        group,
+        local,
+        rows,
+        num_rows,
+        dropped,
+        records.int(),
+        token_of_record[:num_sent],
+        sent,
+        received,
+        num_received,
+        sources[:total],
+        row,
+        ids,
+    )
+    if check:
+        plan.check()
+    return plan
+
+
+def ranks_in_experts(expert: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how many of (n, topk) each expert has, and the rank of each in its expert."""
+    flat = expert.where(expert >= 0, experts).flatten()
+    count = flat.new_zeros(experts + 1).scatter_add_(0, flat, torch.ones_like(flat))
+    order = flat.argsort(stable=True)
+    first = count.cumsum(0) - count
+    position = torch.arange(len(flat), device=flat.device)
+    rank = torch.empty_like(flat).scatter_(0, order, position - first[flat[order]])
+    return count[:experts], rank.view_as(expert)
+
+
+def _rows_needed(
+    count: torch.Tensor,
+    layout: type,
+    alignment: int,
+    received: int,
+    topk: int,
+    max_tokens: int | None,
+) -> int:
+    """Return the rows of an arrival: what is there, or may be if that is not known."""
+    experts = len(count)
+    if layout is Masked:
+        return received if max_tokens is not None else align(int(count.max()), 4)
+    if max_tokens is None:
+        return int(align(count, alignment).sum())
+    return align(received * min(topk, experts), alignment) + experts * (alignment - 1)
+
+
+def _rows(
+    expert: torch.Tensor,
+    count: torch.Tensor,
+    rank: torch.Tensor,
+    layout: type,
+    alignment: int,
+    num_rows: int,
+) -> tuple[PrefixSum | Masked, torch.Tensor, torch.Tensor]:
+    """Return the row domain of an arrival, the row of each expert of a record, and the dropped."""
+    here, known = expert.clamp(min=0), expert >= 0
+    if layout is Masked:
+        fits = known & (rank < num_rows)
+        row = here * num_rows + rank
+        rows: PrefixSum | Masked = Masked(count.clamp(max=num_rows).int())
+    else:
+        padded = align(count, alignment)
+        start = padded.cumsum(0) - padded
+        row = start[here] + rank
+        fits = known & (row < num_rows)
+        rows = PrefixSum((start + count).clamp(max=num_rows).int(), alignment)
+    dropped = (known & ~fits).sum(dtype=torch.int32)
+    return rows, row.where(fits, -1), dropped
+
+
+def _check_route(
+    ids: torch.Tensor,
+    experts: int,
+    layout: object,
+    alignment: int,
+    max_tokens: int | None,
+    num_rows: int | None,
+    ranks: int,
+) -> None:
+    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"topk_ids: expected a tensor of int32 or int64, got {describe(ids)}")
+    if ids.ndim != 2:
+        raise ValueError(f"topk_ids: expected shape (T, topk), got {tuple(ids.shape)}")
+    numbers = {"experts": experts, "alignment": alignment}
+    numbers |= {} if max_tokens is None else {"max_tokens": max_tokens}
+    numbers |= {} if num_rows is None else {"num_rows": num_rows}
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name}: expected an int, got {describe(number)}")
+        if not 1 <= number <= MAX_SIZE:
+            raise ValueError(f"{name}: expected 1 to {MAX_SIZE}, got {number}")
+    if layout is not PrefixSum and layout is not Masked:
+        raise ValueError(f"layout: expected PrefixSum or Masked, got {describe(layout)}")
+    if experts % ranks:
+        raise ValueError(f"experts: expected a multiple of the {ranks} ranks, got {experts}")
+    if max_tokens is not None and ids.shape[0] > max_tokens:
+        raise ValueError(
+            f"max_tokens: expected the tokens of every rank, {ids.shape[0]} or more, "
+            f"got {max_tokens}"
+        )

@@ -1,0 +1,35 @@
+"""Expert parallel between GPUs of a host: NCCL, symmetric memory, CUDA graphs."""
+
+import pytest
+import torch
+
+from tests.distributed import cases
+from tests.distributed.ranks import started
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with started(2, timeout=300, backend="nccl") as group:
+        yield group
+
+
+@pytest.mark.parametrize("memory", [None, cases.SYMMETRIC])
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("name", cases.FORMATS)
+def test_there_and_back(ranks, name, layout, bounded, memory):
+    if memory is not None and not bounded:
+        pytest.skip("buffers are of one size on all ranks")
+    for seed, kind in enumerate(("random", "all to one", "none")):
+        ranks.run(cases.there_and_back, kind, layout, name, bounded, seed, memory)
+
+
+@pytest.mark.parametrize("peers", [False, True])
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_in_a_graph(ranks, layout, peers):
+    ranks.run(cases.in_a_graph, layout, peers)

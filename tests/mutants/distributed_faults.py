@@ -1,0 +1,128 @@
+"""Faults in expert parallelism and in the shardings of DTensor."""
+
+from tests.mutants.fault import Fault
+
+ROUTING = "distributed/routing.py"
+EXCHANGE = "distributed/exchange.py"
+PEERS = "distributed/peers.py"
+SHARDING = "distributed/sharding.py"
+TORCH_PRIVATE = "contract/torch_private.py"
+
+ON_EXPERTS = "tests/distributed/test_expert_parallel.py"
+ON_DTENSOR = "tests/distributed/test_dtensor.py"
+THERE_AND_BACK = f"{ON_EXPERTS}::test_there_and_back"
+
+FAULTS = [
+    Fault(
+        "route-records-of-all-experts",
+        ROUTING,
+        "    of_rank = of_rank.where((of_rank >= 0) & (of_rank < local), -1)\n",
+        "    of_rank = of_rank.where(of_rank >= 0, -1).clamp(max=local - 1)\n",
+        [THERE_AND_BACK],
+    ),
+    Fault(
+        "route-groups-without-alignment",
+        ROUTING,
+        "        padded = align(count, alignment)\n",
+        "        padded = count\n",
+        [THERE_AND_BACK],
+    ),
+    Fault(
+        "route-dropped-are-not-counted",
+        ROUTING,
+        "    dropped = (known & ~fits).sum(dtype=torch.int32)\n",
+        "    dropped = (known & ~known).sum(dtype=torch.int32)\n",
+        [f"{ON_EXPERTS}::test_rows_that_find_no_place"],
+    ),
+    Fault(
+        "route-ends-past-the-rows",
+        ROUTING,
+        "PrefixSum((start + count).clamp(max=num_rows).int(), alignment)",
+        "PrefixSum((start + count).int(), alignment)",
+        [f"{ON_EXPERTS}::test_rows_that_find_no_place"],
+    ),
+    Fault(
+        "exchange-scales-of-rows-that-do-not-exist",
+        ROUTING,
+        "        received[-1].zero_()\n",
+        "        received[-1].fill_(1)\n",
+        [THERE_AND_BACK],
+    ),
+    Fault(
+        "exchange-only-as-many-ranks-as-places",
+        EXCHANGE,
+        "    for first in range(0, places.shape[1], MAX_PLACES):\n",
+        "    for first in range(0, 1, MAX_PLACES):\n",
+        [f"{ON_EXPERTS}::test_more_ranks_than_a_row_has_places"],
+    ),
+    Fault(
+        "combine-reads-rows-that-do-not-exist",
+        EXCHANGE,
+        "        total += row.where((place >= 0).unsqueeze(1), 0.0)\n",
+        "        total += row * (place >= 0).unsqueeze(1)\n",
+        [THERE_AND_BACK],
+    ),
+    Fault(
+        "combine-without-weights",
+        EXCHANGE,
+        "        if factors is not None:\n",
+        "        if factors is None:\n",
+        [THERE_AND_BACK],
+    ),
+    Fault(
+        "peers-rows-of-earlier-ranks",
+        PEERS,
+        "    before, total = counts[:me].sum(0)",
+        "    before, total = counts[: me + 1].sum(0)",
+        [THERE_AND_BACK],
+    ),
+    Fault(
+        "sharding-of-parts-of-words",
+        SHARDING,
+        "k % (shards * fmt.group_size * fmt.groups_per_unit) == 0",
+        "k % (shards * fmt.group_size) == 0",
+        [ON_DTENSOR],
+    ),
+    Fault(
+        "sharding-of-parts-of-blocks",
+        SHARDING,
+        "return not fmt.blocked or rows % (shards * fmt.block_rows) == 0",
+        "return True",
+        [ON_DTENSOR],
+    ),
+    Fault(
+        "sharding-of-gates-and-ups",
+        SHARDING,
+        'if arguments["interleaved"] else []',
+        "if True else []",
+        [ON_DTENSOR],
+    ),
+    Fault(
+        "sharding-of-counts-that-stay-whole",
+        SHARDING,
+        '            sharded["row_data"] = dimension\n',
+        "            pass\n",
+        [ON_DTENSOR],
+    ),
+    Fault(
+        "sharding-that-forgets-the-format",
+        TORCH_PRIVATE,
+        "    propagator.op_to_schema_info[operator] = info\n",
+        "    assert info is not None and propagator is not None\n",
+        [ON_DTENSOR],
+    ),
+    Fault(
+        "sharding-of-random-numbers",
+        SHARDING,
+        'for name in ("scatter", "rng_state"))',
+        'for name in ("scatter",))',
+        [ON_DTENSOR],
+    ),
+    Fault(
+        "sharding-moves-what-is-written",
+        SHARDING,
+        "            found = [s for s in found if s.arguments.get(name) == dimension]\n",
+        "            found = [s for s in found if s.arguments.get(name) == dimension or found]\n",
+        [ON_DTENSOR],
+    ),
+]
