@@ -4,7 +4,7 @@ All inline PTX and all private names of the DSL that the kernels use stand here.
 """
 
 import cutlass
-from cutlass import BFloat16, Float16, Float32, Int64, Uint16, Uint32
+from cutlass import BFloat16, Float16, Float32, Uint16, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.base_dsl import BaseDSL
 from cutlass.cutlass_dsl import T, dsl_user_op
@@ -29,17 +29,6 @@ def _apply(instruction: str, *operands: Uint32, loc=None, ip=None) -> Uint32:
     ptx = f"{instruction} {registers};"
     constraints = ",".join(["=r"] + ["r"] * len(values))
     return Uint32(llvm.inline_asm(T.i32(), values, ptx, constraints, loc=loc, ip=ip))
-
-
-@dsl_user_op
-def griddepcontrol_wait_after(address: Int64, *, loc=None, ip=None):
-    """Wait for the kernel before, once an address is there; it is not 0.
-
-    The assembler moves what needs no memory behind a wait that does not depend on it.
-    """
-    ptx = "{ .reg .pred p; setp.ne.s64 p, $0, 0; @p griddepcontrol.wait; }"
-    operand = [address.ir_value(loc=loc, ip=ip)]
-    llvm.inline_asm(None, operand, ptx, "l,~{memory}", has_side_effects=True, loc=loc, ip=ip)
 
 
 def max_magnitude(a: Uint32, b: Uint32, dtype: type[cutlass.Numeric]) -> Uint32:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_quant.kernels import copy, encodings, layouts, scatter
@@ -78,8 +78,6 @@ class GroupQuantizer:
         inputs = [problem.prologue.row(row, k) for row in rows]
         targets = [scatter.target(row, problem, self.spec.access) for row in rows]
 
-        # What comes before needs no memory, and overlaps with the end of the kernel before.
-        self.scheduler.wait_in_tile(inputs[-1].address(segments[0]))
         scales = stage.scale_registers(len(segments) * len(rows))  # (rows of each tile,)
         if stage.may_write(rows[0].in_bounds):
             self.quantize_rows(rows, inputs, targets, segments, scales, problem)
@@ -210,11 +208,6 @@ class InputRow(Params):
         self.gX = gX
         self.predicate = predicate
         self.spec = spec
-
-    def address(self, segment: Segment) -> Int64:
-        """Return the address of a thread's segment."""
-        values = self.spec.tile.values_per_thread
-        return copy.address(self.gX, segment, values, self.spec.access)
 
     def load(self, segment: Segment) -> cute.Tensor:
         """Load a thread's segment, (values,), zeros where there is nothing."""

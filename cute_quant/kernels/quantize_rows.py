@@ -54,7 +54,6 @@ class RowQuantizer(WholeRows):
         """Load, reduce, scale, quantize and store a row by the warps that share it."""
         row, segments = self.row_segments(row_tile, problem)
         source = problem.prologue.row(row, problem.k)  # (k,)
-        self.scheduler.wait_in_tile(source.address(segments[0]))
         scales = self.stage.scale_registers(len(segments))  # (tiles,)
         if self.may_write(row):
             if const_expr(self.spec.held):

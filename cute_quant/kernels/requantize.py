@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import Boolean, Float8E4M3FN, Float32, Int32, Int64
+from cutlass import Boolean, Float8E4M3FN, Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.kernels import copy, encodings, layouts
@@ -64,11 +64,6 @@ class ProductsRow(Params):
         self.index = index
         self.predicate = predicate
         self.spec = spec
-
-    def address(self, segment: Segment) -> Int64:
-        """Return the address of a thread's segment."""
-        values = self.spec.tile.values_per_thread
-        return copy.address(self.gX, segment, values, self.spec.access)
 
     def load(self, segment: Segment) -> tuple[cute.Tensor, Float32]:
         """Load a thread's segment, (values,), and its scale; zeros where there is nothing."""

@@ -147,12 +147,9 @@ class RmsNorm(WholeRows):
     @cute.jit
     def quantize_tile(self, row_tile: Int32, problem: Problem):
         """Load, add, reduce, normalize, quantize and store a row by the warps that share it."""
-        spec, stage, inputs, k = self.spec, self.stage, problem.prologue, problem.k
+        stage, inputs, k = self.stage, problem.prologue, problem.k
         row, segments = self.row_segments(row_tile, problem)
         gX = inputs.x.row(row.source, k)  # (k,)
-        values = stage.tile.values_per_thread
-        self.scheduler.wait_in_tile(copy.address(gX, segments[0], values, spec.access))
-
         scales = stage.scale_registers(len(segments))  # (tiles,)
         if self.may_write(row):
             self.quantize_row(row, gX, segments, scales, problem)

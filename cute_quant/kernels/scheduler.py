@@ -15,7 +15,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_tensor
 
 from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT
-from cute_quant.kernels import layouts, ptx
+from cute_quant.kernels import layouts
 from cute_quant.kernels.config import DOWN, LANES, MAX_GRID_Y, MAX_GRID_Z, Spec
 from cute_quant.kernels.copy import fake_matrix
 from cute_quant.kernels.encodings import scale_type_of, values_per_element
@@ -216,8 +216,9 @@ class Scheduler:
         _, _, z = cute.arch.block_idx()
         num_row_ctas = self.num_row_ctas()
         _, _, depth = cute.arch.grid_dim()
-        if const_expr(not (self.waits_late or self.walks_experts)):
-            self.wait()
+        # Nothing is read or written before: the kernel before may still write x, or read q.
+        if const_expr(self.spec.pdl):
+            cute.arch.griddepcontrol_wait()
         if const_expr(self.domain.scattered):
             self.for_each_token_tile(row_cta, num_row_ctas, problem, process)
         elif const_expr(self.domain.masked):
@@ -233,35 +234,6 @@ class Scheduler:
     def walks_experts(self) -> bool:
         """Return whether CTAs share the rows of masked experts."""
         return self.domain.masked and not self.domain.scattered
-
-    @property
-    def waits_late(self) -> bool:
-        """Return whether a tile waits for the kernel before, not all of them together.
-
-        It has one tile, whose rows and addresses are known without memory. So they are computed
-        while the kernel before ends.
-        """
-        domain = self.domain
-        reads = domain.counted or domain.gathered or getattr(self.spec, "weighted", False)
-        return not (domain.repeats or reads)
-
-    def wait(self):
-        """Wait for the kernel before, which may still write x, or read q.
-
-        Nothing is read or written before.
-        """
-        if self.spec.pdl:
-            cute.arch.griddepcontrol_wait()
-
-    def wait_for(self, address: Int64):
-        """Wait for the kernel before, and have an address that is read next by then."""
-        if self.spec.pdl:
-            ptx.griddepcontrol_wait_after(address)
-
-    def wait_in_tile(self, address: Int64):
-        """Wait for the kernel before, if that is left to the tile, with an address to be read."""
-        if self.waits_late:
-            self.wait_for(address)
 
     @cute.jit
     def for_each_token_tile(
@@ -302,7 +274,6 @@ class Scheduler:
         experts = problem.batches
         row_tile = Int32(Uint32(row_cta) // layouts.unsigned(experts))
         expert = row_cta - row_tile * experts
-        self.wait_for(cute.domain_offset((expert,), problem.counts).iterator.toint())
         count = Int32(0)
         if row_tile < problem.dedicated_tiles:
             count = load_count(problem, expert)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.contract.prologues import FUSED, UNFUSED, VLLM
@@ -107,11 +107,6 @@ class GatedRow(Params):
         self.activation = activation
         self.predicate = predicate
         self.spec = spec
-
-    def address(self, segment: Segment) -> Int64:
-        """Return the address of the last of a thread's segments."""
-        values = 2 * self.spec.tile.values_per_thread // len(self.parts)
-        return copy.address(self.parts[-1], segment, values, self.spec.access)
 
     def load(self, segment: Segment) -> list[cute.Tensor]:
         """Load a thread's segments of gates and ups, zeros where there is nothing."""

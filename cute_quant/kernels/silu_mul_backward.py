@@ -12,7 +12,7 @@ from __future__ import annotations
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_quant.kernels import arithmetic, copy, encodings, layouts
@@ -90,13 +90,6 @@ class GradientRow(Params):
         self.activation = activation
         self.predicate = predicate
         self.spec = spec
-
-    def address(self, segment: Segment) -> Int64:
-        """Return the address of the thread's gradients, or where they are counted from."""
-        values = self.spec.tile.values_per_thread
-        if self.spec.interleaved:
-            return copy.address(self.gG, segment, values // 2, self.spec.access)
-        return self.gG.iterator.toint()
 
     def load(self, segment: Segment) -> tuple[list[cute.Tensor], list[Boolean | bool]]:
         """Load a thread's segments, zeros where there is nothing.

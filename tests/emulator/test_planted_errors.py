@@ -250,7 +250,7 @@ def test_index_that_is_not_checked(plant):
 @pytest.mark.slow
 def test_load_before_the_grid_before_ended(plant):
     wait_later = (
-        r"(?:@p )?griddepcontrol\.wait;((?s:.*?)ld\.global[^;]*;)",
+        r"griddepcontrol\.wait;((?s:.*?)ld\.global[^;]*;)",
         r"\1 griddepcontrol.wait;",
     )
     for case in (dense, masked):
@@ -260,7 +260,7 @@ def test_load_before_the_grid_before_ended(plant):
 @pytest.mark.slow
 def test_no_wait_for_the_grid_before(plant):
     """Of a dependent launch; told by the launch attribute, which takes the host code."""
-    said = plant(dense, r"(?:@p )?griddepcontrol\.wait;", "")
+    said = plant(dense, r"griddepcontrol\.wait;", "")
     assert "as a programmatic dependent, and its code does not" in said
 
 

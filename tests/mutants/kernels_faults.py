@@ -52,13 +52,6 @@ FAULTS = [
         [f"{ON_QUANTIZE_KERNEL}::test_masked_experts_of_several_chunks"],
     ),
     Fault(
-        "scheduler-counts-before-the-grid-before-ended",
-        SCHEDULER,
-        "return not (domain.repeats or reads)",
-        "return not domain.repeats",
-        [f"{ON_QUANTIZE_KERNEL}::test_prefix_sums"],
-    ),
-    Fault(
         "stage-arithmetic-of-padding",
         STAGE,
         "            return in_bounds\n",
