@@ -76,9 +76,9 @@ def plan_checkpoint(
         ValueError, ModuleNotFoundError: as :func:`quantize_checkpoint`.
     """
     convention = conventions.find(fmt)
-    if isinstance(keep, str):
-        raise TypeError(f"keep: expected patterns, got the text {keep!r}")
-    return make_plan(source.open_checkpoint(Path(directory)), convention, keep)
+    if isinstance(keep, str) or not all(isinstance(pattern, str) for pattern in keep):
+        raise TypeError(f"keep: expected a sequence of patterns, got {keep!r}")
+    return make_plan(source.open_checkpoint(_path("directory", directory)), convention, keep)
 
 
 def quantize_checkpoint(
@@ -105,7 +105,8 @@ def quantize_checkpoint(
         output: a directory that does not exist, is empty, or was begun by the same call.
         fmt: a name in ``CONVENTIONS``.
         keep: patterns, as of fnmatch, of modules to leave as they are, such as "o_proj" or
-            "layers.0.*": each is compared with the end of a name, from a dot on.
+            "layers.0.*": each is compared with the end of a name, from a dot on. A * is of one
+            part between dots, but one that is a part by itself is of one or more.
         device: to quantize on; by default the current GPU, or the CPU where there is none. The
             bytes are the same.
         allow_non_finite: whether to go on where a weight is Inf or NaN. Its block or group becomes
@@ -117,13 +118,15 @@ def quantize_checkpoint(
     Raises:
         ValueError: the source is no such checkpoint, a weight is not finite, the output holds
             something else, or an argument has a wrong value.
-        TypeError: `keep` is no sequence of patterns.
+        TypeError: an argument has another type than the signature says.
         ModuleNotFoundError: safetensors is not installed.
         OSError: a file cannot be read or written, such as on a full disk. The call may be repeated.
         RuntimeError: another run writes to the output.
     """
     plan = plan_checkpoint(directory, fmt, keep=keep)
-    target = Path(output)
+    target = _path("output", output)
+    if not isinstance(allow_non_finite, bool):
+        raise TypeError(f"allow_non_finite: expected True or False, got {allow_non_finite!r}")
     output_directory.check_outside(plan.checkpoint.directory, target)
     convert = _Converter(plan, target, _device(device), allow_non_finite)
     with output_directory.begun(target, _request(plan, keep)):
@@ -141,15 +144,26 @@ def quantize_checkpoint(
     )
 
 
+def _path(name: str, path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise TypeError(f"{name}: expected a path, got {path!r}")
+    return Path(path)
+
+
 def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device: expected a name or a torch.device, got {device!r}")
     try:
         found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device: expected cpu or cuda, got {device!r}: {error}") from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected cpu, where there is no GPU, got {str(found)!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device: expected one of {count} GPUs, got {str(found)!r}")
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {str(found)!r}")
     return found

@@ -17,11 +17,14 @@ DEFAULT_KEEP = (
     "*embed*", "emb", "shared", "wte", "wpe", "*relative_attention_bias",
     "*norm*", "ln_*",
     "gate", "router", "router.*", "*_expert_gate",
-    "visual.*", "vision_*", "audio_*", "*projector*",
+    "visual.*", "vision_*", "vision_*.*", "audio_*", "audio_*.*", "*projector*", "*projector*.*",
     "weights_proj", "eh_proj", "in_proj_a", "in_proj_b", "in_proj_ba", "x_proj", "dt_proj",
 )  # fmt: skip
 """Modules that stay as they are, as patterns of the end of their names: output heads, embeddings,
-norms, routers, towers of other modalities, and projections that published checkpoints leave."""
+norms, routers, towers of other modalities, and projections that published checkpoints leave.
+
+A ``*`` is of one part of a name, such as ``q_proj``, but one that is a part by itself is of one or
+more."""
 
 ALWAYS_LISTED = "lm_head"
 """A head that shares the embedding's weights is in no file, and readers would convert it."""
@@ -145,8 +148,20 @@ def _is_weight(tensor: StoredTensor) -> bool:
 
 
 def _kept(name: str, patterns: Collection[str]) -> bool:
-    module = "." + name.removesuffix(".weight")
-    return any(fnmatchcase(module, f"*.{pattern}") for pattern in patterns)
+    parts = name.removesuffix(".weight").split(".")
+    return any(_matches_end(parts, pattern.split(".")) for pattern in patterns)
+
+
+def _matches_end(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Return whether the last parts of a name are those of a pattern, as `DEFAULT_KEEP` says."""
+    if not pattern:
+        return True
+    *before, last = pattern
+    most = len(parts) if last == "*" else min(1, len(parts))
+    return any(
+        fnmatchcase(parts[-1], last) and _matches_end(parts[:-taken], before)
+        for taken in range(1, most + 1)
+    )
 
 
 def _listed(config: Mapping[str, Any]) -> list[str]:
@@ -300,16 +315,24 @@ def _check_shape(tensor: StoredTensor, config: Mapping[str, Any], convention: Co
             f"source: expected columns that are a multiple of {convention.column_multiple} for "
             f"{convention.name}, got {tensor.shape} as {tensor}"
         )
-    text_config = config.get("text_config")
-    hidden = (text_config if isinstance(text_config, dict) else config).get("hidden_size")
     last = tensor.name.removesuffix(".weight").rpartition(".")[2]
-    side = n if last in DOWN_PROJECTIONS else k
-    if batch and hidden is not None and side != hidden:
+    side, sizes = n if last in DOWN_PROJECTIONS else k, sorted(set(_hidden_sizes(config)))
+    if batch and sizes and side not in sizes:
         raise ValueError(
-            f"source: expected stacked experts (E, N, K) with hidden_size {hidden}, got "
+            f"source: expected stacked experts (E, N, K) with hidden_size "
+            f"{' or '.join(map(str, sizes))}, got "
             f"{tensor.shape} as {tensor}: no engine reads transposed ones; '{EXPERTS}.*' as keep "
             f"leaves them"
         )
+
+
+def _hidden_sizes(config: Mapping[str, Any]) -> Iterator[int]:
+    """Yield each hidden_size of a config: models of several modalities have several configs."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _hidden_sizes(value)
+        elif key == "hidden_size" and isinstance(value, int):
+            yield value
 
 
 def _check_names(parts: Mapping[str, Sequence[Part]], kept: Mapping[str, StoredTensor]) -> None:

@@ -119,7 +119,7 @@ def write_tensor(file: BinaryIO, place: int, tensor: torch.Tensor) -> int:
 def write_json(path: Path, content: object) -> None:
     """Write a file of JSON at once."""
     with AtomicFile(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def sync_directory(path: Path) -> None:

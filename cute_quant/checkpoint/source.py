@@ -16,7 +16,8 @@ INDEX = "model.safetensors.index.json"
 FOREIGN_CONFIGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Files in which other quantizers keep their configs."""
 WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json",
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".ot", ".gguf", ".h5", ".msgpack", ".onnx",
+    ".index.json",
 )  # fmt: skip
 """Ends of the names of files that hold weights, in this format or another; they are not copied."""
 

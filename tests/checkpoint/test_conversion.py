@@ -187,6 +187,30 @@ def test_files(tmp_path, out):
     assert done.left_out == ("pytorch_model.bin",)
 
 
+def test_text_of_the_config_that_is_no_unicode(tmp_path, out):
+    """Half of a surrogate pair, as JSON escapes it."""
+    directory = made.save(tmp_path / "in", {"model.safetensors": made.layer(0)})
+    (directory / "config.json").write_text('{"name": "\\ud800"}')
+    quantize_checkpoint(tmp_path / "in", out)
+    assert json.loads((out / "config.json").read_text())["name"] == "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"directory": 3}, "directory: expected a path, got 3"),
+        ({"output": b"out"}, "output: expected a path, got b'out'"),
+        ({"device": 0}, "device: expected a name or a torch.device, got 0"),
+        ({"allow_non_finite": "no"}, "allow_non_finite: expected True or False, got 'no'"),
+    ],
+)
+def test_arguments_of_other_types(tmp_path, out, options, message):
+    directory = made.save(tmp_path / "in", {"model.safetensors": made.layer(0)})
+    with pytest.raises(TypeError, match=message):
+        quantize_checkpoint(**{"directory": directory, "output": out, **options})
+    assert not out.exists()
+
+
 def test_the_index(tmp_path, out):
     made.save(tmp_path / "in", made.llama())
     done = quantize_checkpoint(tmp_path / "in", out)

@@ -105,9 +105,17 @@ def test_a_pattern_that_matches_nothing(tmp_path, pattern):
     )
 
 
-def test_keep_is_no_text(tmp_path):
-    with pytest.raises(TypeError, match="keep: expected patterns, got the text 'o_proj'"):
-        plan_checkpoint(save(tmp_path / "in", made.layer(0)), keep="o_proj")
+def test_a_star_is_of_one_part_of_a_name(tmp_path):
+    names = ["norms.0.q_proj.weight", "embedder.up.weight", "vision_tower.a.fc1.weight"]
+    names += ["a.vision_proj.weight", "multi_modal_projector.linear_1.weight", "a.norm2.weight"]
+    plan = plan_checkpoint(save(tmp_path / "in", {name: matrix() for name in names}))
+    assert set(plan.quantized) == set(names[:2])
+
+
+@pytest.mark.parametrize("keep", ["o_proj", [1]])
+def test_keep_is_a_sequence_of_patterns(tmp_path, keep):
+    with pytest.raises(TypeError, match="keep: expected a sequence of patterns, got"):
+        plan_checkpoint(save(tmp_path / "in", made.layer(0)), keep=keep)
 
 
 @pytest.mark.parametrize("pattern", ["q_proj", "up_proj", "experts.1.*", "kv_a_proj_with_mqa"])
@@ -166,6 +174,14 @@ def test_stacked_experts_that_are_transposed(tmp_path):
     name = "model.layers.0.mlp.experts.gate_up_proj"
     directory = save(tmp_path / "in", {name: torch.ones(2, made.HIDDEN, 384)})
     refuses(directory, rf"\(E, N, K\) with hidden_size 256, got \(2, 256, 384\) as {name}")
+
+
+def test_hidden_sizes_of_several_configs(tmp_path):
+    config = {"llm": {"text": {"hidden_size": 384}}, "vision": {"hidden_size": 64}}
+    tensors = {"model.safetensors": {"a.experts.gate_up_proj": torch.ones(2, 256, 512)}}
+    directory = made.save(tmp_path / "in", tensors)
+    (directory / "config.json").write_text(json.dumps(config))
+    refuses(directory, r"with hidden_size 64 or 384, got \(2, 256, 512\)")
 
 
 def test_models_of_transposed_weights(tmp_path):

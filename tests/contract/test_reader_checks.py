@@ -123,6 +123,16 @@ def test_scales_that_were_rounded_after_the_values_were_quantized(x):
     assert "the scales belong to other groups, or to another x" in found.text
 
 
+@pytest.mark.parametrize("factor", [1e-5, 1e-14])
+def test_tiny_values_under_the_least_scale(factor, x):
+    """They round to few values, or to 0, and nothing is wrong with that."""
+    tiny = x * factor
+    q, sf, _ = quantized(tiny, cq.DEEP_GEMM_SM90)
+    assert cq.check_scales(q, sf, cq.DEEP_GEMM_SM90, "deep_gemm_sm90", x=tiny) == []
+    (found,) = cq.check_scales(q, sf, cq.DEEP_GEMM_SM90, "deep_gemm_sm90", x=x)
+    assert found.rule == "values"
+
+
 @pytest.mark.gpu
 def test_devices(x):
     q, sf, _ = quantized(x.cuda(), cq.MXFP8)

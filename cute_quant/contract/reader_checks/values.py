@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from cute_quant.contract import reference
-from cute_quant.contract.calls import ResultShape
+from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.format_choices import ROW_MAJOR
 from cute_quant.contract.formats import Format
 from cute_quant.contract.reader_checks.padding import bytes_in_order
@@ -16,7 +16,7 @@ from cute_quant.contract.reader_checks.quantized import Finding, Quantized
 from cute_quant.contract.reader_checks.upper_scale import decode_factors
 
 ERROR = 0.25
-"""Relative error from which on values and scales do not belong to x."""
+"""Relative error from which on values and scales do not belong to x, where these are not tiny."""
 ROUNDED = 2.5
 """Bound of what rounding to a power of two multiplies a scale by, as far as values tell."""
 
@@ -25,15 +25,15 @@ def wrong_values(given: Quantized, shape: ResultShape, live: torch.Tensor) -> It
     """Yield that dequantized values are not those that were quantized, where these are at hand."""
     if given.x is None:
         return
-    error = _error(given, given.sf, given.fmt, shape, live)
-    if error <= ERROR:
+    error, bound = _error(given, given.sf, given.fmt, shape, live), _error_bound(given)
+    if error <= bound:
         return
     if given.fmt.blocked:
         count = shape.mn * given.fmt.groups(shape.k)
         row_major = given.fmt.replace(scale_layout=ROW_MAJOR)
         unswizzled = bytes_in_order(given.sf)[:, :count].reshape(row_major.scale_shape(*shape))
         unswizzled = unswizzled.view(given.fmt.scale_dtype)
-        if _error(given, unswizzled, row_major, shape, live) <= ERROR:
+        if _error(given, unswizzled, row_major, shape, live) <= bound:
             yield Finding(
                 "swizzle",
                 f"sf: expected blocks of {given.fmt.scale_layout}, got scales in row-major order: "
@@ -43,7 +43,7 @@ def wrong_values(given: Quantized, shape: ResultShape, live: torch.Tensor) -> It
     x, y = _finite(given, given.sf, given.fmt, shape, live)
     factors = _group_factors(x, y, given.fmt)
     low, high = (float(bound) for bound in (1 / factors).aminmax())
-    if low > 1 / ROUNDED and high < ROUNDED and _relative(y * factors, x) <= ERROR:
+    if low > 1 / ROUNDED and high < ROUNDED and _relative(y * factors, x) <= bound:
         yield Finding(
             "values",
             f"sf: expected the scales that q was quantized with, got scales {low:.2g} to "
@@ -55,6 +55,20 @@ def wrong_values(given: Quantized, shape: ResultShape, live: torch.Tensor) -> It
         f"q, sf: expected the values of x, got a relative error of {error:.3g}: the scales belong "
         "to other groups, or to another x",
     )
+
+
+def _error_bound(given: Quantized) -> float:
+    """Return the relative error from which on values and scales do not belong to x.
+
+    Values under the least scale, such as 1e-14 under that of DeepGEMM's formats, round to 0.
+    """
+    if given.upper is not None:
+        return ERROR
+    assert given.x is not None
+    x = given.x.where(given.x.isfinite(), 0.0)
+    nearest = torch.empty_like(x)
+    reference.fake_quantize_into(Call(x, given.fmt), nearest)
+    return max(ERROR, 2 * _relative(nearest.float(), x.float()))
 
 
 def _error(
