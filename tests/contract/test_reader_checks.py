@@ -291,6 +291,18 @@ def test_a_swizzle_that_is_none(x):
     assert rules(q, sf, cq.MXFP8, "scaled_mm", x=x[1:]) == ["shape"]
 
 
+@pytest.mark.parametrize("mn", [8, 100, 128])
+@pytest.mark.parametrize(("given", "fmt"), [(E8X4, cq.NVFP4), (cq.NVFP4, E8X4)], ids=str)
+def test_blocks_of_the_other_size(mn, given, fmt, device):
+    x = torch.randn(mn, 512, device=device) * torch.logspace(-2, 2, mn, device=device)[:, None]
+    q, sf, options = quantized(x, given)
+    reader = "cutlass" if fmt is cq.NVFP4 else "trtllm_8x4"
+    (finding, *_) = cq.check_scales(q, sf, fmt, reader, x=x, **options)
+    assert (finding.rule == "swizzle" and f"from {given.scale_layout}" in finding.text) or (
+        mn == 8 and "row_major or 8x4" in finding.text
+    )
+
+
 def test_k_grouped(device):
     """Values (sum_k, mn) and scales of neighbouring rows."""
     sum_k, mn = 512, 64

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 
 from cute_quant.contract import blocks
 from cute_quant.contract.dtypes import dtype_name
+from cute_quant.contract.format_choices import BLOCKED, BLOCKED_8, ROW_MAJOR
+from cute_quant.contract.formats import Format
 from cute_quant.contract.reader_checks.quantized import Finding, Quantized
+
+
+def block_orders(fmt: Format) -> list[Format]:
+    """Return formats whose scales readers of blocks are given by mistake."""
+    layouts = (ROW_MAJOR, BLOCKED, BLOCKED_8)
+    return [fmt.replace(scale_layout=name) for name in layouts if name != fmt.scale_layout]
 
 
 def wrong_format(given: Quantized) -> Iterator[Finding]:
@@ -80,13 +89,15 @@ def wrong_shapes(given: Quantized) -> Iterator[Finding]:
     if given.takes_blocks:
         words += f", or {blocks.scale_shape(fmt, *shape)} of blocks of weights,"
     text = f"sf: expected shape {words} for q {tuple(q.shape)}, got {tuple(sf.shape)}"
-    unpadded = shape.mn * fmt.groups(shape.k)
     if fmt.blocked and sf.numel() == expected_shape[-1] and sf.ndim == 2 == q.ndim:
         text += ": flatten() it if it is swizzled, convert_scales from row_major if it is row-major"
-    elif fmt.blocked and not shape.batch_shape and sf.numel() == unpadded:
-        yield Finding(
-            "swizzle",
-            f"sf: expected blocks of {fmt.scale_layout}, got as many scales as there are groups, "
-            "without padding: convert_scales from row_major makes blocks of them",
-        )
+    elif fmt.blocked:
+        others = [o for o in block_orders(fmt) if math.prod(o.scale_shape(*shape)) == sf.numel()]
+        if others:
+            names = " or ".join(other.scale_layout for other in others)
+            yield Finding(
+                "swizzle",
+                f"sf: expected blocks of {fmt.scale_layout}, got as many scales as {names} has: "
+                f"convert_scales from {names} makes blocks of them",
+            )
     yield Finding("shape", text)

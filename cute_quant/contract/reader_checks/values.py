@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -9,8 +10,8 @@ from torch.nn.functional import pad
 
 from cute_quant.contract import reference
 from cute_quant.contract.calls import Call, ResultShape
-from cute_quant.contract.format_choices import ROW_MAJOR
 from cute_quant.contract.formats import Format
+from cute_quant.contract.reader_checks.operands import block_orders
 from cute_quant.contract.reader_checks.padding import bytes_in_order
 from cute_quant.contract.reader_checks.quantized import Finding, Quantized
 from cute_quant.contract.reader_checks.upper_scale import decode_factors
@@ -28,16 +29,17 @@ def wrong_values(given: Quantized, shape: ResultShape, live: torch.Tensor) -> It
     error, bound = _error(given, given.sf, given.fmt, shape, live), _error_bound(given)
     if error <= bound:
         return
-    if given.fmt.blocked:
-        count = shape.mn * given.fmt.groups(shape.k)
-        row_major = given.fmt.replace(scale_layout=ROW_MAJOR)
-        unswizzled = bytes_in_order(given.sf)[:, :count].reshape(row_major.scale_shape(*shape))
-        unswizzled = unswizzled.view(given.fmt.scale_dtype)
-        if _error(given, unswizzled, row_major, shape, live) <= bound:
+    for fmt in block_orders(given.fmt) if given.fmt.blocked else ():
+        count = math.prod(fmt.scale_shape((), shape.mn, shape.k))
+        stored = bytes_in_order(given.sf)
+        if count > stored.shape[-1]:
+            continue
+        sf = stored[:, :count].reshape(fmt.scale_shape(*shape)).view(fmt.scale_dtype)
+        if _error(given, sf, fmt, shape, live) <= bound:
             yield Finding(
                 "swizzle",
-                f"sf: expected blocks of {given.fmt.scale_layout}, got scales in row-major order: "
-                "convert_scales from row_major makes blocks of them",
+                f"sf: expected blocks of {given.fmt.scale_layout}, got scales in the order of "
+                f"{fmt.scale_layout}: convert_scales from {fmt.scale_layout} makes blocks of them",
             )
             return
     x, y = _finite(given, given.sf, given.fmt, shape, live)
