@@ -85,7 +85,7 @@ def measure(rank: int, tokens: int, k: int, fmt: Format) -> dict[str, float]:
         num_rows=num_rows,
     )
     plan = route(check=True)
-    buffers = distributed.PeerBuffers(fmt, (num_rows, k))
+    buffers = distributed.PeerBuffers(fmt, k, tokens)
 
     def in_bf16() -> tuple[torch.Tensor, ...]:
         (rows,) = distributed.dispatch(x, plan, None)

@@ -3,57 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from cute_quant import ops
 from cute_quant.contract.checks import MAX_PLACES, check_format
-from cute_quant.contract.dtypes import INPUT_DTYPES, align, describe
-from cute_quant.contract.format_choices import ROW_MAJOR, ROW_MAJOR_PACKED
+from cute_quant.contract.dtypes import INPUT_DTYPES, describe
 from cute_quant.contract.formats import DEEP_GEMM, Format
 from cute_quant.contract.tensors import check_tensor
 from cute_quant.distributed.peers import PeerBuffers
+from cute_quant.distributed.records import Record
 from cute_quant.distributed.routing import Plan, exchange
 
-ALIGNMENT = 32
-"""Bytes that a record starts at a multiple of: the widest store of a thread."""
-SCALE_ALIGNMENT = 16
 UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Elements that rows of bytes are gathered as."""
-
-
-class Record(NamedTuple):
-    """Where values and scales of a row lie in a record, in bytes.
-
-    Attributes:
-        fmt: of the record: the scales of a row are contiguous.
-        value_bytes: of the values, from the first byte on.
-        scale_start, scale_bytes: of the scales.
-        nbytes: of a record.
-    """
-
-    fmt: Format
-    value_bytes: int
-    scale_start: int
-    scale_bytes: int
-    nbytes: int
-
-    @staticmethod
-    def of(fmt: Format, k: int) -> Record:
-        """Return the record of a row of k columns."""
-        own = fmt.replace(scale_layout=ROW_MAJOR_PACKED if fmt.byte_scales else ROW_MAJOR)
-        value_bytes = own.value_columns(k) * own.values.itemsize
-        scale_start = align(value_bytes, SCALE_ALIGNMENT)
-        scale_bytes = own.columns(k) * own.sf_dtype.itemsize
-        nbytes = align(scale_start + scale_bytes, ALIGNMENT)
-        return Record(own, value_bytes, scale_start, scale_bytes, nbytes)
-
-    def views(self, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return values and scales of records, (records, bytes)."""
-        end = self.scale_start + self.scale_bytes
-        scales = records[:, self.scale_start : end].view(self.fmt.sf_dtype)
-        return records[:, : self.value_bytes].view(self.fmt.values), scales
 
 
 def dispatch(
@@ -71,14 +35,15 @@ def dispatch(
     One kernel quantizes each token and writes values and scales, as one record for each rank, into
     the buffer that is sent. One ``all_to_all`` moves it. What arrives is put in the rows of the
     experts: values are copied, and scales laid out as the GEMM reads them. All ranks call this
-    together. With `buffers` the kernel writes to the memory of the other ranks itself, each row of
-    an expert once.
+    together. With `buffers` there is no buffer that is sent: for each rank a kernel writes the
+    records to the memory where they arrive.
 
     Args:
         x: (T, k), bfloat16, float16 or float32, contiguous along k.
         plan: of :func:`route`.
         fmt: what the result looks like, without ``row_scale``; None to send x as it is.
-        buffers: memory that all ranks see, where the results lie then.
+        buffers: memory that all ranks see; of the same format and k, and of the `max_tokens` that
+            :func:`route` was told.
         encode_scale: as for :func:`cute_quant.quantize`, one number, the same on all ranks.
         decode_scale: the same.
         amax: the same.
@@ -104,12 +69,13 @@ def dispatch(
     check_format(fmt)
     if fmt.row_scale:
         raise ValueError(f"fmt: expected a format without row_scale, got {fmt}")
-    if buffers is not None:
-        return buffers.dispatch(x, plan, fmt, upper)
     record = Record.of(fmt, x.shape[1])
-    send = x.new_empty((len(plan.tokens), record.nbytes), dtype=torch.uint8)
-    _quantize(x, plan.records, record.fmt, record.views(send), upper)
-    received = plan.exchange(send)
+    if buffers is not None:
+        received = buffers.exchange(x, plan, fmt, upper)
+    else:
+        send = x.new_empty((len(plan.tokens), record.nbytes), dtype=torch.uint8)
+        _quantize(x, plan.records, record.fmt, record.views(send), upper)
+        received = plan.exchange(send)
     shape = (*plan.batch_shape, plan.num_rows, x.shape[1])
     q, sf = _arrive(received, plan, record, shape)
     if record.fmt is fmt:

@@ -30,6 +30,7 @@ class Plan:
         num_rows: rows of the arrival: M, or max_m of each expert.
         dropped: (), int32: how many rows found no place in the arrival, of this rank's experts.
         records: (T, ranks), int32: the record that holds a token for each rank, -1 for none.
+        slots: (ranks, T, 1), int32: its place among the records for that rank, -1 for none.
         tokens: (records,), int64: the token of each record that is sent, 0 where none is.
         sent, received: records to and from each rank, None where they are as many for all.
         num_received: records that arrive.
@@ -44,6 +45,7 @@ class Plan:
     num_rows: int
     dropped: torch.Tensor
     records: torch.Tensor
+    slots: torch.Tensor
     tokens: torch.Tensor
     sent: list[int] | None
     received: list[int] | None
@@ -142,7 +144,7 @@ def route(
     ids = ids.where((ids >= 0) & (ids < experts), -1)
     rank = torch.arange(ranks, device=device)
     goes = (ids.unsqueeze(1).div(local, rounding_mode="floor") == rank.unsqueeze(1)).any(2)
-    slot = goes.cumsum(0) - 1
+    slot = (goes.cumsum(0) - 1).where(goes, -1)
 
     sent = received = None
     if max_tokens is not None:
@@ -184,6 +186,7 @@ def route(
         num_rows,
         dropped,
         records.int(),
+        slot.t().int().unsqueeze(2).contiguous(),
         token_of_record[:num_sent],
         sent,
         received,
@@ -249,6 +252,19 @@ def _rows(
     return rows, row.where(fits, -1), dropped
 
 
+def check_sizes(**sizes: int) -> None:
+    """Check arguments that are sizes.
+
+    Raises:
+        TypeError, ValueError: one is no positive int, or too large.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name}: expected an int, got {describe(size)}")
+        if not 1 <= size <= MAX_SIZE:
+            raise ValueError(f"{name}: expected 1 to {MAX_SIZE}, got {size}")
+
+
 def _check_route(
     ids: torch.Tensor,
     experts: int,
@@ -262,14 +278,11 @@ def _check_route(
         raise TypeError(f"topk_ids: expected a tensor of int32 or int64, got {describe(ids)}")
     if ids.ndim != 2:
         raise ValueError(f"topk_ids: expected shape (T, topk), got {tuple(ids.shape)}")
-    numbers = {"experts": experts, "alignment": alignment}
-    numbers |= {} if max_tokens is None else {"max_tokens": max_tokens}
-    numbers |= {} if num_rows is None else {"num_rows": num_rows}
-    for name, number in numbers.items():
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"{name}: expected an int, got {describe(number)}")
-        if not 1 <= number <= MAX_SIZE:
-            raise ValueError(f"{name}: expected 1 to {MAX_SIZE}, got {number}")
+    check_sizes(experts=experts, alignment=alignment)
+    if max_tokens is not None:
+        check_sizes(max_tokens=max_tokens)
+    if num_rows is not None:
+        check_sizes(num_rows=num_rows)
     if layout is not PrefixSum and layout is not Masked:
         raise ValueError(f"layout: expected PrefixSum or Masked, got {describe(layout)}")
     if experts % ranks:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
+import math
 import os
-import types
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ import torch.distributed as dist
 import cute_quant as cq
 from cute_quant import Masked, PrefixSum, distributed
 from cute_quant.contract.tensors import last_column_rows
-from cute_quant.distributed import peers
+from cute_quant.distributed.records import Record
 from tests.helpers import storage_bits
 
 LAYOUTS = {"psum": PrefixSum, "masked": Masked}
@@ -93,11 +92,10 @@ def there_and_back(
         assert plan.num_rows == sizes["num_rows"] and plan.sent is None
     buffers = None
     if memory is not None:
-        shape = (*plan.batch_shape, plan.num_rows, k)
         if memory == SYMMETRIC:
-            buffers = distributed.PeerBuffers(fmt, shape)
+            buffers = distributed.PeerBuffers(fmt, k, sizes["max_tokens"])
         else:
-            buffers = shared_buffers(fmt, shape, rank, memory)
+            buffers = shared_buffers(fmt, k, sizes["max_tokens"], rank, memory)
     q, sf = distributed.dispatch(x, plan, fmt, buffers=buffers, **upper)
     expected_strides = fmt.scale_strides(plan.batch_shape, plan.num_rows, k)
     assert sf.shape == fmt.scale_shape(plan.batch_shape, plan.num_rows, k)
@@ -132,7 +130,7 @@ def there_and_back(
             live[start + i] = True
     if layout == "psum":
         assert flat_q[~live].eq(0).all() and rows[~live].eq(0).all()
-        if fmt.mn_major and memory is None:
+        if fmt.mn_major:
             assert last_column_rows(sf) == fmt.scale_rows(plan.num_rows)
             padding = storage_bits(sf).view(torch.int32).view(-1, fmt.scale_rows(plan.num_rows))
             assert padding[:, plan.num_rows :].eq(0).all()
@@ -148,26 +146,20 @@ def there_and_back(
 
 
 def shared_buffers(
-    fmt: cq.Format, shape: tuple[int, ...], rank: int, directory: str
+    fmt: cq.Format, k: int, max_tokens: int, rank: int, directory: str
 ) -> distributed.PeerBuffers:
     """Return buffers in files that all ranks map; poisoned by their owner."""
-    nbytes = distributed.PeerBuffers.nbytes(fmt, shape)
+    ranks = dist.get_world_size()
+    shape = ranks * max_tokens + 1, Record.of(fmt, k).nbytes
 
-    def one_after_the_other(*arguments, **options):
-        # The reference writes back what it leaves; a kernel does not touch it.
-        with open(f"{directory}/lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            return cq.quantize(*arguments, **options)
+    def memory_of(peer: int) -> torch.Tensor:
+        name, size = f"{directory}/{peer}", math.prod(shape)
+        return torch.from_file(name, shared=True, size=size, dtype=torch.uint8).view(shape)
 
-    peers.ops = types.SimpleNamespace(quantize=one_after_the_other)
-    own = torch.from_file(f"{directory}/{rank}", shared=True, size=nbytes, dtype=torch.uint8)
-    own.fill_(0xA5)
+    memory_of(rank).fill_(0xA5)
     dist.barrier()
-    memories = [
-        torch.from_file(f"{directory}/{peer}", shared=True, size=nbytes, dtype=torch.uint8)
-        for peer in range(dist.get_world_size())
-    ]
-    return distributed.PeerBuffers.of_memory(fmt, shape, memories, rank, dist.barrier)
+    memories = [memory_of(peer) for peer in range(ranks)]
+    return distributed.PeerBuffers.of_memory(fmt, k, max_tokens, memories, rank, dist.barrier)
 
 
 def too_few_rows(rank: int) -> None:
@@ -243,7 +235,7 @@ def die_or_dispatch(rank: int) -> str:
 
 def more_ranks_than_places(rank: int) -> None:
     """Quantize rows with more places than a launch takes, as for a group of 40 ranks."""
-    from cute_quant.distributed.exchange import Record, _quantize
+    from cute_quant.distributed.exchange import _quantize
 
     record = Record.of(cq.DEEP_GEMM, 640)
     x = torch.randn(3, 640).bfloat16()
@@ -272,8 +264,7 @@ def in_a_graph(rank: int, layout: str, peers: bool) -> None:
     sizes = {"max_tokens": tokens, "num_rows": num_rows, "alignment": 16}
     buffers = None
     if peers:
-        batch_shape = (experts // ranks,) if layout == "masked" else ()
-        buffers = distributed.PeerBuffers(cq.DEEP_GEMM, (*batch_shape, num_rows, k))
+        buffers = distributed.PeerBuffers(cq.DEEP_GEMM, k, tokens)
 
     def call() -> tuple[torch.Tensor, ...]:
         plan = distributed.route(ids, experts, layout=LAYOUTS[layout], **sizes)

@@ -70,10 +70,24 @@ FAULTS = [
         [THERE_AND_BACK],
     ),
     Fault(
-        "peers-rows-of-earlier-ranks",
+        "peers-records-of-another-rank",
         PEERS,
-        "    before, total = counts[:me].sum(0)",
-        "    before, total = counts[: me + 1].sum(0)",
+        "first = rank * max_tokens",
+        "first = 0",
+        [THERE_AND_BACK],
+    ),
+    Fault(
+        "peers-rows-that-do-not-exist-keep-what-memory-held",
+        PEERS,
+        "self._received[-1].zero_()",
+        "pass",
+        [THERE_AND_BACK],
+    ),
+    Fault(
+        "peers-places-of-another-rank",
+        PEERS,
+        "scatter=plan.slots[rank]",
+        "scatter=plan.slots[self.rank]",
         [THERE_AND_BACK],
     ),
     Fault(
