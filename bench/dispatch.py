@@ -4,9 +4,11 @@
 
 Each way ends with quantized rows in front of a grouped GEMM: tokens quantized and sent as records
 of FP8 values and scales (*FP8*), sent in bf16 and quantized on arrival (*bf16*), and quantized
-into the memory of the other GPUs (*peers*). All are CUDA graphs of calls with bounded sizes,
-whose routing is known; the results of all three are compared first. A time is that of the slowest
-rank, the median over replays that alternate.
+into the memory of the other GPUs (*peers*). Parts of them are until records have arrived, by NCCL
+(*sent*) or in the memory of peers (*written*); *copy* is a copy of the records for one peer to its
+memory. All are CUDA graphs of calls with bounded sizes, whose routing is known; the results of the
+three ways are compared first. A time is that of the slowest rank, the median over replays that
+alternate.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from bench import environment
 from bench.problem import FLOAT32, UE8M0
 from bench.shapes import MAIN_COLUMN, positive_numbers
 from cute_quant import Format, distributed, quantize
+from cute_quant.distributed.exchange import exchange_records
+from cute_quant.distributed.records import Record
 
 TOKENS = (64, 4096)
 """Tokens of each GPU."""
@@ -35,6 +39,7 @@ TOP_K = 8
 ALIGNMENT = 128
 CALLS = 10
 REPLAYS = 20
+TIMES = ("bf16", "FP8", "peers", "sent", "written", "copy", "route")
 ROOM = 1.3
 """Rows of an arrival over those that come on average."""
 
@@ -102,6 +107,13 @@ def measure(rank: int, tokens: int, k: int, fmt: Format) -> dict[str, float]:
             own, other = (t.view(torch.uint8) if t.itemsize == 1 else t for t in (own, other))
             if not torch.equal(own, other):
                 raise RuntimeError(f"{name}: other results than bf16 on rank {rank}")
+    record = Record.of(fmt, k)
+    calls["sent"] = lambda: exchange_records(x, plan, record, {})
+    calls["written"] = lambda: buffers.exchange(x, plan, fmt, {})
+    peer, count = (rank + 1) % ranks, int((plan.records[:, (rank + 1) % ranks] >= 0).sum())
+    target = buffers.sent[peer][:count]
+    source = torch.zeros_like(target, device=x.device)
+    calls["copy"] = lambda: target.copy_(source)
     calls["route"] = route
     return slowest_seconds({name: captured(call) for name, call in calls.items()})
 
@@ -115,10 +127,10 @@ def on_rank(rank: int, ranks: int, port: int, options: argparse.Namespace) -> No
     for tokens in options.tokens:
         seconds = measure(rank, tokens, options.columns, fmt)
         if rank == 0:
-            times = " ".join(f"{seconds[name] * 1e6:9.1f}" for name in ("bf16", "FP8", "peers"))
-            ratios = [seconds[name] / seconds["bf16"] for name in ("FP8", "peers")]
-            line = " ".join(f"{ratio:10.2f}" for ratio in ratios)
-            print(f"{tokens:7} {times} {line} {seconds['route'] * 1e6:9.1f}", flush=True)
+            times = " ".join(f"{seconds[name] * 1e6:8.1f}" for name in TIMES)
+            ratios = [seconds["bf16"] / seconds["FP8"], seconds["sent"] / seconds["written"]]
+            line = " ".join(f"{ratio:12.2f}" for ratio in ratios)
+            print(f"{tokens:7} {times} {line}", flush=True)
     dist.destroy_process_group()
 
 
@@ -139,8 +151,8 @@ def main() -> None:
     machine = environment.describe("python -m bench.dispatch", options.commit)
     print(f"{ranks} x {machine['gpu']}, {machine['commit']}, k = {options.columns}")
     print(f"top {TOP_K} of {EXPERTS} experts, microseconds a call")
-    titles = ("bf16", "FP8", "peers", "FP8/bf16", "peers/bf16", "route")
-    print(f"{'tokens':>7} " + " ".join(f"{title:>9}" for title in titles))
+    ratios = " ".join(f"{title:>12}" for title in ("bf16/FP8", "sent/written"))
+    print(f"{'tokens':>7} " + " ".join(f"{title:>8}" for title in TIMES) + f" {ratios}")
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = int(found.getsockname()[1])

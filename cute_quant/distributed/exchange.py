@@ -73,14 +73,21 @@ def dispatch(
     if buffers is not None:
         received = buffers.exchange(x, plan, fmt, upper)
     else:
-        send = x.new_empty((len(plan.tokens), record.nbytes), dtype=torch.uint8)
-        _quantize(x, plan.records, record.fmt, record.views(send), upper)
-        received = plan.exchange(send)
+        received = exchange_records(x, plan, record, upper)
     shape = (*plan.batch_shape, plan.num_rows, x.shape[1])
     q, sf = _arrive(received, plan, record, shape)
     if record.fmt is fmt:
         return q, sf
     return q, ops.convert_scales(sf, record.fmt, fmt, shape, rows=plan.rows)
+
+
+def exchange_records(
+    x: torch.Tensor, plan: Plan, record: Record, upper: dict[str, Any]
+) -> torch.Tensor:
+    """Quantize tokens into records, send them, and return those that arrive."""
+    send = x.new_empty((len(plan.tokens), record.nbytes), dtype=torch.uint8)
+    _quantize(x, plan.records, record.fmt, record.views(send), upper)
+    return plan.exchange(send)
 
 
 def _quantize(

@@ -24,6 +24,9 @@ class PeerBuffers:
     All ranks make one together, of the same sizes, for many calls. The calls of one follow each
     other on one stream of each rank: ranks wait for each other before they write, and after.
 
+    Attributes:
+        sent: (max_tokens, bytes): for each rank the records there that this rank writes.
+
     Args:
         fmt: of what is sent, without ``row_scale``.
         k: columns of the values.
@@ -101,7 +104,7 @@ class PeerBuffers:
         self._received = memories[rank]
         self._received[-1].zero_()
         first = rank * max_tokens
-        self._sent = [memory[first : first + max_tokens] for memory in memories]
+        self.sent = [memory[first : first + max_tokens] for memory in memories]
 
     def exchange(
         self, x: torch.Tensor, plan: Plan, fmt: Format, upper: dict[str, Any]
@@ -117,11 +120,11 @@ class PeerBuffers:
                 f"of {plan.num_received} records"
             )
         self._barrier()
-        ranks = len(self._sent)
+        ranks = len(self.sent)
         # Each rank begins with the one after it, so that none is written by all at once.
         for i in range(ranks):
             rank = (self.rank + 1 + i) % ranks
-            out = self._record.views(self._sent[rank])
+            out = self._record.views(self.sent[rank])
             ops.quantize(x, self._record.fmt, scatter=plan.slots[rank], out=out, **upper)
         self._barrier()
         return self._received
