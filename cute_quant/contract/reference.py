@@ -503,8 +503,9 @@ def check_scatter(call: Call) -> None:
         )
     if (times > 1).any():
         bad = int(named[times > 1][0])
+        count = int(times[named == bad])
         raise ValueError(
-            f"scatter: expected each row once, got row {bad} {int(times.max())} times, first at "
+            f"scatter: expected each row once, got row {bad} {count} times, first at "
             f"{_where(scatter, bad)}"
         )
     unnamed = (exist & (source < 0)).flatten().nonzero()

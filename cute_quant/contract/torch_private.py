@@ -30,6 +30,7 @@ __all__ = [
     "num_dispatch_modes",
     "outside_of_graphs",
     "statically_known_true",
+    "symmetric_memory",
 ]
 
 
@@ -108,3 +109,23 @@ def hash_all_arguments(operator: Any) -> None:
     info = RuntimeSchemaInfo(1, keywords or None, needs_pytree=True)
     propagator = DTensor._op_dispatcher.sharding_propagator
     propagator.op_to_schema_info[operator] = info
+
+
+def symmetric_memory(
+    shape: tuple[int, ...], device: torch.device, group: Any
+) -> tuple[Any, list[torch.Tensor]]:
+    """Allocate bytes on each rank that all ranks of a group see; they call this together.
+
+    Returns:
+        The handle, whose ``barrier`` waits for all ranks on the current stream, and which owns the
+        memory; and the memory of each rank, `shape`.
+    """
+    import torch.distributed as dist
+    from torch.distributed import _symmetric_memory
+
+    own = _symmetric_memory.empty(shape, dtype=torch.uint8, device=device)
+    if group is None:
+        group = dist.group.WORLD
+    handle: Any = _symmetric_memory.rendezvous(own, group)
+    ranks = range(handle.world_size)
+    return handle, [handle.get_buffer(rank, shape, torch.uint8) for rank in ranks]

@@ -1,20 +1,22 @@
-"""Quantized tokens to the ranks of their experts, and results back: one collective each way."""
+"""Quantized tokens to the ranks of their experts, and results back."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from cute_quant import ops
-from cute_quant.contract.checks import MAX_PLACES, check_format
+from cute_quant.contract.checks import MAX_PLACES, check_format, check_whole_bytes
 from cute_quant.contract.dtypes import INPUT_DTYPES, describe
 from cute_quant.contract.formats import DEEP_GEMM, Format
-from cute_quant.contract.tensors import check_tensor
+from cute_quant.contract.tensors import check_real, check_tensor
+from cute_quant.dispatch import torch_ops
 from cute_quant.distributed.peers import PeerBuffers
 from cute_quant.distributed.records import Record
-from cute_quant.distributed.routing import Plan, exchange
+from cute_quant.distributed.routing import Plan, all_to_all
 
 UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Elements that rows of bytes are gathered as."""
@@ -35,8 +37,8 @@ def dispatch(
     One kernel quantizes each token and writes values and scales, as one record for each rank, into
     the buffer that is sent. One ``all_to_all`` moves it. What arrives is put in the rows of the
     experts: values are copied, and scales laid out as the GEMM reads them. All ranks call this
-    together. With `buffers` there is no buffer that is sent: for each rank a kernel writes the
-    records to the memory where they arrive.
+    together, with arguments alike, which are not compared. With `buffers` there is no buffer that
+    is sent: for each rank a kernel writes the records to the memory where they arrive.
 
     Args:
         x: (T, k), bfloat16, float16 or float32, contiguous along k.
@@ -56,19 +58,31 @@ def dispatch(
 
     Raises:
         TypeError, ValueError: an argument is wrong.
-        RuntimeError: a rank is gone.
+        RuntimeError: a tensor requires a gradient while gradients are recorded, or a rank is gone.
     """
-    _check_tokens("x", x, plan)
+    _check_input("dispatch", "x", x, plan)
+    tokens = plan.records.shape[0]
+    if x.ndim != 2 or x.shape[0] != tokens:
+        raise ValueError(f"x: expected shape ({tokens}, k), got {tuple(x.shape)}")
+    if x.shape[1] == 0:
+        raise ValueError(f"x: expected columns, got shape {tuple(x.shape)}")
     upper = {"encode_scale": encode_scale, "decode_scale": decode_scale, "amax": amax}
+    if buffers is not None and not isinstance(buffers, PeerBuffers):
+        raise TypeError(f"buffers: expected PeerBuffers, got {describe(buffers)}")
     if fmt is None:
-        if buffers is not None:
-            raise ValueError("buffers: expected None without a format, got PeerBuffers")
+        for name, given in (*upper.items(), ("buffers", buffers)):
+            if given is not None:
+                raise ValueError(f"{name}: expected None without a format, got {describe(given)}")
         received = plan.exchange(x.index_select(0, plan.tokens) if len(x) else _nothing(x, plan))
         y = received.index_select(0, plan.sources)
         return (y.view(*plan.batch_shape, plan.num_rows, x.shape[1]),)
     check_format(fmt)
     if fmt.row_scale:
         raise ValueError(f"fmt: expected a format without row_scale, got {fmt}")
+    if not fmt.upper_scale and any(given is not None for given in upper.values()):
+        name = next(name for name, given in upper.items() if given is not None)
+        raise ValueError(f"{name}: expected None for {fmt}, which has no upper scale")
+    check_whole_bytes("x", fmt, x.shape[1])
     record = Record.of(fmt, x.shape[1])
     if buffers is not None:
         received = buffers.exchange(x, plan, fmt, upper)
@@ -84,7 +98,10 @@ def dispatch(
 def exchange_records(
     x: torch.Tensor, plan: Plan, record: Record, upper: dict[str, Any]
 ) -> torch.Tensor:
-    """Quantize tokens into records, send them, and return those that arrive."""
+    """Quantize tokens into records, send them, and return those that arrive.
+
+    Bytes of records that hold no token are sent as memory has them, and nobody reads them.
+    """
     send = x.new_empty((len(plan.tokens), record.nbytes), dtype=torch.uint8)
     _quantize(x, plan.records, record.fmt, record.views(send), upper)
     return plan.exchange(send)
@@ -133,15 +150,16 @@ def combine(y: torch.Tensor, plan: Plan, weights: torch.Tensor | None = None) ->
 
     Raises:
         TypeError, ValueError: an argument is wrong.
-        RuntimeError: a rank is gone.
+        RuntimeError: a tensor requires a gradient while gradients are recorded, or a rank is gone.
     """
+    _check_input("combine", "y", y, plan)
     shape = (*plan.batch_shape, plan.num_rows)
-    check_tensor("y", y, INPUT_DTYPES)
     if y.shape[:-1] != shape:
-        raise ValueError(f"y: expected shape ({', '.join(map(str, shape))}, n), got {y.shape}")
+        expected = ", ".join(map(str, shape))
+        raise ValueError(f"y: expected shape ({expected}, n), got {tuple(y.shape)}")
     factors = None
     if weights is not None:
-        check_tensor("weights", weights, (torch.float32,))
+        _check_input("combine", "weights", weights, plan, (torch.float32,))
         if weights.shape != plan.ids.shape:
             raise ValueError(
                 f"weights: expected shape {tuple(plan.ids.shape)}, got {tuple(weights.shape)}"
@@ -169,7 +187,7 @@ def _return(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
     """Send rows back the way of their records; one of zeros is behind those that come."""
     returned = rows.new_empty((len(plan.tokens) + 1, rows.shape[1]))
     returned[-1].zero_()
-    exchange(returned[:-1], rows, plan.sent, plan.received, plan.group)
+    all_to_all(returned[:-1], rows, plan.sent, plan.received, plan.group)
     return returned
 
 
@@ -178,10 +196,19 @@ def _nothing(t: torch.Tensor, plan: Plan) -> torch.Tensor:
     return t.new_zeros((len(plan.tokens), *t.shape[1:]))
 
 
-def _check_tokens(name: str, x: torch.Tensor, plan: Plan) -> None:
+def _check_input(
+    function: str,
+    name: str,
+    t: torch.Tensor,
+    plan: Plan,
+    dtypes: Iterable[torch.dtype] = INPUT_DTYPES,
+) -> None:
+    """Check a tensor that travels, and the plan that it has to be on the device of."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan, as route returns it, got {describe(plan)}")
-    check_tensor(name, x, INPUT_DTYPES)
-    tokens = plan.records.shape[0]
-    if x.ndim != 2 or x.shape[0] != tokens:
-        raise ValueError(f"{name}: expected shape ({tokens}, k), got {tuple(x.shape)}")
+    check_tensor(name, t, dtypes)
+    check_real({name: t})
+    if t.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(torch_ops.not_differentiable(f"distributed.{function}", name))
+    if t.device != plan.ids.device:
+        raise ValueError(f"{name}: expected the plan's device {plan.ids.device}, got {t.device}")

@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from cute_quant import ops
-from cute_quant.contract.checks import check_format
+from cute_quant.contract import torch_private
+from cute_quant.contract.checks import check_format, check_whole_bytes
 from cute_quant.contract.formats import Format
 from cute_quant.distributed.records import Record
-from cute_quant.distributed.routing import Plan, check_sizes
+from cute_quant.distributed.routing import Plan, check_agreement, check_group, check_sizes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others, as NCCL does by default."""
 
 
 class PeerBuffers:
     """Records that arrive at each rank of a group, in memory that all of them see (NVLink).
 
-    All ranks make one together, of the same sizes, for many calls. The calls of one follow each
-    other on one stream of each rank: ranks wait for each other before they write, and after.
+    All ranks make one together, for many calls, which follow each other on one stream of each rank:
+    ranks wait for each other before they write, and after.
 
     Attributes:
-        sent: (max_tokens, bytes): for each rank the records there that this rank writes.
+        fmt, k, max_tokens, group: as given.
+        rank: of this process in the group.
+        received: (ranks * max_tokens + 1, bytes), uint8: records that arrive, one of zeros last.
+        sent: (max_tokens, bytes) for each rank: the records there that this rank writes.
 
     Args:
         fmt: of what is sent, without ``row_scale``.
         k: columns of the values.
         max_tokens: most tokens of any rank, as :func:`route` is told.
         group: the ranks, by default all.
-        device: by default the current CUDA device.
+        device: a CUDA device, by default the current one.
+        timeout: after which a rank whose peers do not come traps: its next calls raise.
 
     Raises:
-        TypeError, ValueError: an argument is wrong.
+        TypeError, ValueError: an argument is wrong, or another one than on other ranks.
         RuntimeError: the ranks cannot see each other's memory.
     """
 
@@ -46,18 +55,19 @@ class PeerBuffers:
         max_tokens: int,
         group: ProcessGroup | None = None,
         device: torch.device | str | None = None,
+        timeout: timedelta = TIMEOUT,
     ):
-        import torch.distributed._symmetric_memory as symmetric_memory
-
-        shape = self._shape(fmt, k, max_tokens, group)
+        shape = self.shape(fmt, k, max_tokens, group)
         place = torch.device("cuda" if device is None else device)
-        own = symmetric_memory.empty(shape, dtype=torch.uint8, device=place)
-        own_group = dist.distributed_c10d._get_default_group() if group is None else group
-        handle = symmetric_memory.rendezvous(own, own_group)
-        memories = [
-            handle.get_buffer(rank, shape, torch.uint8) for rank in range(handle.world_size)
-        ]
-        self._set(fmt, k, max_tokens, memories, handle.rank, handle.barrier)
+        if place.type != "cuda" or not torch.cuda.is_available():
+            raise ValueError(f"device: expected a CUDA device that is there, got {place}")
+        handle, memories = torch_private.symmetric_memory(shape, place, group)
+        milliseconds = int(timeout.total_seconds() * 1000)
+
+        def barrier() -> None:
+            handle.barrier(timeout_ms=milliseconds)
+
+        self._set(fmt, k, max_tokens, group, memories, barrier)
         self._handle = handle
 
     @classmethod
@@ -67,64 +77,98 @@ class PeerBuffers:
         k: int,
         max_tokens: int,
         memories: list[torch.Tensor],
-        rank: int,
         barrier: Callable[[], None],
+        group: ProcessGroup | None = None,
     ) -> PeerBuffers:
-        """Return buffers in memory that is there: that of each rank, and what waits for all."""
+        """Return buffers in memory of another kind, such as files that processes share.
+
+        Args:
+            fmt: as of the class.
+            k: the same.
+            max_tokens: the same.
+            group: the same.
+            memories: of each rank, `shape`, uint8.
+            barrier: waits for all ranks, and has each see what the others wrote.
+        """
+        cls.shape(fmt, k, max_tokens, group)
         buffers = cls.__new__(cls)
-        buffers._set(fmt, k, max_tokens, memories, rank, barrier)
+        buffers._set(fmt, k, max_tokens, group, memories, barrier)
         return buffers
 
     @staticmethod
-    def _shape(
+    def shape(
         fmt: Format, k: int, max_tokens: int, group: ProcessGroup | None = None
     ) -> tuple[int, int]:
-        """Return the records of a rank, one of zeros behind them, and the bytes of each."""
+        """Return the records of a rank, and the bytes of each.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, or another one than on other ranks.
+        """
+        ranks = check_group(group)
         check_format(fmt)
         if fmt.row_scale:
             raise ValueError(f"fmt: expected a format without row_scale, got {fmt}")
         check_sizes(k=k, max_tokens=max_tokens)
-        return dist.get_world_size(group) * max_tokens + 1, Record.of(fmt, k).nbytes
+        check_whole_bytes("k", fmt, k)
+        check_agreement(group, fmt=str(fmt), k=k, max_tokens=max_tokens)
+        return ranks * max_tokens + 1, Record.of(fmt, k).nbytes
 
     def _set(
         self,
         fmt: Format,
         k: int,
         max_tokens: int,
+        group: ProcessGroup | None,
         memories: list[torch.Tensor],
-        rank: int,
         barrier: Callable[[], None],
     ) -> None:
         self.fmt = fmt
         self.k = k
         self.max_tokens = max_tokens
-        self.rank = rank
+        self.group = group
+        self.rank = dist.get_rank(group)
         self._barrier = barrier
         self._record = Record.of(fmt, k)
-        self._received = memories[rank]
-        self._received[-1].zero_()
-        first = rank * max_tokens
+        self.received = memories[self.rank]
+        self.received[-1].zero_()
+        first = self.rank * max_tokens
         self.sent = [memory[first : first + max_tokens] for memory in memories]
 
     def exchange(
         self, x: torch.Tensor, plan: Plan, fmt: Format, upper: dict[str, Any]
     ) -> torch.Tensor:
-        """Quantize tokens into the records of all ranks, and return those that arrive."""
-        if fmt is not self.fmt or x.shape[1] != self.k:
+        """Quantize tokens into the records of all ranks, and return those that arrive.
+
+        Args:
+            x: as of :func:`dispatch`, which has checked it.
+            plan: the same.
+            fmt: the same.
+            upper: its arguments for an upper scale.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, before any rank waits for this one.
+        """
+        if fmt is not self.fmt or x.shape[1] != self.k or x.device != self.received.device:
             raise ValueError(
-                f"buffers: expected those of {fmt} and k {x.shape[1]}, got {self.fmt} and {self.k}"
+                f"buffers: expected those of {fmt} and k {x.shape[1]} on {x.device}, got "
+                f"{self.fmt} and {self.k} on {self.received.device}"
             )
-        if plan.sent is not None or plan.num_received != len(self._received) - 1:
+        if plan.group is not self.group or plan.max_tokens != self.max_tokens:
             raise ValueError(
-                f"buffers: expected a plan of route with max_tokens {self.max_tokens}, got one "
-                f"of {plan.num_received} records"
+                f"buffers: expected those of the plan's group and max_tokens {plan.max_tokens}, "
+                f"got max_tokens {self.max_tokens}"
             )
-        self._barrier()
+        # Own records come first: nobody else touches them, and what is wrong is found. Then each
+        # rank goes on with the one after it, so that none is written by all at once.
         ranks = len(self.sent)
-        # Each rank begins with the one after it, so that none is written by all at once.
-        for i in range(ranks):
-            rank = (self.rank + 1 + i) % ranks
-            out = self._record.views(self.sent[rank])
-            ops.quantize(x, self._record.fmt, scatter=plan.slots[rank], out=out, **upper)
+        self._write(x, plan, self.rank, upper)
         self._barrier()
-        return self._received
+        for i in range(1, ranks):
+            self._write(x, plan, (self.rank + i) % ranks, upper)
+        self._barrier()
+        return self.received
+
+    def _write(self, x: torch.Tensor, plan: Plan, rank: int, upper: dict[str, Any]) -> None:
+        """Quantize tokens into the records for a rank."""
+        out = self._record.views(self.sent[rank])
+        ops.quantize(x, self._record.fmt, scatter=plan.slots[rank], out=out, **upper)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from cute_quant.contract.dtypes import align, describe
 from cute_quant.contract.rows import Masked, PrefixSum
-from cute_quant.contract.tensors import MAX_SIZE
+from cute_quant.contract.tensors import MAX_SIZE, check_real, check_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,7 +32,8 @@ class Plan:
         records: (T, ranks), int32: the record that holds a token for each rank, -1 for none.
         slots: (ranks, T, 1), int32: its place among the records for that rank, -1 for none.
         tokens: (records,), int64: the token of each record that is sent, 0 where none is.
-        sent, received: records to and from each rank, None where they are as many for all.
+        max_tokens: records to and from each rank; None where they are counted.
+        sent, received: the counted ones.
         num_received: records that arrive.
         sources: (rows,), int64: the record of each row of the arrival, `num_received` of none.
         places: (received, topk), int64: the row for each of a record's experts, -1 for none.
@@ -47,6 +48,7 @@ class Plan:
     records: torch.Tensor
     slots: torch.Tensor
     tokens: torch.Tensor
+    max_tokens: int | None
     sent: list[int] | None
     received: list[int] | None
     num_received: int
@@ -63,24 +65,26 @@ class Plan:
         """Send records, (records, ...), and return those received, and one of zeros behind them."""
         received = send.new_empty((self.num_received + 1, *send.shape[1:]))
         received[-1].zero_()
-        exchange(received[:-1], send, self.received, self.sent, self.group)
+        all_to_all(received[:-1], send, self.received, self.sent, self.group)
         return received
 
     def check(self) -> None:
-        """Synchronize, and check that each row found a place.
+        """Synchronize, and check that each row found a place. All ranks call this together.
 
         Raises:
-            RuntimeError: the arrival has too few rows.
+            RuntimeError: the arrival of some rank has too few rows; on all ranks.
         """
-        dropped = int(self.dropped)
+        total = self.dropped.clone()
+        dist.all_reduce(total, group=self.group)
+        dropped = int(total)
         if dropped:
             raise RuntimeError(
-                f"num_rows: expected enough rows for what arrives, got {self.num_rows}, of which "
-                f"{dropped} rows did not find one"
+                f"num_rows: expected enough rows for what arrives, got {self.num_rows}: "
+                f"{dropped} rows did not find one, {int(self.dropped)} of them on this rank"
             )
 
 
-def exchange(
+def all_to_all(
     received: torch.Tensor,
     send: torch.Tensor,
     received_counts: list[int] | None,
@@ -111,33 +115,47 @@ def route(
     Rank r has experts ``r * experts / ranks`` and so on. All ranks call this together. The rows of
     an expert come from rank 0, 1, ..., each in the order of its tokens.
 
-    With `max_tokens` and `num_rows` nothing synchronizes, sizes are the same at every call, and the
-    call may be captured in a CUDA graph: each rank sends as many records to each other. Without
-    them it reads counts, sends what there is, and the arrival has the rows that it needs.
+    With `max_tokens` nothing synchronizes, sizes are the same at every call, and the call may be
+    captured in a CUDA graph: each rank sends as many records to each other, and without `num_rows`
+    the arrival has the rows of the worst case. Without `max_tokens` it reads counts, and sends what
+    there is; without `num_rows` the arrival then has the rows that it needs.
 
     Args:
         topk_ids: (T, topk), int32 or int64, the experts of each token, all different; -1, or what
             is out of range, is none. T may differ between ranks.
         experts: of all ranks together, a multiple of their number.
-        group: the ranks, by default all.
+        group: the ranks, by default all. What follows is the same on all of them.
         layout: of the arrival: ``PrefixSum`` for DeepGEMM's psum and contiguous GEMMs, ``Masked``
             for its masked one.
         alignment: rows that groups of a ``PrefixSum`` start at multiples of.
         max_tokens: most tokens of any rank, the same on all ranks.
-        num_rows: rows of the arrival: M, or max_m of ``Masked`` experts. What finds no place is
-            dropped, and counted.
-        check: whether to synchronize, and raise where rows were dropped.
+        num_rows: rows of the arrival: M, a multiple of `alignment`, or max_m of ``Masked`` experts.
+            What finds no place is dropped, and counted.
+        check: whether to synchronize, and raise on all ranks where rows were dropped on one, or
+            arguments differ between them. Otherwise these are not compared.
 
     Returns:
         The plan.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: an argument has a wrong value or shape.
+        ValueError: an argument has a wrong value or shape, or another one than on other ranks.
         RuntimeError: rows were dropped and `check` is set, or a rank is gone.
     """
-    ranks = dist.get_world_size(group)
+    ranks = check_group(group)
     _check_route(topk_ids, experts, layout, alignment, max_tokens, num_rows, ranks)
+    if not isinstance(check, bool):
+        raise TypeError(f"check: expected a bool, got {describe(check)}")
+    if check:
+        check_agreement(
+            group,
+            topk=topk_ids.shape[1],
+            experts=experts,
+            layout=layout.__name__,
+            alignment=alignment,
+            max_tokens=max_tokens,
+            num_rows=num_rows,
+        )
     device, (tokens, topk) = topk_ids.device, topk_ids.shape
     local = experts // ranks
     ids = topk_ids.long()
@@ -152,7 +170,7 @@ def route(
     else:
         counts = goes.sum(0)
         of_others = torch.empty_like(counts)
-        exchange(of_others, counts, None, None, group)
+        all_to_all(of_others, counts, None, None, group)
         sent, received = torch.stack([counts, of_others]).tolist()
         first = counts.cumsum(0) - counts
         num_sent, num_received = sum(sent), sum(received)
@@ -168,13 +186,13 @@ def route(
     token_of_record = ids.new_zeros(num_sent + 1)
     token_of_record[where] = token.flatten()
     expert = sent_ids.new_empty((num_received, topk))
-    exchange(expert, sent_ids[:num_sent], received, sent, group)
+    all_to_all(expert, sent_ids[:num_sent], received, sent, group)
 
     expert = expert.long()
-    count, rank_in_expert = ranks_in_experts(expert, local)
+    count, position_in_expert = positions_in_experts(expert, local)
     if num_rows is None:
         num_rows = _rows_needed(count, layout, alignment, num_received, topk, max_tokens)
-    rows, row, dropped = _rows(expert, count, rank_in_expert, layout, alignment, num_rows)
+    rows, row, dropped = _rows(expert, count, position_in_expert, layout, alignment, num_rows)
     total = num_rows * (local if layout is Masked else 1)
     sources = ids.new_full((total + 1,), num_received)
     record = torch.arange(num_received, device=device).unsqueeze(1).expand_as(row)
@@ -188,6 +206,7 @@ def route(
         records.int(),
         slot.t().int().unsqueeze(2).contiguous(),
         token_of_record[:num_sent],
+        max_tokens,
         sent,
         received,
         num_received,
@@ -200,15 +219,15 @@ def route(
     return plan
 
 
-def ranks_in_experts(expert: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return how many of (n, topk) each expert has, and the rank of each in its expert."""
+def positions_in_experts(expert: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how many of (n, topk) each expert has, and the place of each in its expert."""
     flat = expert.where(expert >= 0, experts).flatten()
     count = flat.new_zeros(experts + 1).scatter_add_(0, flat, torch.ones_like(flat))
     order = flat.argsort(stable=True)
     first = count.cumsum(0) - count
-    position = torch.arange(len(flat), device=flat.device)
-    rank = torch.empty_like(flat).scatter_(0, order, position - first[flat[order]])
-    return count[:experts], rank.view_as(expert)
+    number = torch.arange(len(flat), device=flat.device)
+    position = torch.empty_like(flat).scatter_(0, order, number - first[flat[order]])
+    return count[:experts], position.view_as(expert)
 
 
 def _rows_needed(
@@ -225,13 +244,13 @@ def _rows_needed(
         return received if max_tokens is not None else align(int(count.max()), 4)
     if max_tokens is None:
         return int(align(count, alignment).sum())
-    return align(received * min(topk, experts), alignment) + experts * (alignment - 1)
+    return align(received * min(topk, experts) + experts * (alignment - 1), alignment)
 
 
 def _rows(
     expert: torch.Tensor,
     count: torch.Tensor,
-    rank: torch.Tensor,
+    position: torch.Tensor,
     layout: type,
     alignment: int,
     num_rows: int,
@@ -239,13 +258,13 @@ def _rows(
     """Return the row domain of an arrival, the row of each expert of a record, and the dropped."""
     here, known = expert.clamp(min=0), expert >= 0
     if layout is Masked:
-        fits = known & (rank < num_rows)
-        row = here * num_rows + rank
+        fits = known & (position < num_rows)
+        row = here * num_rows + position
         rows: PrefixSum | Masked = Masked(count.clamp(max=num_rows).int())
     else:
         padded = align(count, alignment)
         start = padded.cumsum(0) - padded
-        row = start[here] + rank
+        row = start[here] + position
         fits = known & (row < num_rows)
         rows = PrefixSum((start + count).clamp(max=num_rows).int(), alignment)
     dropped = (known & ~fits).sum(dtype=torch.int32)
@@ -265,6 +284,41 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name}: expected 1 to {MAX_SIZE}, got {size}")
 
 
+def check_group(group: ProcessGroup | None) -> int:
+    """Return how many ranks a group has.
+
+    Raises:
+        TypeError: it is no group.
+        ValueError: this process is not in it.
+        RuntimeError: there are no groups yet.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("group: expected init_process_group to have been called")
+    given: object = group
+    outside = given == dist.GroupMember.NON_GROUP_MEMBER
+    if not (given is None or outside or isinstance(given, dist.ProcessGroup)):
+        raise TypeError(f"group: expected a process group, got {describe(given)}")
+    if outside or dist.get_rank(group) < 0:
+        raise ValueError("group: expected one that this process is in")
+    return dist.get_world_size(group)
+
+
+def check_agreement(group: ProcessGroup | None, **given: object) -> None:
+    """Synchronize, and check that all ranks were given the same.
+
+    Raises:
+        ValueError: an argument differs; on all ranks.
+    """
+    of_all: list[dict[str, object]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(of_all, given, group=group)
+    for name in given:
+        values = [of_rank[name] for of_rank in of_all]
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"{name}: expected the same on all ranks, got {', '.join(map(str, values))}"
+            )
+
+
 def _check_route(
     ids: torch.Tensor,
     experts: int,
@@ -274,8 +328,8 @@ def _check_route(
     num_rows: int | None,
     ranks: int,
 ) -> None:
-    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"topk_ids: expected a tensor of int32 or int64, got {describe(ids)}")
+    check_tensor("topk_ids", ids, (torch.int32, torch.int64))
+    check_real({"topk_ids": ids})
     if ids.ndim != 2:
         raise ValueError(f"topk_ids: expected shape (T, topk), got {tuple(ids.shape)}")
     check_sizes(experts=experts, alignment=alignment)
@@ -285,6 +339,20 @@ def _check_route(
         check_sizes(num_rows=num_rows)
     if layout is not PrefixSum and layout is not Masked:
         raise ValueError(f"layout: expected PrefixSum or Masked, got {describe(layout)}")
+    local = experts // ranks
+    if ranks * (max_tokens or 0) > MAX_SIZE:
+        raise ValueError(
+            f"max_tokens: expected up to {MAX_SIZE} records of {ranks} ranks, got {max_tokens}"
+        )
+    if num_rows is not None and layout is PrefixSum and num_rows % alignment:
+        raise ValueError(
+            f"num_rows: expected a multiple of alignment {alignment}, as groups start at, got "
+            f"{num_rows}"
+        )
+    if num_rows is not None and layout is Masked and local * num_rows > MAX_SIZE:
+        raise ValueError(
+            f"num_rows: expected up to {MAX_SIZE} rows of {local} experts, got {num_rows}"
+        )
     if experts % ranks:
         raise ValueError(f"experts: expected a multiple of the {ranks} ranks, got {experts}")
     if max_tokens is not None and ids.shape[0] > max_tokens:

@@ -149,8 +149,7 @@ def shared_buffers(
     fmt: cq.Format, k: int, max_tokens: int, rank: int, directory: str
 ) -> distributed.PeerBuffers:
     """Return buffers in files that all ranks map; poisoned by their owner."""
-    ranks = dist.get_world_size()
-    shape = ranks * max_tokens + 1, Record.of(fmt, k).nbytes
+    shape = distributed.PeerBuffers.shape(fmt, k, max_tokens)
 
     def memory_of(peer: int) -> torch.Tensor:
         name, size = f"{directory}/{peer}", math.prod(shape)
@@ -158,14 +157,14 @@ def shared_buffers(
 
     memory_of(rank).fill_(0xA5)
     dist.barrier()
-    memories = [memory_of(peer) for peer in range(ranks)]
-    return distributed.PeerBuffers.of_memory(fmt, k, max_tokens, memories, rank, dist.barrier)
+    memories = [memory_of(peer) for peer in range(dist.get_world_size())]
+    return distributed.PeerBuffers.of_memory(fmt, k, max_tokens, memories, dist.barrier)
 
 
 def too_few_rows(rank: int) -> None:
     """Route more rows than an arrival has; all others are there."""
     ids = torch.zeros(5, 1, dtype=torch.int64)
-    plan = distributed.route(ids, 4, num_rows=16, max_tokens=5)
+    plan = distributed.route(ids, 4, num_rows=16, max_tokens=5, alignment=16)
     assert int(plan.dropped) == (4 if rank == 0 else 0)
     assert plan.rows.data.tolist() == ([16] if rank == 0 else [0])
     x = torch.full((5, 128), rank + 1.0, dtype=torch.bfloat16)
@@ -173,11 +172,18 @@ def too_few_rows(rank: int) -> None:
     assert q.shape == (16, 128)
     combined = distributed.combine(torch.ones(16, 4), plan)
     assert combined.sum(1).tolist() == ([4.0] * 5 if rank < 3 else [4.0, 0.0, 0.0, 0.0, 0.0])
-    try:
-        plan.check()
-        assert rank > 0
-    except RuntimeError as error:
-        assert "of which 4 rows did not find one" in str(error) and rank == 0
+    own = 4 if rank == 0 else 0
+    words = (
+        f"num_rows: expected enough rows for what arrives, got 16: 4 rows did not find one, {own}"
+    )
+    expect_error(RuntimeError, words, plan.check)
+    sizes = {"max_tokens": 5, "num_rows": 2, "layout": Masked}
+    masked = distributed.route(ids, 4, **sizes)
+    assert int(masked.dropped) == (18 if rank == 0 else 0)
+    assert masked.rows.data.tolist() == ([2] if rank == 0 else [0])
+    expect_error(
+        RuntimeError, "18 rows did not find one", distributed.route, ids, 4, check=True, **sizes
+    )
 
 
 def errors(rank: int) -> None:
@@ -208,8 +214,66 @@ def errors(rank: int) -> None:
         (distributed.combine, (torch.zeros(1, 2, 3), plan), {}, "y: expected shape ("),
         (distributed.combine, (y, plan, torch.zeros(1, 1)), {}, "weights: expected shape (2, 1)"),
     )
+    nvfp4 = {"amax": torch.tensor(1.0)}
+    calls += (
+        (distributed.dispatch, (x[:, :0], plan), {}, "x: expected columns, got shape (2, 0)"),
+        (distributed.dispatch, (x.to("meta"), plan), {}, "x: expected a tensor"),
+        (distributed.dispatch, (x, plan), {"buffers": 3}, "buffers: expected PeerBuffers, got"),
+        (distributed.dispatch, (x, plan, None), nvfp4, "amax: expected None without a format"),
+        (distributed.dispatch, (x, plan), nvfp4, "amax: expected None for e4m3"),
+        (distributed.dispatch, (x[:, :127], plan, cq.NVFP4), nvfp4, "x: expected a multiple of 2"),
+        (distributed.combine, (y, None), {}, "plan: expected a Plan"),
+        (distributed.route, (ids.to("meta"), 4), {}, "topk_ids: expected a tensor"),
+        (distributed.route, (ids, 4), {"check": 3}, "check: expected a bool"),
+        (distributed.route, (ids, 4, 3), {}, "group: expected a process group, got"),
+        (distributed.route, (ids, 4), {"num_rows": 100}, "a multiple of alignment 128"),
+        (distributed.route, (ids, 4), {"max_tokens": 2**30}, "up to 2147483647 records of 4 ranks"),
+        (distributed.PeerBuffers.shape, (cq.NVFP4, 127, 2), {}, "k: expected a multiple of 2"),
+        (distributed.PeerBuffers.shape, (cq.NVFP4, 128, 0), {}, "max_tokens: expected 1 to"),
+        (
+            distributed.PeerBuffers,
+            (cq.DEEP_GEMM, 128, 2, None, "cpu"),
+            {},
+            "device: expected a CUDA",
+        ),
+        # What differs between ranks raises on all of them.
+        (
+            distributed.route,
+            (ids, 4),
+            {"check": True, "num_rows": 128 + 128 * rank},
+            "got 128, 256",
+        ),
+        (distributed.PeerBuffers.shape, (cq.DEEP_GEMM, 128, 2 + rank), {}, "got 2, 3, 4, 5"),
+    )
     for function, arguments, options, words in calls:
         expect_error((TypeError, ValueError), words, function, *arguments, **options)
+    for function, given in ((distributed.dispatch, x), (distributed.combine, y)):
+        needs_gradient = given.clone().requires_grad_()
+        expect_error(RuntimeError, "is not differentiable", function, needs_gradient, plan)
+
+
+def barriers(rank: int, directory: str) -> None:
+    """Write own records, wait for others to have read theirs, write those, and wait again."""
+    ranks, x = dist.get_world_size(), torch.ones(2, 128, dtype=torch.bfloat16)
+    plan = distributed.route(torch.arange(ranks).expand(2, ranks), ranks, max_tokens=2)
+    buffers = shared_buffers(cq.DEEP_GEMM, 128, 2, rank, directory)
+    written: list[int] = []
+
+    def barrier() -> None:
+        written.append(sum(int(t[0, 0]) != 0xA5 for t in buffers.sent))
+        dist.barrier()
+
+    buffers._barrier = barrier
+    distributed.dispatch(x, plan, cq.DEEP_GEMM, buffers=buffers)
+    assert written == [1, ranks]
+    others = distributed.route(torch.zeros(2, 1, dtype=torch.int64), ranks)
+    for arguments, words in (
+        ((x, others, cq.DEEP_GEMM), "buffers: expected those of the plan's group"),
+        ((x[:, :64], plan, cq.DEEP_GEMM), "buffers: expected those of e4m3"),
+        ((x, plan, cq.DEEP_GEMM_SM90), "buffers: expected those of e4m3"),
+    ):
+        expect_error(ValueError, words, distributed.dispatch, *arguments, buffers=buffers)
+    assert written == [1, ranks]
 
 
 def expect_error(error, words, function, *arguments, **options) -> None:

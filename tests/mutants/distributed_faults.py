@@ -84,6 +84,20 @@ FAULTS = [
         [THERE_AND_BACK],
     ),
     Fault(
+        "peers-write-before-others-have-read",
+        PEERS,
+        "        self._write(x, plan, self.rank, upper)\n        self._barrier()\n",
+        "        self._write(x, plan, self.rank, upper)\n",
+        [f"{ON_EXPERTS}::test_ranks_wait_for_each_other"],
+    ),
+    Fault(
+        "route-rows-of-masked-experts-past-the-last",
+        ROUTING,
+        "fits = known & (position < num_rows)",
+        "fits = known",
+        [f"{ON_EXPERTS}::test_rows_that_find_no_place"],
+    ),
+    Fault(
         "peers-places-of-another-rank",
         PEERS,
         "scatter=plan.slots[rank]",
