@@ -14,6 +14,7 @@ processes run a small layer on the CPU.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Callable
@@ -112,7 +113,8 @@ def compare(
 ) -> tuple[float, float]:
     """Return how much of the output is the layer's on one GPU to the bit, and the error of all.
 
-    Bits are compared where the order of additions is the same: of tokens with experts on one rank.
+    Bits are compared where the order of additions is the same: of tokens with experts on one rank,
+    of all ranks together; NaN where there are none. The error is the largest of a rank.
     """
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     torch.manual_seed(0)
@@ -125,8 +127,12 @@ def compare(
     expected = moe_layer.contiguous(layer, tokens, routing, OneGpu())
     rank_of_expert = routing.ids * dist.get_world_size() // experts
     alone = (rank_of_expert == rank_of_expert[:, :1]).all(1)
-    same = (result == expected)[alone].float().mean().item()
-    return same, moe_layer.relative_error(result, expected)
+    same = (result == expected)[alone].double()
+    found = torch.stack([same.sum(), same.new_tensor(same.numel())])
+    dist.all_reduce(found)
+    error = found.new_tensor(moe_layer.relative_error(result, expected))
+    dist.all_reduce(error, dist.ReduceOp.MAX)
+    return (found[0] / found[1]).item(), error.item()
 
 
 def times(rank: int, count: int) -> list[float]:
@@ -174,7 +180,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def on_rank(rank: int, ranks: int, backend: str, port: int) -> None:
-    """Join the group and print, on rank 0, what all ranks measure."""
+    """Join the group and print, on rank 0, the comparison of all ranks and its own times."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if backend == "nccl":
         torch.cuda.set_device(rank)
@@ -198,7 +204,8 @@ def on_rank(rank: int, ranks: int, backend: str, port: int) -> None:
         same, error = compare(rank, *sizes, count, cq.deep_gemm_format())
         parts = [f"{time:.3f} ms" for time in times(rank, count)]
         if rank == 0:
-            cells = (str(count), f"{100 * same:.1f} %", f"{100 * error:.3f} %", *parts)
+            bits = "no such" if math.isnan(same) else f"{100 * same:.1f} %"
+            cells = (str(count), bits, f"{100 * error:.3f} %", *parts)
             print("".join(f"{cell:>12}" for cell in cells), flush=True)
     dist.destroy_process_group()
 

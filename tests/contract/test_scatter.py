@@ -244,6 +244,11 @@ def test_calls_that_differ_in_the_rows_of_the_result(device):
         (None, ([0, 1], [2, 4]), "scatter: expected -1 to 3, got 4 at (1, 1)"),
         (None, ([0, -2], [2, 3]), "scatter: expected -1 to 3, got -2 at (0, 1)"),
         (None, ([0, 1], [1, 3]), "scatter: expected each row once, got row 1 2 times, first at"),
+        (
+            None,
+            ([0, 0, 2], [2, 2, 1]),
+            "scatter: expected each row once, got row 0 2 times, first at",
+        ),
         (None, ([0, 1], [-1, 3]), "got none for row 2"),
         (PrefixSum(int32(1, 4), 2), ([0, -1], [2, 3]), None),
         (PrefixSum(int32(1, 4), 2), ([0, 1], [2, 3]), "got row 1, which does not, at (0, 1)"),
