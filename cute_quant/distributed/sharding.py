@@ -51,7 +51,7 @@ def register_shardings() -> None:
     ops = torch.ops.cute_quant
     for name, shardings in _SHARDINGS.items():
         _register(getattr(ops, name).default, shardings)
-    for name in _OUT:
+    for name in _REPLICATED:
         _register(getattr(ops, name).default, lambda arguments: [])
 
 
@@ -285,7 +285,7 @@ _SHARDINGS: dict[str, Callable[[dict[str, Any]], list[Sharding]]] = {
     "dequantize_blocks": _blocks("q", "sf", results=1),
     "requantize_blocks": _blocks("w8", "w_sf", results=2),
 }
-_OUT = (
+_REPLICATED = (
     "quantize_out",
     "silu_mul_quantize_out",
     "silu_mul_backward_quantize_out",
