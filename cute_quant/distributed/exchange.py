@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,12 +13,10 @@ from cute_quant.contract.dtypes import INPUT_DTYPES, describe
 from cute_quant.contract.formats import DEEP_GEMM, Format
 from cute_quant.contract.tensors import check_real, check_tensor
 from cute_quant.dispatch import torch_ops
+from cute_quant.distributed.arrival import lay_out
 from cute_quant.distributed.peers import PeerBuffers
 from cute_quant.distributed.records import Record
 from cute_quant.distributed.routing import Plan, all_to_all
-
-UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Elements that rows of bytes are gathered as."""
 
 
 def dispatch(
@@ -88,11 +85,7 @@ def dispatch(
         received = buffers.exchange(x, plan, fmt, upper)
     else:
         received = exchange_records(x, plan, record, upper)
-    shape = (*plan.batch_shape, plan.num_rows, x.shape[1])
-    q, sf = _arrive(received, plan, record, shape)
-    if record.fmt is fmt:
-        return q, sf
-    return q, ops.convert_scales(sf, record.fmt, fmt, shape, rows=plan.rows)
+    return lay_out(received, plan, record, fmt, x.shape[1])
 
 
 def exchange_records(
@@ -118,18 +111,6 @@ def _quantize(
     for first in range(0, places.shape[1], MAX_PLACES):
         some = places[:, first : first + MAX_PLACES].contiguous()
         ops.quantize(x, fmt, scatter=some, out=out, **upper)
-
-
-def _arrive(
-    received: torch.Tensor, plan: Plan, record: Record, shape: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return values and scales of records in the rows of the arrival."""
-    unit = math.gcd(record.value_bytes, 8)
-    values = received.view(UNITS[unit])[:, : record.value_bytes // unit]
-    q = values.index_select(0, plan.sources).view(record.fmt.values)
-    _, scales = record.views(received)
-    sf = scales.index_select(0, plan.sources)
-    return q.view(*shape[:-1], q.shape[1]), sf.view(*shape[:-1], sf.shape[1])
 
 
 def combine(y: torch.Tensor, plan: Plan, weights: torch.Tensor | None = None) -> torch.Tensor:

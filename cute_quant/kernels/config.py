@@ -538,6 +538,25 @@ CONVERT_ROWS = 4
 """Rows of a thread whose words are contiguous in the result."""
 
 
+class ArrivalSpec(NamedTuple):
+    """Choices of `kernels.arrival.Arrival`.
+
+    Attributes:
+        fmt: that stands for all with the same layout of scales, of as many bytes.
+        masked: whether rows are those of masked experts, of which the others are left alone.
+        pdl: as of a `QuantizeSpec`.
+    """
+
+    fmt: Format
+    masked: bool = False
+    pdl: bool = True
+    kernel: str = "arrival.Arrival"
+
+
+ARRIVAL_WARPS = 4
+"""Warps of its CTAs, which have a row for each lane."""
+
+
 QuantizerSpec = QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec | RmsNormSpec
 Spec = (
     QuantizerSpec
@@ -547,6 +566,7 @@ Spec = (
     | RequantizeSpec
     | ColumnsSpec
     | ConvertSpec
+    | ArrivalSpec
 )
 
 

@@ -89,8 +89,8 @@ class ConvertScales:
         if self.kind != DENSE:
             counts = make_fake_tensor(Int32, (cute.sym_int32(),), stride=(1,))
         return (
-            _fake_scales(self.source, batch, self.load_bytes),
-            _fake_scales(self.result, batch, self.store_bytes),
+            fake_scales(self.source, batch, self.load_bytes),
+            fake_scales(self.result, batch, self.store_bytes),
             counts,
             *[Int32(0)] * 5,
             make_fake_stream(use_tvm_ffi_env_stream=True),
@@ -111,8 +111,8 @@ class ConvertScales:
     ):
         """Launch the kernel, on batches of matrices."""
         batches = mS.shape[0]
-        source = _scale_tensor(self.source, mS, mn, groups)
-        result = _scale_tensor(self.result, mR, mn, groups)
+        source = scale_tensor(self.source, mS, mn, groups)
+        result = scale_tensor(self.result, mR, mn, groups)
         stored_rows = Uint32(mn)
         if const_expr(self.result.mn_major):
             stored_rows = round_up(stored_rows, SCALE_ROW_ALIGNMENT)
@@ -206,7 +206,7 @@ class ConvertScales:
         exists = exists and group < num_groups
         if const_expr(self.load_bytes == GROUPS * itemsize):
             if exists:
-                start = _address(mS, (batch, Int64(row), group), self.load_bytes)
+                start = address(mS, (batch, Int64(row), group), self.load_bytes)
                 vector = cute.make_tensor(cute.recast_ptr(start, dtype=Uint32), loaded.layout)
                 cute.copy(store_atom(Uint32, cute.size(loaded), self.load_bytes), vector, loaded)
             if const_expr(itemsize == 1):
@@ -245,7 +245,7 @@ class ConvertScales:
         """Store a word of each row; those of several rows are contiguous."""
         mR, num_groups = problem.result, problem.num_groups
         nbytes = self.store_bytes
-        start = _address(mR, (batch, Int64(rows[0]), group), nbytes)
+        start = address(mR, (batch, Int64(rows[0]), group), nbytes)
         last = group + GROUPS >= num_groups
         limit = self.rows_in_storage(problem, batch, last)
         if const_expr(len(rows) > 1 or nbytes == BYTES_PER_WORD or self.result.packed):
@@ -264,12 +264,12 @@ class ConvertScales:
             for j in cutlass.range_constexpr(GROUPS):
                 if group + j < num_groups:
                     limit = self.rows_in_storage(problem, batch, group + j == num_groups - 1)
-                    start = _address(mR, (batch, Int64(rows[0]), group + j), nbytes)
+                    start = address(mR, (batch, Int64(rows[0]), group + j), nbytes)
                     column = [bits[j] for bits in floats]
                     store_vector(start, column, [row < limit for row in rows], nbytes)
         else:
             limit = self.rows_in_storage(problem, batch, Boolean(False))
-            start = _address(mR, (batch, Int64(rows[0]), group), nbytes)
+            start = address(mR, (batch, Int64(rows[0]), group), nbytes)
             inside = [rows[0] < limit and group + j < num_groups for j in range(GROUPS)]
             store_vector(start, floats[0], inside, nbytes)
 
@@ -339,20 +339,20 @@ def store_each(start: cute.Pointer, words: list, inside: list, nbytes: cutlass.C
                     gB[BYTES_PER_WORD * i + j] = (words[i] >> 8 * j).to(Uint8)
 
 
-def _address(t: cute.Tensor, coordinate: tuple, nbytes: int) -> cute.Pointer:
+def address(t: cute.Tensor, coordinate: tuple, nbytes: int) -> cute.Pointer:
     """Return a byte pointer to an element, which lies at a multiple of `nbytes`."""
     offset = Int64(t.layout(coordinate)) * (t.element_type.width // 8)
     return cute.recast_ptr(t.iterator, dtype=Uint8) + cute.assume(offset, divby=nbytes)
 
 
-def _scale_tensor(fmt: Format, t: cute.Tensor, mn: Int32, groups: Int32) -> cute.Tensor:
+def scale_tensor(fmt: Format, t: cute.Tensor, mn: Int32, groups: Int32) -> cute.Tensor:
     """Return a tensor of scales as (batch, rows, groups), bytes or the bits of float32."""
     layout = layouts.batch_of_scales(fmt, t.layout, mn, groups)
     dtype = Uint8 if fmt.byte_scales else Uint32
     return cute.make_tensor(cute.recast_ptr(t.iterator, dtype=dtype), layout)
 
 
-def _fake_scales(fmt: Format, batch: Int32, nbytes: int) -> cute.Tensor:
+def fake_scales(fmt: Format, batch: Int32, nbytes: int) -> cute.Tensor:
     """Return a stand-in for a tensor of scales whose vectors start at multiples of `nbytes`."""
     dtype = Int32 if fmt.packed else Uint8 if fmt.byte_scales else Float32
     inner = 1 if fmt.blocked else 2

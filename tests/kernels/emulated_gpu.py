@@ -21,8 +21,11 @@ from cute_quant.contract.prologues import Prologue
 from cute_quant.contract.rows import Rows
 from cute_quant.contract.upper_scales import UpperScale
 from cute_quant.dispatch import blocks, columns, launch, plan
+from cute_quant.distributed import arrival
+from cute_quant.distributed.records import Record
 from cute_quant.emulator import EmulatedKernel
 from cute_quant.jit import lookup
+from cute_quant.kernels import arrival as arrival_kernels
 from cute_quant.kernels import blocks as block_kernels
 from cute_quant.kernels import columns as column_kernels
 from cute_quant.kernels import dequantize, heuristics, scheduler
@@ -177,6 +180,13 @@ class Gpu:
         with self.present(list(call.reads.values()), options):
             return columns.run(call._replace(x=call.x.as_subclass(OnGpu)))
 
+    def lay_out(
+        self, received: torch.Tensor, routed: Any, record: Record, fmt: Format, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``arrival.lay_out`` of ``cute_quant.distributed``."""
+        with self.present([received, routed.sources, routed.rows.data], {}):
+            return arrival.lay_out(received.as_subclass(OnGpu), routed, record, fmt, k)
+
     @contextlib.contextmanager
     def present(self, reads: list[torch.Tensor | None], options: dict[str, Any]) -> Iterator[None]:
         """Put the emulated GPU in place; only the memory of `reads` holds values."""
@@ -208,6 +218,7 @@ class Gpu:
             mock.patch.multiple(dequantize, **limits),
             mock.patch.multiple(block_kernels, **limits),
             mock.patch.multiple(column_kernels, **limits),
+            mock.patch.object(arrival_kernels, "MAX_GRID_Y", self.max_grid),
             mock.patch.object(
                 plan,
                 "_launch_shape",

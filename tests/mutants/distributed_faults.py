@@ -5,10 +5,12 @@ from tests.mutants.fault import Fault
 ROUTING = "distributed/routing.py"
 EXCHANGE = "distributed/exchange.py"
 PEERS = "distributed/peers.py"
+ARRIVAL = "kernels/arrival.py"
 SHARDING = "distributed/sharding.py"
 TORCH_PRIVATE = "contract/torch_private.py"
 
 ON_EXPERTS = "tests/distributed/test_expert_parallel.py"
+ON_ARRIVAL = "tests/kernels/test_arrival.py"
 ON_DTENSOR = "tests/distributed/test_dtensor.py"
 THERE_AND_BACK = f"{ON_EXPERTS}::test_there_and_back"
 
@@ -68,6 +70,27 @@ FAULTS = [
         "        if factors is not None:\n",
         "        if factors is None:\n",
         [THERE_AND_BACK],
+    ),
+    Fault(
+        "arrival-scales-of-another-row",
+        ARRIVAL,
+        "bits = Uint32(problem.words[Int64(source),",
+        "bits = Uint32(problem.words[Int64(source ^ 1),",
+        [f"{ON_ARRIVAL}::test_rows_of_a_prefix_sum"],
+    ),
+    Fault(
+        "arrival-rows-past-a-count",
+        ARRIVAL,
+        "num_rows = row_domains.clamp(problem.counts[batch], num_rows)",
+        "num_rows = num_rows",
+        [f"{ON_ARRIVAL}::test_masked_experts"],
+    ),
+    Fault(
+        "arrival-one-matrix-of-a-grid",
+        ARRIVAL,
+        "for batch in range(first_batch, problem.q.shape[0], step):",
+        "for batch in range(first_batch, first_batch + 1, step):",
+        [f"{ON_ARRIVAL}::test_masked_experts"],
     ),
     Fault(
         "peers-records-of-another-rank",
