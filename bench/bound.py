@@ -1,309 +1,258 @@
-"""What bounds a kernel, and the time that follows, read from its machine code without a GPU.
+"""Estimate times of kernels, beside measured ones of an H100, and for a B200.
 
-A warp takes issue slots and cycles of pipes, moves bytes, and waits for results. `demands` counts
-the first, `life` the last: it replays the stalls and scoreboards that the assembler has encoded,
-with the latencies of the GPU. By Little's law an SM keeps as many warps, and so bytes, in flight as
-its registers and places hold, each for its life.
+    python -m bench.bound [--against FILE]...
 
-The model of a launch: the gap between two dependent launches, the life of one CTA, another life
-where CTAs follow each other, and the longest of the times that single resources need.
+Prints, for each measured call, its time, the estimate of `bench.resources` and what binds first,
+then Spearman's rank correlation and the relative errors. Only if they are within their limits does
+it print estimates for a B200, where nothing was measured; if not, it exits with 1. Needs no GPU.
+
+FILE has JSON lines: the machine, then a `Time` each. The default is what an H100 measured.
 """
 
 from __future__ import annotations
 
-import collections
-import itertools
-import math
-import re
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
+
+from bench import resources
+from bench.resources import MACHINES, Bound, Launch, Machine
+from cute_quant import Format
 from cute_quant.contract.dtypes import ceil_div
-from cute_quant.kernels import architectures
-from cute_quant.kernels.architectures import B200, H100, SCHEDULERS_PER_SM, Gpu
-from cute_quant.kernels.config import LANES
-from cute_quant.lab import timing
-from cute_quant.lab.machine_code import MachineCode
-
-ISSUE, ALU, FMA, CONVERT, MUFU, SHARED, MEMORY, IN_FLIGHT = (
-    "issue slots",
-    "ALU",
-    "FMA",
-    "conversions",
-    "MUFU",
-    "shared memory",
-    "memory",
-    "bytes in flight",
+from cute_quant.dispatch import reachable
+from cute_quant.dispatch.call_range import (
+    DEQUANTIZE_BLOCKS,
+    QUANTIZE_BLOCKS,
+    REQUANTIZE_BLOCKS,
+    CallRange,
 )
-"""Resources. Shared memory is the pipe of shuffles and of global accesses too."""
+from cute_quant.dispatch.plan import Gpu
+from cute_quant.dispatch.reachable import Variant
+from cute_quant.kernels.config import (
+    BLOCK_TILE,
+    BLOCK_WARPS,
+    LANES,
+    BlocksSpec,
+    RmsNormSpec,
+    Spec,
+    launched_on,
+)
+from cute_quant.lab import timing
+from cute_quant.lab.machine_code import machine_code
+
+MEASURED = Path(__file__).parent / "results" / "h100-times.jsonl"
+
+BLOCK_OPERATIONS = (QUANTIZE_BLOCKS, REQUANTIZE_BLOCKS, DEQUANTIZE_BLOCKS)
+
+LEAST_KERNELS = 20
+"""Different kernels that have to be among the measured ones."""
+LEAST_CORRELATION = 0.95
+MOST_ERROR = 0.10
+"""Limits of the rank correlation and of the median relative error. They were written down before
+the first estimate was compared."""
 
 
-class Machine(NamedTuple):
-    """What is known of a GPU beside its clock and bandwidth.
-
-    Attributes:
-        gpu: the GPU.
-        arch: target of its kernels.
-        sustained: share of the bandwidth that streams reach.
-        l2_bytes: of the L2 cache. Half of it holds what all SMs read, since the cache has two
-            parts, and an SM reads what belongs to the other through its own.
-        l2_bandwidth: bytes a second.
-        l2_latency, memory_latency: seconds of a load.
-        launch: seconds between two dependent launches of kernels that do nothing.
-    """
-
-    gpu: Gpu
-    arch: str
-    sustained: float
-    l2_bytes: int
-    l2_bandwidth: float
-    l2_latency: float
-    memory_latency: float
-    launch: float
-
-    def cycles(self, seconds: float) -> float:
-        return seconds * self.gpu.clock
-
-
-H100_CLOCK_OF_LATENCIES = 1.755e9
-"""Boost clock of the H100 PCIe, whose latencies are published in cycles."""
-
-MACHINES = {
-    machine.arch: machine
-    for machine in (
-        Machine(
-            H100,
-            "sm_90a",
-            # Streams of 350 MB and more, bench/results/h100.jsonl. Not a kernel that is estimated.
-            sustained=0.925,
-            # CUDA device properties.
-            l2_bytes=50 << 20,
-            # Chips and Cheese, "Nvidia's H100: Funny L2, and Tons of Bandwidth", 2023.
-            l2_bandwidth=5.5e12,
-            # Luo et al., arXiv:2402.13499: 263 and 479 cycles.
-            l2_latency=263 / H100_CLOCK_OF_LATENCIES,
-            memory_latency=479 / H100_CLOCK_OF_LATENCIES,
-            # Derived: the stream of one row, 0.70 us (bench/results/h100.jsonl), less its life.
-            launch=0.51e-6,
-        ),
-        Machine(
-            B200,
-            "sm_100a",
-            sustained=0.925,  # derived: as of the H100
-            # Chips and Cheese, "Nvidia's B200: Keeping the CUDA Juggernaut Rolling", 2025.
-            l2_bytes=126 << 20,
-            l2_bandwidth=5.5e12 * B200.sms / H100.sms,  # derived: as much for an SM as on the H100
-            l2_latency=150e-9,  # Chips and Cheese, within a die
-            memory_latency=150e-9 + (479 - 263) / H100_CLOCK_OF_LATENCIES,  # derived
-            launch=0.51e-6,  # derived: as of the H100
-        ),
-    )
-}
-
-RATES = {ALU: 64, FMA: 128, CONVERT: 64, MUFU: 16}
-"""Results of a cycle and SM: CUDA C++ Programming Guide, "Throughput of Native Arithmetic
-Instructions", compute capability 9.0 and 10.0."""
-SHARED_BYTES_PER_CYCLE = 128
-"""Of an SM: the guide, "Shared Memory": 32 banks of 4 bytes."""
-
-PIPES = {
-    FMA: "FFMA FMUL FADD HFMA2 HMUL2 HADD2 FHFMA FFMA2 FMUL2 FADD2 IMAD",
-    CONVERT: "F2FP",
-    # The guide has 16 conversions a cycle between floating-point numbers and integers.
-    MUFU: "MUFU F2I F2F I2F FRND",
-    ALU: "IADD3 LOP3 SHF SHL SHR SEL FSEL PRMT LEA VIADD VIMNMX VIMNMX3 VIADDMNMX IMNMX FMNMX "
-    "FMNMX3 HMNMX2 ISETP FSETP HSETP2 PLOP3 MOV I2FP IABS LOP POPC FLO BMSK SGXT CS2R I2IP "
-    "VHMNMX FSET HSET2 R2P P2R",
-}
-"""Instructions of the pipes, by mnemonic; others take an issue slot alone."""
-HALF_RATE = {"FFMA2", "FMUL2", "FADD2", "IMAD"}
-"""Instructions of the FMA pipe with two results for a thread, or on half of its lanes."""
-ACCESSES = {"LDS", "STS", "LDG", "STG", "LDL", "STL", "SHFL"}
-
-_PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
-_WIDTH = re.compile(r"\.(256|128|64|U16|S16|U8|S8)\b")
-
-SHUFFLE_CYCLES = 24
-MUFU_CYCLES = 23
-CONSTANT_CYCLES = 38
-"""Latencies of Volta, whose successors have similar ones: Jia et al., arXiv:1804.06826."""
-SHARED_CYCLES = 29
-"""Luo et al., as above."""
-
-
-def access_bytes(opcode: str) -> int:
-    """Return the bytes that an instruction loads or stores for a thread."""
-    found = _WIDTH.search(opcode)
-    width = found.group(1) if found else "32"
-    return int(width.strip("US")) // 8
-
-
-def executed(code: MachineCode) -> int:
-    """Return the number of instructions up to the last exit.
-
-    Slow paths, such as those of divisions, come after it and return.
-    """
-    exits = (i + 1 for i, name in enumerate(code.opcodes) if name == "EXIT")
-    return max(exits, default=len(code.opcodes))
-
-
-def demands(code: MachineCode) -> dict[str, float]:
-    """Return the cycles of an SM that a warp takes of its issue slots and of each pipe."""
-    opcodes = code.opcodes[: executed(code)]
-    cycles: dict[str, float] = collections.defaultdict(float)
-    cycles[ISSUE] = len(opcodes) / SCHEDULERS_PER_SM
-    for opcode in opcodes:
-        name = opcode.split(".")[0]
-        if name in ACCESSES:
-            cycles[SHARED] += LANES * access_bytes(opcode) / SHARED_BYTES_PER_CYCLE
-        elif pipe := _PIPE_OF.get(name):
-            cycles[pipe] += LANES / RATES[pipe] * (2 if name in HALF_RATE else 1)
-    return dict(cycles)
-
-
-def bytes_in_flight(code: MachineCode) -> int:
-    """Return the bytes that a warp loads from memory, all of them at once."""
-    return LANES * sum(access_bytes(name) for name in code.opcodes if name.startswith("LDG"))
-
-
-def life(code: MachineCode, load_cycles: float) -> float:
-    """Return the cycles from the wait for the kernel before to the exit of a warp that is alone.
-
-    Args:
-        code: without branches that go back.
-        load_cycles: latency of a load from memory.
-    """
-    latencies = {
-        "LDG": load_cycles,
-        "LDS": SHARED_CYCLES,
-        "SHFL": SHUFFLE_CYCLES,
-        "LDC": CONSTANT_CYCLES,
-        "S2R": CONSTANT_CYCLES,
-    }
-    time, start = 0.0, 0.0
-    released = [0.0] * 6
-    instructions = zip(code.opcodes, code.controls, strict=True)
-    for opcode, control in itertools.islice(instructions, executed(code)):
-        time = max([time, *(released[i] for i in control.waits)])
-        name = opcode.split(".")[0]
-        if name == "ACQBULK":
-            # The kernel before ends later than what comes first.
-            start = time = max([time, *released])
-        if control.sets is not None:
-            done = time + latencies.get(name, MUFU_CYCLES)
-            released[control.sets] = max(released[control.sets], done)
-        time += max(control.stall, 1)
-    return time - start
-
-
-class Launch(NamedTuple):
-    """A launch of a kernel.
+class Time(NamedTuple):
+    """A measured call of bfloat16 rows or weights.
 
     Attributes:
-        code: of the kernel.
-        ctas: of the grid.
-        warps: of a CTA.
-        nbytes: that the launch reads and writes.
-        cycled: bytes that are read and written until the same memory is used again.
+        operation: as of a `CallRange`.
+        fmt: of the results.
+        m, k: rows and columns of the results.
+        seconds: of a call.
+        commit: that was measured.
+        residual: whether the norm has one.
+        stochastic: whether values are rounded by random numbers.
+        along_n: whether weights are contiguous along n.
     """
 
-    code: MachineCode
-    ctas: int
-    warps: int
-    nbytes: int
-    cycled: int
-
-
-def resident_ctas(code: MachineCode, warps: int, arch: str) -> int:
-    """Return the CTAs that an SM has registers, shared memory and places for; at least one."""
-    architecture = architectures.named(arch)
-    by_registers = code.resident_warps(warps, architecture) // warps
-    by_shared = architecture.shared_bytes // max(code.shared, 1)
-    return max(1, min(by_registers, by_shared))
-
-
-class Bound(NamedTuple):
-    """What bounds a launch.
-
-    Attributes:
-        seconds: that each resource needs.
-        fixed: seconds that no resource shortens: the gap between launches, and lives of CTAs.
-    """
-
-    seconds: Mapping[str, float]
-    fixed: float
+    operation: str
+    fmt: str
+    m: int
+    k: int
+    seconds: float
+    commit: str
+    residual: bool = False
+    stochastic: bool = False
+    along_n: bool = False
 
     @property
-    def first(self) -> str:
-        """Return the resource that binds first."""
-        return max(self.seconds, key=lambda name: self.seconds[name])
+    def name(self) -> str:
+        options = ("residual", "stochastic", "along_n")
+        words = [name.replace("_", " ") for name in options if getattr(self, name)]
+        return f"{', '.join([self.operation, *words])} {self.fmt}"
 
     @property
-    def estimate(self) -> float:
-        """Return the seconds of the launch."""
-        return self.fixed + self.seconds[self.first]
+    def nbytes(self) -> int:
+        """Return the bytes that the call reads and writes; scales of blocks are next to none."""
+        fmt = Format.parse(self.fmt)
+        quantized = fmt.value_columns(self.k) * fmt.values.itemsize
+        if not fmt.whole_row and self.operation not in BLOCK_OPERATIONS:
+            quantized += fmt.groups(self.k) * fmt.scale_dtype.itemsize
+        match self.operation:
+            case "dequantize_blocks":
+                row = quantized + 2 * self.k
+            case "requantize_blocks":
+                row = self.k + quantized
+            case "silu_mul_quantize":
+                row = 4 * self.k + quantized
+            case "silu_mul_backward_quantize":
+                row = 3 * self.k + quantized
+            case _:
+                row = 2 * self.k + quantized
+        # The residual is read and written.
+        return self.m * (row + 4 * self.k * self.residual)
 
 
-def bound(launch: Launch, machine: Machine) -> Bound:
-    """Return what bounds a launch between others that it depends on."""
-    code, gpu = launch.code, machine.gpu
-    # Between half of the cache and all of it, more and more of it is gone before it is read again.
-    missing = min(1.0, max(0.0, 2 * launch.cycled / machine.l2_bytes - 1))
-    latency = machine.l2_latency + missing * (machine.memory_latency - machine.l2_latency)
-    one_life = life(code, machine.cycles(latency)) / gpu.clock
-    ctas = ceil_div(launch.ctas, gpu.sms)
-    seconds = {
-        name: ctas * launch.warps * cycles / gpu.clock for name, cycles in demands(code).items()
-    }
-    memory = missing / (gpu.bandwidth * machine.sustained) + (1 - missing) / machine.l2_bandwidth
-    seconds[MEMORY] = launch.nbytes * memory
-    waves = ctas / resident_ctas(code, launch.warps, machine.arch)
-    seconds[IN_FLIGHT] = max(0.0, waves - 1) * one_life
-    return Bound(seconds, machine.launch + one_life * min(2.0, max(1.0, waves)))
+def read(path: Path) -> list[Time]:
+    """Return the times of a file."""
+    lines = (json.loads(line) for line in path.read_text().splitlines())
+    return [Time(**line["time"]) for line in lines if "time" in line]
 
 
-def steady(code: MachineCode, warps: int, nbytes: float, machine: Machine) -> dict[str, float]:
-    """Return the cycles of an SM that each resource needs for a warp among many, from memory.
-
-    Args:
-        code: of the kernel.
-        warps: of a CTA.
-        nbytes: that a warp reads and writes.
-        machine: the GPU.
-    """
-    cycles = demands(code)
-    of_sm = machine.gpu.bandwidth * machine.sustained / machine.gpu.sms / machine.gpu.clock
-    cycles[MEMORY] = nbytes / of_sm
-    resident = resident_ctas(code, warps, machine.arch) * warps
-    cycles[IN_FLIGHT] = life(code, machine.cycles(machine.memory_latency)) / resident
-    return cycles
+def spec_of(time: Time, machine: Machine) -> Spec:
+    """Return the spec of the kernel that a call takes on a GPU."""
+    fmt = Format.parse(time.fmt)
+    calls = CallRange(time.operation, fmt, torch.bfloat16, (time.k,), time.m)
+    calls = calls._replace(stochastic=time.stochastic).with_upper_scale("encode_scale")
+    variant = Variant(calls, time.k, residual=time.residual, along_n=time.along_n)
+    spec = reachable.spec_of(variant, time.m, Gpu(machine.arch, machine.gpu.sms))
+    return launched_on(spec, machine.arch)
 
 
-def ranks(values: Sequence[float]) -> list[float]:
-    """Return the rank of each value from 1 on, the mean of their ranks for equal ones."""
-    ordered = sorted(values)
-    first = {value: i for i, value in reversed(list(enumerate(ordered)))}
-    counts = collections.Counter(values)
-    return [first[value] + (counts[value] + 1) / 2 for value in values]
+def grid(spec: Spec, m: int, k: int) -> tuple[int, int]:
+    """Return the CTAs of a launch for (m, k) results, and the warps of each."""
+    if isinstance(spec, BlocksSpec):
+        return ceil_div(m, BLOCK_TILE) * ceil_div(k, BLOCK_TILE), BLOCK_WARPS
+    tile: Any = spec.tile  # type: ignore[union-attr]
+    fmt = spec.fmt  # type: ignore[union-attr]
+    rows = ceil_div(fmt.scale_rows(m), tile.rows)
+    tiles = ceil_div(k, LANES * tile.values_per_thread)
+    norm = isinstance(spec, RmsNormSpec)
+    if norm or fmt.by_row:
+        of_thread = (
+            spec.tiles_per_thread if isinstance(spec, RmsNormSpec) else tile.tiles_per_thread
+        )
+        return rows, tile.row_warps * ceil_div(tiles, of_thread)
+    columns = ceil_div(tiles, tile.column_warps * tile.tiles_per_thread)
+    return rows * columns, tile.row_warps * tile.column_warps
 
 
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return Spearman's rank correlation, that of the ranks; 0 where all values are equal.
-
-    Raises:
-        ValueError: the numbers of values differ, or there are less than two.
-    """
-    if len(a) != len(b) or len(a) < 2:
-        raise ValueError(f"b: expected {max(len(a), 2)} values as of a, got {len(b)}")
-    x, y = ranks(a), ranks(b)
-    mean = (len(a) + 1) / 2
-    covariance = sum((i - mean) * (j - mean) for i, j in zip(x, y, strict=True))
-    deviations = math.sqrt(
-        sum((i - mean) ** 2 for i in x) * sum((j - mean) ** 2 for j in y)
+def launch_of(time: Time, machine: Machine) -> tuple[Spec, Launch]:
+    """Return the spec and the launch of a call on a GPU, as benchmarks measure it."""
+    spec = spec_of(time, machine)
+    ctas, warps = grid(spec, time.m, time.k)
+    code = machine_code(spec, machine.arch)
+    return spec, Launch(
+        code, ctas, warps, time.nbytes, time.nbytes * timing.buffer_count(time.nbytes)
     )
-    return covariance / deviations if deviations else 0.0
 
 
-def buffers(nbytes: int) -> int:
-    """Return the bytes that benchmarks cycle through for calls that read and write so many."""
-    return nbytes * timing.buffer_count(nbytes)
+class Estimate(NamedTuple):
+    """A measured call and what bounds it."""
+
+    time: Time
+    spec: Spec
+    bound: Bound
+
+    @property
+    def error(self) -> float:
+        """Return how much longer than measured the estimate is, as a share."""
+        return self.bound.estimate / self.time.seconds - 1
+
+
+def estimates(times: Sequence[Time], machine: Machine) -> list[Estimate]:
+    found = []
+    for time in times:
+        spec, launch = launch_of(time, machine)
+        found.append(Estimate(time, spec, resources.bound(launch, machine)))
+    return found
+
+
+class Check(NamedTuple):
+    """How close estimates are to measured times.
+
+    Attributes:
+        kernels: how many different ones there are.
+        correlation: Spearman's, of all calls.
+        median, largest: relative errors, without their signs.
+    """
+
+    kernels: int
+    correlation: float
+    median: float
+    largest: float
+
+    @property
+    def passes(self) -> bool:
+        return (
+            self.kernels >= LEAST_KERNELS
+            and self.correlation >= LEAST_CORRELATION
+            and self.median <= MOST_ERROR
+        )
+
+
+def check(found: Sequence[Estimate]) -> Check:
+    """Compare estimates with measured times."""
+    errors = [abs(e.error) for e in found]
+    correlation = resources.rank_correlation(
+        [e.time.seconds for e in found], [e.bound.estimate for e in found]
+    )
+    kernels = len({e.spec for e in found})
+    return Check(kernels, correlation, statistics.median(errors), max(errors))
+
+
+def table(found: Sequence[Estimate], machine: Machine, *, measured: bool) -> Iterator[str]:
+    """Yield the lines of a table, with measured times and errors or without."""
+    width = max(len(e.time.name) for e in found)
+    header = f"{'measured':>10} {'error':>6} " if measured else ""
+    yield f"{machine.gpu.name:{width}} {'rows':>6} {header}{'estimate':>10}  bound by"
+    for e in found:
+        words = f"{e.time.seconds * 1e6:7.2f} us {e.error:+6.0%} " if measured else ""
+        estimate = f"{e.bound.estimate * 1e6:7.2f} us"
+        yield f"{e.time.name:{width}} {e.time.m:6} {words}{estimate}  {e.bound.first}"
+
+
+def report(times: Sequence[Time]) -> tuple[list[str], bool]:
+    """Return the lines of both tables, and whether the estimates are within their limits."""
+    h100, b200 = MACHINES["sm_90a"], MACHINES["sm_100a"]
+    found = estimates(times, h100)
+    result = check(found)
+    lines = [
+        *table(found, h100, measured=True),
+        "",
+        f"{len(found)} calls of {result.kernels} kernels, at least {LEAST_KERNELS} asked",
+        f"rank correlation {result.correlation:.3f}, at least {LEAST_CORRELATION} asked",
+        f"relative error: median {result.median:.1%}, at most {MOST_ERROR:.0%} asked; "
+        f"largest {result.largest:.0%}",
+        "",
+    ]
+    if not result.passes:
+        return [*lines, "Not within the limits: there are no estimates for other GPUs."], False
+    lines += ["B200: estimate, not measured", ""]
+    return [*lines, *table(estimates(times, b200), b200, measured=False)], True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.bound",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--against", type=Path, action="append", metavar="FILE", help=f"default: {MEASURED.name}"
+    )
+    paths = parser.parse_args().against or [MEASURED]
+    lines, passes = report([time for path in paths for time in read(path)])
+    print(*lines, sep="\n")
+    sys.exit(not passes)
+
+
+if __name__ == "__main__":
+    main()
