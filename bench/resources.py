@@ -3,7 +3,7 @@
 A warp takes issue slots and cycles of pipes, moves bytes, and waits for results. `demands` counts
 the first. `life` is the last: it replays the stalls and scoreboards that the assembler has encoded,
 with the latencies of a GPU. By Little's law an SM moves the bytes of the warps that it holds once
-in a life.
+in a life. Branches are not followed: what a warp skips counts, and a loop counts once.
 
 A launch takes the gap between two dependent launches, the life of a warp, another one where CTAs
 follow each other, and the longest of the times that the resources need.
@@ -108,7 +108,7 @@ SHARED_BYTES_PER_CYCLE = 128
 PIPES = {
     FMA: "FFMA FMUL FADD HFMA2 HMUL2 HADD2 FHFMA FFMA2 FMUL2 FADD2 IMAD",
     CONVERT: "F2FP",
-    # The guide has 16 conversions a cycle between floating-point numbers and integers.
+    # Derived: conversions from and to integers run on the unit of the functions, as on Volta.
     MUFU: "MUFU F2I F2F I2F FRND",
     ALU: "IADD3 LOP3 SHF SHL SHR SEL FSEL PRMT LEA VIADD VIMNMX VIMNMX3 VIADDMNMX IMNMX FMNMX "
     "FMNMX3 HMNMX2 ISETP FSETP HSETP2 PLOP3 MOV I2FP IABS LOP POPC FLO BMSK SGXT CS2R I2IP "

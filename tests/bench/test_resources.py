@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from bench import resources
+from bench import resources, sass
 from bench.resources import (
     ALU,
     CONVERT,
@@ -20,7 +20,9 @@ from bench.resources import (
     bound,
     rank_correlation,
 )
-from cute_quant.kernels.config import QuantizeSpec
+from bench.stream import Stream
+from cute_quant import ROWWISE_INT8
+from cute_quant.kernels.config import ONE_ROW, QuantizeSpec, RmsNormSpec, Tile
 from cute_quant.lab.machine_code import Control, MachineCode, controls, machine_code
 from tests.helpers import UE8M0
 
@@ -162,6 +164,22 @@ def test_control_bits_of_a_listing():
                                                        /* 0x042fe2000f8e0004 */
     """
     assert controls(listing) == (Control(4, 2, ()), Control(1, None, (1,)))
+
+
+def test_lines_about_the_resources_of_a_kernel():
+    spec = QuantizeSpec(torch.bfloat16, UE8M0)
+    lines = sass.resource_lines(spec, machine_code(spec, "sm_90a"), 1, H100)
+    text = " ".join(map(str.strip, lines))
+    assert "H100, estimated cycles of an SM for 512 elements: memory 129.9, issue slots" in text
+    assert text.endswith("Bound by memory. 64 warps load 64 KB at once.")
+
+
+def test_warps_of_a_cta():
+    bf16 = torch.bfloat16
+    assert sass.cta_warps(Stream(True, threads=256)) == 8
+    assert sass.cta_warps(QuantizeSpec(bf16, UE8M0, Tile(row_warps=2, column_warps=4))) == 8
+    assert sass.cta_warps(RmsNormSpec(bf16, UE8M0, Tile(row_warps=2), max_warps=3)) == 6
+    assert sass.cta_warps(QuantizeSpec(bf16, ROWWISE_INT8, ONE_ROW, max_warps=7)) == 7
 
 
 @pytest.mark.parametrize("arch", MACHINES)
