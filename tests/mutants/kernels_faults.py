@@ -865,7 +865,7 @@ FAULTS = [
         STAGE,
         "return tile * self.tile.columns < k",
         "return tile * self.tile.columns <= k",
-        [f"{ON_NORM_KERNEL}::test_formats"],
+        [f"{ON_NORM_KERNEL}::test_shapes_of_blocks"],
     ),
     Fault(
         "norm-weights-without-their-offset",
