@@ -861,13 +861,6 @@ FAULTS = [
         [f"{ON_NORM_KERNEL}::test_padding_scales"],
     ),
     Fault(
-        "norm-scales-past-the-last-tile",
-        STAGE,
-        "return tile * self.tile.columns < k",
-        "return tile * self.tile.columns <= k",
-        [f"{ON_NORM_KERNEL}::test_shapes_of_blocks"],
-    ),
-    Fault(
         "norm-weights-without-their-offset",
         ENCODINGS,
         "Uint16(_BF16_ONE), addend)",
