@@ -140,8 +140,3 @@ def test_the_grid_is_that_of_the_call(kernels, fmt, norm):
     host = launched.host.launches[-1]
     threads = torch.tensor(host.block).prod().item()
     assert (launch.ctas, 32 * launch.warps) == (torch.tensor(host.grid).prod().item(), threads)
-
-
-@pytest.mark.slow
-def test_estimates_are_close_to_the_recorded_times():
-    assert bound.check(bound.estimates(bound.read(MEASURED), H100)).passes
