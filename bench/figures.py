@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import masked, numerics, report, sass, stage_report
+from bench import bound, masked, numerics, report, resources, sass, stage_report
 from bench.names import CUTE_QUANT, EMPTY_LIKE, NEG, PDL, STREAM
+from bench.resources import MACHINES
 from bench.results import Results
 from cute_quant import NVFP4
 from cute_quant.lab import draw, make_layout
@@ -41,6 +42,7 @@ BLOCKS = RECORDS / "h100-blocks.jsonl"
 SWEEP = LAYOUTS / "sweep.json"
 
 SUMMARY_ROWS = 1, 64, 1024, 4096, 32768
+MOST_ESTIMATED_ROWS = 16384
 
 PICTURES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -143,7 +145,7 @@ def host_table() -> Iterable[str]:
 
 
 def sass_table() -> Iterable[str]:
-    """Return instructions of kernels for bf16, beside the issue budget."""
+    """Return instructions of kernels for bf16, beside the issue budget, and what binds first."""
     gpus = {arch: architecture.gpu for arch, architecture in EXAMINED.items() if architecture.gpu}
     targets = (f"{arch}, of {gpu.name}'s budget" for arch, gpu in gpus.items())
     yield f"| kernel | {' | '.join(targets)} |"
@@ -153,9 +155,37 @@ def sass_table() -> Iterable[str]:
             continue
         cells = [name.replace(", bf16 -> e4m3, ue8m0", "")]
         for arch, gpu in gpus.items():
-            count = len(machine_code(spec, arch).opcodes)
-            budget = gpu.issue_budget(rows * sass.bytes_per_warp(spec))
-            cells.append(f"{count} of {budget} ({count / budget:.0%})")
+            code, nbytes = machine_code(spec, arch), rows * sass.bytes_per_warp(spec)
+            count, budget = len(code.opcodes), gpu.issue_budget(nbytes)
+            cycles = resources.steady(code, sass.cta_warps(spec), nbytes, MACHINES[arch])
+            first = max(cycles, key=lambda name: cycles[name])
+            cells.append(f"{count} of {budget} ({count / budget:.0%}), {first}")
+        yield f"| {' | '.join(cells)} |"
+
+
+def bound_table() -> Iterable[str]:
+    """Return estimates of the largest calls that were measured; for B200 if they are close."""
+    machine = json.loads(bound.MEASURED.read_text(encoding="utf-8").splitlines()[0])["machine"]
+    yield from report.origin_lines(machine)
+    times = bound.read(bound.MEASURED)
+    found = bound.estimates(times, MACHINES["sm_90a"])
+    result = bound.check(found)
+    yield f"{len(found)} calls of {result.kernels} kernels: rank correlation"
+    yield f"{result.correlation:.3f}, relative error {result.median:.1%} in the median,"
+    yield f"{result.largest:.0%} at most."
+    if not result.passes:
+        return
+    largest = {e.time.name: e for e in found if e.time.m <= MOST_ESTIMATED_ROWS}
+    there = bound.estimates([e.time for e in largest.values()], MACHINES["sm_100a"])
+    yield ""
+    titles = "call", "rows x k", "H100 µs", "estimate", "bound by", "B200 estimate, not measured"
+    yield f"| {' | '.join(titles)} | bound by |"
+    yield "| --- | ---: | ---: | ---: | --- | ---: | --- |"
+    for here, estimate in zip(largest.values(), there, strict=True):
+        time = here.time
+        cells = [time.name, f"{time.m} x {time.k}", report.microseconds(time.seconds)]
+        for e in (here, estimate):
+            cells += [report.microseconds(e.bound.estimate), e.bound.first]
         yield f"| {' | '.join(cells)} |"
 
 
@@ -173,6 +203,7 @@ TABLES: dict[str, tuple[Path | None, Callable[[], Iterable[str]]]] = {
     "blocks": (BLOCKS, blocks_table),
     "host": (HOST, host_table),
     "sass": (None, sass_table),
+    "bound": (bound.MEASURED, bound_table),
     "sweep": (SWEEP, sweep_table),
 }
 """By the name in a document: the record, if it is one of a GPU, and the lines."""

@@ -3,7 +3,9 @@
     python -m bench.sass
 
 Prints, for each kernel and architecture, its instructions beside the issue budget, its registers
-and spills, the accesses to global memory, and the instructions by kind.
+and spills, the accesses to global memory, and the instructions by kind. For H100 and B200 it prints
+the resources that 512 elements take, as `bench.resources` counts them: cycles of an SM of each, the
+warps that it holds, the bytes that they have in flight, and what binds first.
 
 A warp moves what its 32 threads read and write for 16 elements of the result each, and the warps
 of a GPU together move no more than its memory does. The issue budget is how many instructions a
@@ -22,6 +24,8 @@ from collections.abc import Iterator
 
 import torch
 
+from bench import resources
+from bench.resources import MACHINES, Machine
 from bench.stream import Stream
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, NVFP4, ROWWISE_INT8
 from cute_quant.contract.upper_scales import ENCODE
@@ -30,6 +34,7 @@ from cute_quant.kernels import architectures
 from cute_quant.kernels.architectures import Gpu
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
+    LANES,
     ONE_ROW,
     Access,
     Domain,
@@ -194,6 +199,35 @@ def report(
     ]
 
 
+def cta_warps(spec: QuantizerSpec | Stream) -> int:
+    """Return the warps of a CTA, the most where a launch counts them."""
+    if isinstance(spec, Stream):
+        return spec.threads // LANES
+    if isinstance(spec, RmsNormSpec) or spec.fmt.by_row:
+        return spec.max_warps * spec.tile.row_warps
+    return spec.tile.row_warps * spec.tile.column_warps
+
+
+def resource_lines(
+    spec: QuantizerSpec | Stream, code: MachineCode, rows: int, machine: Machine
+) -> list[str]:
+    """Return lines about the resources of a kernel, for each of the rows or tiles of a warp."""
+    warps = cta_warps(spec)
+    cycles = resources.steady(code, warps, rows * bytes_per_warp(spec), machine)
+    of_row = {name: count / rows for name, count in cycles.items()}
+    by_need = sorted(of_row, key=lambda name: -of_row[name])
+    needs = ", ".join(f"{name} {of_row[name]:.1f}" for name in by_need)
+    resident = resources.resident_ctas(code, warps, machine.arch) * warps
+    loaded = resident * resources.bytes_in_flight(code)
+    return textwrap.wrap(
+        f"{machine.gpu.name}, estimated cycles of an SM for {ELEMENTS_PER_WARP} elements: {needs}. "
+        f"Bound by {by_need[0]}. {resident} warps load {loaded / 1024:.0f} KB at once.",
+        WIDTH,
+        initial_indent=INDENT,
+        subsequent_indent=INDENT,
+    )
+
+
 def _counted(names: Iterator[str]) -> str:
     """Return each name once, the most frequent first, with how often it came."""
     counts = collections.Counter(names).most_common()
@@ -208,12 +242,16 @@ def main() -> None:
     for name, rows, spec in reported():
         print(f"\n{name}")
         same: dict[MachineCode, list[str]] = {}
+        bounds: dict[str, list[str]] = {}
         for arch in ARCHITECTURES.values():
-            code = dataclasses.replace(compiled(spec, arch), text="")
-            same.setdefault(code, []).append(arch)
+            code = compiled(spec, arch)
+            same.setdefault(dataclasses.replace(code, text="", controls=()), []).append(arch)
+            if machine := MACHINES.get(arch):
+                bounds[arch] = resource_lines(spec, code, rows, machine)
         for code, targets in same.items():
             gpu = architectures.named(targets[0]).gpu
             lines = report(" ".join(targets), code, rows, gpu, bytes_per_warp(spec))
+            lines += (line for target in targets for line in bounds.get(target, ()))
             print(*lines, sep="\n", flush=True)
 
 

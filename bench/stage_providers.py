@@ -102,7 +102,8 @@ def default_spec(operation: Operation, mn: int, k: int, pdl: bool) -> StageSpec:
     sms = lookup.multiprocessors(torch.cuda.current_device())
     size = 1, mn, k, UE8M0, False, sms
     if operation is RMS_NORM_QUANTIZE:
-        norm = heuristics.norm_shape(*size)
+        least_tiles = heuristics.norm_tiles(architecture())
+        norm = heuristics.norm_shape(*size, least_tiles=least_tiles)
         return norm_spec(norm.tile, norm.tiles_per_thread, norm.max_warps, pdl)
     if operation is SILU_MUL_QUANTIZE:
         shape = heuristics.silu_shape(*size, architecture())

@@ -305,7 +305,7 @@ def _launch_shape(
         case SiluMul() | SiluMulBackward():
             return heuristics.silu_shape(*size, gpu.arch)
         case RmsNorm():
-            return heuristics.norm_shape(*size)
+            return heuristics.norm_shape(*size, least_tiles=heuristics.norm_tiles(gpu.arch))
 
 
 def _silu_mul(prologue: SiluMul, dtype: torch.dtype, k: int, *, batched: bool) -> _Prologue:

@@ -104,7 +104,7 @@ def size_of_whole_rows(spec: QuantizerSpec) -> tuple[int, int]:
     ):
         size = 1, rows, k, spec.fmt, False, FEW_ROWS
         if isinstance(spec, RmsNormSpec):
-            shape = heuristics.norm_shape(*size)
+            shape = heuristics.norm_shape(*size, least_tiles=heuristics.norm_tiles(arch))
         else:
             shape = heuristics.row_shape(*size, arch)
         if (shape.tile, shape.tiles_per_thread, shape.max_warps, shape.held) == wanted:

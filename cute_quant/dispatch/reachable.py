@@ -232,6 +232,12 @@ def specs(calls: CallRange, gpu: Gpu) -> dict[Spec, Variant]:
     return found
 
 
+def spec_of(variant: Variant, rows: int, gpu: Gpu) -> Spec:
+    """Return the spec of calls on contiguous tensors, for a number of rows."""
+    *_, (x_bytes, q_bytes) = _operand_alignments(variant)
+    return _spec(variant, (rows,), x_bytes, q_bytes, gpu)
+
+
 def _operand_alignments(variant: Variant) -> Iterator[tuple[int, int]]:
     """Yield the alignments that rows of the input and of the result can have."""
     calls, k = variant.calls, variant.k

@@ -56,6 +56,7 @@ class Architecture(NamedTuple):
         widest_load: bytes that an instruction loads or stores for a thread.
         pair_arithmetic: whether there is a maximum of two pairs of 16-bit integers
             (``max.u16x2``), and a product of two pairs of bfloat16 (``mul.bf16x2``).
+        packed_float32: whether two float32 are added and multiplied at once (``fma.f32x2``).
         mixed_fma: whether bfloat16 can be multiplied and added to float32 (``fma.f32.bf16``).
         e2m1: whether float32 and bfloat16 can be converted to e2m1 (``cvt.e2m1x2``).
         three_input_max: whether there is a maximum of three float32.
@@ -69,6 +70,7 @@ class Architecture(NamedTuple):
     pdl: bool = True
     widest_load: int = 32
     pair_arithmetic: bool = True
+    packed_float32: bool = True
     mixed_fma: bool = True
     e2m1: bool = True
     three_input_max: bool = True
@@ -98,6 +100,7 @@ _SM_89 = Architecture(
     pdl=False,
     widest_load=16,
     pair_arithmetic=False,
+    packed_float32=False,
     mixed_fma=False,
     e2m1=False,
     three_input_max=False,
@@ -110,6 +113,7 @@ _SM_90A = Architecture(
     "sm_90a",
     (9, 0),
     widest_load=16,
+    packed_float32=False,
     mixed_fma=False,
     e2m1=False,
     three_input_max=False,

@@ -8,6 +8,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Uint32
 
 from cute_quant.contract.dtypes import to_float32
+from cute_quant.kernels import ptx
 from cute_quant.kernels.config import LANES
 from cute_quant.kernels.encodings import registers
 from cute_quant.kernels.params import Params
@@ -114,23 +115,41 @@ def elementwise(function: Callable[[Float32], Float32], x: cute.TensorSSA) -> cu
 def thread_sum(x: cute.TensorSSA) -> Float32:
     """Return the sum of a thread's float32, a power of two of them.
 
-    Sums are of pairs, so roundings are as deep as the logarithm of their number.
+    Sums are of pairs, so roundings are as deep as the logarithm of their number. They are those of
+    vectors, the first half of the values and the second: SM100 adds two pairs at once.
     """
-    return _reduce_in_pairs(lambda a, b: a + b, x)
+    while cute.size(x.shape) > 1:
+        first, second = halves(x)
+        x = first + second
+    return registers(x)[0]
 
 
 def thread_max(x: cute.TensorSSA) -> Uint32:
     """Return the maximum of a thread's integers, a power of two of them."""
-    return Uint32(_reduce_in_pairs(cutlass.max, x))
-
-
-def _reduce_in_pairs(function: Callable, x: cute.TensorSSA) -> cutlass.Numeric:
     rX = registers(x)
     values = [rX[i] for i in range(cute.size(rX))]
     while len(values) > 1:
         half = len(values) // 2
-        values = [function(a, b) for a, b in zip(values[:half], values[half:], strict=True)]
-    return values[0]
+        values = [cutlass.max(a, b) for a, b in zip(values[:half], values[half:], strict=True)]
+    return Uint32(values[0])
+
+
+def halves(x: cute.TensorSSA) -> list[cute.TensorSSA]:
+    """Return the first and the second half of a vector."""
+    rX = registers(x)
+    size = cute.size(rX) // 2
+    return [cute.make_tensor(rX.iterator + start, size).load() for start in (0, size)]
+
+
+def fma(a: cute.TensorSSA, b: cute.TensorSSA, c: cute.TensorSSA) -> cute.TensorSSA:
+    """Return a * b + c, rounded once, two elements at once where SM100 can."""
+    if not ptx.target().packed_float32:
+        return cute.math.fma(a, b, c)
+    rA, rB, rC = registers(a), registers(b), registers(c)
+    for i in range(0, cute.size(rC), 2):
+        pairs = ((r[i], r[i + 1]) for r in (rA, rB, rC))
+        rC[i], rC[i + 1] = cute.arch.fma_packed_f32x2(*pairs)
+    return rC.load()
 
 
 def warp_sum(value: Float32) -> Float32:

@@ -52,6 +52,7 @@ _INTEGERS = 2**23
 """The least float32 from which on there are only integers."""
 _E2M1_OFFSETS = sum((0x4B000000 << 1) << 4 * i for i in range(E2M1_PER_WORD)) % 2**32
 """The bits of `_INTEGERS` in each code, as they add up in a word."""
+_BF16_ONE = 0x3F80
 _BF16_INTEGERS = 2**7
 """The least bfloat16 from which on there are only integers."""
 _LAST_SLOPE = 0.298828125
@@ -102,6 +103,20 @@ def widen(rX: cute.Tensor) -> cute.Tensor:
             bits[2 * i + 1] = pairs[i] & Uint32(0xFFFF0000)
     else:
         rY.store(rX.load().to(Float32))
+    return rY
+
+
+@cute.jit
+def widen_and_add(rX: cute.Tensor, addend: Float32) -> cute.Tensor:
+    """Return the sums of a thread's values, (values,), and a float32, rounded once."""
+    if const_expr(rX.element_type is BFloat16 and ptx.target().mixed_fma):
+        rY = cute.make_rmem_tensor(rX.shape, Float32)
+        halves = cute.recast_tensor(rX, Uint16)
+        for i in cutlass.range_constexpr(cute.size(rX)):
+            rY[i] = ptx.fma_bf16_to_f32(halves[i], Uint16(_BF16_ONE), addend)
+        return rY
+    rY = widen(rX)
+    rY.store(rY.load() + addend)
     return rY
 
 

@@ -91,6 +91,13 @@ Rows are few where each has an SM. Blackwell, whose vectors have 16 values, is n
 """
 WARPS_PER_NORM = 4
 """Least warps of a CTA where rows are so short that it can have several."""
+NORM_TILES = {16: 1, 32: 2}
+"""Least tiles of a thread that holds part of a row to be normalized, by the bytes of a vector.
+
+On an H100 two tiles were slower than one at every size (k = 2048 and 7168). Blackwell is not
+measured: a B200 has 226 instructions of a warp for each of its tiles before they take longer than
+memory does. Kernels of one tile have 206, of two tiles 169.
+"""
 
 RESIDENT_CTAS = 8
 """CTAs for each SM that walk the experts of a batch, at least."""
@@ -235,8 +242,8 @@ def norm_shape(
 ) -> NormShape:
     """Return the launch for rows that are normalized, by as many warps as a row has tiles.
 
-    Fewer warps with two tiles each, or several rows in a CTA, were slower at every size (k = 2048
-    and 7168). `least_tiles` is the least number of tiles of a thread.
+    Several rows in a CTA were slower at every size (k = 2048 and 7168). `least_tiles` is the least
+    number of tiles of a thread, `norm_tiles` of a norm.
     """
     unit = 1 if fmt.whole_row else fmt.group_size * fmt.groups_per_unit
     columns = ceil_div(align(k, unit), DEFAULT_TILE.columns)
@@ -249,6 +256,11 @@ def norm_shape(
     row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)
     row_ctas = expert_ctas(matrices, row_tiles, 1, sms)
     return NormShape(tile, False, row_ctas, tiles_per_thread, max_warps)
+
+
+def norm_tiles(arch: str) -> int:
+    """Return the least tiles of a thread that holds part of a row to be normalized."""
+    return NORM_TILES[architectures.named(arch).widest_load]
 
 
 BLOCK_VALUES = 16

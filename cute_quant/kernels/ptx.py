@@ -72,12 +72,17 @@ def select_bytes(a: Uint32, b: Uint32, selector: int) -> Uint32:
     return _apply("prmt.b32", a, b, Uint32(selector))
 
 
-@dsl_user_op
-def mul_bf16_to_f32(a: Uint16, b: Uint16, *, loc=None, ip=None) -> Float32:
+def mul_bf16_to_f32(a: Uint16, b: Uint16) -> Float32:
     """Return the product of two bfloat16 as float32, a fused sum with -0: needs `mixed_fma`."""
     # As bits: the DSL takes -0.0 for the 0.0 that a kernel may have had before.
     negative_zero = Uint32(0x80000000).bitcast(Float32)
-    operands = [v.ir_value(loc=loc, ip=ip) for v in (a, b, negative_zero)]
+    return fma_bf16_to_f32(a, b, negative_zero)
+
+
+@dsl_user_op
+def fma_bf16_to_f32(a: Uint16, b: Uint16, c: Float32, *, loc=None, ip=None) -> Float32:
+    """Return the fused sum of the product of two bfloat16 and a float32: needs `mixed_fma`."""
+    operands = [v.ir_value(loc=loc, ip=ip) for v in (a, b, c)]
     ptx = "fma.rn.f32.bf16 $0, $1, $2, $3;"
     return Float32(llvm.inline_asm(T.f32(), operands, ptx, "=f,h,h,f", loc=loc, ip=ip))
 

@@ -167,11 +167,14 @@ class RmsNorm(WholeRows):
     ):
         """Load, add, reduce, normalize, quantize and store a row; keep the scales of its tiles."""
         spec, stage, inputs = self.spec, self.stage, problem.prologue
+        # Columns are compared with the k of q everywhere: that of other tensors, though the same,
+        # would be compared anew and take up to 22 registers of a thread with 4 tiles.
+        gW = cute.make_tensor(inputs.weight.iterator, cute.make_layout(problem.k))
         # Registers of each of the thread's tiles: (values,).
         tXrX = [self.load(gX, segment, row) for segment in segments]
         early = len(segments) <= EARLY_WEIGHTS
         if const_expr(early):
-            tXrW = [self.load(inputs.weight, segment, row) for segment in segments]
+            tXrW = [self.load(gW, segment, row) for segment in segments]
         if const_expr(spec.residual):
             values = self.add_residual(tXrX, problem, row, segments)
         else:
@@ -182,9 +185,9 @@ class RmsNorm(WholeRows):
         # hold where the row is rounded before it is multiplied with the weights.
         square = warp_sum_of_squares(values)
         if const_expr(not early):
-            tXrW = [self.load(inputs.weight, segment, row) for segment in segments]
+            tXrW = [self.load(gW, segment, row) for segment in segments]
         offset = zero_unless(row.exists, inputs.offset)
-        weights = [encodings.widen(t).load() + offset for t in tXrW]
+        weights = [encodings.widen_and_add(t, offset).load() for t in tXrW]
         if const_expr(self.rounds_row):
             square = self.sum_over_warps(square)
         else:
@@ -232,8 +235,6 @@ class RmsNorm(WholeRows):
         self, tXrX: list[cute.Tensor], problem: Problem, row: Row, segments: list[Segment]
     ) -> list[cute.TensorSSA]:
         """Return x + residual, and store the sum."""
-        # Columns are compared with the k of q everywhere: that of the weights, though the same,
-        # would be compared anew and take up to 22 registers of a thread with 4 tiles.
         spec, inputs, k = self.spec, problem.prologue, problem.k
         gR, gSum = inputs.residual.row(row.index, k), inputs.residual_out.row(row.index, k)
         tXrR = [self.load(gR, segment, row) for segment in segments]
@@ -340,9 +341,12 @@ def matrix_or_none(m: cute.Tensor | None) -> Matrix | None:
 
 def warp_sum_of_squares(values: list[cute.TensorSSA]) -> Float32:
     """Return the sum of squares over the tiles of a warp, in each of its lanes."""
+    if len(values) == 1:
+        # The first sum of `thread_sum`, fused.
+        values = arithmetic.halves(values[0])[::-1]
     squares = values[0] * values[0]
     for value in values[1:]:
-        squares = cute.math.fma(value, value, squares)
+        squares = arithmetic.fma(value, value, squares)
     return arithmetic.warp_sum(arithmetic.thread_sum(squares))
 
 

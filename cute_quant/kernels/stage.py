@@ -236,6 +236,13 @@ class Stage:
             return cute.ceil_div(padded, self.groups_per_tile)
         return cute.ceil_div(k, self.tile.columns)
 
+    def has_tile(self, tile: Int32, k: Int32) -> Boolean:
+        """Return whether a row has so many tiles of a warp; without `tiles`, if it can."""
+        if const_expr(not self.whole_row and self.groups_per_tile < self.groups_per_unit):
+            return tile < self.tiles(k)
+        # A quotient rounded up takes eight instructions.
+        return tile * self.tile.columns < k
+
     def quantize(
         self, tXrX: cute.Tensor, bound: Float32 | Factors
     ) -> tuple[cute.Tensor, GroupScale]:

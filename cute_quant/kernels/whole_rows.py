@@ -104,10 +104,10 @@ class WholeRows:
         size = self.spec.max_warps
         memory = cute.arch.alloc_smem(type(value), size * self.stage.tile.rows, alignment=16)
         shared = cute.make_tensor(memory + slot * size, cute.make_layout(size))
-        if lane == 0:
-            shared[warp] = value
-        if warp == 0 and warps <= lane and lane < size:
-            shared[lane] = type(value)(0)
+        # Lane 0 stores the result, the others as many zeros as there are missing warps.
+        place = lane * warps + warp
+        if place < size:
+            shared[place] = value if lane == 0 else type(value)(0)
         return shared
 
     def store_warp_amax(self, amaxes: list[Uint32]) -> cute.Tensor:
@@ -128,12 +128,13 @@ class WholeRows:
         exist = [row.exists] if const_expr(self.spec.domain.selects) else None
         rows = Rows([row.index], problem.num_rows, exist)
         _, warp, _ = cute.arch.thread_idx()
-        last = stage.tiles(k)
         for i in cutlass.range_constexpr(1 if stage.whole_row else len(segments)):
             origin = Origin(segments[0], i)
             takes_part = True
             if const_expr(not stage.tiles_have_units):
-                takes_part = warp == 0 if const_expr(stage.whole_row) else segments[i].tile < last
+                takes_part = warp == 0
+                if const_expr(not stage.whole_row):
+                    takes_part = stage.has_tile(segments[i].tile, k)
             if takes_part:
                 if const_expr(row.places is not None):
                     self.scheduler.scatter.store_scale(

@@ -15,7 +15,10 @@ from cute_quant.lab.sweep import from_json, origin
 VLLM = "vLLM 0.33.0"
 
 
-@pytest.mark.parametrize("name", figures.TABLES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "bound" else []) for n in figures.TABLES],
+)
 def test_a_table_of_a_document_is_of_its_record(name):
     holding = [
         text

@@ -81,14 +81,15 @@ def silu_mul(gpu: Gpu) -> None:
 
 def rms_norm(gpu: Gpu) -> None:
     """Of rows that three warps share, amid some that one has to itself."""
-    wide = Gpu(gpu.kernels, gpu.arch, tile=ONE_ROW, max_warps=16)
+    wide = Gpu(gpu.kernels, gpu.arch, tile=ONE_ROW, max_warps=16, tiles_per_thread=1)
     for mn, k in ((1, 128), (5, 1040)):
         check_rms_norm(wide, mn, k, UE8M0, residual=True, in_place=True)
     gpu.launched += wide.launched
 
 
 def rms_norm_in_a_loop(gpu: Gpu) -> None:
-    few = Gpu(gpu.kernels, gpu.arch, max_grid=2, tile=ONE_ROW, max_warps=16)
+    shape = {"tile": ONE_ROW, "max_warps": 16, "tiles_per_thread": 1}
+    few = Gpu(gpu.kernels, gpu.arch, max_grid=2, **shape)
     check_rms_norm(few, 3, 1040, UE8M0, batch=(5,))
     gpu.launched += few.launched
 

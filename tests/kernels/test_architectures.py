@@ -92,6 +92,8 @@ def assembles(ptx: str, arch: str) -> bool:
 PROBES = {
     "pdl": "griddepcontrol.wait; mov.b32 $0, $1;",
     "pair_arithmetic": "max.u16x2 $0, $1, $1; mul.rn.bf16x2 $0, $1, $0;",
+    "packed_float32": "{ .reg .b64 a; mov.b64 a, {$1, $1}; fma.rn.f32x2 a, a, a, a;"
+    " mov.b64 {$0, _}, a; }",
     "mixed_fma": "{ .reg .b16 h; .reg .f32 f; mov.b32 {h, _}, $1; mov.b32 f, $1;"
     " fma.rn.f32.bf16 f, h, h, f; mov.b32 $0, f; }",
     "e2m1": "{ .reg .b8 b; .reg .f32 f; mov.b32 f, $1; cvt.rn.satfinite.e2m1x2.f32 b, f, f;"

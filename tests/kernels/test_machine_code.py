@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from bench.sass import machine_code
+from bench.sass import BYTES_PER_WARP, machine_code
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, ROWWISE_INT8
 from cute_quant.dispatch import blocks
 from cute_quant.jit.lookup import ARCHITECTURES
-from cute_quant.kernels import architectures
+from cute_quant.kernels import architectures, heuristics
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
     ONE_ROW,
     Access,
     Domain,
     QuantizeSpec,
+    RmsNormSpec,
     launched_on,
 )
 from cute_quant.kernels.heuristics import TWO_ROWS
@@ -31,6 +32,9 @@ MAX_INSTRUCTIONS = {
 
 MAX_STOCHASTIC = {"sm_90a": 393, "sm_100a": 391}
 """The same where values are rounded by random numbers, for float32 scales and one row a thread."""
+
+MAX_NORM = {"sm_90a": 272, "sm_100a": 337}
+"""The same of rows that are normalized, without a residual, whose launch has a tile or two."""
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TILES = {1: DEFAULT_TILE, 2: TWO_ROWS}
@@ -131,6 +135,21 @@ def test_a_row_that_is_one_group_is_read_once(arch, tiles):
     assert loads[-1] < code.opcodes.index("SHFL.BFLY")
     assert (code.count("SHFL"), code.count("BAR")) == (5, 1)
     assert code.count("LDL", "STL") == 0 and code.stack == 0 and code.registers <= 64
+
+
+@pytest.mark.parametrize(("arch", "limit"), MAX_NORM.items())
+def test_rows_that_are_normalized(arch, limit):
+    """As launched for k = 7168, on sm_100a with three quarters of B200's issue slots."""
+    least_tiles = heuristics.norm_tiles(arch)
+    shape = heuristics.norm_shape(1, 4096, 7168, UE8M0, False, 132, least_tiles)
+    tiles, warps = shape.tiles_per_thread, shape.max_warps
+    code = machine_code(
+        RmsNormSpec(BF16, UE8M0, shape.tile, Domain(), Access(), tiles, warps), arch
+    )
+    assert len(code.opcodes) <= limit
+    gpu = architectures.named(arch).gpu
+    assert limit <= 0.75 * gpu.issue_budget(tiles * BYTES_PER_WARP)
+    assert code.stack == 0 and code.registers <= 64
 
 
 @pytest.mark.slow

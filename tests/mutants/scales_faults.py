@@ -12,6 +12,7 @@ KERNEL = "kernels/convert_scales.py"
 LAYOUTS = "kernels/layouts.py"
 ROW_DOMAINS = "kernels/row_domains.py"
 EXPLANATION = "lab/explanation.py"
+MACHINE_CODE = "lab/machine_code.py"
 
 ON_CONVERT = "tests/kernels/test_convert_scales.py"
 ON_LAYOUTS = "tests/contract/test_scale_layouts.py"
@@ -22,6 +23,20 @@ BY_HAND = [f"{ON_CONVERT}::test_every_pair_of_layouts_by_hand"]
 ON_GPU = [f"{ON_CONVERT}::test_every_pair_of_layouts_on_an_emulated_gpu"]
 
 FAULTS = [
+    Fault(
+        "lab-scoreboards-a-bit-off",
+        MACHINE_CODE,
+        "bits >> 11 & 63",
+        "bits >> 10 & 63",
+        ["tests/bench/test_resources.py::test_control_bits_of_a_listing"],
+    ),
+    Fault(
+        "lab-stalls-with-the-hint",
+        MACHINE_CODE,
+        "bits & 15",
+        "bits & 31",
+        ["tests/bench/test_resources.py::test_control_bits_of_a_listing"],
+    ),
     Fault(
         "convert-reference-lost-scales-are-finite",
         CONVERSION,
