@@ -220,6 +220,19 @@ class TestExperts:
             theirs = quantize(gate_up)
         assert difference(ours, theirs) is None
 
+    @on_hopper
+    def test_activation_of_gpt_oss(self, gate_up):
+        from vllm.model_executor.layers.quantization.utils import fp8_utils
+
+        options = {"clamp_limit": 7.03, "alpha": 1.702, "beta": 1.0, "use_ue8m0": True}
+        with counted(self.function, calls=1):
+            q, sf = fp8_utils.silu_mul_per_token_group_quant_fp8_colmajor(gate_up, **options)
+        with paused():
+            theirs = fp8_utils.silu_mul_per_token_group_quant_fp8_colmajor(gate_up, **options)
+        # The exponential is approximate in both.
+        for ours, other in ((q.view(torch.uint8), theirs[0].view(torch.uint8)), (sf, theirs[1])):
+            assert (ours != other).float().mean() < 2.0**-9
+
     def test_compiled(self, quantize, gate_up):
         compiled = torch.compile(quantize, fullgraph=True)
         with counted(self.function, traced=1):

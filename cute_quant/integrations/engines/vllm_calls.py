@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cute_quant.contract import prologues
 from cute_quant.contract.dtypes import (
     BLOCK_GROUPS,
     E4M3_MAX,
@@ -39,7 +40,6 @@ from cute_quant.contract.formats import (
     ROWWISE_FP8,
     Format,
 )
-from cute_quant.contract.prologues import UNFUSED
 from cute_quant.contract.rows import Masked, PrefixSum, PrefixSumWithGaps
 from cute_quant.contract.torch_private import constant_in_graphs
 from cute_quant.ops import convert_scales, quantize, silu_mul_quantize
@@ -339,19 +339,18 @@ def silu_mul_per_token_group_quant_fp8_colmajor(
     expert_ends: torch.Tensor | None = None,
     expert_alignment: int = 0,
 ) -> Any:
-    """Compute the function of this name in vLLM's ``fp8_utils``.
-
-    With alpha and beta vLLM rounds at other places than torch does.
-    """
+    """Compute the function of this name in vLLM's ``fp8_utils``."""
     size, bound = _constant(group_size), _constant(eps)
-    if size not in GROUP_SIZES or bound is None or alpha != 1.0 or beta != 0.0:
+    if size not in GROUP_SIZES or bound is None:
         return NotImplemented
     round_scale = _uses_ue8m0() if use_ue8m0 is None else bool(use_ue8m0)
     return silu_mul_quantize(
         input,
         _triton_format(size, round_scale, bound),
         clamp=clamp_limit,
-        rounding=UNFUSED,
+        alpha=alpha,
+        beta=beta,
+        rounding=prologues.VLLM_TRITON,
         rows=_stacked(expert_ends, expert_alignment, output),
         out=None if output is None else (output, None),
     )
