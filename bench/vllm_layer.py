@@ -6,6 +6,8 @@ They come as an archive that a machine with vLLM packs:
     python -m bench.vllm_layer pack vllm.tar.xz
     python -m bench.vllm_layer run vllm.tar.xz
 
+Without a GPU both run on one that is pretended, `run` with ``--device cpu``.
+
 The layer is DeepGEMM's, with FP8 weights in blocks of 128 x 128. Without the plug-in its quantizer
 is what vLLM has under torch.compile, its own code in torch, compiled by Inductor.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import importlib.abc
 import importlib.metadata
 import io
 import os
@@ -22,7 +25,7 @@ import sys
 import tarfile
 import tempfile
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,13 +44,58 @@ LAYERS = (
     "vllm.utils.deep_gemm",
 )
 EXTENSIONS = ("vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C", "vllm.vllm_flash_attn")
+KEPT = (
+    "vllm._custom_ops",
+    "vllm._version",
+    "vllm.config.compilation",
+    "vllm.config.utils",
+    "vllm.config.vllm",
+    "vllm.env_override",
+    "vllm.envs",
+    "vllm.ir",
+    "vllm.logger",
+    "vllm.logging_utils",
+    "vllm.model_executor.custom_op",
+    "vllm.model_executor.kernels.linear.base",
+    "vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel",
+    "vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel",
+    "vllm.model_executor.kernels.linear.scaled_mm.deep_gemm",
+    "vllm.model_executor.layers.quantization.input_quant_fp8",
+    "vllm.model_executor.layers.quantization.utils.fp8_utils",
+    "vllm.model_executor.layers.quantization.utils.quant_utils",
+    "vllm.model_executor.layers.quantization.utils.w8a8_utils",
+    "vllm.model_executor.parameter",
+    "vllm.model_executor.utils",
+    "vllm.platforms",
+    "vllm.plugins",
+    "vllm.scalar_type",
+    "vllm.triton_utils",
+    "vllm.utils",
+)
+"""Modules of vLLM, or packages with all of their modules, that the layer runs. Of others it imports
+names alone, of which stand-ins are enough."""
 PACKED = ("vllm", "packaging")
 NAMES = "third_party.txt"
 """In the archive: the packages that vLLM imported, of which only names are needed."""
 
 
+class _Others(importlib.abc.MetaPathFinder):
+    """Finds, as the first one, stand-ins for the modules of vLLM that are not kept."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> Any:
+        if name == "vllm" or not name.startswith("vllm.") or _is_kept(name):
+            return None
+        return missing_modules.spec_of_stand_in(name)
+
+
+def _is_kept(name: str) -> bool:
+    """Return whether a module is kept, or has one in it that is."""
+    return any(f"{name}.".startswith(f"{k}.") or f"{k}.".startswith(f"{name}.") for k in KEPT)
+
+
 def pack(archive: Path) -> None:
     """Write the Python files of vLLM that the layer imports, and those of `packaging`."""
+    sys.meta_path.insert(0, _Others())
     for name in LAYERS:
         importlib.import_module(name)
     root = Path(sys.modules["vllm"].__file__ or "").parent.parent
@@ -68,14 +116,7 @@ def pack(archive: Path) -> None:
         "cute_quant",
     }
     others = sorted(imported - sys.stdlib_module_names - brought)
-    files = set()
-    for name, module in list(sys.modules.items()):
-        path = getattr(module, "__file__", None)
-        if name.partition(".")[0] in PACKED and path and path.endswith(".py"):
-            files.add(Path(path))
-    # With a GPU vLLM imports more of these.
-    for name in ("lora", "model_executor/kernels", "model_executor/layers"):
-        files.update((root / "vllm" / name).rglob("*.py"))
+    files = {path for path in _files(root) if path.is_file()}
     with tarfile.open(archive, "w:xz", preset=9) as tar:
         for path in sorted(files):
             tar.add(path, path.relative_to(root))
@@ -83,7 +124,18 @@ def pack(archive: Path) -> None:
         metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
         _add_text(tar, f"vllm-{version}.dist-info/METADATA", metadata)
         _add_text(tar, NAMES, "\n".join(others))
-    print(f"{len(files)} files, {archive.stat().st_size / 2**20:.2f} MiB")
+    whole = sum(path.stat().st_size for path in files)
+    packed = archive.stat().st_size
+    print(f"{len(files)} files, {whole / 2**20:.2f} MiB, packed {packed / 2**20:.2f} MiB")
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Return the files of the modules that are kept, and of the packages that they are in."""
+    for name in ("packaging", *KEPT):
+        path = root.joinpath(*name.split("."))
+        yield from path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+        for parent in path.relative_to(root).parents:
+            yield root / parent / "__init__.py"
 
 
 def _add_text(tar: tarfile.TarFile, name: str, text: str) -> None:
@@ -97,12 +149,23 @@ def load(archive: Path, directory: Path) -> None:
     with tarfile.open(archive) as tar:
         tar.extractall(directory, filter="data")
     sys.path.insert(0, str(directory))
+    sys.meta_path.insert(0, _Others())
     missing_modules.install((directory / NAMES).read_text().split())
+    if not torch.cuda.is_available():
+        _pretend()
+        return
     missing_modules.replace(EXTENSIONS)
     from vllm import platforms
     from vllm.platforms.cuda import NonNvmlCudaPlatform
 
     platforms._current_platform = NonNvmlCudaPlatform()
+
+
+def _pretend() -> None:
+    """Have vLLM see a GPU where there is none; its DeepGEMM is a product in float32."""
+    from tests.engines.pretended_gpu import pretend
+
+    pretend(*map(int, os.environ.get("PRETENDED_GPU", "9.0").split(".")))
 
 
 class Layer:
@@ -208,9 +271,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "pack":
         if not torch.cuda.is_available():
-            from tests.engines.pretended_gpu import pretend
-
-            pretend(9)
+            _pretend()
         pack(options.archive)
     else:
         run(options)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from types import SimpleNamespace
 
 import pytest
@@ -689,3 +690,21 @@ def test_spawned_processes(selected, says, tmp_path):
     assert says in done.stdout
     if selected == "lineal":
         assert "expected 0 or some of linear, group_quant" in done.stdout + done.stderr
+
+
+@on_hopper
+def test_the_archive_of_a_layer_is_small_and_runs(tmp_path):
+    """On a machine without vLLM, whose other modules and dependencies are stand-ins."""
+    archive = tmp_path / "vllm.tar.xz"
+    command = [sys.executable, "-m", "bench.vllm_layer"]
+    packed = subprocess.run([*command, "pack", archive], capture_output=True, text=True)
+    assert packed.returncode == 0, packed.stderr[-2000:]
+    with tarfile.open(archive) as tar:
+        assert sum(member.size for member in tar) < 2 * 2**20
+    sizes = ("--k", "256", "--n", "128", "--rows", "3")
+    done = subprocess.run(
+        [*command, "run", archive, "--device", "cpu", *sizes], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "cute_quant: QuantFP8 of cute_quant.integrations.engines.vllm" in done.stdout
+    assert "QuantFP8.forward_native Counter(calls=0, traced=" in done.stdout
