@@ -82,5 +82,10 @@ def pretend(major: int, minor: int = 0) -> DeepGemm:
         def device_count(cls) -> int:
             return 1
 
+        @classmethod
+        def get_device_communicator_cls(cls) -> str:
+            module = "vllm.distributed.device_communicators.base_device_communicator"
+            return f"{module}.DeviceCommunicatorBase"
+
     platforms._current_platform = Platform()
     return deep_gemm

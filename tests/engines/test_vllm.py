@@ -5,6 +5,7 @@ DeepGEMM reads packed scales on compute capability 10.0, float32 on 9.0.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -690,6 +691,16 @@ def test_spawned_processes(selected, says, tmp_path):
     assert says in done.stdout
     if selected == "lineal":
         assert "expected 0 or some of linear, group_quant" in done.stdout + done.stderr
+
+
+def test_tensor_parallel(tmp_path):
+    """Two spawned processes share the weight of a linear layer, and each reaches its quantizer."""
+    command = [sys.executable, "-m", "tests.engines.tensor_parallel", tmp_path / "store"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = sorted(re.findall(r"rank (\d): (\d+) calls, (\S+) off", done.stdout))
+    assert [(rank, calls) for rank, calls, _ in found] == [("0", "1"), ("1", "1")]
+    assert all(float(off) < 0.05 for *_, off in found)
 
 
 @on_hopper
