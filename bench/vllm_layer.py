@@ -17,22 +17,17 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import importlib.abc
-import importlib.metadata
-import io
 import os
-import sys
-import tarfile
 import tempfile
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from bench import missing_modules
+from bench import vllm_archive
 from cute_quant.lab import timing
 
 LAYERS = (
@@ -43,129 +38,6 @@ LAYERS = (
     "vllm.platforms.cuda",
     "vllm.utils.deep_gemm",
 )
-EXTENSIONS = ("vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C", "vllm.vllm_flash_attn")
-KEPT = (
-    "vllm._custom_ops",
-    "vllm._version",
-    "vllm.config.compilation",
-    "vllm.config.utils",
-    "vllm.config.vllm",
-    "vllm.env_override",
-    "vllm.envs",
-    "vllm.ir",
-    "vllm.logger",
-    "vllm.logging_utils",
-    "vllm.model_executor.custom_op",
-    "vllm.model_executor.kernels.linear.base",
-    "vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel",
-    "vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel",
-    "vllm.model_executor.kernels.linear.scaled_mm.deep_gemm",
-    "vllm.model_executor.layers.quantization.input_quant_fp8",
-    "vllm.model_executor.layers.quantization.utils.fp8_utils",
-    "vllm.model_executor.layers.quantization.utils.quant_utils",
-    "vllm.model_executor.layers.quantization.utils.w8a8_utils",
-    "vllm.model_executor.parameter",
-    "vllm.model_executor.utils",
-    "vllm.platforms",
-    "vllm.plugins",
-    "vllm.scalar_type",
-    "vllm.triton_utils",
-    "vllm.utils",
-)
-"""Modules of vLLM, or packages with all of their modules, that the layer runs. Of others it imports
-names alone, of which stand-ins are enough."""
-PACKED = ("vllm", "packaging")
-NAMES = "third_party.txt"
-"""In the archive: the packages that vLLM imported, of which only names are needed."""
-
-
-class _Others(importlib.abc.MetaPathFinder):
-    """Finds, as the first one, stand-ins for the modules of vLLM that are not kept."""
-
-    def find_spec(self, name: str, path: object, target: object = None) -> Any:
-        if name == "vllm" or not name.startswith("vllm.") or _is_kept(name):
-            return None
-        return missing_modules.spec_of_stand_in(name)
-
-
-def _is_kept(name: str) -> bool:
-    """Return whether a module is kept, or has one in it that is."""
-    return any(f"{name}.".startswith(f"{k}.") or f"{k}.".startswith(f"{name}.") for k in KEPT)
-
-
-def pack(archive: Path) -> None:
-    """Write the Python files of vLLM that the layer imports, and those of `packaging`."""
-    sys.meta_path.insert(0, _Others())
-    for name in LAYERS:
-        importlib.import_module(name)
-    root = Path(sys.modules["vllm"].__file__ or "").parent.parent
-    # What vLLM looks for, and does without, must not be found.
-    imported = {
-        name.partition(".")[0]
-        for name, module in list(sys.modules.items())
-        if not str(getattr(module, "__file__", None)).startswith(str(root / "vllm"))
-    }
-    brought = {
-        "deep_ep",
-        "deep_gemm",
-        "torch",
-        "triton",
-        "triton_kernels",
-        *PACKED,
-        "bench",
-        "cute_quant",
-    }
-    others = sorted(imported - sys.stdlib_module_names - brought)
-    files = {path for path in _files(root) if path.is_file()}
-    with tarfile.open(archive, "w:xz", preset=9) as tar:
-        for path in sorted(files):
-            tar.add(path, path.relative_to(root))
-        version = importlib.metadata.version("vllm")
-        metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
-        _add_text(tar, f"vllm-{version}.dist-info/METADATA", metadata)
-        _add_text(tar, NAMES, "\n".join(others))
-    whole = sum(path.stat().st_size for path in files)
-    packed = archive.stat().st_size
-    print(f"{len(files)} files, {whole / 2**20:.2f} MiB, packed {packed / 2**20:.2f} MiB")
-
-
-def _files(root: Path) -> Iterator[Path]:
-    """Return the files of the modules that are kept, and of the packages that they are in."""
-    for name in ("packaging", *KEPT):
-        path = root.joinpath(*name.split("."))
-        yield from path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
-        for parent in path.relative_to(root).parents:
-            yield root / parent / "__init__.py"
-
-
-def _add_text(tar: tarfile.TarFile, name: str, text: str) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size = len(text)
-    tar.addfile(entry, io.BytesIO(text.encode()))
-
-
-def load(archive: Path, directory: Path) -> None:
-    """Unpack vLLM, and make it importable on this GPU without its extensions."""
-    with tarfile.open(archive) as tar:
-        tar.extractall(directory, filter="data")
-    sys.path.insert(0, str(directory))
-    sys.meta_path.insert(0, _Others())
-    missing_modules.install((directory / NAMES).read_text().split())
-    if not torch.cuda.is_available():
-        _pretend()
-        return
-    missing_modules.replace(EXTENSIONS)
-    from vllm import platforms
-    from vllm.platforms.cuda import NonNvmlCudaPlatform
-
-    platforms._current_platform = NonNvmlCudaPlatform()
-
-
-def _pretend() -> None:
-    """Have vLLM see a GPU where there is none; its DeepGEMM is a product in float32."""
-    from tests.engines.pretended_gpu import pretend
-
-    pretend(*map(int, os.environ.get("PRETENDED_GPU", "9.0").split(".")))
 
 
 class Layer:
@@ -216,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
     """Print times of the layer and of its quantizer, for each number of rows."""
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as directory:
-        load(options.archive, Path(directory))
+        vllm_archive.load(options.archive, Path(directory))
         for name in LAYERS:
             importlib.import_module(name)
         from cute_quant.integrations.engines.vllm import ENGINE
@@ -271,8 +143,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "pack":
         if not torch.cuda.is_available():
-            _pretend()
-        pack(options.archive)
+            vllm_archive.pretend()
+        vllm_archive.pack(options.archive, LAYERS)
     else:
         run(options)
 

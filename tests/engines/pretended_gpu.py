@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.missing_modules import Module, replace
-from bench.vllm_layer import EXTENSIONS
+from bench.vllm_archive import EXTENSIONS
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, dequantize
 
 

@@ -59,6 +59,12 @@ FILES = {
 GPUS = {"vllm": ("9.0", "10.0"), "sglang": ("",)}
 """Compute capabilities that are pretended."""
 
+MEANT = {
+    "test_quantfp8_group_edge_cases": "groups of zeros have the smallest scale of CUDA's kernel",
+    "test_silu_mul_fp8_quant_deep_gemm": "masked experts are computed in float32, not in bfloat16",
+}
+"""Tests that may fail with the plug-in, and why."""
+
 Report = dict[str, Any]
 
 
@@ -120,7 +126,10 @@ def main() -> int:
                 if name in report["reasons"]:
                     print(f"    {words} the plug-in: {report['reasons'][name]}")
             failed = [o.get("failed", 0) for o in outcomes]
-            if failed[0] > failed[1]:
+            meant = MEANT.get(name.rpartition("::")[2])
+            if failed[0] > failed[1] and meant:
+                print(f"    meant: {meant}")
+            elif failed[0] > failed[1]:
                 worse.append(name)
         totals = [
             sum(map(collections.Counter, r["outcomes"].values()), collections.Counter())

@@ -34,7 +34,8 @@ TOO_SLOW = "too slow"
 KINDS = {
     TOO_SLOW: re.compile("not done in [0-9]+ s"),
     "not possible here": re.compile(
-        "_OpNamespace|NVIDIA driver|active drivers|compiled with CUDA|No CUDA GPUs|libcuda"
+        "_OpNamespace|NVIDIA driver|active drivers|compiled with CUDA|No CUDA GPUs|libcuda|"
+        "Accelerator expected|dummy base class|Invalid scaling configuration"
     ),
 }
 """Failures that are none of the results, by their message."""
@@ -65,7 +66,7 @@ def _on_cpu(value: Any) -> Any:
 
 def pytest_configure(config: pytest.Config) -> None:
     # What modules of tests import and the tests here do not call.
-    missing_modules.install(("anthropic", "tblib"))
+    missing_modules.install(("anthropic", "astor", "httpx", "tblib"))
     if not ON_GPU:
         _pretend()
     elif ENGINE == "vllm":
@@ -107,7 +108,7 @@ def _pretend() -> None:
 
 
 def _replace_missing_extensions() -> None:
-    from bench.vllm_layer import EXTENSIONS
+    from bench.vllm_archive import EXTENSIONS
 
     for name in EXTENSIONS:
         try:
@@ -210,6 +211,16 @@ def default_vllm_config() -> Iterator[Any]:
     config = VllmConfig()
     with set_current_vllm_config(config):
         yield config
+
+
+@pytest.fixture
+def workspace_init() -> Iterator[None]:
+    """VLLM's fixture of this name."""
+    from vllm.v1.worker import workspace
+
+    workspace.init_workspace_manager(torch.device("cuda", 0) if ON_GPU else torch.device("cpu"))
+    yield
+    workspace.reset_workspace_manager()
 
 
 @pytest.fixture(autouse=True)
