@@ -156,6 +156,7 @@ def load(archive: Path, directory: Path) -> None:
 
 def pretend() -> None:
     """Have vLLM see a GPU where there is none; its DeepGEMM is a product in float32."""
-    from tests.engines import pretended_gpu
+    from tests.engines import pretended_gpu, triton_on_cpu
 
+    triton_on_cpu.mend()
     pretended_gpu.pretend(*map(int, os.environ.get("PRETENDED_GPU", "9.0").split(".")))

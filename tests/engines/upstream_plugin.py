@@ -66,7 +66,7 @@ def _on_cpu(value: Any) -> Any:
 
 def pytest_configure(config: pytest.Config) -> None:
     # What modules of tests import and the tests here do not call.
-    missing_modules.install(("anthropic", "astor", "httpx", "tblib"))
+    missing_modules.install(("anthropic", "astor", "httpx", "tblib", "uvicorn"))
     if not ON_GPU:
         _pretend()
     elif ENGINE == "vllm":
@@ -221,6 +221,17 @@ def workspace_init() -> Iterator[None]:
     workspace.init_workspace_manager(torch.device("cuda", 0) if ON_GPU else torch.device("cpu"))
     yield
     workspace.reset_workspace_manager()
+
+
+@pytest.fixture
+def disable_deepgemm_ue8m0(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """VLLM's fixture of this name."""
+    from vllm.utils.deep_gemm import is_deep_gemm_e8m0_used
+
+    monkeypatch.setenv("VLLM_USE_DEEP_GEMM_E8M0", "0")
+    is_deep_gemm_e8m0_used.cache_clear()
+    yield
+    is_deep_gemm_e8m0_used.cache_clear()
 
 
 @pytest.fixture(autouse=True)
