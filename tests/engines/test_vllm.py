@@ -332,10 +332,14 @@ class TestFusedActivation:
 class TestInputsOfExperts:
     """``moe_kernel_quantize_input``, which also stages tokens for DeepEP."""
 
-    def quantize(self, x, dtype, block_shape=None, scale=None, **options):
+    def quantize(
+        self, x, dtype, block_shape=None, scale=None, per_act_token_quant=False, **options
+    ):
         from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
 
-        return moe_kernel_quantize_input(x, scale, dtype, False, block_shape, **options)
+        return moe_kernel_quantize_input(
+            x, scale, dtype, per_act_token_quant, block_shape, **options
+        )
 
     def test_groups(self):
         x = sample((12, 512), CPU)
@@ -356,6 +360,24 @@ class TestInputsOfExperts:
         with counted("per_token_group_quant_int8", calls=1):
             q, sf = self.quantize(x, torch.int8, [128, 128])
         assert (q.dtype, sf.shape) == (torch.int8, (12, 4))
+
+    def test_int8_of_rows(self):
+        x = sample((12, 512), CPU)
+        with counted("per_token_quant_int8", calls=1):
+            ours = self.quantize(x, torch.int8, per_act_token_quant=True)
+        assert difference(ours, cq.quantize(x, cq.ROWWISE_INT8.replace(numerics="sglang"))) is None
+
+    def test_int8_of_rows_in_a_graph(self):
+        """Linear layers call it by its module."""
+        from vllm import _custom_ops
+
+        x = sample((3, 4, 512), CPU)
+        compiled = torch.compile(lambda x: _custom_ops.scaled_int8_quant(x), fullgraph=True)
+        with counted("scaled_int8_quant", traced=1):
+            q, sf, azp = compiled(x)
+        expected = cq.quantize(x, cq.ROWWISE_INT8.replace(numerics="vllm"))
+        assert difference((q, sf), (expected[0], expected[1].view(12, 1))) is None
+        assert azp is None
 
     def test_rows(self):
         from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input

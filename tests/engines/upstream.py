@@ -61,7 +61,7 @@ GPUS = {"vllm": ("9.0", "10.0"), "sglang": ("",)}
 
 MEANT = {
     "test_quantfp8_group_edge_cases": "groups of zeros have the smallest scale of CUDA's kernel",
-    "test_quantfp8_group_functionality": "forward_native returns what the GEMM reads, packed scales",
+    "test_quantfp8_group_functionality": "forward_native returns scales that the GEMM reads",
     "test_quantize_to_fp4": "vLLM's kernel has approximate reciprocals, its reference has not",
     "test_silu_mul_fp8_quant_deep_gemm": "masked experts are computed in float32, not in bfloat16",
 }
@@ -112,7 +112,7 @@ def main() -> int:
     parser.add_argument("--gpu", action="append", help="to pretend, such as 9.0; default both")
     parser.add_argument("--most", type=int, default=8, help="parameters of a test; 0 for all")
     parser.add_argument("--seconds", type=int, default=20, help="that a test may take")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     files = [f for f in options.files or FILES[options.engine] if (options.checkout / f).exists()]
     worse = []
     for gpu in options.gpu or GPUS[options.engine]:

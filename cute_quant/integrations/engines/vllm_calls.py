@@ -38,6 +38,7 @@ from cute_quant.contract.formats import (
     MXFP8,
     NVFP4,
     ROWWISE_FP8,
+    ROWWISE_INT8,
     Format,
 )
 from cute_quant.contract.rows import Masked, PrefixSum, PrefixSumWithGaps
@@ -52,6 +53,9 @@ _MXFP8_ROWS = MXFP8.replace(scale_layout=ROW_MAJOR)
 _NVFP4 = NVFP4.replace(numerics=VLLM)
 _NVFP4_ROWS = NVFP4.replace(numerics=VLLM, scale_layout=ROW_MAJOR)
 _ROWS = ROWWISE_FP8.replace(numerics=VLLM)
+_ROWS_INT8 = ROWWISE_INT8.replace(numerics=VLLM)
+_ROWS_INT8_TRITON = ROWWISE_INT8.replace(numerics=SGLANG)
+"""SGLang has the same kernel."""
 _MASKED_FORMATS = {
     "FLOAT32": DEEP_GEMM_SM90.replace(min_scale=SGLANG, numerics=VLLM_TRITON),
     "FLOAT32_CEIL_UE8M0": DEEP_GEMM_SM90.replace(min_scale=SGLANG, round_scale=True),
@@ -364,6 +368,28 @@ def per_token_group_quant_int8(
     if not _fits(x, size, bound) or x.ndim < 2 or dtype is not torch.int8:
         return NotImplemented
     return quantize(x, _int8_format(size, bound))
+
+
+def per_token_quant_int8(x: torch.Tensor) -> Any:
+    """Compute the function of this name in vLLM's ``int8_utils``, a kernel of Triton."""
+    if x.dtype not in INPUT_DTYPES or x.ndim < 2 or x.stride(-1) != 1:
+        return NotImplemented
+    return quantize(x, _ROWS_INT8_TRITON)
+
+
+def scaled_int8_quant(
+    input: torch.Tensor,  # noqa: A002
+    scale: torch.Tensor | None = None,
+    azp: torch.Tensor | None = None,
+    symmetric: bool = True,
+) -> Any:
+    """Compute the function of this name in vLLM's ``_custom_ops``, for scales of rows."""
+    if scale is not None or azp is not None or not symmetric or not input.is_contiguous():
+        return NotImplemented
+    if input.dtype not in INPUT_DTYPES or input.ndim < 2:
+        return NotImplemented
+    q, sf = quantize(input, _ROWS_INT8)
+    return q, sf.view(-1, 1), None
 
 
 def scaled_fp8_quant(
