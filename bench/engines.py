@@ -141,8 +141,9 @@ def norm_of_vllm(x: torch.Tensor, weight: torch.Tensor, residual: Residual = Non
 
 def norm(x: torch.Tensor, weight: torch.Tensor, residual: Residual = None) -> Any:
     """Call what this package's pass puts into graphs; columns of scales are aligned."""
-    options = {"eps": 1e-6, "rounding": VLLM_ROUNDING, "residual": residual}
-    q, sf, *_ = rms_norm_quantize(x, weight, NORM_FORMAT, **options)
+    q, sf, *_ = rms_norm_quantize(
+        x, weight, NORM_FORMAT, eps=1e-6, rounding=VLLM_ROUNDING, residual=residual
+    )
     return q, sf
 
 

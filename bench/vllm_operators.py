@@ -85,8 +85,9 @@ def build(csrc: Path, directory: Path, arch: str) -> Path:
         RuntimeError: nvcc is missing, or fails.
     """
     packages = Path(torch.__file__).parent.parent
-    places = ("nvcc", "/usr/local/cuda/bin/nvcc", *packages.glob("nvidia/cu*/bin/nvcc"))
-    nvcc = next(filter(None, map(shutil.which, places)), None)
+    of_packages = map(str, packages.glob("nvidia/cu*/bin/nvcc"))
+    places = ("nvcc", "/usr/local/cuda/bin/nvcc", *of_packages)
+    nvcc = next(filter(None, (shutil.which(place) for place in places)), None)
     if nvcc is None:
         raise RuntimeError("nvcc is missing")
     registered = directory / "bindings.cpp"
