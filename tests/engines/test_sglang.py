@@ -17,6 +17,9 @@ pretended_sglang.pretend()
 import sglang.srt.plugins  # noqa: E402
 from sglang.kernels.ops.activation import silu_and_mul_clamp  # noqa: E402
 from sglang.kernels.ops.quantization import fp8_kernel, int8_kernel  # noqa: E402
+from sglang.kernels.ops.quantization import (  # noqa: E402
+    per_token_group_quant as group_kernel,
+)
 from sglang.srt.layers import deep_gemm_wrapper  # noqa: E402
 from sglang.srt.layers.moe.moe_runner import deep_gemm as runner  # noqa: E402
 from sglang.srt.layers.moe.token_dispatcher import deepep  # noqa: E402
@@ -228,6 +231,19 @@ def test_int8():
     found = int8_kernel.sglang_per_token_group_quant_int8(x, 128)
     assert calls("sglang_per_token_group_quant_int8") == before + 1
     assert difference(found, cq.quantize(x, cq.INT8.replace(numerics="sglang"))) is None
+
+
+def test_int8_with_columns_of_scales():
+    x = rows(6, 512)
+    q = torch.empty(6, 512, dtype=torch.int8)
+    sf = fp8_kernel.create_per_token_group_quant_fp8_output_scale(
+        x.shape, x.device, 128, True, True, False
+    )
+    before = calls("per_token_group_quant")
+    group_kernel.per_token_group_quant(x, q, sf, 128)
+    assert calls("per_token_group_quant") == before + 1
+    fmt = cq.INT8.replace(numerics="sglang", scale_layout="mn_major")
+    assert difference((q, sf), cq.quantize(x, fmt)) is None
 
 
 def test_int8_linear_layer_with_scales_of_rows():

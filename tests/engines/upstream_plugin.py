@@ -35,7 +35,7 @@ KINDS = {
     TOO_SLOW: re.compile("not done in [0-9]+ s"),
     "not possible here": re.compile(
         "_OpNamespace|NVIDIA driver|active drivers|compiled with CUDA|No CUDA GPUs|libcuda|"
-        "Accelerator expected|dummy base class|Invalid scaling configuration"
+        "Accelerator expected|dummy base class|Invalid scaling configuration|from the 'CPU' backend"
     ),
 }
 """Failures that are none of the results, by their message."""
@@ -193,9 +193,11 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def _short(reason: str) -> str:
+    """Return the line of an error: the last one of a traceback, the first one of a message."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    wrong = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
-    return (wrong or lines or [""])[-1 if wrong else 0][-160:]
+    errors = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
+    line = errors[-1] if errors else (lines or [""])[0]
+    return line[:160]
 
 
 def pytest_sessionfinish() -> None:

@@ -252,9 +252,12 @@ def per_token_group_quant(
     if output_s is not None:
         column_major, packed = _layout_of(output_s), output_s.dtype is torch.int32
     if dtype is torch.int8:
-        if column_major or scale_ue8m0 or group_size not in GROUP_SIZES:
+        if scale_ue8m0 or group_size not in GROUP_SIZES:
             return NotImplemented
-        fmt: Format | None = INT8.replace(group_size=group_size, numerics=SGLANG)
+        layout = MN_MAJOR if column_major else ROW_MAJOR
+        fmt: Format | None = INT8.replace(
+            group_size=group_size, numerics=SGLANG, scale_layout=layout
+        )
     elif dtype in (None, torch.float8_e4m3fn):
         fmt = _format(group_size, column_major=column_major, ue8m0=scale_ue8m0, packed=packed)
     else:

@@ -50,6 +50,7 @@ def per_token_group_quant(ours: Function, theirs: Function, device: torch.device
         {"scale_ue8m0": True},
         {"column_major_scales": True},
         {"out_dtype": torch.int8},
+        {"out_dtype": torch.int8, "column_major_scales": True},
     )
     return _first(ours, theirs, ({"input": x, **option} for option in options))
 
