@@ -178,10 +178,13 @@ def run(options: argparse.Namespace) -> None:
         directory = Path(name)
         vllm_archive.load(options.archive, directory)
         if device.type == "cuda":
+            print(torch.cuda.get_device_name(device))
             major, minor = torch.cuda.get_device_capability(device)
-            library = vllm_operators.build(directory / SOURCES, directory, f"{major}{minor}a")
-            torch.ops.load_library(library)
-            print(f"vLLM's quantizers compiled for {torch.cuda.get_device_name(device)}")
+            try:
+                library = vllm_operators.build(directory / SOURCES, directory, f"{major}{minor}a")
+                torch.ops.load_library(str(library))
+            except (RuntimeError, OSError) as error:
+                print(f"vLLM's kernels for CUDA are left out: {error}")
             timing.warm_up()
         print("| call | rows | vLLM has | vLLM, us | cute_quant, us | vLLM / cute_quant | bits |")
         print("| --- | ---: | --- | ---: | ---: | ---: | --- |")
