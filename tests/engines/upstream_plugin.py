@@ -35,7 +35,7 @@ KINDS = {
     TOO_SLOW: re.compile("not done in [0-9]+ s"),
     "not possible here": re.compile(
         "_OpNamespace|NVIDIA driver|active drivers|compiled with CUDA|No CUDA GPUs|libcuda|"
-        "Accelerator expected|dummy base class|Invalid scaling configuration|from the 'CPU' backend"
+        "Accelerator expected|accelerator device when none|dummy base class|Invalid scaling configuration|from the 'CPU' backend"
     ),
 }
 """Failures that are none of the results, by their message."""
@@ -66,7 +66,7 @@ def _on_cpu(value: Any) -> Any:
 
 def pytest_configure(config: pytest.Config) -> None:
     # What modules of tests import and the tests here do not call.
-    missing_modules.install(("anthropic", "astor", "httpx", "tblib", "uvicorn"))
+    missing_modules.install(("anthropic", "astor", "httpx", "tblib", "uvicorn", "watchfiles"))
     if not ON_GPU:
         _pretend()
     elif ENGINE == "vllm":
