@@ -35,7 +35,8 @@ KINDS = {
     TOO_SLOW: re.compile("not done in [0-9]+ s"),
     "not possible here": re.compile(
         "_OpNamespace|NVIDIA driver|active drivers|compiled with CUDA|No CUDA GPUs|libcuda|"
-        "Accelerator expected|accelerator device when none|dummy base class|Invalid scaling configuration|from the 'CPU' backend"
+        "Accelerator expected|accelerator device when none|dummy base class|"
+        "Invalid scaling configuration|from the 'CPU' backend"
     ),
 }
 """Failures that are none of the results, by their message."""
