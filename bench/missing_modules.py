@@ -84,15 +84,18 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.packages = set(packages)
 
     def find_spec(self, name: str, path: object, target: object = None) -> Any:
-        if name.partition(".")[0] in self.packages:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
+        return spec_of_stand_in(name) if name.partition(".")[0] in self.packages else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         return Module(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         pass
+
+
+def spec_of_stand_in(name: str) -> importlib.machinery.ModuleSpec:
+    """Return the spec of a module whose attributes are stand-ins."""
+    return importlib.machinery.ModuleSpec(name, _Finder(()), is_package=True)
 
 
 def install(packages: Sequence[str]) -> None:

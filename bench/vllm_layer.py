@@ -6,6 +6,8 @@ They come as an archive that a machine with vLLM packs:
     python -m bench.vllm_layer pack vllm.tar.xz
     python -m bench.vllm_layer run vllm.tar.xz
 
+Without a GPU both run on one that is pretended, `run` with ``--device cpu``.
+
 The layer is DeepGEMM's, with FP8 weights in blocks of 128 x 128. Without the plug-in its quantizer
 is what vLLM has under torch.compile, its own code in torch, compiled by Inductor.
 """
@@ -15,11 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import importlib.metadata
-import io
 import os
-import sys
-import tarfile
 import tempfile
 import timeit
 from collections.abc import Callable
@@ -29,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bench import missing_modules
+from bench import vllm_archive
 from cute_quant.lab import timing
 
 LAYERS = (
@@ -40,69 +38,6 @@ LAYERS = (
     "vllm.platforms.cuda",
     "vllm.utils.deep_gemm",
 )
-EXTENSIONS = ("vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C", "vllm.vllm_flash_attn")
-PACKED = ("vllm", "packaging")
-NAMES = "third_party.txt"
-"""In the archive: the packages that vLLM imported, of which only names are needed."""
-
-
-def pack(archive: Path) -> None:
-    """Write the Python files of vLLM that the layer imports, and those of `packaging`."""
-    for name in LAYERS:
-        importlib.import_module(name)
-    root = Path(sys.modules["vllm"].__file__ or "").parent.parent
-    # What vLLM looks for, and does without, must not be found.
-    imported = {
-        name.partition(".")[0]
-        for name, module in list(sys.modules.items())
-        if not str(getattr(module, "__file__", None)).startswith(str(root / "vllm"))
-    }
-    brought = {
-        "deep_ep",
-        "deep_gemm",
-        "torch",
-        "triton",
-        "triton_kernels",
-        *PACKED,
-        "bench",
-        "cute_quant",
-    }
-    others = sorted(imported - sys.stdlib_module_names - brought)
-    files = set()
-    for name, module in list(sys.modules.items()):
-        path = getattr(module, "__file__", None)
-        if name.partition(".")[0] in PACKED and path and path.endswith(".py"):
-            files.add(Path(path))
-    # With a GPU vLLM imports more of these.
-    for name in ("lora", "model_executor/kernels", "model_executor/layers"):
-        files.update((root / "vllm" / name).rglob("*.py"))
-    with tarfile.open(archive, "w:xz", preset=9) as tar:
-        for path in sorted(files):
-            tar.add(path, path.relative_to(root))
-        version = importlib.metadata.version("vllm")
-        metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
-        _add_text(tar, f"vllm-{version}.dist-info/METADATA", metadata)
-        _add_text(tar, NAMES, "\n".join(others))
-    print(f"{len(files)} files, {archive.stat().st_size / 2**20:.2f} MiB")
-
-
-def _add_text(tar: tarfile.TarFile, name: str, text: str) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size = len(text)
-    tar.addfile(entry, io.BytesIO(text.encode()))
-
-
-def load(archive: Path, directory: Path) -> None:
-    """Unpack vLLM, and make it importable on this GPU without its extensions."""
-    with tarfile.open(archive) as tar:
-        tar.extractall(directory, filter="data")
-    sys.path.insert(0, str(directory))
-    missing_modules.install((directory / NAMES).read_text().split())
-    missing_modules.replace(EXTENSIONS)
-    from vllm import platforms
-    from vllm.platforms.cuda import NonNvmlCudaPlatform
-
-    platforms._current_platform = NonNvmlCudaPlatform()
 
 
 class Layer:
@@ -153,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
     """Print times of the layer and of its quantizer, for each number of rows."""
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as directory:
-        load(options.archive, Path(directory))
+        vllm_archive.load(options.archive, Path(directory))
         for name in LAYERS:
             importlib.import_module(name)
         from cute_quant.integrations.engines.vllm import ENGINE
@@ -208,10 +143,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "pack":
         if not torch.cuda.is_available():
-            from tests.engines.pretended_gpu import pretend
-
-            pretend(9)
-        pack(options.archive)
+            vllm_archive.pretend()
+        vllm_archive.pack(options.archive, LAYERS)
     else:
         run(options)
 

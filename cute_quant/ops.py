@@ -209,8 +209,11 @@ def silu_mul_quantize(
             dtype does not have: on the CPU torch rounds it first); the product with a weight is
             computed in float32, and rounded. "vllm" rounds the product of activation and up alone,
             as vLLM's ``silu_mul_quant_fp8_packed_triton`` does: all before it is float32, `clamp`
-            too. On a GPU a sigmoid below 2^-126, of gates below -87,
-            may be 0.
+            too. "vllm_triton" rounds the bound, the activation, the sum of u and beta, and the
+            product, as vLLM's ``silu_mul_per_token_group_quant_fp8_colmajor`` does: "unfused" with
+            an alpha rounds in the sigmoid, too. "sglang" rounds the sum of u and beta alone, as
+            SGLang's ``silu_and_mul_masked_post_quant_fwd`` does. On a GPU a sigmoid below 2^-126,
+            of gates below -87, may be 0.
         rows: which rows exist, as for :func:`quantize`.
         index: int32, (mn,) or (b, mn): rows of `gate_up`, as for :func:`quantize`.
         scatter: int32, (T, places): places of rows of `gate_up`, as for :func:`quantize`.
@@ -223,8 +226,8 @@ def silu_mul_quantize(
 
     Returns:
         q, sf: as :func:`quantize` of the (..., mn, k) values returns them. A group in which a
-            result is NaN or beyond the largest float32, or unless "fused" beyond the largest of its
-            dtype, becomes NaN.
+            result is NaN or beyond the largest float32, or where it is rounded beyond the largest
+            of its dtype, becomes NaN.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`quantize`.

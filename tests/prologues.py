@@ -6,6 +6,7 @@ rounded after each. The bounds allow for approximate exponentials, reciprocals a
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -38,8 +39,13 @@ def split_halves(gate_up: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor
     return gate_up[..., :k], gate_up[..., k:]
 
 
-def _silu_fused(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=0.0) -> Bounds:
-    """Compute in numpy's long double: float64 rounds one in hundreds of millions differently."""
+def _silu_fused(
+    gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=0.0, shifted_dtype=None
+) -> Bounds:
+    """Compute in numpy's long double: float64 rounds one in hundreds of millions differently.
+
+    With a `shifted_dtype` sums of ups and beta are rounded to it.
+    """
     gate, up = (
         t.double().numpy().astype(np.longdouble) for t in split_halves(gate_up, interleaved)
     )
@@ -48,6 +54,9 @@ def _silu_fused(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=
             limit = np.longdouble(np.float32(clamp))
             gate, up = np.minimum(gate, limit), np.maximum(np.minimum(up, limit), -limit)
         up = up + np.longdouble(np.float32(beta)) if beta else up
+        if beta and shifted_dtype is not None:
+            sums = torch.from_numpy(up.astype(np.float32)).to(shifted_dtype)
+            up = sums.double().numpy().astype(np.longdouble)
         argument = np.longdouble(np.float32(alpha)) * gate
         small = np.exp(-np.abs(argument))
         exact = up * gate * (np.where(argument >= 0, 1, small) / (1 + small))
@@ -151,6 +160,22 @@ def _silu_vllm(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=0
     return in_order(*values)
 
 
+def _silu_triton(gate_up, weight, interleaved=False, clamp=None, alpha=1.0, beta=0.0) -> Bounds:
+    """Compute the activation in float32, and round it, its up plus beta and the product."""
+    dtype = gate_up.dtype
+    gate, up = split_halves(gate_up, interleaved)
+    if clamp is not None:
+        limit = torch.tensor(clamp, dtype=torch.float64).to(dtype)
+        gate, up = torch.minimum(gate, limit), torch.maximum(torch.minimum(up, limit), -limit)
+    ones = torch.cat([gate, torch.ones_like(gate)], -1)
+    activations = [t.to(dtype) for t in _silu_fused(ones, None, alpha=alpha)]
+    up = (up.float() + torch.tensor(beta).float()).to(dtype) if beta else up
+    values = [(t.float() * up.float()).to(dtype) for t in activations]
+    if weight is not None:
+        values = [(t.float() * weight.unsqueeze(-1)).to(dtype) for t in values]
+    return in_order(*values)
+
+
 def _norm_fused(total, weight, eps, offset) -> Bounds:
     """Normalize the float32 sum in numpy's long double.
 
@@ -203,7 +228,13 @@ def silu_bounds(
     **options: object,
 ) -> Bounds:
     """Return the gated activation of (..., mn, 2 k), with the options of ``silu_mul_quantize``."""
-    functions = {"fused": _silu_fused, "unfused": _silu_unfused, "vllm": _silu_vllm}
+    functions = {
+        "fused": _silu_fused,
+        "unfused": _silu_unfused,
+        "vllm": _silu_vllm,
+        "vllm_triton": _silu_triton,
+        "sglang": functools.partial(_silu_fused, shifted_dtype=gate_up.dtype),
+    }
     return functions[rounding](gate_up, weight, **options)
 
 

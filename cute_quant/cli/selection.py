@@ -10,7 +10,7 @@ import torch
 
 from cute_quant.contract.dtypes import INPUT_DTYPES, LOAD_BYTES
 from cute_quant.contract.formats import DEEP_GEMM, Format
-from cute_quant.contract.prologues import FUSED, NORM_ROUNDINGS
+from cute_quant.contract.prologues import FUSED, ROUNDINGS
 from cute_quant.contract.rows import DENSE, KINDS, Masked
 from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.contract.upper_scales import KINDS as UPPER_KINDS
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for choice in ("interleaved", "clamped", "scaled", "shifted"):
         calls.add_argument(f"--{choice}", action="store_true", help="of silu_mul_quantize")
     calls.add_argument("--stochastic", action="store_true", help="with an rng_state")
-    calls.add_argument("--rounding", choices=NORM_ROUNDINGS, default=FUSED)
+    calls.add_argument("--rounding", choices=ROUNDINGS, default=FUSED)
     calls.add_argument("--weight-dtype", choices=DTYPES, help="of rms_norm_quantize")
     calls.add_argument(
         "--upper-scale",

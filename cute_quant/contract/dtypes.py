@@ -16,6 +16,8 @@ E5M2_MAX = 57344.0
 E2M1_MAX = 6.0
 INT8_MAX = 127.0
 """int8 is symmetric: -128 is not used."""
+BELOW_HALF = 0.5 - 2.0**-25
+"""The largest float32 below a half. Added before truncation it rounds halves, and no less, up."""
 
 FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 FLOAT32_MANTISSA_BITS = 23

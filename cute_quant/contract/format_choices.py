@@ -101,7 +101,7 @@ FLOAT32_STEPS = {
     DEEPGEMM: Steps(PRODUCT, OF_SCALE),
 }
 """Steps to e4m3 values. `float32_steps` has those to other values and of whole rows."""
-INT8_LIBRARIES = (VLLM, SGLANG, DEEPGEMM)
+INT8_LIBRARIES = (VLLM, VLLM_TRITON, SGLANG, DEEPGEMM)
 MIN_EXACT_SCALE = 2.0**-90
 """The least `min_scale` with numerics of a library: no step to it leaves the normal numbers."""
 
@@ -218,8 +218,8 @@ def known_numerics(
     if values is torch.float8_e4m3fn:
         return tuple(FLOAT32_STEPS)
     if values is torch.int8:
-        # SGLang's int8 kernels for whole rows round halves away from zero.
-        return (IEEE, *(n for n in INT8_LIBRARIES if n != SGLANG or group_size != WHOLE_ROW))
+        # Triton's kernel for whole rows is SGLang's.
+        return (IEEE, *(n for n in INT8_LIBRARIES if n != VLLM_TRITON or group_size != WHOLE_ROW))
     return (IEEE, DEEPGEMM)
 
 
@@ -227,14 +227,20 @@ def float32_steps(values: torch.dtype, group_size: int, numerics: str) -> Steps:
     """Return the steps to values under float32 scales."""
     if numerics == VLLM and values is torch.int8:
         return Steps(QUOTIENT, OF_AMAX if group_size == WHOLE_ROW else OF_SCALE)
-    if numerics == SGLANG and group_size == WHOLE_ROW:
+    if numerics == SGLANG and group_size == WHOLE_ROW and values is not torch.int8:
         return Steps(PRODUCT, APPROXIMATE_OF_SCALE)
     return FLOAT32_STEPS[numerics]
 
 
 def truncates(values: torch.dtype, group_size: int, numerics: str) -> bool:
-    """Return whether values are rounded towards zero."""
-    return values is torch.int8 and group_size != WHOLE_ROW and numerics in (VLLM, SGLANG)
+    """Return whether values are rounded towards zero, those of `adds_half` after that."""
+    libraries = (SGLANG,) if group_size == WHOLE_ROW else (VLLM, VLLM_TRITON, SGLANG)
+    return values is torch.int8 and numerics in libraries
+
+
+def adds_half(values: torch.dtype, group_size: int, numerics: str) -> bool:
+    """Return whether values are rounded to nearest, halves away from zero."""
+    return values is torch.int8 and group_size == WHOLE_ROW and numerics == SGLANG
 
 
 def check_numerics(

@@ -48,6 +48,7 @@ from cute_quant.contract.format_choices import (
     WHOLE_ROW,
     Choices,
     Steps,
+    adds_half,
     check_choices,
     check_numerics,
     check_upper_scale,
@@ -167,6 +168,8 @@ class Format:
     """Values are divided by float32 scales, not multiplied with an inverse."""
     truncates: bool
     """Values are rounded towards zero."""
+    adds_half: bool
+    """Before that they move away from zero by a half: they are rounded to nearest."""
     rounds_half_up: bool
     """A power of two is rounded from amax at the mantissa 1.75, not up."""
     rounds_quotient: bool
@@ -265,6 +268,7 @@ class Format:
             bounds_amax=self.steps.bounds_amax,
             divides=self.steps.multiplier == DIVIDED,
             truncates=truncates(self.values, self.group_size, self.numerics),
+            adds_half=adds_half(self.values, self.group_size, self.numerics),
             rounds_half_up=mx and self.numerics == VLLM and fp4,
             rounds_quotient=mx and self.numerics != IEEE,
             flushes=mx and self.numerics in _FLUSH.get(self.values, ()),

@@ -17,10 +17,28 @@ FUSED = "fused"
 UNFUSED = "unfused"
 VLLM = "vllm"
 HUGGINGFACE = "huggingface"
-SILU_ROUNDINGS = (FUSED, UNFUSED, VLLM)
+VLLM_TRITON = "vllm_triton"
+SGLANG = "sglang"
+SILU_ROUNDINGS = (FUSED, UNFUSED, VLLM, VLLM_TRITON, SGLANG)
 NORM_ROUNDINGS = (FUSED, UNFUSED, HUGGINGFACE, VLLM)
+ROUNDINGS = tuple(dict.fromkeys((*SILU_ROUNDINGS, *NORM_ROUNDINGS)))
 """Rounding points: once to float32, or to the input's dtype after each operation, as torch does, or
 where a library's kernels round to it."""
+
+
+def rounds_activation(rounding: str) -> bool:
+    """Return whether activations, and bounds, are rounded before they are multiplied."""
+    return rounding in (UNFUSED, VLLM_TRITON)
+
+
+def rounds_shifted(rounding: str) -> bool:
+    """Return whether the sum of an up and beta is rounded before it is multiplied."""
+    return rounding in (UNFUSED, VLLM_TRITON, SGLANG)
+
+
+def rounds_product(rounding: str) -> bool:
+    """Return whether the product of an activation and an up is rounded before it is quantized."""
+    return rounding in (UNFUSED, VLLM, VLLM_TRITON)
 
 
 def rounds_sum(rounding: str) -> bool:

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from cute_quant.contract import format_choices, scale_storage
 from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import (
+    BELOW_HALF,
     E2M1_MAX,
     E4M3_MAX,
     E4M3_NAN,
@@ -39,11 +40,13 @@ from cute_quant.contract.philox import random_of_elements
 from cute_quant.contract.prologues import (
     FUSED,
     UNFUSED,
-    VLLM,
     RmsNorm,
     SiluMul,
     SiluMulBackward,
+    rounds_activation,
+    rounds_product,
     rounds_row,
+    rounds_shifted,
     rounds_sum,
 )
 from cute_quant.contract.rcp_approx import rcp_approx
@@ -379,7 +382,8 @@ def _scaled(groups: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Te
 def encode(values: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Return float32 in the dtype of a format, rounded to nearest even and saturated.
 
-    Formats that truncate round towards zero. NaN becomes what a group that is not finite holds.
+    Formats that truncate round towards zero, or with a half added halves away from it. NaN becomes
+    what a group that is not finite holds.
     """
     value_type, nan = fmt.value_type, values.isnan()
     if fmt.values is torch.float4_e2m1fn_x2:
@@ -388,6 +392,8 @@ def encode(values: torch.Tensor, fmt: Format) -> torch.Tensor:
             codes = codes.where(codes != E2M1_SIGN, 0)
         return (codes[..., 0::2] | codes[..., 1::2] << 4).view(fmt.values)
     if fmt.values is torch.int8:
+        if fmt.adds_half:
+            values = values + values.new_tensor(BELOW_HALF).copysign(values)
         rounded = values.trunc() if fmt.truncates else values.round()
         values = rounded.clamp(-INT8_MAX, INT8_MAX).where(~nan, 0.0)
     codes = values.to(fmt.values).view(torch.uint8)
@@ -539,18 +545,26 @@ def silu_mul(gate_up: torch.Tensor, prologue: SiluMul) -> torch.Tensor:
         weight = weight.view(*gate.shape[:-1], 1)
     # Adding 0 would make 0 of -0.
     limit = clamp_limit(prologue, gate.dtype)
-    if prologue.rounding == FUSED:
+    if not rounds_product(prologue.rounding):
+        dtype = up.dtype
         gate, up = _clamp(gate.double(), up.double(), limit)
         up = up if beta == 0 else up + beta
+        if rounds_shifted(prologue.rounding):
+            up = up.float().to(dtype).double()
         values = (up * gate * torch.sigmoid(alpha * gate)).float()
         return values if weight is None else values * weight
     dtype = gate.dtype
-    if prologue.rounding == VLLM:
+    if prologue.rounding != UNFUSED:
         gate, up = gate.float(), up.float()
     gate, up = _clamp(gate, up, limit)
     activation = functional.silu(gate) if alpha == 1 else gate * torch.sigmoid(alpha * gate)
-    # On the CPU, and there alone, torch rounds a number that it adds to the tensor's dtype first.
-    values = (activation * (up if beta == 0 else (up.float() + beta).to(up.dtype))).to(dtype)
+    if rounds_activation(prologue.rounding):
+        activation = activation.to(dtype)
+    if beta != 0:
+        # On the CPU, and there alone, torch rounds a number that it adds to the dtype first.
+        up = up.float() + beta
+        up = up.to(dtype) if rounds_shifted(prologue.rounding) else up
+    values = (activation * up).to(dtype)
     return values if weight is None else (values.float() * weight).to(values.dtype)
 
 
@@ -584,10 +598,10 @@ def _gates_and_ups(gate_up: torch.Tensor, interleaved: bool) -> tuple[torch.Tens
 
 
 def clamp_limit(prologue: SiluMul, dtype: torch.dtype) -> float:
-    """Return the bound of gates and ups, rounded to `dtype` if they are unfused; Inf if none."""
+    """Return the bound of gates and ups, rounded to `dtype` if activations are; Inf if none."""
     if prologue.clamp is None:
         return math.inf
-    if prologue.rounding != UNFUSED:
+    if not rounds_activation(prologue.rounding):
         return prologue.clamp
     return torch.tensor(prologue.clamp, dtype=torch.float64).to(dtype).item()
 

@@ -17,6 +17,7 @@ from cutlass import (
 )
 
 from cute_quant.contract.dtypes import (
+    BELOW_HALF,
     E2M1_MAX,
     FLOAT32_BIAS,
     FLOAT32_MANTISSA_BITS,
@@ -160,14 +161,16 @@ def divide_by(rX: cute.Tensor, divisor: Float32, inverse: Float32) -> cute.Tenso
 
 
 @cute.jit
-def truncate(rX: cute.Tensor):
-    """Round float32 below 2^22 towards zero; NaN stays NaN.
+def truncate(rX: cute.Tensor, adds_half: cutlass.Constexpr[bool]):
+    """Round float32 below 2^22 towards zero, or to nearest, halves away from zero; NaN stays NaN.
 
     A sum with 2^23 rounds to nearest: where that is above, one is subtracted.
     """
     for i in cutlass.range_constexpr(cute.size(rX)):
         bits = rX[i].bitcast(Uint32)
         magnitude = (bits & Uint32(0x7FFFFFFF)).bitcast(Float32)
+        if const_expr(adds_half):
+            magnitude = magnitude + Float32(BELOW_HALF)
         nearest = (magnitude + Float32(_INTEGERS)) - Float32(_INTEGERS)
         above = nearest > magnitude
         whole = nearest - (Float32(1.0) if above else Float32(0.0))

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, Numeric, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from cute_quant.contract.prologues import FUSED, UNFUSED, VLLM
+from cute_quant.contract.prologues import (
+    UNFUSED,
+    rounds_activation,
+    rounds_product,
+    rounds_shifted,
+)
 from cute_quant.kernels import arithmetic, copy, encodings
 from cute_quant.kernels.config import SiluMulSpec
 from cute_quant.kernels.copy import Segment
@@ -125,26 +130,28 @@ class GatedRow(Params):
             up = arithmetic.minimum(up, activation.bound)
             up = arithmetic.maximum(up, -activation.bound)
         if spec.shifted:
-            up = self.round(up + activation.beta)
-        product = self.round(self.round(gate * self.sigmoid(gate)) * up, after_product=True)
+            up = self.round(up + activation.beta, rounds_shifted(spec.rounding))
+        activated = self.round(gate * self.sigmoid(gate), rounds_activation(spec.rounding))
+        product = self.round(activated * up, rounds_product(spec.rounding))
         if spec.weighted:
-            product = self.round(product * self.weight, after_product=True)
-        dtype = ELEMENT_TYPES[spec.dtype] if spec.rounding != FUSED else Float32
-        return encodings.registers(product.to(dtype))
+            product = self.round(product * self.weight, rounds_product(spec.rounding))
+        return encodings.registers(product.to(product_type(spec)))
 
     def sigmoid(self, gate: cute.TensorSSA) -> cute.TensorSSA:
         """Return the sigmoid of alpha * gate, rounded where torch's operations round."""
         if self.spec.rounding == UNFUSED and self.spec.scaled:
-            argument = self.round(gate * self.activation.alpha)
-            return self.round(arithmetic.sigmoid(argument))
+            argument = self.round(gate * self.activation.alpha, True)
+            return self.round(arithmetic.sigmoid(argument), True)
         return arithmetic.sigmoid(gate, self.activation.factor if self.spec.scaled else None)
 
-    def round(self, values: cute.TensorSSA, after_product: bool = False) -> cute.TensorSSA:
-        """Return float32 rounded to x's dtype, where torch's operations do; after products vLLM."""
-        rounding = self.spec.rounding
-        if rounding != UNFUSED and not (rounding == VLLM and after_product):
-            return values
-        return encodings.round_to(values, ELEMENT_TYPES[self.spec.dtype])
+    def round(self, values: cute.TensorSSA, rounds: bool) -> cute.TensorSSA:
+        """Return float32 rounded to x's dtype, or as it is."""
+        return encodings.round_to(values, ELEMENT_TYPES[self.spec.dtype]) if rounds else values
+
+
+def product_type(spec: SiluMulSpec) -> type[Numeric]:
+    """Return the type in which products are held until they are quantized."""
+    return ELEMENT_TYPES[spec.dtype] if rounds_product(spec.rounding) else Float32
 
 
 def gates_and_ups(
@@ -174,8 +181,7 @@ class SiluMul:
     def __init__(self, spec: SiluMulSpec):
         self.spec = spec
         self.dtype = ELEMENT_TYPES[spec.dtype]
-        dtype = self.dtype if spec.rounding != FUSED else Float32
-        stage = Stage(dtype, spec.fmt, spec.tile, spec.domain.keeps_gaps)
+        stage = Stage(product_type(spec), spec.fmt, spec.tile, spec.domain.keeps_gaps)
         self.quantizer = quantizer(spec, stage)
 
     def signature(self) -> tuple:

@@ -348,7 +348,7 @@ class Stage:
             return tXrQ
         tXrV = self.products(tXrX, scale)
         if fmt.truncates:
-            encodings.truncate(tXrV)
+            encodings.truncate(tXrV, fmt.adds_half)
         return encodings.encode(tXrV, encodings.value_type_of(fmt))
 
     def products(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:

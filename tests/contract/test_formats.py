@@ -609,8 +609,8 @@ NUMERICS = [
     (DEEP_GEMM, ("ieee",)),
     (DEEP_GEMM_SM90, FLOAT32_NUMERICS),
     (ROWWISE_FP8, FLOAT32_NUMERICS),
-    (INT8, ("ieee", "vllm", "sglang", "deepgemm")),
-    (ROWWISE_INT8, ("ieee", "vllm", "deepgemm")),
+    (INT8, ("ieee", "vllm", "vllm_triton", "sglang", "deepgemm")),
+    (ROWWISE_INT8, ("ieee", "vllm", "sglang", "deepgemm")),
     (DEEP_GEMM_SM90.replace(values=E5M2), ("ieee", "deepgemm")),
     (DEEP_GEMM_SM90.replace(round_scale=True), ("ieee",)),
 ]

@@ -162,6 +162,34 @@ def test_rounding_of_vllm_is_its_formula(dtype):
         assert (bits(q) != bits(results[0])).any()
 
 
+def test_rounding_of_triton(device):
+    """As vLLM writes it; other values than those of "unfused", whose sigmoid is rounded."""
+    x = inputs((64, 2048), torch.bfloat16, 1)
+    options = {"clamp": 7.03, "alpha": 1.702, "beta": 1.0}
+    q, _ = check(x, DEEP_GEMM_32, device, "vllm_triton", **options)
+    others = silu_mul_quantize(x.to(device), DEEP_GEMM_32, rounding="unfused", **options)[0]
+    assert (bits(q) != bits(others)).any()
+    gate, up = (t.float() for t in x.chunk(2, -1))
+    limit = torch.tensor(7.03).bfloat16().float()
+    gate, up = gate.clamp(max=limit), (up.clamp(-limit, limit) + 1).bfloat16()
+    glu = (gate * torch.sigmoid(gate * torch.tensor(1.702))).bfloat16()
+    results = silu_mul_quantize(x, DEEP_GEMM_32, rounding="vllm_triton", **options)
+    for result, expected in zip(results, quantize(glu * up, DEEP_GEMM_32), strict=True):
+        assert_same_bits(result, expected)
+
+
+def test_rounding_of_sglang(device):
+    """Ups plus beta are rounded, and nothing else: other values than those of "fused"."""
+    x = inputs((64, 2048), torch.bfloat16, 1)
+    options = {"clamp": 7.0, "alpha": 1.702, "beta": 1.0}
+    q, _ = check(x, DEEP_GEMM_32, device, "sglang", **options)
+    others = silu_mul_quantize(x.to(device), DEEP_GEMM_32, **options)[0]
+    assert (bits(q) != bits(others)).any()
+    plain = silu_mul_quantize(x, DEEP_GEMM_32, rounding="sglang")
+    for result, expected in zip(plain, silu_mul_quantize(x, DEEP_GEMM_32), strict=True):
+        assert_same_bits(result, expected)
+
+
 def test_rounding_of_vllm_with_weights(device):
     check(inputs((6, 140), torch.bfloat16, 1), DEEP_GEMM_32, device, "vllm", weight=weights(6))
 

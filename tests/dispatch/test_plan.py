@@ -520,6 +520,19 @@ class TestSeen:
         ((calls, where),) = warmed
         assert (calls, where) == (seen.ranges(), device)
 
+    def test_new_calls(self, monkeypatch):
+        """Calls are new until they are made ready, and with more rows than that again."""
+        warmed = []
+        monkeypatch.setattr(seen.warming, "on_device", lambda calls, device: warmed.extend(calls))
+        assert not seen.has_new()
+        for rows, is_new in ((3, True), (4, False), (6, False), (7, True)):
+            quantize(torch.zeros(rows, 256, dtype=BF16))
+            assert seen.has_new() == is_new
+            if rows == 3:
+                seen.warm_up(torch.device("cuda", 0), 2)
+        (calls,) = warmed
+        assert calls.max_rows == 6
+
 
 def test_nothing_seen_is_nothing_to_warm_up():
     assert list(seen.warm_up(torch.device("cuda", 0))) == []

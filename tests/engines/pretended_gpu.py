@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.missing_modules import Module, replace
-from bench.vllm_layer import EXTENSIONS
+from bench.vllm_archive import EXTENSIONS
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, dequantize
 
 
@@ -81,6 +81,11 @@ def pretend(major: int, minor: int = 0) -> DeepGemm:
         @classmethod
         def device_count(cls) -> int:
             return 1
+
+        @classmethod
+        def get_device_communicator_cls(cls) -> str:
+            module = "vllm.distributed.device_communicators.base_device_communicator"
+            return f"{module}.DeviceCommunicatorBase"
 
     platforms._current_platform = Platform()
     return deep_gemm

@@ -14,6 +14,7 @@ from unittest import mock
 
 STUBS = (
     "deep_ep",
+    "uvicorn",
     "torchvision",
     "torchvision.io",
     "torchvision.transforms",

@@ -17,13 +17,23 @@ pretended_sglang.pretend()
 import sglang.srt.plugins  # noqa: E402
 from sglang.kernels.ops.activation import silu_and_mul_clamp  # noqa: E402
 from sglang.kernels.ops.quantization import fp8_kernel, int8_kernel  # noqa: E402
+from sglang.kernels.ops.quantization import (  # noqa: E402
+    per_token_group_quant as group_kernel,
+)
 from sglang.srt.layers import deep_gemm_wrapper  # noqa: E402
 from sglang.srt.layers.moe.moe_runner import deep_gemm as runner  # noqa: E402
 from sglang.srt.layers.moe.token_dispatcher import deepep  # noqa: E402
-from sglang.srt.layers.quantization import fp8_utils  # noqa: E402
+from sglang.srt.layers.quantization import (  # noqa: E402
+    fp8_utils,
+    int8_utils,
+    w8a8_int8,
+)
+from sglang.srt.model_executor import model_runner  # noqa: E402
 from sglang.srt.plugins.hook_registry import HookRegistry  # noqa: E402
 
 import cute_quant as cq  # noqa: E402
+from cute_quant.dispatch.call_range import CallRange  # noqa: E402
+from cute_quant.integrations.engines import sglang_worker  # noqa: E402
 from cute_quant.integrations.engines.comparison import difference  # noqa: E402
 from cute_quant.integrations.engines.engine import LEFT, TAKEN  # noqa: E402
 from cute_quant.integrations.engines.sglang import ENGINE  # noqa: E402
@@ -40,6 +50,8 @@ FUNCTIONS = (
     "silu_and_mul_masked_post_quant",
     "silu_and_mul_contig_post_quant",
     "sglang_per_token_group_quant_int8",
+    "per_token_group_quant_int8",
+    "per_token_quant_int8",
 )
 
 
@@ -145,6 +157,34 @@ def test_masked_experts(scales, keep_fp32):
         assert difference(ours, [t[expert, :count] for t in expected]) is None
 
 
+def test_activation_of_gpt_oss(scales):
+    """Its up plus one is rounded, and nothing else; scales are packed, or in rows."""
+    gate_up = 4 * rows(2 * 8, 2 * 512).view(2, 8, 1024)
+    counts = torch.tensor([8, 3], dtype=torch.int32)
+    before = calls("silu_and_mul_masked_post_quant_fwd")
+    q, sf = runner._varlen_deep_gemm_silu_mul_quant(
+        gate_up, counts, 128, 2, gemm1_alpha=1.702, gemm1_clamp_limit=7.0, num_real_tokens=8
+    )
+    assert calls("silu_and_mul_masked_post_quant_fwd") == before + 1
+    fmt = scales if scales is PACKED else cq.GROUPWISE_FP8.replace(numerics="vllm_triton")
+    options = {"clamp": 7.0, "alpha": 1.702, "beta": 1.0, "rows": cq.Masked(counts)}
+    expected = cq.silu_mul_quantize(gate_up, fmt, rounding="sglang", **options)
+    for expert, count in enumerate(counts.tolist()):
+        ours = [t[expert, :count] for t in (q, sf)]
+        assert difference(ours, [t[expert, :count] for t in expected]) is None
+
+
+def test_activation_of_gpt_oss_without_a_bound():
+    """SGLang's own kernel has the bound 0 then."""
+    counter = takeover("silu_and_mul_masked_post_quant_fwd").counter
+    before = counter.declined
+    with pytest.raises(RuntimeError, match="driver"):
+        runner._varlen_deep_gemm_silu_mul_quant(
+            rows(8, 1024).view(1, 8, 1024), torch.tensor([8]), 128, 2, gemm1_alpha=1.702
+        )
+    assert counter.declined == before + 1
+
+
 def test_rows_of_cutlass():
     """Rows and scales are padded to a multiple of 4 with zeros."""
     x = rows(5, 256)
@@ -191,6 +231,94 @@ def test_int8():
     found = int8_kernel.sglang_per_token_group_quant_int8(x, 128)
     assert calls("sglang_per_token_group_quant_int8") == before + 1
     assert difference(found, cq.quantize(x, cq.INT8.replace(numerics="sglang"))) is None
+
+
+def test_int8_with_columns_of_scales():
+    x = rows(6, 512)
+    q = torch.empty(6, 512, dtype=torch.int8)
+    sf = fp8_kernel.create_per_token_group_quant_fp8_output_scale(
+        x.shape, x.device, 128, True, True, False
+    )
+    before = calls("per_token_group_quant")
+    group_kernel.per_token_group_quant(x, q, sf, 128)
+    assert calls("per_token_group_quant") == before + 1
+    fmt = cq.INT8.replace(numerics="sglang", scale_layout="mn_major")
+    assert difference((q, sf), cq.quantize(x, fmt)) is None
+
+
+def test_int8_linear_layer_with_scales_of_rows():
+    """Values are rounded to nearest, halves away from zero."""
+    x, weight = rows(6, 512), torch.zeros(512, 256, dtype=torch.int8)
+    layer = SimpleNamespace(weight=weight, weight_scale=torch.ones(256, 1), use_intel_amx_backend=0)
+    gemm = mock.Mock(return_value=torch.zeros(6, 256, dtype=torch.bfloat16))
+    before = calls("per_token_quant_int8")
+    with mock.patch.object(w8a8_int8, "int8_scaled_mm", gemm, create=True):
+        w8a8_int8.W8A8Int8LinearMethod.apply(None, layer, x)
+    assert calls("per_token_quant_int8") == before + 1
+    q, _, sf, *_ = gemm.call_args.args
+    assert difference((q, sf), cq.quantize(x, cq.ROWWISE_INT8.replace(numerics="sglang"))) is None
+
+
+def test_int8_linear_layer_with_blocks():
+    """A kernel of Triton quantizes them in SGLang."""
+    x, weight = rows(6, 512), torch.zeros(256, 512, dtype=torch.int8)
+    gemm = mock.Mock(return_value=torch.zeros(6, 256, dtype=torch.bfloat16))
+    before = calls("per_token_group_quant_int8")
+    with mock.patch.object(int8_utils, "w8a8_block_int8_matmul", gemm):
+        int8_utils.apply_w8a8_block_int8_linear(x, weight, [128, 128], torch.ones(2, 4))
+    assert calls("per_token_group_quant_int8") == before + 1
+    q, _, sf, *_ = gemm.call_args.args
+    assert difference((q, sf), cq.quantize(x, cq.INT8.replace(numerics="vllm_triton"))) is None
+
+
+def test_results_are_compared_before_a_model_is_loaded(monkeypatch):
+    done = []
+    monkeypatch.setattr(ENGINE, "check", lambda device: done.append(device), raising=False)
+    monkeypatch.setattr(sglang_worker.seen, "watch", lambda: done.append("watch"))
+    with pytest.raises(AttributeError):
+        # SGLang's own goes on with a runner that has nothing.
+        model_runner.ModelRunner.load_model(SimpleNamespace(device="cpu", gpu_id=0))
+    assert done == [torch.device("cpu", 0), "watch"]
+
+
+def test_steps_of_other_sizes_are_warmed_up(monkeypatch):
+    """After the first step with a call of a new kind, for as many tokens as one may have."""
+    warmed = []
+    monkeypatch.setattr(sglang_worker, "most_tokens", lambda: 8192)
+    monkeypatch.setattr(
+        sglang_worker.seen.warming,
+        "on_device",
+        lambda found, device: warmed.append((found, device)),
+    )
+    calls_of_step = []
+
+    def step(*arguments):
+        for mn in calls_of_step:
+            sglang_worker.seen._note(CallRange("quantize", PACKED, torch.bfloat16, (512,), mn))
+        return arguments
+
+    runner = SimpleNamespace(device="cpu", gpu_id=0)
+    batch = SimpleNamespace(input_ids=torch.ones(4))
+    sglang_worker.seen.forget()
+    try:
+        for mn, warms in ((8, True), (4, False), (2 * 8192, False), (3 * 8192, True)):
+            calls_of_step[:] = [mn]
+            before = len(warmed)
+            assert sglang_worker.forward(step, runner, batch)[:2] == (runner, batch)
+            assert (len(warmed) > before) == warms
+        (first, _), (second, _) = warmed
+        assert [calls.max_rows for calls in first] == [2 * 8192]
+        assert [calls.max_rows for calls in second] == [3 * 8192 * 2048]
+    finally:
+        sglang_worker.seen.forget()
+
+
+def test_most_tokens_of_a_step(monkeypatch):
+    from sglang.srt import runtime_context
+
+    schedule = SimpleNamespace(chunked_prefill_size=None, max_prefill_tokens=16384)
+    monkeypatch.setattr(runtime_context, "get_schedule", lambda: schedule)
+    assert sglang_worker.most_tokens() == 16384
 
 
 def test_contiguous_experts():

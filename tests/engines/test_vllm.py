@@ -5,8 +5,10 @@ DeepGEMM reads packed scales on compute capability 10.0, float32 on 9.0.
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from types import SimpleNamespace
 
 import pytest
@@ -220,6 +222,19 @@ class TestExperts:
             theirs = quantize(gate_up)
         assert difference(ours, theirs) is None
 
+    @on_hopper
+    def test_activation_of_gpt_oss(self, gate_up):
+        from vllm.model_executor.layers.quantization.utils import fp8_utils
+
+        options = {"clamp_limit": 7.03, "alpha": 1.702, "beta": 1.0, "use_ue8m0": True}
+        with counted(self.function, calls=1):
+            q, sf = fp8_utils.silu_mul_per_token_group_quant_fp8_colmajor(gate_up, **options)
+        with paused():
+            theirs = fp8_utils.silu_mul_per_token_group_quant_fp8_colmajor(gate_up, **options)
+        # The exponential is approximate in both.
+        for ours, other in ((q.view(torch.uint8), theirs[0].view(torch.uint8)), (sf, theirs[1])):
+            assert (ours != other).float().mean() < 2.0**-9
+
     def test_compiled(self, quantize, gate_up):
         compiled = torch.compile(quantize, fullgraph=True)
         with counted(self.function, traced=1):
@@ -317,10 +332,14 @@ class TestFusedActivation:
 class TestInputsOfExperts:
     """``moe_kernel_quantize_input``, which also stages tokens for DeepEP."""
 
-    def quantize(self, x, dtype, block_shape=None, scale=None, **options):
+    def quantize(
+        self, x, dtype, block_shape=None, scale=None, per_act_token_quant=False, **options
+    ):
         from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
 
-        return moe_kernel_quantize_input(x, scale, dtype, False, block_shape, **options)
+        return moe_kernel_quantize_input(
+            x, scale, dtype, per_act_token_quant, block_shape, **options
+        )
 
     def test_groups(self):
         x = sample((12, 512), CPU)
@@ -341,6 +360,24 @@ class TestInputsOfExperts:
         with counted("per_token_group_quant_int8", calls=1):
             q, sf = self.quantize(x, torch.int8, [128, 128])
         assert (q.dtype, sf.shape) == (torch.int8, (12, 4))
+
+    def test_int8_of_rows(self):
+        x = sample((12, 512), CPU)
+        with counted("per_token_quant_int8", calls=1):
+            ours = self.quantize(x, torch.int8, per_act_token_quant=True)
+        assert difference(ours, cq.quantize(x, cq.ROWWISE_INT8.replace(numerics="sglang"))) is None
+
+    def test_int8_of_rows_in_a_graph(self):
+        """Linear layers call it by its module."""
+        from vllm import _custom_ops
+
+        x = sample((3, 4, 512), CPU)
+        compiled = torch.compile(lambda x: _custom_ops.scaled_int8_quant(x), fullgraph=True)
+        with counted("scaled_int8_quant", traced=1):
+            q, sf, azp = compiled(x)
+        expected = cq.quantize(x, cq.ROWWISE_INT8.replace(numerics="vllm"))
+        assert difference((q, sf), (expected[0], expected[1].view(12, 1))) is None
+        assert azp is None
 
     def test_rows(self):
         from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
@@ -676,3 +713,31 @@ def test_spawned_processes(selected, says, tmp_path):
     assert says in done.stdout
     if selected == "lineal":
         assert "expected 0 or some of linear, group_quant" in done.stdout + done.stderr
+
+
+def test_tensor_parallel(tmp_path):
+    """Two spawned processes share the weight of a linear layer, and each reaches its quantizer."""
+    command = [sys.executable, "-m", "tests.engines.tensor_parallel", tmp_path / "store"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = sorted(re.findall(r"rank (\d): (\d+) calls, (\S+) off", done.stdout))
+    assert [(rank, calls) for rank, calls, _ in found] == [("0", "1"), ("1", "1")]
+    assert all(float(off) < 0.05 for *_, off in found)
+
+
+@on_hopper
+def test_the_archive_of_a_layer_is_small_and_runs(tmp_path):
+    """On a machine without vLLM, whose other modules and dependencies are stand-ins."""
+    archive = tmp_path / "vllm.tar.xz"
+    command = [sys.executable, "-m", "bench.vllm_layer"]
+    packed = subprocess.run([*command, "pack", archive], capture_output=True, text=True)
+    assert packed.returncode == 0, packed.stderr[-2000:]
+    with tarfile.open(archive) as tar:
+        assert sum(member.size for member in tar) < 2 * 2**20
+    sizes = ("--k", "256", "--n", "128", "--rows", "3")
+    done = subprocess.run(
+        [*command, "run", archive, "--device", "cpu", *sizes], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "cute_quant: QuantFP8 of cute_quant.integrations.engines.vllm" in done.stdout
+    assert "QuantFP8.forward_native Counter(calls=0, traced=" in done.stdout

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from cute_quant.contract.dtypes import align
+from cute_quant.contract.prologues import SILU_ROUNDINGS
 from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
 from cute_quant.contract.upper_scales import AMAX, ENCODE
 from cute_quant.contract.upper_scales import KINDS as UPPER_KINDS
@@ -86,7 +87,7 @@ def draw_kernels(count: int, operation: str, seed: int) -> list[Kernel]:
 
 
 OPTIONS = {
-    "silu_mul": {"interleaved": (False, True), "rounding": ("fused", "unfused", "vllm")},
+    "silu_mul": {"interleaved": (False, True), "rounding": SILU_ROUNDINGS},
     "rms_norm": {
         "rounding": ("fused", "unfused", "huggingface", "vllm"),
         "weight_dtype": ("x", "float32"),

@@ -49,10 +49,12 @@ FLOAT32_FORMULAS: dict[tuple[str, str], Formula] = {
     ("GROUPWISE_FP8", "tilekernels"): formulas.fp8_tilekernels,
     ("GROUPWISE_FP8", "deepgemm"): formulas.fp8_deepgemm,
     ("INT8", "vllm"): formulas.int8_vllm,
+    ("INT8", "vllm_triton"): formulas.int8_triton,
     ("INT8", "sglang"): formulas.int8_sglang,
     ("ROWWISE_FP8", "vllm"): formulas.fp8_vllm,
     ("ROWWISE_FP8", "sglang"): formulas.fp8_sglang_rows,
     ("ROWWISE_INT8", "vllm"): formulas.int8_vllm_rows,
+    ("ROWWISE_INT8", "sglang"): formulas.int8_sglang_rows,
 }
 NVFP4_FORMULAS = {key: formula for key, formula in FORMULAS.items() if key[0] == "NVFP4"}
 CONVENTIONS = {"torchao": DECODE, "deepgemm": DECODE}

@@ -110,6 +110,27 @@ FAULTS = [
         [f"{ON_PACKAGE_NUMERICS}::test_float32_scales[INT8-vllm]"],
     ),
     Fault(
+        "reference-int8-half-and-more",
+        REFERENCE,
+        "values.new_tensor(BELOW_HALF)",
+        "values.new_tensor(0.5001)",
+        [f"{ON_PACKAGE_NUMERICS}::test_float32_scales[ROWWISE_INT8-sglang]"],
+    ),
+    Fault(
+        "reference-sum-of-sglang-in-float32",
+        REFERENCE,
+        "            up = up.float().to(dtype).double()",
+        "            up = up.float().double()",
+        [f"{ON_SILU}::test_rounding_of_sglang"],
+    ),
+    Fault(
+        "prologues-activation-of-triton-not-rounded",
+        PROLOGUES,
+        "    return rounding in (UNFUSED, VLLM_TRITON)\n",
+        "    return rounding == UNFUSED\n",
+        [f"{ON_SILU}::test_rounding_of_triton"],
+    ),
+    Fault(
         "reference-ieee-numerics-multiply",
         REFERENCE,
         "                scales = bounded / largest",

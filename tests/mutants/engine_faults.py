@@ -83,4 +83,11 @@ FAULTS = [
         "calls.max_rows",
         [f"{ON_PLAN}::TestSeen::test_the_most_rows"],
     ),
+    Fault(
+        "seen-nothing-is-new",
+        SEEN,
+        "any(rows > _ready.get(key, 0) for",
+        "any(key not in _ready for",
+        [f"{ON_PLAN}::TestSeen::test_new_calls"],
+    ),
 ]

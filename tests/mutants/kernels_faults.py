@@ -547,9 +547,23 @@ FAULTS = [
     Fault(
         "silu-product-of-vllm-not-rounded-before-its-weight",
         SILU_MUL,
-        "not (rounding == VLLM and after_product)",
-        "not (rounding == VLLM and False)",
+        "        product = self.round(activated * up, rounds_product(spec.rounding))",
+        "        product = activated * up",
         [f"{ON_SILU_KERNEL}::test_variants[sm_90a-vllm weighted]"],
+    ),
+    Fault(
+        "silu-sum-of-sglang-not-rounded",
+        SILU_MUL,
+        "self.round(up + activation.beta, rounds_shifted(spec.rounding))",
+        "self.round(up + activation.beta, spec.rounding == UNFUSED)",
+        [f"{ON_SILU_KERNEL}::test_variants"],
+    ),
+    Fault(
+        "encodings-half-not-added",
+        ENCODINGS,
+        "magnitude = magnitude + Float32(BELOW_HALF)",
+        "magnitude = magnitude + Float32(0.0)",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels_of_float32_scales[ROWWISE_INT8-sglang]"],
     ),
     Fault(
         "scales-sglang-numerics-of-the-scale",

@@ -499,3 +499,17 @@ def int8_sglang(x: np.ndarray) -> Quantized:
     amax = bounded(x, 1e-10)
     products = times(x, mul(rcp_approx(amax), 127))
     return in_float32(mul(amax, f32(1 / 127)), int8(np.trunc(products)))
+
+
+def int8_sglang_rows(x: np.ndarray) -> Quantized:
+    """Quantize as SGLang's ``per_token_quant_int8``: halves away from zero; not zeros."""
+    amax = bounded(x, 1e-10)
+    products = times(x, mul(rcp_approx(amax), 127)).astype(np.float64)
+    rounded = np.copysign(np.floor(np.abs(products) + 0.5), products)
+    return in_float32(mul(amax, f32(1 / 127)), int8(rounded))
+
+
+def int8_triton(x: np.ndarray) -> Quantized:
+    """Quantize as ``_per_token_group_quant_int8``, whose ``/`` is ``div.full``; it truncates."""
+    scales = mul(bounded(x, 1e-10), f32(1 / 127))
+    return in_float32(scales, int8(np.trunc(times(x, rcp_approx(scales)))))

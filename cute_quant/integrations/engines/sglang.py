@@ -10,11 +10,20 @@ from types import ModuleType
 
 from cute_quant.integrations.engines import sglang_calls as calls
 from cute_quant.integrations.engines import sglang_checks as checks
+from cute_quant.integrations.engines import sglang_worker as worker
 from cute_quant.integrations.engines.engine import Engine
-from cute_quant.integrations.engines.takeover import Attribute, Check, Function, Takeover
+from cute_quant.integrations.engines.takeover import (
+    Attribute,
+    Check,
+    Function,
+    Method,
+    Takeover,
+)
 
 _QUANTIZATION = "sglang.kernels.ops.quantization"
 _FP8 = f"{_QUANTIZATION}.fp8_kernel"
+_INT8 = f"{_QUANTIZATION}.int8_kernel"
+_MODEL_RUNNER = "sglang.srt.model_executor.model_runner"
 _BLACKWELL = (10, 12)
 
 
@@ -87,7 +96,7 @@ TAKEOVERS = (
         "silu",
         "sglang.kernels.ops.moe.ep_moe_kernels",
         calls.silu_and_mul_masked_post_quant_fwd,
-        checks.silu_masked,
+        checks.silu_masked_with_alpha,
     ),
     _takeover(
         "silu",
@@ -101,12 +110,9 @@ TAKEOVERS = (
         calls.silu_and_mul_contig_post_quant,
         checks.silu_contiguous,
     ),
-    _takeover(
-        "int8",
-        f"{_QUANTIZATION}.int8_kernel",
-        calls.sglang_per_token_group_quant_int8,
-        checks.group_quant_int8,
-    ),
+    _takeover("int8", _INT8, calls.sglang_per_token_group_quant_int8, checks.group_quant_int8),
+    _takeover("int8", _INT8, calls.per_token_group_quant_int8, checks.group_quant_int8),
+    _takeover("int8", _INT8, calls.per_token_quant_int8, checks.rows_int8),
     _takeover(
         "mxfp8",
         "sglang.srt.layers.quantization.fp8_utils",
@@ -120,6 +126,10 @@ TAKEOVERS = (
         calls.fp4_quantize,
         checks.nvfp4,
         _BLACKWELL,
+    ),
+    *(
+        Takeover("warm_up", Method(_MODEL_RUNNER, "ModelRunner", hook.__name__), hook, around=True)
+        for hook in (worker.load_model, worker.forward)
     ),
 )
 

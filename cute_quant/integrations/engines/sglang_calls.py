@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from cute_quant.contract import checks
+from cute_quant.contract import checks, prologues
 from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.dtypes import (
     BLOCK_GROUPS,
     E4M3_MAX,
     INPUT_DTYPES,
+    INT8_MAX,
     SCALE_ROW_ALIGNMENT,
     align,
 )
@@ -40,9 +41,9 @@ from cute_quant.contract.formats import (
     MXFP8,
     NVFP4,
     ROWWISE_FP8,
+    ROWWISE_INT8,
     Format,
 )
-from cute_quant.contract.prologues import FUSED, UNFUSED, VLLM
 from cute_quant.contract.rows import Masked
 from cute_quant.contract.torch_private import constant_in_graphs
 from cute_quant.ops import quantize, silu_mul_quantize
@@ -94,6 +95,8 @@ def _quantize(
     *,
     silu: str | None = None,
     clamp: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
     masked_m: torch.Tensor | None = None,
     out: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> Any:
@@ -104,20 +107,24 @@ def _quantize(
         fmt: as of ``quantize``; None is not taken.
         silu: the rounding of the product, None without SiLU.
         clamp: as of ``silu_mul_quantize``.
+        alpha: as of ``silu_mul_quantize``.
+        beta: as of ``silu_mul_quantize``.
         masked_m: rows of each expert, None if all of them exist.
         out: q and sf of the caller.
     """
     columns = x.shape[-1] // (1 if silu is None else 2)
     if fmt is None or x.dtype not in INPUT_DTYPES or x.ndim < 2:
         return NotImplemented
-    if columns % fmt.group_size or (masked_m is not None and x.ndim != 3):
+    if (not fmt.whole_row and columns % fmt.group_size) or (masked_m is not None and x.ndim != 3):
         return NotImplemented
     if out[1] is not None and not _fits(out[1], fmt, (*x.shape[:-1], columns)):
         return NotImplemented
     rows = None if masked_m is None else Masked(masked_m.to(torch.int32))
     if silu is None:
         return quantize(x, fmt, rows=rows, out=out)
-    return silu_mul_quantize(x, fmt, clamp=clamp, rounding=silu, rows=rows, out=out)
+    return silu_mul_quantize(
+        x, fmt, clamp=clamp, alpha=alpha, beta=beta, rounding=silu, rows=rows, out=out
+    )
 
 
 def _fits(sf: torch.Tensor, fmt: Format, shape: tuple[int, ...]) -> bool:
@@ -165,7 +172,7 @@ def sglang_per_token_group_quant_fp8(
         # Columns without padding.
         output_s = x.new_empty((x.shape[1] // group_size, x.shape[0]), dtype=torch.float32).mT
     fmt = _format(group_size, column_major=column_major, ue8m0=scale_ue8m0, packed=packed)
-    silu = UNFUSED if fuse_silu_and_mul else None
+    silu = prologues.UNFUSED if fuse_silu_and_mul else None
     return _quantize(x, fmt, silu=silu, masked_m=masked_m, out=(output_q, output_s))
 
 
@@ -245,14 +252,17 @@ def per_token_group_quant(
     if output_s is not None:
         column_major, packed = _layout_of(output_s), output_s.dtype is torch.int32
     if dtype is torch.int8:
-        if column_major or scale_ue8m0 or group_size not in GROUP_SIZES:
+        if scale_ue8m0 or group_size not in GROUP_SIZES:
             return NotImplemented
-        fmt: Format | None = INT8.replace(group_size=group_size, numerics=SGLANG)
+        layout = MN_MAJOR if column_major else ROW_MAJOR
+        fmt: Format | None = INT8.replace(
+            group_size=group_size, numerics=SGLANG, scale_layout=layout
+        )
     elif dtype in (None, torch.float8_e4m3fn):
         fmt = _format(group_size, column_major=column_major, ue8m0=scale_ue8m0, packed=packed)
     else:
         return NotImplemented
-    rounding = VLLM if silu_and_mul_mode == "dense" else UNFUSED
+    rounding = prologues.VLLM if silu_and_mul_mode == "dense" else prologues.UNFUSED
     silu = rounding if fuse_silu_and_mul else None
     return _quantize(input, fmt, silu=silu, masked_m=masked_m, out=(output_q, output_s))
 
@@ -264,6 +274,25 @@ def sglang_per_token_group_quant_int8(
     if eps != MIN_AMAX or dtype is not torch.int8:
         return NotImplemented
     return per_token_group_quant(x, group_size=group_size, out_dtype=dtype)
+
+
+def per_token_quant_int8(
+    x: torch.Tensor, scale_dtype: torch.dtype = torch.float32, cal_sum: bool = False
+) -> Any:
+    """Compute the function of this name in SGLang's ``int8_kernel``."""
+    if scale_dtype is not torch.float32 or cal_sum or not x.is_contiguous():
+        return NotImplemented
+    return _quantize(x, ROWWISE_INT8.replace(numerics=SGLANG))
+
+
+def per_token_group_quant_int8(
+    x: torch.Tensor, group_size: int, eps: float = 1e-10, dtype: torch.dtype = torch.int8
+) -> Any:
+    """Compute the function of this name in SGLang's ``int8_kernel``, a kernel of Triton."""
+    if dtype is not torch.int8 or not eps > 0 or group_size not in GROUP_SIZES:
+        return NotImplemented
+    fmt = INT8.replace(group_size=group_size, numerics=VLLM_TRITON, min_scale=eps / INT8_MAX)
+    return _quantize(x, fmt) if x.is_contiguous() else NotImplemented
 
 
 def silu_and_mul_masked_post_quant_fwd(
@@ -278,9 +307,18 @@ def silu_and_mul_masked_post_quant_fwd(
     num_real_tokens: int | None = None,
     topk: int | None = None,
 ) -> Any:
-    """Compute the function of this name in SGLang's ``ep_moe_kernels``, without an alpha."""
+    """Compute the function of this name in SGLang's ``ep_moe_kernels``.
+
+    With an alpha it is the activation of gpt-oss, whose bound of ups is one of x's dtype.
+    """
+    activation: dict[str, Any] = {"silu": prologues.UNFUSED}
+    min_scale: str | float = _MIN_BF16_SCALE
     if gemm1_alpha:
-        return NotImplemented
+        limit = gemm1_clamp_limit or 0.0
+        if gemm1_alpha < 0 or limit <= 0 or limit != torch.tensor(limit, dtype=input.dtype).item():
+            return NotImplemented
+        activation = {"silu": prologues.SGLANG, "clamp": limit, "alpha": gemm1_alpha, "beta": 1.0}
+        min_scale = SGLANG
     packed = output_scale.dtype is torch.int32
     sf = output_scale.mT if packed else output_scale
     fmt = _format(
@@ -289,9 +327,9 @@ def silu_and_mul_masked_post_quant_fwd(
         ue8m0=scale_ue8m0,
         packed=packed,
         numerics=VLLM_TRITON,
-        min_scale=_MIN_BF16_SCALE,
+        min_scale=min_scale,
     )
-    found = _quantize(input, fmt, silu=UNFUSED, masked_m=masked_m, out=(output, sf))
+    found = _quantize(input, fmt, **activation, masked_m=masked_m, out=(output, sf))
     return found if found is NotImplemented else None
 
 
@@ -308,10 +346,11 @@ def silu_and_mul_masked_post_quant(
     swizzle: bool = False,
 ) -> Any:
     """Compute the function of this name in SGLang's ``dsv4``."""
-    return _post_quant(
-        *(input, output, output_scale, quant_group_size, masked_m),
-        *(scale_ue8m0, transposed, swiglu_limit, swizzle),
-    )
+    if swizzle:
+        return NotImplemented
+    fmt = _post_quant_format(quant_group_size, scale_ue8m0, transposed)
+    sf = output_scale.mT if transposed else output_scale
+    return _post_quant(input, fmt, swiglu_limit, masked_m, (output, sf))
 
 
 def silu_and_mul_contig_post_quant(
@@ -325,37 +364,33 @@ def silu_and_mul_contig_post_quant(
     swizzle: bool = False,
 ) -> Any:
     """Compute the function of this name in SGLang's ``silu_and_mul_clamp``."""
-    return _post_quant(
-        *(input, output, output_scale, quant_group_size, None),
-        *(scale_ue8m0, transposed, swiglu_limit, swizzle),
-    )
-
-
-def _post_quant(
-    x: torch.Tensor,
-    q: torch.Tensor,
-    sf: torch.Tensor,
-    group_size: int,
-    masked_m: torch.Tensor | None,
-    ue8m0: bool,
-    transposed: bool,
-    limit: float | None,
-    swizzle: bool,
-) -> Any:
-    """Compute SiLU in float32, without a rounding, with a limit that bfloat16 has."""
     if swizzle:
         return NotImplemented
-    if transposed and masked_m is not None:
-        sf = sf.mT
-    fmt = _format(
+    fmt = _post_quant_format(quant_group_size, scale_ue8m0, transposed)
+    return _post_quant(input, fmt, swiglu_limit, None, (output, output_scale))
+
+
+def _post_quant_format(group_size: int, ue8m0: bool, transposed: bool) -> Format | None:
+    """Return the format of what follows SiLU in float32; transposed scales are packed."""
+    return _format(
         group_size,
         column_major=transposed,
         ue8m0=ue8m0,
         packed=transposed,
         numerics=VLLM_TRITON,
     )
+
+
+def _post_quant(
+    x: torch.Tensor,
+    fmt: Format | None,
+    limit: float | None,
+    masked_m: torch.Tensor | None,
+    out: tuple[torch.Tensor, torch.Tensor],
+) -> Any:
+    """Compute SiLU in float32, without a rounding, with a limit that bfloat16 has."""
     clamp = None if limit is None else torch.tensor(limit, dtype=x.dtype).item()
-    found = _quantize(x, fmt, silu=FUSED, clamp=clamp, masked_m=masked_m, out=(q, sf))
+    found = _quantize(x, fmt, silu=prologues.FUSED, clamp=clamp, masked_m=masked_m, out=out)
     return found if found is NotImplemented else None
 
 

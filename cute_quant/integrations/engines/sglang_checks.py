@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -49,6 +50,7 @@ def per_token_group_quant(ours: Function, theirs: Function, device: torch.device
         {"scale_ue8m0": True},
         {"column_major_scales": True},
         {"out_dtype": torch.int8},
+        {"out_dtype": torch.int8, "column_major_scales": True},
     )
     return _first(ours, theirs, ({"input": x, **option} for option in options))
 
@@ -65,8 +67,13 @@ def scaled_fp8(ours: Function, theirs: Function, device: torch.device) -> str | 
 
 
 def group_quant_int8(ours: Function, theirs: Function, device: torch.device) -> str | None:
-    """Compare ``sglang_per_token_group_quant_int8``."""
+    """Compare int8 groups of CUDA's kernel, and of Triton's."""
     return _first(ours, theirs, [{"x": sample((ROWS, COLUMNS), device), "group_size": 128}])
+
+
+def rows_int8(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``per_token_quant_int8``."""
+    return _first(ours, theirs, [{"x": sample((ROWS, COLUMNS), device)}])
 
 
 def mxfp8(ours: Function, theirs: Function, device: torch.device) -> str | None:
@@ -87,6 +94,15 @@ def silu_masked(ours: Function, theirs: Function, device: torch.device) -> str |
     counts = torch.tensor([ROWS, 5], dtype=torch.int32, device=device)
     gate_up = sample((2, ROWS, 2 * COLUMNS), device) / 64
     return _behind_silu(ours, theirs, gate_up, masked_m=counts)
+
+
+def silu_masked_with_alpha(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``silu_and_mul_masked_post_quant_fwd``, without an alpha and with that of gpt-oss."""
+    found = silu_masked(ours, theirs, device)
+    if found is not None:
+        return found
+    with_alpha = functools.partial(functools.partial, gemm1_alpha=1.702, gemm1_clamp_limit=7.0)
+    return silu_masked(with_alpha(ours), with_alpha(theirs), device)
 
 
 def silu_contiguous(ours: Function, theirs: Function, device: torch.device) -> str | None:

@@ -17,6 +17,7 @@ from cute_quant.integrations.engines.takeover import Attribute, Function, Method
 
 _FP8_UTILS = "vllm.model_executor.layers.quantization.utils.fp8_utils"
 _MXFP8_UTILS = "vllm.model_executor.layers.quantization.utils.mxfp8_utils"
+_INT8_UTILS = "vllm.model_executor.layers.quantization.utils.int8_utils"
 _FUSED_ACTIVATIONS = "vllm.model_executor.layers.fusion.fused_act_quant"
 _HOPPER, _BLACKWELL = (9,), (10, 12)
 
@@ -170,11 +171,10 @@ TAKEOVERS = (
     ),
     _attribute("per_token", "vllm._custom_ops", calls.scaled_fp8_quant, check=checks.scaled_fp8),
     _attribute(
-        "int8",
-        "vllm.model_executor.layers.quantization.utils.int8_utils",
-        calls.per_token_group_quant_int8,
-        check=checks.group_quant_int8,
+        "int8", _INT8_UTILS, calls.per_token_group_quant_int8, check=checks.group_quant_int8
     ),
+    _attribute("int8", _INT8_UTILS, calls.per_token_quant_int8, check=checks.rows_int8_of_triton),
+    _attribute("int8", "vllm._custom_ops", calls.scaled_int8_quant, check=checks.scaled_int8),
     _attribute("deepep", _MXFP8_UTILS, calls.swizzle_mxfp8_scale, check=checks.swizzle),
     Takeover(
         "norm",

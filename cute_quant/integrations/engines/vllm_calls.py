@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cute_quant.contract import prologues
 from cute_quant.contract.dtypes import (
     BLOCK_GROUPS,
     E4M3_MAX,
@@ -37,9 +38,9 @@ from cute_quant.contract.formats import (
     MXFP8,
     NVFP4,
     ROWWISE_FP8,
+    ROWWISE_INT8,
     Format,
 )
-from cute_quant.contract.prologues import UNFUSED
 from cute_quant.contract.rows import Masked, PrefixSum, PrefixSumWithGaps
 from cute_quant.contract.torch_private import constant_in_graphs
 from cute_quant.ops import convert_scales, quantize, silu_mul_quantize
@@ -52,6 +53,9 @@ _MXFP8_ROWS = MXFP8.replace(scale_layout=ROW_MAJOR)
 _NVFP4 = NVFP4.replace(numerics=VLLM)
 _NVFP4_ROWS = NVFP4.replace(numerics=VLLM, scale_layout=ROW_MAJOR)
 _ROWS = ROWWISE_FP8.replace(numerics=VLLM)
+_ROWS_INT8 = ROWWISE_INT8.replace(numerics=VLLM)
+_ROWS_INT8_TRITON = ROWWISE_INT8.replace(numerics=SGLANG)
+"""SGLang has the same kernel."""
 _MASKED_FORMATS = {
     "FLOAT32": DEEP_GEMM_SM90.replace(min_scale=SGLANG, numerics=VLLM_TRITON),
     "FLOAT32_CEIL_UE8M0": DEEP_GEMM_SM90.replace(min_scale=SGLANG, round_scale=True),
@@ -339,19 +343,18 @@ def silu_mul_per_token_group_quant_fp8_colmajor(
     expert_ends: torch.Tensor | None = None,
     expert_alignment: int = 0,
 ) -> Any:
-    """Compute the function of this name in vLLM's ``fp8_utils``.
-
-    With alpha and beta vLLM rounds at other places than torch does.
-    """
+    """Compute the function of this name in vLLM's ``fp8_utils``."""
     size, bound = _constant(group_size), _constant(eps)
-    if size not in GROUP_SIZES or bound is None or alpha != 1.0 or beta != 0.0:
+    if size not in GROUP_SIZES or bound is None:
         return NotImplemented
     round_scale = _uses_ue8m0() if use_ue8m0 is None else bool(use_ue8m0)
     return silu_mul_quantize(
         input,
         _triton_format(size, round_scale, bound),
         clamp=clamp_limit,
-        rounding=UNFUSED,
+        alpha=alpha,
+        beta=beta,
+        rounding=prologues.VLLM_TRITON,
         rows=_stacked(expert_ends, expert_alignment, output),
         out=None if output is None else (output, None),
     )
@@ -365,6 +368,28 @@ def per_token_group_quant_int8(
     if not _fits(x, size, bound) or x.ndim < 2 or dtype is not torch.int8:
         return NotImplemented
     return quantize(x, _int8_format(size, bound))
+
+
+def per_token_quant_int8(x: torch.Tensor) -> Any:
+    """Compute the function of this name in vLLM's ``int8_utils``, a kernel of Triton."""
+    if x.dtype not in INPUT_DTYPES or x.ndim < 2 or x.stride(-1) != 1:
+        return NotImplemented
+    return quantize(x, _ROWS_INT8_TRITON)
+
+
+def scaled_int8_quant(
+    input: torch.Tensor,  # noqa: A002
+    scale: torch.Tensor | None = None,
+    azp: torch.Tensor | None = None,
+    symmetric: bool = True,
+) -> Any:
+    """Compute the function of this name in vLLM's ``_custom_ops``, for scales of rows."""
+    if scale is not None or azp is not None or not symmetric or not input.is_contiguous():
+        return NotImplemented
+    if input.dtype not in INPUT_DTYPES or input.ndim < 2:
+        return NotImplemented
+    q, sf = quantize(input, _ROWS_INT8)
+    return q, sf.view(-1, 1), None
 
 
 def scaled_fp8_quant(

@@ -161,6 +161,18 @@ def group_quant_int8(ours: Function, theirs: Function, device: torch.device) -> 
     return _first(ours, theirs, iter([dict(x=sample((ROWS, COLUMNS), device), group_size=128)]))
 
 
+def rows_int8_of_triton(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``per_token_quant_int8``, which rounds by a function of CUDA."""
+    _need_cuda(device)
+    return _first(ours, theirs, iter([dict(x=sample((ROWS, COLUMNS), device))]))
+
+
+def scaled_int8(ours: Function, theirs: Function, device: torch.device) -> str | None:
+    """Compare ``scaled_int8_quant`` for scales of rows, without a row of zeros."""
+    x = sample((ROWS, COLUMNS), device, zeros=False)
+    return difference(ours(x)[:2], theirs(x)[:2])
+
+
 def swizzle(ours: Function, theirs: Function, device: torch.device) -> str | None:
     """Compare ``swizzle_mxfp8_scale`` for rows and groups that do not fill their blocks."""
     rows, groups = 130, 6
