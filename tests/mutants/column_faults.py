@@ -180,8 +180,8 @@ FAULTS = [
     Fault(
         "columns-dead-rows-of-a-nan-transposed",
         KERNEL,
-        "cutlass.select_(exist[first + j], Uint32(0xFF << 8 * j), Uint32(0))",
-        "cutlass.select_(exist[first], Uint32(0xFF << 8 * j), Uint32(0))",
+        "cutlass.select_(hold[first + j], Uint32(0xFF << 8 * j), Uint32(0))",
+        "cutlass.select_(hold[first], Uint32(0xFF << 8 * j), Uint32(0))",
         DEAD_ROWS,
     ),
     Fault(
