@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 
 import cute_quant
-
 from cute_quant import (
     DEEP_GEMM,
     DEEP_GEMM_32,

@@ -27,7 +27,7 @@ from cute_quant.contract.dtypes import BYTES_PER_WORD, INPUT_DTYPES, describe
 from cute_quant.contract.format_choices import BLOCKED, MAX_COLUMNS, MN_MAJOR, MN_MAJOR_PACKED
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import GatedPrologue, SiluMul, SiluMulBackward
-from cute_quant.contract.rows import PrefixSum, Rows
+from cute_quant.contract.rows import PrefixSum, PrefixSumWithGaps, Rows
 from cute_quant.contract.tensors import (
     check_matrices,
     check_tensor,
@@ -253,7 +253,7 @@ def _check_rows(call: ColumnCall) -> None:
     check_row_domain(rows, x, name, tuple(x.shape[:-1]), name, x.shape[-1])
     if rows is None:
         return
-    if not isinstance(rows, PrefixSum):
+    if not isinstance(rows, PrefixSum) or isinstance(rows, PrefixSumWithGaps):
         raise ValueError(
             f"rows: expected None or a PrefixSum for groups along rows, got {describe(rows)}"
         )

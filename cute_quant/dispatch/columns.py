@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from cute_quant.contract.tensors import (
 )
 from cute_quant.contract.torch_private import in_dual_level
 from cute_quant.dispatch import launch
+from cute_quant.dispatch.call_range import CallRange
 from cute_quant.dispatch.plan import (
     PrologueChoice,
     alignment,
@@ -77,6 +79,7 @@ def _launch(call: ColumnCall, results: Results) -> None:
     row_operands: tuple[torch.Tensor | None, ...] = None, None
     missing_rows, written = 0, [q, sf]
     row_floor: float = 0
+    row_q = None
     if call.along_k is not None and results.along_k is not None:
         row_fmt, (row_q, row_sf) = call.along_k.fmt, results.along_k
         row_operands = (
@@ -103,8 +106,9 @@ def _launch(call: ColumnCall, results: Results) -> None:
     spec, activation = choose_spec(call, results, arch)
     alignment = 1 if call.rows is None else call.rows.alignment
     numbers = alignment, missing_rows, fmt.floor, row_floor, *activation
-    remedy = "call the operation before, on an x of the same dtype and alignment"
-    launch.run(compiled(spec, arch, lambda: remedy), (*operands, *numbers), written)
+    calls = functools.partial(CallRange.of_columns, call, q, row_q)
+    function = compiled(spec, arch, lambda: calls().remedy(arch))
+    launch.run(function, (*operands, *numbers), written)
 
 
 class Choice(NamedTuple):

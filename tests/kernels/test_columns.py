@@ -119,7 +119,7 @@ GATED_CALLS = [
 ]
 
 
-@drawn(3, ("name", "shape", "dtype", "row_fmt", "fmt", "kind", "transposed", "state"), GATED_CALLS)
+@drawn(2, ("name", "shape", "dtype", "row_fmt", "fmt", "kind", "transposed", "state"), GATED_CALLS)
 def test_gated(name, shape, dtype, row_fmt, fmt, kind, transposed, state, gpu):
     case = GatedCase.make(shape, dtype, 3 + kind, **GATED[name])
     rows = experts(shape[-2], fmt, kind)
@@ -127,7 +127,7 @@ def test_gated(name, shape, dtype, row_fmt, fmt, kind, transposed, state, gpu):
     check(gpu, case.values, fmt, rows, transposed, row_fmt, kind % 2 == 0, case, rng_state)
 
 
-@drawn(1, ("name", "k"), [("gradients", 128), ("products", 72), ("gradients", 40)])
+@drawn(1, ("name", "k"), [("products", 40), ("gradients", 128), ("gradients", 40)])
 def test_rows_of_both_are_those_of_the_kernel_of_rows(name, k, gpu):
     """Also of gates whose sigmoid is rounded; columns lie within the bounds of the arithmetic."""
     gate, up = halves(133, k, torch.bfloat16, seed=k)
@@ -154,21 +154,21 @@ def test_rows_of_both_are_those_of_the_kernel_of_rows(name, k, gpu):
 
 
 @drawn(
-    2,
+    1,
     ("fmt", "dtype", "transposed", "row_fmt"),
     [
         (DEEP_GEMM_SM90, torch.bfloat16, True, None),
         (DEEP_GEMM_32, torch.float32, False, DEEP_GEMM),
         (MXFP8, torch.float16, True, MXFP8),
-        (FORMATS[4], torch.float32, True, DEEP_GEMM_SM90),
+        (FORMATS[6], torch.float32, True, DEEP_GEMM_SM90),
         (FORMATS[7], torch.bfloat16, False, ROW_FORMATS[7]),
     ],
 )
 def test_stochastic(fmt, dtype, transposed, row_fmt, gpu):
     """Of values that are not finite too, and of rows that do not exist."""
-    x = special_weights((2, 133, 142), dtype, fmt.group_size, 1)
+    x = special_weights((2, 133, 40), dtype, fmt.group_size, 1)
     check(gpu, x, fmt, None, transposed, row_fmt, rng_state=STATES[1])
-    x = special_weights((261, 72), dtype, fmt.group_size, 2)
+    x = special_weights((261, 38), dtype, fmt.group_size, 2)
     check(gpu, x, fmt, experts(261, fmt, 1), transposed, row_fmt, rng_state=STATES[2])
 
 
