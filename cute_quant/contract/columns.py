@@ -157,6 +157,11 @@ def check_group_format(fmt: object, name: str) -> None:
     assert isinstance(fmt, Format)
     if fmt.value_type.per_byte > 1:
         raise ValueError(f"{name}: expected 8-bit values, got {fmt.text}: use quantize")
+    if fmt.divides or fmt.truncates:
+        raise ValueError(
+            f"{name}: expected numerics that multiply values and round them to nearest, got "
+            f"{fmt.text}: use quantize"
+        )
     if fmt.group_size not in GROUP_SIZES:
         raise ValueError(
             f"{name}: expected a group_size of {' or '.join(map(str, GROUP_SIZES))}, got {fmt.text}"

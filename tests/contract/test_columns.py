@@ -179,6 +179,17 @@ def test_stochastic_rounding(fmt, device):
     assert_same_bits(transposed.mT.contiguous(), columns)
 
 
+@pytest.mark.parametrize("values", [torch.float8_e4m3fn, torch.int8])
+def test_numerics_that_divide_or_truncate_are_refused(values, device):
+    x, fmt = torch.zeros(4, 32, device=device), DEEP_GEMM_SM90.replace(values=values)
+    fmt = fmt.replace(numerics="vllm")
+    assert fmt.divides or fmt.truncates
+    with pytest.raises(ValueError, match="^fmt: expected numerics that multiply"):
+        cq.quantize_columns(x, fmt)
+    with pytest.raises(ValueError, match="^fmt: expected numerics that multiply"):
+        cq.quantize_both(x, fmt, MXFP8)
+
+
 def test_what_gated_activations_refuse(device):
     gate_up, grad = torch.zeros(4, 64, device=device), torch.zeros(4, 32, device=device)
     gaps = cq.PrefixSumWithGaps(torch.zeros(1, dtype=torch.int32, device=device))
