@@ -184,9 +184,9 @@ def test_numerics_that_divide_or_truncate_are_refused(values, device):
     x, fmt = torch.zeros(4, 32, device=device), DEEP_GEMM_SM90.replace(values=values)
     fmt = fmt.replace(numerics="vllm")
     assert fmt.divides or fmt.truncates
-    with pytest.raises(ValueError, match="^fmt: expected numerics that multiply"):
+    with pytest.raises(ValueError, match=r"^fmt: expected numerics that multiply"):
         cq.quantize_columns(x, fmt)
-    with pytest.raises(ValueError, match="^fmt: expected numerics that multiply"):
+    with pytest.raises(ValueError, match=r"^fmt: expected numerics that multiply"):
         cq.quantize_both(x, fmt, MXFP8)
 
 

@@ -7,7 +7,7 @@ from cute_quant import DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90, MXFP8, PrefixSum
 from cute_quant.contract.columns import ColumnCall, Output
 from cute_quant.contract.prologues import make_silu_mul, make_silu_mul_backward
 from cute_quant.kernels import architectures, heuristics
-from cute_quant.kernels.config import BLOCK_TILE, BLOCK_WARPS, LANES, Access, ColumnsSpec
+from cute_quant.kernels.config import BLOCK_TILE, BLOCK_WARPS, LANES, Access, ColumnsSpec, Gated
 from tests.columns import (
     DTYPES,
     FORMATS,
@@ -16,9 +16,7 @@ from tests.columns import (
     STATES,
     GatedCase,
     assert_columns,
-    assert_rows,
     experts,
-    poisoned_columns,
     special_weights,
     views,
 )
@@ -28,40 +26,10 @@ from tests.helpers import (
     assert_same_bits,
     poisoned_results,
 )
+from tests.kernels.columns import check
 from tests.kernels.emulated_gpu import Gpu
 from tests.kernels.prologues import halves
 from tests.prologues import silu_backward_bounds, silu_bounds
-
-
-def check(
-    gpu,
-    x,
-    fmt,
-    rows=None,
-    transposed=False,
-    row_fmt=None,
-    last_padding=True,
-    gated=None,
-    rng_state=None,
-):
-    """Quantize on the emulated GPU into poisoned memory; every byte must be the oracle's.
-
-    Of a gated activation x is what it computes.
-    """
-    *leading, mn, k = x.shape
-    columns = poisoned_columns(fmt, tuple(x.shape), transposed)
-    along_k, of_rows = None, None
-    if row_fmt is not None:
-        of_rows = poisoned_results(
-            row_fmt, mn, k, "cpu", last_padding=last_padding, batch_shape=tuple(leading)
-        )
-        along_k = Output(row_fmt, *of_rows)
-    source, prologue = (x, None) if gated is None else (gated.gate_up, gated.prologue)
-    call = ColumnCall(source, Output(fmt, *columns), transposed, rows, along_k, prologue, rng_state)
-    gpu.quantize_columns(call)
-    assert_columns(columns, x, fmt, rows, transposed, rng_state)
-    if row_fmt is not None:
-        assert_rows(of_rows, x, row_fmt, rows, last_padding, rng_state)
 
 
 def drawn(fast, names, values):
@@ -103,7 +71,7 @@ def test_both(row_fmt, fmt, dtype, kind, transposed, gpu):
 
 GATED_CALLS = [
     # of each: shape, dtype, formats of rows and columns, experts, transposed, random numbers
-    ("gradients", (133, 256), torch.bfloat16, DEEP_GEMM, DEEP_GEMM_32, 1, False, None),
+    ("gradients", (70, 384), torch.bfloat16, DEEP_GEMM, DEEP_GEMM_32, 1, False, None),
     ("products", (261, 136), torch.bfloat16, DEEP_GEMM_SM90, DEEP_GEMM_SM90, 1, True, None),
     ("interleaved gradients", (70, 36), torch.bfloat16, DEEP_GEMM, DEEP_GEMM_32, 0, False, 1),
     ("gradients", (2, 70, 35), torch.bfloat16, MXFP8, DEEP_GEMM_SM90, 0, True, 2),
@@ -283,3 +251,31 @@ def test_machine_code(fmt, row_fmt, transposed, kind, most, arch):
     assert code.opcodes.count(load) == BLOCK_TILE**2 // (BLOCK_WARPS * LANES * values)
     narrow = [op for op in code.opcodes if op.startswith("STG.E.U8")]
     assert len(narrow) == (4 if row_fmt is not None else 0), "bytes of scales of rows alone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize(
+    ("gated", "stochastic", "most"),
+    [
+        (Gated(), False, 128),
+        (None, True, 128),
+        (Gated(backward=True, paired=True), False, 128),
+        (Gated(backward=True, paired=True), True, 255),
+    ],
+    ids=["products", "stochastic", "gradients", "stochastic gradients"],
+)
+def test_machine_code_of_gated_activations(gated, stochastic, most, arch):
+    """No spills, registers for two CTAs where random numbers take none, one load of each input."""
+    from bench.sass import machine_code
+
+    fmt, dtype = DEEP_GEMM_SM90, torch.bfloat16
+    values = heuristics.column_values(dtype, arch, stochastic=stochastic)
+    access = Access(2 * values, values), Access(store_bytes=16)
+    spec = ColumnsSpec(dtype, fmt, values, *access, True, fmt, gated=gated, stochastic=stochastic)
+    code = machine_code(spec, arch)
+    assert code.count("LDL", "STL") == 0 == code.stack and code.registers <= most
+    inputs = 1 if gated is None else 3 if gated.backward else 2
+    load = "LDG.E.128" if arch == "sm_90a" else "LDG.E.ENL2.256"
+    of_each = BLOCK_TILE**2 // (BLOCK_WARPS * LANES * values)
+    assert code.opcodes.count(load) == inputs * of_each
