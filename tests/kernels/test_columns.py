@@ -73,6 +73,7 @@ GATED_CALLS = [
     # of each: shape, dtype, formats of rows and columns, experts, transposed, random numbers
     ("gradients", (70, 384), torch.bfloat16, DEEP_GEMM, DEEP_GEMM_32, 1, False, None),
     ("products", (261, 136), torch.bfloat16, DEEP_GEMM_SM90, DEEP_GEMM_SM90, 1, True, None),
+    ("gradients", (70, 192), torch.float16, DEEP_GEMM_SM90, DEEP_GEMM_32, 0, False, None),
     ("interleaved gradients", (70, 36), torch.bfloat16, DEEP_GEMM, DEEP_GEMM_32, 0, False, 1),
     ("gradients", (2, 70, 35), torch.bfloat16, MXFP8, DEEP_GEMM_SM90, 0, True, 2),
     ("rounded products", (2, 133, 142), torch.float16, DEEP_GEMM_32, MXFP8, 0, True, None),
@@ -83,7 +84,6 @@ GATED_CALLS = [
     ("products", (131, 140), torch.float32, MXFP8, MXFP8, 0, True, 1),
     ("rounded products", (140, 64), torch.float32, DEEP_GEMM_SM90, DEEP_GEMM_SM90, 2, False, None),
     ("interleaved gradients", (140, 64), torch.float32, MXFP8, DEEP_GEMM_SM90, 4, True, None),
-    ("gradients", (129, 136), torch.float16, DEEP_GEMM_SM90, DEEP_GEMM_32, 0, False, None),
 ]
 
 
