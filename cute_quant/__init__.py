@@ -52,7 +52,9 @@ from cute_quant.ops import (
     requantize_blocks,
     rms_norm_quantize,
     silu_mul_backward_quantize,
+    silu_mul_backward_quantize_both,
     silu_mul_quantize,
+    silu_mul_quantize_both,
     tensor_amax,
 )
 
@@ -92,7 +94,9 @@ __all__ = [
     "requantize_blocks",
     "rms_norm_quantize",
     "silu_mul_backward_quantize",
+    "silu_mul_backward_quantize_both",
     "silu_mul_quantize",
+    "silu_mul_quantize_both",
     "tensor_amax",
     "warm_up",
 ]

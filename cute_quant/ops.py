@@ -17,6 +17,8 @@ from cute_quant.contract.dtypes import INPUT_DTYPES, describe
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90, Format
 from cute_quant.contract.prologues import (
     FUSED,
+    GatedPrologue,
+    Prologue,
     make_rms_norm,
     make_silu_mul,
     make_silu_mul_backward,
@@ -43,6 +45,8 @@ from cute_quant.dispatch import tensor_amax as amaxes
 from cute_quant.dispatch.launch import Launch
 
 Out = Sequence[torch.Tensor | None]
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Values and scales."""
 
 
 def quantize(
@@ -665,6 +669,7 @@ def quantize_columns(
     *,
     transposed: bool = False,
     rows: PrefixSum | None = None,
+    rng_state: torch.Tensor | None = None,
     check: bool = False,
     out: Out | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -688,6 +693,10 @@ def quantize_columns(
             block's row, so that none of these has rows of two experts. Rows that do not exist get
             values 0, and count as zeros in the group of an expert's last rows. A group without
             rows gets scales 0.
+        rng_state: as for :func:`quantize`: values are rounded stochastically. The random bits of an
+            element depend on the state and on its matrix, row and column in x alone, and are others
+            than those of :func:`quantize` for it. So they are independent of these, and of
+            `transposed`.
         check: whether to read the ends of `rows`, which synchronizes, and raise on those out of
             range. Otherwise they are clamped.
         out: q and sf to write into, each of them None to have it allocated: `q` with the shape of
@@ -713,7 +722,8 @@ def quantize_columns(
     """
     _check_input("quantize_columns", "x", x)
     outputs = _outputs(out, fmt)
-    call = ColumnCall(x, Output(fmt, outputs.q, outputs.sf), transposed, rows)
+    columns = Output(fmt, outputs.q, outputs.sf)
+    call = ColumnCall(x, columns, transposed, rows, rng_state=rng_state)
     return _run_columns(call, check).columns
 
 
@@ -724,15 +734,17 @@ def quantize_both(
     *,
     transposed: bool = False,
     rows: PrefixSum | None = None,
+    rng_state: torch.Tensor | None = None,
     check: bool = False,
     out: Sequence[Out | None] | None = None,
-) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+) -> tuple[Pair, Pair]:
     """Quantize rows in groups along k, and columns in groups of rows, from one read of x.
 
     FP8 training needs both of each activation and gradient: groups along k for the forward GEMM and
     the gradient of the input, groups along rows for the gradient of the weight. Equal to the bit to
     ``quantize(x, fmt, rows=rows)`` and
-    ``quantize_columns(x, column_fmt, transposed=transposed, rows=rows)``.
+    ``quantize_columns(x, column_fmt, transposed=transposed, rows=rows)``, and both of them with the
+    same `rng_state`.
 
     Args:
         x: (..., mn, k), as for :func:`quantize_columns`.
@@ -740,6 +752,8 @@ def quantize_both(
         column_fmt: of the columns, as for :func:`quantize_columns`.
         transposed: whether the values of the columns are (..., k, mn).
         rows: None or a :class:`PrefixSum`, as for :func:`quantize_columns`.
+        rng_state: as for :func:`quantize` and :func:`quantize_columns`; each direction has random
+            bits of its own.
         check: whether to read the ends of `rows`, which synchronizes, and raise on those out of
             range.
         out: memory for the two results, each a pair as `out` of :func:`quantize_columns` or None;
@@ -752,16 +766,120 @@ def quantize_both(
         TypeError, ValueError, RuntimeError: as :func:`quantize`.
     """
     _check_input("quantize_both", "x", x)
-    if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
-        got = f"{len(out)} items" if isinstance(out, (tuple, list)) else describe(out)
-        raise TypeError(f"out: expected ((q, sf), (q, sf)), got {got}")
-    of_rows, of_columns = out or (None, None)
-    outputs, column_outputs = _outputs(of_rows, fmt), _outputs(of_columns, column_fmt)
-    along_k = Output(fmt, outputs.q, outputs.sf)
-    columns = Output(column_fmt, column_outputs.q, column_outputs.sf)
-    results = _run_columns(ColumnCall(x, columns, transposed, rows, along_k), check)
-    assert results.along_k is not None
-    return results.along_k, results.columns
+    return _run_both(x, fmt, column_fmt, None, transposed, rows, rng_state, check, out)
+
+
+def silu_mul_quantize_both(
+    gate_up: torch.Tensor,
+    fmt: Format,
+    column_fmt: Format,
+    *,
+    transposed: bool = False,
+    interleaved: bool = False,
+    clamp: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    weight: torch.Tensor | None = None,
+    rounding: str = FUSED,
+    rows: PrefixSum | None = None,
+    rng_state: torch.Tensor | None = None,
+    check: bool = False,
+    out: Sequence[Out | None] | None = None,
+) -> tuple[Pair, Pair]:
+    """Apply a gated activation and quantize its result in both directions, in one pass.
+
+    The pair of rows is that of :func:`silu_mul_quantize`, to the bit. The columns are quantized as
+    by :func:`quantize_columns` from the same numbers: float32 products where `rounding` is "fused",
+    and else products in the dtype of `gate_up`. No copy of them is written.
+
+    Args:
+        gate_up: (..., mn, 2 k), as for :func:`silu_mul_quantize`.
+        fmt: of the rows, as for :func:`quantize_both`.
+        column_fmt: of the columns, as for :func:`quantize_columns`.
+        transposed: whether the values of the columns are (..., k, mn).
+        interleaved: as for :func:`silu_mul_quantize`.
+        clamp: as for :func:`silu_mul_quantize`.
+        alpha: as for :func:`silu_mul_quantize`.
+        beta: as for :func:`silu_mul_quantize`.
+        weight: as for :func:`silu_mul_quantize`.
+        rounding: as for :func:`silu_mul_quantize`.
+        rows: None or a :class:`PrefixSum`, as for :func:`quantize_columns`.
+        rng_state: as for :func:`quantize_both`.
+        check: whether to read the ends of `rows`, which synchronizes, and raise on those out of
+            range.
+        out: memory for the two results, as for :func:`quantize_both`.
+
+    Returns:
+        The pair (q, sf) of the rows of the (..., mn, k) products, and that of their columns.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    _check_input("silu_mul_quantize_both", "gate_up", gate_up)
+    if weight is not None:
+        _check_input("silu_mul_quantize_both", "weight", weight)
+    prologue = make_silu_mul(
+        interleaved=interleaved,
+        clamp=clamp,
+        alpha=alpha,
+        beta=beta,
+        rounding=rounding,
+        weight=weight,
+    )
+    return _run_both(gate_up, fmt, column_fmt, prologue, transposed, rows, rng_state, check, out)
+
+
+def silu_mul_backward_quantize_both(
+    grad: torch.Tensor,
+    gate_up: torch.Tensor,
+    fmt: Format,
+    column_fmt: Format,
+    *,
+    transposed: bool = False,
+    interleaved: bool = False,
+    clamp: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    rows: PrefixSum | None = None,
+    rng_state: torch.Tensor | None = None,
+    check: bool = False,
+    out: Sequence[Out | None] | None = None,
+) -> tuple[Pair, Pair]:
+    """Compute the gradients of gates and ups, and quantize them in both directions, in one pass.
+
+    The pair of rows is that of :func:`silu_mul_backward_quantize`, to the bit. The columns are
+    quantized as by :func:`quantize_columns` from the same float32 gradients. Where k is a multiple
+    of 128, or columns are interleaved, `grad` and `gate_up` are read once; else once more from the
+    L2 cache.
+
+    Args:
+        grad: (..., mn, k), as for :func:`silu_mul_backward_quantize`.
+        gate_up: (..., mn, 2 k), as for :func:`silu_mul_backward_quantize`.
+        fmt: of the rows, as for :func:`quantize_both`.
+        column_fmt: of the columns, as for :func:`quantize_columns`.
+        transposed: whether the values of the columns are (..., 2 k, mn).
+        interleaved: as for :func:`silu_mul_quantize`.
+        clamp: as for :func:`silu_mul_quantize`.
+        alpha: as for :func:`silu_mul_quantize`.
+        beta: as for :func:`silu_mul_quantize`.
+        rows: None or a :class:`PrefixSum`, as for :func:`quantize_columns`.
+        rng_state: as for :func:`quantize_both`.
+        check: whether to read the ends of `rows`, which synchronizes, and raise on those out of
+            range.
+        out: memory for the two results, as for :func:`quantize_both`.
+
+    Returns:
+        The pair (q, sf) of the rows of the (..., mn, 2 k) gradients, and that of their columns.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`quantize`.
+    """
+    for name, t in (("grad", grad), ("gate_up", gate_up)):
+        _check_input("silu_mul_backward_quantize_both", name, t)
+    prologue = make_silu_mul_backward(
+        grad, interleaved=interleaved, clamp=clamp, alpha=alpha, beta=beta
+    )
+    return _run_both(gate_up, fmt, column_fmt, prologue, transposed, rows, rng_state, check, out)
 
 
 def convert_scales(
@@ -907,7 +1025,8 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
         operation: :func:`quantize`, :func:`silu_mul_quantize`,
             :func:`silu_mul_backward_quantize`, :func:`rms_norm_quantize`, :func:`dequantize`,
             :func:`fake_quantize`, :func:`quantize_blocks`, :func:`dequantize_blocks`,
-            :func:`requantize_blocks`, :func:`quantize_columns`, :func:`quantize_both` or
+            :func:`requantize_blocks`, :func:`quantize_columns`, :func:`quantize_both`,
+            :func:`silu_mul_quantize_both`, :func:`silu_mul_backward_quantize_both` or
             :func:`convert_scales`.
 
     Returns:
@@ -930,6 +1049,8 @@ def bind(*args: Any, operation: Callable[..., Any] = quantize, **kwargs: Any) ->
         convert_scales,
         quantize_columns,
         quantize_both,
+        silu_mul_quantize_both,
+        silu_mul_backward_quantize_both,
     )
     if not any(operation is function for function in operations):
         names = ", ".join(function.__name__ for function in operations)
@@ -1030,24 +1151,51 @@ def _is_traced(t: torch.Tensor) -> bool:
     return num_dispatch_modes() > 0 or type(t) not in _PLAIN_TYPES or t.is_meta
 
 
+def _inputs_of(x: torch.Tensor, prologue: Prologue | None) -> list[torch.Tensor]:
+    """Return the inputs of a call that a tracer may ask for."""
+    # A fake beside a real input is a mistake that the checks name.
+    further = () if prologue is None else prologue.operands
+    return [x, *(t for t in further if isinstance(t, torch.Tensor) and not is_fake(t))]
+
+
 def _run(call: Call, check: bool) -> tuple[torch.Tensor, ...]:
     """Launch a call, or hand it to its operator."""
     _check_bool("check", check)
-    tensors = [call.x]
-    if call.prologue is not None:
-        # A fake beside a real input is a mistake that the checks name.
-        further = call.prologue.operands
-        tensors += [t for t in further if isinstance(t, torch.Tensor) and not is_fake(t)]
-    if not any(map(_is_traced, tensors)):
+    if not any(map(_is_traced, _inputs_of(call.x, call.prologue))):
         return launch.quantize(call, check=check, remember=not check)
     _refuse_check(check)
     return torch_ops.quantize(call)
 
 
+def _run_both(
+    x: torch.Tensor,
+    fmt: Format,
+    column_fmt: Format,
+    prologue: GatedPrologue | None,
+    transposed: bool,
+    rows: PrefixSum | None,
+    rng_state: torch.Tensor | None,
+    check: bool,
+    out: Sequence[Out | None] | None,
+) -> tuple[Pair, Pair]:
+    """Run a call with results in both directions."""
+    if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
+        got = f"{len(out)} items" if isinstance(out, (tuple, list)) else describe(out)
+        raise TypeError(f"out: expected ((q, sf), (q, sf)), got {got}")
+    of_rows, of_columns = out or (None, None)
+    outputs, column_outputs = _outputs(of_rows, fmt), _outputs(of_columns, column_fmt)
+    along_k = Output(fmt, outputs.q, outputs.sf)
+    columns = Output(column_fmt, column_outputs.q, column_outputs.sf)
+    call = ColumnCall(x, columns, transposed, rows, along_k, prologue, rng_state)
+    results = _run_columns(call, check)
+    assert results.along_k is not None
+    return results.along_k, results.columns
+
+
 def _run_columns(call: ColumnCall, check: bool) -> column_launches.Results:
     """Launch a call, or hand it to its operator."""
     _check_bool("check", check)
-    if not _is_traced(call.x):
+    if not any(map(_is_traced, _inputs_of(call.x, call.prologue))):
         return column_launches.run(call, check=check)
     _refuse_check(check)
     return column_ops.run(call)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 
+import cute_quant
 from cute_quant import (
     DEEP_GEMM,
     DEEP_GEMM_32,
@@ -15,6 +17,7 @@ from cute_quant import (
     Format,
     PrefixSum,
 )
+from cute_quant.contract.prologues import GatedPrologue, make_silu_mul, make_silu_mul_backward
 from tests import oracle
 from tests.helpers import assert_same_bits, poisoned, poisoned_results, storage_bits
 from tests.weights import DTYPES, special_weights, views
@@ -48,6 +51,92 @@ ROW_FORMATS = (
 """Formats of the rows that are quantized from the same read."""
 
 
+STATES = [torch.tensor(numbers) for numbers in ([0, 0], [-1, 2**47 - 1], [2**40 + 9, 2**33 + 7])]
+"""Seeds and offsets of random numbers."""
+
+
+class GatedCase(NamedTuple):
+    """Inputs of a gated activation, and what every device computes of them, to the bit.
+
+    Gates are so large that their sigmoid is 1 in float32, and in float64 too. What is left are
+    products of two numbers, which are rounded once.
+
+    Attributes:
+        gate_up: (..., mn, 2 k).
+        grad: (..., mn, k) for gradients, None for products.
+        values: the products, or the gradients of gates and ups, as they are quantized.
+        options: of the operation.
+    """
+
+    gate_up: torch.Tensor
+    grad: torch.Tensor | None
+    values: torch.Tensor
+    options: dict[str, Any]
+
+    @staticmethod
+    def make(
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        seed: int,
+        *,
+        backward: bool = False,
+        interleaved: bool = False,
+        rounding: str = "fused",
+        weighted: bool = False,
+    ) -> GatedCase:
+        """Return a case of products of this shape, with all values that need care."""
+        generator = torch.Generator().manual_seed(seed)
+        gate = (torch.randint(48, 97, shape, generator=generator)).to(dtype)
+        up = special_weights(shape, dtype, 32, seed)
+
+        def joined(gates: torch.Tensor, ups: torch.Tensor) -> torch.Tensor:
+            if interleaved:
+                return torch.stack((gates, ups), -1).flatten(-2)
+            return torch.cat((gates, ups), -1)
+
+        options: dict[str, Any] = {"interleaved": interleaved}
+        if backward:
+            grad = special_weights(shape, dtype, 32, seed + 1)
+            of_gates = (grad.double() * up.double()).float()
+            of_ups = (grad.double() * gate.double()).float()
+            return GatedCase(joined(gate, up), grad, joined(of_gates, of_ups), options)
+        values = (gate.double() * up.double()).float()
+        values = values if rounding == "fused" else values.to(dtype)
+        if weighted:
+            # Powers of two, which round nothing but what is subnormal.
+            weight = 2.0 ** torch.randint(-2, 3, shape[:-1], generator=generator)
+            values = (values.float() * weight.unsqueeze(-1)).to(values.dtype)
+            options["weight"] = weight
+        return GatedCase(joined(gate, up), None, values, options | {"rounding": rounding})
+
+    @property
+    def prologue(self) -> GatedPrologue:
+        """Return the prologue of the call."""
+        numbers = {"clamp": None, "alpha": 1.0, "beta": 0.0}
+        if self.grad is not None:
+            return make_silu_mul_backward(self.grad, **numbers, **self.options)
+        return make_silu_mul(**{"weight": None} | numbers | self.options)
+
+    def call(self, device: str, *formats: Format, **options: Any) -> tuple[Any, ...]:
+        """Call the operation on a device."""
+        own = {name: t.to(device) if name == "weight" else t for name, t in self.options.items()}
+        gate_up = self.gate_up.to(device)
+        if self.grad is None:
+            return cute_quant.silu_mul_quantize_both(gate_up, *formats, **own, **options)
+        grad = self.grad.to(device)
+        return cute_quant.silu_mul_backward_quantize_both(grad, gate_up, *formats, **own, **options)
+
+
+GATED = {
+    "products": {},
+    "interleaved products": {"interleaved": True},
+    "rounded products": {"rounding": "unfused", "weighted": True},
+    "gradients": {"backward": True},
+    "interleaved gradients": {"backward": True, "interleaved": True},
+}
+"""Options of cases, by name."""
+
+
 def poisoned_columns(
     fmt: Format, shape: tuple[int, ...], transposed: bool, device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,10 +158,11 @@ def assert_columns(
     fmt: Format,
     rows: PrefixSum | None,
     transposed: bool,
+    rng_state: torch.Tensor | None = None,
 ) -> None:
     """Check every byte of memory that `poisoned_columns` made and a call wrote."""
     expected = poisoned_columns(fmt, tuple(x.shape), transposed)
-    oracle.quantize_columns_into(x, *expected, fmt, rows, transposed)
+    oracle.quantize_columns_into(x, *expected, fmt, rows, transposed, rng_state)
     assert_same_bits(given[0].cpu(), expected[0])
     assert torch.equal(storage_bits(given[1]), storage_bits(expected[1]))
 
@@ -83,13 +173,14 @@ def assert_rows(
     fmt: Format,
     rows: PrefixSum | None,
     last_padding: bool = True,
+    rng_state: torch.Tensor | None = None,
 ) -> None:
     """Check every byte of memory for the results of rows that a call wrote."""
     *leading, mn, k = x.shape
     expected = poisoned_results(
         fmt, mn, k, "cpu", last_padding=last_padding, batch_shape=tuple(leading)
     )
-    oracle.quantize_into(x, *expected, fmt, rows)
+    oracle.quantize_into(x, *expected, fmt, rows, rng_state=rng_state)
     assert_same_bits(given[0].cpu(), expected[0])
     assert torch.equal(storage_bits(given[1]), storage_bits(expected[1]))
 

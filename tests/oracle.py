@@ -163,11 +163,14 @@ def philox(counter: tuple, key: tuple) -> list[np.ndarray]:
     return counter
 
 
-def random_of(rng_state: torch.Tensor, matrices: int, mn: int, k: int) -> np.ndarray:
+def random_of(
+    rng_state: torch.Tensor, matrices: int, mn: int, k: int, first_row: int = 0
+) -> np.ndarray:
     """Return the random word of each element, (matrices, mn, k), element by element."""
     seed, offset = (number % 2**64 for number in rng_state.tolist())
     matrix, row, column = np.indices((matrices, mn, k), np.uint64)
     first = (column // np.uint64(8) + np.uint64((offset >> 32) * 2**17 % 2**32)) % np.uint64(2**32)
+    row = row + np.uint64(first_row)
     words = np.stack(philox((first, row, matrix, offset), (seed, seed >> 32)))
     chosen = np.take_along_axis(words, (column % np.uint64(8) // np.uint64(2))[None], 0)[0]
     swapped = (chosen << np.uint64(16) | chosen >> np.uint64(16)) & np.uint64(0xFFFFFFFF)
@@ -557,6 +560,7 @@ def quantize_columns_into(
     fmt: Format,
     rows: PrefixSum | None = None,
     transposed: bool = False,
+    rng_state: torch.Tensor | None = None,
 ) -> None:
     """Write what ``quantize_columns`` writes to `q` and to the storage of `sf`, on the CPU."""
     if x.numel() == 0:
@@ -567,7 +571,11 @@ def quantize_columns_into(
     values = np.where(exists[..., None], to_array(x).reshape(matrices, mn, k), 0.0)
     columns = np.ascontiguousarray(values.swapaxes(1, 2))
     scales = scales_of(columns, fmt)
-    codes = np.where(exists[:, None], codes_of(columns, scales.floats, fmt), 0).astype(np.uint8)
+    random = None
+    if rng_state is not None:
+        random = random_of(rng_state, matrices, mn, k, 2**31).swapaxes(1, 2)
+    codes = codes_of(columns, scales.floats, fmt, random)
+    codes = np.where(exists[:, None], codes, 0).astype(np.uint8)
     codes = codes if transposed else np.ascontiguousarray(codes.swapaxes(1, 2))
     q.view(torch.uint8).copy_(torch.from_numpy(codes).view(q.shape))
 

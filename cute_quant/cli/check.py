@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import torch
 import cute_quant
 from cute_quant.contract import blocks
 from cute_quant.contract.calls import ResultShape
-from cute_quant.contract.dtypes import INPUT_DTYPES, UPPER_MAX, ceil_div
+from cute_quant.contract.dtypes import INPUT_DTYPES, STORE_BYTES, UPPER_MAX, ceil_div
 from cute_quant.contract.formats import DEEP_GEMM_SM90, Format
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.upper_scales import AMAX, DECODE, ENCODE
@@ -31,6 +32,7 @@ from cute_quant.jit import keys, lookup, progress
 from cute_quant.kernels.config import (
     DENSE_ROWS,
     BlocksSpec,
+    ColumnsSpec,
     ConvertSpec,
     DequantizeSpec,
     Domain,
@@ -146,7 +148,9 @@ def _outcome(spec: Spec, arch: str, gpu: bool) -> Outcome:
     """Run a kernel and compare its results, or compile it where there is no GPU."""
     rounded = error = None
     try:
-        if gpu:
+        if gpu and isinstance(spec, ColumnsSpec):
+            rounded = _compare_columns(spec, _of_columns(spec, "cuda"), _of_columns(spec, "cpu"))
+        elif gpu:
             rounded = _compare(spec, _results(spec, "cuda"), _results(spec, "cpu"))
         else:
             lookup.build(lookup.kernel(spec), arch)
@@ -188,6 +192,21 @@ def _compare(spec: Spec, actual: Results, expected: Results) -> int | None:
     if expected.scales is not None:
         _require_equal("scales", _storage(_scales(actual)).cpu(), _storage(expected.scales))
     return None
+
+
+def _compare_columns(
+    spec: ColumnsSpec, actual: list[Results], expected: list[Results]
+) -> int | None:
+    """As `_compare`, of all results of a call on columns."""
+    count, formats = 0, [f for f in (spec.fmt, spec.row_fmt) if f is not None]
+    for fmt, a, b in zip(formats, actual, expected, strict=True):
+        if spec.gated is None:
+            _require_equal("values", _bytes(a.values), _bytes(b.values))
+            _require_equal("scales", _storage(_scales(a)).cpu(), _storage(_scales(b)))
+        else:
+            count += _neighbouring_scales(_scales(a), _scales(b), fmt)
+            count += _neighbouring_values(a, b, fmt)
+    return None if spec.gated is None else count
 
 
 def _one_nan(values: torch.Tensor) -> torch.Tensor:
@@ -300,6 +319,51 @@ def _few(name: str, differing: torch.Tensor) -> int:
             f"at most {int(most)}"
         )
     return count
+
+
+def _of_columns(spec: ColumnsSpec, device: str) -> list[Results]:
+    """Return the results of a call on columns: those of the transpose, then those of rows."""
+    generator = torch.Generator().manual_seed(SEED)
+    gated, k = spec.gated, COLUMNS
+    mn = FEW_ROWS if spec.q_access.ragged and spec.transposed else WHOLE_ROWS
+    columns = 2 * k if gated is not None and not gated.backward else k
+    x = _activations((mn, columns), spec.dtype, generator, 7).to(device)
+    shape = (k, ceil_div(mn, STORE_BYTES) * STORE_BYTES) if spec.transposed else (mn, k)
+    memory = torch.full(shape, POISON, dtype=torch.uint8, device=device).view(spec.fmt.values)
+    out: Any = (memory[:, :mn] if spec.transposed else memory, None)
+    rows, rng_state = None, None
+    if spec.kind == PrefixSum.kind:
+        rows = PrefixSum(torch.tensor([mn // 4, mn // 2 + 64], dtype=torch.int32, device=device))
+    if spec.stochastic:
+        rng_state = torch.tensor([1, 2], device=device)
+    options: dict[str, Any] = {"rows": rows, "rng_state": rng_state, "transposed": spec.transposed}
+    formats: list[Any] = [spec.fmt] if spec.row_fmt is None else [spec.row_fmt, spec.fmt]
+    options["out"] = out if spec.row_fmt is None else (None, out)
+    inputs: list[torch.Tensor] = [x]
+    operation: Callable[..., Any] = cute_quant.quantize_columns
+    if spec.row_fmt is not None:
+        operation = cute_quant.quantize_both
+    if gated is not None:
+        operation = cute_quant.silu_mul_quantize_both
+        options |= {
+            "interleaved": gated.interleaved,
+            "clamp": 7.0 if gated.clamped else None,
+            "alpha": 1.702 if gated.scaled else 1.0,
+            "beta": 1.0 if gated.shifted else 0.0,
+        }
+        if gated.backward:
+            operation = cute_quant.silu_mul_backward_quantize_both
+            grad = torch.randn((mn, k // 2), generator=generator)
+            inputs.insert(0, grad.to(device, spec.dtype))
+        else:
+            weight = torch.rand(mn, generator=generator) if gated.weighted else None
+            options["weight"] = None if weight is None else weight.to(device)
+            options["rounding"] = gated.rounding
+    results: Any = operation(*inputs, *formats, **options)
+    of_rows, (q, sf) = (None, results) if spec.row_fmt is None else results
+    q = q if spec.transposed else q.mT.contiguous()
+    found = [Results(q, sf if spec.fmt.blocked else sf.mT)]
+    return found if of_rows is None else [*found, Results(*of_rows)]
 
 
 def _results(spec: Spec, device: str) -> Results:

@@ -15,7 +15,13 @@ from cute_quant.contract.rows import DENSE, KINDS, Masked
 from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.contract.upper_scales import KINDS as UPPER_KINDS
 from cute_quant.dispatch import presets, reachable
-from cute_quant.dispatch.call_range import CONVERT_SCALES, OPERATIONS, CallRange
+from cute_quant.dispatch.call_range import (
+    BOTH,
+    CONVERT_SCALES,
+    OF_COLUMNS,
+    OPERATIONS,
+    CallRange,
+)
 from cute_quant.dispatch.plan import Gpu
 from cute_quant.jit import keys
 from cute_quant.kernels.config import Spec
@@ -47,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calls.add_argument("--operation", action="append", choices=OPERATIONS, help="(quantize)")
     calls.add_argument("--format", type=_format, default=DEEP_GEMM, help="(DEEP_GEMM)")
     calls.add_argument("--to", type=_format, metavar="FORMAT", help="of convert_scales")
+    calls.add_argument("--column-format", type=_format, metavar="FORMAT", help="of both directions")
+    calls.add_argument("--transposed", action="store_true", help="columns are")
     calls.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(bfloat16)")
     calls.add_argument("--rows", action="append", choices=(DENSE, *KINDS), help="(dense)")
     calls.add_argument("--gathered", action="store_true", help="with an index")
@@ -139,6 +147,8 @@ def _ranges(options: argparse.Namespace) -> list[CallRange]:
             scattered=options.scattered,
             stochastic=options.stochastic,
             to=options.to if operation == CONVERT_SCALES else None,
+            column_fmt=options.column_format if operation in BOTH else None,
+            transposed=options.transposed and operation in OF_COLUMNS,
         ).with_upper_scale(options.upper_scale)
         for operation in options.operation or OPERATIONS[:1]
         for kind in options.rows or (DENSE,)

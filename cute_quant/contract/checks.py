@@ -77,9 +77,13 @@ def check_call(call: Call) -> ResultShape:
     check_count(counted, shape.batch_shape, 1 if known(tiles < 1) else tiles)
     if isinstance(prologue, SiluMul):
         of_rows = (*shape.batch_shape, shape.mn) if call.scatter is None else x.shape[:-1]
-        _check_silu_mul(prologue, x, tuple(of_rows))
+        check_silu_mul(prologue, x, tuple(of_rows))
     elif isinstance(prologue, SiluMulBackward):
-        _check_silu_mul_backward(prologue, call)
+        if call.index is not None:
+            raise ValueError("index: expected None for gradients, which lie as gates and ups do")
+        if call.scatter is not None:
+            raise ValueError("scatter: expected None for gradients, which lie as gates and ups do")
+        check_silu_mul_backward(prologue, x)
     elif isinstance(prologue, RmsNorm):
         every_row = call.scatter is not None or (call.rows is None and call.index is None)
         _check_rms_norm(prologue, x, every_row=every_row)
@@ -87,7 +91,7 @@ def check_call(call: Call) -> ResultShape:
     check_whole_bytes(name, fmt, shape.k)
     check_upper_scale(call.upper, fmt, upper_scale_shapes(fmt, shape.batch_shape, call), x, name)
     _check_row_scales(call, shape)
-    _check_rng_state(call)
+    check_rng_state(call.rng_state, fmt, x, name)
     if call.q is not None:
         check_written("out q", call.q, fmt.values, x, name)
         exact = isinstance(call.rows, Masked) or call.scatter is not None
@@ -247,15 +251,14 @@ def _check_row_scales(call: Call, shape: ResultShape) -> None:
     check_operand(name, t, call.x, call.input_name)
 
 
-def _check_rng_state(call: Call) -> None:
+def check_rng_state(t: torch.Tensor | None, fmt: Format, x: torch.Tensor, input_name: str) -> None:
     """Check the state of random numbers, and that the format's values may be rounded with them."""
-    t, fmt = call.rng_state, call.fmt
     if t is None:
         return
     check_tensor("rng_state", t, (torch.int64,))
     if not same_sizes(t.shape, (2,)):
         raise ValueError(f"rng_state: expected shape (2,), seed and offset, got {tuple(t.shape)}")
-    check_operand("rng_state", t, call.x, call.input_name)
+    check_operand("rng_state", t, x, input_name)
     if fmt.numerics != IEEE or fmt.four_over_six:
         raise ValueError(
             f"rng_state: expected None for {fmt}, of which only numerics={IEEE!r} without "
@@ -271,13 +274,10 @@ def _check_gate_up(gate_up: torch.Tensor) -> None:
         )
 
 
-def _check_silu_mul_backward(prologue: SiluMulBackward, call: Call) -> None:
-    gate_up, grad = call.x, prologue.grad
+def check_silu_mul_backward(prologue: SiluMulBackward, gate_up: torch.Tensor) -> None:
+    """Check the gradient of products against gates and ups, which were checked."""
     _check_gate_up(gate_up)
-    if call.index is not None:
-        raise ValueError("index: expected None for gradients, which lie as gates and ups do")
-    if call.scatter is not None:
-        raise ValueError("scatter: expected None for gradients, which lie as gates and ups do")
+    grad = prologue.grad
     check_tensor("grad", grad, (gate_up.dtype,))
     check_device("grad", grad, gate_up, "gate_up")
     expected = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
@@ -289,7 +289,8 @@ def _check_silu_mul_backward(prologue: SiluMulBackward, call: Call) -> None:
     check_matrices("grad", grad, MAX_COLUMNS)
 
 
-def _check_silu_mul(prologue: SiluMul, gate_up: torch.Tensor, of_rows: tuple[int, ...]) -> None:
+def check_silu_mul(prologue: SiluMul, gate_up: torch.Tensor, of_rows: tuple[int, ...]) -> None:
+    """Check the factors of rows, which are as many as `of_rows`, against gates and ups."""
     _check_gate_up(gate_up)
     weight = prologue.weight
     if weight is not None:

@@ -9,6 +9,7 @@ from cute_quant.contract import reference, scale_storage
 from cute_quant.contract.calls import Call
 from cute_quant.contract.columns import ColumnCall
 from cute_quant.contract.formats import Format
+from cute_quant.contract.philox import COLUMN_DRAWS, random_of_elements
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -22,8 +23,8 @@ def quantize_into(call: ColumnCall, columns: Pair, along_k: Pair | None) -> None
         along_k: those of groups along k, if the call has them.
     """
     if call.along_k is not None and along_k is not None:
-        of_rows = Call(call.x, call.along_k.fmt, rows=call.rows)
-        reference.quantize_into(of_rows, *along_k)
+        of_rows = Call(call.x, call.along_k.fmt, rows=call.rows, prologue=call.prologue)
+        reference.quantize_into(of_rows._replace(rng_state=call.rng_state), *along_k)
     if call.x.numel():
         _quantize_columns_into(call, *columns)
 
@@ -31,9 +32,14 @@ def quantize_into(call: ColumnCall, columns: Pair, along_k: Pair | None) -> None
 def _quantize_columns_into(call: ColumnCall, q: torch.Tensor, sf: torch.Tensor) -> None:
     fmt = call.columns.fmt
     live, source = reference.live_rows(call.x, call.rows, None)
+    source = reference.computed(source, call.prologue)
     of_columns = source.where(live.unsqueeze(2), 0.0).mT  # (batch, k, mn)
     scales = reference.group_scales(of_columns, fmt)
-    codes = reference.group_values(of_columns, scales, fmt).view(torch.uint8)
+    random = None
+    if call.rng_state is not None:
+        batch, mn, k = source.shape
+        random = random_of_elements(call.rng_state, batch, mn, k, COLUMN_DRAWS).mT
+    codes = reference.group_values(of_columns, scales, fmt, random=random).view(torch.uint8)
     codes = codes.where(live.unsqueeze(1), 0)
     q.view(torch.uint8).copy_((codes if call.transposed else codes.mT).reshape(q.shape))
 

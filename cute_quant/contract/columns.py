@@ -16,14 +16,18 @@ from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.checks import (
     check_format,
     check_number_of_scales,
+    check_rng_state,
     check_row_domain,
     check_scales_out,
+    check_silu_mul,
+    check_silu_mul_backward,
     check_values_out,
 )
 from cute_quant.contract.dtypes import BYTES_PER_WORD, INPUT_DTYPES, describe
 from cute_quant.contract.format_choices import BLOCKED, MAX_COLUMNS, MN_MAJOR, MN_MAJOR_PACKED
 from cute_quant.contract.formats import Format
-from cute_quant.contract.rows import PrefixSum, Rows
+from cute_quant.contract.prologues import GatedPrologue, SiluMul, SiluMulBackward
+from cute_quant.contract.rows import PrefixSum, PrefixSumWithGaps, Rows
 from cute_quant.contract.tensors import (
     check_matrices,
     check_tensor,
@@ -52,14 +56,16 @@ class Output(NamedTuple):
 
 
 class ColumnCall(NamedTuple):
-    """A call of ``cute_quant.quantize_columns``, or of ``quantize_both``.
+    """A call of ``cute_quant.quantize_columns``, ``quantize_both``, or what ends in them.
 
     Attributes:
-        x: (..., mn, k).
+        x: (..., mn, k); (..., mn, 2 k) for SiLU.
         columns: the result of groups along rows.
         transposed: whether its values are (..., k, mn).
         rows: which rows exist; None for all of them.
         along_k: the result of groups along k, None without.
+        prologue: the operation before the quantizer, with its tensors.
+        rng_state: as of a ``Call``.
     """
 
     x: torch.Tensor
@@ -67,6 +73,13 @@ class ColumnCall(NamedTuple):
     transposed: bool = False
     rows: Rows | None = None
     along_k: Output | None = None
+    prologue: GatedPrologue | None = None
+    rng_state: torch.Tensor | None = None
+
+    @property
+    def input_name(self) -> str:
+        """Return the name of the argument that `x` was given as."""
+        return "x" if self.prologue is None else self.prologue.input_name
 
     @property
     def tensors(self) -> dict[str, torch.Tensor | None]:
@@ -76,9 +89,13 @@ class ColumnCall(NamedTuple):
     @property
     def reads(self) -> dict[str, torch.Tensor | None]:
         """Return the tensors that are read, by the names of their arguments."""
-        reads: dict[str, torch.Tensor | None] = {"x": self.x}
+        reads: dict[str, torch.Tensor | None] = {self.input_name: self.x}
         if self.rows is not None:
             reads[f"rows.{self.rows.data_name}"] = self.rows.data
+        if self.rng_state is not None:
+            reads["rng_state"] = self.rng_state
+        if self.prologue is not None:
+            reads.update(self.prologue.reads)
         return reads
 
     @property
@@ -91,6 +108,11 @@ class ColumnCall(NamedTuple):
         return writes
 
     @property
+    def outputs(self) -> list[Output]:
+        """Return the results in the order of an operator's: along k first."""
+        return [self.columns] if self.along_k is None else [self.along_k, self.columns]
+
+    @property
     def which(self) -> str:
         """Return what tells the result of columns from that of rows, for messages."""
         return "" if self.along_k is None else "column "
@@ -99,6 +121,8 @@ class ColumnCall(NamedTuple):
     def shape(self) -> ResultShape:
         """Return the shape of the values of rows."""
         *batch_shape, mn, k = self.x.shape
+        if self.prologue is not None:
+            k = self.prologue.columns(k)
         return ResultShape(tuple(batch_shape), mn, k)
 
 
@@ -133,6 +157,11 @@ def check_group_format(fmt: object, name: str) -> None:
     assert isinstance(fmt, Format)
     if fmt.value_type.per_byte > 1:
         raise ValueError(f"{name}: expected 8-bit values, got {fmt.text}: use quantize")
+    if fmt.divides or fmt.truncates:
+        raise ValueError(
+            f"{name}: expected numerics that multiply values and round them to nearest, got "
+            f"{fmt.text}: use quantize"
+        )
     if fmt.group_size not in GROUP_SIZES:
         raise ValueError(
             f"{name}: expected a group_size of {' or '.join(map(str, GROUP_SIZES))}, got {fmt.text}"
@@ -181,16 +210,23 @@ def check_columns(call: ColumnCall) -> ResultShape:
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
-    x, columns, along_k = call.x, call.columns, call.along_k
+    x, columns, along_k, name = call.x, call.columns, call.along_k, call.input_name
     check_formats(call)
     check_transposed(call.transposed)
-    check_tensor("x", x, INPUT_DTYPES)
-    check_matrices("x", x, MAX_COLUMNS)
+    check_tensor(name, x, INPUT_DTYPES)
+    check_matrices(name, x, MAX_COLUMNS if call.prologue is None else call.prologue.max_columns)
     _check_rows(call)
     shape = call.shape
     batch_shape, mn, k = shape
+    match call.prologue:
+        case SiluMul():
+            check_silu_mul(call.prologue, x, (*batch_shape, mn))
+        case SiluMulBackward():
+            check_silu_mul_backward(call.prologue, x)
+    for output in call.outputs:
+        check_rng_state(call.rng_state, output.fmt, x, name)
     if columns.fmt.blocked:
-        check_number_of_scales("x", columns.fmt, ResultShape(batch_shape, k, mn))
+        check_number_of_scales(name, columns.fmt, ResultShape(batch_shape, k, mn))
     of_values = values_shape(shape, call.transposed)
     _check_output(
         call,
@@ -201,7 +237,7 @@ def check_columns(call: ColumnCall) -> ResultShape:
         scale_strides(columns.fmt, shape),
     )
     if along_k is not None:
-        check_number_of_scales("x", along_k.fmt, shape)
+        check_number_of_scales(name, along_k.fmt, shape)
         fmt = along_k.fmt
         _check_output(call, "", along_k, shape, fmt.scale_shape(*shape), fmt.scale_strides(*shape))
     return shape
@@ -218,10 +254,11 @@ def check_formats(call: ColumnCall) -> None:
 
 def _check_rows(call: ColumnCall) -> None:
     x, rows = call.x, call.rows
-    check_row_domain(rows, x, "x", tuple(x.shape[:-1]), "x", x.shape[-1])
+    name = call.input_name
+    check_row_domain(rows, x, name, tuple(x.shape[:-1]), name, x.shape[-1])
     if rows is None:
         return
-    if not isinstance(rows, PrefixSum):
+    if not isinstance(rows, PrefixSum) or isinstance(rows, PrefixSumWithGaps):
         raise ValueError(
             f"rows: expected None or a PrefixSum for groups along rows, got {describe(rows)}"
         )
@@ -244,10 +281,10 @@ def _check_output(
     """Check the caller's memory for one result."""
     fmt, q, sf = output
     if q is not None:
-        check_written(f"out {which}q", q, fmt.values, call.x, "x")
+        check_written(f"out {which}q", q, fmt.values, call.x, call.input_name)
         check_values_out(q, fmt, shape, exact=True, name=f"out {which}q")
     if sf is not None:
-        check_written(f"out {which}sf", sf, fmt.sf_dtype, call.x, "x")
+        check_written(f"out {which}sf", sf, fmt.sf_dtype, call.x, call.input_name)
         check_scales_out(f"out {which}sf", sf, sf_shape, sf_strides)
 
 

@@ -15,6 +15,8 @@ VALUES_PER_CALL = 8
 """Values that share the four words of a counter, two of them a word."""
 OFFSET_SHIFT = 17
 """Bits of a counter's first word below those of the offset: they number the octets of a row."""
+COLUMN_DRAWS = 2**31
+"""Added to the row of a counter where groups lie along rows: no row has such an index."""
 WORD = 0xFFFFFFFF
 
 Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -33,17 +35,21 @@ def random_words(counter: Words, key: tuple[torch.Tensor, torch.Tensor]) -> Word
     return a, b, c, d
 
 
-def random_of_elements(rng_state: torch.Tensor, batch: int, mn: int, k: int) -> torch.Tensor:
+def random_of_elements(
+    rng_state: torch.Tensor, batch: int, mn: int, k: int, first_row: int = 0
+) -> torch.Tensor:
     """Return a random word for each element of a result.
 
     The counter is ``(c // 8 + 2^17 * (offset >> 32), row, matrix, offset)`` for column c, the key
     the seed, low words first. An odd column takes a word as it is, an even one its halves swapped.
+    Groups along rows have other words than groups along k: 2^31 is added to the row.
 
     Args:
         rng_state: (2,), int64, the seed and the offset.
         batch: matrices of the result.
         mn: rows of each.
         k: columns.
+        first_row: what the first row counts as: 0, or ``COLUMN_DRAWS`` for groups along rows.
 
     Returns:
         (batch, mn, k), int64 from 0 to 2^32 - 1.
@@ -55,7 +61,8 @@ def random_of_elements(rng_state: torch.Tensor, batch: int, mn: int, k: int) -> 
 
     octets = -(-k // VALUES_PER_CALL)
     first = numbers(octets, 1, 1, -1) + (offset >> 32 << OFFSET_SHIFT) & WORD
-    counter = first, numbers(mn, 1, -1, 1), numbers(batch, -1, 1, 1), offset & WORD
+    row = numbers(mn, 1, -1, 1) + first_row
+    counter = first, row, numbers(batch, -1, 1, 1), offset & WORD
     words = torch.stack(random_words(counter, (seed & WORD, seed >> 32 & WORD)), -1)
     swapped = (words << 16 | words >> 16) & WORD
     return torch.stack((swapped, words), -1).flatten(-3)[..., :k]

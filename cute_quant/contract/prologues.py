@@ -266,7 +266,8 @@ class RmsNorm(NamedTuple):
         return {name: t for name, t in outputs.items() if t is not None}
 
 
-Prologue = SiluMul | SiluMulBackward | RmsNorm
+GatedPrologue = SiluMul | SiluMulBackward
+Prologue = GatedPrologue | RmsNorm
 
 
 def make_silu_mul(

@@ -40,6 +40,7 @@ from cute_quant.contract.philox import random_of_elements
 from cute_quant.contract.prologues import (
     FUSED,
     UNFUSED,
+    Prologue,
     RmsNorm,
     SiluMul,
     SiluMulBackward,
@@ -533,6 +534,18 @@ def below_count(masked: Masked, mn: int, rows: int, alignment: int = 1) -> torch
     return torch.arange(rows, device=counts.device) < counts[:, None]
 
 
+def computed(x: torch.Tensor, prologue: Prologue | None) -> torch.Tensor:
+    """Return what a prologue makes of x (batch, mn, columns), and write what else it writes."""
+    match prologue:
+        case SiluMul():
+            return silu_mul(x, prologue)
+        case SiluMulBackward():
+            return silu_mul_backward(x, prologue)
+        case RmsNorm():
+            return rms_norm(x, prologue)
+    return x
+
+
 def silu_mul(gate_up: torch.Tensor, prologue: SiluMul) -> torch.Tensor:
     """Return the gated activation of `gate_up` (batch, mn, 2k).
 
@@ -684,13 +697,7 @@ def quantize_into(
             row_scales.fill_(1.0)
         return
     live, source = live_rows(x, rows if call.scatter is None else None, call.index)
-    match prologue:
-        case SiluMul():
-            source = silu_mul(source, prologue)
-        case SiluMulBackward():
-            source = silu_mul_backward(source, prologue)
-        case RmsNorm():
-            source = rms_norm(source, prologue)
+    source = computed(source, prologue)
     upper = upper_factors(source, call)
     scales = group_scales(source, fmt, upper)
     random = None

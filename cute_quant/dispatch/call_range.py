@@ -16,6 +16,7 @@ from cute_quant.contract.blocks import (
     is_transposed,
 )
 from cute_quant.contract.calls import Call
+from cute_quant.contract.columns import ColumnCall, check_column_format, check_group_format
 from cute_quant.contract.dtypes import BLOCK_SIZES, LOAD_BYTES
 from cute_quant.contract.format_choices import MAX_COLUMNS
 from cute_quant.contract.formats import NAMED_FORMATS, Format
@@ -26,7 +27,7 @@ from cute_quant.contract.prologues import (
     SiluMul,
     SiluMulBackward,
 )
-from cute_quant.contract.rows import DENSE, Masked
+from cute_quant.contract.rows import DENSE, Masked, PrefixSum
 from cute_quant.contract.scale_conversion import Conversion, check_formats
 from cute_quant.contract.upper_scales import DECODE, UpperScale
 
@@ -40,6 +41,13 @@ QUANTIZE_BLOCKS = "quantize_blocks"
 DEQUANTIZE_BLOCKS = "dequantize_blocks"
 REQUANTIZE_BLOCKS = "requantize_blocks"
 CONVERT_SCALES = "convert_scales"
+QUANTIZE_COLUMNS = "quantize_columns"
+QUANTIZE_BOTH = "quantize_both"
+SILU_MUL_BOTH = "silu_mul_quantize_both"
+SILU_MUL_BACKWARD_BOTH = "silu_mul_backward_quantize_both"
+BOTH = (QUANTIZE_BOTH, SILU_MUL_BOTH, SILU_MUL_BACKWARD_BOTH)
+OF_COLUMNS = (QUANTIZE_COLUMNS, *BOTH)
+"""Operations on groups along rows, of which those of both directions have a format of columns."""
 GATHERING = (QUANTIZE, SILU_MUL, RMS_NORM)
 """Operations whose rows an index or a scatter may name."""
 OPERATIONS = (
@@ -51,6 +59,7 @@ OPERATIONS = (
     DEQUANTIZE_BLOCKS,
     REQUANTIZE_BLOCKS,
     CONVERT_SCALES,
+    *OF_COLUMNS,
 )
 """Names of the public operations."""
 FLAGS = (
@@ -62,11 +71,12 @@ FLAGS = (
     "scaled",
     "shifted",
     "stochastic",
+    "transposed",
 )
 """Fields of a `CallRange` that are options of the command line without a value."""
-WITH_ROWS = (*GATHERING, SILU_MUL_BACKWARD, CONVERT_SCALES)
+WITH_ROWS = (*GATHERING, SILU_MUL_BACKWARD, CONVERT_SCALES, *OF_COLUMNS)
 """Operations on rows of a domain."""
-STOCHASTIC = (QUANTIZE, SILU_MUL_BACKWARD)
+STOCHASTIC = (QUANTIZE, SILU_MUL_BACKWARD, *OF_COLUMNS)
 """Operations that round by random numbers, if asked to."""
 
 
@@ -93,6 +103,8 @@ class CallRange(NamedTuple):
         stochastic: whether values are rounded by random numbers.
         to: as of `convert_scales`; None for other operations.
         source_blocks: sizes of the blocks whose scales `requantize_blocks` reads.
+        column_fmt, transposed: as of operations on both directions; `transposed` of
+            ``quantize_columns`` too, whose only format is `fmt`.
     """
 
     operation: str
@@ -115,6 +127,8 @@ class CallRange(NamedTuple):
     to: Format | None = None
     source_blocks: tuple[int, ...] = BLOCK_SIZES
     scattered: bool = False
+    column_fmt: Format | None = None
+    transposed: bool = False
 
     @property
     def possible(self) -> bool:
@@ -127,6 +141,8 @@ class CallRange(NamedTuple):
             return False
         if self.kind == DENSE:
             return True
+        if self.operation in OF_COLUMNS and self.kind != PrefixSum.kind:
+            return False
         return self.operation in WITH_ROWS and self.batched == (self.kind == Masked.kind)
 
     def with_upper_scale(self, kind: str) -> CallRange:
@@ -153,12 +169,17 @@ class CallRange(NamedTuple):
                 check_requantized_format(self.fmt)
             case "convert_scales":
                 check_formats(self.fmt, self.to)
+            case "quantize_columns":
+                check_column_format(self.fmt)
+        if self.operation in BOTH:
+            check_group_format(self.fmt, "fmt")
+            check_column_format(self.column_fmt, "column_fmt")
         whole_rows = self.operation == RMS_NORM or self.fmt.row_scale
         bounded = whole_rows and self.operation not in (DEQUANTIZE, CONVERT_SCALES)
         most = MAX_NORM_COLUMNS if bounded else MAX_COLUMNS
         per_byte = self.fmt.value_type.per_byte
         values = str(self.fmt)
-        if self.operation == SILU_MUL_BACKWARD:
+        if self.operation in (SILU_MUL_BACKWARD, SILU_MUL_BACKWARD_BOTH):
             per_byte, values = 2, self.operation  # columns of gates and ups
         for k in self.k:
             if k > most:
@@ -259,6 +280,41 @@ class CallRange(NamedTuple):
         )
 
     @staticmethod
+    def of_columns(
+        call: ColumnCall, q: torch.Tensor, row_q: torch.Tensor | None = None
+    ) -> CallRange:
+        """Return the range of a call on columns, with memory for values, and of those like it."""
+        batch_shape, mn, k = call.shape
+        tensors = [call.x, q] if row_q is None else [call.x, q, row_q]
+        calls = CallRange(
+            QUANTIZE_COLUMNS if call.along_k is None else QUANTIZE_BOTH,
+            call.outputs[0].fmt,
+            call.x.dtype,
+            (k,),
+            math.prod(batch_shape) * mn,
+            DENSE if call.rows is None else call.rows.kind,
+            batched=bool(batch_shape),
+            alignment=_alignment(*tensors),
+            stochastic=call.rng_state is not None,
+            column_fmt=None if call.along_k is None else call.columns.fmt,
+            transposed=call.transposed,
+        )
+        match call.prologue:
+            case SiluMul() as silu_mul:
+                calls = calls._replace(operation=SILU_MUL_BOTH, rounding=silu_mul.rounding)
+            case SiluMulBackward() as backward:
+                nbytes = min(calls.alignment, _alignment(backward.grad))
+                calls = calls._replace(operation=SILU_MUL_BACKWARD_BOTH, alignment=nbytes)
+        if call.prologue is None:
+            return calls
+        return calls._replace(
+            interleaved=call.prologue.interleaved,
+            clamped=call.prologue.clamp is not None,
+            scaled=call.prologue.alpha != 1.0,
+            shifted=call.prologue.beta != 0.0,
+        )
+
+    @staticmethod
     def of_conversion(call: Conversion, result: torch.Tensor) -> CallRange:
         """Return the range of a call of ``convert_scales`` and of those like it."""
         batch_shape, mn, k = call.shape
@@ -284,6 +340,8 @@ class CallRange(NamedTuple):
         yield "format", _name_of(self.fmt)
         if self.to is not None:
             yield "to", _name_of(self.to)
+        if self.column_fmt is not None:
+            yield "column-format", _name_of(self.column_fmt)
         if self.operation not in (REQUANTIZE_BLOCKS, CONVERT_SCALES):
             yield "dtype", _name(self.dtype)
         for k in self.k:

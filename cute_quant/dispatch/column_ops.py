@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,12 +12,24 @@ from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.checks import check_row_kind
 from cute_quant.contract.column_reference import Pair
 from cute_quant.contract.columns import ColumnCall, Output
+from cute_quant.contract.dtypes import describe
 from cute_quant.contract.formats import Format
-from cute_quant.contract.rows import RowOperands, from_operands, to_operands
+from cute_quant.contract.prologues import (
+    GatedPrologue,
+    SiluMul,
+    SiluMulBackward,
+    make_silu_mul,
+    make_silu_mul_backward,
+)
+from cute_quant.contract.rows import DENSE, RowOperands, from_operands, to_operands
 from cute_quant.contract.torch_private import CustomOpDef
 from cute_quant.dispatch import columns as launches
 from cute_quant.dispatch.columns import Results
 from cute_quant.dispatch.torch_ops import (
+    GATED,
+    GATED_OPTIONS,
+    SILU_MUL,
+    SILU_MUL_OPTIONS,
     as_stored,
     from_stored,
     new_stored_scales,
@@ -29,35 +41,86 @@ from cute_quant.dispatch.torch_ops import (
 _OPTIONS = 'bool transposed=False, str rows="dense", int alignment=1'
 
 
+class _Operation(NamedTuple):
+    """An operation on columns, as its operators have it.
+
+    Attributes:
+        name: of the public function.
+        inputs: the tensors that it reads, as a schema has them.
+        formats: names of its formats, that of columns last.
+        options: further options, as a schema has them.
+        prologue: makes the prologue of further tensors and options, by their names.
+    """
+
+    name: str
+    inputs: str
+    formats: tuple[str, ...]
+    options: str = _OPTIONS
+    prologue: Callable[[dict[str, Any]], GatedPrologue] | None = None
+
+
+def _silu_mul(arguments: dict[str, Any]) -> GatedPrologue:
+    options = {name: arguments[name] for name in SILU_MUL_OPTIONS}
+    return make_silu_mul(weight=arguments["weight"], **options)
+
+
+def _silu_mul_backward(arguments: dict[str, Any]) -> GatedPrologue:
+    options = {name: arguments[name] for name in GATED_OPTIONS}
+    return make_silu_mul_backward(arguments["grad"], **options)
+
+
+_BOTH = "fmt", "column_fmt"
+_COLUMNS = _Operation("quantize_columns", "Tensor x", ("fmt",))
+_ROWS_AND_COLUMNS = _Operation("quantize_both", "Tensor x", _BOTH)
+_GATED = _Operation(
+    "silu_mul_quantize_both",
+    "Tensor gate_up, Tensor? weight",
+    _BOTH,
+    f"{SILU_MUL}, {_OPTIONS}",
+    _silu_mul,
+)
+_GRADIENTS = _Operation(
+    "silu_mul_backward_quantize_both",
+    "Tensor grad, Tensor gate_up",
+    _BOTH,
+    f"{GATED}, {_OPTIONS}",
+    _silu_mul_backward,
+)
+
+
 def run(call: ColumnCall) -> Results:
     """Hand a call to its operator, for a tracer to see."""
     # A schema cannot name what is wrong with these.
     columns.check_formats(call)
     columns.check_transposed(call.transposed)
     check_row_kind(call.rows)
-    ops, along_k = torch.ops.cute_quant, call.along_k
-    rows = to_operands(call.rows)
+    if not isinstance(call.rng_state, (torch.Tensor, type(None))):
+        raise TypeError(f"rng_state: expected a tensor or None, got {describe(call.rng_state)}")
+    rows, prologue = to_operands(call.rows), call.prologue
     options = {"transposed": call.transposed, "rows": rows.rows, "alignment": rows.alignment}
-    formats = [output.fmt.text for output in _outputs(call)]
-    if all(output.q is output.sf is None for output in _outputs(call)):
-        operator = ops.quantize_columns if along_k is None else ops.quantize_both
-        return _results(call, operator(call.x, *formats, rows.row_data, **options))
-    operator = ops.quantize_columns_out if along_k is None else ops.quantize_both_out
+    inputs: tuple[torch.Tensor | None, ...] = (call.x,)
+    name = (_COLUMNS if call.along_k is None else _ROWS_AND_COLUMNS).name
+    match prologue:
+        case SiluMul():
+            name, inputs = _GATED.name, (call.x, prologue.weight)
+            options |= {option: getattr(prologue, option) for option in SILU_MUL_OPTIONS}
+        case SiluMulBackward():
+            name, inputs = _GRADIENTS.name, (prologue.grad, call.x)
+            options |= {option: getattr(prologue, option) for option in GATED_OPTIONS}
+    formats = [output.fmt.text for output in call.outputs]
+    ops, end = torch.ops.cute_quant, (*formats, rows.row_data, call.rng_state)
+    if all(output.q is output.sf is None for output in call.outputs):
+        return _results(call, getattr(ops, name)(*inputs, *end, **options))
     memory = _allocate(call, columns.check_columns(call))
-    operator(call.x, *memory, *formats, rows.row_data, **options)
+    getattr(ops, f"{name}_out")(*inputs, *memory, *end, **options)
     return _results(call, memory)
-
-
-def _outputs(call: ColumnCall) -> list[Output]:
-    """Return the results of a call in the order of its operator: along k first."""
-    return [call.columns] if call.along_k is None else [call.along_k, call.columns]
 
 
 def _results(call: ColumnCall, stored: Any) -> Results:
     """Return what an operator returned, in the dtypes of the formats."""
     pairs = [
         (from_stored(q, output.fmt.values), from_stored(sf, output.fmt.sf_dtype))
-        for output, q, sf in zip(_outputs(call), stored[::2], stored[1::2], strict=True)
+        for output, q, sf in zip(call.outputs, stored[::2], stored[1::2], strict=True)
     ]
     return Results(pairs[-1], None if call.along_k is None else pairs[0])
 
@@ -65,7 +128,7 @@ def _results(call: ColumnCall, stored: Any) -> Results:
 def _allocate(call: ColumnCall, shape: ResultShape) -> list[torch.Tensor]:
     """Return the tensors of all results as stored: the caller's, or new ones on the device of x."""
     x, memory = call.x, []
-    for output in _outputs(call):
+    for output in call.outputs:
         fmt, q, sf = output
         of_columns = output is call.columns
         if q is None:
@@ -79,25 +142,34 @@ def _allocate(call: ColumnCall, shape: ResultShape) -> list[torch.Tensor]:
     return memory
 
 
-def _call_of(x: torch.Tensor, formats: list[str], given: Any, **options: Any) -> ColumnCall:
+def _call_of(operation: _Operation, arguments: dict[str, Any], memory: list[str]) -> ColumnCall:
     """Return the call that the arguments of an operator describe.
 
     Args:
-        x: the input.
-        formats: one for each result, that of columns last.
-        given: memory for values and scales of each result; empty to allocate it.
-        **options: the row domain and whether the values of columns are transposed.
+        operation: what it does.
+        arguments: by name.
+        memory: names of the tensors for values and scales of each result; none to allocate them.
     """
-    rows = from_operands(RowOperands(options["rows"], options["row_data"], options["alignment"]))
+    kind, alignment = arguments.get("rows", DENSE), arguments.get("alignment", 1)
+    rows = from_operands(RowOperands(kind, arguments.get("row_data"), alignment))
     outputs = []
-    for i, text in enumerate(formats):
-        fmt, output = Format.parse(text), Output(Format.parse(text))
-        if given:
-            q, sf = given[2 * i : 2 * i + 2]
+    for i, name in enumerate(operation.formats):
+        fmt = Format.parse(arguments[name])
+        output = Output(fmt)
+        if memory:
+            q, sf = (arguments[name] for name in memory[2 * i : 2 * i + 2])
             output = Output(fmt, from_stored(q, fmt.values), from_stored(sf, fmt.sf_dtype))
         outputs.append(output)
-    along_k = outputs[0] if len(outputs) > 1 else None
-    return ColumnCall(x, outputs[-1], options["transposed"], rows, along_k)
+    prologue = None if operation.prologue is None else operation.prologue(arguments)
+    return ColumnCall(
+        arguments["x" if prologue is None else prologue.input_name],
+        outputs[-1],
+        arguments.get("transposed", False),
+        rows,
+        outputs[0] if len(outputs) > 1 else None,
+        prologue,
+        arguments.get("rng_state"),
+    )
 
 
 def _tensors(results: Results) -> tuple[torch.Tensor, ...]:
@@ -108,41 +180,36 @@ def _tensors(results: Results) -> tuple[torch.Tensor, ...]:
     return tuple(as_stored(t) for pair in pairs for t in pair)
 
 
-def _register(name: str, formats: int, writes: bool) -> CustomOpDef:
+def _register(operation: _Operation, *, writes: bool) -> CustomOpDef:
     """Register an operator that runs a call.
 
     Args:
-        name: its name in ``torch.ops.cute_quant``.
-        formats: how many it has.
+        operation: what it does.
         writes: whether it writes to memory that it gets, instead of returning results.
     """
-    texts = ["fmt"] if formats == 1 else ["fmt", "column_fmt"]
-    results = ["q", "sf"] if formats == 1 else ["q", "sf", "column_q", "column_sf"]
+    name = f"{operation.name}{'_out' * writes}"
+    results = ["q", "sf", "column_q", "column_sf"][: 2 * len(operation.formats)]
     memory = results if writes else []
-    schema = ", ".join(
-        [
-            "Tensor x",
-            *(f"Tensor({letter}!) {t}" for letter, t in zip("abcd", memory, strict=False)),
-            *(f"str {text}" for text in texts),
-            "Tensor? row_data=None, *",
-            _OPTIONS,
-        ]
-    )
+    arguments = [
+        *operation.inputs.split(", "),
+        *(f"Tensor({letter}!) {t}" for letter, t in zip("abcd", memory, strict=False)),
+        *(f"str {text}" for text in operation.formats),
+        "Tensor? row_data=None",
+        "Tensor? rng_state=None",
+    ]
+    names = [argument.partition("=")[0].split()[-1] for argument in arguments]
     returned = "()" if writes else f"({', '.join(['Tensor'] * len(results))})"
 
-    def parsed(arguments: tuple[Any, ...], options: dict[str, Any]) -> ColumnCall:
-        x, *others = arguments
-        given, others = others[: len(memory)], others[len(memory) :]
-        row_data = others[formats] if len(others) > formats else None
-        defaults = {"transposed": False, "rows": "dense", "alignment": 1, "row_data": row_data}
-        return _call_of(x, others[:formats], given, **defaults | options)
+    def parsed(positional: tuple[Any, ...], options: dict[str, Any]) -> ColumnCall:
+        given = dict(zip(names, positional, strict=False))
+        return _call_of(operation, given | options, memory)
 
-    def execute(*arguments: Any, **options: Any) -> tuple[torch.Tensor, ...] | None:
-        results = launches.run(parsed(arguments, options))
+    def execute(*positional: Any, **options: Any) -> tuple[torch.Tensor, ...] | None:
+        results = launches.run(parsed(positional, options))
         return None if writes else _tensors(results)
 
-    def fake(*arguments: Any, **options: Any) -> tuple[torch.Tensor, ...] | None:
-        call = parsed(arguments, options)
+    def fake(*positional: Any, **options: Any) -> tuple[torch.Tensor, ...] | None:
+        call = parsed(positional, options)
         shape = columns.check_columns(call)
         return None if writes else tuple(_allocate(call, shape))
 
@@ -151,18 +218,19 @@ def _register(name: str, formats: int, writes: bool) -> CustomOpDef:
         f"cute_quant::{name}",
         run_and_fake[0],
         mutates_args=tuple(memory),
-        schema=f"({schema}) -> {returned}",
+        schema=f"({', '.join(arguments)}, *, {operation.options}) -> {returned}",
     )
     operator.register_fake(run_and_fake[1])
     refuse_vmap(operator)
     if not writes:
-        refuse_gradients(operator, name, "x")
+        inputs = names[: len(operation.inputs.split(", "))]
+        refuse_gradients(operator, name, " and ".join(inputs))
     return operator
 
 
 _operators = [
-    _register(f"{name}{'_out' * writes}", formats, writes)
-    for name, formats in (("quantize_columns", 1), ("quantize_both", 2))
+    _register(operation, writes=writes)
+    for operation in (_COLUMNS, _ROWS_AND_COLUMNS, _GATED, _GRADIENTS)
     for writes in (False, True)
 ]
 """torch keeps no operator that nobody holds."""

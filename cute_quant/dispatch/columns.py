@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from cute_quant.contract.column_reference import Pair
 from cute_quant.contract.columns import ColumnCall, Output
 from cute_quant.contract.dtypes import STORE_BYTES
 from cute_quant.contract.formats import Format
+from cute_quant.contract.prologues import GatedPrologue, SiluMul, SiluMulBackward
 from cute_quant.contract.rows import DENSE
 from cute_quant.contract.tensors import (
     Region,
@@ -24,8 +26,12 @@ from cute_quant.contract.tensors import (
 )
 from cute_quant.contract.torch_private import in_dual_level
 from cute_quant.dispatch import launch
+from cute_quant.dispatch.call_range import CallRange
 from cute_quant.dispatch.plan import (
+    PrologueChoice,
     alignment,
+    choose_silu_mul,
+    choose_silu_mul_backward,
     compiled,
     matrix_view,
     missing_scale_rows,
@@ -33,7 +39,7 @@ from cute_quant.dispatch.plan import (
 )
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures, heuristics
-from cute_quant.kernels.config import Access, ColumnsSpec
+from cute_quant.kernels.config import BLOCK_TILE, Access, ColumnsSpec, Gated
 
 
 class Results(NamedTuple):
@@ -73,6 +79,7 @@ def _launch(call: ColumnCall, results: Results) -> None:
     row_operands: tuple[torch.Tensor | None, ...] = None, None
     missing_rows, written = 0, [q, sf]
     row_floor: float = 0
+    row_q = None
     if call.along_k is not None and results.along_k is not None:
         row_fmt, (row_q, row_sf) = call.along_k.fmt, results.along_k
         row_operands = (
@@ -81,40 +88,75 @@ def _launch(call: ColumnCall, results: Results) -> None:
         )
         missing_rows, row_floor = missing_scale_rows(row_sf, row_fmt), row_fmt.floor
         written += [row_q, row_sf]
+    weight = grad = None
+    if isinstance(call.prologue, SiluMul):
+        weight = call.prologue.weight
+    elif isinstance(call.prologue, SiluMulBackward):
+        grad = call.prologue.grad
     operands = (
         matrix_view(x, batched=True).of(x),
         matrix_view(q, batched=True).of(q),
         view_of_scales(sf, fmt.scale_dims).of(sf),
         *row_operands,
         None if call.rows is None else call.rows.data,
+        call.rng_state,
+        None if weight is None else weight.view(-1, weight.shape[-1]),
+        None if grad is None else matrix_view(grad, batched=True).of(grad),
     )
+    spec, activation = choose_spec(call, results, arch)
     alignment = 1 if call.rows is None else call.rows.alignment
-    numbers = alignment, missing_rows, fmt.floor, row_floor
-    spec = choose_spec(call, results, arch)
-    remedy = "call the operation before, on an x of the same dtype and alignment"
-    launch.run(compiled(spec, arch, lambda: remedy), (*operands, *numbers), written)
+    numbers = alignment, missing_rows, fmt.floor, row_floor, *activation
+    calls = functools.partial(CallRange.of_columns, call, q, row_q)
+    function = compiled(spec, arch, lambda: calls().remedy(arch))
+    launch.run(function, (*operands, *numbers), written)
 
 
-def choose_spec(call: ColumnCall, results: Results, arch: str) -> ColumnsSpec:
+class Choice(NamedTuple):
+    """The spec of a kernel, and the numbers of a gated activation that it takes."""
+
+    spec: ColumnsSpec
+    numbers: tuple[float, ...]
+
+
+def choose_spec(call: ColumnCall, results: Results, arch: str) -> Choice:
     """Choose the spec of the kernel for a call and memory for its results."""
-    x, (q, _) = call.x, results.columns
-    values = heuristics.block_values(x.dtype, call.columns.fmt, arch, transposed=False)
+    x, (q, _), k = call.x, results.columns, call.shape.k
+    stochastic = call.rng_state is not None
+    values = heuristics.column_values(x.dtype, arch, stochastic=stochastic)
     q_values = STORE_BYTES if call.transposed else values
     row_fmt, row_bytes = None, values
     if call.along_k is not None and results.along_k is not None:
         row_fmt = call.along_k.fmt.kernel_format
         row_bytes = _alignment(results.along_k[0], values)
-    return ColumnsSpec(
+    gated, part, load_bytes = None, k, values * x.itemsize
+    numbers: tuple[float, ...] = (0.0, 1.0, 0.0)
+    if call.prologue is not None:
+        prologue = _prologue(call.prologue, x.dtype, k)
+        gated, numbers, part = Gated(**prologue.choices), prologue.numbers, prologue.part or k
+        load_bytes = min(load_bytes, prologue.load_bytes)
+    spec = ColumnsSpec(
         x.dtype,
         call.columns.fmt.kernel_format,
         values,
-        Access(_alignment(x, values * x.itemsize), row_bytes, ragged=x.shape[-1] % values != 0),
+        Access(_alignment(x, load_bytes), row_bytes, ragged=part % values != 0),
         Access(store_bytes=_alignment(q, q_values), ragged=q.shape[-1] % q_values != 0),
         call.transposed,
         row_fmt,
         DENSE if call.rows is None else call.rows.kind,
+        gated,
+        stochastic,
         architectures.named(arch).pdl,
     )
+    return Choice(spec, numbers)
+
+
+def _prologue(prologue: GatedPrologue, dtype: torch.dtype, k: int) -> PrologueChoice:
+    """Choose what a gated activation asks of the kernel."""
+    if isinstance(prologue, SiluMul):
+        return choose_silu_mul(prologue, dtype, k, batched=True)
+    choice = choose_silu_mul_backward(prologue, k, batched=True)
+    paired = not prologue.interleaved and k % (2 * BLOCK_TILE) == 0
+    return choice._replace(choices=choice.choices | {"backward": True, "paired": paired})
 
 
 def _alignment(t: torch.Tensor, limit: int) -> int:

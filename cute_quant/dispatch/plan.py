@@ -165,7 +165,7 @@ def make_plan(call: Call) -> Plan:
     )
 
 
-class _Prologue(NamedTuple):
+class PrologueChoice(NamedTuple):
     """The part of a kernel's choice that depends on the prologue of a call.
 
     Attributes:
@@ -238,11 +238,14 @@ def choose_spec(call: Call, result: Destination, scales: View | None, gpu: Gpu) 
     match call.prologue:
         case None:
             stochastic = call.rng_state is not None
-            prologue = _Prologue(QuantizeSpec, {"fake": scales is None, "stochastic": stochastic})
+            prologue = PrologueChoice(
+                QuantizeSpec, {"fake": scales is None, "stochastic": stochastic}
+            )
         case SiluMul() as silu_mul:
-            prologue = _silu_mul(silu_mul, x.dtype, k, batched=x_batched)
+            prologue = choose_silu_mul(silu_mul, x.dtype, k, batched=x_batched)
         case SiluMulBackward() as backward:
-            prologue = _silu_mul_backward(backward, call, k, batched=batched)
+            prologue = choose_silu_mul_backward(backward, k, batched=batched)
+            prologue.choices["stochastic"] = call.rng_state is not None
         case RmsNorm() as rms_norm:
             prologue = _rms_norm(rms_norm, batched=x_batched)
     x_view = matrix_view(x, batched=x_batched and index is None)
@@ -308,7 +311,10 @@ def _launch_shape(
             return heuristics.norm_shape(*size, least_tiles=heuristics.norm_tiles(gpu.arch))
 
 
-def _silu_mul(prologue: SiluMul, dtype: torch.dtype, k: int, *, batched: bool) -> _Prologue:
+def choose_silu_mul(
+    prologue: SiluMul, dtype: torch.dtype, k: int, *, batched: bool
+) -> PrologueChoice:
+    """Choose what gates times ups, of `dtype` and k columns of the result, ask of a kernel."""
     choices = {
         "interleaved": prologue.interleaved,
         "rounding": prologue.rounding,
@@ -323,18 +329,18 @@ def _silu_mul(prologue: SiluMul, dtype: torch.dtype, k: int, *, batched: bool) -
     views = (_factors_view(prologue.weight, batched=batched),)
     # The ups of a row start k elements after its gates.
     load_bytes = LOAD_BYTES if prologue.interleaved else math.gcd(LOAD_BYTES, k * dtype.itemsize)
-    return _Prologue(SiluMulSpec, choices, numbers, views, load_bytes)
+    return PrologueChoice(SiluMulSpec, choices, numbers, views, load_bytes)
 
 
-def _silu_mul_backward(
-    prologue: SiluMulBackward, call: Call, columns: int, *, batched: bool
-) -> _Prologue:
+def choose_silu_mul_backward(
+    prologue: SiluMulBackward, columns: int, *, batched: bool
+) -> PrologueChoice:
+    """Choose what gradients of gates and ups, so many columns of both, ask of a kernel."""
     choices = {
         "interleaved": prologue.interleaved,
         "clamped": prologue.clamp is not None,
         "scaled": prologue.alpha != 1.0,
         "shifted": prologue.beta != 0.0,
-        "stochastic": call.rng_state is not None,
     }
     numbers = prologue.clamp or 0.0, prologue.alpha, prologue.beta
     grad = prologue.grad
@@ -345,10 +351,10 @@ def _silu_mul_backward(
     if not prologue.interleaved:
         # The ups of a row start k elements after its gates.
         load_bytes, part = math.gcd(load_bytes, k * grad.element_size()), k
-    return _Prologue(SiluMulBackwardSpec, choices, numbers, (view,), load_bytes, part)
+    return PrologueChoice(SiluMulBackwardSpec, choices, numbers, (view,), load_bytes, part)
 
 
-def _rms_norm(prologue: RmsNorm, *, batched: bool) -> _Prologue:
+def _rms_norm(prologue: RmsNorm, *, batched: bool) -> PrologueChoice:
     choices = {
         "weight_dtype": prologue.weight.dtype,
         "rounding": prologue.rounding,
@@ -365,7 +371,7 @@ def _rms_norm(prologue: RmsNorm, *, batched: bool) -> _Prologue:
             view = matrix_view(t, batched=batched)
             load_bytes = alignment(t.data_ptr(), view, t.element_size(), load_bytes)
         views.append(view)
-    return _Prologue(RmsNormSpec, choices, numbers, tuple(views), load_bytes)
+    return PrologueChoice(RmsNormSpec, choices, numbers, tuple(views), load_bytes)
 
 
 class Dequantization(NamedTuple):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
-from cute_quant.contract.dtypes import INPUT_DTYPES, LOAD_BYTES, SOURCE_BLOCK
+from cute_quant.contract.dtypes import INPUT_DTYPES, LOAD_BYTES, SOURCE_BLOCK, STORE_BYTES
 from cute_quant.contract.format_choices import BLOCKED_8, ROW_MAJOR, ROW_MAJOR_PACKED, SCALE_LAYOUTS
 from cute_quant.contract.formats import (
     DEEP_GEMM,
@@ -31,6 +32,7 @@ from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
 from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.dispatch import reachable
 from cute_quant.dispatch.call_range import (
+    BOTH,
     CONVERT_SCALES,
     DEQUANTIZE,
     DEQUANTIZE_BLOCKS,
@@ -40,6 +42,7 @@ from cute_quant.dispatch.call_range import (
     REQUANTIZE_BLOCKS,
     RMS_NORM,
     SILU_MUL,
+    SILU_MUL_BOTH,
     CallRange,
 )
 from cute_quant.dispatch.plan import Gpu
@@ -47,6 +50,7 @@ from cute_quant.kernels import architectures, heuristics
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
     BlocksSpec,
+    ColumnsSpec,
     QuantizerSpec,
     RmsNormSpec,
     Spec,
@@ -202,6 +206,29 @@ def _of_weights() -> list[CallRange]:
     ]
 
 
+def _of_training() -> list[CallRange]:
+    both = [
+        CallRange(
+            operation,
+            recipe.fmt,
+            *BF16,
+            FEW_COLUMNS,
+            MAX_ROWS,
+            kind,
+            column_fmt=recipe.column_fmt,
+            transposed=recipe.transposed,
+        )
+        for operation, recipe, kind in itertools.product(
+            BOTH, TRAINING_FORMATS, (DENSE, PrefixSum.kind)
+        )
+    ]
+    gradients = [
+        calls._replace(stochastic=True) for calls in both if calls.operation != SILU_MUL_BOTH
+    ]
+    rows = _quantize(BF16, DEEPGEMM_FORMATS, (DENSE, PrefixSum.kind))
+    return [*both, *gradients, *rows, *_of_blocks(BF16)]
+
+
 def _of_each_kind() -> list[CallRange]:
     return [*_of_deepgemm(), *_of_moe(), *_of_weights(), *_there_and_back(BF16, MOE_FORMATS)]
 
@@ -225,6 +252,7 @@ def _of_all() -> list[CallRange]:
     formats = _formats_of_all()
     return [
         *_of_each_kind(),
+        *_of_training(),
         *_quantize(INPUT_DTYPES, formats, (DENSE,)),
         *_of_blocks(INPUT_DTYPES),
         *_there_and_back(INPUT_DTYPES, formats),
@@ -232,11 +260,38 @@ def _of_all() -> list[CallRange]:
 
 
 def _has_whole_vectors(spec: Spec) -> bool:
-    """Return whether a kernel is for weights that are a multiple of 16 long where contiguous."""
+    """Return whether a kernel is for memory whose rows have whole vectors where they may not.
+
+    Weights are a multiple of 16 long where they are contiguous, and rows of a transpose start at
+    multiples of 16 bytes.
+    """
+    if isinstance(spec, ColumnsSpec):
+        return not spec.transposed or spec.q_access.store_bytes == STORE_BYTES
     if not isinstance(spec, BlocksSpec):
         return True
     widest = min(LOAD_BYTES, spec.values_per_thread * spec.dtype.itemsize)
     return not spec.access.ragged and spec.access.load_bytes == widest
+
+
+class _Recipe(NamedTuple):
+    """Formats of what is quantized along both directions.
+
+    Attributes:
+        fmt: of rows.
+        column_fmt, transposed: of columns.
+    """
+
+    fmt: Format
+    column_fmt: Format
+    transposed: bool
+
+
+TRAINING_FORMATS = (
+    _Recipe(DEEP_GEMM_SM90, DEEP_GEMM_SM90, True),
+    _Recipe(DEEP_GEMM, DEEP_GEMM_32, False),
+    _Recipe(DEEP_GEMM, DEEP_GEMM_32, True),
+    _Recipe(MXFP8, MXFP8, True),
+)
 
 
 @functools.cache
@@ -273,6 +328,15 @@ def weights(arch: str) -> Kernels:
     return _kernels(_of_weights, arch)
 
 
+def training(arch: str) -> Kernels:
+    """Return a training step of linear layers and experts in bf16, as DeepGEMM and cuBLAS read it.
+
+    Activations, SwiGLU and gradients of both are quantized along both directions, gradients
+    rounded to nearest or stochastically, and weights in square blocks.
+    """
+    return _kernels(_of_training, arch)
+
+
 def of_each_kind(arch: str) -> Kernels:
     """Return every kernel in bf16 and the formats of DeepGEMM, NVFP4 and MXFP4."""
     return _kernels(_of_each_kind, arch)
@@ -290,6 +354,7 @@ PRESETS: dict[str, Callable[[str], Kernels]] = {
     "deepgemm": deepgemm,
     "moe": moe,
     "weights": weights,
+    "training": training,
     "all": all_kernels,
 }
 """Kernels for a target of `architectures`, by the name of what they are for."""

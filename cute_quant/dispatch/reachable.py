@@ -15,10 +15,19 @@ import torch
 
 from cute_quant.contract import blocks
 from cute_quant.contract.calls import Call, ResultShape
-from cute_quant.contract.dtypes import LOAD_BYTES, SOURCE_BLOCK, SOURCE_DTYPE, VALUE_TYPES, align
+from cute_quant.contract.columns import ColumnCall, Output
+from cute_quant.contract.dtypes import (
+    LOAD_BYTES,
+    SOURCE_BLOCK,
+    SOURCE_DTYPE,
+    STORE_BYTES,
+    VALUE_TYPES,
+    align,
+)
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import (
     Prologue,
+    RmsNorm,
     make_rms_norm,
     make_silu_mul,
     make_silu_mul_backward,
@@ -42,13 +51,18 @@ from cute_quant.dispatch.call_range import (
     DEQUANTIZE,
     DEQUANTIZE_BLOCKS,
     FAKE_QUANTIZE,
+    OF_COLUMNS,
     QUANTIZE_BLOCKS,
     REQUANTIZE_BLOCKS,
     RMS_NORM,
     SILU_MUL,
     SILU_MUL_BACKWARD,
+    SILU_MUL_BACKWARD_BOTH,
+    SILU_MUL_BOTH,
     CallRange,
 )
+from cute_quant.dispatch.columns import Results
+from cute_quant.dispatch.columns import choose_spec as choose_columns_spec
 from cute_quant.dispatch.convert_scales import choose_spec as choose_conversion_spec
 from cute_quant.dispatch.plan import (
     Destination,
@@ -60,6 +74,8 @@ from cute_quant.dispatch.plan import (
 )
 from cute_quant.kernels.config import Spec
 
+COLUMN_ALIGNMENT = 128
+"""Rows that groups start at multiples of, in calls on columns of any format."""
 GROUPS = 2
 """Groups of rows stacked along M in a call that stands for others; one group is no batch."""
 
@@ -89,7 +105,7 @@ class Variant(NamedTuple):
     @property
     def input_columns(self) -> int:
         """Return the columns of x."""
-        return 2 * self.k if self.calls.operation == SILU_MUL else self.k
+        return 2 * self.k if self.calls.operation in (SILU_MUL, SILU_MUL_BOTH) else self.k
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -148,7 +164,23 @@ class Variant(NamedTuple):
         counts = shape[0] if kind == Masked.kind else shape[-2]
         if kind in PREFIX_SUMS:
             counts = GROUPS
-        return from_operands(RowOperands(kind, like.new_zeros(counts, dtype=torch.int32)))
+        alignment = COLUMN_ALIGNMENT if self.calls.operation in OF_COLUMNS else 1
+        counted = like.new_zeros(counts, dtype=torch.int32)
+        return from_operands(RowOperands(kind, counted, alignment))
+
+    def column_call(
+        self, x: torch.Tensor, q: torch.Tensor, row_q: torch.Tensor | None
+    ) -> ColumnCall:
+        """Return a call on columns, into memory for values; `row_q` is that of groups along k."""
+        calls, shape = self.calls, (*x.shape[:-1], self.k)
+        columns, along_k = Output(calls.fmt, q), None
+        if calls.column_fmt is not None:
+            columns, along_k = Output(calls.column_fmt, q), Output(calls.fmt, row_q)
+        prologue = self._prologue(x, shape, x)
+        assert not isinstance(prologue, RmsNorm)
+        rng_state = x.new_zeros(2, dtype=torch.int64) if calls.stochastic else None
+        rows = self.rows(shape, x)
+        return ColumnCall(x, columns, calls.transposed, rows, along_k, prologue, rng_state)
 
     def _prologue(
         self, x: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor
@@ -156,7 +188,7 @@ class Variant(NamedTuple):
         calls = self.calls
         of_rows = x.shape[:-1] if calls.scattered else shape[:-1]
         match calls.operation:
-            case "silu_mul_quantize":
+            case "silu_mul_quantize" | "silu_mul_quantize_both":
                 return make_silu_mul(
                     interleaved=calls.interleaved,
                     clamp=7.0 if calls.clamped else None,
@@ -165,7 +197,7 @@ class Variant(NamedTuple):
                     rounding=calls.rounding,
                     weight=like.new_ones(of_rows, dtype=torch.float32) if self.weighted else None,
                 )
-            case "silu_mul_backward_quantize":
+            case "silu_mul_backward_quantize" | "silu_mul_backward_quantize_both":
                 return make_silu_mul_backward(
                     x[..., : self.k // 2],
                     interleaved=calls.interleaved,
@@ -189,7 +221,7 @@ def variants(calls: CallRange) -> Iterator[Variant]:
     """Yield the variants of a range."""
     weighted: tuple[bool, ...] = (False,)
     residual = normalized = of_groups = along_n = strided = weighted
-    if calls.operation == SILU_MUL:
+    if calls.operation in (SILU_MUL, SILU_MUL_BOTH):
         weighted = (False, True)
     every_row = calls.scattered or (calls.kind == DENSE and not calls.gathered)
     if calls.operation == RMS_NORM and every_row:
@@ -216,6 +248,9 @@ def specs(calls: CallRange, gpu: Gpu) -> dict[Spec, Variant]:
     if not calls.max_rows:
         return found
     for variant in variants(calls):
+        if calls.operation in OF_COLUMNS:
+            found |= dict.fromkeys(_column_specs(variant, gpu), variant)
+            continue
         alignments = _operand_alignments(variant)
         for (x_bytes, q_bytes), shape in itertools.product(alignments, _shapes(calls)):
 
@@ -238,6 +273,30 @@ def spec_of(variant: Variant, rows: int, gpu: Gpu) -> Spec:
     return _spec(variant, (rows,), x_bytes, q_bytes, gpu)
 
 
+def _column_specs(variant: Variant, gpu: Gpu) -> Iterator[Spec]:
+    """Yield the specs of calls on columns. Of their sizes that of rows of q alone matters."""
+    calls, k = variant.calls, variant.k
+    for mn in column_rows(calls):
+        row = mn if calls.transposed else k
+        q_alignments = _alignments(calls.alignment, row, calls.fmt.values)
+        both = itertools.product(_operand_alignments(variant), q_alignments)
+        for (x_bytes, row_bytes), q_bytes in both:
+            x = _aligned((mn, variant.input_columns), calls.dtype, x_bytes)
+            q_shape = (k, mn) if calls.transposed else (mn, k)
+            q = _aligned(q_shape, calls.fmt.values, q_bytes)
+            row_q = _aligned((mn, k), calls.fmt.values, row_bytes)
+            call = variant.column_call(x, q, row_q)
+            along_k = None if call.along_k is None else (row_q, row_q)
+            yield choose_columns_spec(call, Results((q, q), along_k), gpu.arch).spec
+
+
+def column_rows(calls: CallRange) -> tuple[int, ...]:
+    """Return numbers of rows, more than one, of every choice of kernels of columns."""
+    if not calls.transposed:
+        return (STORE_BYTES,)
+    return (STORE_BYTES, STORE_BYTES + 1) if calls.max_rows >= STORE_BYTES else (STORE_BYTES + 1,)
+
+
 def _operand_alignments(variant: Variant) -> Iterator[tuple[int, int]]:
     """Yield the alignments that rows of the input and of the result can have."""
     calls, k = variant.calls, variant.k
@@ -249,7 +308,7 @@ def _operand_alignments(variant: Variant) -> Iterator[tuple[int, int]]:
     else:
         # Any number of weights may be contiguous along n.
         x_columns = 1 if variant.along_n else variant.input_columns
-        if calls.operation == SILU_MUL_BACKWARD:
+        if calls.operation in (SILU_MUL_BACKWARD, SILU_MUL_BACKWARD_BOTH):
             x_columns = k // 2  # those of the gradient, whose rows are aligned the least
         both = [
             _alignments(calls.alignment, _row_bytes(columns, dtype), dtype)

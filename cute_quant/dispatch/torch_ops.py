@@ -36,8 +36,12 @@ _ROWS = 'str rows="dense", int alignment=1, str? upper_kind=None, SymInt? num_ro
 _OUT = "Tensor(a!) q, Tensor(b!) sf, Tensor(e!)? row_scales"
 UPPER_ARGUMENTS = "Tensor? upper=None, str? upper_kind=None"
 _RESIDUAL = "Tensor? residual, Tensor(c!)? residual_out, Tensor(d!)? normalized"
-_GATED_OPTIONS = ("interleaved", "clamp", "alpha", "beta")
-_SILU_MUL_OPTIONS = (*_GATED_OPTIONS, "rounding")
+GATED_OPTIONS = ("interleaved", "clamp", "alpha", "beta")
+GATED = "bool interleaved, float? clamp, float alpha, float beta"
+"""Options of gradients of a gated activation, by name and as a schema has them."""
+SILU_MUL_OPTIONS = (*GATED_OPTIONS, "rounding")
+SILU_MUL = f"{GATED}, str rounding"
+"""The same of the activation."""
 _RMS_NORM_OPTIONS = ("eps", "weight_offset", "rounding")
 
 
@@ -115,13 +119,13 @@ def _quantize_call(
 
 
 def _silu_mul_call(*, gate_up: torch.Tensor, weight: torch.Tensor | None, **arguments: Any) -> Call:
-    options = {name: arguments.pop(name) for name in _SILU_MUL_OPTIONS}
+    options = {name: arguments.pop(name) for name in SILU_MUL_OPTIONS}
     prologue = make_silu_mul(weight=weight, **options)
     return _quantize_call(x=gate_up, **arguments)._replace(prologue=prologue)
 
 
 def _silu_mul_backward_call(*, grad: torch.Tensor, gate_up: torch.Tensor, **arguments: Any) -> Call:
-    options = {name: arguments.pop(name) for name in _GATED_OPTIONS}
+    options = {name: arguments.pop(name) for name in GATED_OPTIONS}
     prologue = make_silu_mul_backward(grad, **options)
     return _quantize_call(x=gate_up, **arguments)._replace(prologue=prologue)
 
@@ -276,9 +280,8 @@ def refuse_vmap(operator: CustomOpDef) -> None:
 
 def _register_all() -> list[CustomOpDef]:
     gate_up, normed = "Tensor gate_up, Tensor? weight", "Tensor x, Tensor weight"
-    gated = "bool interleaved, float? clamp, float alpha, float beta"
     backward = "Tensor grad, Tensor gate_up"
-    silu_mul = f"{gated}, str rounding, {_ROWS}"
+    silu_mul = f"{SILU_MUL}, {_ROWS}"
     rms_norm = "float eps, float weight_offset, str rounding, " + _ROWS
     end = f"str fmt, {_ROW_TENSORS}"
     rounded = f"{end}, Tensor? rng_state=None"
@@ -289,7 +292,7 @@ def _register_all() -> list[CustomOpDef]:
     silu_mul_backward_quantize = _register(
         "silu_mul_backward_quantize",
         f"{backward}, {rounded}",
-        f"{gated}, {_ROWS}",
+        f"{GATED}, {_ROWS}",
         _silu_mul_backward_call,
     )
     rms_norm_quantize = _register("rms_norm_quantize", f"{normed}, {end}", rms_norm, _rms_norm_call)
@@ -325,7 +328,7 @@ def _register_all() -> list[CustomOpDef]:
         _register(
             "silu_mul_backward_quantize_out",
             f"{backward}, {_OUT}, {rounded}",
-            f"{gated}, {_ROWS}",
+            f"{GATED}, {_ROWS}",
             _silu_mul_backward_call,
         ),
         _register(
@@ -364,12 +367,12 @@ def quantize(call: Call) -> Results:
     if isinstance(prologue, SiluMul):
         operator, operator_out = ops.silu_mul_quantize, ops.silu_mul_quantize_out
         inputs = (call.x, prologue.weight)
-        options |= {name: getattr(prologue, name) for name in _SILU_MUL_OPTIONS}
+        options |= {name: getattr(prologue, name) for name in SILU_MUL_OPTIONS}
     elif isinstance(prologue, SiluMulBackward):
         operator = ops.silu_mul_backward_quantize
         operator_out = ops.silu_mul_backward_quantize_out
         inputs = (prologue.grad, call.x)
-        options |= {name: getattr(prologue, name) for name in _GATED_OPTIONS}
+        options |= {name: getattr(prologue, name) for name in GATED_OPTIONS}
     elif isinstance(prologue, RmsNorm):
         operator, operator_out = ops.rms_norm_quantize, ops.rms_norm_quantize_out
         inputs = (call.x, prologue.weight)

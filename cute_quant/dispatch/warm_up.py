@@ -12,10 +12,12 @@ import torch
 from cute_quant.contract import blocks as block_contract
 from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.checks import check_format
+from cute_quant.contract.columns import ColumnCall, check_transposed
 from cute_quant.contract.dtypes import (
     BYTES_PER_WORD,
     INPUT_DTYPES,
     LOAD_BYTES,
+    STORE_BYTES,
     align,
     ceil_div,
     describe,
@@ -28,9 +30,11 @@ from cute_quant.contract.scale_conversion import Conversion
 from cute_quant.contract.tensors import MAX_SIZE
 from cute_quant.contract.upper_scales import ENCODE
 from cute_quant.contract.upper_scales import KINDS as UPPER_KINDS
-from cute_quant.dispatch import blocks, convert_scales, launch, reachable
+from cute_quant.dispatch import blocks, columns, convert_scales, launch, reachable
 from cute_quant.dispatch.call_range import (
+    BOTH,
     CONVERT_SCALES,
+    OF_COLUMNS,
     OPERATIONS,
     QUANTIZE,
     STOCHASTIC,
@@ -112,6 +116,8 @@ def warm_up(
     upper_scale: str = ENCODE,
     stochastic: bool = False,
     to: Format | None = None,
+    column_fmt: Format | None = None,
+    transposed: bool = False,
     device: torch.device | str | int | None = None,
 ) -> WarmUp:
     """Compile, or load, every kernel that calls of a range take, and launch each once.
@@ -128,7 +134,9 @@ def warm_up(
         operations: names: "quantize", "silu_mul_quantize", "silu_mul_backward_quantize" (k being
             its columns of gates and ups), "rms_norm_quantize", "dequantize", "fake_quantize",
             "quantize_blocks" and "requantize_blocks", whose weights may be contiguous along k or n,
-            "dequantize_blocks", and "convert_scales", of scales that lie as `fmt` says.
+            "dequantize_blocks", "convert_scales", of scales that lie as `fmt` says, and
+            "quantize_columns", "quantize_both", "silu_mul_quantize_both" and
+            "silu_mul_backward_quantize_both", whose rows are those of None and ``PrefixSum``.
         dtype: of the inputs: bfloat16, float16 or float32; of the result of ``dequantize`` and
             ``dequantize_blocks``. Scales and the weights of checkpoints have dtypes of their own.
         rows: row domains: some of None, ``Masked``, ``PrefixSum`` and ``Indexed``.
@@ -150,6 +158,8 @@ def warm_up(
             calls that depend on it.
         stochastic: whether calls of operations that take an `rng_state` have one.
         to: as of ``convert_scales``, and only for it.
+        column_fmt: as of operations on both directions, and only for them.
+        transposed: as of them and ``quantize_columns``.
         device: that the calls run on, by default the current CUDA device. On the CPU,
             and on a GPU without kernels, there is nothing to compile.
 
@@ -187,6 +197,8 @@ def warm_up(
             weight_dtype=weight_dtype,
             stochastic=stochastic and operation in STOCHASTIC,
             to=to if operation == CONVERT_SCALES else None,
+            column_fmt=column_fmt if operation in BOTH else None,
+            transposed=transposed and operation in OF_COLUMNS,
         ).with_upper_scale(upper_scale)
         for operation in _operations(operations)
         for kind in kinds
@@ -194,6 +206,7 @@ def warm_up(
         for scatter in {False, scattered}
         for leading in ({True} if kind == Masked.kind else {False, batched})
     ]
+    check_transposed(transposed)
     for of_one in calls:
         of_one.check_columns()
     gpu = _cuda_device(device)
@@ -361,6 +374,9 @@ def _small_launch(variant: reachable.Variant, device: torch.device) -> launch.La
             return launch.bind(lambda: blocks.requantize(w, w_sf, fmt, upper, q, None))
         case "convert_scales":
             return launch.bind(lambda: convert_scales.run(small_conversion(variant, device)))
+    if calls.operation in OF_COLUMNS:
+        columns_call = small_columns(variant, device)
+        return launch.bind(lambda: columns.run(columns_call))
     x_rows = (1,) if calls.gathered or calls.scattered else leading
     x = torch.zeros((*x_rows, variant.input_columns), dtype=calls.dtype, device=device)
     call = variant.call(x, (*leading, variant.k), x)
@@ -384,6 +400,23 @@ def small_weights(
         return _zeros((*matrices, k, n), variant.input_dtype, device).mT, q
     w = _zeros((*matrices, n, align(k, LOAD_BYTES)), variant.input_dtype, device)
     return w[..., :k], q
+
+
+def small_columns(variant: reachable.Variant, device: torch.device) -> ColumnCall:
+    """Return a call on columns of few rows that any kernel of a variant takes."""
+    calls, k = variant.calls, variant.k
+    leading = (1, STORE_BYTES) if calls.batched else (STORE_BYTES,)
+
+    def memory(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        *rows, columns = shape
+        return _zeros((*rows, align(columns, LOAD_BYTES)), dtype, device)[..., :columns]
+
+    x = memory(*leading, variant.input_columns, dtype=calls.dtype)
+    of_values = (*leading[:-1], k, STORE_BYTES) if calls.transposed else (*leading, k)
+    fmt = calls.fmt if calls.column_fmt is None else calls.column_fmt
+    q = memory(*of_values, dtype=fmt.values)
+    row_q = memory(*leading, k, dtype=calls.fmt.values)
+    return variant.column_call(x, q, row_q)
 
 
 def small_conversion(variant: reachable.Variant, device: torch.device) -> Conversion:

@@ -43,6 +43,7 @@ def store_transposed(
     values: cutlass.Constexpr[int],
     per_byte: cutlass.Constexpr[int],
     access: cutlass.Constexpr[Access],
+    memory: cute.Pointer,
 ):
     """Store a tile in the rows of its transpose.
 
@@ -55,12 +56,12 @@ def store_transposed(
         values: columns of a thread.
         per_byte: quantized values in a byte.
         access: to q.
+        memory: shared, as `transposed_memory` returns it.
     """
     first_row, column_lane = place
     row_tile, column_tile = tile
     rows, vector = layouts.rows_of_block_thread(values), VECTOR_BYTES * per_byte
     layout = layouts.transposed_tile(values, per_byte)
-    memory = cute.arch.alloc_smem(Uint8, BLOCK_TILE * BLOCK_TILE // per_byte, alignment=128)
     for i in cutlass.range_constexpr(values):
         tXrQ = cute.recast_tensor(encode(i), Uint8)
         byte = layout((column_lane * values + i, first_row))
@@ -78,6 +79,11 @@ def store_transposed(
         copy_vector(bytes_at(memory, byte, VECTOR_BYTES), cute.recast_tensor(tXrQ, Uint8))
         to = segment(vector, column, column_tile)
         copy.store(tXrQ, gQ, to, row_index < num_rows, access)
+
+
+def transposed_memory(per_byte: int) -> cute.Pointer:
+    """Return shared memory for the quantized values of a tile."""
+    return cute.arch.alloc_smem(Uint8, BLOCK_TILE * BLOCK_TILE // per_byte, alignment=128)
 
 
 def bytes_at(memory: cute.Pointer, byte: Int32, nbytes: int) -> cute.Tensor:

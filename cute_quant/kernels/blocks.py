@@ -314,6 +314,7 @@ class Blocks:
             self.values,
             self.fmt.value_type.per_byte,
             self.spec.q_access,
+            block_tile.transposed_memory(self.fmt.value_type.per_byte),
         )
 
     @cute.jit

@@ -8,9 +8,15 @@ of its columns. Values that go to the transpose go through shared memory too.
 
 Groups along k lie in a warp, which shares their largest magnitudes at once. Threads for each row
 compute their scales beside those for each column.
+
+The values are those of a prologue: x, gates times ups, or gradients of both. Of the latter a CTA
+has a tile of gates and one of as many ups, if their columns fill tiles: it computes both from one
+read, and quantizes one after the other.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -19,6 +25,8 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint16, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.contract.dtypes import BYTES_PER_WORD
+from cute_quant.contract.format_choices import MAX_COLUMNS
+from cute_quant.contract.prologues import FUSED
 from cute_quant.contract.rows import DENSE
 from cute_quant.kernels import block_tile, copy, encodings, layouts, row_domains
 from cute_quant.kernels import scales as scaling
@@ -30,31 +38,45 @@ from cute_quant.kernels.config import (
     MAX_GRID_Y,
     MAX_GRID_Z,
     ColumnsSpec,
+    QuantizeSpec,
+    SiluMulBackwardSpec,
+    SiluMulSpec,
     Tile,
 )
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
-from cute_quant.kernels.scales import GroupScale
+from cute_quant.kernels.philox import Random, RngState, word_of, words_of
+from cute_quant.kernels.quantize import Input
+from cute_quant.kernels.row_domains import Row
+from cute_quant.kernels.silu_mul import Activation, GatedInput
+from cute_quant.kernels.silu_mul_backward import GatedGradient, GradientRow
 from cute_quant.kernels.stage import Scales, Stage
 
 WARP_ROWS = BLOCK_TILE // BLOCK_WARPS
 """Rows of a warp, all of one group along rows."""
 MULTIPLIERS = VECTOR_BYTES // 4
 """Those that a thread takes from shared memory at once."""
+LOADED_BYTES = 192
+"""Bytes of the inputs that a thread loads at once, in 96 registers."""
+LARGEST_CARVEOUT = 100
+"""Percent of an SM's memory that is shared; else the compiler asks the driver of the machine."""
+NO_TILE = 2 * MAX_COLUMNS // BLOCK_TILE
+"""Index of a tile past all columns, of which nothing is stored."""
 
 
 class Problem(Params):
     """Arguments of the kernel, for a batch of matrices or one of them.
 
     Attributes:
-        x: (batch, mn, k).
+        prologue: yields the values, (batch, mn, k), that are quantized.
         q: (batch, mn, k), or (batch, k, mn) of the transpose.
         scales: of groups along rows, (batch, groups or words, k), or (batch, words) of blocks.
         bound: as `Stage.scale_bound` returns it.
         row_q, row_scales, row_bound: the same of groups along k; None without.
         counts: ends of groups of rows, or None.
+        rng: random numbers that values are rounded by, or None.
         alignment: of the first row of such a group.
         num_rows, k: of a matrix.
         batches: matrices.
@@ -63,7 +85,10 @@ class Problem(Params):
 
     def __init__(
         self,
-        x: Matrix,
+        prologue: Params,
+        batches: Int32,
+        num_rows: Uint32,
+        k: Int32,
         q: Matrix,
         scales: cute.Tensor,
         bound: Float32,
@@ -71,11 +96,12 @@ class Problem(Params):
         row_scales: Scales | None,
         row_bound: Float32 | None,
         counts: cute.Tensor | None,
+        rng: RngState | None,
         alignment: Int32,
         first_batch: Int32,
         first_row_tile: Int32,
     ):
-        self.x = x
+        self.prologue = prologue
         self.q = q
         self.scales = scales
         self.bound = bound
@@ -83,10 +109,11 @@ class Problem(Params):
         self.row_scales = row_scales
         self.row_bound = row_bound
         self.counts = counts
+        self.rng = rng
         self.alignment = alignment
-        self.num_rows = x.rows
-        self.k = x.tensor.shape[2]
-        self.batches = x.tensor.shape[0]
+        self.num_rows = num_rows
+        self.k = k
+        self.batches = batches
         self.first_batch = first_batch
         self.first_row_tile = first_row_tile
 
@@ -98,8 +125,54 @@ class Problem(Params):
             last = batch == self.batches - 1
             row_q, row_scales = row_q[batch], row_scales.slice_batch(batch, last)
         return self.replace(
-            x=self.x[batch], q=self.q[batch], scales=scales, row_q=row_q, row_scales=row_scales
+            prologue=self.prologue.slice_batch(batch, False),
+            q=self.q[batch],
+            scales=scales,
+            row_q=row_q,
+            row_scales=row_scales,
+            rng=None if self.rng is None else self.rng.slice_batch(batch),
         )
+
+    def randoms(self, rows: list[Uint32]) -> list[Random | None]:
+        """Return the random words of groups along k in each of some rows, None without any."""
+        if self.rng is None:
+            return [None] * len(rows)
+        random = self.rng.of_row(rows[0])
+        return [random._replace(row=row) for row in rows]
+
+
+class Part(NamedTuple):
+    """The part of a CTA's tile that a thread has.
+
+    Attributes:
+        place: its first row, and its lane along columns, in the tile.
+        rows: indices of its rows in the matrix.
+        exist: whether each of them exists.
+        end: the row past the last that exists in the group along rows that its warp is in.
+    """
+
+    place: tuple[Int32, Int32]
+    rows: list[Uint32]
+    exist: list[Boolean]
+    end: Uint32
+
+
+class Shared(NamedTuple):
+    """Shared memory of a CTA, for one tile after the other.
+
+    Attributes:
+        amaxes: of columns in each warp, (warp, column).
+        ends: of the rows of each group along rows, (group,), or None.
+        of_rows: largest magnitudes of rows, then their multipliers, (row, group along k), or None.
+        multipliers: of columns, (group along rows, column).
+        transposed: for values in the order of the transpose, or None.
+    """
+
+    amaxes: cute.Tensor
+    ends: cute.Tensor | None
+    of_rows: cute.Tensor | None
+    multipliers: cute.Tensor
+    transposed: cute.Pointer | None
 
 
 class Columns:
@@ -107,13 +180,19 @@ class Columns:
 
     def __init__(self, spec: ColumnsSpec):
         self.spec = spec
+        self.gated = spec.gated
         self.fmt = spec.fmt
         self.values = spec.values_per_thread
         self.rows = layouts.rows_of_block_thread(self.values)
         self.lanes = BLOCK_TILE // self.values
         self.groups = BLOCK_TILE // spec.fmt.group_size
-        self.dtype = ELEMENT_TYPES[spec.dtype]
+        self.input_dtype = ELEMENT_TYPES[spec.dtype]
+        computed = spec.gated is not None and (spec.gated.backward or spec.gated.rounding == FUSED)
+        self.dtype = Float32 if computed else self.input_dtype
         tile = Tile(values_per_thread=self.values)
+        self.prologue_spec = prologue_spec(spec, tile)
+        loaded = 3 * self.values * self.input_dtype.width // 8
+        self.rows_at_once = min(LOADED_BYTES // loaded, self.rows)
         self.stage = Stage(self.dtype, spec.fmt, tile)
         self.row_stage = None
         if spec.row_fmt is not None:
@@ -142,8 +221,17 @@ class Columns:
             row_floor = Int32(0) if row_fmt.power_of_two else Float32(0)
         if self.counted:
             counts = make_fake_tensor(Int32, (cute.sym_int32(),), stride=(1,))
+        x_shape, weight, grad = shape, None, None
+        if self.gated is not None and self.gated.backward:
+            grad_shape = batch, mn, cute.sym_int32()
+            grad = copy.fake_matrix(self.input_dtype, grad_shape, spec.access.load_bytes)
+        elif self.gated is not None:
+            columns = cute.sym_int32(divisibility=2 if spec.access.ragged else 2 * self.values)
+            x_shape = batch, mn, columns
+            if self.gated.weighted:
+                weight = make_fake_tensor(Float32, (batch, mn), stride=(cute.sym_int64(), 1))
         return (
-            copy.fake_matrix(self.dtype, shape, spec.access.load_bytes),
+            copy.fake_matrix(self.input_dtype, x_shape, spec.access.load_bytes),
             copy.fake_matrix(
                 encodings.value_type_of(fmt),
                 (batch, k, mn) if spec.transposed else shape,
@@ -153,30 +241,44 @@ class Columns:
             row_q,
             row_scales,
             counts,
+            make_fake_tensor(Int64, (2,), stride=(1,)) if spec.stochastic else None,
+            weight,
+            grad,
             Int32(0),
             Int32(0),
             Int32(0) if fmt.power_of_two else Float32(0),
             row_floor,
+            Float32(0),
+            Float32(0),
+            Float32(0),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )
 
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,  # (batch, mn, k)
+        mX: cute.Tensor,  # (batch, mn, k), or gates and ups (batch, mn, 2 k)
         mQ: cute.Tensor,  # (batch, mn, k) or (batch, k, mn)
         mS: cute.Tensor,  # (batch, groups or words, k), or (batch, bytes) of blocks
         mRowQ: cute.Tensor | None,  # (batch, mn, k)
         mRowS: cute.Tensor | None,  # as the format has it
         mCounts: cute.Tensor | None,  # (groups,)
+        mRng: cute.Tensor | None,  # (2,)
+        mWeight: cute.Tensor | None,  # (batch, mn), the factors of rows
+        mGrad: cute.Tensor | None,  # (batch, mn, k / 2), of the products of gates and ups
         alignment: Int32,
         missing_rows: Int32,
         floor: Int32 | Float32,
         row_floor: Int32 | Float32,
+        limit: Float32,
+        alpha: Float32,
+        beta: Float32,
         stream: cuda.CUstream,
     ):
-        """Launch the kernel, on batches of matrices."""
+        """Launch the kernel, on batches of matrices; `Activation` describes the last numbers."""
         batches, mn, k = mX.shape
+        if const_expr(isinstance(self.prologue_spec, SiluMulSpec)):
+            k = k // 2
         scales, row_q, row_scales, row_bound, padded_k = mS, None, None, None, k
         if const_expr(self.fmt.blocked):
             words = cute.make_layout(
@@ -190,11 +292,19 @@ class Columns:
             fmt = self.spec.row_fmt
             # Padding of scales past the last column has CTAs too.
             padded_k = cute.round_up(k, fmt.group_size * fmt.groups_per_unit)
-        row_tiles = cute.ceil_div(mn, BLOCK_TILE)
+        column_tiles, row_tiles = cute.ceil_div(padded_k, BLOCK_TILE), cute.ceil_div(mn, BLOCK_TILE)
+        if const_expr(self.paired):
+            column_tiles = column_tiles - k // (2 * BLOCK_TILE)
+        activation = None
+        if const_expr(self.gated is not None):
+            activation = Activation(limit, alpha, beta)
         for first_batch in range(0, batches, MAX_GRID_Z):
             for first_row_tile in range(0, row_tiles, MAX_GRID_Y):
                 problem = Problem(
-                    Matrix(mX),
+                    self.prologue(Matrix(mX), mWeight, mGrad, activation),
+                    batches,
+                    Matrix(mX).rows,
+                    k,
                     Matrix(mQ),
                     scales,
                     self.stage.scale_bound(floor),
@@ -202,24 +312,51 @@ class Columns:
                     row_scales,
                     row_bound,
                     mCounts,
+                    None if const_expr(mRng is None) else RngState(mRng),
                     alignment,
                     first_batch,
                     first_row_tile,
                 )
                 self.kernel(problem).launch(
                     grid=[
-                        cute.ceil_div(padded_k, BLOCK_TILE),
+                        column_tiles,
                         cutlass.min(row_tiles - first_row_tile, MAX_GRID_Y),
                         cutlass.min(batches - first_batch, MAX_GRID_Z),
                     ],
                     block=[LANES, BLOCK_WARPS, 1],
                     stream=stream,
                     use_pdl=self.spec.pdl,
+                    **self.residence,
                 )
+
+    @property
+    def residence(self) -> dict[str, int]:
+        """Return options of a launch that have an SM hold two CTAs, where registers suffice."""
+        gradients = self.gated is not None and self.gated.backward
+        if self.spec == self.spec._replace(gated=None, stochastic=False):
+            return {}  # as many as fit
+        if gradients and self.spec.stochastic:
+            return {}  # whose registers would spill
+        return {"min_blocks_per_mp": 2, "preferred_smem_carveout": LARGEST_CARVEOUT}
+
+    def prologue(
+        self,
+        x: Matrix,
+        mWeight: cute.Tensor | None,
+        mGrad: cute.Tensor | None,
+        activation: Activation | None,
+    ) -> Params:
+        """Return what yields the values that are quantized."""
+        spec = self.prologue_spec
+        if isinstance(spec, SiluMulBackwardSpec):
+            return GatedGradient(x, Matrix(mGrad), activation, spec)
+        if isinstance(spec, SiluMulSpec):
+            return GatedInput(x, mWeight, activation, spec)
+        return Input(x, spec)
 
     @cute.kernel
     def kernel(self, problem: Problem):
-        """Quantize the columns, and the rows, of a tile."""
+        """Quantize the columns, and the rows, of a tile, or of one of gates and one of ups."""
         if const_expr(self.spec.pdl):
             cute.arch.griddepcontrol_launch_dependents()
         lane, warp, _ = cute.arch.thread_idx()
@@ -227,35 +364,115 @@ class Columns:
         problem = problem.slice_batch(problem.first_batch + batch)
         row_tile = problem.first_row_tile + row_tile
         place = layouts.threads_of_column_tile(self.values)((lane, warp))
-        first_row, column_lane = place
-        segment = block_tile.segment(self.values, column_lane, column_tile)
-        rows = block_tile.rows_of(row_tile, first_row, self.rows)
-        gX = [problem.x.row(row) for row in rows]  # (k,) each
+        rows = block_tile.rows_of(row_tile, place[0], self.rows)
 
         # What comes before needs no memory, and overlaps with the end of the kernel before.
         if const_expr(self.spec.pdl):
             cute.arch.griddepcontrol_wait()
         end = self.end_of_rows(row_tile, problem)
-        exist = [row < end for row in rows]
-        tXrX = [encodings.zeros(self.values, self.dtype) for _ in rows]  # (values,) each
-        for i in cutlass.range_constexpr(self.rows):
-            copy.load(gX[i], segment, exist[i], tXrX[i], self.spec.access)
+        part = Part(place, rows, [row < end for row in rows], end)
+        if const_expr(self.paired):
+            self.quantize_pair(part, row_tile, column_tile, problem)
+        else:
+            segment = self.segment(part, column_tile)
+            inputs = self.inputs(part, problem)
+            loaded = [row.load(segment) for row in inputs]
+            tXrX = [row.values(t) for row, t in zip(inputs, loaded, strict=True)]
+            self.quantize_tile(tXrX, part, (row_tile, column_tile), self.shared(), problem)
 
-        amaxes, ends = self.share_column_amaxes(tXrX, column_lane, end)
-        row_amaxes = None
+    @property
+    def paired(self) -> bool:
+        """Return whether a CTA has a tile of gates and one of ups."""
+        return self.gated is not None and self.gated.paired
+
+    def segment(self, part: Part, column_tile: Int32) -> Segment:
+        """Return a thread's segment of its rows in a tile."""
+        _, column_lane = part.place
+        return block_tile.segment(self.values, column_lane, column_tile)
+
+    def inputs(self, part: Part, problem: Problem) -> list[Params]:
+        """Return the rows that a thread's values come from."""
+        # Rows of x are taken whole: their length is the tensor's own.
+        k = None if const_expr(self.gated is None) else problem.k
+        return [
+            problem.prologue.row(Row(row, exists, row, exists, Int32(-1)), k)
+            for row, exists in zip(part.rows, part.exist, strict=True)
+        ]
+
+    @cute.jit
+    def quantize_pair(self, part: Part, row_tile: Int32, column_tile: Int32, problem: Problem):
+        """Compute the gradients of a tile of gates and of its ups, and quantize these after those.
+
+        Registers hold one of both. The other waits in shared memory, each value in its thread's.
+        """
+        waiting, shared = self.waiting_values(), self.shared()
+        segment = self.segment(part, column_tile)
+        tXrX = self.compute_pair(self.inputs(part, problem), segment, waiting)
+        tiles = problem.k // (2 * BLOCK_TILE)
+        # Past all gates there is the padding of scales past all ups.
+        tile = cutlass.select_(column_tile < tiles, column_tile, Int32(NO_TILE))
+        for _ in cutlass.range_constexpr(2):
+            self.quantize_tile(tXrX, part, (row_tile, tile), shared, problem)
+            # The next tile goes through the same shared memory.
+            cute.arch.barrier()
+            for i in cutlass.range_constexpr(self.rows):
+                copy_vectors(waiting[i], tXrX[i])
+            tile = column_tile + tiles
+
+    def compute_pair(
+        self, inputs: list[GradientRow], segment: Segment, waiting: list[list[cute.Tensor]]
+    ) -> list[cute.Tensor]:
+        """Return the gradients of a thread's gates, (values,) of each row, and keep those of ups.
+
+        Rows are loaded as many at once as registers hold.
+        """
+        tXrX = []
+        for first in range(0, self.rows, self.rows_at_once):
+            some = inputs[first : first + self.rows_at_once]
+            loaded = [row.load_pair(segment) for row in some]
+            for row, t in zip(some, loaded, strict=True):
+                of_gates, of_ups = row.gradients(t)
+                copy_vectors(of_ups, waiting[len(tXrX)])
+                tXrX.append(of_gates)
+        return tXrX
+
+    def waiting_values(self) -> list[list[cute.Tensor]]:
+        """Return shared memory for a thread's values, vectors of each of its rows."""
+        lane, warp, _ = cute.arch.thread_idx()
+        layout = layouts.vectors_of_threads(MULTIPLIERS)
+        memory = cute.arch.alloc_smem(Float32, cute.size(layout), alignment=VECTOR_BYTES)
+        count = self.values // MULTIPLIERS
+        vectors = []
+        for i in range(self.rows * count):
+            place = cute.assume(layout(((0, i), lane, warp)), divby=MULTIPLIERS)
+            vectors.append(cute.make_tensor(memory + place, MULTIPLIERS))
+        return [vectors[i * count : (i + 1) * count] for i in range(self.rows)]
+
+    @cute.jit
+    def quantize_tile(
+        self,
+        tXrX: list[cute.Tensor],  # (values,) of each row
+        part: Part,
+        tile: tuple[Int32, Int32],
+        shared: Shared,
+        problem: Problem,
+    ):
+        """Reduce, scale, quantize and store a tile of values."""
+        lane, warp, _ = cute.arch.thread_idx()
+        self.share_column_amaxes(tXrX, part, shared)
         if const_expr(self.row_stage is not None):
-            row_amaxes = self.share_row_amaxes(tXrX, place)
+            self.share_row_amaxes(tXrX, part.place, shared.of_rows)
         cute.arch.barrier()
-        multipliers = self.shared_columns(Float32, self.groups)
-        tile = row_tile, column_tile
         if warp * LANES < BLOCK_TILE:
-            self.scale_column(amaxes, multipliers, ends, warp * LANES + lane, tile, problem)
+            self.scale_column(warp * LANES + lane, tile, shared, problem)
         elif const_expr(self.row_stage is not None):
-            self.scale_row(row_amaxes, ends, warp * LANES + lane - BLOCK_TILE, tile, problem)
+            self.scale_row(warp * LANES + lane - BLOCK_TILE, tile, shared, problem)
         cute.arch.barrier()
+        randoms = problem.randoms(part.rows)
+        segment = self.segment(part, tile[1])
         if const_expr(self.row_stage is not None):
-            self.quantize_rows(tXrX, row_amaxes, rows, place, segment, problem)
-        self.quantize_columns(tXrX, exist, rows, multipliers, place, segment, tile, problem)
+            self.quantize_rows(tXrX, shared.of_rows, randoms, part, segment, problem)
+        self.quantize_columns(tXrX, shared, randoms, part, segment, tile, problem)
 
     @cute.jit
     def end_of_rows(self, row_tile: Int32, problem: Problem) -> Uint32:
@@ -273,11 +490,10 @@ class Columns:
         return group
 
     @cute.jit
-    def share_column_amaxes(
-        self, tXrX: list[cute.Tensor], column_lane: Int32, end: Uint32
-    ) -> tuple[cute.Tensor, cute.Tensor | None]:
+    def share_column_amaxes(self, tXrX: list[cute.Tensor], part: Part, shared: Shared):
         """Share the largest magnitudes of columns in each warp, and the ends of groups' rows."""
         lane, warp, _ = cute.arch.thread_idx()
+        _, column_lane = part.place
         amaxes = scaling.column_amaxes(tXrX)
         larger = scaling.larger(self.dtype)
         # Lanes with other rows of the same columns.
@@ -286,37 +502,46 @@ class Columns:
                 other = cute.arch.shuffle_sync_bfly(amaxes[j], offset=8 << i)
                 amaxes[j] = larger(amaxes[j], other)
 
-        kind = Uint32 if const_expr(self.dtype is Float32) else Uint16
-        shared = self.shared_columns(kind, BLOCK_WARPS)
         first_row, _ = layouts.threads_of_column_tile(self.values)((lane, 0))
         if first_row == 0:
-            copy_columns(cute.recast_tensor(in_registers(amaxes), kind), shared, warp, column_lane)
-        ends = None
+            registers = cute.recast_tensor(in_registers(amaxes), shared.amaxes.element_type)
+            copy_columns(registers, shared.amaxes, warp, column_lane)
         if const_expr(self.counted):
-            memory = cute.arch.alloc_smem(Uint32, self.groups, alignment=VECTOR_BYTES)
-            ends = cute.make_tensor(memory, self.groups)
             first_in_group, _ = layouts.blocks_of_tile(self.fmt.group_size)(warp * WARP_ROWS)
             if first_in_group == 0 and lane == 0:
-                ends[self.group_of_warp()] = end
-        return shared, ends
+                shared.ends[self.group_of_warp()] = part.end
 
     @cute.jit
-    def share_row_amaxes(self, tXrX: list[cute.Tensor], place: tuple[Int32, Int32]) -> cute.Tensor:
+    def share_row_amaxes(
+        self, tXrX: list[cute.Tensor], place: tuple[Int32, Int32], of_rows: cute.Tensor
+    ):
         """Share the largest magnitudes of rows in their groups along k, as `Stage.scale` has it."""
         stage, (first_row, column_lane) = self.row_stage, place
-        layout = layouts.row_scales_of_tile(stage.fmt.group_size)
-        memory = cute.arch.alloc_smem(Uint32, cute.size(layout), alignment=VECTOR_BYTES)
-        shared = cute.make_tensor(memory, layout)
         amaxes = [self.row_amax(tXrV) for tXrV in tXrX]
         lane_of_group, group = layouts.lanes(stage.lanes_per_group)(column_lane)
         if lane_of_group == 0:
-            cute.autovec_copy(in_registers(amaxes), self.rows_of_thread(shared, first_row, group))
-        return shared
+            cute.autovec_copy(in_registers(amaxes), self.rows_of_thread(of_rows, first_row, group))
 
-    def rows_of_thread(self, shared: cute.Tensor, first_row: Int32, group: Int32) -> cute.Tensor:
-        """Return what a thread's rows have in `share_row_amaxes`, (rows,)."""
-        place = cute.assume(shared.layout((first_row, group)), divby=self.rows)
-        return cute.make_tensor(shared.iterator + place, self.rows)
+    def rows_of_thread(self, of_rows: cute.Tensor, first_row: Int32, group: Int32) -> cute.Tensor:
+        """Return what a thread's rows have in `Shared.of_rows`, (rows,)."""
+        place = cute.assume(of_rows.layout((first_row, group)), divby=self.rows)
+        return cute.make_tensor(of_rows.iterator + place, self.rows)
+
+    def shared(self) -> Shared:
+        """Allocate shared memory."""
+        ends = of_rows = transposed = None
+        amaxes = self.shared_columns(Uint32 if self.dtype is Float32 else Uint16, BLOCK_WARPS)
+        if self.counted:
+            memory = cute.arch.alloc_smem(Uint32, self.groups, alignment=VECTOR_BYTES)
+            ends = cute.make_tensor(memory, self.groups)
+        if self.row_stage is not None:
+            layout = layouts.row_scales_of_tile(self.row_stage.fmt.group_size)
+            memory = cute.arch.alloc_smem(Uint32, cute.size(layout), alignment=VECTOR_BYTES)
+            of_rows = cute.make_tensor(memory, layout)
+        multipliers = self.shared_columns(Float32, self.groups)
+        if self.spec.transposed:
+            transposed = block_tile.transposed_memory(1)
+        return Shared(amaxes, ends, of_rows, multipliers, transposed)
 
     def shared_columns(self, dtype: type[cutlass.Numeric], rows: int) -> cute.Tensor:
         """Return shared memory for a number of each column in each of some rows."""
@@ -327,37 +552,24 @@ class Columns:
 
     @cute.jit
     def scale_column(
-        self,
-        amaxes: cute.Tensor,
-        multipliers: cute.Tensor,
-        ends: cute.Tensor | None,
-        column: Int32,
-        tile: tuple[Int32, Int32],
-        problem: Problem,
+        self, column: Int32, tile: tuple[Int32, Int32], shared: Shared, problem: Problem
     ):
         """Compute and store the scales of a column in a tile, and share its multipliers."""
         row_tile, column_tile = tile
         stored = []
         for group in cutlass.range_constexpr(self.groups):
-            amax = self.column_amax(amaxes, group, column)
+            amax = self.column_amax(shared.amaxes, group, column)
             scale = self.stage.scale(amax, problem.bound)
-            multipliers[group, column] = scale.multiplier
+            shared.multipliers[group, column] = scale.multiplier
             first = block_tile.rows_of(row_tile, group * self.fmt.group_size, 1)[0]
             end = problem.num_rows
             if const_expr(self.counted):
-                end = ends[group]
+                end = shared.ends[group]
             stored.append(scale.scale if first < end else type(scale.scale)(0))
         self.store_scales(stored, row_tile, column_tile * BLOCK_TILE + column, problem)
 
     @cute.jit
-    def scale_row(
-        self,
-        amaxes: cute.Tensor,
-        ends: cute.Tensor | None,
-        row: Int32,
-        tile: tuple[Int32, Int32],
-        problem: Problem,
-    ):
+    def scale_row(self, row: Int32, tile: tuple[Int32, Int32], shared: Shared, problem: Problem):
         """Compute and store the scales of a row in a tile; its multipliers replace the amaxes."""
         row_tile, column_tile = tile
         groups = BLOCK_TILE // self.spec.row_fmt.group_size
@@ -365,10 +577,10 @@ class Columns:
         end = problem.num_rows
         if const_expr(self.counted):
             _, group_of_row = layouts.blocks_of_tile(self.fmt.group_size)(row)
-            end = ends[group_of_row]
+            end = shared.ends[group_of_row]
         for i in cutlass.range_constexpr(groups):
-            scale = self.row_stage.scale(amaxes[row, i], problem.row_bound)
-            amaxes[row, i] = scale.multiplier.bitcast(Uint32)
+            scale = self.row_stage.scale(shared.of_rows[row, i], problem.row_bound)
+            shared.of_rows[row, i] = scale.multiplier.bitcast(Uint32)
             self.row_stage.store_scale_of_row(
                 problem.row_scales,
                 scale.scale,
@@ -421,22 +633,24 @@ class Columns:
     def quantize_columns(
         self,
         tXrX: list[cute.Tensor],
-        exist: list[Boolean],
-        rows: list[Uint32],
-        multipliers: cute.Tensor,
-        place: tuple[Int32, Int32],
+        shared: Shared,
+        randoms: list[Random | None],
+        part: Part,
         segment: Segment,
         tile: tuple[Int32, Int32],
         problem: Problem,
     ):
         """Quantize and store a thread's values by the multipliers of its columns."""
-        _, column_lane = place
+        _, column_lane = part.place
         row_tile, column_tile = tile
         tXrM = cute.make_rmem_tensor(self.values, Float32)
-        copy_columns(multipliers, tXrM, self.group_of_warp(), column_lane)
+        copy_columns(shared.multipliers, tXrM, self.group_of_warp(), column_lane)
         q_dtype, power_of_two = encodings.value_type_of(self.fmt), self.fmt.power_of_two
+        drawn = None  # of each row, a word for two values
+        if const_expr(self.spec.stochastic):
+            drawn = [random.of_columns.pairs(segment, self.values) for random in randoms]
         if const_expr(self.spec.transposed):
-            masks = row_masks(exist) if const_expr(self.counted) else None
+            masks = byte_masks(part.exist) if const_expr(self.counted) else None
 
             def encode(i: int) -> cute.Tensor:
                 # A pair of columns at a time: all products would take too many registers.
@@ -446,7 +660,12 @@ class Columns:
                         pair_of(tXrX[j], i), pair_of(tXrM, i), power_of_two
                     )
                     tXrV[j] = pair[i % 2]
-                tXrQ = encodings.encode(tXrV, q_dtype)
+                if const_expr(drawn is None):
+                    tXrQ = encodings.encode(tXrV, q_dtype)
+                else:
+                    of_column = [word_of(of_row, i) for of_row in drawn]
+                    number = tXrM[i] == tXrM[i]
+                    tXrQ = encodings.encode_stochastically(tXrV, of_column, q_dtype, number)
                 if const_expr(masks is not None):
                     # Zeros under the multiplier NaN are NaN.
                     encodings.clear_bytes(masks, tXrQ)
@@ -454,22 +673,31 @@ class Columns:
 
             block_tile.store_transposed(
                 encode,
-                place,
+                part.place,
                 (column_tile, row_tile),
                 problem.q,
                 layouts.unsigned(problem.k),
                 self.values,
                 1,
                 self.spec.q_access,
+                shared.transposed,
             )
         else:
+            nans = None
+            if const_expr(drawn is not None):
+                nans = byte_masks([tXrM[i] != tXrM[i] for i in range(self.values)])
             for i in cutlass.range_constexpr(self.rows):
                 products = encodings.multiply_columns(tXrX[i], tXrM, power_of_two)
-                tXrQ = encodings.encode(products, q_dtype)
+                if const_expr(drawn is None):
+                    tXrQ = encodings.encode(products, q_dtype)
+                else:
+                    words = [word_of(drawn[i], j) for j in range(self.values)]
+                    tXrQ = encodings.encode_stochastically(products, words, q_dtype, Boolean(True))
+                    encodings.put_nans(nans, tXrQ)
                 if const_expr(self.counted):
-                    encodings.clear_unless(exist[i], tXrQ)
-                in_bounds = rows[i] < problem.num_rows
-                gQ = problem.q.row(rows[i])
+                    encodings.clear_unless(part.exist[i], tXrQ)
+                in_bounds = part.rows[i] < problem.num_rows
+                gQ = problem.q.row(part.rows[i])
                 copy.store(tXrQ, gQ, segment, in_bounds, self.spec.q_access)
 
     @cute.jit
@@ -477,20 +705,22 @@ class Columns:
         self,
         tXrX: list[cute.Tensor],
         multipliers: cute.Tensor,
-        rows: list[Uint32],
-        place: tuple[Int32, Int32],
+        randoms: list[Random | None],
+        part: Part,
         segment: Segment,
         problem: Problem,
     ):
         """Quantize and store a thread's values by the multipliers of its rows."""
-        stage, (first_row, column_lane) = self.row_stage, place
+        stage, (first_row, column_lane) = self.row_stage, part.place
         _, group = layouts.lanes(stage.lanes_per_group)(column_lane)
         tXrM = cute.make_rmem_tensor(self.rows, Uint32)
         cute.autovec_copy(self.rows_of_thread(multipliers, first_row, group), tXrM)
         for i in cutlass.range_constexpr(self.rows):
-            tXrQ = stage.encode(tXrX[i], GroupScale(tXrM[i].bitcast(Float32), None))
-            gQ = problem.row_q.row(rows[i])
-            copy.store(tXrQ, gQ, segment, rows[i] < problem.num_rows, self.spec.access)
+            scale = scaling.scale_of_multiplier(tXrM[i].bitcast(Float32), stage.fmt)
+            tXrQ = stage.encode(tXrX[i], scale, words_of(randoms[i], segment, tXrX[i]))
+            gQ = problem.row_q.row(part.rows[i])
+            in_bounds = part.rows[i] < problem.num_rows
+            copy.store(tXrQ, gQ, segment, in_bounds, self.spec.access)
 
     def row_amax(self, tXrX: cute.Tensor) -> Uint32:
         """Return the largest magnitude of a group along k, as `Stage.scale` takes it."""
@@ -518,15 +748,27 @@ def in_registers(values: list[Uint32]) -> cute.Tensor:
     return registers
 
 
-def row_masks(exist: list[Boolean]) -> list[Uint32]:
-    """Return masks of the bytes of a thread's rows in a column, 0 in those that do not exist."""
+def byte_masks(hold: list[Boolean]) -> list[Uint32]:
+    """Return masks of the bytes of words, 0 in those whose predicate does not hold."""
     masks = []
-    for first in range(0, len(exist), BYTES_PER_WORD):
+    for first in range(0, len(hold), BYTES_PER_WORD):
         mask = Uint32(0)
         for j in range(BYTES_PER_WORD):
-            mask = mask | cutlass.select_(exist[first + j], Uint32(0xFF << 8 * j), Uint32(0))
+            mask = mask | cutlass.select_(hold[first + j], Uint32(0xFF << 8 * j), Uint32(0))
         masks.append(mask)
     return masks
+
+
+def prologue_spec(
+    spec: ColumnsSpec, tile: Tile
+) -> QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec:
+    """Return the choices of the kernel of rows whose prologue yields the values of columns."""
+    if spec.gated is None:
+        return QuantizeSpec(spec.dtype, spec.fmt, tile, access=spec.access)
+    choices = spec.gated._asdict()
+    kind = SiluMulBackwardSpec if choices["backward"] else SiluMulSpec
+    choices = {name: choice for name, choice in choices.items() if name in kind._fields}
+    return kind(spec.dtype, spec.fmt, tile, access=spec.access, **choices)
 
 
 @cute.jit
@@ -544,6 +786,20 @@ def copy_columns(source: cute.Tensor, target: cute.Tensor, row: Int32, column_la
             cute.autovec_copy(mine, part)
         else:
             cute.autovec_copy(part, mine)
+
+
+@cute.jit
+def copy_vectors(source: cute.Tensor | list[cute.Tensor], target: cute.Tensor | list[cute.Tensor]):
+    """Copy a thread's values, (values,), to or from vectors of shared memory."""
+    to_shared = const_expr(isinstance(target, list))
+    vectors, registers = (target, source) if to_shared else (source, target)
+    for i in cutlass.range_constexpr(len(vectors)):
+        size = cute.size(vectors[i])
+        mine = cute.make_tensor(registers.iterator + i * size, size)
+        if const_expr(to_shared):
+            cute.autovec_copy(mine, vectors[i])
+        else:
+            cute.autovec_copy(vectors[i], mine)
 
 
 def _fake_scales(dtype: type[cutlass.Numeric], shape: tuple, nbytes: int) -> cute.Tensor:

@@ -479,11 +479,30 @@ class RequantizeSpec(NamedTuple):
     kernel: str = "requantize.Requantize"
 
 
+class Gated(NamedTuple):
+    """Choices of a gated activation, or of its gradients, whose columns are quantized.
+
+    Attributes:
+        interleaved, rounding, clamped, scaled, shifted, weighted: as of a `SiluMulSpec`.
+        backward: whether gradients of gates and ups are computed.
+        paired: whether a CTA has the gradients of gates and those of as many ups, one tile of each.
+    """
+
+    interleaved: bool = False
+    rounding: str = FUSED
+    clamped: bool = False
+    scaled: bool = False
+    shifted: bool = False
+    weighted: bool = False
+    backward: bool = False
+    paired: bool = False
+
+
 class ColumnsSpec(NamedTuple):
     """Choices of `kernels.columns.Columns`.
 
     Attributes:
-        dtype: of x.
+        dtype: of x, or of gates and ups.
         fmt: of the results of groups along rows.
         values_per_thread: of a row of x, contiguous, that a thread holds.
         access: to x, and to the values of groups along k.
@@ -491,7 +510,8 @@ class ColumnsSpec(NamedTuple):
         transposed: whether these are the transpose.
         row_fmt: of the results of groups along k, None without.
         kind: of the rows, as `cute_quant.contract.rows` names it: dense or a prefix sum.
-        pdl: as of a `QuantizeSpec`.
+        gated: the operation before the quantizer, None without.
+        stochastic, pdl: as of a `QuantizeSpec`.
     """
 
     dtype: torch.dtype
@@ -502,6 +522,8 @@ class ColumnsSpec(NamedTuple):
     transposed: bool = False
     row_fmt: Format | None = None
     kind: str = DENSE
+    gated: Gated | None = None
+    stochastic: bool = False
     pdl: bool = True
     kernel: str = "columns.Columns"
 

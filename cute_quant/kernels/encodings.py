@@ -58,6 +58,8 @@ _BF16_INTEGERS = 2**7
 """The least bfloat16 from which on there are only integers."""
 _LAST_SLOPE = 0.298828125
 """A bfloat16 below 0.3: times 5 it is at most 1.5, and more for every bfloat16 above 5."""
+BYTES = 2**32 // 255
+"""The factor that takes a byte to a word of four of it."""
 _EVEN_BYTES, _ODD_BYTES = 0x6420, 0x7531
 """Bytes of two registers."""
 
@@ -273,7 +275,7 @@ def encode_stochastically(
     signs = last_bits << code_bits - 1
     # What the exponents of a float32 have more than those of the dtype, in a word of codes.
     bias = (facts.min_exponent + FLOAT32_BIAS - 1) << facts.mantissa_bits
-    nan_word = Uint32(facts.nan_byte * (2**32 // 255) if facts.per_byte == 1 else 0)
+    nan_word = Uint32(facts.nan_byte * BYTES if facts.per_byte == 1 else 0)
     rQ = cute.make_rmem_tensor(
         cute.size(rX) // facts.per_byte, Uint8 if facts.per_byte > 1 else dtype
     )
@@ -317,6 +319,15 @@ def clear_bytes(masks: list[Uint32], rQ: cute.Tensor):
     words = cute.recast_tensor(rQ, Uint32)
     for i in cutlass.range_constexpr(cute.size(words)):
         words[i] = words[i] & masks[i]
+
+
+@cute.jit
+def put_nans(masks: list[Uint32], rQ: cute.Tensor):
+    """Make bytes, (values,), of a thread NaN where the bits of masks, one for each word, are."""
+    nan_word = Uint32(VALUE_TYPES[DTYPES[rQ.element_type]].nan_byte * BYTES)
+    words = cute.recast_tensor(rQ, Uint32)
+    for i in cutlass.range_constexpr(cute.size(words)):
+        words[i] = words[i] & ~masks[i] | nan_word & masks[i]
 
 
 @cute.jit

@@ -22,6 +22,7 @@ import torch
 
 from cute_quant.contract.dtypes import LOAD_BYTES, VALUE_TYPES, align, ceil_div
 from cute_quant.contract.formats import Format
+from cute_quant.contract.philox import VALUES_PER_CALL
 from cute_quant.kernels import architectures
 from cute_quant.kernels.architectures import MAX_WARPS_PER_SM
 from cute_quant.kernels.config import DEFAULT_TILE, MAX_GRID_Y, ONE_ROW, Tile
@@ -280,6 +281,15 @@ def block_values(dtype: torch.dtype, fmt: Format, arch: str, *, transposed: bool
     if fmt.value_type.per_byte == 1:
         return values
     return FP4_VALUES if transposed else max(values, FP4_VALUES)
+
+
+def column_values(dtype: torch.dtype, arch: str, *, stochastic: bool) -> int:
+    """Return the values that a thread has of a row, where groups lie along rows.
+
+    They are one vector, or as many as share a call of the random number generator.
+    """
+    values = min(architectures.named(arch).widest_load // dtype.itemsize, BLOCK_VALUES)
+    return max(values, VALUES_PER_CALL) if stochastic else values
 
 
 def store_bytes(tile: Tile, dtype: torch.dtype) -> int:

@@ -145,6 +145,19 @@ def vectors_of_column_tile(values: int, vector: int, rows: int) -> cute.Layout:
     )
 
 
+def vectors_of_threads(vector: int) -> cute.Layout:
+    """Return the layout (value, lane, warp) -> place of a tile's values in shared memory.
+
+    ``((vector, vectors of a thread), 32, warps)``: lanes have adjacent vectors.
+    """
+    threads = LANES * BLOCK_WARPS
+    count = BLOCK_TILE * BLOCK_TILE // (threads * vector)
+    return cute.make_layout(
+        ((vector, count), LANES, BLOCK_WARPS),
+        stride=((1, vector * threads), vector, vector * LANES),
+    )
+
+
 def rows_of_block_thread(values: int) -> int:
     """Return how many rows of a tile of weights a thread has `values` of."""
     return BLOCK_TILE * BLOCK_TILE // (LANES * BLOCK_WARPS * values)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Int32, Uint32, Uint64
 
 from cute_quant.contract.philox import (
+    COLUMN_DRAWS,
     KEY_STEPS,
     MULTIPLIERS,
     OFFSET_SHIFT,
@@ -35,15 +37,31 @@ class Random(NamedTuple):
     row: Uint32
     matrix: Uint32
 
+    @property
+    def of_columns(self) -> Random:
+        """Return the words that the same row has for groups along rows."""
+        return self._replace(row=self.row | Uint32(COLUMN_DRAWS))
+
     def words(self, segment: Segment, values: int) -> list[Uint32]:
         """Return a word for each of a thread's `values`, a multiple of ``VALUES_PER_CALL``."""
-        calls = values // VALUES_PER_CALL
-        octet = Uint32(segment.tile * LANES + segment.lane) * calls + self.first
         words = []
-        for i in range(calls):
-            for word in self._call(octet + i):
+        for call in self._calls(segment, values):
+            for word in call:
                 words += [word << 16 | word >> 16, word]
         return words
+
+    def pairs(self, segment: Segment, values: int) -> list[Uint32]:
+        """Return a word for each two of a thread's `values`, from which `word_of` takes theirs."""
+        return [word for call in self._calls(segment, values) for word in call]
+
+    def _calls(
+        self, segment: Segment, values: int
+    ) -> Iterator[tuple[Uint32, Uint32, Uint32, Uint32]]:
+        """Yield the words of each ``VALUES_PER_CALL`` of a thread's values."""
+        calls = values // VALUES_PER_CALL
+        octet = Uint32(segment.tile * LANES + segment.lane) * calls + self.first
+        for i in range(calls):
+            yield self._call(octet + i)
 
     def _call(self, octet: Uint32) -> tuple[Uint32, Uint32, Uint32, Uint32]:
         """Return the four words of a counter."""
@@ -54,6 +72,12 @@ class Random(NamedTuple):
             c, d = Uint32(p0 >> 32) ^ d ^ k1, Uint32(p0)
             k0, k1 = (k + Uint32(step) for k, step in zip((k0, k1), KEY_STEPS, strict=True))
         return a, b, c, d
+
+
+def word_of(pairs: list[Uint32], i: int) -> Uint32:
+    """Return the word of a thread's value, of those of `Random.pairs`."""
+    word = pairs[i // 2]
+    return word if i % 2 else word << 16 | word >> 16
 
 
 def words_of(random: Random | None, segment: Segment, tXrV: cute.Tensor) -> list[Uint32] | None:

@@ -194,8 +194,8 @@ class Input(Params):
         """Return the prologue of one matrix of a batch; gathered rows come from one x."""
         return self if gathered else self.replace(x=self.x[batch])
 
-    def row(self, row: Row, k: Int32) -> InputRow:
-        """Return the row of x, (k,), that is a row of the result."""
+    def row(self, row: Row, k: Int32 | None) -> InputRow:
+        """Return the row of x, (k,), that is a row of the result; None takes all of it."""
         return InputRow(self.x.row(row.source, k), row.exists, self.spec)
 
 

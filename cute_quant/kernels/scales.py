@@ -383,6 +383,11 @@ def approximate_reciprocal(divisor: Float32) -> Float32:
     return cute.arch.rcp_approx(divisor) if divisor != Float32(0.0) else Float32(0.0)
 
 
+def scale_of_multiplier(multiplier: Float32, fmt: Format) -> GroupScale:
+    """Return the scale of a multiplier: UE8M0, or else a float32 that is NaN where it is."""
+    return GroupScale(multiplier, ue8m0_scale(multiplier) if fmt.ue8m0 else multiplier)
+
+
 def is_number(scale: GroupScale, fmt: Format) -> Boolean:
     """Return whether the scale of a group is not NaN."""
     if fmt.ue8m0:

@@ -130,9 +130,22 @@ class GradientRow(Params):
             if self.predicate and columns[i] < 2 * k:
                 registers[i] = gX[column]
 
+    def load_pair(self, segment: Segment) -> list[cute.Tensor]:
+        """Load a segment of the gradient, of gates and of ups, zeros where there is nothing."""
+        values, sources = self.spec.tile.values_per_thread, (self.gG, *self.parts)
+        tXrX = [encodings.zeros(values, self.gG.element_type) for _ in sources]
+        for gX, registers in zip(sources, tXrX, strict=True):
+            copy.load(gX, segment, self.predicate, registers, self.spec.access)
+        return tXrX
+
     def values(self, loaded: tuple[list[cute.Tensor], list[Boolean | bool]]) -> cute.Tensor:
         """Return the gradients of gates and ups, (values,), float32."""
-        (tXrG, *tXrX), are_ups = loaded
+        tXrX, are_ups = loaded
+        return choose(*self.gradients(tXrX), are_ups)
+
+    def gradients(self, loaded: list[cute.Tensor]) -> tuple[cute.Tensor, cute.Tensor]:
+        """Return the gradients of gates, and those of ups, float32."""
+        tXrG, *tXrX = loaded
         spec, activation = self.spec, self.activation
         grad = encodings.widen(tXrG).load()
         gate, up = gates_and_ups(tXrX, spec.interleaved)
@@ -154,7 +167,7 @@ class GradientRow(Params):
             rG, rU = encodings.registers(gate), encodings.registers(up)
             clear_beyond(of_gates, rG, activation.bound, both_sides=False)
             clear_beyond(of_ups, rU, activation.bound, both_sides=True)
-        return choose(of_gates, of_ups, are_ups)
+        return of_gates, of_ups
 
 
 @cute.jit

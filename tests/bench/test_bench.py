@@ -5,7 +5,16 @@ import types
 import pytest
 import torch
 
-from bench import convert_scales, demo, environment, masked, scatter, stage_report
+from bench import (
+    columns,
+    columns_gated,
+    convert_scales,
+    demo,
+    environment,
+    masked,
+    scatter,
+    stage_report,
+)
 from bench.names import CUTE_QUANT, PLAIN, STREAM, of_operation
 from bench.results import Result, Results
 from bench.run import Check, Run
@@ -33,6 +42,19 @@ def test_conversions_are_checked(conversion, monkeypatch):
 
     with pytest.raises(RuntimeError, match=f"^{conversion.name} of .* differs from the reference"):
         convert_scales.of_peer(wrong, conversion, 133, COLUMNS)
+
+
+@pytest.mark.parametrize("kind", columns_gated.KINDS[1::4], ids=str)
+def test_both_directions_are_checked(kind, monkeypatch):
+    monkeypatch.setattr(columns_gated, "random", lambda *shape: torch.randn(shape).bfloat16())
+    for module in (columns_gated, columns):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    columns_gated.quantizing(kind, 200, 128, 1)()
+    if not kind.stochastic:
+        of_torch = columns_gated.values
+        monkeypatch.setattr(columns_gated, "values", lambda *given: of_torch(*given).flip(0))
+        with pytest.raises(RuntimeError, match=": columns: differs from the reference"):
+            columns_gated.quantizing(kind, 200, 128, 1)
 
 
 ROWS, COLUMNS = 5, 640

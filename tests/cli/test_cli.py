@@ -19,6 +19,7 @@ from cute_quant.dispatch import launch, plan, presets
 from cute_quant.jit import disk_cache, keys, lookup, progress, toolchain, workers
 from cute_quant.jit.disk_cache import Cache
 from cute_quant.kernels.config import (
+    ColumnsSpec,
     QuantizerSpec,
     QuantizeSpec,
     RmsNormSpec,
@@ -691,6 +692,23 @@ def test_check_sees_wrong_scales_of_rows():
         check._compare(spec, actual, expected)
 
 
+ON_COLUMNS = [s for s in presets.training("sm_90a") if isinstance(s, ColumnsSpec)]
+
+
+@pytest.mark.parametrize("spec", ON_COLUMNS[::9], ids=keys.spec_name)
+def test_check_sees_wrong_columns(spec):
+    """In either direction, in values and in scales."""
+    expected = check._of_columns(spec, "cpu")
+    assert check._compare_columns(spec, expected, expected) == (None if spec.gated is None else 0)
+    for number, result in enumerate(expected):
+        for name in ("values", "scales"):
+            wrong = [copied(r) for r in expected]
+            check._storage(getattr(wrong[number], name))[1000:1010] ^= 0x30
+            with pytest.raises(check.WrongResult, match=name):
+                check._compare_columns(spec, wrong, expected)
+        assert result.scales is not None
+
+
 def test_check_says_how_many_are_neighbours(monkeypatch, capsys):
     spec = COMPUTED[0]
     expected = check._results(spec, "cpu")
@@ -714,7 +732,7 @@ def test_check_says_how_many_are_neighbours(monkeypatch, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["deepgemm", "moe", "weights"])
+@pytest.mark.parametrize("name", ["deepgemm", "moe", "weights", "training"])
 def test_check_on_the_gpu(name, monkeypatch, capsys):
     functions = {}
     monkeypatch.setattr(lookup, "_functions", functions)

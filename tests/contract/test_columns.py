@@ -21,7 +21,10 @@ from cute_quant import (
 from tests.columns import (
     DTYPES,
     FORMATS,
+    GATED,
     ROW_FORMATS,
+    STATES,
+    GatedCase,
     assert_columns,
     assert_rows,
     experts,
@@ -98,6 +101,155 @@ def test_both(number, device):
         check_both(x, fmt, column_fmt, device, rows, transposed=(number + seed) % 2 == 0)
 
 
+def check_gated(name, shape, dtype, formats, device, rows=None, transposed=False, state=None):
+    """The same for gates and ups whose products are exact, or their gradients."""
+    case = GatedCase.make(shape, dtype, len(name), **GATED[name])
+    x, (fmt, column_fmt) = case.values, formats
+    memory = (
+        poisoned_results(fmt, *x.shape[-2:], device, batch_shape=tuple(x.shape[:-2])),
+        poisoned_columns(column_fmt, tuple(x.shape), transposed, device),
+    )
+    given = None if state is None else state.to(device)
+    options = {"transposed": transposed, "rows": on_device(rows, device), "rng_state": given}
+    case.call(device, *formats, **options, out=memory)
+    assert_rows(memory[0], x, fmt, rows, rng_state=state)
+    assert_columns(memory[1], x, column_fmt, rows, transposed, state)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_activations(name, device):
+    calls = [((130, 72), 0, None), ((2, 33, 140), 0, 1), ((300, 128), 1, 2), ((5, 3), 0, None)]
+    for number, (shape, kind, state) in enumerate(calls):
+        number = number + len(name)
+        formats = ROW_FORMATS[number % 8], FORMATS[(number + kind) % 3]
+        rows, state = experts(shape[0], formats[1], kind), None if state is None else STATES[state]
+        dtype, transposed = DTYPES[number % 3], number % 2 == 0
+        check_gated(name, shape, dtype, formats, device, rows, transposed, state)
+
+
+def test_rounded_sigmoids_are_those_of_the_operation_of_rows(device):
+    """Of gates that need a sigmoid, with every option: the same numbers in both directions."""
+    generator = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(133, 384, generator=generator).bfloat16().to(device)
+    grad = torch.randn(133, 192, generator=generator).bfloat16().to(device)
+    gated = {"clamp": 2.0, "alpha": 1.702, "beta": 1.0, "interleaved": True}
+    fmt, column_fmt = DEEP_GEMM, DEEP_GEMM_32
+    weight = torch.rand(133, generator=generator).to(device)
+    products = {**gated, "rounding": "unfused", "weight": weight}
+    for rows, both in (
+        (
+            cq.silu_mul_quantize(gate_up, fmt, **products),
+            cq.silu_mul_quantize_both(gate_up, fmt, column_fmt, **products),
+        ),
+        (
+            cq.silu_mul_backward_quantize(grad, gate_up, fmt, **gated),
+            cq.silu_mul_backward_quantize_both(grad, gate_up, fmt, column_fmt, **gated),
+        ),
+    ):
+        for actual, expected in zip(both[0], rows, strict=True):
+            assert_same_bits(actual, expected)
+        scale = 2.0 ** (
+            both[1][1].contiguous().view(torch.uint8).view(2, -1, 4).transpose(1, 2).flatten(0, 1)
+        )[:5].float().sub(127)
+        back = both[1][0].float() * scale.repeat_interleave(32, 0)[:133]
+        of_rows = cq.dequantize(*rows, fmt, dtype=torch.float32)
+        assert ((back - of_rows).norm() / of_rows.norm()).item() < 0.06
+
+
+@pytest.mark.parametrize("fmt", FORMATS[:4], ids=str)
+def test_stochastic_rounding(fmt, device):
+    """Draws of columns are those of their place in x, and others than those of rows."""
+    x = special_weights((2, 133, 72), torch.bfloat16, fmt.group_size, 1)
+    for transposed in (False, True):
+        memory = poisoned_columns(fmt, tuple(x.shape), transposed, device)
+        state = STATES[1 + transposed]
+        cq.quantize_columns(
+            x.to(device), fmt, transposed=transposed, rng_state=state.to(device), out=memory
+        )
+        assert_columns(memory, x, fmt, None, transposed, state)
+    # A value between two codes, far from both, in groups with the same scales in both directions.
+    x = torch.full((128, 128), 17.0, dtype=torch.bfloat16, device=device)
+    x.fill_diagonal_(448.0)
+    state = STATES[2].to(device)
+    (q, _), (columns, _) = cq.quantize_both(x, DEEP_GEMM_SM90, DEEP_GEMM_SM90, rng_state=state)
+    up, columns_up = (t.float() == 18.0 for t in (q, columns))
+    assert 0.46 < up.float().mean().item() < 0.54 > columns_up.float().mean().item() > 0.46
+    assert 0.46 < (up == columns_up).float().mean().item() < 0.54
+    transposed, _ = cq.quantize_columns(x, DEEP_GEMM_SM90, transposed=True, rng_state=state)
+    assert_same_bits(transposed.mT.contiguous(), columns)
+
+
+@pytest.mark.parametrize("values", [torch.float8_e4m3fn, torch.int8])
+def test_numerics_that_divide_or_truncate_are_refused(values, device):
+    x, fmt = torch.zeros(4, 32, device=device), DEEP_GEMM_SM90.replace(values=values)
+    fmt = fmt.replace(numerics="vllm")
+    assert fmt.divides or fmt.truncates
+    with pytest.raises(ValueError, match=r"^fmt: expected numerics that multiply"):
+        cq.quantize_columns(x, fmt)
+    with pytest.raises(ValueError, match=r"^fmt: expected numerics that multiply"):
+        cq.quantize_both(x, fmt, MXFP8)
+
+
+def test_what_gated_activations_refuse(device):
+    gate_up, grad = torch.zeros(4, 64, device=device), torch.zeros(4, 32, device=device)
+    gaps = cq.PrefixSumWithGaps(torch.zeros(1, dtype=torch.int32, device=device))
+    state = torch.zeros(2, dtype=torch.int64, device=device)
+    formats, numerics = (MXFP8, MXFP8), MXFP8.replace(numerics="flashinfer")
+    for error, message, call in (
+        (
+            ValueError,
+            "gate_up: expected an even",
+            lambda: cq.silu_mul_quantize_both(gate_up[:, :63], *formats),
+        ),
+        (
+            ValueError,
+            "weight: expected shape",
+            lambda: cq.silu_mul_quantize_both(
+                gate_up, *formats, weight=torch.zeros(3, device=device)
+            ),
+        ),
+        (
+            ValueError,
+            "grad: expected shape",
+            lambda: cq.silu_mul_backward_quantize_both(gate_up, gate_up, *formats),
+        ),
+        (
+            ValueError,
+            "column_fmt: expected 8-bit",
+            lambda: cq.silu_mul_backward_quantize_both(grad, gate_up, MXFP8, MXFP4),
+        ),
+        (
+            TypeError,
+            "rng_state: expected a tensor of",
+            lambda: cq.silu_mul_quantize_both(gate_up, *formats, rng_state=state.int()),
+        ),
+        (
+            ValueError,
+            "rng_state: expected None for",
+            lambda: cq.quantize_columns(grad, numerics, rng_state=state),
+        ),
+        (
+            ValueError,
+            "rows: expected None or a PrefixSum",
+            lambda: cq.quantize_columns(grad, MXFP8, rows=gaps),
+        ),
+        (
+            TypeError,
+            "transposed: expected a bool",
+            lambda: cq.silu_mul_quantize_both(gate_up, *formats, transposed=1),
+        ),
+        (
+            ValueError,
+            "out column q, .*overlap|overlap",
+            lambda: cq.silu_mul_quantize_both(
+                gate_up, *formats, out=(None, (gate_up.view(torch.float8_e4m3fn)[:, :32], None))
+            ),
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
 def hypothesis_calls(data, device):
     draw = data.draw
     column_fmt, dtype = draw(st.sampled_from(FORMATS)), draw(st.sampled_from(DTYPES))
@@ -109,7 +261,14 @@ def hypothesis_calls(data, device):
     if x.numel():
         x = views(x)[draw(st.sampled_from(["whole", "apart", "unaligned"]))]
     rows = experts(mn, column_fmt, kind, seed)
-    if draw(st.booleans()):
+    if draw(st.integers(0, 2)) == 0:
+        fmts = draw(st.sampled_from(ROW_FORMATS)), draw(st.sampled_from(FORMATS[:4]))
+        name, state = draw(st.sampled_from(list(GATED))), draw(st.sampled_from([None, *STATES]))
+        shape, domain = (*leading, mn, k), experts(mn, fmts[1], kind, seed)
+        # Numerics of a library round to nearest.
+        state = state if all(fmt.numerics == "ieee" for fmt in fmts) else None
+        check_gated(name, shape, dtype, fmts, device, domain, transposed, state)
+    elif draw(st.booleans()):
         fmt = draw(st.sampled_from(ROW_FORMATS))
         check_both(x, fmt, column_fmt, device, rows, transposed)
     else:

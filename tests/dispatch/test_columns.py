@@ -1,5 +1,6 @@
 """Operators of groups along rows: tracers, compilation, export, missing kernels."""
 
+import functools
 from unittest import mock
 
 import pytest
@@ -27,6 +28,38 @@ def assert_results(results, expected):
     for actual, wanted in zip(flat(results), flat(expected), strict=True):
         assert_same_bits(actual, wanted)
         assert actual.stride() == wanted.stride()
+
+
+GATED_CALLS = {
+    "products": lambda x, *formats, **options: cq.silu_mul_quantize_both(
+        x, *formats, weight=torch.full(x.shape[:-1], 2.0), clamp=3.0, **options
+    ),
+    "gradients": lambda x, *formats, **options: cq.silu_mul_backward_quantize_both(
+        x[..., :68], x, *formats, alpha=1.5, **options
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GATED_CALLS)
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_tracers_of_gated_activations(name, stochastic):
+    """Fakes, compiled functions that allocate, and such that write."""
+    function, state = GATED_CALLS[name], torch.tensor([3, 4]) if stochastic else None
+    options = {"transposed": stochastic, "rng_state": state, "rows": PrefixSum(ENDS)}
+
+    def call(x, out=None):
+        return flat(function(x, MXFP8, DEEP_GEMM_32, out=out, **options))
+
+    expected = call(X)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = call(mode.from_tensor(X))
+    for fake, real in zip(fakes, expected, strict=True):
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    assert_results(compiled(X), expected)
+    memory = [torch.empty_like(t) for t in expected]
+    assert_results(compiled(X, (memory[:2], memory[2:])), expected)
+    assert_results(memory, expected)
 
 
 @every_format
@@ -93,7 +126,16 @@ def test_operators_keep_their_promises():
     # The check of schemas has no arithmetic for 8-bit arguments.
     utilities = "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
     rows = {"rows": "prefix_sum", "alignment": 128}
+    gated = {"interleaved": False, "clamp": 2.0, "alpha": 1.0, "beta": 0.0}
+    formats, state = (text, column_text), torch.tensor([1, 2])
+    for operator, arguments, options in (
+        (operators.silu_mul_quantize_both, (X, None, *formats, ENDS), {"rounding": "unfused"}),
+        (operators.silu_mul_backward_quantize_both, (X[:, :68], X, *formats, ENDS, state), {}),
+    ):
+        given = rows | gated | options
+        torch.library.opcheck(operator.default, arguments, given, test_utils=utilities)
     for operator, arguments in (
+        (operators.quantize_columns, (X, column_text, ENDS, state)),
         (operators.quantize_columns, (X, column_text, ENDS)),
         (operators.quantize_columns_out, (X, column_q, column_sf, column_text, ENDS)),
         (operators.quantize_both, (X, text, column_text, ENDS)),
@@ -115,6 +157,13 @@ def test_vmap_and_gradients_are_refused():
         operators.quantize_both(x, MXFP8.text, DEEP_GEMM_SM90.text)[3].sum().backward()
     with pytest.raises(RuntimeError, match="since quantize_both is not differentiable"):
         cq.quantize_both(x, MXFP8, MXFP8)
+    gated = {"interleaved": False, "clamp": None, "alpha": 1.0, "beta": 0.0}
+    with pytest.raises(RuntimeError, match=r"grad and gate_up: .*silu_mul_backward_quantize_both"):
+        operators.silu_mul_backward_quantize_both(X[:, :68], x, MXFP8.text, MXFP8.text, **gated)[
+            1
+        ].sum().backward()
+    with pytest.raises(RuntimeError, match="since silu_mul_quantize_both is not differentiable"):
+        cq.silu_mul_quantize_both(x, MXFP8, MXFP8)
 
 
 def test_a_tracer_reads_no_ends():
@@ -143,9 +192,39 @@ def test_a_missing_kernel_is_named(monkeypatch):
             find_architecture=lambda device: "sm_90a",
         ),
         cq.forbid_compilation(),
-        pytest.raises(RuntimeError, match=r"columns-bfloat16.* for sm_90a.*call the operation"),
+        pytest.raises(
+            RuntimeError,
+            match=r"columns-bfloat16.* for sm_90a.*quantize_both.*--column-format",
+        ),
     ):
         cq.quantize_both(X.as_subclass(OnGpu), MXFP8, MXFP8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GATED_CALLS)
+def test_a_cuda_graph_captures_gated_activations_after_a_warm_up(name):
+    operation = f"silu_mul_{'backward_' * (name == 'gradients')}quantize_both"
+    numbers = {"clamp": 3.0} if name == "products" else {"alpha": 1.5}
+    k = X.shape[1] // (2 if name == "products" else 1)
+    formats = {"fmt": MXFP8, "column_fmt": DEEP_GEMM_32, "stochastic": True}
+    cq.warm_up(k=k, max_rows=200, operations=operation, **formats, **numbers)
+    x, state = X.cuda(), torch.tensor([5, 6], device="cuda")
+    options = {"rng_state": state}
+    if name == "products":
+        options |= {"weight": torch.ones(200, device="cuda"), "clamp": 3.0}
+        call = functools.partial(cq.silu_mul_quantize_both, x, MXFP8, DEEP_GEMM_32, **options)
+    else:
+        grad = x[:, :68].contiguous()
+        call = functools.partial(
+            cq.silu_mul_backward_quantize_both, grad, x, MXFP8, DEEP_GEMM_32, alpha=1.5, **options
+        )
+    graph = torch.cuda.CUDAGraph()
+    with cq.forbid_compilation(), torch.cuda.graph(graph):
+        results = flat(call())
+    graph.replay()
+    state += 1
+    graph.replay()
+    assert_results(results, flat(call()))
 
 
 @pytest.mark.gpu

@@ -222,7 +222,7 @@ def test_operation_is_one_that_can_be_bound(operation, device):
     names = (
         "quantize, silu_mul_quantize, silu_mul_backward_quantize, rms_norm_quantize, dequantize, "
         "fake_quantize, quantize_blocks, dequantize_blocks, requantize_blocks, convert_scales, "
-        "quantize_columns, quantize_both"
+        "quantize_columns, quantize_both, silu_mul_quantize_both, silu_mul_backward_quantize_both"
     )
     with pytest.raises(TypeError, match=rf"^operation: expected one of {names}, got "):
         bind(normal(MN, K, device=device), operation=operation)

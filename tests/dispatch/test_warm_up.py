@@ -181,6 +181,28 @@ LAUNCHED = {
         "interleaved": True,
         "clamp": 7.0,
     },
+    "columns": {
+        "operations": "quantize_columns",
+        "fmt": cq.DEEP_GEMM_SM90,
+        "k": 64,
+        "max_rows": 20,
+        "batched": True,
+        "transposed": True,
+        "stochastic": True,
+    },
+    "both directions": {
+        "operations": ("quantize_both", "silu_mul_quantize_both"),
+        "column_fmt": cq.DEEP_GEMM_32,
+        "k": 72,
+        "max_rows": 3,
+        "rows": (PrefixSum,),
+    },
+    "gradients in both directions": {
+        "operations": "silu_mul_backward_quantize_both",
+        "column_fmt": cq.MXFP8,
+        "k": (256, 64),
+        "max_rows": 20,
+    },
     "gathered": {"k": 128, "max_rows": 3, "rows": (Masked, Indexed), "gathered": True},
     "scattered": {"k": 128, "max_rows": 3, "rows": (Masked, PrefixSum), "scattered": True},
     "scattered silu": {**SCATTERED, "operations": "silu_mul_quantize", "rows": (None,)},
@@ -260,6 +282,58 @@ def test_a_warm_up_of_gradients(interleaved, stochastic, gpu):
             with pytest.raises(RuntimeError) as raised:
                 call()
             assert ("--stochastic" in str(raised.value)) == (not stochastic)
+
+
+COLUMN_OPERATIONS = (
+    "quantize_columns",
+    "quantize_both",
+    "silu_mul_quantize_both",
+    "silu_mul_backward_quantize_both",
+)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_warm_up_of_columns(transposed, stochastic, gpu):
+    """No call of the range is missing, into any memory; others say with which options they are."""
+    compiled = gpu("sm_90a", 132)
+    options = {"transposed": transposed, "stochastic": stochastic}
+    sizes = {"k": (256, 72, 36), "max_rows": 300, "rows": (None, PrefixSum), "batched": True}
+    formats = cq.DEEP_GEMM_32, cq.DEEP_GEMM_32
+    cq.warm_up(formats[0], column_fmt=formats[1], operations=COLUMN_OPERATIONS, **sizes, **options)
+    compiled.forbidden = True
+    given, generator = torch.zeros(2, dtype=torch.int64), random.Random(1)
+    call = {"transposed": transposed, "rng_state": given if stochastic else None}
+    for number in range(12):
+        k, mn = generator.choice(sizes["k"]), generator.choice((1, 3, 16, 33, 144))
+        leading, rows = ((), PrefixSum(given.int())) if number % 3 == 0 else ((number % 3,), None)
+        gate_up = torch.zeros(*leading, mn, 2 * k, dtype=torch.bfloat16)
+        x, grad = gate_up[..., :k], gate_up[..., : k // 2]
+        call["rows"], out = rows, None
+        if number % 2:
+            shape = (*leading, k, mn) if transposed else (*leading, mn, k)
+            wide = torch.zeros(*shape[:-1], shape[-1] + -shape[-1] % 32 + 32 * (number % 4 == 1))
+            out = wide.to(torch.float8_e4m3fn)[..., : shape[-1]], None
+        cq.quantize_columns(x.contiguous(), formats[0], out=out, **call)
+        out = None if out is None else (None, out)
+        cq.quantize_both(x.contiguous(), *formats, out=out, **call)
+        weight = generator.choice((None, torch.ones(*leading, mn)))
+        cq.silu_mul_quantize_both(gate_up, *formats, weight=weight, out=out, **call)
+        cq.silu_mul_backward_quantize_both(
+            grad.contiguous(), x.contiguous(), *formats, out=out, **call
+        )
+    for other in ({"transposed": not transposed}, {"rng_state": None if stochastic else given}):
+        for missing, arguments in (
+            (cq.quantize_columns, (x, formats[0])),
+            (cq.quantize_both, (x, *formats)),
+            (cq.silu_mul_quantize_both, (gate_up, *formats)),
+            (cq.silu_mul_backward_quantize_both, (grad, x, *formats)),
+        ):
+            with pytest.raises(RuntimeError) as raised:
+                missing(*arguments, **call | other)
+            command = shlex.split(str(raised.value).split("`")[1])
+            kernel = str(raised.value).split(" for sm_90a is missing: ")[0]
+            assert kernel in listed(["build", *command[2:], "--list"])
 
 
 @pytest.mark.parametrize("kind", ["encode_scale", "decode_scale", "amax"])

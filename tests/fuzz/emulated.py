@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tests.fuzz import dequantization
+from tests.fuzz import columns, dequantization
 from tests.fuzz.case import Case, Kernel
+from tests.fuzz.columns import ColumnSession
 from tests.fuzz.dequantization import Dequantization
 from tests.fuzz.draw import Draw, draw_kernels
 from tests.helpers import ARCHITECTURES
@@ -16,6 +17,7 @@ from tests.kernels.emulated_gpu import H100_SMS, Gpu, Kernels
 ELEMENTS = 12_000
 """Of most cases: a kernel of two tiles a row, and of several experts, among them."""
 SESSIONS = {"quantize": 12, "silu_mul": 8, "rms_norm": 10, "fake_quantize": 3, "dequantize": 4}
+COLUMN_SESSIONS = 4
 CASES = 4
 
 
@@ -66,9 +68,9 @@ class Session:
             case.check(before, after, results, exact=False)
 
 
-def sessions(seed: int = 0) -> list[Session]:
+def sessions(seed: int = 0) -> list[Session | ColumnSession]:
     """Draw sessions: kernels of all operations on GPUs of all kinds."""
-    drawn = []
+    drawn: list[Session | ColumnSession] = []
     for operation, count in SESSIONS.items():
         if operation == "dequantize":
             kernels = dequantization.draw_kernels(count, seed)
@@ -79,4 +81,4 @@ def sessions(seed: int = 0) -> list[Session]:
             sms = (H100_SMS, 1)[i // 2 % 2]
             max_grid = (65535, 65535, 2)[i % 3]
             drawn.append(Session(kernel, operation, arch, sms, max_grid, 1 + (i // 4) % 2))
-    return drawn
+    return drawn + columns.sessions(COLUMN_SESSIONS, seed)

@@ -5,37 +5,31 @@ import torch
 
 from cute_quant import DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90, MXFP8, PrefixSum
 from cute_quant.contract.columns import ColumnCall, Output
+from cute_quant.contract.prologues import make_silu_mul, make_silu_mul_backward
 from cute_quant.kernels import architectures, heuristics
-from cute_quant.kernels.config import BLOCK_TILE, BLOCK_WARPS, LANES, Access, ColumnsSpec
+from cute_quant.kernels.config import BLOCK_TILE, BLOCK_WARPS, LANES, Access, ColumnsSpec, Gated
 from tests.columns import (
     DTYPES,
     FORMATS,
+    GATED,
     ROW_FORMATS,
+    STATES,
+    GatedCase,
     assert_columns,
-    assert_rows,
     experts,
-    poisoned_columns,
     special_weights,
     views,
 )
-from tests.helpers import ARCHITECTURES, poisoned_results
+from tests.helpers import (
+    ARCHITECTURES,
+    assert_quantized_within,
+    assert_same_bits,
+    poisoned_results,
+)
+from tests.kernels.columns import check
 from tests.kernels.emulated_gpu import Gpu
-
-
-def check(gpu, x, fmt, rows=None, transposed=False, row_fmt=None, last_padding=True):
-    """Quantize on the emulated GPU into poisoned memory; every byte must be the oracle's."""
-    *leading, mn, k = x.shape
-    columns = poisoned_columns(fmt, tuple(x.shape), transposed)
-    along_k, of_rows = None, None
-    if row_fmt is not None:
-        of_rows = poisoned_results(
-            row_fmt, mn, k, "cpu", last_padding=last_padding, batch_shape=tuple(leading)
-        )
-        along_k = Output(row_fmt, *of_rows)
-    gpu.quantize_columns(ColumnCall(x, Output(fmt, *columns), transposed, rows, along_k))
-    assert_columns(columns, x, fmt, rows, transposed)
-    if row_fmt is not None:
-        assert_rows(of_rows, x, row_fmt, rows, last_padding)
+from tests.kernels.prologues import halves
+from tests.prologues import silu_backward_bounds, silu_bounds
 
 
 def drawn(fast, names, values):
@@ -73,6 +67,77 @@ def test_every_format(fmt, dtype, transposed, gpu):
 def test_both(row_fmt, fmt, dtype, kind, transposed, gpu):
     x = special_weights((261, 142), dtype, 32, kind)
     check(gpu, x, fmt, experts(261, fmt, kind), transposed, row_fmt, last_padding=kind % 2 == 0)
+
+
+GATED_CALLS = [
+    # of each: shape, dtype, formats of rows and columns, experts, transposed, random numbers
+    ("gradients", (70, 384), torch.bfloat16, DEEP_GEMM, DEEP_GEMM_32, 1, False, None),
+    ("products", (261, 136), torch.bfloat16, DEEP_GEMM_SM90, DEEP_GEMM_SM90, 1, True, None),
+    ("gradients", (70, 192), torch.float16, DEEP_GEMM_SM90, DEEP_GEMM_32, 0, False, None),
+    ("interleaved gradients", (70, 36), torch.bfloat16, DEEP_GEMM, DEEP_GEMM_32, 0, False, 1),
+    ("gradients", (2, 70, 35), torch.bfloat16, MXFP8, DEEP_GEMM_SM90, 0, True, 2),
+    ("rounded products", (2, 133, 142), torch.float16, DEEP_GEMM_32, MXFP8, 0, True, None),
+    ("interleaved products", (150, 74), torch.float16, MXFP8, DEEP_GEMM_32, 5, False, 0),
+    ("gradients", (2, 130, 128), torch.bfloat16, MXFP8, MXFP8, 0, True, None),
+    ("gradients", (261, 384), torch.bfloat16, DEEP_GEMM_SM90, DEEP_GEMM_SM90, 1, True, 2),
+    ("gradients", (140, 128), torch.float32, DEEP_GEMM, DEEP_GEMM_32, 3, False, None),
+    ("products", (131, 140), torch.float32, MXFP8, MXFP8, 0, True, 1),
+    ("rounded products", (140, 64), torch.float32, DEEP_GEMM_SM90, DEEP_GEMM_SM90, 2, False, None),
+    ("interleaved gradients", (140, 64), torch.float32, MXFP8, DEEP_GEMM_SM90, 4, True, None),
+]
+
+
+@drawn(2, ("name", "shape", "dtype", "row_fmt", "fmt", "kind", "transposed", "state"), GATED_CALLS)
+def test_gated(name, shape, dtype, row_fmt, fmt, kind, transposed, state, gpu):
+    case = GatedCase.make(shape, dtype, 3 + kind, **GATED[name])
+    rows = experts(shape[-2], fmt, kind)
+    rng_state = None if state is None else STATES[state]
+    check(gpu, case.values, fmt, rows, transposed, row_fmt, kind % 2 == 0, case, rng_state)
+
+
+@drawn(1, ("name", "k"), [("products", 40), ("gradients", 128), ("gradients", 40)])
+def test_rows_of_both_are_those_of_the_kernel_of_rows(name, k, gpu):
+    """Also of gates whose sigmoid is rounded; columns lie within the bounds of the arithmetic."""
+    gate, up = halves(133, k, torch.bfloat16, seed=k)
+    x, numbers = torch.cat((gate, up), 1), {"clamp": 2.5, "alpha": 1.702, "beta": 1.0}
+    grad = torch.randn(133, k, generator=torch.Generator().manual_seed(k)).bfloat16()
+    if name == "gradients":
+        prologue = make_silu_mul_backward(grad, interleaved=False, **numbers)
+        bounds = silu_backward_bounds(grad, x, **numbers)
+    else:
+        prologue = make_silu_mul(interleaved=False, rounding="fused", weight=None, **numbers)
+        bounds = silu_bounds(x, None, **numbers)
+    fmt, mn, columns = DEEP_GEMM_SM90, 133, bounds.values.shape[1]
+    call = ColumnCall(x, Output(fmt), True, along_k=Output(fmt), prologue=prologue)
+    results = gpu.quantize_columns(call)
+    expected = poisoned_results(fmt, mn, columns, "cpu")
+    gpu.quantize(x, *expected, fmt, prologue=prologue)
+    for actual, wanted in zip(results.along_k, expected, strict=True):
+        assert_same_bits(actual.contiguous(), wanted.contiguous())
+    q, sf = poisoned_results(fmt, columns, mn, "cpu")
+    for memory, result in ((q, results.columns[0]), (sf, results.columns[1].mT)):
+        memory.untyped_storage().fill_(0)
+        memory.copy_(result)
+    assert_quantized_within(q, sf, fmt, *(t.mT.contiguous() for t in bounds))
+
+
+@drawn(
+    1,
+    ("fmt", "dtype", "transposed", "row_fmt"),
+    [
+        (DEEP_GEMM_SM90, torch.bfloat16, True, None),
+        (DEEP_GEMM_32, torch.float32, False, DEEP_GEMM),
+        (MXFP8, torch.float16, True, MXFP8),
+        (FORMATS[6], torch.float32, True, DEEP_GEMM_SM90),
+        (FORMATS[7], torch.bfloat16, False, ROW_FORMATS[7]),
+    ],
+)
+def test_stochastic(fmt, dtype, transposed, row_fmt, gpu):
+    """Of values that are not finite too, and of rows that do not exist."""
+    x = special_weights((2, 133, 40), dtype, fmt.group_size, 1)
+    check(gpu, x, fmt, None, transposed, row_fmt, rng_state=STATES[1])
+    x = special_weights((261, 38), dtype, fmt.group_size, 2)
+    check(gpu, x, fmt, experts(261, fmt, 1), transposed, row_fmt, rng_state=STATES[2])
 
 
 @drawn(1, ("kind", "transposed"), [(1, True), (2, False), (3, True), (4, False), (5, True)])
@@ -186,3 +251,31 @@ def test_machine_code(fmt, row_fmt, transposed, kind, most, arch):
     assert code.opcodes.count(load) == BLOCK_TILE**2 // (BLOCK_WARPS * LANES * values)
     narrow = [op for op in code.opcodes if op.startswith("STG.E.U8")]
     assert len(narrow) == (4 if row_fmt is not None else 0), "bytes of scales of rows alone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize(
+    ("gated", "stochastic", "most"),
+    [
+        (Gated(), False, 128),
+        (None, True, 128),
+        (Gated(backward=True, paired=True), False, 128),
+        (Gated(backward=True, paired=True), True, 255),
+    ],
+    ids=["products", "stochastic", "gradients", "stochastic gradients"],
+)
+def test_machine_code_of_gated_activations(gated, stochastic, most, arch):
+    """No spills, registers for two CTAs where random numbers take none, one load of each input."""
+    from bench.sass import machine_code
+
+    fmt, dtype = DEEP_GEMM_SM90, torch.bfloat16
+    values = heuristics.column_values(dtype, arch, stochastic=stochastic)
+    access = Access(2 * values, values), Access(store_bytes=16)
+    spec = ColumnsSpec(dtype, fmt, values, *access, True, fmt, gated=gated, stochastic=stochastic)
+    code = machine_code(spec, arch)
+    assert code.count("LDL", "STL") == 0 == code.stack and code.registers <= most
+    inputs = 1 if gated is None else 3 if gated.backward else 2
+    load = "LDG.E.128" if arch == "sm_90a" else "LDG.E.ENL2.256"
+    of_each = BLOCK_TILE**2 // (BLOCK_WARPS * LANES * values)
+    assert code.opcodes.count(load) == inputs * of_each

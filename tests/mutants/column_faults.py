@@ -22,7 +22,133 @@ PLACES = [f"{ON_KERNEL}::test_each_value_counts_in_its_groups_alone"]
 DEAD_ROWS = [f"{ON_KERNEL}::test_rows_that_do_not_exist_are_zeros_beside_what_is_not_finite"]
 EXPERTS = [f"{ON_KERNEL}::test_experts"]
 
+GATED = [f"{ON_CONTRACT}::test_gated_activations"]
+GATED_KERNELS = [f"{ON_KERNEL}::test_gated"]
+STOCHASTIC = [f"{ON_KERNEL}::test_stochastic"]
+DRAWS = [f"{ON_CONTRACT}::test_stochastic_rounding"]
+WARM_UP = ["tests/dispatch/test_warm_up.py::test_a_warm_up_of_columns"]
+
 FAULTS = [
+    Fault(
+        "columns-draws-of-rows",
+        "contract/philox.py",
+        "COLUMN_DRAWS = 2**31",
+        "COLUMN_DRAWS = 0",
+        DRAWS,
+    ),
+    Fault(
+        "columns-draws-of-rows-in-a-kernel",
+        "kernels/philox.py",
+        "row=self.row | Uint32(COLUMN_DRAWS)",
+        "row=self.row",
+        STOCHASTIC,
+    ),
+    Fault(
+        "columns-nan-of-a-drawn-group",
+        KERNEL,
+        "encodings.put_nans(nans, tXrQ)",
+        "encodings.put_nans([nan & 0 for nan in nans], tXrQ)",
+        [f"{ON_KERNEL}::test_stochastic", f"{ON_KERNEL}::test_gated"],
+    ),
+    Fault(
+        "columns-nan-of-a-drawn-group-transposed",
+        KERNEL,
+        "number = tXrM[i] == tXrM[i]",
+        "number = Boolean(True)",
+        STOCHASTIC,
+    ),
+    Fault(
+        "columns-halves-of-a-word",
+        "kernels/philox.py",
+        "return word if i % 2 else word << 16 | word >> 16",
+        "return word",
+        STOCHASTIC,
+    ),
+    Fault(
+        "columns-scale-of-a-multiplier-that-is-nan",
+        SCALES,
+        "GroupScale(multiplier, ue8m0_scale(multiplier) if fmt.ue8m0 else multiplier)",
+        "GroupScale(multiplier, ue8m0_scale(multiplier) & 0x7F if fmt.ue8m0 else multiplier)",
+        STOCHASTIC,
+    ),
+    Fault(
+        "columns-few-values-of-a-call-of-philox",
+        "kernels/heuristics.py",
+        "return max(values, VALUES_PER_CALL) if stochastic else values",
+        "return values",
+        STOCHASTIC,
+    ),
+    Fault(
+        "columns-of-gates",
+        REFERENCE,
+        "source = reference.computed(source, call.prologue)",
+        "source = source[..., : call.shape.k]",
+        GATED,
+    ),
+    Fault(
+        "columns-gates-twice",
+        KERNEL,
+        "copy_vectors(waiting[i], tXrX[i])",
+        "copy_vectors(tXrX[i], waiting[i])",
+        GATED_KERNELS,
+    ),
+    Fault(
+        "columns-padding-past-the-ups",
+        KERNEL,
+        "column_tiles = column_tiles - k // (2 * BLOCK_TILE)",
+        "column_tiles = k // (2 * BLOCK_TILE)",
+        GATED_KERNELS,
+    ),
+    Fault(
+        "columns-padding-over-the-ups",
+        KERNEL,
+        "cutlass.select_(column_tile < tiles, column_tile, Int32(NO_TILE))",
+        "column_tile + Int32(0)",
+        GATED_KERNELS,
+    ),
+    Fault(
+        "columns-tiles-in-the-same-memory",
+        KERNEL,
+        "            # The next tile goes through the same shared memory.\n"
+        "            cute.arch.barrier()\n",
+        "",
+        GATED_KERNELS,
+    ),
+    Fault(
+        "columns-pairs-of-half-a-tile",
+        DISPATCH,
+        "k % (2 * BLOCK_TILE) == 0",
+        "k % BLOCK_TILE == 0",
+        GATED_KERNELS,
+    ),
+    Fault(
+        "columns-gaps-that-are-kept",
+        COLUMNS,
+        "if not isinstance(rows, PrefixSum) or isinstance(rows, PrefixSumWithGaps):",
+        "if not isinstance(rows, PrefixSum):",
+        [f"{ON_CONTRACT}::test_what_gated_activations_refuse"],
+    ),
+    Fault(
+        "columns-that-divide",
+        COLUMNS,
+        "if fmt.divides or fmt.truncates:",
+        "if fmt.divides and fmt.truncates:",
+        [f"{ON_CONTRACT}::test_numerics_that_divide_or_truncate_are_refused"],
+    ),
+    Fault(
+        "columns-range-without-ragged-rows",
+        "dispatch/reachable.py",
+        "return (STORE_BYTES, STORE_BYTES + 1) if calls.max_rows >= STORE_BYTES else",
+        "return (STORE_BYTES,) if calls.max_rows >= STORE_BYTES else",
+        WARM_UP,
+    ),
+    Fault(
+        "columns-remedy-of-one-direction",
+        "dispatch/call_range.py",
+        "column_fmt=None if call.along_k is None else call.columns.fmt,",
+        "column_fmt=None,",
+        WARM_UP,
+    ),
     Fault(
         "columns-dead-rows-count",
         REFERENCE,
@@ -96,15 +222,15 @@ FAULTS = [
     Fault(
         "columns-first-barrier",
         KERNEL,
-        "            row_amaxes = self.share_row_amaxes(tXrX, place)\n        cute.arch.barrier()",
-        "            row_amaxes = self.share_row_amaxes(tXrX, place)",
+        "tXrX, part.place, shared.of_rows)\n        cute.arch.barrier()",
+        "tXrX, part.place, shared.of_rows)",
         PLACES,
     ),
     Fault(
         "columns-second-barrier",
         KERNEL,
-        "- BLOCK_TILE, tile, problem)\n        cute.arch.barrier()",
-        "- BLOCK_TILE, tile, problem)",
+        "- BLOCK_TILE, tile, shared, problem)\n        cute.arch.barrier()",
+        "- BLOCK_TILE, tile, shared, problem)",
         PLACES,
     ),
     Fault(
@@ -173,15 +299,15 @@ FAULTS = [
     Fault(
         "columns-dead-rows-of-a-nan",
         KERNEL,
-        "encodings.clear_unless(exist[i], tXrQ)",
+        "encodings.clear_unless(part.exist[i], tXrQ)",
         "encodings.clear_unless(Boolean(True), tXrQ)",
         DEAD_ROWS,
     ),
     Fault(
         "columns-dead-rows-of-a-nan-transposed",
         KERNEL,
-        "cutlass.select_(exist[first + j], Uint32(0xFF << 8 * j), Uint32(0))",
-        "cutlass.select_(exist[first], Uint32(0xFF << 8 * j), Uint32(0))",
+        "cutlass.select_(hold[first + j], Uint32(0xFF << 8 * j), Uint32(0))",
+        "cutlass.select_(hold[first], Uint32(0xFF << 8 * j), Uint32(0))",
         DEAD_ROWS,
     ),
     Fault(
