@@ -121,8 +121,10 @@ def train(
     """Train a model, with weights and batches of one seed."""
     torch.manual_seed(0)
     model = Transformer(size, linear).to(device)
-    rate = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(rate, lambda i: min(1.0, (i + 1) / WARM_UP))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=size.rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / WARM_UP))
     generator = torch.Generator().manual_seed(1)
     losses, times = [], []
     if device == "cuda":
@@ -137,9 +139,9 @@ def train(
         loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate.step()
+        optimizer.step()
         schedule.step()
-        rate.zero_grad()
+        optimizer.zero_grad()
         losses.append(loss.item())  # waits for the GPU
         times.append(1e3 * (time.perf_counter() - started))
     most = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
@@ -198,6 +200,7 @@ def report(runs: list[Run]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> list[Run]:
+    """Train both models, and print and draw how they did."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=250, help="of each run (250)")
     parser.add_argument("--plot", type=Path, help="where to draw the losses, as SVG")

@@ -60,8 +60,8 @@ def grouped_product(a: Fp8, weights: Fp8, rows: PrefixSum, recipe: Recipe) -> to
         return d
     x, w = _rows(a, recipe), _blocks(weights, recipe)
     for i, matrix in enumerate(w):
-        here = (group == i).nonzero().squeeze(1)
-        d[here] = _multiply(x[here], matrix).to(d.dtype)
+        here = (group == i).unsqueeze(1)
+        d = _multiply(x, matrix).to(d.dtype).where(here, d)
     return d
 
 
@@ -144,7 +144,10 @@ def _is_narrow(features: int, recipe: Recipe) -> bool:
 def _deep_gemm_of_gradients(
     device: torch.device, n: int, k: int, recipe: Recipe
 ) -> ModuleType | None:
-    """Return DeepGEMM if it has GEMMs for weight gradients (n, k), or their transposes."""
+    """Return DeepGEMM if it has GEMMs for weight gradients (n, k), or their transposes.
+
+    Where both sides are narrow torch multiplies, on a GPU too.
+    """
     return None if _is_narrow(max(n, k), recipe) else _deep_gemm(device)
 
 

@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
+from cute_quant.contract.dtypes import describe
 from cute_quant.contract.rows import PrefixSum
+from cute_quant.contract.tensors import check_tensor
 from cute_quant.nn import gemms
 from cute_quant.nn.linear import (
-    check_features,
     check_input,
-    contiguous,
+    check_layer,
     output_dtype,
     refuse_second_derivative,
+    trains_weight,
+    with_rows,
 )
 from cute_quant.nn.recipes import Recipe, recipe_of
 from cute_quant.nn.rows import GROUP_ALIGNMENT
@@ -33,10 +36,12 @@ class Fp8GroupedLinear(torch.nn.Module):
         out_features: the same.
         device: of the weights, (groups, out_features, in_features), which are initialized as those
             of ``torch.nn.Linear``.
-        dtype: of the weights, bfloat16 or float32.
-        recipe: formats of the operands; None for those that DeepGEMM reads on the device.
+        dtype: of the weights, bfloat16, float16 or float32.
+        recipe: ``SM90`` or ``SM100`` of this package, formats of the operands; None for those that
+            DeepGEMM reads on the device.
 
     Raises:
+        TypeError: an argument has a wrong type or dtype.
         ValueError: features are no multiple of 16, or there is no group.
     """
 
@@ -51,9 +56,11 @@ class Fp8GroupedLinear(torch.nn.Module):
         recipe: Recipe | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(groups, int):
+            raise TypeError(f"groups: expected an int, got {describe(groups)}")
         if groups < 1:
             raise ValueError(f"groups: expected at least 1, got {groups}")
-        check_features(in_features, out_features)
+        check_layer(dtype, recipe, in_features=in_features, out_features=out_features)
         self.groups, self.in_features, self.out_features = groups, in_features, out_features
         self.recipe = recipe
         shape = groups, out_features, in_features
@@ -80,24 +87,29 @@ class Fp8GroupedLinear(torch.nn.Module):
                 the rows from the end of the group before, rounded up to a multiple of 128, to its
                 own.
             ends: (groups,), int32, contiguous, on the device of `input`: the row past the last of
-                each group. They are clamped, and read on the device by the forward GEMM.
+                each group. The forward GEMM reads them on the device, and clamps them.
 
         Returns:
             (M, out_features), in the dtype of `input`, or that of autocast. Its gradient for rows
             of no group is not used, and that of `input` is 0 there.
 
         Raises:
-            ValueError: a shape does not fit.
+            TypeError: an argument is no tensor of such a dtype.
+            ValueError: a shape does not fit. Of backward: `ends` decrease, or are past M.
         """
         x = input
         check_input(x, self.in_features)
+        check_tensor("ends", ends, (torch.int32,))
         if x.ndim != 2 or len(x) % GROUP_ALIGNMENT or ends.shape != (self.groups,):
             raise ValueError(
                 f"input, ends: expected shapes (M, {self.in_features}) and ({self.groups},), M a "
                 f"multiple of {GROUP_ALIGNMENT}, got {tuple(x.shape)} and {tuple(ends.shape)}"
             )
         recipe = recipe_of(x.device) if self.recipe is None else self.recipe
-        y: torch.Tensor = _GroupedLinear.apply(x, self.weight, ends, recipe, output_dtype(x))
+        trains = trains_weight(self.weight)
+        y: torch.Tensor = _GroupedLinear.apply(
+            x, self.weight, ends, recipe, output_dtype(x), trains
+        )
         return y
 
 
@@ -110,12 +122,12 @@ class _GroupedLinear(torch.autograd.Function):
         ends: torch.Tensor,
         recipe: Recipe,
         dtype: torch.dtype,
+        trains: bool,  # autograd passes positions
     ) -> torch.Tensor:
-        of_x, of_weight, *_ = ctx.needs_input_grad
         ctx.recipe, ctx.dtypes = recipe, (x.dtype, weight.dtype)
         rows = PrefixSum(ends, GROUP_ALIGNMENT)
-        of_rows, columns = _both(x, rows, recipe, with_columns=of_weight)
-        ctx.save_for_backward(ends, weight if of_x else None, *columns)
+        of_rows, columns = _both(x, rows, recipe, with_columns=trains)
+        ctx.save_for_backward(ends, weight if ctx.needs_input_grad[0] else None, *columns)
         weights = quantize_blocks(weight, recipe.fmt)
         return gemms.grouped_product(of_rows, weights, rows, recipe).to(dtype)
 
@@ -134,14 +146,14 @@ class _GroupedLinear(torch.autograd.Function):
             q, sf = columns
             of_weight = gemms.grouped_weight_gradient(grad_columns, (q, sf), rows, recipe)
             of_weight = of_weight.to(weight_dtype)
-        return of_x, of_weight, None, None, None
+        return of_x, of_weight, None, None, None, None
 
 
 def _both(
     x: torch.Tensor, rows: PrefixSum, recipe: Recipe, *, with_columns: bool
 ) -> tuple[gemms.Fp8, Any]:
     """Quantize the rows of x (M, k) that exist, and where they are wanted its columns."""
-    x = contiguous(x)
+    x = with_rows(x)
     if with_columns:
         return quantize_both(
             x, recipe.fmt, recipe.column_fmt, transposed=recipe.transposed_groups, rows=rows

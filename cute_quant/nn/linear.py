@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from cute_quant.contract.dtypes import align
-from cute_quant.contract.formats import Format
+from cute_quant.contract.dtypes import INPUT_DTYPES, describe, dtype_names
+from cute_quant.contract.tensors import check_tensor
 from cute_quant.nn import gemms
 from cute_quant.nn.gemms import Fp8
-from cute_quant.nn.recipes import Recipe, recipe_of
+from cute_quant.nn.recipes import SM90, SM100, Recipe, recipe_of
 from cute_quant.ops import quantize, quantize_blocks, quantize_both
 
 FEATURE_ALIGNMENT = 16
@@ -33,10 +33,12 @@ class Fp8Linear(torch.nn.Linear):
         out_features: the same.
         bias: whether to add one, in the dtype of the output.
         device: as of ``torch.nn.Linear``.
-        dtype: the same, bfloat16 or float32.
-        recipe: formats of the operands; None for those that DeepGEMM reads on the device.
+        dtype: the same, bfloat16, float16 or float32.
+        recipe: ``SM90`` or ``SM100`` of this package, formats of the operands; None for those that
+            DeepGEMM reads on the device.
 
     Raises:
+        TypeError: an argument has a wrong type or dtype.
         ValueError: features are no multiple of 16.
     """
 
@@ -50,7 +52,7 @@ class Fp8Linear(torch.nn.Linear):
         *,
         recipe: Recipe | None = None,
     ) -> None:
-        check_features(in_features, out_features)
+        check_layer(dtype, recipe, in_features=in_features, out_features=out_features)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe = recipe
 
@@ -63,12 +65,14 @@ class Fp8Linear(torch.nn.Linear):
             input: (..., in_features), bfloat16, float16 or float32.
 
         Raises:
-            ValueError: `input` has another number of features.
+            TypeError: `input` is no tensor of such a dtype on a CPU or a CUDA device.
+            ValueError: it has another number of features.
         """
         check_input(input, self.in_features)
         recipe = recipe_of(input.device) if self.recipe is None else self.recipe
         x = input.reshape(-1, self.in_features)
-        y: torch.Tensor = _Linear.apply(x, self.weight, recipe, output_dtype(input))
+        trains = trains_weight(self.weight)
+        y: torch.Tensor = _Linear.apply(x, self.weight, recipe, output_dtype(input), trains)
         y = y.view(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -76,12 +80,16 @@ class Fp8Linear(torch.nn.Linear):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, recipe: Recipe, dtype: torch.dtype
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        recipe: Recipe,
+        dtype: torch.dtype,
+        trains: bool,  # autograd passes positions
     ) -> torch.Tensor:
-        of_x, of_weight, *_ = ctx.needs_input_grad
         ctx.recipe, ctx.dtypes = recipe, (x.dtype, weight.dtype)
-        rows, columns = _both(x, recipe, with_columns=of_weight)
-        ctx.save_for_backward(weight if of_x else None, *columns)
+        rows, columns = _both(x, recipe, with_columns=trains)
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *columns)
         return gemms.product(rows, quantize_blocks(weight, recipe.fmt), recipe).to(dtype)
 
     @staticmethod
@@ -98,42 +106,48 @@ class _Linear(torch.autograd.Function):
         if columns:
             q, sf = columns
             of_weight = gemms.weight_gradient(grad_columns, (q, sf), recipe).to(weight_dtype)
-        return of_x, of_weight, None, None
+        return of_x, of_weight, None, None, None
 
 
 def _both(x: torch.Tensor, recipe: Recipe, *, with_columns: bool) -> tuple[Fp8, Any]:
     """Quantize rows of x (m, k), and where they are wanted its transposed columns, (k, m)."""
-    x = contiguous(x)
+    x = with_rows(x)
     if not with_columns:
         q, sf = quantize(x, recipe.fmt)
         return (q, sf), ()
-    m, k = x.shape
-    out = _padded_columns(k, m, recipe.column_fmt, x.device)
-    rows, (_, sf) = quantize_both(
-        x, recipe.fmt, recipe.column_fmt, transposed=True, out=(None, (out[:, :m], None))
-    )
-    return rows, (out, sf)
+    rows, (q, sf) = quantize_both(x, recipe.fmt, recipe.column_fmt, transposed=True)
+    padding = -x.shape[0] % FEATURE_ALIGNMENT
+    if padding:
+        # Each row as TMA wants it.
+        q = torch.nn.functional.pad(q.view(torch.uint8), (0, padding)).view(q.dtype)
+    return rows, (q, sf)
 
 
-def _padded_columns(k: int, m: int, fmt: Format, device: torch.device) -> torch.Tensor:
-    """Return memory for values (k, m), each row padded with zeros as TMA wants it."""
-    padded = align(m, FEATURE_ALIGNMENT)
-    if padded == m:
-        return torch.empty((k, m), dtype=fmt.values, device=device)
-    return torch.zeros((k, padded), dtype=torch.uint8, device=device).view(fmt.values)
+def with_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return a matrix whose rows are contiguous and have memory of their own.
 
-
-def contiguous(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with the strides of its shape, which an expanded one without elements lacks.
-
-    Autograd expands the gradient of a sum.
+    Autograd expands the gradient of a sum, and an expanded tensor without elements lacks the
+    strides of its shape.
     """
-    return x.contiguous() if x.numel() else x.new_empty(x.shape)
+    if not x.numel():
+        return x.new_empty(x.shape)
+    return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
-def check_features(in_features: int, out_features: int) -> None:
-    """Check that rows of both have whole vectors of TMA."""
-    for name, count in (("in_features", in_features), ("out_features", out_features)):
+def trains_weight(weight: torch.Tensor) -> bool:
+    """Return whether backward will want the gradient of a weight, and so columns of the input."""
+    return torch.is_grad_enabled() and weight.requires_grad
+
+
+def check_layer(dtype: torch.dtype | None, recipe: Recipe | None, **features: int) -> None:
+    """Check arguments of a layer: rows of inputs and outputs have whole vectors of TMA."""
+    if recipe is not None and recipe not in (SM90, SM100):
+        raise TypeError(f"recipe: expected None, SM90 or SM100, got {describe(recipe)}")
+    if (dtype or torch.get_default_dtype()) not in INPUT_DTYPES:
+        raise TypeError(f"dtype: expected {dtype_names(INPUT_DTYPES)}, got {dtype}")
+    for name, count in features.items():
+        if not isinstance(count, int):
+            raise TypeError(f"{name}: expected an int, got {describe(count)}")
         if count < 1 or count % FEATURE_ALIGNMENT:
             raise ValueError(
                 f"{name}: expected a multiple of {FEATURE_ALIGNMENT}, from which rows of FP8 are "
@@ -142,7 +156,10 @@ def check_features(in_features: int, out_features: int) -> None:
 
 
 def check_input(x: torch.Tensor, features: int) -> None:
-    """Check that an input has so many features."""
+    """Check that an input can be quantized, and has so many features."""
+    check_tensor("input", x, INPUT_DTYPES)
+    if not (x.is_cpu or x.is_cuda):
+        raise TypeError(f"input: expected a tensor on a CPU or a CUDA device, got {x.device}")
     if x.shape[-1:] != (features,):
         raise ValueError(f"input: expected shape (..., {features}), got {tuple(x.shape)}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,6 @@ SM90 = Recipe(DEEP_GEMM_SM90, DEEP_GEMM_SM90, True)
 SM100 = Recipe(DEEP_GEMM, DEEP_GEMM_32, False)
 
 
-@functools.cache
 def recipe_of(device: torch.device) -> Recipe:
     """Return the recipe of a device: that of its GPU, ``SM90`` on the CPU and on other GPUs."""
     blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10

@@ -19,10 +19,19 @@ def groups_of_rows(rows: PrefixSum, m: int) -> torch.Tensor:
 
 
 def group_sizes(rows: PrefixSum, m: int) -> list[int]:
-    """Read the ends of groups of m rows, and return the rows of each with its padding."""
+    """Read the ends of groups of m rows, and return the rows of each with its padding.
+
+    Raises:
+        ValueError: ends decrease, or are past the last row: other kernels clamp them otherwise.
+    """
     sizes, start = [], 0
-    for end in rows.ends.tolist():
-        stop = align(max(min(end, m), start), GROUP_ALIGNMENT)
+    for group, end in enumerate(rows.ends.tolist()):
+        stop = align(end, GROUP_ALIGNMENT)
+        if end < 0 or end > m or stop < start:
+            raise ValueError(
+                f"ends: expected group {group} to end at {start} to {m}, or before without rows, "
+                f"got {end}"
+            )
         sizes.append(stop - start)
         start = stop
     return sizes

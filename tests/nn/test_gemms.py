@@ -44,6 +44,7 @@ class CheckedDeepGemm:
             d.copy_(gemms._rows(a, self.recipe) @ gemms._blocks(b, self.recipe).mT)
             return
         self.calls.append("columns")
+        assert m > gemms.NARROW_FEATURES or not self.recipe.transposed_groups
         group = self.recipe.column_fmt.group_size
         assert recipe == (1, 1, group) and c is d and d.dtype is torch.float32 and not d.any()
         for q, sf in (a, b):
@@ -137,6 +138,15 @@ def test_linear(emulated, monkeypatch, m):
     layer = Fp8Linear(208, 304, dtype=torch.bfloat16, recipe=emulated.recipe)
     both_ways(layer, monkeypatch, activations(m, 208).requires_grad_())
     assert emulated.calls == ["rows", "rows", "columns"]
+
+
+@pytest.mark.parametrize(("features", "others"), [(208, 32), (32, 208), (32, 32)])
+def test_narrow_gradients(emulated, monkeypatch, features, others):
+    """On SM90 the other operand has to be that of many rows, or torch multiplies."""
+    layer = Fp8Linear(features, others, dtype=torch.bfloat16, recipe=emulated.recipe)
+    both_ways(layer, monkeypatch, activations(64, features).requires_grad_())
+    narrow = emulated.recipe is SM90 and max(features, others) <= gemms.NARROW_FEATURES
+    assert emulated.calls == ["rows", "rows", *([] if narrow else ["columns"])]
 
 
 def test_groups(emulated, monkeypatch):

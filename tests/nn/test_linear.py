@@ -210,6 +210,23 @@ def test_wrong_arguments():
     for x, groups in ((torch.zeros(100, 64), ends), (torch.zeros(128, 64), ends[:1])):
         with pytest.raises(ValueError, match="input, ends: expected shapes"):
             layer(x, groups)
+    x = torch.zeros(128, 64)
+    for call, words in (
+        (lambda: Fp8Linear("64", 32), "in_features: expected an int"),
+        (lambda: Fp8GroupedLinear(2.0, 64, 32), "groups: expected an int"),
+        (lambda: Fp8Linear(64, 32, recipe="SM90"), "recipe: expected None, SM90 or SM100"),
+        (
+            lambda: Fp8Linear(64, 32, dtype=torch.float64),
+            "dtype: expected bfloat16 or float16 or float32",
+        ),
+        (lambda: Fp8Linear(64, 32)([1]), "input: expected a tensor of"),
+        (lambda: Fp8Linear(64, 32)(x.double()), "input: expected a tensor of"),
+        (lambda: Fp8Linear(64, 32)(x.to("meta")), "input: expected a tensor on a CPU"),
+        (lambda: layer(x, [64, 128]), "ends: expected a tensor of int32"),
+        (lambda: layer(x, ends.long()), "ends: expected a tensor of int32"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
 
 
 def exact_groups(
@@ -270,9 +287,53 @@ def test_groups_that_are_frozen(recipe, device):
 
 
 def test_sizes_of_groups():
-    """With padding; ends are clamped to the rows, and to what comes before."""
-    ends = torch.tensor([5, 0, 128, 130, 400, 10**6, -1], dtype=torch.int32)
-    assert group_sizes(cq.PrefixSum(ends), 512) == [128, 0, 0, 128, 256, 0, 0]
+    """With padding; an empty group may end where the one before does, or where it begins."""
+    ends = torch.tensor([5, 5, 128, 130, 400, 512], dtype=torch.int32)
+    assert group_sizes(cq.PrefixSum(ends), 512) == [128, 0, 0, 128, 256, 0]
+    for wrong, words in (
+        ([130, 5, 200], "ends: expected group 1 to end at 256 to 384, or before without rows, got"),
+        ([130, 256, 385], "ends: expected group 2 to end at 256 to 384"),
+        ([-1, 256, 384], "ends: expected group 0 to end at 0 to 384"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            group_sizes(cq.PrefixSum(torch.tensor(wrong, dtype=torch.int32)), 384)
+
+
+@every_recipe
+@pytest.mark.parametrize("grouped", [False, True])
+def test_evaluation_quantizes_rows_alone(grouped, recipe, monkeypatch):
+    """Under no_grad and in inference mode, and where the weight is frozen."""
+    of_rows = []
+    for module in ("linear", "grouped"):
+        place = f"cute_quant.nn.{module}.quantize_both"
+        monkeypatch.setattr(place, lambda *_, **options: of_rows.append(None))
+    make = Fp8GroupedLinear if grouped else Fp8Linear
+    layer = make(*([1] if grouped else []), 64, 32, recipe=recipe)
+    inputs = [torch.randn(128, 64), *([torch.tensor([128]).int()] if grouped else [])]
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            layer(*inputs)
+    layer.requires_grad_(False)
+    layer(inputs[0].requires_grad_(), *inputs[1:]).sum().backward()
+    assert not of_rows
+
+
+@every_recipe
+@pytest.mark.parametrize("m", [40, 48])
+def test_compile(m, recipe):
+    torch._dynamo.reset()
+    layer = Fp8Linear(64, 32, dtype=BF16, recipe=recipe)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (layer, compiled):
+        layer.zero_grad()
+        x = activations(m, 64).requires_grad_() if not results else results[0][0]
+        x.grad = None
+        y = call(x)
+        y.sum().backward()
+        results.append((x, y.detach(), x.grad.clone(), layer.weight.grad.clone()))
+    for eager, graph in zip(*results, strict=True):
+        assert torch.equal(eager, graph)
 
 
 def test_groups_under_autocast_and_checkpointing(device):
