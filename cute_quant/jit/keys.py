@@ -79,6 +79,8 @@ def _distinctive(record: Any) -> list[str]:
         if _is_record(choice):
             # Two of a kind are told apart, such as `access` and `q_access`.
             prefix = name.removesuffix(type(choice).__name__.lower())
+            # One that may be missing is told from none, whatever its choices are.
+            words += [name] if has_default and record._field_defaults[name] is None else []
             words += [prefix + word for word in _distinctive(choice)]
         elif isinstance(choice, Format):
             words.append(choice.text)

@@ -49,12 +49,12 @@ def test_both_directions_are_checked(kind, monkeypatch):
     monkeypatch.setattr(columns_gated, "random", lambda *shape: torch.randn(shape).bfloat16())
     for module in (columns_gated, columns):
         monkeypatch.setattr(module, "DEVICE", "cpu")
-    columns_gated.quantizing(kind, 200, 128, 1)()
+    columns_gated.quantizing(kind, 200, 128, 2)()
     if not kind.stochastic:
         of_torch = columns_gated.values
         monkeypatch.setattr(columns_gated, "values", lambda *given: of_torch(*given).flip(0))
         with pytest.raises(RuntimeError, match=": columns: differs from the reference"):
-            columns_gated.quantizing(kind, 200, 128, 1)
+            columns_gated.quantizing(kind, 200, 128, 2)
 
 
 ROWS, COLUMNS = 5, 640

@@ -323,7 +323,9 @@ def test_wrong_offset_in_shared_memory(plant):
         assert "out of bounds" in said or "that nobody wrote" in said
         assert "out of bounds; " in plant(rms_norm, access, r"\1+-16]")
         assert "misaligned for" in plant(rms_norm, access, r"\1+2]")
-    assert "another thread wrote" in plant(rms_norm, r"(st\.shared\.b32\s+\[%r\d+)\]", r"\1+4]")
+    # Of the neighbour, or past the last one.
+    said = plant(rms_norm, r"(st\.shared\.b32\s+\[%r\d+)\]", r"\1+4]")
+    assert "another thread wrote" in said or "out of bounds" in said
 
 
 @pytest.mark.slow

@@ -173,14 +173,14 @@ FAULTS = [
     Fault(
         "checkpoint-pattern-inside-of-a-component",
         SELECTION,
-        'fnmatchcase(module, f"*.{pattern}")',
-        'fnmatchcase(module, f"*{pattern}")',
+        "fnmatchcase(parts[-1], last)",
+        'fnmatchcase(parts[-1], f"*{last}")',
         [f"{ON_SELECTION}::test_a_pattern_that_matches_nothing"],
     ),
     Fault(
         "checkpoint-transposed-experts-taken",
         SELECTION,
-        "if batch and hidden is not None and side != hidden:",
+        "if batch and sizes and side not in sizes:",
         "if False:",
         [f"{ON_SELECTION}::test_stacked_experts_that_are_transposed"],
     ),

@@ -95,14 +95,14 @@ FAULTS = [
     Fault(
         "peers-records-of-another-rank",
         PEERS,
-        "first = rank * max_tokens",
+        "first = self.rank * max_tokens",
         "first = 0",
         [THERE_AND_BACK],
     ),
     Fault(
         "peers-rows-that-do-not-exist-keep-what-memory-held",
         PEERS,
-        "self._received[-1].zero_()",
+        "self.received[-1].zero_()",
         "pass",
         [THERE_AND_BACK],
     ),

@@ -821,8 +821,8 @@ FAULTS = [
     Fault(
         "silu-product-rounded-once",
         SILU_MUL,
-        "self.round(self.round(gate * self.sigmoid(gate)) * up, after_product=True)",
-        "self.round(gate * self.sigmoid(gate) * up, after_product=True)",
+        "activated = self.round(gate * self.sigmoid(gate), rounds_activation(spec.rounding))",
+        "activated = gate * self.sigmoid(gate)",
         [f"{ON_SILU_KERNEL}::test_variants"],
     ),
     Fault(

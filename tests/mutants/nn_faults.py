@@ -13,22 +13,22 @@ FAULTS = [
     Fault(
         "linear-keeps-the-input",
         LINEAR,
-        "ctx.save_for_backward(weight if of_x else None, *columns)",
-        "ctx.x = ctx.save_for_backward(weight if of_x else None, *columns, x)",
+        "ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *columns)",
+        "ctx.x = ctx.save_for_backward(weight, *columns, x)",
         [f"{ON_LAYERS}::test_what_is_kept_is_fp8"],
     ),
     Fault(
         "linear-keeps-what-nobody-needs",
         LINEAR,
-        "ctx.save_for_backward(weight if of_x else None, *columns)",
+        "ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *columns)",
         "ctx.save_for_backward(weight, *columns)",
         [f"{ON_LAYERS}::test_what_needs_no_gradient_is_not_kept"],
     ),
     Fault(
         "linear-padding-that-is-not-zero",
         LINEAR,
-        "return torch.zeros((k, padded), dtype=torch.uint8, device=device).view(fmt.values)",
-        "return torch.full((k, padded), 0x7E, dtype=torch.uint8, device=device).view(fmt.values)",
+        "torch.nn.functional.pad(q.view(torch.uint8), (0, padding))",
+        "torch.nn.functional.pad(q.view(torch.uint8), (0, padding), value=0x7E)",
         [f"{ON_LAYERS}::test_gradients"],
     ),
     Fault(
@@ -55,8 +55,8 @@ FAULTS = [
     Fault(
         "grouped-empty-groups",
         ROWS,
-        "stop = align(max(min(end, m), start), GROUP_ALIGNMENT)",
-        "stop = align(max(min(end, m), start + 1), GROUP_ALIGNMENT)",
+        "sizes.append(stop - start)",
+        "sizes.append(max(stop - start, GROUP_ALIGNMENT))",
         [f"{ON_LAYERS}::test_groups", f"{ON_LAYERS}::test_sizes_of_groups"],
     ),
     Fault(

@@ -299,7 +299,7 @@ FAULTS = [
     Fault(
         "readers-swizzle-without-padding",
         f"{READER_CHECKS}/values.py",
-        "if _error(given, unswizzled, row_major, shape, live) <= ERROR:",
+        "if _error(given, sf, fmt, shape, live) <= bound:",
         "if False:",
         [f"{ON_READERS}::test_a_swizzle_that_is_none"],
     ),
@@ -411,8 +411,8 @@ FAULTS = [
     Fault(
         "readers-rounded-scales-are-others",
         f"{READER_CHECKS}/values.py",
-        "_relative(y * factors, x) <= ERROR:",
-        "_relative(y, x) <= ERROR:",
+        "_relative(y * factors, x) <= bound:",
+        "_relative(y, x) <= bound:",
         [f"{ON_READERS}::test_scales_that_were_rounded_after_the_values_were_quantized"],
     ),
     Fault(

@@ -102,13 +102,6 @@ FAULTS = [
         [ON_KERNEL],
     ),
     Fault(
-        "scatter-places-before-the-grid-before-ended",
-        SCHEDULER,
-        "return not (domain.repeats or reads)",
-        "return not (domain.batched or reads)",
-        [f"{ON_KERNEL}::test_a_row_that_is_named_twice_is_a_race"],
-    ),
-    Fault(
         "scatter-first-windows-again",
         SCHEDULER,
         "        step = num_row_ctas * num_column_ctas\n",

@@ -58,8 +58,8 @@ FAULTS = [
     Fault(
         "philox-kernel-all-octets-alike",
         PHILOX,
-        "for word in self._call(octet + i):",
-        "for word in self._call(octet):",
+        "yield self._call(octet + i)",
+        "yield self._call(octet)",
         [f"{ON_KERNELS}::test_formats"],
     ),
     Fault(
