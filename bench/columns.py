@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -163,16 +163,19 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
     return shapes
 
 
-def parse() -> argparse.Namespace:
-    parser = parser_of("bench.columns", __doc__)
+def parse(
+    module: str, description: str | None, of: str, shapes: Sequence[tuple[int, int]]
+) -> argparse.Namespace:
+    """Return the options of a benchmark of both directions, with `shapes` of what is quantized."""
+    parser = parser_of(module, description)
     add = parser.add_argument
-    add("--shapes", type=parse_shapes, default=list(SHAPES), metavar="MxK,...", help="of x")
+    add("--shapes", type=parse_shapes, default=list(shapes), metavar="MxK,...", help=f"of {of}")
     add("--experts", type=int, default=EXPERTS, metavar="N", help="default: %(default)s")
     return parser.parse_args()
 
 
 def main() -> None:
-    options = parse()
+    options = parse("bench.columns", __doc__, "x", SHAPES)
     machine = begin("bench.columns", options.commit)
     run(cases(options.shapes, options.experts), machine, "transpose first", options.output)
 

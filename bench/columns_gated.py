@@ -12,7 +12,6 @@ they are timed, and columns with those of torch's bf16 values, which are close.
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -20,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from bench.cases import Case, Makers, Run, begin, parser_of, require, run, streaming
-from bench.columns import DEVICE, EXPERTS, parse_shapes, uneven_experts
+from bench.cases import Case, Makers, Run, begin, require, run, streaming
+from bench.columns import DEVICE, parse, uneven_experts
 from bench.gradients import gradients
 from bench.masked import poison, random
 from cute_quant import (
@@ -179,16 +178,8 @@ def cases(shapes: list[tuple[int, int]], count: int) -> Iterator[Case]:
             yield Case(str(kind), mn, RESULTS[of] * k, moved, makers)
 
 
-def parse() -> argparse.Namespace:
-    parser = parser_of("bench.columns_gated", __doc__)
-    add = parser.add_argument
-    add("--shapes", type=parse_shapes, default=list(SHAPES), metavar="MxK,...", help="of products")
-    add("--experts", type=int, default=EXPERTS, metavar="N", help="default: %(default)s")
-    return parser.parse_args()
-
-
 def main() -> None:
-    options = parse()
+    options = parse("bench.columns_gated", __doc__, "products", SHAPES)
     machine = begin("bench.columns_gated", options.commit)
     run(cases(options.shapes, options.experts), machine, "torch first", options.output)
 
