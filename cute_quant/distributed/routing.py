@@ -189,7 +189,7 @@ def route(
     all_to_all(expert, sent_ids[:num_sent], received, sent, group)
 
     expert = expert.long()
-    count, position_in_expert = positions_in_experts(expert, local)
+    count, position_in_expert = _positions_in_experts(expert, local)
     if num_rows is None:
         num_rows = _rows_needed(count, layout, alignment, num_received, topk, max_tokens)
     rows, row, dropped = _rows(expert, count, position_in_expert, layout, alignment, num_rows)
@@ -219,7 +219,7 @@ def route(
     return plan
 
 
-def positions_in_experts(expert: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _positions_in_experts(expert: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return how many of (n, topk) each expert has, and the place of each in its expert."""
     flat = expert.where(expert >= 0, experts).flatten()
     count = flat.new_zeros(experts + 1).scatter_add_(0, flat, torch.ones_like(flat))

@@ -42,6 +42,7 @@ class Problem(Params):
 
     def __init__(
         self,
+        *,
         values: cute.Tensor,
         words: cute.Tensor,
         scale_word: Int32,
@@ -112,15 +113,15 @@ class Arrival:
             (records, nbytes // BYTES_PER_WORD), stride=(mRecords.stride[0] // BYTES_PER_WORD, 1)
         )
         problem = Problem(
-            mRecords,
-            cute.make_tensor(cute.recast_ptr(mRecords.iterator, dtype=Uint32), words),
-            scale_start // BYTES_PER_WORD,
-            cute.ceil_div(groups, self.groups_per_word),
-            mSources,
-            mCounts,
-            mQ,
-            scale_tensor(self.fmt, mS, rows, groups),
-            stored_rows,
+            values=mRecords,
+            words=cute.make_tensor(cute.recast_ptr(mRecords.iterator, dtype=Uint32), words),
+            scale_word=scale_start // BYTES_PER_WORD,
+            num_words=cute.ceil_div(groups, self.groups_per_word),
+            sources=mSources,
+            counts=mCounts,
+            q=mQ,
+            scales=scale_tensor(self.fmt, mS, rows, groups),
+            stored_rows=stored_rows,
         )
         self.kernel(problem).launch(
             grid=[

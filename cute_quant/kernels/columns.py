@@ -217,7 +217,7 @@ class Columns:
                 encodings.value_type_of(row_fmt), shape, spec.access.store_bytes
             )
             columns = (cute.sym_int32(),) if row_fmt.blocked else (mn, cute.sym_int32())
-            row_scales = _fake_scales(encodings.scale_type_of(row_fmt), (batch, *columns), 1)
+            row_scales = copy.fake_strided(encodings.scale_type_of(row_fmt), (batch, *columns), 1)
             row_floor = Int32(0) if row_fmt.power_of_two else Float32(0)
         if self.counted:
             counts = make_fake_tensor(Int32, (cute.sym_int32(),), stride=(1,))
@@ -237,7 +237,7 @@ class Columns:
                 (batch, k, mn) if spec.transposed else shape,
                 spec.q_access.store_bytes,
             ),
-            _fake_scales(encodings.scale_type_of(fmt), scales, BYTES_PER_WORD),
+            copy.fake_strided(encodings.scale_type_of(fmt), scales, BYTES_PER_WORD),
             row_q,
             row_scales,
             counts,
@@ -800,10 +800,3 @@ def copy_vectors(source: cute.Tensor | list[cute.Tensor], target: cute.Tensor | 
             cute.autovec_copy(mine, vectors[i])
         else:
             cute.autovec_copy(vectors[i], mine)
-
-
-def _fake_scales(dtype: type[cutlass.Numeric], shape: tuple, nbytes: int) -> cute.Tensor:
-    """Return a stand-in for scales of any strides, which lie at multiples of `nbytes`."""
-    strides = tuple(cute.sym_int64() for _ in shape)
-    align = max(nbytes, dtype.width // 8)
-    return make_fake_tensor(dtype, shape, stride=strides, assumed_align=align)

@@ -23,7 +23,7 @@ from cute_quant.contract.rows import DENSE, Indexed, Masked, PrefixSum
 from cute_quant.kernels import encodings, layouts, row_domains
 from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.config import CONVERT_WARPS, LANES, MAX_GRID_Z, ConvertSpec
-from cute_quant.kernels.copy import store_atom
+from cute_quant.kernels.copy import fake_strided, store_atom
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.stage import round_up
 
@@ -357,6 +357,4 @@ def fake_scales(fmt: Format, batch: Int32, nbytes: int) -> cute.Tensor:
     dtype = Int32 if fmt.packed else Uint8 if fmt.byte_scales else Float32
     inner = 1 if fmt.blocked else 2
     shape = (batch, *(cute.sym_int32() for _ in range(inner)))
-    strides = tuple(cute.sym_int64() for _ in shape)
-    align = max(nbytes, dtype.width // 8)
-    return make_fake_tensor(dtype, shape, stride=strides, assumed_align=align)
+    return fake_strided(dtype, shape, nbytes)

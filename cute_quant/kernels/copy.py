@@ -53,6 +53,13 @@ def fake_matrix(dtype: type[cutlass.Numeric], shape: tuple, nbytes: int) -> cute
     return make_fake_tensor(dtype, shape, stride=strides, assumed_align=nbytes)
 
 
+def fake_strided(dtype: type[cutlass.Numeric], shape: tuple, nbytes: int) -> cute.Tensor:
+    """Return a stand-in for a tensor of any strides, aligned to `nbytes`."""
+    strides = tuple(cute.sym_int64() for _ in shape)
+    align = max(nbytes, dtype.width // 8)
+    return make_fake_tensor(dtype, shape, stride=strides, assumed_align=align)
+
+
 @cute.jit
 def load(
     gRow: cute.Tensor,  # (k,)

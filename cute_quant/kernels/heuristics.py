@@ -97,7 +97,7 @@ NORM_TILES = {16: 1, 32: 2}
 
 On an H100 two tiles were slower than one at every size (k = 2048 and 7168). Blackwell is not
 measured: a B200 has 226 instructions of a warp for each of its tiles before they take longer than
-memory does. Kernels of one tile have 206, of two tiles 169.
+memory does. Kernels of one tile have 200, of two tiles 166.
 """
 
 RESIDENT_CTAS = 8
