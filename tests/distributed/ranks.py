@@ -9,7 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -65,12 +65,18 @@ class Ranks:
         return self.connections[rank].recv()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Return the results of all ranks."""
+        """Return the results of all ranks, or fail at the first error: others may wait for it."""
         self.start(function, *arguments)
-        answers = [self.answer(rank) for rank in range(len(self.processes))]
-        for rank, (_, error) in enumerate(answers):
-            assert error is None, f"rank {rank}: {error}"
-        return [result for result, _ in answers]
+        results: dict[int, Any] = {}
+        waiting = {self.connections[rank]: rank for rank in range(len(self.processes))}
+        while waiting:
+            answered = wait(list(waiting), self.timeout)
+            assert answered, f"ranks {sorted(waiting.values())} do not answer"
+            for connection in waiting.keys() & set(answered):
+                rank = waiting.pop(connection)
+                results[rank], error = connection.recv()
+                assert error is None, f"rank {rank}: {error}"
+        return [results[rank] for rank in range(len(self.processes))]
 
 
 @contextlib.contextmanager
