@@ -113,12 +113,11 @@ def hash_all_arguments(operator: Any) -> None:
 
 def symmetric_memory(
     shape: tuple[int, ...], device: torch.device, group: Any
-) -> tuple[Any, list[torch.Tensor]]:
+) -> tuple[list[torch.Tensor], object]:
     """Allocate bytes on each rank that all ranks of a group see; they call this together.
 
     Returns:
-        The handle, whose ``barrier`` waits for all ranks on the current stream, and which owns the
-        memory; and the memory of each rank, `shape`.
+        The memory of each rank, `shape`, uint8, zeros; and what owns it.
     """
     import torch.distributed as dist
     from torch.distributed import _symmetric_memory
@@ -127,5 +126,8 @@ def symmetric_memory(
     if group is None:
         group = dist.group.WORLD
     handle: Any = _symmetric_memory.rendezvous(own, group)
+    own.zero_()
+    # Nobody writes to the memory of a rank before it is zeros.
+    handle.barrier()
     ranks = range(handle.world_size)
-    return handle, [handle.get_buffer(rank, shape, torch.uint8) for rank in ranks]
+    return [handle.get_buffer(rank, shape, torch.uint8) for rank in ranks], handle

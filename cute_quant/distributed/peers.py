@@ -12,7 +12,9 @@ import torch.distributed as dist
 from cute_quant import ops
 from cute_quant.contract import torch_private
 from cute_quant.contract.checks import check_format, check_whole_bytes
+from cute_quant.contract.dtypes import describe
 from cute_quant.contract.formats import Format
+from cute_quant.distributed.barrier import Barrier
 from cute_quant.distributed.records import Record
 from cute_quant.distributed.routing import Plan, check_agreement, check_group, check_sizes
 
@@ -58,17 +60,20 @@ class PeerBuffers:
         timeout: timedelta = TIMEOUT,
     ):
         shape = self.shape(fmt, k, max_tokens, group)
+        if not isinstance(timeout, timedelta):
+            raise TypeError(f"timeout: expected a timedelta, got {describe(timeout)}")
+        if timeout <= timedelta():
+            raise ValueError(f"timeout: expected a positive time, got {timeout}")
         place = torch.device("cuda" if device is None else device)
         if place.type != "cuda" or not torch.cuda.is_available():
             raise ValueError(f"device: expected a CUDA device that is there, got {place}")
-        handle, memories = torch_private.symmetric_memory(shape, place, group)
-        milliseconds = int(timeout.total_seconds() * 1000)
-
-        def barrier() -> None:
-            handle.barrier(timeout_ms=milliseconds)
-
+        memories, keep_memories = torch_private.symmetric_memory(shape, place, group)
+        counters, keep_counters = torch_private.symmetric_memory(
+            (4 * (dist.get_world_size(group) + 1),), place, group
+        )
+        barrier = Barrier([t.view(torch.int32) for t in counters], dist.get_rank(group), timeout)
         self._set(fmt, k, max_tokens, group, memories, barrier)
-        self._handle = handle
+        self._handles = keep_memories, keep_counters
 
     @classmethod
     def of_memory(

@@ -579,6 +579,17 @@ ARRIVAL_WARPS = 4
 """Warps of its CTAs, which have a row for each lane."""
 
 
+class BarrierSpec(NamedTuple):
+    """Choices of `kernels.barrier.Barrier`.
+
+    Attributes:
+        pdl: as of a `QuantizeSpec`.
+    """
+
+    pdl: bool = True
+    kernel: str = "barrier.Barrier"
+
+
 QuantizerSpec = QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec | RmsNormSpec
 Spec = (
     QuantizerSpec
@@ -589,6 +600,7 @@ Spec = (
     | ColumnsSpec
     | ConvertSpec
     | ArrivalSpec
+    | BarrierSpec
 )
 
 

@@ -4,7 +4,7 @@ All inline PTX and all private names of the DSL that the kernels use stand here.
 """
 
 import cutlass
-from cutlass import BFloat16, Float16, Float32, Uint16, Uint32
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint16, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.base_dsl import BaseDSL
 from cutlass.cutlass_dsl import T, dsl_user_op
@@ -152,3 +152,34 @@ def pack_int8(a: Float32, b: Float32, upper: Uint32, *, loc=None, ip=None) -> Ui
     ptx = "cvt.pack.sat.s8.s32.b32 $0, $1, $2, $3;"
     operands = [words[1], words[0], Uint32(upper).ir_value(loc=loc, ip=ip)]
     return Uint32(llvm.inline_asm(T.i32(), operands, ptx, "=r,r,r,r", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def store_release(address: Int64, value: Int32, *, loc=None, ip=None) -> None:
+    """Store a number that any GPU of the host sees, and all that was stored before it."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(value).ir_value(loc=loc, ip=ip)]
+    ptx = "st.release.sys.global.b32 [$0], $1;"
+    llvm.inline_asm(None, operands, ptx, "l,r", has_side_effects=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def load_acquire(address: Int64, *, loc=None, ip=None) -> Int32:
+    """Load a number that any GPU of the host may store, and see all that it stored before it."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)]
+    ptx = "ld.acquire.sys.global.b32 $0, [$1];"
+    return Int32(
+        llvm.inline_asm(T.i32(), operands, ptx, "=r,l", has_side_effects=True, loc=loc, ip=ip)
+    )
+
+
+@dsl_user_op
+def nanoseconds(*, loc=None, ip=None) -> Int64:
+    """Return the time of the GPU."""
+    ptx = "mov.u64 $0, %globaltimer;"
+    return Int64(llvm.inline_asm(T.i64(), [], ptx, "=l", has_side_effects=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def trap(*, loc=None, ip=None) -> None:
+    """End the kernel with an error, which the context keeps."""
+    llvm.inline_asm(None, [], "trap;", "", has_side_effects=True, loc=loc, ip=ip)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -130,7 +131,7 @@ def there_and_back(
             live[start + i] = True
     if layout == "psum":
         assert flat_q[~live].eq(0).all() and rows[~live].eq(0).all()
-        if fmt.mn_major:
+        if fmt.mn_major and plan.num_rows:
             assert last_column_rows(sf) == fmt.scale_rows(plan.num_rows)
             padding = storage_bits(sf).view(torch.int32).view(-1, fmt.scale_rows(plan.num_rows))
             assert padding[:, plan.num_rows :].eq(0).all()
@@ -235,6 +236,18 @@ def errors(rank: int) -> None:
             (cq.DEEP_GEMM, 128, 2, None, "cpu"),
             {},
             "device: expected a CUDA",
+        ),
+        (
+            distributed.PeerBuffers,
+            (cq.DEEP_GEMM, 128, 2, None, "cuda", 5),
+            {},
+            "timeout: expected a timedelta, got 5",
+        ),
+        (
+            distributed.PeerBuffers,
+            (cq.DEEP_GEMM, 128, 2, None, "cuda", timedelta()),
+            {},
+            "timeout: expected a positive time",
         ),
         # What differs between ranks raises on all of them.
         (

@@ -6,11 +6,13 @@ ROUTING = "distributed/routing.py"
 EXCHANGE = "distributed/exchange.py"
 PEERS = "distributed/peers.py"
 ARRIVAL = "kernels/arrival.py"
+PTX = "kernels/ptx.py"
 SHARDING = "distributed/sharding.py"
 TORCH_PRIVATE = "contract/torch_private.py"
 
 ON_EXPERTS = "tests/distributed/test_expert_parallel.py"
 ON_ARRIVAL = "tests/kernels/test_arrival.py"
+ON_BARRIER = "tests/kernels/test_barrier.py"
 ON_DTENSOR = "tests/distributed/test_dtensor.py"
 THERE_AND_BACK = f"{ON_EXPERTS}::test_there_and_back"
 
@@ -112,6 +114,20 @@ FAULTS = [
         "        self._write(x, plan, self.rank, upper)\n        self._barrier()\n",
         "        self._write(x, plan, self.rank, upper)\n",
         [f"{ON_EXPERTS}::test_ranks_wait_for_each_other"],
+    ),
+    Fault(
+        "barrier-signal-that-overtakes-records",
+        PTX,
+        "st.release.sys",
+        "st.relaxed.sys",
+        [f"{ON_BARRIER}::test_machine_code"],
+    ),
+    Fault(
+        "barrier-records-that-a-cache-held",
+        PTX,
+        "ld.acquire.sys",
+        "ld.relaxed.sys",
+        [f"{ON_BARRIER}::test_machine_code"],
     ),
     Fault(
         "route-rows-of-masked-experts-past-the-last",
