@@ -579,6 +579,33 @@ ARRIVAL_WARPS = 4
 """Warps of its CTAs, which have a row for each lane."""
 
 
+class CombineSpec(NamedTuple):
+    """Choices of `kernels.combine.Combine`.
+
+    Attributes:
+        dtype: of the rows and of their sums.
+        in_flight: rows whose loads are in flight at once.
+        values_per_thread: columns of a thread, contiguous along n.
+        access: to the rows and to the sums.
+        weighted: whether rows have factors.
+        pdl: as of a `QuantizeSpec`.
+    """
+
+    dtype: torch.dtype
+    in_flight: int
+    values_per_thread: int
+    access: Access
+    weighted: bool = False
+    pdl: bool = True
+    kernel: str = "combine.Combine"
+
+
+COMBINE_WARPS = 4
+"""Warps of its CTAs, along the columns of one record."""
+COMBINE_ROWS = 8
+"""Most rows whose loads are in flight at once."""
+
+
 QuantizerSpec = QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec | RmsNormSpec
 Spec = (
     QuantizerSpec
@@ -589,6 +616,7 @@ Spec = (
     | ColumnsSpec
     | ConvertSpec
     | ArrivalSpec
+    | CombineSpec
 )
 
 
