@@ -1,8 +1,8 @@
 """Add up rows that lie in different places: load, multiply by factors, add, round, store.
 
-A thread has one vector of columns of one record, and adds up that of each of the record's rows in
-their order. Loads of several rows are in flight at once. Products and sums are rounded each, as
-torch does: no product is fused with a sum.
+A warp has a tile of columns of one record, a vector a thread. Its lanes load the places of the
+record's rows, and the warp goes through those that exist, in their order, several at once. Products
+and sums are rounded each, as torch does: no product is fused with a sum.
 """
 
 import cuda.bindings.driver as cuda
@@ -12,7 +12,13 @@ from cutlass import Float32, Int32, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_quant.kernels import copy, encodings, ptx
-from cute_quant.kernels.config import COMBINE_WARPS, LANES, MAX_GRID_Y, CombineSpec
+from cute_quant.kernels.config import (
+    COMBINE_CTAS,
+    COMBINE_WARPS,
+    LANES,
+    MAX_GRID_Y,
+    CombineSpec,
+)
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
@@ -89,6 +95,9 @@ class Combine:
                     1,
                 ],
                 block=[LANES, COMBINE_WARPS, 1],
+                # Else the compiler saves registers, and has a thread wait for each row by itself.
+                min_blocks_per_mp=COMBINE_CTAS,
+                preferred_smem_carveout=0,
                 stream=stream,
                 use_pdl=self.spec.pdl,
             )
@@ -105,8 +114,9 @@ class Combine:
         if const_expr(self.spec.pdl):
             cute.arch.griddepcontrol_wait()
         total = encodings.zeros(self.values, Float32)
-        for first in range(0, problem.places.shape[1], self.spec.in_flight):
-            self.add_rows(problem, record, first, segment, total)
+        choices = problem.places.shape[1]
+        for first in range(0, choices, LANES):
+            self.add_rows(problem, record, first + lane, segment, total)
         rounded = encodings.encode(total, self.dtype)
         copy.store(rounded, problem.out.row(record), segment, True, self.spec.access)
 
@@ -115,38 +125,69 @@ class Combine:
         self,
         problem: Problem,
         record: Int32,
-        first: Int32,
+        choice: Int32,
         segment: Segment,
         total: cute.Tensor,  # (values,)
     ):
-        """Add a thread's columns of the rows of some choices, which it loads before it adds."""
-        choices = range(self.spec.in_flight)
-        chosen = [self.load_choice(problem, record, first + i) for i in choices]
-        registers = [encodings.zeros(self.values, self.dtype) for _ in choices]
-        for i in cutlass.range_constexpr(self.spec.in_flight):
-            place, _ = chosen[i]
-            gRow = problem.rows.row(Uint32(place))
-            copy.load(gRow, segment, place >= 0, registers[i], self.spec.access)
-        for i in cutlass.range_constexpr(self.spec.in_flight):
-            _, factor = chosen[i]
-            terms = encodings.widen(registers[i])  # (values,)
-            if const_expr(self.spec.weighted):
-                for j in cutlass.range_constexpr(self.values):
-                    terms[j] = ptx.mul_rn(terms[j], factor)
-            total.store(total.load() + terms.load())
-
-    @cute.jit
-    def load_choice(
-        self, problem: Problem, record: Int32, choice: Int32
-    ) -> tuple[Int32, Float32]:
-        """Load the place of a choice and its factor, -1 and 0 where there is none.
-
-        Zeros stand for a row that is not there. With a factor of 0 they add nothing, as a sum that
-        starts at 0 is never -0; with the one that memory holds they might be NaN.
-        """
+        """Add a thread's columns of the rows of a warp's choices, of which each lane has one."""
         place, factor = Int32(-1), Float32(0.0)
         if choice < problem.places.shape[1]:
             place = problem.places[record, choice]
             if const_expr(self.spec.weighted):
                 factor = problem.factors[record, choice]
-        return place, factor if place >= 0 else Float32(0.0)
+        # As unsigned, -1 lies past the last row.
+        left = Uint32(cute.arch.vote_ballot_sync(Uint32(place) < problem.rows.rows))
+        while left != Uint32(0):
+            left = self.add_some(problem, place, factor, left, segment, total)
+
+    @cute.jit
+    def add_some(
+        self,
+        problem: Problem,
+        place: Int32,
+        factor: Float32,
+        left: Uint32,
+        segment: Segment,
+        total: cute.Tensor,  # (values,)
+    ) -> Uint32:
+        """Add a thread's columns of the rows of the next lanes, and return which lanes are left.
+
+        Past the last of them its row is loaded again, and counts as zeros: without a predicate of
+        its own each load is issued before the first is waited for.
+
+        Args:
+            problem: arguments of the kernel.
+            place: the row of each lane.
+            factor: of that row.
+            left: a bit for each lane whose row exists, one at least.
+            segment: of the thread.
+            total: (values,), the sums so far.
+        """
+        lane = lowest_bit(left)
+        exists, rows, factors, registers = [], [], [], []
+        for _ in cutlass.range_constexpr(self.spec.in_flight):
+            exists.append(left != Uint32(0))
+            lane = lowest_bit(left) if left != Uint32(0) else lane
+            left = left & (left - 1)
+            rows.append(problem.rows.row(cute.arch.shuffle_sync(place, lane)))
+            if const_expr(self.spec.weighted):
+                factors.append(cute.arch.shuffle_sync(factor, lane))
+            registers.append(encodings.zeros(self.values, self.dtype))
+        for i in cutlass.range_constexpr(self.spec.in_flight):
+            copy.load(rows[i], segment, True, registers[i], self.spec.access)
+        for i in cutlass.range_constexpr(self.spec.in_flight):
+            encodings.clear_unless(exists[i], registers[i])
+            terms = encodings.widen(registers[i])  # (values,)
+            if const_expr(self.spec.weighted):
+                # Zeros times a factor that is not finite would be NaN.
+                of_row = factors[i] if exists[i] else Float32(0.0)
+                for j in cutlass.range_constexpr(self.values):
+                    terms[j] = ptx.mul_rn(terms[j], of_row)
+            # A sum that starts at 0 is never -0, so zeros leave it as it is.
+            total.store(total.load() + terms.load())
+        return left
+
+
+def lowest_bit(bits: Uint32) -> Int32:
+    """Return the index of the lowest bit that is set, of one that is."""
+    return Int32(cute.arch.popc(~bits & (bits - 1)))
