@@ -46,9 +46,7 @@ def _takes(rows: torch.Tensor) -> bool:
     return contiguous and row_stride * rows.element_size() <= MAX_SIZE
 
 
-def _launch(
-    rows: torch.Tensor, places: torch.Tensor, factors: torch.Tensor | None
-) -> torch.Tensor:
+def _launch(rows: torch.Tensor, places: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
     """Launch the kernel on rows and places of which there are some."""
     arch = lookup.architecture(rows.get_device())
     out = rows.new_empty((len(places), rows.shape[1]))

@@ -602,7 +602,7 @@ class CombineSpec(NamedTuple):
 
 COMBINE_WARPS = 4
 """Warps of its CTAs, along the columns of one record."""
-COMBINE_CTAS = 8
+COMBINE_CTAS = 6
 """CTAs that an SM holds: as many registers are left for a thread as its loads need."""
 COMBINE_ROWS = 4
 """Most rows whose loads are in flight at once."""
