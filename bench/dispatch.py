@@ -6,7 +6,7 @@ Each way ends with quantized rows in front of a grouped GEMM: tokens quantized a
 of FP8 values and scales (*FP8*), sent in bf16 and quantized on arrival (*bf16*), and quantized
 into the memory of the other GPUs (*peers*). Parts of them are until records have arrived, by NCCL
 (*sent*) or in the memory of peers (*written*); *copy* is a copy of the records for one peer to its
-memory. All are CUDA graphs of calls with bounded sizes, whose routing is known; the results of the
+memory. *combine* sends as many bf16 results back and adds them up. All are CUDA graphs of calls with bounded sizes, whose routing is known; the results of the
 three ways are compared first. A time is that of the slowest rank, the median over replays that
 alternate.
 """
@@ -39,7 +39,7 @@ TOP_K = 8
 ALIGNMENT = 128
 CALLS = 10
 REPLAYS = 20
-TIMES = ("bf16", "FP8", "peers", "sent", "written", "copy", "route")
+TIMES = ("bf16", "FP8", "peers", "sent", "written", "copy", "route", "combine")
 ROOM = 1.3
 """Rows of an arrival over those that come on average."""
 
@@ -74,7 +74,7 @@ def slowest_seconds(graphs: dict[str, torch.cuda.CUDAGraph]) -> dict[str, float]
 
 
 def measure(rank: int, tokens: int, k: int, fmt: Format) -> dict[str, float]:
-    """Return the seconds of each way to dispatch, and of a route."""
+    """Return the seconds of each way to dispatch, of a route, and of the way back."""
     ranks = dist.get_world_size()
     torch.manual_seed(rank)
     x = torch.randn(tokens, k, dtype=torch.bfloat16, device="cuda")
@@ -115,6 +115,9 @@ def measure(rank: int, tokens: int, k: int, fmt: Format) -> dict[str, float]:
     source = torch.zeros_like(target, device=x.device)
     calls["copy"] = lambda: target.copy_(source)
     calls["route"] = route
+    y = torch.randn(num_rows, k, dtype=torch.bfloat16, device="cuda")
+    weights = torch.rand(tokens, TOP_K, device="cuda")
+    calls["combine"] = lambda: distributed.combine(y, plan, weights)
     return slowest_seconds({name: captured(call) for name, call in calls.items()})
 
 

@@ -14,6 +14,7 @@ from cute_quant.contract.formats import DEEP_GEMM, Format
 from cute_quant.contract.tensors import check_real, check_tensor
 from cute_quant.dispatch import torch_ops
 from cute_quant.distributed.arrival import lay_out
+from cute_quant.distributed.combination import add_up
 from cute_quant.distributed.peers import PeerBuffers
 from cute_quant.distributed.records import Record
 from cute_quant.distributed.routing import Plan, all_to_all
@@ -147,28 +148,14 @@ def combine(y: torch.Tensor, plan: Plan, weights: torch.Tensor | None = None) ->
             )
         sent = weights.index_select(0, plan.tokens) if len(weights) else _nothing(weights, plan)
         factors = plan.exchange(sent)[:-1]
-    rows = y.flatten(0, -2)
-    total = y.new_zeros((plan.num_received, y.shape[-1]), dtype=torch.float32)
-    for choice in range(plan.places.shape[1] if len(rows) else 0):
-        place = plan.places[:, choice]
-        row = rows.index_select(0, place.clamp(min=0)).float()
-        if factors is not None:
-            row = row * factors[:, choice].unsqueeze(1)
-        total += row.where((place >= 0).unsqueeze(1), 0.0)
-    returned = _return(total.to(y.dtype), plan)
-    tokens, ranks = plan.records.shape
-    result = y.new_zeros((tokens, y.shape[-1]), dtype=torch.float32)
-    for rank in range(ranks):
-        record = plan.records[:, rank].long()
-        result += returned.index_select(0, record.where(record >= 0, len(returned) - 1)).float()
-    return result.to(y.dtype)
+    returned = _return(add_up(y.flatten(0, -2), plan.places, factors), plan)
+    return add_up(returned, plan.records)
 
 
 def _return(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """Send rows back the way of their records; one of zeros is behind those that come."""
-    returned = rows.new_empty((len(plan.tokens) + 1, rows.shape[1]))
-    returned[-1].zero_()
-    all_to_all(returned[:-1], rows, plan.sent, plan.received, plan.group)
+    """Send rows back the way of their records."""
+    returned = rows.new_empty((len(plan.tokens), rows.shape[1]))
+    all_to_all(returned, rows, plan.sent, plan.received, plan.group)
     return returned
 
 

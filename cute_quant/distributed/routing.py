@@ -36,7 +36,7 @@ class Plan:
         sent, received: the counted ones.
         num_received: records that arrive.
         sources: (rows,), int64: the record of each row of the arrival, `num_received` of none.
-        places: (received, topk), int64: the row for each of a record's experts, -1 for none.
+        places: (received, topk), int32: the row for each of a record's experts, -1 for none.
         ids: (T, topk), int64: the experts of tokens, -1 for none.
     """
 
@@ -211,7 +211,7 @@ def route(
         received,
         num_received,
         sources[:total],
-        row,
+        row.int(),
         ids,
     )
     if check:

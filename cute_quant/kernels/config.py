@@ -590,6 +590,35 @@ class BarrierSpec(NamedTuple):
     kernel: str = "barrier.Barrier"
 
 
+class CombineSpec(NamedTuple):
+    """Choices of `kernels.combine.Combine`.
+
+    Attributes:
+        dtype: of the rows and of their sums.
+        in_flight: rows whose loads are in flight at once.
+        values_per_thread: columns of a thread, contiguous along n.
+        access: to the rows and to the sums.
+        weighted: whether rows have factors.
+        pdl: as of a `QuantizeSpec`.
+    """
+
+    dtype: torch.dtype
+    in_flight: int
+    values_per_thread: int
+    access: Access
+    weighted: bool = False
+    pdl: bool = True
+    kernel: str = "combine.Combine"
+
+
+COMBINE_WARPS = 4
+"""Warps of its CTAs, along the columns of one record."""
+COMBINE_CTAS = 6
+"""CTAs that an SM holds: as many registers are left for a thread as its loads need."""
+COMBINE_ROWS = 4
+"""Most rows whose loads are in flight at once."""
+
+
 QuantizerSpec = QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec | RmsNormSpec
 Spec = (
     QuantizerSpec
@@ -601,6 +630,7 @@ Spec = (
     | ConvertSpec
     | ArrivalSpec
     | BarrierSpec
+    | CombineSpec
 )
 
 

@@ -88,6 +88,14 @@ def fma_bf16_to_f32(a: Uint16, b: Uint16, c: Float32, *, loc=None, ip=None) -> F
 
 
 @dsl_user_op
+def mul_rn(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
+    """Return a product that is rounded: no compiler fuses it with a sum, as it may the DSL's."""
+    operands = [v.ir_value(loc=loc, ip=ip) for v in (a, b)]
+    ptx = "mul.rn.f32 $0, $1, $2;"
+    return Float32(llvm.inline_asm(T.f32(), operands, ptx, "=f,f,f", loc=loc, ip=ip))
+
+
+@dsl_user_op
 def e4m3_of_f32(a: Float32, *, loc=None, ip=None) -> Uint32:
     """Return a float32 as e4m3, rounded to nearest even and saturated; 0x7F for NaN."""
     operands = [v.ir_value(loc=loc, ip=ip) for v in (Float32(0.0), a)]

@@ -21,14 +21,14 @@ from cute_quant.contract.prologues import Prologue
 from cute_quant.contract.rows import Rows
 from cute_quant.contract.upper_scales import UpperScale
 from cute_quant.dispatch import blocks, columns, launch, plan
-from cute_quant.distributed import arrival
+from cute_quant.distributed import arrival, combination
 from cute_quant.distributed.records import Record
 from cute_quant.emulator import EmulatedKernel
 from cute_quant.jit import lookup
 from cute_quant.kernels import arrival as arrival_kernels
 from cute_quant.kernels import blocks as block_kernels
 from cute_quant.kernels import columns as column_kernels
-from cute_quant.kernels import dequantize, heuristics, scheduler
+from cute_quant.kernels import combine, dequantize, heuristics, scheduler
 from cute_quant.kernels.config import Spec
 
 H100_SMS = 132
@@ -187,6 +187,13 @@ class Gpu:
         with self.present([received, routed.sources, routed.rows.data], {}):
             return arrival.lay_out(received.as_subclass(OnGpu), routed, record, fmt, k)
 
+    def add_up(
+        self, rows: torch.Tensor, places: torch.Tensor, factors: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``combination.add_up`` of ``cute_quant.distributed``."""
+        with self.present([rows, places, factors], {}):
+            return combination.add_up(rows.as_subclass(OnGpu), places, factors)
+
     @contextlib.contextmanager
     def present(self, reads: list[torch.Tensor | None], options: dict[str, Any]) -> Iterator[None]:
         """Put the emulated GPU in place; only the memory of `reads` holds values."""
@@ -216,6 +223,7 @@ class Gpu:
             mock.patch.multiple(heuristics, TWO_ROWS_FROM=two_rows_from, MAX_GRID_Y=self.max_grid),
             mock.patch.multiple(scheduler, **limits),
             mock.patch.multiple(dequantize, **limits),
+            mock.patch.object(combine, "MAX_GRID_Y", self.max_grid),
             mock.patch.multiple(block_kernels, **limits),
             mock.patch.multiple(column_kernels, **limits),
             mock.patch.object(arrival_kernels, "MAX_GRID_Y", self.max_grid),

@@ -7,12 +7,15 @@ EXCHANGE = "distributed/exchange.py"
 PEERS = "distributed/peers.py"
 ARRIVAL = "kernels/arrival.py"
 PTX = "kernels/ptx.py"
+COMBINATION = "distributed/combination.py"
+COMBINE = "kernels/combine.py"
 SHARDING = "distributed/sharding.py"
 TORCH_PRIVATE = "contract/torch_private.py"
 
 ON_EXPERTS = "tests/distributed/test_expert_parallel.py"
 ON_ARRIVAL = "tests/kernels/test_arrival.py"
 ON_BARRIER = "tests/kernels/test_barrier.py"
+ON_COMBINE = "tests/kernels/test_combine.py"
 ON_DTENSOR = "tests/distributed/test_dtensor.py"
 THERE_AND_BACK = f"{ON_EXPERTS}::test_there_and_back"
 
@@ -61,17 +64,66 @@ FAULTS = [
     ),
     Fault(
         "combine-reads-rows-that-do-not-exist",
-        EXCHANGE,
+        COMBINATION,
         "        total += row.where((place >= 0).unsqueeze(1), 0.0)\n",
         "        total += row * (place >= 0).unsqueeze(1)\n",
         [THERE_AND_BACK],
     ),
     Fault(
         "combine-without-weights",
-        EXCHANGE,
+        COMBINATION,
         "        if factors is not None:\n",
         "        if factors is None:\n",
         [THERE_AND_BACK],
+    ),
+    Fault(
+        "combine-fuses-products-with-sums",
+        COMBINE,
+        "terms[j] = ptx.mul_rn(terms[j], of_row)",
+        "terms[j] = terms[j] * of_row",
+        [f"{ON_COMBINE}::test_machine_code"],
+    ),
+    Fault(
+        "combine-adds-the-last-row-again",
+        COMBINE,
+        "            encodings.clear_unless(exists[i], registers[i])\n",
+        "",
+        [f"{ON_COMBINE}::test_sums"],
+    ),
+    Fault(
+        "combine-only-as-many-choices-as-lanes",
+        COMBINE,
+        "for first in range(0, choices, LANES):",
+        "for first in range(0, cutlass.min(choices, 1), LANES):",
+        [f"{ON_COMBINE}::test_sums"],
+    ),
+    Fault(
+        "combine-rows-past-the-last",
+        COMBINE,
+        "Uint32(place) < problem.rows.rows",
+        "place >= 0",
+        [f"{ON_COMBINE}::test_places_past_the_rows"],
+    ),
+    Fault(
+        "combine-one-grid-of-records",
+        COMBINE,
+        "for first_record in range(0, records, MAX_GRID_Y):",
+        "for first_record in range(0, 1, MAX_GRID_Y):",
+        [f"{ON_COMBINE}::test_more_records_than_a_grid_counts"],
+    ),
+    Fault(
+        "combine-rows-of-any-strides",
+        COMBINATION,
+        "contiguous = rows.shape[1] == 1 or strides[1] == 1",
+        "contiguous = bool(strides)",
+        [f"{ON_COMBINE}::test_rows_that_lie_apart"],
+    ),
+    Fault(
+        "combine-waits-for-each-row",
+        "kernels/config.py",
+        "COMBINE_CTAS = 6",
+        "COMBINE_CTAS = 12",
+        [f"{ON_COMBINE}::test_machine_code"],
     ),
     Fault(
         "arrival-scales-of-another-row",

@@ -1,0 +1,74 @@
+"""Sums of rows that lie in different places, in one launch on a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from cute_quant.contract.tensors import MAX_SIZE
+from cute_quant.dispatch import launch
+from cute_quant.dispatch.plan import alignment, compiled, matrix_view
+from cute_quant.jit import lookup
+from cute_quant.kernels import architectures
+from cute_quant.kernels.config import COMBINE_ROWS, Access, CombineSpec
+
+
+def add_up(
+    rows: torch.Tensor, places: torch.Tensor, factors: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the sums of rows, in float32 and in the order of their places, rounded once.
+
+    Args:
+        rows: (M, n).
+        places: (records, choices), int32: the rows of each record, -1 for none, which is not read.
+        factors: (records, choices), float32: of the rows, 1 by default. Products are rounded.
+
+    Returns:
+        (records, n), the dtype of the rows.
+    """
+    if not (rows.numel() and places.numel()):
+        return rows.new_zeros((len(places), rows.shape[1]))
+    if _takes(rows) and launch.has_kernels(rows):
+        return _launch(rows, places, factors)
+    total = rows.new_zeros((len(places), rows.shape[1]), dtype=torch.float32)
+    for choice in range(places.shape[1]):
+        place = places[:, choice]
+        row = rows.index_select(0, place.clamp(min=0)).float()
+        if factors is not None:
+            row = row * factors[:, choice].unsqueeze(1)
+        total += row.where((place >= 0).unsqueeze(1), 0.0)
+    return total.to(rows.dtype)
+
+
+def _takes(rows: torch.Tensor) -> bool:
+    """Return whether the kernel takes rows of these strides."""
+    (_, row_stride), strides = matrix_view(rows, batched=False).strides, rows.stride()
+    contiguous = rows.shape[1] == 1 or strides[1] == 1
+    return contiguous and row_stride * rows.element_size() <= MAX_SIZE
+
+
+def _launch(rows: torch.Tensor, places: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
+    """Launch the kernel on rows and places of which there are some."""
+    arch = lookup.architecture(rows.get_device())
+    out = rows.new_empty((len(places), rows.shape[1]))
+    spec = choose_spec(rows, out, places.shape[1], weighted=factors is not None, arch=arch)
+    function = compiled(spec, arch, lambda: "call distributed.combine once before, on this device")
+    view = matrix_view(rows, batched=False)
+    out_view = matrix_view(out, batched=False)
+    launch.run(function, (view.of(rows), places, factors, out_view.of(out)), [out])
+    return out
+
+
+def choose_spec(
+    rows: torch.Tensor, out: torch.Tensor, choices: int, *, weighted: bool, arch: str
+) -> CombineSpec:
+    """Choose the spec of the kernel: one vector a thread, and loads of all choices at once."""
+    architecture = architectures.named(arch)
+    widest, itemsize = architecture.widest_load, rows.element_size()
+    load_bytes, store_bytes = (
+        alignment(t.data_ptr(), matrix_view(t, batched=False), itemsize, widest)
+        for t in (rows, out)
+    )
+    values = widest // itemsize
+    access = Access(load_bytes, store_bytes, ragged=rows.shape[1] % values != 0)
+    in_flight = min(1 << (choices - 1).bit_length(), COMBINE_ROWS)
+    return CombineSpec(rows.dtype, in_flight, values, access, weighted, architecture.pdl)
