@@ -6,9 +6,9 @@ Each way ends with quantized rows in front of a grouped GEMM: tokens quantized a
 of FP8 values and scales (*FP8*), sent in bf16 and quantized on arrival (*bf16*), and quantized
 into the memory of the other GPUs (*peers*). Parts of them are until records have arrived, by NCCL
 (*sent*) or in the memory of peers (*written*); *copy* is a copy of the records for one peer to its
-memory. *combine* sends as many bf16 results back and adds them up. All are CUDA graphs of calls with bounded sizes, whose routing is known; the results of the
-three ways are compared first. A time is that of the slowest rank, the median over replays that
-alternate.
+memory. *combine* sends as many bf16 results back and adds them up. All are CUDA graphs of calls
+with bounded sizes, whose routing is known; the results of the three ways are compared first. A time
+is that of the slowest rank, the median over replays that alternate.
 """
 
 from __future__ import annotations

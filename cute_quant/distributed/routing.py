@@ -192,8 +192,13 @@ def route(
     count, position_in_expert = _positions_in_experts(expert, local)
     if num_rows is None:
         num_rows = _rows_needed(count, layout, alignment, num_received, topk, max_tokens)
-    rows, row, dropped = _rows(expert, count, position_in_expert, layout, alignment, num_rows)
     total = num_rows * (local if layout is Masked else 1)
+    if total > MAX_SIZE:
+        raise ValueError(
+            f"num_rows: expected to be given, where {total} rows of all experts may arrive, more "
+            f"than {MAX_SIZE}"
+        )
+    rows, row, dropped = _rows(expert, count, position_in_expert, layout, alignment, num_rows)
     sources = ids.new_full((total + 1,), num_received)
     record = torch.arange(num_received, device=device).unsqueeze(1).expand_as(row)
     sources[row.where(row >= 0, total).flatten()] = record.flatten()

@@ -229,6 +229,12 @@ def errors(rank: int) -> None:
         (distributed.route, (ids, 4, 3), {}, "group: expected a process group, got"),
         (distributed.route, (ids, 4), {"num_rows": 100}, "a multiple of alignment 128"),
         (distributed.route, (ids, 4), {"max_tokens": 2**30}, "up to 2147483647 records of 4 ranks"),
+        (
+            distributed.route,
+            (ids, 2**20),
+            {"max_tokens": 2**12, "layout": Masked},
+            f"num_rows: expected to be given, where {2**32} rows",
+        ),
         (distributed.PeerBuffers.shape, (cq.NVFP4, 127, 2), {}, "k: expected a multiple of 2"),
         (distributed.PeerBuffers.shape, (cq.NVFP4, 128, 0), {}, "max_tokens: expected 1 to"),
         (
