@@ -45,6 +45,7 @@ from cute_quant.contract.format_choices import (
     SCALE_LAYOUTS,
     TORCHAO,
     VLLM,
+    VLLM_BF16,
     WHOLE_ROW,
     Choices,
     Steps,
@@ -108,8 +109,9 @@ class Format:
             (TransformerEngine), "torchao" or "deepgemm"
             for NVFP4, MXFP4 (not "te") and MXFP8. For e4m3 values under float32 scales "vllm" (its
             kernels for whole rows and the fused ones), "vllm_triton", "sglang", "torchao",
-            "tilekernels" or "deepgemm", and for int8 "vllm", "sglang" (groups) or "deepgemm": see
-            the page on numerics.
+            "tilekernels" or "deepgemm", and for int8 "vllm", "sglang" (groups) or "deepgemm". For
+            e4m3 values but MXFP8 "vllm_bf16" (its kernel for masked experts): see the page on
+            numerics.
         row_scale: whether each row has a float32 scale over its e4m3 scales, computed from the
             row's own amax and returned. If not, operations take one for the tensor, or one for each
             matrix of a batch.
@@ -166,6 +168,8 @@ class Format:
     """`floor` is the smallest amax, in place of the smallest scale."""
     divides: bool
     """Values are divided by float32 scales, not multiplied with an inverse."""
+    in_bf16: bool
+    """Each step to scales, and to values under float32 scales, is rounded to bf16."""
     truncates: bool
     """Values are rounded towards zero."""
     adds_half: bool
@@ -267,10 +271,11 @@ class Format:
             upper_scale=self.scale_dtype is torch.float8_e4m3fn,
             bounds_amax=self.steps.bounds_amax,
             divides=self.steps.multiplier == DIVIDED,
+            in_bf16=self.numerics == VLLM_BF16,
             truncates=truncates(self.values, self.group_size, self.numerics),
             adds_half=adds_half(self.values, self.group_size, self.numerics),
             rounds_half_up=mx and self.numerics == VLLM and fp4,
-            rounds_quotient=mx and self.numerics != IEEE,
+            rounds_quotient=mx and self.numerics not in (IEEE, VLLM_BF16),
             flushes=mx and self.numerics in _FLUSH.get(self.values, ()),
             positive_zero=fp4 and self.numerics == DEEPGEMM,
             scale_dims=1 if blocked else 2,

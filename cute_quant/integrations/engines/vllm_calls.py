@@ -28,6 +28,7 @@ from cute_quant.contract.format_choices import (
     ROW_MAJOR,
     SGLANG,
     VLLM,
+    VLLM_BF16,
     VLLM_TRITON,
 )
 from cute_quant.contract.formats import (
@@ -57,11 +58,11 @@ _ROWS_INT8 = ROWWISE_INT8.replace(numerics=VLLM)
 _ROWS_INT8_TRITON = ROWWISE_INT8.replace(numerics=SGLANG)
 """SGLang has the same kernel."""
 _MASKED_FORMATS = {
-    "FLOAT32": DEEP_GEMM_SM90.replace(min_scale=SGLANG, numerics=VLLM_TRITON),
-    "FLOAT32_CEIL_UE8M0": DEEP_GEMM_SM90.replace(min_scale=SGLANG, round_scale=True),
-    "UE8M0": DEEP_GEMM.replace(min_scale=SGLANG),
+    "FLOAT32": DEEP_GEMM_SM90.replace(numerics=VLLM_BF16),
+    "FLOAT32_CEIL_UE8M0": DEEP_GEMM_SM90.replace(numerics=VLLM_BF16, round_scale=True),
+    "UE8M0": DEEP_GEMM.replace(numerics=VLLM_BF16),
 }
-"""Formats of ``DeepGemmQuantScaleFMT``, whose bound is on the amax: 1e-10."""
+"""Formats of ``DeepGemmQuantScaleFMT``."""
 
 
 # What vLLM decides once in a process. Its functions import modules that the plug-in does not.
@@ -461,19 +462,19 @@ def persistent_masked_m_silu_mul_quant(
     group_size: int = 128,
     quant_scale_fmt: Any = ...,
 ) -> Any:
-    """Compute the function of this name in vLLM's ``batched_deep_gemm_moe``.
-
-    vLLM's kernel multiplies and bounds in bf16, so that some scales are one too small and values
-    saturate. These are as its Triton kernel for other platforms computes them.
-    """
+    """Compute the function of this name in vLLM's ``batched_deep_gemm_moe``, in bf16 as it does."""
     fmt = _MASKED_FORMATS.get(getattr(quant_scale_fmt, "name", ""))
     experts, rows, columns = y.shape
     if fmt is None or group_size != fmt.group_size or rows % SCALE_ROW_ALIGNMENT:
         return NotImplemented
+    if y.dtype is not torch.bfloat16 or columns // 2 % group_size:
+        return NotImplemented
     # A GEMM may look at the scales of rows that do not exist.
     sf = fmt.empty_scales((experts,), rows, columns // 2, y.device).zero_()
     counts = tokens_per_expert.to(y.device, torch.int32)
-    return silu_mul_quantize(y, fmt, rows=Masked(counts), out=(None, sf))
+    return silu_mul_quantize(
+        y, fmt, rounding=prologues.UNFUSED, rows=Masked(counts), out=(None, sf)
+    )
 
 
 def silu_and_mul_fp8_dynamic_128(x: torch.Tensor, linear: Any) -> Any:
