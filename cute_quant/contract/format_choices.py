@@ -79,8 +79,8 @@ BF16_PRODUCT = "bf16(amax * bf16(1 / M))"
 DIVIDED, OF_SCALE, OF_AMAX = "x / scale", "1 / scale", "M / amax"
 APPROXIMATE_OF_SCALE, APPROXIMATE_OF_AMAX = "rcp.approx(scale)", "M * rcp.approx(amax)"
 BF16_OF_SCALE = "bf16(1 / scale)"
-"""Multiplier of values under float32 scales, or that they are divided. The products with one that is
-rounded to bf16 are, too."""
+"""Multiplier of values under float32 scales, or that they are divided. Products with a multiplier
+that is rounded to bf16 are, too."""
 
 
 class Steps(NamedTuple):

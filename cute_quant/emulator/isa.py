@@ -546,11 +546,11 @@ def cvt_integer_to_f32(a: Array) -> Array:
     return a.astype(np.float32)
 
 
-@operation("cvt.rni.s32.f32", "s32", "f32")
-def cvt_f32_to_s32(a: Array) -> Array:
-    """Round to nearest even, saturated (9.7.9.22); NaN becomes 0."""
+@operation("cvt.{r}.s32.f32", "s32", "f32", r="rni rzi")
+def cvt_f32_to_s32(a: Array, r: str) -> Array:
+    """Round to nearest even or towards zero, saturated (9.7.9.22); NaN becomes 0."""
     limits = np.iinfo(np.int32)
-    rounded = np.rint(np.where(np.isnan(a), 0.0, a.astype(np.float64)))
+    rounded = {"rni": np.rint, "rzi": np.trunc}[r](np.where(np.isnan(a), 0.0, a.astype(np.float64)))
     return np.clip(rounded, limits.min, limits.max).astype(np.int32)
 
 

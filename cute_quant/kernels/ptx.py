@@ -139,15 +139,18 @@ def f16x2_of_e2m1(word: Uint32, byte: int, *, loc=None, ip=None) -> Uint32:
 
 
 @dsl_user_op
-def pack_int8(a: Float32, b: Float32, upper: Uint32, *, loc=None, ip=None) -> Uint32:
-    """Return ``upper << 16`` over two values as int8, rounded to nearest even and saturated.
+def pack_int8(
+    a: Float32, b: Float32, upper: Uint32, truncates: bool, *, loc=None, ip=None
+) -> Uint32:
+    """Return ``upper << 16`` over two values as int8, saturated; NaN gives 0.
 
-    NaN gives 0. The DSL's own conversion truncates.
+    They are rounded towards zero or to nearest even. The assembler makes one instruction of it.
     """
+    rounding = "rzi" if truncates else "rni"
     words = []
     for value in (a, b):
         operand = [value.ir_value(loc=loc, ip=ip)]
-        ptx = "cvt.rni.s32.f32 $0, $1;"
+        ptx = f"cvt.{rounding}.s32.f32 $0, $1;"
         words.append(llvm.inline_asm(T.i32(), operand, ptx, "=r,f", loc=loc, ip=ip))
     ptx = "cvt.pack.sat.s8.s32.b32 $0, $1, $2, $3;"
     operands = [words[1], words[0], Uint32(upper).ir_value(loc=loc, ip=ip)]

@@ -347,9 +347,9 @@ class Stage:
             encodings.clear_unless(scaling.is_number(scale, fmt), tXrQ)
             return tXrQ
         tXrV = self.products(tXrX, scale)
-        if fmt.truncates:
-            encodings.truncate(tXrV, fmt.adds_half)
-        return encodings.encode(tXrV, encodings.value_type_of(fmt))
+        if fmt.adds_half:
+            encodings.add_half(tXrV)
+        return encodings.encode(tXrV, encodings.value_type_of(fmt), fmt.truncates)
 
     def products(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
         """Return a segment times its multiplier as float32, (values,)."""

@@ -268,6 +268,8 @@ def test_rounding_to_integers():
     values = np.array([0.5, 1.5, -2.5, 126.5, np.nan, np.inf, -np.inf, 3e9, -0.0], np.float32)
     result = compute("cvt.rni.s32.f32", values)
     assert result.tolist() == [0, 2, -2, 126, 0, 2**31 - 1, -(2**31), 2**31 - 1, 0]
+    truncated = compute("cvt.rzi.s32.f32", values)
+    assert truncated.tolist() == [0, 1, -2, 126, 0, 2**31 - 1, -(2**31), 2**31 - 1, 0]
     upper, lower = np.array([300, -1, 5], np.int32), np.array([-300, 127, -128], np.int32)
     packed = compute("cvt.pack.sat.s8.s32.b32", upper, lower, np.full(3, 0xABCD1234, np.uint32))
     assert packed.tolist() == [0x12347F80, 0x1234FF7F, 0x12340580]

@@ -595,9 +595,9 @@ FAULTS = [
     ),
     Fault(
         "encodings-truncated-to-nearest",
-        ENCODINGS,
-        "Float32(1.0) if above else Float32(0.0)",
-        "Float32(0.0)",
+        STAGE,
+        "encodings.value_type_of(fmt), fmt.truncates)",
+        "encodings.value_type_of(fmt))",
         [f"{ON_PACKAGE_NUMERICS}::test_kernels_of_float32_scales[INT8-vllm]"],
     ),
     Fault(
@@ -617,8 +617,8 @@ FAULTS = [
     Fault(
         "encodings-int8-halves-swapped",
         ENCODINGS,
-        "words[i] = ptx.pack_int8(rX[4 * i], rX[4 * i + 1], upper)",
-        "words[i] = ptx.pack_int8(rX[4 * i + 1], rX[4 * i], upper)",
+        "words[i] = ptx.pack_int8(rX[4 * i], rX[4 * i + 1], upper, truncates)",
+        "words[i] = ptx.pack_int8(rX[4 * i + 1], rX[4 * i], upper, truncates)",
         [f"{ON_QUANTIZE_KERNEL}::test_formats"],
     ),
     Fault(
@@ -638,8 +638,8 @@ FAULTS = [
     Fault(
         "ptx-int8-truncated",
         PTX,
-        "cvt.rni.s32.f32 $0, $1;",
-        "cvt.rzi.s32.f32 $0, $1;",
+        '"rzi" if truncates else "rni"',
+        '"rzi"',
         [f"{ON_QUANTIZE_KERNEL}::test_formats"],
     ),
     Fault(
