@@ -67,6 +67,23 @@ def min_bf16x2(a: Uint32, b: Uint32) -> Uint32:
     return _apply("min.bf16x2", a, b)
 
 
+def fma_saturated(a: Float32, b: Float32, c: Float32) -> Float32:
+    """Return a * b + c, rounded once and clamped to 0 to 1; NaN gives 0."""
+    return _fma("fma.rn.sat.f32", a, b, c)
+
+
+def fma_down(a: Float32, b: Float32, c: Float32) -> Float32:
+    """Return a * b + c, rounded down once."""
+    return _fma("fma.rm.f32", a, b, c)
+
+
+@dsl_user_op
+def _fma(instruction: str, a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
+    operands = [v.ir_value(loc=loc, ip=ip) for v in (a, b, c)]
+    ptx = f"{instruction} $0, $1, $2, $3;"
+    return Float32(llvm.inline_asm(T.f32(), operands, ptx, "=f,f,f,f", loc=loc, ip=ip))
+
+
 def select_bytes(a: Uint32, b: Uint32, selector: int) -> Uint32:
     """Return bytes of two registers: each hexadecimal digit names one, 0 to 3 of a, 4 to 7 of b."""
     return _apply("prmt.b32", a, b, Uint32(selector))

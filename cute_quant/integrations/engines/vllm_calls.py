@@ -473,7 +473,7 @@ def persistent_masked_m_silu_mul_quant(
     sf = fmt.empty_scales((experts,), rows, columns // 2, y.device).zero_()
     counts = tokens_per_expert.to(y.device, torch.int32)
     return silu_mul_quantize(
-        y, fmt, rounding=prologues.UNFUSED, rows=Masked(counts), out=(None, sf)
+        y, fmt, rounding=prologues.VLLM_BF16, rows=Masked(counts), out=(None, sf)
     )
 
 
@@ -484,7 +484,8 @@ def silu_and_mul_fp8_dynamic_128(x: torch.Tensor, linear: Any) -> Any:
 
     if x.shape[-1] // 2 % GROUPWISE_FP8.group_size:
         return NotImplemented
-    q, sf = silu_mul_quantize(x, GROUPWISE_FP8.replace(numerics=VLLM))
+    fmt = GROUPWISE_FP8.replace(numerics=VLLM)
+    q, sf = silu_mul_quantize(x, fmt, rounding=prologues.VLLM_CUDA)
     return QuantizedActivation(q, sf, x.dtype, q.shape, kFp8Dynamic128Sym)
 
 
