@@ -248,6 +248,13 @@ def adds_half(values: torch.dtype, group_size: int, numerics: str) -> bool:
     return values is torch.int8 and group_size == WHOLE_ROW and numerics == SGLANG
 
 
+def zeros_have_zero(values: torch.dtype, group_size: int, numerics: str) -> bool:
+    """Return whether the scale of zeros is 0, whatever the smallest one."""
+    library = VLLM if values is torch.int8 else SGLANG
+    eight_bits = values in (torch.int8, torch.float8_e4m3fn)
+    return group_size == WHOLE_ROW and eight_bits and numerics == library
+
+
 def check_numerics(
     values: torch.dtype,
     group_size: int,

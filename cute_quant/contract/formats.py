@@ -59,6 +59,7 @@ from cute_quant.contract.format_choices import (
     parse_choices,
     scale_floor,
     truncates,
+    zeros_have_zero,
 )
 from cute_quant.contract.readers import describe_readers
 from cute_quant.contract.torch_private import constant_in_graphs
@@ -172,6 +173,8 @@ class Format:
     """Each step to scales, and to values under float32 scales, is rounded to bf16."""
     truncates: bool
     """Values are rounded towards zero."""
+    zeros_have_zero: bool
+    """The scale of zeros is 0, whatever the smallest one."""
     adds_half: bool
     """Before that they move away from zero by a half: they are rounded to nearest."""
     rounds_half_up: bool
@@ -273,6 +276,7 @@ class Format:
             divides=self.steps.multiplier == DIVIDED,
             in_bf16=self.numerics == VLLM_BF16,
             truncates=truncates(self.values, self.group_size, self.numerics),
+            zeros_have_zero=zeros_have_zero(self.values, self.group_size, self.numerics),
             adds_half=adds_half(self.values, self.group_size, self.numerics),
             rounds_half_up=mx and self.numerics == VLLM and fp4,
             rounds_quotient=mx and self.numerics not in (IEEE, VLLM_BF16),

@@ -115,6 +115,8 @@ def scales_of_amax(amax: torch.Tensor, fmt: Format) -> torch.Tensor:
             case _:
                 scales = bounded / largest
         scales = scales if fmt.bounds_amax else scales.clamp(min=fmt.floor)
+        if fmt.zeros_have_zero:
+            scales = scales.where(amax != 0, 0.0)
         return scales.where(amax.isfinite(), torch.nan)
     if fmt.rounds_half_up:
         return _half_up_exponents(amax.float(), fmt)
@@ -391,7 +393,7 @@ def _scaled(groups: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Te
             multipliers = (1.0 / scales).bfloat16().float()
         case _:
             multipliers = 1.0 / scales
-    values = groups * multipliers.unsqueeze(-1)
+    values = groups * multipliers.where(scales != 0, 0.0).unsqueeze(-1)
     return values.bfloat16().float() if fmt.in_bf16 else values
 
 

@@ -330,7 +330,8 @@ def scale_of_bounded_amax(
 ) -> GroupScale:
     """Return multiplier and float32 scale of an amax by its steps; it is `min_amax` at least."""
     largest, (scale_step, multiplier_step) = Float32(fmt.value_type.max), fmt.steps
-    bounded = cutlass.max(magnitude(amax, dtype), min_amax)
+    largest_magnitude = magnitude(amax, dtype)
+    bounded = cutlass.max(largest_magnitude, min_amax)
     scale = multiplier = largest
     if const_expr(scale_step == PRODUCT):
         scale = bounded * (1.0 / fmt.value_type.max)
@@ -349,6 +350,8 @@ def scale_of_bounded_amax(
         multiplier = cute.arch.rcp_approx(bounded) * largest
     if const_expr(scale_step == INVERTED):
         scale = arithmetic.reciprocal(multiplier)
+    if const_expr(fmt.zeros_have_zero):
+        scale = scale if largest_magnitude != Float32(0.0) else Float32(0.0)
     nan = Uint32(FLOAT32_NAN).bitcast(Float32)
     finite = is_finite(amax)
     return GroupScale(multiplier if finite else nan, scale if finite else nan)

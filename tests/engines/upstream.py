@@ -60,10 +60,12 @@ GPUS = {"vllm": ("9.0", "10.0"), "sglang": ("",)}
 """Compute capabilities that are pretended."""
 
 MEANT = {
-    "test_quantfp8_group_edge_cases": "groups of zeros have the smallest scale of CUDA's kernel",
-    "test_quantfp8_group_functionality": "forward_native returns scales that the GEMM reads",
-    "test_quantize_to_fp4": "vLLM's kernel has approximate reciprocals, its reference has not",
-    "test_silu_mul_fp8_quant_deep_gemm": "masked experts are computed in float32, not in bfloat16",
+    "test_quantfp8_group_edge_cases": "it asks forward_native for its bound on scales; its kernel, "
+    "whose bits both have, bounds the amax of a group by 1e-10",
+    "test_quantfp8_group_functionality": "on Blackwell forward_native returns the packed scales that "
+    "forward_cuda returns and the GEMM reads, the test takes its own for float32",
+    "test_quantize_to_fp4": "vLLM's kernel has approximate reciprocals, its reference in torch has "
+    "not: a code next to the middle of two may be the other one, on a GPU without the plug-in too",
 }
 """Tests that may fail with the plug-in, and why."""
 

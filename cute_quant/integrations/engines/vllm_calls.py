@@ -24,6 +24,7 @@ from cute_quant.contract.format_choices import (
     FLASHINFER,
     GROUP_SIZES,
     IEEE,
+    MIN_EXACT_SCALE,
     MX_GROUP_SIZE,
     ROW_MAJOR,
     SGLANG,
@@ -54,7 +55,8 @@ _MXFP8_ROWS = MXFP8.replace(scale_layout=ROW_MAJOR)
 _NVFP4 = NVFP4.replace(numerics=VLLM)
 _NVFP4_ROWS = NVFP4.replace(numerics=VLLM, scale_layout=ROW_MAJOR)
 _ROWS = ROWWISE_FP8.replace(numerics=VLLM)
-_ROWS_INT8 = ROWWISE_INT8.replace(numerics=VLLM)
+_ROWS_INT8 = ROWWISE_INT8.replace(numerics=VLLM, min_scale=MIN_EXACT_SCALE)
+"""vLLM's scales have no lower bound."""
 _ROWS_INT8_TRITON = ROWWISE_INT8.replace(numerics=SGLANG)
 """SGLang has the same kernel."""
 _MASKED_FORMATS = {
