@@ -60,12 +60,12 @@ GPUS = {"vllm": ("9.0", "10.0"), "sglang": ("",)}
 """Compute capabilities that are pretended."""
 
 MEANT = {
-    "test_quantfp8_group_edge_cases": "it asks forward_native for the bound of its own scales; CUDA's "
+    "test_quantfp8_group_edge_cases": "it asks forward_native for the bound of its own scales; the "
     "kernel, whose bits both have here, bounds the amax of a group by 1e-10",
     "test_quantfp8_group_functionality": "on Blackwell forward_native returns packed scales, as "
     "forward_cuda does, and the test takes them for float32",
-    "test_quantize_to_fp4": "vLLM's kernel takes rcp.approx.ftz (nvfp4_utils.cuh), its reference in "
-    "torch divides: a code next to the middle of two may be the other one",
+    "test_quantize_to_fp4": "vLLM's kernel takes rcp.approx.ftz (nvfp4_utils.cuh), its reference "
+    "divides: a code next to the middle of two may be the other one",
 }
 """Tests that may fail with the plug-in, and why."""
 
