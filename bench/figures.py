@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench import bound, masked, numerics, report, resources, sass, stage_report
+from bench import bound, engine_report, masked, numerics, report, resources, sass, stage_report
 from bench.names import CUTE_QUANT, EMPTY_LIKE, NEG, PDL, STREAM
 from bench.resources import MACHINES
 from bench.results import Results
@@ -39,6 +39,7 @@ MASKED = RECORDS / "h100-masked.jsonl"
 HOST = RECORDS / "h100-host.jsonl"
 FP4 = RECORDS / "h100-fp4.jsonl"
 BLOCKS = RECORDS / "h100-blocks.jsonl"
+ENGINES = RECORDS / "h100-engines.md"
 SWEEP = LAYOUTS / "sweep.json"
 
 SUMMARY_ROWS = 1, 64, 1024, 4096, 32768
@@ -202,6 +203,8 @@ TABLES: dict[str, tuple[Path | None, Callable[[], Iterable[str]]]] = {
     "fp4": (FP4, fp4_table),
     "blocks": (BLOCKS, blocks_table),
     "host": (HOST, host_table),
+    "engines": (ENGINES, lambda: engine_report.calls_table(ENGINES)),
+    "engine layer": (ENGINES, lambda: engine_report.layer_table(ENGINES)),
     "sass": (None, sass_table),
     "bound": (bound.MEASURED, bound_table),
     "sweep": (SWEEP, sweep_table),

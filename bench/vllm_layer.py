@@ -23,7 +23,7 @@ import timeit
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,21 +40,41 @@ LAYERS = (
 )
 
 
+class Weights(NamedTuple):
+    """Weights of a linear layer, which both layers read: the cache has one copy of them.
+
+    Attributes:
+        exact: (n, k), float32.
+        quantized: as vLLM's layer has them.
+    """
+
+    exact: torch.Tensor
+    quantized: SimpleNamespace
+
+
+def random_weights(n: int, k: int, device: torch.device) -> Weights:
+    """Return weights in FP8, in blocks of 128 x 128."""
+    from cute_quant import DEEP_GEMM_SM90, quantize_blocks
+
+    w = torch.randn(n, k, device=device) / k**0.5
+    w8, scales = quantize_blocks(w, DEEP_GEMM_SM90.replace(round_scale=True))
+    attributes = {"weight": w8, "weight_scale_inv": scales, "weight_block_size": [128, 128]}
+    return Weights(w, SimpleNamespace(**attributes))
+
+
 class Layer:
-    """DeepGEMM's kernel of vLLM for a linear layer, with its weights.
+    """DeepGEMM's kernel of vLLM for a linear layer.
 
     Attributes:
         quantize: its quantizer, under torch.compile where vLLM compiles it.
         apply: the layer.
     """
 
-    def __init__(self, n: int, k: int, *, device: torch.device) -> None:
+    def __init__(self, weights: Weights) -> None:
         from vllm.config import vllm as config
         from vllm.config.compilation import CompilationMode
         from vllm.model_executor.kernels.linear.scaled_mm import deep_gemm
         from vllm.model_executor.layers.quantization.utils import quant_utils
-
-        from cute_quant import DEEP_GEMM_SM90, quantize_blocks
 
         # As with the default optimization: Inductor compiles what vLLM has in torch.
         compilation = SimpleNamespace(
@@ -68,19 +88,15 @@ class Layer:
         kernel_config = SimpleNamespace(
             weight_quant_key=quant_utils.kFp8Static128BlockSym,
             activation_quant_key=quant_utils.kFp8Dynamic128Sym,
-            weight_shape=(n, k),
+            weight_shape=tuple(weights.exact.shape),
             input_dtype=torch.bfloat16,
             out_dtype=torch.bfloat16,
         )
         kernel = deep_gemm.DeepGemmFp8BlockScaledMMKernel(kernel_config)
-        w = torch.randn(n, k, device=device) / k**0.5
-        w8, scales = quantize_blocks(w, DEEP_GEMM_SM90.replace(round_scale=True))
-        weights = SimpleNamespace(weight=w8, weight_scale_inv=scales, weight_block_size=[128, 128])
-        self.exact = w
         self.quantize: Callable[[torch.Tensor], Any] = kernel.quant_fp8
         self.quantizer = type(kernel.quant_fp8).__module__
         self.apply: Callable[[torch.Tensor], torch.Tensor] = lambda x: kernel.apply_weights(
-            weights, x
+            weights.quantized, x
         )
 
 
@@ -93,12 +109,13 @@ def run(options: argparse.Namespace) -> None:
             importlib.import_module(name)
         from cute_quant.integrations.engines.vllm import ENGINE
 
-        layers = {"vLLM": Layer(options.n, options.k, device=device)}
+        weights = random_weights(options.n, options.k, device)
+        layers = {"vLLM": Layer(weights)}
         os.environ["CUTE_QUANT_VLLM"] = "linear,group_quant,packed"
         ENGINE.install()
         ENGINE.import_all()
         print(ENGINE.summary())
-        layers["cute_quant"] = Layer(options.n, options.k, device=device)
+        layers["cute_quant"] = Layer(weights)
         for name, layer in layers.items():
             print(f"{name}: QuantFP8 of {layer.quantizer}")
         print("| rows | of | vLLM, us | cute_quant, us | vLLM / cute_quant |")
@@ -107,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
             x = torch.randn(rows, options.k, device=device).to(torch.bfloat16)
             for name, layer in layers.items():
                 y = layer.apply(x)
-                expected = x.float() @ layer.exact.mT
+                expected = x.float() @ weights.exact.mT
                 error = ((y - expected).norm() / expected.norm()).item()
                 if not error < 0.05:
                     raise RuntimeError(f"{name}, {rows} rows: the product is off by {error:.1%}")

@@ -215,8 +215,10 @@ def silu_mul_quantize(
             as vLLM's ``silu_mul_quant_fp8_packed_triton`` does: all before it is float32, `clamp`
             too. "vllm_triton" rounds the bound, the activation, the sum of u and beta, and the
             product, as vLLM's ``silu_mul_per_token_group_quant_fp8_colmajor`` does: "unfused" with
-            an alpha rounds in the sigmoid, too. "sglang" rounds the sum of u and beta alone, as
-            SGLang's ``silu_and_mul_masked_post_quant_fwd`` does. On a GPU a sigmoid below 2^-126,
+            an alpha rounds in the sigmoid, too. "vllm_bf16" rounds the same, and "vllm_cuda" as
+            "fused"; on a GPU both have the exponential of CUDA C++, and the latter its division.
+            "sglang" rounds the sum of u and beta alone, as SGLang's
+            ``silu_and_mul_masked_post_quant_fwd`` does. On a GPU a sigmoid below 2^-126,
             of gates below -87, may be 0.
         rows: which rows exist, as for :func:`quantize`.
         index: int32, (mn,) or (b, mn): rows of `gate_up`, as for :func:`quantize`.

@@ -233,6 +233,8 @@ def silu_bounds(
         "unfused": _silu_unfused,
         "vllm": _silu_vllm,
         "vllm_triton": _silu_triton,
+        "vllm_cuda": _silu_fused,
+        "vllm_bf16": _silu_triton,
         "sglang": functools.partial(_silu_fused, shifted_dtype=gate_up.dtype),
     }
     return functions[rounding](gate_up, weight, **options)

@@ -157,7 +157,7 @@ def check_group_format(fmt: object, name: str) -> None:
     assert isinstance(fmt, Format)
     if fmt.value_type.per_byte > 1:
         raise ValueError(f"{name}: expected 8-bit values, got {fmt.text}: use quantize")
-    if fmt.divides or fmt.truncates:
+    if fmt.divides or fmt.truncates or fmt.in_bf16:
         raise ValueError(
             f"{name}: expected numerics that multiply values and round them to nearest, got "
             f"{fmt.text}: use quantize"

@@ -61,8 +61,9 @@ VLLM, VLLM_EMULATION, FLASHINFER, TE, TORCHAO, DEEPGEMM = E4M3_LIBRARIES = (
     "deepgemm",
 )
 """Libraries that quantize to NVFP4."""
-VLLM_TRITON, SGLANG, TILEKERNELS = "vllm_triton", "sglang", "tilekernels"
-LIBRARIES = (*E4M3_LIBRARIES, VLLM_TRITON, SGLANG, TILEKERNELS)
+VLLM_TRITON, VLLM_BF16 = "vllm_triton", "vllm_bf16"
+SGLANG, TILEKERNELS = "sglang", "tilekernels"
+LIBRARIES = (*E4M3_LIBRARIES, VLLM_TRITON, VLLM_BF16, SGLANG, TILEKERNELS)
 NUMERICS = (IEEE, *LIBRARIES)
 """How scales and values are computed: each operation rounded correctly, or as a library does."""
 MX_GROUP_SIZE = 32
@@ -73,10 +74,13 @@ MX_LIBRARIES = {
 """Libraries that quantize to MX formats, by the dtype of values."""
 
 QUOTIENT, PRODUCT, INVERTED = "amax / M", "amax * fl(1 / M)", "1 / (M / amax)"
+BF16_PRODUCT = "bf16(amax * bf16(1 / M))"
 """Float32 scales for an amax, M being the largest value."""
 DIVIDED, OF_SCALE, OF_AMAX = "x / scale", "1 / scale", "M / amax"
 APPROXIMATE_OF_SCALE, APPROXIMATE_OF_AMAX = "rcp.approx(scale)", "M * rcp.approx(amax)"
-"""Multiplier of values under float32 scales, or that they are divided."""
+BF16_OF_SCALE = "bf16(1 / scale)"
+"""Multiplier of values under float32 scales, or that they are divided. Products with a multiplier
+that is rounded to bf16 are, too."""
 
 
 class Steps(NamedTuple):
@@ -95,6 +99,7 @@ FLOAT32_STEPS = {
     IEEE: Steps(QUOTIENT, OF_SCALE),
     VLLM: Steps(QUOTIENT, DIVIDED),
     VLLM_TRITON: Steps(PRODUCT, APPROXIMATE_OF_SCALE),
+    VLLM_BF16: Steps(BF16_PRODUCT, BF16_OF_SCALE),
     SGLANG: Steps(PRODUCT, APPROXIMATE_OF_AMAX),
     TORCHAO: Steps(INVERTED, OF_AMAX),
     TILEKERNELS: Steps(QUOTIENT, OF_AMAX),
@@ -214,7 +219,7 @@ def known_numerics(
     if scale_dtype is torch.float8_e8m0fnu and group_size == MX_GROUP_SIZE:
         return (IEEE, *MX_LIBRARIES.get(values, ()))
     if scale_dtype is not torch.float32 or round_scale:
-        return (IEEE,)
+        return (IEEE, VLLM_BF16) if values is torch.float8_e4m3fn else (IEEE,)
     if values is torch.float8_e4m3fn:
         return tuple(FLOAT32_STEPS)
     if values is torch.int8:
@@ -241,6 +246,13 @@ def truncates(values: torch.dtype, group_size: int, numerics: str) -> bool:
 def adds_half(values: torch.dtype, group_size: int, numerics: str) -> bool:
     """Return whether values are rounded to nearest, halves away from zero."""
     return values is torch.int8 and group_size == WHOLE_ROW and numerics == SGLANG
+
+
+def zeros_have_zero(values: torch.dtype, group_size: int, numerics: str) -> bool:
+    """Return whether the scale of zeros is 0, whatever the smallest one."""
+    library = VLLM if values is torch.int8 else SGLANG
+    eight_bits = values in (torch.int8, torch.float8_e4m3fn)
+    return group_size == WHOLE_ROW and eight_bits and numerics == library
 
 
 def check_numerics(
@@ -276,7 +288,7 @@ def default_min_scale(values: torch.dtype, scale_dtype: torch.dtype, numerics: s
     """Return the name of the smallest scale by default, which numerics of a library decide."""
     if scale_dtype is torch.float8_e4m3fn:
         return numerics if numerics in E4M3_MIN_SCALES else NO_MIN_SCALE
-    if scale_dtype is torch.float8_e8m0fnu and numerics in LIBRARIES:
+    if scale_dtype is torch.float8_e8m0fnu and numerics not in (IEEE, VLLM_BF16):
         return numerics if numerics == DEEPGEMM else "ocp"
     if numerics == VLLM:
         return SGLANG if values is torch.int8 else VLLM_FUSED
@@ -286,6 +298,7 @@ def default_min_scale(values: torch.dtype, scale_dtype: torch.dtype, numerics: s
 VLLM_FUSED = "vllm_fused"
 _FLOAT32_MIN_SCALES = {
     VLLM_TRITON: SGLANG,  # 1e-10 / M, too
+    VLLM_BF16: SGLANG,
     SGLANG: SGLANG,
     TORCHAO: TORCHAO,
     TILEKERNELS: DEEPGEMM,
@@ -336,7 +349,7 @@ def scale_floor(
             f"min_scale: expected a number or one of {tuple(bounds)}, got {describe(min_scale)}"
         )
     lowest = SMALLEST_NORMAL if scale_dtype is torch.float32 else 0.0
-    if lowest and numerics not in (IEEE, DEEPGEMM):
+    if numerics == VLLM_BF16 or (lowest and numerics not in (IEEE, DEEPGEMM)):
         lowest = MIN_EXACT_SCALE
     highest = E4M3_MAX if e4m3 else MAX_MIN_SCALE
     if not lowest <= value <= highest:

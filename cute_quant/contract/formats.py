@@ -45,6 +45,7 @@ from cute_quant.contract.format_choices import (
     SCALE_LAYOUTS,
     TORCHAO,
     VLLM,
+    VLLM_BF16,
     WHOLE_ROW,
     Choices,
     Steps,
@@ -58,6 +59,7 @@ from cute_quant.contract.format_choices import (
     parse_choices,
     scale_floor,
     truncates,
+    zeros_have_zero,
 )
 from cute_quant.contract.readers import describe_readers
 from cute_quant.contract.torch_private import constant_in_graphs
@@ -108,8 +110,9 @@ class Format:
             (TransformerEngine), "torchao" or "deepgemm"
             for NVFP4, MXFP4 (not "te") and MXFP8. For e4m3 values under float32 scales "vllm" (its
             kernels for whole rows and the fused ones), "vllm_triton", "sglang", "torchao",
-            "tilekernels" or "deepgemm", and for int8 "vllm", "sglang" (groups) or "deepgemm": see
-            the page on numerics.
+            "tilekernels" or "deepgemm", and for int8 "vllm", "sglang" (groups) or "deepgemm". For
+            e4m3 values but MXFP8 "vllm_bf16" (its kernel for masked experts): see the page on
+            numerics.
         row_scale: whether each row has a float32 scale over its e4m3 scales, computed from the
             row's own amax and returned. If not, operations take one for the tensor, or one for each
             matrix of a batch.
@@ -166,8 +169,12 @@ class Format:
     """`floor` is the smallest amax, in place of the smallest scale."""
     divides: bool
     """Values are divided by float32 scales, not multiplied with an inverse."""
+    in_bf16: bool
+    """Each step to scales, and to values under float32 scales, is rounded to bf16."""
     truncates: bool
     """Values are rounded towards zero."""
+    zeros_have_zero: bool
+    """The scale of zeros is 0, whatever the smallest one."""
     adds_half: bool
     """Before that they move away from zero by a half: they are rounded to nearest."""
     rounds_half_up: bool
@@ -267,10 +274,12 @@ class Format:
             upper_scale=self.scale_dtype is torch.float8_e4m3fn,
             bounds_amax=self.steps.bounds_amax,
             divides=self.steps.multiplier == DIVIDED,
+            in_bf16=self.numerics == VLLM_BF16,
             truncates=truncates(self.values, self.group_size, self.numerics),
+            zeros_have_zero=zeros_have_zero(self.values, self.group_size, self.numerics),
             adds_half=adds_half(self.values, self.group_size, self.numerics),
             rounds_half_up=mx and self.numerics == VLLM and fp4,
-            rounds_quotient=mx and self.numerics != IEEE,
+            rounds_quotient=mx and self.numerics not in (IEEE, VLLM_BF16),
             flushes=mx and self.numerics in _FLUSH.get(self.values, ()),
             positive_zero=fp4 and self.numerics == DEEPGEMM,
             scale_dims=1 if blocked else 2,

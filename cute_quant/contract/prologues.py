@@ -18,8 +18,10 @@ UNFUSED = "unfused"
 VLLM = "vllm"
 HUGGINGFACE = "huggingface"
 VLLM_TRITON = "vllm_triton"
+VLLM_CUDA = "vllm_cuda"
+VLLM_BF16 = "vllm_bf16"
 SGLANG = "sglang"
-SILU_ROUNDINGS = (FUSED, UNFUSED, VLLM, VLLM_TRITON, SGLANG)
+SILU_ROUNDINGS = (FUSED, UNFUSED, VLLM, VLLM_TRITON, VLLM_CUDA, VLLM_BF16, SGLANG)
 NORM_ROUNDINGS = (FUSED, UNFUSED, HUGGINGFACE, VLLM)
 ROUNDINGS = tuple(dict.fromkeys((*SILU_ROUNDINGS, *NORM_ROUNDINGS)))
 """Rounding points: once to float32, or to the input's dtype after each operation, as torch does, or
@@ -28,17 +30,17 @@ where a library's kernels round to it."""
 
 def rounds_activation(rounding: str) -> bool:
     """Return whether activations, and bounds, are rounded before they are multiplied."""
-    return rounding in (UNFUSED, VLLM_TRITON)
+    return rounding in (UNFUSED, VLLM_TRITON, VLLM_BF16)
 
 
 def rounds_shifted(rounding: str) -> bool:
     """Return whether the sum of an up and beta is rounded before it is multiplied."""
-    return rounding in (UNFUSED, VLLM_TRITON, SGLANG)
+    return rounding in (UNFUSED, VLLM_TRITON, VLLM_BF16, SGLANG)
 
 
 def rounds_product(rounding: str) -> bool:
     """Return whether the product of an activation and an up is rounded before it is quantized."""
-    return rounding in (UNFUSED, VLLM, VLLM_TRITON)
+    return rounding in (UNFUSED, VLLM, VLLM_TRITON, VLLM_BF16)
 
 
 def rounds_sum(rounding: str) -> bool:

@@ -110,12 +110,20 @@ def scales_of_amax(amax: torch.Tensor, fmt: Format) -> torch.Tensor:
                 scales = bounded * (1.0 / largest)
             case format_choices.INVERTED:
                 scales = 1.0 / (largest / bounded)
+            case format_choices.BF16_PRODUCT:
+                scales = _bf16_scales(bounded, fmt)
             case _:
                 scales = bounded / largest
         scales = scales if fmt.bounds_amax else scales.clamp(min=fmt.floor)
+        if fmt.zeros_have_zero:
+            scales = scales.where(amax != 0, 0.0)
         return scales.where(amax.isfinite(), torch.nan)
     if fmt.rounds_half_up:
         return _half_up_exponents(amax.float(), fmt)
+    if fmt.in_bf16:
+        logarithms = _bf16_scales(amax.float(), fmt).log2().bfloat16()
+        exponents = logarithms.ceil().clamp(-UE8M0_BIAS, UE8M0_BIAS).int() + UE8M0_BIAS
+        return exponents.clamp(min=fmt.floor).where(amax.isfinite(), UE8M0_NAN)
     # In float64 no quotient of a float32 amax rounds onto a power of two that it is not.
     quotients = amax.double() / largest
     if fmt.rounds_quotient:
@@ -123,6 +131,12 @@ def scales_of_amax(amax: torch.Tensor, fmt: Format) -> torch.Tensor:
     mantissa, exponent = torch.frexp(quotients)
     exponent = (exponent - (mantissa == 0.5).int() + UE8M0_BIAS).where(amax > 0, 0)
     return exponent.clamp(min=fmt.floor).where(amax.isfinite(), UE8M0_NAN)
+
+
+def _bf16_scales(amax: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Return amax times the inverse of the maximum, each rounded to bfloat16, as float32."""
+    inverse = amax.new_tensor(1.0 / fmt.value_type.max).bfloat16().float()
+    return (amax * inverse).bfloat16().float()
 
 
 def _half_up_exponents(amax: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -375,9 +389,12 @@ def _scaled(groups: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Te
             multipliers = rcp_approx(amax) * largest
         case format_choices.OF_AMAX:
             multipliers = largest / amax
+        case format_choices.BF16_OF_SCALE:
+            multipliers = (1.0 / scales).bfloat16().float()
         case _:
             multipliers = 1.0 / scales
-    return groups * multipliers.unsqueeze(-1)
+    values = groups * multipliers.where(scales != 0, 0.0).unsqueeze(-1)
+    return values.bfloat16().float() if fmt.in_bf16 else values
 
 
 def encode(values: torch.Tensor, fmt: Format) -> torch.Tensor:

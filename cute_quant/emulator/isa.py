@@ -254,6 +254,24 @@ def fma_f32(a: Array, b: Array, c: Array) -> Array:
     return canonical(exact.astype(np.float32))
 
 
+@operation("fma.rn.sat.f32", "f32", "f32 f32 f32")
+def fma_saturated_f32(a: Array, b: Array, c: Array) -> Array:
+    """Clamp to 0 to 1; NaN becomes 0 (9.7.3)."""
+    result = fma_f32(a, b, c)
+    return np.where(result > 0, np.minimum(result, np.float32(1)), np.float32(0))
+
+
+@operation("fma.rm.f32", "f32", "f32 f32 f32")
+def fma_down_f32(a: Array, b: Array, c: Array) -> Array:
+    """Round down; a sum of zero, but of zeros with one sign, is -0."""
+    a, b, c = (v.astype(np.float64) for v in (a, b, c))
+    exact = floats.fma(a, b, c)
+    rounded = exact.astype(np.float32)
+    rounded = np.where(rounded > exact, np.nextafter(rounded, np.float32(-np.inf)), rounded)
+    signs_differ = np.signbit(a * b) != np.signbit(c)
+    return canonical(np.where((exact == 0) & signs_differ, np.float32(-0.0), rounded))
+
+
 @operation("div.rn.f32", "f32", "f32 f32")
 def div_f32(a: Array, b: Array) -> Array:
     return canonical(a / b)
@@ -546,11 +564,11 @@ def cvt_integer_to_f32(a: Array) -> Array:
     return a.astype(np.float32)
 
 
-@operation("cvt.rni.s32.f32", "s32", "f32")
-def cvt_f32_to_s32(a: Array) -> Array:
-    """Round to nearest even, saturated (9.7.9.22); NaN becomes 0."""
+@operation("cvt.{r}.s32.f32", "s32", "f32", r="rni rzi")
+def cvt_f32_to_s32(a: Array, r: str) -> Array:
+    """Round to nearest even or towards zero, saturated (9.7.9.22); NaN becomes 0."""
     limits = np.iinfo(np.int32)
-    rounded = np.rint(np.where(np.isnan(a), 0.0, a.astype(np.float64)))
+    rounded = {"rni": np.rint, "rzi": np.trunc}[r](np.where(np.isnan(a), 0.0, a.astype(np.float64)))
     return np.clip(rounded, limits.min, limits.max).astype(np.int32)
 
 

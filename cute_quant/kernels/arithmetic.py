@@ -7,7 +7,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Uint32
 
-from cute_quant.contract.dtypes import to_float32
+from cute_quant.contract.dtypes import FLOAT32_MANTISSA_BITS, to_float32
 from cute_quant.kernels import ptx
 from cute_quant.kernels.config import LANES
 from cute_quant.kernels.encodings import registers
@@ -17,6 +17,10 @@ FLOAT32_INFINITY = 0x7F800000
 FLOAT32_NAN = 0x7FC00000
 """As the bits of a float32."""
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
+LOG2_E_REST = 1.925963033500011e-08
+"""What a float32 of log2(e) lacks, as CUDA's ``expf`` has it."""
+EXP_STEP = 0.005724980030208826
+"""log2(e) / 252 as it has it."""
 LARGEST_EXPONENT = 127.99
 """Largest exponent of 2 in `sigmoid`, whose power is finite."""
 
@@ -89,6 +93,33 @@ def sigmoid(x: cute.TensorSSA, factor: SigmoidFactor | None = None) -> cute.Tens
     exponential = cute.math.exp2(power, fastmath=True)
     exponential = cute.math.fma(exponential, rest * LN_2, exponential)
     return elementwise(cute.arch.rcp_approx, exponential + 1.0)
+
+
+def cuda_sigmoid(x: cute.TensorSSA, divides: bool) -> cute.TensorSSA:
+    """Return ``1 / (1 + expf(-x))`` of float32 with the bits of CUDA C++.
+
+    These are the operations that nvcc makes of ``expf``: 2^n is shifted into place from the low
+    bits of a sum with 1.5 * 2^23, and 2^f approximated.
+
+    Args:
+        x: float32.
+        divides: whether the quotient has IEEE rounding, down to the smallest normal number, below
+            which it is 0; else it is approximate, as in ``__fdividef``.
+    """
+
+    def sigmoid(value: Float32) -> Float32:
+        fraction = ptx.fma_saturated(value, Float32(-EXP_STEP), Float32(0.5))
+        shifted = ptx.fma_down(fraction, Float32(252.0), Float32(12582913.0))
+        n = shifted + Float32(-12583039.0)
+        f = cute.math.fma(value, Float32(-to_float32(LOG2_E)), Float32(0.0) - n)
+        f = cute.math.fma(value, Float32(-LOG2_E_REST), f)
+        power = Uint32(shifted.bitcast(Uint32) << FLOAT32_MANTISSA_BITS).bitcast(Float32)
+        divisor = cute.math.fma(cute.math.exp2(f, fastmath=True), power, Float32(1.0))
+        if divides:
+            return reciprocal(cute.arch.fmin(divisor, Float32(2.0**127), nan=True))
+        return cute.arch.rcp_approx(divisor)
+
+    return elementwise(sigmoid, x)
 
 
 def minimum(x: cute.TensorSSA, bound: Float32) -> cute.TensorSSA:

@@ -163,20 +163,12 @@ def divide_by(rX: cute.Tensor, divisor: Float32, inverse: Float32) -> cute.Tenso
 
 
 @cute.jit
-def truncate(rX: cute.Tensor, adds_half: cutlass.Constexpr[bool]):
-    """Round float32 below 2^22 towards zero, or to nearest, halves away from zero; NaN stays NaN.
-
-    A sum with 2^23 rounds to nearest: where that is above, one is subtracted.
-    """
+def add_half(rX: cute.Tensor):
+    """Move float32 away from zero by a half, or the number below it where that rounds up."""
     for i in cutlass.range_constexpr(cute.size(rX)):
         bits = rX[i].bitcast(Uint32)
-        magnitude = (bits & Uint32(0x7FFFFFFF)).bitcast(Float32)
-        if const_expr(adds_half):
-            magnitude = magnitude + Float32(BELOW_HALF)
-        nearest = (magnitude + Float32(_INTEGERS)) - Float32(_INTEGERS)
-        above = nearest > magnitude
-        whole = nearest - (Float32(1.0) if above else Float32(0.0))
-        rX[i] = (whole.bitcast(Uint32) | bits & Uint32(0x80000000)).bitcast(Float32)
+        magnitude = (bits & Uint32(0x7FFFFFFF)).bitcast(Float32) + Float32(BELOW_HALF)
+        rX[i] = (magnitude.bitcast(Uint32) | bits & Uint32(0x80000000)).bitcast(Float32)
 
 
 @cute.jit
@@ -232,10 +224,14 @@ def multiply_columns(
 
 
 @cute.jit
-def encode(rX: cute.Tensor, dtype: cutlass.Constexpr[type]) -> cute.Tensor:
+def encode(
+    rX: cute.Tensor,
+    dtype: cutlass.Constexpr[type],
+    truncates: cutlass.Constexpr[bool] = False,
+) -> cute.Tensor:
     """Return float32 values in a dtype, rounded to nearest even and saturated.
 
-    Of e2m1 two share a byte: (values / 2,).
+    Integers may be rounded towards zero. Of e2m1 two share a byte: (values / 2,).
     """
     if const_expr(dtype is Float4E2M1FNx2):
         return encode_e2m1(rX)
@@ -243,8 +239,8 @@ def encode(rX: cute.Tensor, dtype: cutlass.Constexpr[type]) -> cute.Tensor:
     if const_expr(dtype is cutlass.Int8):
         words = cute.recast_tensor(rQ, Uint32)
         for i in cutlass.range_constexpr(cute.size(words)):
-            upper = ptx.pack_int8(rX[4 * i + 2], rX[4 * i + 3], Uint32(0))
-            words[i] = ptx.pack_int8(rX[4 * i], rX[4 * i + 1], upper)
+            upper = ptx.pack_int8(rX[4 * i + 2], rX[4 * i + 3], Uint32(0), truncates)
+            words[i] = ptx.pack_int8(rX[4 * i], rX[4 * i + 1], upper, truncates)
     else:
         rQ.store(rX.load().to(dtype))
     return rQ

@@ -67,6 +67,23 @@ def min_bf16x2(a: Uint32, b: Uint32) -> Uint32:
     return _apply("min.bf16x2", a, b)
 
 
+def fma_saturated(a: Float32, b: Float32, c: Float32) -> Float32:
+    """Return a * b + c, rounded once and clamped to 0 to 1; NaN gives 0."""
+    return _fma("fma.rn.sat.f32", a, b, c)
+
+
+def fma_down(a: Float32, b: Float32, c: Float32) -> Float32:
+    """Return a * b + c, rounded down once."""
+    return _fma("fma.rm.f32", a, b, c)
+
+
+@dsl_user_op
+def _fma(instruction: str, a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
+    operands = [v.ir_value(loc=loc, ip=ip) for v in (a, b, c)]
+    ptx = f"{instruction} $0, $1, $2, $3;"
+    return Float32(llvm.inline_asm(T.f32(), operands, ptx, "=f,f,f,f", loc=loc, ip=ip))
+
+
 def select_bytes(a: Uint32, b: Uint32, selector: int) -> Uint32:
     """Return bytes of two registers: each hexadecimal digit names one, 0 to 3 of a, 4 to 7 of b."""
     return _apply("prmt.b32", a, b, Uint32(selector))
@@ -147,15 +164,18 @@ def f16x2_of_e2m1(word: Uint32, byte: int, *, loc=None, ip=None) -> Uint32:
 
 
 @dsl_user_op
-def pack_int8(a: Float32, b: Float32, upper: Uint32, *, loc=None, ip=None) -> Uint32:
-    """Return ``upper << 16`` over two values as int8, rounded to nearest even and saturated.
+def pack_int8(
+    a: Float32, b: Float32, upper: Uint32, truncates: bool, *, loc=None, ip=None
+) -> Uint32:
+    """Return ``upper << 16`` over two values as int8, saturated; NaN gives 0.
 
-    NaN gives 0. The DSL's own conversion truncates.
+    They are rounded towards zero or to nearest even. The assembler makes one instruction of it.
     """
+    rounding = "rzi" if truncates else "rni"
     words = []
     for value in (a, b):
         operand = [value.ir_value(loc=loc, ip=ip)]
-        ptx = "cvt.rni.s32.f32 $0, $1;"
+        ptx = f"cvt.{rounding}.s32.f32 $0, $1;"
         words.append(llvm.inline_asm(T.i32(), operand, ptx, "=r,f", loc=loc, ip=ip))
     ptx = "cvt.pack.sat.s8.s32.b32 $0, $1, $2, $3;"
     operands = [words[1], words[0], Uint32(upper).ir_value(loc=loc, ip=ip)]

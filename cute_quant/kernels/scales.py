@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
+import torch
 from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Uint16, Uint32, const_expr
 
 from cute_quant.contract.dtypes import (
     E2M1_MAX,
+    FLOAT32_BIAS,
     FLOAT32_MANTISSA_BITS,
     FLOAT32_MAX,
     SMALLEST_UE8M0,
@@ -24,6 +26,8 @@ from cute_quant.contract.dtypes import (
 )
 from cute_quant.contract.format_choices import (
     APPROXIMATE_OF_SCALE,
+    BF16_OF_SCALE,
+    BF16_PRODUCT,
     DEEPGEMM,
     FLASHINFER,
     INVERTED,
@@ -37,13 +41,14 @@ from cute_quant.contract.format_choices import (
 )
 from cute_quant.contract.formats import Format
 from cute_quant.kernels import arithmetic, ptx
-from cute_quant.kernels.arithmetic import FLOAT32_INFINITY, FLOAT32_NAN
+from cute_quant.kernels.arithmetic import FLOAT32_INFINITY, FLOAT32_NAN, LOG2_E
 from cute_quant.kernels.upper_scales import Factors
 
 MANTISSA_MASK = 0x7FFFFF
 QUARTER_MANTISSA = 0x200000
 EXPONENT_MASK = 0xFF800000
 MAGNITUDE_MASK = 0x7FFFFFFF
+FLOAT32_ONE = 0x3F800000
 MAGNITUDE_MASK_X2 = 0x7FFF7FFF
 
 BELOW_PRECISION = {BFloat16: 0xFFFF, Float16: 0x1FFF, Float32: 0}
@@ -168,7 +173,9 @@ def group_scale(
     if const_expr(fmt.upper_scale):
         return e4m3_scale(amax, dtype, bound, fmt.numerics)
     if const_expr(fmt.power_of_two):
-        exponents = half_up_exponents if const_expr(fmt.rounds_half_up) else largest_exponents
+        exponents = largest_exponents
+        if const_expr(fmt.rounds_half_up or fmt.in_bf16):
+            exponents = half_up_exponents if const_expr(fmt.rounds_half_up) else bf16_exponents
         if const_expr(fmt.rounds_quotient and dtype is Float32):
             amax = amax - Uint32(amax == Uint32(above_smallest_scale(fmt.value_type)))
         multiplier = power_of_two_multiplier(amax, exponents(amax, dtype, fmt.value_type), bound)
@@ -230,6 +237,33 @@ def half_up_exponents(amax: Uint32, dtype: type[cutlass.Numeric], values: ValueT
     """
     minuend = UE8M0_MAX + values.max_exponent << FLOAT32_MANTISSA_BITS
     return Uint32(minuend) - (amax + Uint32(QUARTER_MANTISSA) & Uint32(EXPONENT_MASK))
+
+
+def bf16_exponents(amax: Uint32, dtype: type[cutlass.Numeric], values: ValueType) -> Uint32:
+    """Return the bits of the power of two over that of a `bf16_scale`, whose log2 is rounded, too.
+
+    The log2 of the scale is rounded to bfloat16, then up to an integer. Where a bfloat16 is too
+    coarse for the log2 of the mantissa that integer is the exponent. A parabola through 0 is near
+    enough to this log2: the tests have every bfloat16.
+    """
+    bits = bf16_scale(magnitude(amax, dtype), values).bitcast(Uint32)
+    mantissa = (bits & Uint32(MANTISSA_MASK) | Uint32(FLOAT32_ONE)).bitcast(Float32) - Float32(1.0)
+    exponent = bits >> FLOAT32_MANTISSA_BITS
+    whole = Float32(Int32(exponent) - FLOAT32_BIAS)
+    log2 = cute.math.fma(mantissa, mantissa * Float32(-0.6) + Float32(LOG2_E), whole)
+    exponent = exponent + Uint32(bf16(log2) > whole)
+    return Uint32(UE8M0_MAX << FLOAT32_MANTISSA_BITS) - (exponent << FLOAT32_MANTISSA_BITS)
+
+
+def bf16_scale(amax: Float32, values: ValueType) -> Float32:
+    """Return amax times the inverse of ``values.max``, both rounded to bfloat16."""
+    inverse = torch.tensor(1.0 / values.max).bfloat16().item()
+    return bf16(amax * inverse)
+
+
+def bf16(value: Float32) -> Float32:
+    """Return a float32 rounded to bfloat16."""
+    return value.to(BFloat16).to(Float32)
 
 
 @cute.jit
@@ -296,20 +330,28 @@ def scale_of_bounded_amax(
 ) -> GroupScale:
     """Return multiplier and float32 scale of an amax by its steps; it is `min_amax` at least."""
     largest, (scale_step, multiplier_step) = Float32(fmt.value_type.max), fmt.steps
-    bounded = cutlass.max(magnitude(amax, dtype), min_amax)
+    largest_magnitude = magnitude(amax, dtype)
+    bounded = cutlass.max(largest_magnitude, min_amax)
     scale = multiplier = largest
     if const_expr(scale_step == PRODUCT):
         scale = bounded * (1.0 / fmt.value_type.max)
     elif const_expr(scale_step == QUOTIENT):
         scale = arithmetic.quotient(bounded, fmt.value_type.max)
+    elif const_expr(scale_step == BF16_PRODUCT):
+        scale = bf16_scale(bounded, fmt.value_type)
     if const_expr(multiplier_step == OF_AMAX):
         multiplier = largest / bounded
     elif const_expr(multiplier_step == APPROXIMATE_OF_SCALE):
         multiplier = cute.arch.rcp_approx(scale)
+    elif const_expr(multiplier_step == BF16_OF_SCALE):
+        # The reciprocal of a bfloat16 is never near the middle of two.
+        multiplier = bf16(cute.arch.rcp_approx(scale))
     else:
         multiplier = cute.arch.rcp_approx(bounded) * largest
     if const_expr(scale_step == INVERTED):
         scale = arithmetic.reciprocal(multiplier)
+    if const_expr(fmt.zeros_have_zero):
+        scale = scale if largest_magnitude != Float32(0.0) else Float32(0.0)
     nan = Uint32(FLOAT32_NAN).bitcast(Float32)
     finite = is_finite(amax)
     return GroupScale(multiplier if finite else nan, scale if finite else nan)

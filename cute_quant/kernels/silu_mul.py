@@ -15,6 +15,8 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.contract.prologues import (
     UNFUSED,
+    VLLM_BF16,
+    VLLM_CUDA,
     rounds_activation,
     rounds_product,
     rounds_shifted,
@@ -139,6 +141,9 @@ class GatedRow(Params):
 
     def sigmoid(self, gate: cute.TensorSSA) -> cute.TensorSSA:
         """Return the sigmoid of alpha * gate, rounded where torch's operations round."""
+        if self.spec.rounding in (VLLM_CUDA, VLLM_BF16):
+            argument = gate * self.activation.alpha if self.spec.scaled else gate
+            return arithmetic.cuda_sigmoid(argument, self.spec.rounding == VLLM_CUDA)
         if self.spec.rounding == UNFUSED and self.spec.scaled:
             argument = self.round(gate * self.activation.alpha, True)
             return self.round(arithmetic.sigmoid(argument), True)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 
 from cute_quant.contract.dtypes import BLOCK_GROUPS, BYTES_PER_WORD, SCALE_ROW_ALIGNMENT
 from cute_quant.contract.format_choices import DEEPGEMM, VLLM_EMULATION, WHOLE_ROW
@@ -347,9 +347,9 @@ class Stage:
             encodings.clear_unless(scaling.is_number(scale, fmt), tXrQ)
             return tXrQ
         tXrV = self.products(tXrX, scale)
-        if fmt.truncates:
-            encodings.truncate(tXrV, fmt.adds_half)
-        return encodings.encode(tXrV, encodings.value_type_of(fmt))
+        if fmt.adds_half:
+            encodings.add_half(tXrV)
+        return encodings.encode(tXrV, encodings.value_type_of(fmt), fmt.truncates)
 
     def products(self, tXrX: cute.Tensor, scale: GroupScale) -> cute.Tensor:
         """Return a segment times its multiplier as float32, (values,)."""
@@ -358,6 +358,8 @@ class Stage:
         power_of_two = self.fmt.power_of_two
         multiply = encodings.multiply_power_of_two if power_of_two else encodings.multiply
         tXrV = multiply(tXrX, scale.multiplier)
+        if self.fmt.in_bf16 and not power_of_two:
+            tXrV = encodings.registers(encodings.round_to(tXrV.load(), BFloat16))
         if self.fmt.numerics == VLLM_EMULATION:
             encodings.drop_signs_of_zero_products(tXrV)
         return tXrV

@@ -179,11 +179,14 @@ def test_stochastic_rounding(fmt, device):
     assert_same_bits(transposed.mT.contiguous(), columns)
 
 
-@pytest.mark.parametrize("values", [torch.float8_e4m3fn, torch.int8])
-def test_numerics_that_divide_or_truncate_are_refused(values, device):
+@pytest.mark.parametrize(
+    ("values", "numerics"),
+    [(torch.float8_e4m3fn, "vllm"), (torch.int8, "vllm"), (torch.float8_e4m3fn, "vllm_bf16")],
+)
+def test_numerics_that_divide_or_truncate_are_refused(values, numerics, device):
     x, fmt = torch.zeros(4, 32, device=device), DEEP_GEMM_SM90.replace(values=values)
-    fmt = fmt.replace(numerics="vllm")
-    assert fmt.divides or fmt.truncates
+    fmt = fmt.replace(numerics=numerics)
+    assert fmt.divides or fmt.truncates or fmt.in_bf16
     with pytest.raises(ValueError, match=r"^fmt: expected numerics that multiply"):
         cq.quantize_columns(x, fmt)
     with pytest.raises(ValueError, match=r"^fmt: expected numerics that multiply"):

@@ -45,7 +45,7 @@ E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 E2M1 = torch.float4_e2m1fn_x2
 
 LIBRARIES = ("vllm", "vllm_emulation", "flashinfer", "te", "torchao", "deepgemm")
-OTHERS = ("vllm_triton", "sglang", "tilekernels")
+OTHERS = ("vllm_triton", "vllm_bf16", "sglang", "tilekernels")
 """Libraries without NVFP4."""
 MIN_SCALE_NAMES = ("vllm", "deepgemm", "sglang", "vllm_fused", "torchao", "ocp")
 
@@ -59,6 +59,8 @@ WITH_OPTIONS = [
     ROWWISE_INT8.replace(numerics="deepgemm", min_scale="sglang"),
     GROUPWISE_FP8.replace(numerics="vllm_triton"),
     GROUPWISE_FP8.replace(numerics="tilekernels", min_scale=0.1),
+    DEEP_GEMM.replace(numerics="vllm_bf16"),
+    DEEP_GEMM_SM90.replace(numerics="vllm_bf16", round_scale=True, min_scale="vllm"),
     ROWWISE_FP8.replace(numerics="vllm", min_scale="vllm"),
     INT8.replace(numerics="sglang", min_scale="torchao"),
     MXFP8.replace(values=E5M2, min_scale="ocp"),
@@ -596,6 +598,7 @@ FLOAT32_NUMERICS = (
     "ieee",
     "vllm",
     "vllm_triton",
+    "vllm_bf16",
     "sglang",
     "torchao",
     "tilekernels",
@@ -606,13 +609,14 @@ NUMERICS = [
     (MXFP8, ("ieee", "vllm", "flashinfer", "te", "torchao", "deepgemm")),
     (MXFP4, ("ieee", "vllm", "flashinfer", "torchao", "deepgemm")),
     (MXFP8.replace(values=E5M2), ("ieee",)),
-    (DEEP_GEMM, ("ieee",)),
+    (DEEP_GEMM, ("ieee", "vllm_bf16")),
     (DEEP_GEMM_SM90, FLOAT32_NUMERICS),
     (ROWWISE_FP8, FLOAT32_NUMERICS),
     (INT8, ("ieee", "vllm", "vllm_triton", "sglang", "deepgemm")),
     (ROWWISE_INT8, ("ieee", "vllm", "sglang", "deepgemm")),
     (DEEP_GEMM_SM90.replace(values=E5M2), ("ieee", "deepgemm")),
-    (DEEP_GEMM_SM90.replace(round_scale=True), ("ieee",)),
+    (DEEP_GEMM_SM90.replace(round_scale=True), ("ieee", "vllm_bf16")),
+    (DEEP_GEMM.replace(values=E5M2), ("ieee",)),
 ]
 
 

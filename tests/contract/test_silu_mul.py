@@ -190,6 +190,20 @@ def test_rounding_of_sglang(device):
         assert_same_bits(result, expected)
 
 
+@pytest.mark.parametrize(
+    ("rounding", "same"), [("vllm_cuda", "fused"), ("vllm_bf16", "vllm_triton")]
+)
+def test_exponential_of_cuda(rounding, same, device):
+    """Kernels alone have it: the CPU has an exact one, and rounds where another rounding does."""
+    x = inputs((64, 2048), torch.bfloat16, 1)
+    for options in ({}, {"clamp": 7.03, "alpha": 1.702, "beta": 1.0}):
+        check(x, DEEP_GEMM_32, device, rounding, **options)
+        expected = silu_mul_quantize(x, DEEP_GEMM_32, rounding=same, **options)
+        results = silu_mul_quantize(x, DEEP_GEMM_32, rounding=rounding, **options)
+        for result, other in zip(results, expected, strict=True):
+            assert_same_bits(result, other)
+
+
 def test_rounding_of_vllm_with_weights(device):
     check(inputs((6, 140), torch.bfloat16, 1), DEEP_GEMM_32, device, "vllm", weight=weights(6))
 

@@ -47,6 +47,7 @@ def test_which_formats_have_which_numerics():
         assert quoted(table[name]) == numerics_of(cq.NAMED_FORMATS[name])
     for name, fmt in (
         ("e4m3 under float32 scales", cq.GROUPWISE_FP8),
+        ("e4m3 under powers of two, but MXFP8", cq.DEEP_GEMM),
         ("int8 in groups", cq.INT8),
         ("int8, whole rows", cq.ROWWISE_INT8),
     ):
@@ -59,6 +60,7 @@ def test_steps_of_float32_scales():
     v = x.unflatten(1, (-1, 128)).abs().amax(2)
     groups, largest = x.unflatten(1, (-1, 128)), torch.tensor(448.0)
     names = {"v": v, "M": largest, "c": 1 / largest, "rcp": rcp_approx, "x": groups}
+    names["bf16"] = lambda t: t.bfloat16().float()
     table = rows("`numerics`", "scale", "value, before it is rounded", "at least")
     assert [quoted(cells[0])[0] for cells in table] == numerics_of(cq.GROUPWISE_FP8)
     for name, scale, value, least in table:

@@ -264,10 +264,43 @@ def test_max_of_magnitudes(a, b):
         assert result == max(magnitudes) | (a ^ b) & 0x80000000
 
 
+@given(words, words, words)
+@settings(max_examples=500, deadline=None)
+def test_fma_rounded_down(a, b, c):
+    """Exact by fractions: no float32 lies between the result and the sum."""
+    operands = [value(v) for v in (a, b, c)]
+    result = value(bits(compute("fma.rm.f32", word(a), word(b), word(c))))
+    if not all(map(math.isfinite, operands)):
+        return
+    exact = Fraction(operands[0]) * Fraction(operands[1]) + Fraction(operands[2])
+    if math.isfinite(result):
+        with np.errstate(over="ignore"):
+            above = np.nextafter(np.float32(result), np.float32(np.inf))
+        assert Fraction(result) <= exact
+        assert np.isinf(above) or exact < Fraction(float(above))
+    else:
+        assert result < 0 and exact < Fraction(-float(np.finfo(np.float32).max))
+
+
+def test_fma_of_zeros_and_saturated():
+    zero, minus, one = word(0), word(0x80000000), word(0x3F800000)
+    for a, b, c, expected in (
+        (one, zero, minus, 0x80000000),
+        (one, zero, zero, 0),
+        (one, one, word(0xBF800000), 0x80000000),
+    ):
+        assert bits(compute("fma.rm.f32", a, b, c)) == expected
+    for a, expected in ((0x3F000000, 0x3F000000), (0x40000000, 0x3F800000), (0xBF800000, 0)):
+        assert bits(compute("fma.rn.sat.f32", word(a), one, zero)) == expected
+    assert bits(compute("fma.rn.sat.f32", word(0x7FC00000), one, zero)) == 0
+
+
 def test_rounding_to_integers():
     values = np.array([0.5, 1.5, -2.5, 126.5, np.nan, np.inf, -np.inf, 3e9, -0.0], np.float32)
     result = compute("cvt.rni.s32.f32", values)
     assert result.tolist() == [0, 2, -2, 126, 0, 2**31 - 1, -(2**31), 2**31 - 1, 0]
+    truncated = compute("cvt.rzi.s32.f32", values)
+    assert truncated.tolist() == [0, 1, -2, 126, 0, 2**31 - 1, -(2**31), 2**31 - 1, 0]
     upper, lower = np.array([300, -1, 5], np.int32), np.array([-300, 127, -128], np.int32)
     packed = compute("cvt.pack.sat.s8.s32.b32", upper, lower, np.full(3, 0xABCD1234, np.uint32))
     assert packed.tolist() == [0x12347F80, 0x1234FF7F, 0x12340580]

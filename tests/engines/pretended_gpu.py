@@ -13,7 +13,7 @@ import torch
 
 from bench.missing_modules import Module, replace
 from bench.vllm_archive import EXTENSIONS
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, dequantize
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, convert_scales, dequantize
 
 
 class DeepGemm(Module):
@@ -21,8 +21,9 @@ class DeepGemm(Module):
 
     __version__ = "2.8.1"
 
-    def __init__(self) -> None:
+    def __init__(self, packs: bool) -> None:
         super().__init__("deep_gemm")
+        self.packs = packs
         self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def fp8_gemm_nt(self, a: Any, b: Any, d: torch.Tensor, *args: Any, **kwargs: Any) -> None:
@@ -36,8 +37,16 @@ class DeepGemm(Module):
             product = _dequantized(a[0][e], a[1][e]) @ _dequantized_blocks(b[0][e], b[1][e]).mT
             d[e, :rows] = product[:rows]
 
-    def transform_sf_into_required_layout(self, sf: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return sf
+    def transform_sf_into_required_layout(
+        self, sf: torch.Tensor, *args: Any, is_sfa: bool = False, **kwargs: Any
+    ) -> Any:
+        """Pack the scales of activations where the GEMM does; those of weights stay float32."""
+        if not (is_sfa and self.packs):
+            return sf
+        rows = DEEP_GEMM_SM90.replace(scale_layout="row_major", round_scale=True)
+        return convert_scales(
+            sf.contiguous(), rows, DEEP_GEMM, (*sf.shape[:-1], 128 * sf.shape[-1])
+        )
 
     def get_mk_alignment_for_contiguous_layout(self) -> int:
         return 128
@@ -56,7 +65,7 @@ def _dequantized_blocks(q: torch.Tensor, sf: torch.Tensor) -> torch.Tensor:
 def pretend(major: int, minor: int = 0) -> DeepGemm:
     """Have vLLM run on a GPU of a compute capability; call it before its layers are imported."""
     replace((*EXTENSIONS, "deep_ep"))
-    deep_gemm = sys.modules["deep_gemm"] = DeepGemm()
+    deep_gemm = sys.modules["deep_gemm"] = DeepGemm(packs=major >= 10)
 
     from vllm import platforms
     from vllm.platforms.cuda import CudaPlatformBase

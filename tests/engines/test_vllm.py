@@ -647,7 +647,6 @@ COMPARED_WITHOUT_CUDA = {
     "per_token_group_quant_fp8",
     "silu_mul_quant_fp8_packed_triton",
     "silu_mul_per_token_group_quant_fp8_colmajor",
-    "persistent_masked_m_silu_mul_quant",
     "mxfp8_e4m3_quantize",
     "swizzle_mxfp8_scale",
 }

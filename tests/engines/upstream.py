@@ -60,10 +60,12 @@ GPUS = {"vllm": ("9.0", "10.0"), "sglang": ("",)}
 """Compute capabilities that are pretended."""
 
 MEANT = {
-    "test_quantfp8_group_edge_cases": "groups of zeros have the smallest scale of CUDA's kernel",
-    "test_quantfp8_group_functionality": "forward_native returns scales that the GEMM reads",
-    "test_quantize_to_fp4": "vLLM's kernel has approximate reciprocals, its reference has not",
-    "test_silu_mul_fp8_quant_deep_gemm": "masked experts are computed in float32, not in bfloat16",
+    "test_quantfp8_group_edge_cases": "it asks forward_native for the bound of its own scales; the "
+    "kernel, whose bits both have here, bounds the amax of a group by 1e-10",
+    "test_quantfp8_group_functionality": "on Blackwell forward_native returns packed scales, as "
+    "forward_cuda does, and the test takes them for float32",
+    "test_quantize_to_fp4": "vLLM's kernel takes rcp.approx.ftz (nvfp4_utils.cuh), its reference "
+    "divides: a code next to the middle of two may be the other one",
 }
 """Tests that may fail with the plug-in, and why."""
 

@@ -40,10 +40,12 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("MXFP8", "te"): formulas.mxfp8_te,
     ("MXFP8", "torchao"): lambda x: formulas.mxfp8_torchao(x, "rceil"),
     ("MXFP8", "deepgemm"): formulas.mxfp8_deepgemm,
+    ("DEEP_GEMM", "vllm_bf16"): formulas.ue8m0_vllm_bf16,
 }
 FLOAT32_FORMULAS: dict[tuple[str, str], Formula] = {
     ("GROUPWISE_FP8", "vllm"): formulas.fp8_vllm,
     ("GROUPWISE_FP8", "vllm_triton"): formulas.fp8_vllm_triton,
+    ("GROUPWISE_FP8", "vllm_bf16"): formulas.fp8_vllm_bf16,
     ("GROUPWISE_FP8", "sglang"): formulas.fp8_sglang,
     ("GROUPWISE_FP8", "torchao"): formulas.fp8_torchao,
     ("GROUPWISE_FP8", "tilekernels"): formulas.fp8_tilekernels,

@@ -10,6 +10,7 @@ from cutlass import BFloat16, Float32, Uint32
 
 from cute_quant.contract.rcp_approx import rcp_approx
 from cute_quant.emulator import EmulatedKernel, isa
+from cute_quant.emulator import floats as formats
 from cute_quant.emulator.host import C_COMPILER
 from cute_quant.kernels import arithmetic, encodings
 from cute_quant.kernels.encodings import registers
@@ -152,3 +153,46 @@ def test_sigmoid(factor, tmp_path):
     error = (actual - exact).abs()
     assert (error <= exact * 4 * 2.0**-24 + 2.0**-126).all(), x[(error / exact).argmax()]
     assert (actual <= 1).all()
+
+
+def sigmoid_of_nvcc(x: np.ndarray) -> np.ndarray:
+    """Return ``1 / (1 + expf(-x))`` by the PTX that nvcc 13.0 makes of it."""
+
+    def fma(a, b, c):
+        exact = formats.fma(*(np.asarray(v, np.float64) + np.zeros(x.shape) for v in (a, b, c)))
+        return exact.astype(np.float32), exact
+
+    constants = [0x3BBB989D, 0x3FB8AA3B, 0x32A57060]
+    step, log2e, rest = np.array(constants, np.uint32).view(np.float32).astype(np.float64)
+    fraction = fma(-x, step, 0.5)[0].clip(0, 1)
+    shifted, exact = fma(fraction, 252.0, 12582913.0)
+    shifted = np.where(shifted > exact, shifted - np.float32(1), shifted)
+    f = fma(-x, log2e, -(shifted - np.float32(12582913 + 126)))[0]
+    f = fma(-x, rest, f)[0].astype(np.float64)
+    power = (shifted.view(np.uint32) << np.uint32(23)).view(np.float32)
+    return np.float32(1) / fma(np.exp2(f).astype(np.float32), power, 1.0)[0]
+
+
+@pytest.mark.parametrize("divides", [True, False])
+def test_sigmoid_of_cuda(divides, tmp_path):
+    """Bit for bit, but for quotients below the normal numbers, and those that are approximate."""
+    x = floats(8192, -12, 7) * torch.tensor([1.0, -1.0]).repeat(4096)
+    x[:8] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 88.0, -88.0, 200.0, -87.0])
+
+    def of_one(x: Float32) -> Float32:
+        rX = cute.make_rmem_tensor(1, Float32)
+        rX[0] = x
+        return registers(arithmetic.cuda_sigmoid(rX.load(), divides))[0]
+
+    actual = apply(of_one, x, tmp_path)
+    with np.errstate(all="ignore"):
+        expected = torch.from_numpy(sigmoid_of_nvcc(x.numpy()))
+    normal = expected >= 2.0**-126
+    assert (actual[~normal] < 2.0**-126).all()
+    if not divides:
+        assert ((actual - expected).abs() <= expected * 2.0**-23)[normal].all()
+        return
+    assert torch.equal(actual[normal], expected[normal])
+    exact = torch.sigmoid(x.double())
+    assert ((actual - exact).abs() <= exact * 2.0**-22)[normal].all()
+    assert apply(of_one, torch.full((256,), torch.nan), tmp_path).isnan().all()

@@ -24,6 +24,8 @@ VARIANTS = {
     "vllm": {"rounding": "vllm", "clamp": 2.53, "beta": 0.3},
     "vllm weighted": {"rounding": "vllm", "weighted": True},
     "triton": {"rounding": "vllm_triton", "clamp": 7.03, "alpha": 1.702, "beta": 1.0},
+    "cuda": {"rounding": "vllm_cuda", "weighted": True},
+    "bf16": {"rounding": "vllm_bf16", "clamp": 7.03, "alpha": 1.702, "beta": 1.0},
     "sglang": {"rounding": "sglang", "clamp": 7.0, "alpha": 1.702, "beta": 1.0},
     "clamped": {"clamp": 2.5},
     "scaled": {"alpha": 1.702},

@@ -131,8 +131,8 @@ FAULTS = [
     Fault(
         "columns-that-divide",
         COLUMNS,
-        "if fmt.divides or fmt.truncates:",
-        "if fmt.divides and fmt.truncates:",
+        "if fmt.divides or fmt.truncates or fmt.in_bf16:",
+        "if fmt.divides and fmt.truncates or fmt.in_bf16:",
         [f"{ON_CONTRACT}::test_numerics_that_divide_or_truncate_are_refused"],
     ),
     Fault(

@@ -126,7 +126,7 @@ FAULTS = [
     Fault(
         "prologues-activation-of-triton-not-rounded",
         PROLOGUES,
-        "    return rounding in (UNFUSED, VLLM_TRITON)\n",
+        "    return rounding in (UNFUSED, VLLM_TRITON, VLLM_BF16)\n",
         "    return rounding == UNFUSED\n",
         [f"{ON_SILU}::test_rounding_of_triton"],
     ),

@@ -595,10 +595,45 @@ FAULTS = [
     ),
     Fault(
         "encodings-truncated-to-nearest",
-        ENCODINGS,
-        "Float32(1.0) if above else Float32(0.0)",
-        "Float32(0.0)",
+        STAGE,
+        "encodings.value_type_of(fmt), fmt.truncates)",
+        "encodings.value_type_of(fmt))",
         [f"{ON_PACKAGE_NUMERICS}::test_kernels_of_float32_scales[INT8-vllm]"],
+    ),
+    Fault(
+        "scales-logarithm-not-rounded-to-bf16",
+        SCALES,
+        "Uint32(bf16(log2) > whole)",
+        "Uint32(log2 > whole)",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels[DEEP_GEMM-vllm_bf16-sm_90a]"],
+    ),
+    Fault(
+        "scales-bf16-inverse-not-rounded",
+        SCALES,
+        "torch.tensor(1.0 / values.max).bfloat16().item()",
+        "1.0 / values.max",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels[DEEP_GEMM-vllm_bf16-sm_90a]"],
+    ),
+    Fault(
+        "stage-bf16-products-not-rounded",
+        STAGE,
+        "if self.fmt.in_bf16 and not power_of_two:",
+        "if False:",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels_of_float32_scales[GROUPWISE_FP8-vllm_bf16]"],
+    ),
+    Fault(
+        "scales-of-zeros-not-zero",
+        SCALES,
+        "scale = scale if largest_magnitude != Float32(0.0) else Float32(0.0)",
+        "pass",
+        [f"{ON_PACKAGE_NUMERICS}::test_kernels_of_float32_scales[ROWWISE_INT8-vllm]"],
+    ),
+    Fault(
+        "arithmetic-rest-of-log2e-left-out",
+        ARITHMETIC,
+        "f = cute.math.fma(value, Float32(-LOG2_E_REST), f)",
+        "f = cute.math.fma(value, Float32(0.0), f)",
+        [f"{ON_ARITHMETIC}::test_sigmoid_of_cuda[True]"],
     ),
     Fault(
         "scales-deepgemm-numerics-divide",
@@ -617,8 +652,8 @@ FAULTS = [
     Fault(
         "encodings-int8-halves-swapped",
         ENCODINGS,
-        "words[i] = ptx.pack_int8(rX[4 * i], rX[4 * i + 1], upper)",
-        "words[i] = ptx.pack_int8(rX[4 * i + 1], rX[4 * i], upper)",
+        "words[i] = ptx.pack_int8(rX[4 * i], rX[4 * i + 1], upper, truncates)",
+        "words[i] = ptx.pack_int8(rX[4 * i + 1], rX[4 * i], upper, truncates)",
         [f"{ON_QUANTIZE_KERNEL}::test_formats"],
     ),
     Fault(
@@ -638,8 +673,8 @@ FAULTS = [
     Fault(
         "ptx-int8-truncated",
         PTX,
-        "cvt.rni.s32.f32 $0, $1;",
-        "cvt.rzi.s32.f32 $0, $1;",
+        '"rzi" if truncates else "rni"',
+        '"rzi"',
         [f"{ON_QUANTIZE_KERNEL}::test_formats"],
     ),
     Fault(

@@ -452,6 +452,26 @@ def fp8_vllm_triton(x: np.ndarray) -> Quantized:
     return in_float32(scales, e4m3(times(x, rcp_approx(scales))))
 
 
+def bf16(a: np.ndarray) -> np.ndarray:
+    """Round float64 that are float32, too, to bfloat16, and return float64."""
+    bits = np.asarray(a, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def fp8_vllm_bf16(x: np.ndarray) -> Quantized:
+    """Quantize as ``silu_mul_fp8_quant_deep_gemm_kernel``, in bfloat16."""
+    scales = bf16(mul(bounded(x, 1e-10), bf16(1 / 448)))
+    return in_float32(scales, e4m3(bf16(times(x, bf16(div(1.0, scales))))))
+
+
+def ue8m0_vllm_bf16(x: np.ndarray) -> Quantized:
+    """Quantize as the same kernel with ``CEIL_UE8M0``, which rounds a logarithm to bfloat16."""
+    scales = bf16(mul(bounded(x, 1e-10), bf16(1 / 448)))
+    exponents = (np.ceil(bf16(np.log2(scales))) + 127).astype(np.int64)
+    return exponents.astype(np.uint8), e4m3(times(x, exact_multipliers(exponents)))
+
+
 def fp8_sglang(x: np.ndarray) -> Quantized:
     """Quantize as ``per_token_group_quant.cuh``, which is compiled with ``--use_fast_math``."""
     amax = bounded(x, 1e-10)
@@ -459,9 +479,10 @@ def fp8_sglang(x: np.ndarray) -> Quantized:
 
 
 def fp8_sglang_rows(x: np.ndarray) -> Quantized:
-    """Quantize as ``per_token_quant_fp8.cuh`` on SM90, with ``--use_fast_math``; not zeros."""
+    """Quantize as ``per_token_quant_fp8.cuh`` on SM90, with ``--use_fast_math``."""
     scales = mul(bounded(x, 1e-10), f32(1 / 448))
-    return in_float32(scales, e4m3(times(x, rcp_approx(scales))))
+    codes = e4m3(times(x, rcp_approx(scales)))
+    return in_float32(np.where(amax_of(x) == 0, 0.0, scales), codes)
 
 
 def fp8_torchao(x: np.ndarray) -> Quantized:
@@ -489,9 +510,10 @@ def int8_vllm(x: np.ndarray) -> Quantized:
 
 
 def int8_vllm_rows(x: np.ndarray) -> Quantized:
-    """Quantize as vLLM's ``dynamic_scaled_int8_quant``; not zeros."""
+    """Quantize as vLLM's ``dynamic_scaled_int8_quant``, with the lower bound of `cute_quant`."""
     amax = bounded(x, 1e-10)
-    return in_float32(div(amax, 127), int8(np.rint(times(x, div(127, amax)))))
+    scales = np.where(amax_of(x) == 0, 0.0, div(amax, 127))
+    return in_float32(scales, int8(np.rint(times(x, div(127, amax)))))
 
 
 def int8_sglang(x: np.ndarray) -> Quantized:
@@ -502,7 +524,7 @@ def int8_sglang(x: np.ndarray) -> Quantized:
 
 
 def int8_sglang_rows(x: np.ndarray) -> Quantized:
-    """Quantize as SGLang's ``per_token_quant_int8``: halves away from zero; not zeros."""
+    """Quantize as SGLang's ``per_token_quant_int8``: halves away from zero."""
     amax = bounded(x, 1e-10)
     products = times(x, mul(rcp_approx(amax), 127)).astype(np.float64)
     rounded = np.copysign(np.floor(np.abs(products) + 0.5), products)

@@ -202,8 +202,8 @@ def sglang_per_token_quant_fp8(
 ) -> Any:
     """Compute the function of this name in SGLang's ``fp8_kernel``.
 
-    SGLang compiles it with fast arithmetic for compute capability 9.0 alone. A row of zeros has the
-    smallest scale, where SGLang's is 0.
+    SGLang compiles it with fast arithmetic for compute capability 9.0 alone. On others a row of
+    zeros has the smallest scale, where SGLang's is 0.
     """
     if dtype is not torch.float8_e4m3fn or x.ndim != 2 or x.dtype not in INPUT_DTYPES:
         return NotImplemented

@@ -24,10 +24,12 @@ from cute_quant.contract.format_choices import (
     FLASHINFER,
     GROUP_SIZES,
     IEEE,
+    MIN_EXACT_SCALE,
     MX_GROUP_SIZE,
     ROW_MAJOR,
     SGLANG,
     VLLM,
+    VLLM_BF16,
     VLLM_TRITON,
 )
 from cute_quant.contract.formats import (
@@ -53,15 +55,16 @@ _MXFP8_ROWS = MXFP8.replace(scale_layout=ROW_MAJOR)
 _NVFP4 = NVFP4.replace(numerics=VLLM)
 _NVFP4_ROWS = NVFP4.replace(numerics=VLLM, scale_layout=ROW_MAJOR)
 _ROWS = ROWWISE_FP8.replace(numerics=VLLM)
-_ROWS_INT8 = ROWWISE_INT8.replace(numerics=VLLM)
+_ROWS_INT8 = ROWWISE_INT8.replace(numerics=VLLM, min_scale=MIN_EXACT_SCALE)
+"""vLLM's scales have no lower bound."""
 _ROWS_INT8_TRITON = ROWWISE_INT8.replace(numerics=SGLANG)
 """SGLang has the same kernel."""
 _MASKED_FORMATS = {
-    "FLOAT32": DEEP_GEMM_SM90.replace(min_scale=SGLANG, numerics=VLLM_TRITON),
-    "FLOAT32_CEIL_UE8M0": DEEP_GEMM_SM90.replace(min_scale=SGLANG, round_scale=True),
-    "UE8M0": DEEP_GEMM.replace(min_scale=SGLANG),
+    "FLOAT32": DEEP_GEMM_SM90.replace(numerics=VLLM_BF16),
+    "FLOAT32_CEIL_UE8M0": DEEP_GEMM_SM90.replace(numerics=VLLM_BF16, round_scale=True),
+    "UE8M0": DEEP_GEMM.replace(numerics=VLLM_BF16),
 }
-"""Formats of ``DeepGemmQuantScaleFMT``, whose bound is on the amax: 1e-10."""
+"""Formats of ``DeepGemmQuantScaleFMT``."""
 
 
 # What vLLM decides once in a process. Its functions import modules that the plug-in does not.
@@ -461,19 +464,19 @@ def persistent_masked_m_silu_mul_quant(
     group_size: int = 128,
     quant_scale_fmt: Any = ...,
 ) -> Any:
-    """Compute the function of this name in vLLM's ``batched_deep_gemm_moe``.
-
-    vLLM's kernel multiplies and bounds in bf16, so that some scales are one too small and values
-    saturate. These are as its Triton kernel for other platforms computes them.
-    """
+    """Compute the function of this name in vLLM's ``batched_deep_gemm_moe``, in bf16 as it does."""
     fmt = _MASKED_FORMATS.get(getattr(quant_scale_fmt, "name", ""))
     experts, rows, columns = y.shape
     if fmt is None or group_size != fmt.group_size or rows % SCALE_ROW_ALIGNMENT:
         return NotImplemented
+    if y.dtype is not torch.bfloat16 or columns // 2 % group_size:
+        return NotImplemented
     # A GEMM may look at the scales of rows that do not exist.
     sf = fmt.empty_scales((experts,), rows, columns // 2, y.device).zero_()
     counts = tokens_per_expert.to(y.device, torch.int32)
-    return silu_mul_quantize(y, fmt, rows=Masked(counts), out=(None, sf))
+    return silu_mul_quantize(
+        y, fmt, rounding=prologues.VLLM_BF16, rows=Masked(counts), out=(None, sf)
+    )
 
 
 def silu_and_mul_fp8_dynamic_128(x: torch.Tensor, linear: Any) -> Any:
@@ -483,7 +486,8 @@ def silu_and_mul_fp8_dynamic_128(x: torch.Tensor, linear: Any) -> Any:
 
     if x.shape[-1] // 2 % GROUPWISE_FP8.group_size:
         return NotImplemented
-    q, sf = silu_mul_quantize(x, GROUPWISE_FP8.replace(numerics=VLLM))
+    fmt = GROUPWISE_FP8.replace(numerics=VLLM)
+    q, sf = silu_mul_quantize(x, fmt, rounding=prologues.VLLM_CUDA)
     return QuantizedActivation(q, sf, x.dtype, q.shape, kFp8Dynamic128Sym)
 
 
