@@ -561,8 +561,8 @@ FAULTS = [
     Fault(
         "encodings-half-not-added",
         ENCODINGS,
-        "magnitude = magnitude + Float32(BELOW_HALF)",
-        "magnitude = magnitude + Float32(0.0)",
+        "(bits & Uint32(0x7FFFFFFF)).bitcast(Float32) + Float32(BELOW_HALF)",
+        "(bits & Uint32(0x7FFFFFFF)).bitcast(Float32)",
         [f"{ON_PACKAGE_NUMERICS}::test_kernels_of_float32_scales[ROWWISE_INT8-sglang]"],
     ),
     Fault(
