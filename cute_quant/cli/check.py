@@ -562,7 +562,9 @@ def _size(spec: Spec) -> tuple[int, int]:
         return SIZES[0]
     if spec.domain.scattered or getattr(spec, "fake", False):
         return SIZES[0]
-    shape = heuristics.shape if isinstance(spec, QuantizeSpec) else heuristics.silu_shape
+    shape = heuristics.silu_shape
+    if isinstance(spec, QuantizeSpec):
+        shape = heuristics.wide_shape if spec.stochastic else heuristics.shape
     device = torch.cuda.current_device()
     gpu = lookup.multiprocessors(device), lookup.architecture(device)
     matrices = MATRICES if spec.domain.batched else 1

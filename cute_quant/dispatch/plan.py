@@ -303,6 +303,8 @@ def _launch_shape(
             return heuristics.fake_shape(*size, gpu.arch)
         case None if call.scatter is not None:
             return heuristics.shape(*size, gpu.arch, DEFAULT_TILE)
+        case None if call.rng_state is not None:
+            return heuristics.wide_shape(*size, gpu.arch)
         case None:
             return heuristics.shape(*size, gpu.arch)
         case SiluMul() | SiluMulBackward():

@@ -142,11 +142,16 @@ def test_every_tile_keeps_the_contract(arch):
             sizes.tile.check(fmt, torch.float32)
 
 
-def test_weights_of_a_byte_have_vectors_of_16_values():
-    for arch in ("sm_90a", "sm_100a"):
-        for rows, expected in ((256, DEFAULT_TILE), (4096, TWO_ROWS)):
-            size = 1, rows, 7168, DEEP_GEMM, SMS, arch
-            assert heuristics.requantize_shape(*size).tile == expected
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize(("fmt", "large"), [(DEEP_GEMM, TWO_ROWS), (NVFP4, TWO_TILES)], ids=str)
+def test_threads_of_16_values(arch, fmt, large):
+    for rows, masked, expected in (
+        (256, False, DEFAULT_TILE),
+        (4096, False, large),
+        (4096, True, DEFAULT_TILE),
+    ):
+        size = 1, rows, 7168, fmt, masked, SMS, arch
+        assert heuristics.wide_shape(*size).tile == expected
 
 
 @pytest.mark.parametrize(

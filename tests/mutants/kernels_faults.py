@@ -1140,7 +1140,14 @@ FAULTS = [
         HEURISTICS,
         "_quantize_tiles(fmt)[LOAD_BYTES]",
         "_quantize_tiles(fmt)[architectures.named(arch).widest_load]",
-        [f"{ON_LAUNCH_SHAPES}::test_weights_of_a_byte_have_vectors_of_16_values"],
+        [f"{ON_LAUNCH_SHAPES}::test_threads_of_16_values"],
+    ),
+    Fault(
+        "plan-random-numbers-of-8-values",
+        "dispatch/plan.py",
+        "case None if call.rng_state is not None:",
+        "case None if call is None:",
+        ["tests/dispatch/test_plan.py::test_random_numbers_keep_16_values_a_thread"],
     ),
     Fault(
         "check-another-kernel-of-few-gates",
