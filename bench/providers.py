@@ -28,7 +28,7 @@ from bench.vllm_kernels import Module
 from cute_quant import Format, quantize
 from cute_quant.contract.dtypes import BYTES_PER_WORD, UE8M0_NAN
 from cute_quant.jit import lookup
-from cute_quant.kernels import architectures, heuristics
+from cute_quant.kernels import heuristics
 from cute_quant.kernels.config import QuantizeSpec
 
 NAMES = (CUTE_QUANT, STREAM, "copy", "vllm", "triton", "torch", "deep_gemm")
@@ -111,9 +111,8 @@ class CuteQuant(Provider):
     def bind(self, buffer: Buffer) -> Callable[[], None]:
         x, sf = buffer.input(self.dtype), buffer.scales[self.fmt]
         sms = lookup.multiprocessors(x.get_device())
-        warps = architectures.named(architecture()).warps
         mn, k = x.shape
-        tile = heuristics.shape(1, mn, k, self.fmt, False, sms, warps).tile
+        tile = heuristics.shape(1, mn, k, self.fmt, False, sms, architecture()).tile
         spec = QuantizeSpec(self.dtype, self.fmt, tile, pdl=self.launch == PDL)
         function = lookup.function(spec, architecture())
         operands = x, buffer.q, sf, None, None, None, None, 0, 1, 0, self.fmt.floor

@@ -47,7 +47,7 @@ from cute_quant.kernels.config import (
     Tile,
     launched_on,
 )
-from cute_quant.kernels.heuristics import TWO_ROWS, TWO_TILES
+from cute_quant.kernels.heuristics import TWO_ROWS, TWO_TILES, VECTOR_TILES
 from cute_quant.lab.machine_code import MachineCode, disassemble, machine_code
 
 ELEMENTS_PER_WARP = 32 * 16
@@ -55,13 +55,15 @@ BYTES_PER_WARP = ELEMENTS_PER_WARP * 3 + ELEMENTS_PER_WARP // 128
 """Bytes that the quantizer moves for a row, in DeepGEMM's format."""
 TWO_ROWS_OF_TWO_TILES = TWO_TILES._replace(rows_per_thread=2)
 FP4_ACCESS = Access(store_bytes=8)
+EIGHT_VALUES = VECTOR_TILES[16]
+"""Tile of Hopper's vectors, of which a warp has half as many elements."""
 
 WIDTH = 100
 INDENT = " " * 4
 
 
-def reported() -> Iterator[tuple[str, int, QuantizerSpec | Stream]]:
-    """Yield name, rows or tiles of a warp, and compile-time choices of each kernel."""
+def reported() -> Iterator[tuple[str, float, QuantizerSpec | Stream]]:
+    """Yield name, rows or tiles of a warp, in 512 elements, and choices of each kernel."""
     bf16 = torch.bfloat16
     packed = DEEP_GEMM
     spec: QuantizerSpec
@@ -75,6 +77,8 @@ def reported() -> Iterator[tuple[str, int, QuantizerSpec | Stream]]:
         for tile in (DEFAULT_TILE, TWO_ROWS):
             rows = tile.rows_per_thread
             yield f"{name}, rows a thread: {rows}", rows, QuantizeSpec(dtype, fmt, tile)
+        spec = QuantizeSpec(dtype, fmt, EIGHT_VALUES, access=Access(store_bytes=8))
+        yield f"{name}, rows a thread: 1, values: 8", 0.5, spec
     for name, domain in (
         ("masked", Domain("masked", False, True)),
         ("gathered", Domain("dense", True)),
@@ -89,6 +93,8 @@ def reported() -> Iterator[tuple[str, int, QuantizerSpec | Stream]]:
     for rows in (1, 2):
         spec = SiluMulSpec(bf16, packed, Tile(rows_per_thread=rows))
         yield f"SiLU * up, bf16 -> e4m3, ue8m0, rows a thread: {rows}", rows, spec
+    spec = SiluMulSpec(bf16, packed, EIGHT_VALUES, access=Access(store_bytes=8))
+    yield "SiLU * up, bf16 -> e4m3, ue8m0, rows a thread: 1, values: 8", 0.5, spec
     for name, fmt in (("e4m3", DEEP_GEMM_SM90), ("nvfp4", NVFP4)):
         upper, access = (ENCODE, FP4_ACCESS) if fmt.upper_scale else (None, Access())
         spec = QuantizeSpec(bf16, fmt, access=access, stochastic=True, upper=upper)
@@ -115,8 +121,8 @@ def reported() -> Iterator[tuple[str, int, QuantizerSpec | Stream]]:
     yield "stream, the ceiling of RMSNorm with residual", 1, Stream(True, 2, 3)
 
 
-def fp4_reported() -> Iterator[tuple[str, int, QuantizerSpec]]:
-    """Yield name, rows and tiles of a warp, and choices of the kernels that quantize to FP4."""
+def fp4_reported() -> Iterator[tuple[str, float, QuantizerSpec]]:
+    """Yield name, rows and tiles of a warp, in 512 elements, and choices of FP4 kernels."""
     bf16 = torch.bfloat16
     row_scale = NVFP4.replace(row_scale=True)
     for name, fmt, upper in (("nvfp4", NVFP4, ENCODE), ("mxfp4", MXFP4, None)):
@@ -128,6 +134,8 @@ def fp4_reported() -> Iterator[tuple[str, int, QuantizerSpec]]:
                 )
                 shape = f"rows a thread: {rows}, tiles: {tiles}"
                 yield f"bf16 -> {name}, {layout}, {shape}", rows * tiles, spec
+            spec = spec._replace(tile=EIGHT_VALUES, access=Access(store_bytes=4))
+            yield f"bf16 -> {name}, {layout}, rows a thread: 1, tiles: 1, values: 8", 0.5, spec
     tile = ONE_ROW._replace(tiles_per_thread=2)
     spec = QuantizeSpec(bf16, row_scale, tile, access=FP4_ACCESS, max_warps=8)
     yield "bf16 -> nvfp4, a scale for each row, 8 warps a row at most, tiles a thread: 2", 2, spec
@@ -165,7 +173,7 @@ def bytes_per_warp(spec: QuantizerSpec | Stream) -> int:
 def report(
     targets: str,
     code: MachineCode,
-    rows: int,
+    rows: float,
     gpu: Gpu | None,
     nbytes: int = BYTES_PER_WARP,
 ) -> list[str]:
@@ -174,7 +182,7 @@ def report(
     Args:
         targets: names of the architectures that the machine code is the same for.
         code: the machine code.
-        rows: rows of a warp, or its tiles of one row.
+        rows: rows of a warp, or its tiles of one row, of 512 elements each.
         gpu: GPU of the architectures, None if its limits are not known.
         nbytes: bytes that a warp moves for each row or tile.
     """
@@ -209,7 +217,7 @@ def cta_warps(spec: QuantizerSpec | Stream) -> int:
 
 
 def resource_lines(
-    spec: QuantizerSpec | Stream, code: MachineCode, rows: int, machine: Machine
+    spec: QuantizerSpec | Stream, code: MachineCode, rows: float, machine: Machine
 ) -> list[str]:
     """Return lines about the resources of a kernel, for each of the rows or tiles of a warp."""
     warps = cta_warps(spec)

@@ -44,7 +44,7 @@ from bench.stage_problem import (
 from bench.stream import Traffic
 from cute_quant import quantize, rms_norm_quantize, silu_mul_quantize
 from cute_quant.jit import lookup
-from cute_quant.kernels import architectures, heuristics
+from cute_quant.kernels import heuristics
 from cute_quant.kernels.config import Domain, QuantizeSpec, RmsNormSpec, SiluMulSpec, Tile
 from cute_quant.lab import timing
 
@@ -109,7 +109,7 @@ def default_spec(operation: Operation, mn: int, k: int, pdl: bool) -> StageSpec:
         shape = heuristics.silu_shape(*size, architecture())
         domain = Domain(batched=shape.tall)
         return SiluMulSpec(torch.bfloat16, UE8M0, shape.tile, domain, pdl=pdl)
-    shape = heuristics.shape(*size, architectures.named(architecture()).warps)
+    shape = heuristics.shape(*size, architecture())
     domain = Domain(batched=shape.tall)
     return QuantizeSpec(torch.bfloat16, UE8M0, shape.tile, domain, pdl=pdl)
 

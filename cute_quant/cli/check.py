@@ -29,6 +29,7 @@ from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
 from cute_quant.contract.upper_scales import AMAX, DECODE, ENCODE
 from cute_quant.dispatch import presets
 from cute_quant.jit import keys, lookup, progress
+from cute_quant.kernels import heuristics
 from cute_quant.kernels.config import (
     DENSE_ROWS,
     BlocksSpec,
@@ -44,11 +45,17 @@ from cute_quant.kernels.config import (
     SiluMulSpec,
     Spec,
 )
-from cute_quant.kernels.heuristics import TWO_ROWS, TWO_ROWS_FROM, TWO_TILES
 
 COLUMNS = 1024
 FEW_ROWS = 203
 """No multiple of 4, so that columns of scales have padding."""
+SIZES = (
+    (FEW_ROWS, COLUMNS),
+    (4, COLUMNS // 4),
+    (4, COLUMNS),
+    *((rows + 3, COLUMNS) for i in range(2, 16) for rows in (2 << i, 3 << i)),
+)
+"""(mn, k) of results, one for each range of the heuristics on any GPU."""
 WHOLE_ROWS = 208
 """A multiple of 16, for weights that are contiguous along them."""
 MATRICES = 3
@@ -551,10 +558,20 @@ def _size(spec: Spec) -> tuple[int, int]:
     """(mn, k) of a result that a kernel of this tile is launched for."""
     if isinstance(spec, QuantizerSpec) and (isinstance(spec, RmsNormSpec) or spec.fmt.by_row):
         return presets.size_of_whole_rows(spec)
-    if isinstance(spec, QuantizeSpec) and spec.tile in (TWO_ROWS, TWO_TILES):
-        sms = lookup.multiprocessors(torch.cuda.current_device())
-        return ceil_div(TWO_ROWS_FROM * sms, COLUMNS), COLUMNS
-    return FEW_ROWS, COLUMNS
+    if not isinstance(spec, QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec):
+        return SIZES[0]
+    if spec.domain.scattered or getattr(spec, "fake", False):
+        return SIZES[0]
+    shape = heuristics.silu_shape
+    if isinstance(spec, QuantizeSpec):
+        shape = heuristics.wide_shape if spec.stochastic else heuristics.shape
+    device = torch.cuda.current_device()
+    gpu = lookup.multiprocessors(device), lookup.architecture(device)
+    matrices = MATRICES if spec.domain.batched else 1
+    for mn, k in SIZES:
+        if shape(matrices, mn, k, spec.fmt, spec.domain.masked, *gpu).tile == spec.tile:
+            return mn, k
+    raise ValueError(f"spec: expected a tile that is chosen for some size, got {spec.tile}")
 
 
 def _activations(
@@ -576,7 +593,7 @@ def _rows(domain: Domain, mn: int, device: str, generator: torch.Generator) -> R
     if domain.masked:
         return Masked(integers(0, mn // 3, mn))
     if domain.prefix_sum:
-        return PrefixSum(integers(mn // 4, mn // 2 + 64))  # GROUPS of them
+        return PrefixSum(integers(mn // 4, min(mn // 2 + 64, mn)))  # GROUPS of them
     if domain.indexed:
         groups = GROUPS[domain.kind]
         experts = torch.randint(-1, groups, (mn,), dtype=torch.int32, generator=generator)

@@ -223,7 +223,7 @@ def choose_requantize_spec(
     """Choose the spec of the kernel that requantizes in groups of rows."""
     view, target = matrix_view(w8, batched=True), architectures.named(gpu.arch)
     matrices, n, k = view.shape
-    tile = heuristics.shape(matrices, n, k, fmt, False, gpu.sms, target.warps).tile
+    tile = heuristics.wide_shape(matrices, n, k, fmt, False, gpu.sms, gpu.arch).tile
     values = tile.values_per_thread
     load_bytes, store_bytes = values, values // fmt.value_type.per_byte
     access = Access(

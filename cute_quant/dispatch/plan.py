@@ -302,9 +302,11 @@ def _launch_shape(
         case None if fake:
             return heuristics.fake_shape(*size, gpu.arch)
         case None if call.scatter is not None:
-            return heuristics.shape(*size, tile=DEFAULT_TILE)
+            return heuristics.shape(*size, gpu.arch, DEFAULT_TILE)
+        case None if call.rng_state is not None:
+            return heuristics.wide_shape(*size, gpu.arch)
         case None:
-            return heuristics.shape(*size, architectures.named(gpu.arch).warps)
+            return heuristics.shape(*size, gpu.arch)
         case SiluMul() | SiluMulBackward():
             return heuristics.silu_shape(*size, gpu.arch)
         case RmsNorm():

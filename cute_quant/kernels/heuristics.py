@@ -1,21 +1,14 @@
 """Launch shapes by the size of the input, as measured.
 
-On an H100 (132 SMs), k = 2048 and 7168, time over that of the streaming ceiling, both as
-programmatic dependents of the launch before:
-
-    elements     one row a thread    two rows a thread
-     0.5 M       1.20                1.20
-     1.8 M       1.04                1.13
-     3.7 M       1.03                1.06
-     4.2 M       1.10                0.97
-     7.3 M       1.04                0.99
-    16.8 M       1.02                1.00
-
-A thread of one row waits for its only load while it has nothing else to do, and a GPU that is full
-of such threads holds 32768 elements an SM. Two rows a thread use as many registers as a full GPU
-has, and put twice as much in flight.
+A kernel's tile follows from the elements of a launch for each SM, by tables of one range after the
+other. There is one for each operation and class of values, by the bytes of the architecture's
+vectors. Those of vectors of 16 bytes were measured on an H100 (132 SMs), k = 7168 unless a column
+says otherwise, as programmatic dependents: times over that of the streaming ceiling, whose noise is
+1 to 2%. That Ada, whose vectors have 16 bytes too, is like Hopper is not measured, and nothing is
+on Blackwell, whose vectors have 32.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,34 +20,110 @@ from cute_quant.kernels import architectures
 from cute_quant.kernels.architectures import MAX_WARPS_PER_SM
 from cute_quant.kernels.config import DEFAULT_TILE, MAX_GRID_Y, ONE_ROW, Tile
 
+
+class Range(NamedTuple):
+    """Sizes that take a tile, from those of the range before on.
+
+    Attributes:
+        below: elements for each SM of 64 warps that are too many. An SM of fewer warps holds fewer
+            in proportion, which is not measured.
+        tile: of the range. The ranges around one have different tiles, or it spans a factor of two,
+            since kernels are listed by the powers of two of their rows.
+    """
+
+    below: float
+    tile: Tile
+
+
 TWO_ROWS = Tile(rows_per_thread=2)
-TWO_ROWS_FROM = 30_000
-"""Least elements for each SM of 64 warps from which a thread takes two rows. An SM of fewer warps
-holds fewer elements in proportion, which is not measured."""
+"""Tile of a thread with twice as many loads in flight and one address for both rows.
+
+On an H100 it is slower than others but in kernels of `wide_shape`, on Blackwell nothing is
+measured."""
 TWO_TILES = Tile(tiles_per_thread=2)
 """Tile of FP4 values from as many elements on: two tiles of a row have one address, where two rows
 have two, and half the bytes of FP8 leave a GPU half the time for instructions."""
+
+QUANTIZE_TILES = {
+    16: (
+        Range(20_000, DEFAULT_TILE),
+        Range(48_000, Tile(row_warps=8)),
+        Range(math.inf, Tile(values_per_thread=8, row_warps=8)),
+    ),
+    32: (Range(30_000, DEFAULT_TILE), Range(math.inf, TWO_ROWS)),
+}
+"""Tiles of 8-bit values, by the bytes of a vector.
+
+On an H100, DEEP_GEMM where no format is named, by values a thread x warps x rows a thread:
+
+    elements an SM    rows            16 x 4    16 x 8    8 x 8    16 x 4 x 2    8 x 8 x 2
+     3476             64, MXFP8       1.246     1.546     1.250    1.382         1.790
+    20852             384             1.086     1.053     1.107    1.066         1.078
+    27803             512             1.044     1.014     1.069    1.085         1.019
+    31775             2048, k 2048    1.126     1.022     1.072    1.035         1.024
+    41705             768             1.110     1.029     1.055    1.093         1.029
+    55606             1024            1.085     1.050     1.037    1.061         1.029
+    55606             1024, MXFP8     1.087     1.062     1.045    1.109         1.060
+   222425             4096            1.035     1.026     1.011    1.025         1.024
+   222425             4096, MXFP8     1.063     1.062     1.030    1.055         1.056
+   254200             8192, k 4096    1.034     1.031     1.011    1.026         1.026
+   889700             16384           1.021     1.019     1.004    1.019         1.021
+   889700             16384, MXFP8    1.050     1.047     1.033    1.044         1.040
+"""
+FP4_TILES = {
+    16: (
+        Range(2_000, Tile(values_per_thread=8, row_warps=8)),
+        Range(8_000, Tile(values_per_thread=8)),
+        Range(20_000, Tile(values_per_thread=8, row_warps=8)),
+        Range(30_000, DEFAULT_TILE),
+        Range(math.inf, TWO_TILES),
+    ),
+    32: (Range(30_000, DEFAULT_TILE), Range(math.inf, TWO_TILES)),
+}
+"""Tiles of FP4 values, by the bytes of a vector.
+
+On an H100, NVFP4 with scales in blocks of 128x4, by values a thread x warps:
+
+    elements an SM    rows    8 x 4    8 x 8    16 x 4    8 x 4,       16 x 4,
+                                                          two tiles    two tiles
+       54             1       2.241    1.619    1.823     1.918        2.479
+      869             16      1.935    1.482    1.466     2.437        2.405
+     3476             64      1.701    1.876    2.168     2.662        2.355
+    13902             256     1.467    1.226    1.496     1.564        1.911
+    27803             512     1.236    1.202    1.187     1.192        1.403
+"""
 
 VECTOR_TILES = {16: Tile(values_per_thread=8, row_warps=8), 32: DEFAULT_TILE}
 """Tiles whose threads load and store 16-bit elements as one vector, by its bytes.
 
 On an H100, whose vectors have 16 bytes, a thread of two stores beside those of the next lane, not
 between them. Of gates and ups 1.00 of the ceiling at 4096 x 2048, where the default tile has 1.04
-and two rows a thread 1.08, and 1.17 instead of 1.37 at one row. Of NVFP4 and back 0.94 instead of
-0.98 at 4096 x 7168, and 1.14 instead of 1.27 at one row. That Ada is like Hopper, and that
-Blackwell takes the default, is not measured."""
-SHORT_SILU_TILE = Tile(values_per_thread=8, row_warps=1)
-SILU_TILE = Tile(row_warps=1)
-FEWEST_GATES, FEW_GATES = 64, 4096
-"""Tiles of few gates and ups where a vector has 16 bytes, and most of them for each SM.
+and two rows a thread 1.08. Of NVFP4 and back 0.94 instead of 0.98 at 4096 x 7168, and 1.14 instead
+of 1.27 at one row."""
+SILU_TILES = {
+    16: (
+        Range(100, Tile(values_per_thread=8, row_warps=1)),
+        Range(512, Tile(values_per_thread=8)),
+        Range(3_700, Tile(row_warps=1)),
+        Range(10_000, Tile(values_per_thread=8)),
+        Range(math.inf, VECTOR_TILES[16]),
+    ),
+    32: (Range(math.inf, VECTOR_TILES[32]),),
+}
+"""Tiles of gates and ups, by the bytes of a vector. A CTA of one warp spreads few over all SMs.
 
-A CTA of one warp spreads them over all SMs. On an H100, k = 7168, time over that of the ceiling:
+On an H100, by values a thread x warps; k and elements are those of the result:
 
-    rows    8 values,    8, 1 warp    16, 1 warp
-            8 warps
-     1      1.44         1.30         1.43
-    16      1.59         1.62         1.47
-    64      1.50         1.59         1.20
+    elements an SM    rows           8 x 1    8 x 2    8 x 4    8 x 8    16 x 1    16 x 2    16 x 4
+       54             1              1.298    1.374    1.384    1.429    1.425     1.821     1.829
+      217             4              1.445    1.395    1.353    1.361    1.432     1.772     1.760
+      869             16             1.657    1.649    1.629    1.633    1.523     1.748     1.710
+      993             64, k 2048     1.560    1.543    1.539    1.651    1.418     1.621     1.604
+     1738             32             1.537    1.510    1.612    1.749    1.336     1.556     1.580
+     3476             64             1.596    1.258    1.401    1.523    1.208     1.424     1.479
+     3972             256, k 2048    1.547    1.311    1.239    1.308    1.272     1.442     1.505
+     6951             128            1.730    1.481    1.233    1.253    1.324     1.478     1.552
+    13902             256            2.265    1.582    1.172    1.168    1.500     1.400     1.379
 """
 DEQUANTIZE_TILES = {16: Tile(values_per_thread=8, tiles_per_thread=2), 32: DEFAULT_TILE}
 """Tiles of values to be multiplied by their scales, by the bytes of a vector.
@@ -101,15 +170,18 @@ memory does. Kernels of one tile have 200, of two tiles 166.
 """
 
 RESIDENT_CTAS = 8
-"""CTAs for each SM that walk the experts of a batch, at least."""
+"""CTAs for each SM that walk the experts of a batch, at most, where each expert has its least."""
 EXPERT_CTAS = 2
 """CTAs for each expert and tile of columns, at least.
 
 On an H100, k = 7168, time over that of the ceiling, by the CTAs of an expert:
 
-    experts x rows of each     1       2       3       5       10
-    32 x 8                                     1.57    1.60    2.25
-    256 x 512                  1.13    1.08
+    experts x rows of each     1        2        3        4        5        8
+    32 x 8, of 1024                     1.441    1.485             1.564
+    256 x 16, of 640           1.378    1.368             1.357
+    256 x 512, of 640          1.085    1.077    1.067    1.062             1.056
+
+A CTA without a tile of rows costs the time to count those of all experts.
 """
 
 
@@ -134,33 +206,66 @@ def shape(
     fmt: Format,
     masked: bool,
     sms: int,
-    warps_per_sm: int = MAX_WARPS_PER_SM,
+    arch: str,
     tile: Tile | None = None,
 ) -> Shape:
     """Return the launch for a batch of (rows, k) matrices, on a GPU with `sms` multiprocessors.
 
-    A `tile` that is given is taken, whatever the size.
+    A `tile` that is given is taken, whatever the size. Of masked experts the host does not know the
+    rows that exist: they take the default.
     """
-    if tile is None:
+    if tile is None and masked:
         tile = DEFAULT_TILE
-        lanes = tile.lanes_per_group(fmt.group_size)
-        fits_two = lanes > 1 and k % (2 * tile.values_per_thread) == 0
-        full = sms * warps_per_sm / MAX_WARPS_PER_SM
-        large = matrices * rows * k >= TWO_ROWS_FROM * full
-        fp4 = fmt.value_type.per_byte > 1
-        if large and not masked:
-            if fp4 and k > tile.columns:
-                tile = TWO_TILES
-            elif fits_two and not fp4:
-                tile = TWO_ROWS
+    elif tile is None:
+        table = _quantize_tiles(fmt)[architectures.named(arch).widest_load]
+        tile = _tile(table, matrices * rows * k, k, fmt, sms, arch)
     row_tiles = ceil_div(fmt.scale_rows(rows), tile.rows)
     row_ctas = expert_ctas(matrices, row_tiles, ceil_div(k, tile.columns), sms)
     return Shape(tile, row_tiles > MAX_GRID_Y, row_ctas)
 
 
+def _quantize_tiles(fmt: Format) -> dict[int, tuple[Range, ...]]:
+    return QUANTIZE_TILES if fmt.value_type.per_byte == 1 else FP4_TILES
+
+
+def _tile(
+    table: tuple[Range, ...], elements: int, k: int, fmt: Format, sms: int, arch: str
+) -> Tile:
+    """Return the tile of the range that a launch is in, or the default where it does not fit."""
+    full = sms * architectures.named(arch).warps / MAX_WARPS_PER_SM
+    tile = next(sizes.tile for sizes in table if elements < sizes.below * full)
+    return tile if _fits(tile, k, fmt) else DEFAULT_TILE
+
+
+def _fits(tile: Tile, k: int, fmt: Format) -> bool:
+    """Return whether rows have all tiles of a thread, and groups a lane for each of its rows."""
+    if tile.tiles_per_thread > 1 and k <= tile.columns:
+        return False
+    rows = tile.rows_per_thread
+    lanes = tile.lanes_per_group(fmt.group_size)
+    # A row that ends within the values of these lanes has one that stores no scale.
+    return rows == 1 or (rows <= lanes and k % (rows * tile.values_per_thread) == 0)
+
+
+def wide_shape(
+    matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int, arch: str
+) -> Shape:
+    """Return the launch of kernels whose threads hold 16 values on every architecture.
+
+    These are 8-bit weights, of which a vector of 16 bytes has as many as one of 32 bytes has 16-bit
+    elements, and values that are rounded by random numbers. For those `bench.bound` estimates 119
+    µs of an H100 at 16384 x 7168, bound by memory, and of 8 values a thread 139 to 150, bound by
+    arithmetic. Measured are 127 to 129, of two rows a thread.
+    """
+    tile = DEFAULT_TILE
+    if not masked:
+        tile = _tile(_quantize_tiles(fmt)[LOAD_BYTES], matrices * rows * k, k, fmt, sms, arch)
+    return shape(matrices, rows, k, fmt, masked, sms, arch, tile)
+
+
 def expert_ctas(matrices: int, row_tiles: int, column_tiles: int, sms: int) -> int:
     """Return how many CTAs along M share the rows of all masked experts."""
-    slots = ceil_div(RESIDENT_CTAS * sms, column_tiles * max(matrices, 1))
+    slots = RESIDENT_CTAS * sms // (column_tiles * max(matrices, 1))
     return min(matrices * min(max(slots, EXPERT_CTAS), row_tiles), MAX_GRID_Y)
 
 
@@ -170,11 +275,9 @@ def silu_shape(
     """Return the launch for gates and ups on an architecture."""
     widest_load = architectures.named(arch).widest_load
     tile = VECTOR_TILES[widest_load]
-    if widest_load == LOAD_BYTES // 2 and not masked:
-        elements = matrices * rows * k
-        if elements <= FEW_GATES * sms:
-            tile = SHORT_SILU_TILE if elements <= FEWEST_GATES * sms else SILU_TILE
-    return shape(matrices, rows, k, fmt, masked, sms, tile=tile)
+    if not masked:
+        tile = _tile(SILU_TILES[widest_load], matrices * rows * k, k, fmt, sms, arch)
+    return shape(matrices, rows, k, fmt, masked, sms, arch, tile)
 
 
 def fake_shape(
@@ -186,7 +289,7 @@ def fake_shape(
     """
     fp4 = fmt.value_type.per_byte > 1
     tile = VECTOR_TILES[architectures.named(arch).widest_load] if fp4 else DEFAULT_TILE
-    return shape(matrices, rows, k, fmt, masked, sms, tile=tile)
+    return shape(matrices, rows, k, fmt, masked, sms, arch, tile)
 
 
 class NormShape(NamedTuple):
@@ -243,8 +346,17 @@ def norm_shape(
 ) -> NormShape:
     """Return the launch for rows that are normalized, by as many warps as a row has tiles.
 
-    Several rows in a CTA were slower at every size (k = 2048 and 7168). `least_tiles` is the least
-    number of tiles of a thread, `norm_tiles` of a norm.
+    Several rows in a CTA were slower at every size (k = 2048 and 7168). So was a row over the CTAs
+    of a cluster, but for a single one: on an H100, with a residual, k = 7168, time over that of the
+    ceiling:
+
+        rows    one CTA    cluster of 2    4        8
+        1       2.422      2.606           2.464    2.158
+        16      2.039      2.323           2.213    2.312
+        64      1.537      1.921           1.781    1.603
+        128     1.213      1.473           1.367    1.622
+
+    `least_tiles` is the least number of tiles of a thread, `norm_tiles` of a norm.
     """
     unit = 1 if fmt.whole_row else fmt.group_size * fmt.groups_per_unit
     columns = ceil_div(align(k, unit), DEFAULT_TILE.columns)

@@ -40,7 +40,7 @@ def test_what_calls_take_is_among_the_shapes(k):
         (many, tune.tiles_of_rows(k)),
         (norm, tune.tiles_of_norms(k)),
         (silu, tune.tiles_of_groups(k)),
-        (heuristics.shape(1, 4096, k, DEEP_GEMM, False, 132), tune.tiles_of_groups(k)),
+        (heuristics.shape(1, 4096, k, DEEP_GEMM, False, 132, "sm_90a"), tune.tiles_of_groups(k)),
     ):
         assert any(all(getattr(shape, n) == v for n, v in f.items()) for f in candidates)
 

@@ -22,6 +22,8 @@ from cute_quant import (
 from cute_quant.dispatch import launch, seen
 from cute_quant.dispatch.call_range import RMS_NORM, SILU_MUL
 from cute_quant.jit import lookup
+from cute_quant.kernels.config import Tile
+from cute_quant.kernels.heuristics import TWO_ROWS
 from tests.helpers import UE8M0, poisoned_scales, poisoned_values
 
 BF16 = torch.bfloat16
@@ -400,6 +402,19 @@ def test_results_without_elements_have_the_strides_of_torch(launched, fmt, shape
     expected_q = torch.empty(shape)
     expected_sf = fmt.empty_scales(shape[:-2], *shape[-2:], "cpu")
     assert q.stride() == expected_q.stride() and sf.stride() == expected_sf.stride()
+
+
+# Tiles
+
+
+def test_random_numbers_keep_16_values_a_thread(launched, monkeypatch):
+    """On Hopper, where 8 of them are bound by arithmetic."""
+    monkeypatch.setattr(lookup, "architecture", lambda device: "sm_90a")
+    monkeypatch.setattr(lookup, "multiprocessors", lambda device: 1)
+    x = torch.ones(64, 1024, dtype=BF16)
+    quantize(x, DEEP_GEMM)
+    quantize(x, DEEP_GEMM, rng_state=torch.zeros(2, dtype=torch.int64))
+    assert [one.spec.tile for one in launched] == [Tile(8, 8), TWO_ROWS]
 
 
 # What is written

@@ -21,7 +21,7 @@ from cute_quant import dequantize
 from cute_quant.contract.rows import DENSE
 from cute_quant.contract.upper_scales import KINDS as UPPER_KINDS
 from cute_quant.kernels.config import DEFAULT_TILE, MAX_GRID_Y, MAX_GRID_Z
-from cute_quant.kernels.heuristics import TWO_ROWS_FROM
+from cute_quant.kernels.heuristics import QUANTIZE_TILES
 from tests.fuzz import dequantization, emulated
 from tests.fuzz.case import OPERATIONS, Case
 from tests.fuzz.dequantization import Dequantization
@@ -128,15 +128,15 @@ def large_shapes() -> dict[str, tuple[tuple[int, ...], int, int]]:
         if torch.cuda.is_available()
         else 1
     )
-    elements = TWO_ROWS_FROM * sms
+    elements = max(table[-2].below for table in QUANTIZE_TILES.values()) * sms
     tall = DEFAULT_TILE.rows * MAX_GRID_Y
     return {
-        "two-rows": ((), elements // 992 + 2, 992),
-        "two-rows-wide": ((), elements // 16_000 + 3, 16_000),
-        "two-rows-batch": ((3,), elements // 3000 + 1, 1056),
+        "large": ((), elements // 992 + 2, 992),
+        "large-and-wide": ((), elements // 16_000 + 3, 16_000),
+        "large-batch": ((3,), elements // 3000 + 1, 1056),
         "large-and-ragged": ((), elements // 1000 + 2, 1000),
         "tall": ((), tall + 5, 3),
-        "tall-two-rows": ((), 2 * tall + 7, 32),
+        "tall-and-large": ((), 2 * tall + 7, 32),
         "deep": ((MAX_GRID_Z + 4,), 2, 16),
         "deep-and-large": ((MAX_GRID_Z + 3,), 5, 33),
     }

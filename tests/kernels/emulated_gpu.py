@@ -7,6 +7,7 @@ it gets for a compiled function launches the kernel in the emulator.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from cute_quant.kernels import arrival as arrival_kernels
 from cute_quant.kernels import blocks as block_kernels
 from cute_quant.kernels import columns as column_kernels
 from cute_quant.kernels import combine, dequantize, heuristics, scheduler
-from cute_quant.kernels.config import Spec
+from cute_quant.kernels.config import DEFAULT_TILE, Spec
 
 H100_SMS = 132
 
@@ -211,7 +212,13 @@ class Gpu:
             return run
 
         limits = {"MAX_GRID_Y": self.max_grid, "MAX_GRID_Z": self.max_grid}
-        two_rows_from = 0 if self.rows_per_thread == 2 else torch.inf
+        tiles = {"QUANTIZE_TILES": heuristics.TWO_ROWS, "FP4_TILES": heuristics.TWO_TILES}
+        if self.rows_per_thread == 1:
+            tiles = dict.fromkeys(tiles, DEFAULT_TILE)
+        tables = {
+            name: dict.fromkeys((16, 32), (heuristics.Range(math.inf, tile),))
+            for name, tile in tiles.items()
+        }
         with (
             mock.patch.multiple(
                 lookup,
@@ -220,7 +227,7 @@ class Gpu:
                 multiprocessors=lambda device: self.sms,
                 function=function,
             ),
-            mock.patch.multiple(heuristics, TWO_ROWS_FROM=two_rows_from, MAX_GRID_Y=self.max_grid),
+            mock.patch.multiple(heuristics, MAX_GRID_Y=self.max_grid, **tables),
             mock.patch.multiple(scheduler, **limits),
             mock.patch.multiple(dequantize, **limits),
             mock.patch.object(combine, "MAX_GRID_Y", self.max_grid),

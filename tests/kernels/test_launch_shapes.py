@@ -1,46 +1,157 @@
 """Launch shapes: each choice at both sides of where it changes."""
 
+import math
+
 import pytest
 import torch
 
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP4, MXFP8, NVFP4, ROWWISE_FP8
-from cute_quant.kernels import heuristics
-from cute_quant.kernels.config import DEFAULT_TILE, MAX_GRID_Y
-from cute_quant.kernels.heuristics import TWO_ROWS, TWO_ROWS_FROM
+from cute_quant.contract.formats import all_formats
+from cute_quant.kernels import architectures, heuristics
+from cute_quant.kernels.config import DEFAULT_TILE, MAX_GRID_Y, Tile
+from cute_quant.kernels.heuristics import TWO_ROWS, TWO_TILES
 
 SMS = 132
 
 
-def tile(rows, k, fmt=DEEP_GEMM, masked=False):
-    return heuristics.shape(1, rows, k, fmt, masked, SMS).tile
+TABLES = {
+    name: table
+    for name, tables in (
+        ("8-bit", heuristics.QUANTIZE_TILES),
+        ("FP4", heuristics.FP4_TILES),
+        ("SiLU", heuristics.SILU_TILES),
+    )
+    for name, table in ((f"{name}, {nbytes} bytes", table) for nbytes, table in tables.items())
+}
 
 
-def test_a_thread_takes_two_rows_of_large_matrices():
-    k = 4096
-    rows = TWO_ROWS_FROM * SMS // k
-    assert tile(rows, k) == DEFAULT_TILE
-    assert tile(rows + 1, k) == TWO_ROWS
-    assert tile(rows + 1, k, masked=True) == DEFAULT_TILE
-    assert heuristics.shape(2, rows // 2 + 1, k, DEEP_GEMM, False, SMS).tile == TWO_ROWS
+def tile(rows, k, fmt=DEEP_GEMM, masked=False, arch="sm_90a", matrices=1):
+    return heuristics.shape(matrices, rows, k, fmt, masked, SMS, arch).tile
+
+
+def silu_tile(rows, k, fmt=DEEP_GEMM, masked=False, arch="sm_90a", matrices=1):
+    return heuristics.silu_shape(matrices, rows, k, fmt, masked, SMS, arch).tile
+
+
+@pytest.mark.parametrize(
+    ("choose", "fmt", "rows", "k", "values", "row_warps", "tiles"),
+    [
+        (tile, MXFP8, 64, 7168, 16, 4, 1),
+        (tile, DEEP_GEMM, 384, 7168, 16, 8, 1),
+        (tile, DEEP_GEMM, 512, 7168, 16, 8, 1),
+        (tile, DEEP_GEMM, 2048, 2048, 16, 8, 1),
+        (tile, DEEP_GEMM, 768, 7168, 16, 8, 1),
+        (tile, DEEP_GEMM, 1024, 7168, 8, 8, 1),
+        (tile, MXFP8, 1024, 7168, 8, 8, 1),
+        (tile, DEEP_GEMM, 8192, 4096, 8, 8, 1),
+        (tile, DEEP_GEMM, 16384, 7168, 8, 8, 1),
+        (tile, NVFP4, 1, 7168, 8, 8, 1),
+        (tile, NVFP4, 16, 7168, 8, 8, 1),
+        (tile, NVFP4, 64, 7168, 8, 4, 1),
+        (tile, NVFP4, 256, 7168, 8, 8, 1),
+        (tile, NVFP4, 512, 7168, 16, 4, 1),
+        (tile, NVFP4, 4096, 7168, 16, 4, 2),
+        (silu_tile, DEEP_GEMM, 1, 7168, 8, 1, 1),
+        (silu_tile, DEEP_GEMM, 4, 7168, 8, 4, 1),
+        (silu_tile, DEEP_GEMM, 16, 7168, 16, 1, 1),
+        (silu_tile, DEEP_GEMM, 64, 7168, 16, 1, 1),
+        (silu_tile, DEEP_GEMM, 256, 2048, 8, 4, 1),
+        (silu_tile, DEEP_GEMM, 128, 7168, 8, 4, 1),
+        (silu_tile, DEEP_GEMM, 256, 7168, 8, 8, 1),
+        (silu_tile, DEEP_GEMM, 4096, 2048, 8, 8, 1),
+    ],
+    ids=lambda v: getattr(v, "__name__", str(v)),
+)
+def test_tiles_as_measured(choose, fmt, rows, k, values, row_warps, tiles):
+    """Those that an H100 was fastest with, but for noise."""
+    expected = Tile(values, row_warps, tiles_per_thread=tiles)
+    assert choose(rows, k, fmt) == expected
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_ranges_are_found_by_powers_of_two(table):
+    """A range inside of two of one tile has a power of two, or nothing says that it is there."""
+    bounds = [0, *(sizes.below for sizes in table)]
+    assert bounds == sorted(set(bounds)) and bounds[-1] == math.inf
+    for before, sizes, after in zip(table, table[1:], table[2:], strict=False):
+        assert before.tile != after.tile or sizes.below >= 2 * before.below
+        assert before.tile != sizes.tile != after.tile
+
+
+def test_a_batch_counts_as_a_whole():
+    k, rows = 4096, 48_000 * SMS // 4096
+    assert tile(rows, k) == Tile(row_warps=8)
+    assert tile(rows + 1, k) == tile(rows // 2 + 1, k, matrices=2) == Tile(8, 8)
+    assert silu_tile(75, 7168, matrices=5) == silu_tile(375, 7168) != silu_tile(75, 7168)
+
+
+def test_tiles_of_masked_experts_are_those_of_any_rows():
+    for rows in (1, 75, 4096):
+        assert tile(rows, 4096, masked=True) == tile(rows, 4096, NVFP4, True) == DEFAULT_TILE
+        assert silu_tile(rows, 4096, masked=True) == Tile(8, 8)
+        assert silu_tile(rows, 4096, masked=True, arch="sm_100a") == DEFAULT_TILE
+
+
+@pytest.mark.parametrize("matrices", [1, 2])
+def test_blackwell_takes_two_rows_or_tiles_of_large_matrices(matrices):
+    k, rows = 4096, 30_000 * SMS // 4096 // matrices
+    for fmt, large in ((DEEP_GEMM, TWO_ROWS), (NVFP4, TWO_TILES)):
+        size = {"k": k, "fmt": fmt, "matrices": matrices, "arch": "sm_100a"}
+        assert tile(rows, **size) == DEFAULT_TILE
+        assert tile(rows + 1, **size) == large
+        assert silu_tile(rows + 1, **size) == DEFAULT_TILE
 
 
 @pytest.mark.parametrize(("k", "two"), [(4096, True), (4112, False), (4128, True), (4104, False)])
 def test_the_lanes_that_store_scales_of_two_rows_have_columns(k, two):
     """A row that ends within the values of two lanes has one that stores no scale."""
-    assert (tile(2048, k) == TWO_ROWS) == two
+    assert tile(2048, k, arch="sm_100a") == (TWO_ROWS if two else DEFAULT_TILE)
+
+
+@pytest.mark.parametrize(("k", "two"), [(512, False), (513, True)])
+def test_two_tiles_need_a_row_of_more_than_one(k, two):
+    for arch in ("sm_90a", "sm_100a"):
+        assert tile(2**16, k, NVFP4, arch=arch) == (TWO_TILES if two else DEFAULT_TILE)
 
 
 def test_a_smaller_sm_is_full_sooner():
     """48 warps of an SM hold three quarters of what 64 do."""
     k = 4096
-    rows = TWO_ROWS_FROM * SMS * 3 // 4 // k
-    for more, tile in ((0, DEFAULT_TILE), (1, TWO_ROWS)):
-        assert heuristics.shape(1, rows + more, k, DEEP_GEMM, False, SMS, 48).tile == tile
+    for arch, most in (("sm_120a", 30_000), ("sm_89", 48_000)):
+        rows = most * SMS * 3 // 4 // k
+        assert tile(rows, k, arch=arch) != tile(rows + 1, k, arch=arch)
 
 
 def test_two_rows_need_two_lanes_of_a_group():
-    assert tile(2048, 4096, DEEP_GEMM.replace(group_size=32)) == TWO_ROWS
-    assert tile(2048, 4096, DEEP_GEMM.replace(group_size=16)) == DEFAULT_TILE
+    for group_size, expected in ((32, TWO_ROWS), (16, DEFAULT_TILE)):
+        fmt = DEEP_GEMM.replace(group_size=group_size)
+        assert tile(2048, 4096, fmt, arch="sm_100a") == expected
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a", "sm_100a"])
+def test_every_tile_keeps_the_contract(arch):
+    """Of any format, whatever its groups."""
+    nbytes = architectures.named(arch).widest_load
+    tables = heuristics.QUANTIZE_TILES[nbytes], heuristics.FP4_TILES[nbytes]
+    for fmt in (f for f in all_formats() if not f.by_row):
+        eight_bits = fmt.value_type.per_byte == 1
+        for sizes in tables[0 if eight_bits else 1]:
+            rows = max(1, int(min(sizes.below, 1e6) * SMS * 0.7) // 4096)
+            tile(rows, 4096, fmt, arch=arch).check(fmt, torch.float32)
+        for sizes in heuristics.SILU_TILES[nbytes]:
+            sizes.tile.check(fmt, torch.float32)
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize(("fmt", "large"), [(DEEP_GEMM, TWO_ROWS), (NVFP4, TWO_TILES)], ids=str)
+def test_threads_of_16_values(arch, fmt, large):
+    for rows, masked, expected in (
+        (256, False, DEFAULT_TILE),
+        (4096, False, large),
+        (4096, True, DEFAULT_TILE),
+    ):
+        size = 1, rows, 7168, fmt, masked, SMS, arch
+        assert heuristics.wide_shape(*size).tile == expected
 
 
 @pytest.mark.parametrize(
@@ -55,37 +166,27 @@ def test_two_rows_need_two_lanes_of_a_group():
     ids=str,
 )
 def test_rows_past_a_dimension_of_the_grid(fmt, rows, tall):
-    assert heuristics.shape(1, rows, 16, fmt, False, SMS).tall == tall
+    assert heuristics.shape(1, rows, 16, fmt, False, SMS, "sm_100a").tall == tall
+    # A CTA of 8 warps has twice as many rows.
+    assert not heuristics.shape(1, rows, 16, fmt, False, SMS, "sm_90a").tall
+
+
+def row_ctas(matrices, rows, k=7168):
+    return heuristics.shape(matrices, rows, k, DEEP_GEMM, True, SMS, "sm_90a").row_ctas
 
 
 def test_ctas_of_masked_experts():
-    """At least 8 for each SM, and 2 for each expert, but no more than there are tiles."""
-    assert heuristics.shape(8, 4096, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 10
-    assert heuristics.shape(256, 4096, 7168, DEEP_GEMM, True, SMS).row_ctas == 256 * 2
-    assert heuristics.shape(256, 4, 7168, DEEP_GEMM, True, SMS).row_ctas == 256
-    assert heuristics.shape(8, 16, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 4
+    """At most 8 for each SM, but 2 for each expert, and no more than there are tiles."""
+    assert row_ctas(8, 4096) == 8 * 9
+    assert row_ctas(32, 1024) == 32 * 2
+    assert row_ctas(64, 1024) == 64 * 2
+    assert row_ctas(256, 4096) == 256 * 2
+    assert row_ctas(256, 4) == 256
+    assert row_ctas(8, 16) == 8 * 4
     assert heuristics.row_shape(8, 4096, 7168, ROWWISE_FP8, True, SMS, "sm_90a").row_ctas == 8 * 132
     assert heuristics.row_shape(8, 16, 512, ROWWISE_FP8, True, SMS, "sm_90a").row_ctas == 8 * 4
-    assert heuristics.shape(2**16, 64, 128, DEEP_GEMM, True, SMS).row_ctas == MAX_GRID_Y
-    assert heuristics.shape(0, 64, 128, DEEP_GEMM, True, SMS).row_ctas == 0
-
-
-@pytest.mark.parametrize(
-    ("matrices", "rows", "masked", "values", "row_warps"),
-    [
-        (1, 1, False, 8, 1),
-        (1, 2, False, 16, 1),
-        (1, 75, False, 16, 1),
-        (5, 15, False, 16, 1),
-        (1, 76, False, 8, 8),
-        (1, 1, True, 8, 8),
-    ],
-)
-def test_tiles_of_few_gates_and_ups(matrices, rows, masked, values, row_warps):
-    size = matrices, rows, 7168, DEEP_GEMM, masked, SMS
-    tile = heuristics.silu_shape(*size, "sm_90a").tile
-    assert (tile.values_per_thread, tile.row_warps) == (values, row_warps)
-    assert heuristics.silu_shape(*size, "sm_100a").tile == DEFAULT_TILE
+    assert row_ctas(2**16, 64, 128) == MAX_GRID_Y
+    assert row_ctas(0, 64, 128) == 0
 
 
 def test_tiles_of_gates_and_ups():

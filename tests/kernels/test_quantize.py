@@ -359,6 +359,32 @@ def test_two_rows_a_thread(kernels, arch, mixed):
         assert gpu.launched[-1].kernel.spec.tile.rows_per_thread == 2
 
 
+BYTE_TILES, FP4_TILES = (Tile(8, 8), Tile(row_warps=8)), (Tile(8, 8), Tile(8, 4))
+HOPPER_TILES = [
+    (tile, *mixed)
+    for mixed in MIXED
+    if not mixed[1].by_row
+    for tile in (FP4_TILES if mixed[1].values is E2M1 else BYTE_TILES)
+]
+
+
+@pytest.mark.parametrize(
+    ("tile", "dtype", "fmt", "k"),
+    [
+        case if i < 4 else pytest.param(*case, marks=pytest.mark.slow)
+        for i, case in enumerate(HOPPER_TILES)
+    ],
+    ids=lambda v: f"{v.values_per_thread}x{v.row_warps}" if isinstance(v, Tile) else str(v),
+)
+def test_tiles_of_hopper(kernels, tile, dtype, fmt, k):
+    """Of 8 warps, or of half a word of packed scales."""
+    gpu = Gpu(kernels, "sm_90a", tile=tile)
+    for mn, extra_rows in ((1, 0), (5, 2), (33, 0)):
+        x = special_groups(mn, k, dtype, mn, fmt)
+        check(gpu, x, fmt, extra_rows=extra_rows, last_padding=mn != 5)
+        assert gpu.launched[-1].kernel.spec.tile == tile
+
+
 # Addresses
 
 
