@@ -81,6 +81,13 @@ FAULTS = [
         [f"{ON_LAYERS}::test_operands"],
     ),
     Fault(
+        "gemms-groups-of-the-first-rows",
+        GEMMS,
+        "part = words[:, start:end]",
+        "part = words[:, : end - start]",
+        ["tests/nn/test_gemms.py::test_groups"],
+    ),
+    Fault(
         "gemms-gradient-of-rows-in-words",
         GEMMS,
         "q = q if transposed else q.mT.contiguous()",
