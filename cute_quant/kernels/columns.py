@@ -428,8 +428,8 @@ class Columns:
         amaxes = [self.row_amax(tXrV) for tXrV in tXrX]
         lane_of_group, group = layouts.lanes(stage.lanes_per_group)(column_lane)
         if lane_of_group == 0:
-            mine = rows_of_thread(of_rows, first_row, group, self.rows)
-            cute.autovec_copy(in_registers(amaxes), mine)
+            registers = in_registers(amaxes)
+            cute.autovec_copy(registers, rows_of_thread(of_rows, first_row, group, self.rows))
 
     @cute.jit
     def scale_column(
