@@ -17,7 +17,7 @@ import torch
 from bench import environment
 from bench.ceiling import ELEMENTS, Ceiling, Words, allocate
 from bench.names import CUTE_QUANT, STREAM
-from bench.stream import Traffic
+from bench.stream import BYTES_PER_WORD, Traffic
 from cute_quant.lab import timing
 
 Run = Callable[[], object]
@@ -45,6 +45,15 @@ class Case(NamedTuple):
 def streaming(words_in: int, words_out: int, vectors: int, loads: int = 1) -> Words:
     """Return memory of the ceiling for so many times 16 elements, each with several `loads`."""
     return allocate(Traffic(loads, 1, words_in, words_out), ELEMENTS * vectors)
+
+
+def streaming_bytes(nbytes: int, words_in: int, words_out: int, loads: int = 1) -> Words:
+    """Return memory of the ceiling for so many bytes, read and written in the ratio of the words.
+
+    A call that reads fewer bytes has as many in all, in the ratio of one that reads them all.
+    """
+    vectors = -(-nbytes // (BYTES_PER_WORD * (loads * words_in + words_out)))
+    return streaming(words_in, words_out, vectors, loads)
 
 
 def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:

@@ -3,8 +3,9 @@
     python -m bench.columns [--shapes MxK,...] [--experts N] [--output FILE]
 
 The tables have `quantize_columns` of bf16 as x lies and transposed, over all rows and over experts
-of uneven sizes, and `quantize_both`. Beside them stands what takes their place without them: a copy
-of the transpose, and `quantize`. Times are of launches in CUDA graphs over rotating buffers, ours
+of uneven sizes, and `quantize_both`. Rows between experts are written as zeros but not read, which
+the bytes of the copy leave out. Beside them stands what takes their place without them: a copy of
+the transpose, and `quantize`. Times are of launches in CUDA graphs over rotating buffers, ours
 and those of the ceiling programmatic dependents of each other. Outputs are compared with the
 reference on the CPU before they are timed, in the first and the last columns.
 """
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.cases import Case, Makers, Run, begin, parser_of, require, run, streaming
+from bench.cases import Case, Makers, Run, begin, parser_of, require, run, streaming_bytes
 from bench.masked import poison, random
 from cute_quant import (
     DEEP_GEMM_32,
@@ -31,10 +32,14 @@ from cute_quant import (
     quantize_both,
     quantize_columns,
 )
+from cute_quant.contract import reference
+from cute_quant.contract.dtypes import align
 
 SHAPES = ((2048, 7168), (8192, 8192), (16384, 7168))
 EXPERTS = 32
 ALIGNMENT = 128
+ROWS_PER_EXPERT = 2 * ALIGNMENT
+"""On average at least, with padding: fewer rows have fewer experts."""
 COMPARED = 256
 """Columns at each end that are compared with the reference."""
 DEVICE = "cuda"
@@ -77,16 +82,31 @@ KINDS = (
 
 
 def uneven_experts(mn: int, count: int) -> PrefixSum:
-    """Return groups of rows whose sizes vary by a factor of 3, one of them empty, up to mn."""
+    """Return up to `count` groups of rows whose sizes vary by a factor of 3, one of them empty.
+
+    Raises:
+        ValueError: not one of them fits in mn rows.
+    """
+    if mn < ROWS_PER_EXPERT or count < 1:
+        raise ValueError(
+            f"mn, count: expected at least {ROWS_PER_EXPERT} rows and 1 expert, got {mn}, {count}"
+        )
+    count = min(count, mn // ROWS_PER_EXPERT)
     generator = torch.Generator().manual_seed(0)
     shares = torch.rand(count, generator=generator) + 0.5
-    shares[count // 2] = 0.0
+    if count > 1:
+        shares[count // 2] = 0.0
     sizes = (shares / shares.sum() * (mn - count * ALIGNMENT // 2)).int().tolist()
     ends, end = [], 0
     for size in sizes:
-        end = min(-(-end // ALIGNMENT) * ALIGNMENT + size, mn)
+        end = min(align(end, ALIGNMENT) + size, mn)
         ends.append(end)
     return PrefixSum(torch.tensor(ends, dtype=torch.int32, device=DEVICE), ALIGNMENT)
+
+
+def existing_rows(rows: PrefixSum | None, mn: int) -> int:
+    """Return how many of mn rows are in a group, all without groups."""
+    return mn if rows is None else int((reference.groups_of_rows(rows, mn) >= 0).sum())
 
 
 def compare(x: torch.Tensor, kind: Kind, rows: PrefixSum | None, results: Any) -> None:
@@ -104,11 +124,10 @@ def compare(x: torch.Tensor, kind: Kind, rows: PrefixSum | None, results: Any) -
             require(torch.equal(sf[:, some].cpu(), expected[1]), f"{kind}: scales")
 
 
-def quantizing(kind: Kind, mn: int, k: int, count: int) -> Run:
+def quantizing(kind: Kind, mn: int, k: int, rows: PrefixSum | None) -> Run:
     """Return a launch."""
     x = random(mn, k)
-    options: dict[str, Any] = {"transposed": kind.transposed}
-    rows = options["rows"] = uneven_experts(mn, count) if kind.experts else None
+    options: dict[str, Any] = {"transposed": kind.transposed, "rows": rows}
     if kind.row_fmt is None:
         launch = bind(x, kind.fmt, operation=quantize_columns, **options)
         tensors = columns = launch.results
@@ -127,10 +146,9 @@ def quantizing(kind: Kind, mn: int, k: int, count: int) -> Run:
     return launch
 
 
-def transposing(kind: Kind, mn: int, k: int, count: int) -> Run:
+def transposing(kind: Kind, mn: int, k: int, rows: PrefixSum | None) -> Run:
     """Return calls that quantize a copy of the transpose, and x where both are wanted."""
     x = random(mn, k)
-    rows = uneven_experts(mn, count) if kind.experts else None
 
     def call() -> None:
         if kind.row_fmt is not None:
@@ -144,15 +162,16 @@ def transposing(kind: Kind, mn: int, k: int, count: int) -> Run:
 def cases(shapes: list[tuple[int, int]], count: int) -> Iterator[Case]:
     """Yield a case for each kind and shape; scales are not counted."""
     for mn, k in shapes:
-        threads = mn * k // 16
         for kind in KINDS:
+            rows = uneven_experts(mn, count) if kind.experts else None
             results = 1 if kind.row_fmt is None else 2
+            moved = (2 * existing_rows(rows, mn) + results * mn) * k
             makers: Makers = {
-                "cute_quant": functools.partial(quantizing, kind, mn, k, count),
-                "stream": functools.partial(streaming, 8, 4 * results, threads),
-                "transpose first": functools.partial(transposing, kind, mn, k, count),
+                "cute_quant": functools.partial(quantizing, kind, mn, k, rows),
+                "stream": functools.partial(streaming_bytes, moved, 8, 4 * results),
+                "transpose first": functools.partial(transposing, kind, mn, k, rows),
             }
-            yield Case(str(kind), mn, k, (2 + results) * mn * k, makers)
+            yield Case(str(kind), mn, k, moved, makers)
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
@@ -170,7 +189,8 @@ def parse(
     parser = parser_of(module, description)
     add = parser.add_argument
     add("--shapes", type=parse_shapes, default=list(shapes), metavar="MxK,...", help=f"of {of}")
-    add("--experts", type=int, default=EXPERTS, metavar="N", help="default: %(default)s")
+    most = f"at most, {ROWS_PER_EXPERT} rows each on average at least (%(default)s)"
+    add("--experts", type=int, default=EXPERTS, metavar="N", help=most)
     return parser.parse_args()
 
 

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from bench.cases import Case, Makers, Run, begin, require, run, streaming
-from bench.columns import DEVICE, parse, uneven_experts
+from bench.cases import Case, Makers, Run, begin, require, run, streaming_bytes
+from bench.columns import DEVICE, existing_rows, parse, uneven_experts
 from bench.gradients import gradients
 from bench.masked import poison, random
+from bench.stream import BYTES_PER_WORD
 from cute_quant import (
     DEEP_GEMM,
     DEEP_GEMM_32,
@@ -111,11 +112,10 @@ def values(kind: Kind, *given: torch.Tensor) -> torch.Tensor:
     return (functional.silu(gate) * up).bfloat16()
 
 
-def quantizing(kind: Kind, mn: int, k: int, count: int) -> Run:
+def quantizing(kind: Kind, mn: int, k: int, rows: PrefixSum | None) -> Run:
     """Return a launch, after its results were compared."""
     operation, of_rows = OPERATIONS[kind.of]
     given = inputs(kind, mn, k)
-    rows: PrefixSum | None = uneven_experts(mn, count) if kind.experts else None
     options: dict[str, Any] = {"rows": rows}
     drawn: dict[str, Any] = {}
     if kind.stochastic:
@@ -148,10 +148,9 @@ def quantizing(kind: Kind, mn: int, k: int, count: int) -> Run:
     return launch
 
 
-def in_torch(kind: Kind, mn: int, k: int, count: int) -> Run:
+def in_torch(kind: Kind, mn: int, k: int, rows: PrefixSum | None) -> Run:
     """Return calls that compute bf16 in a kernel, and quantize it in another."""
     given = inputs(kind, mn, k)
-    rows = uneven_experts(mn, count) if kind.experts else None
     compiled = torch.compile(functools.partial(values, kind), dynamic=False)
     options: dict[str, Any] = {"transposed": kind.transposed, "rows": rows}
     return lambda: quantize_both(compiled(*given), kind.fmt, kind.column_fmt, **options)
@@ -161,20 +160,22 @@ def cases(shapes: list[tuple[int, int]], count: int) -> Iterator[Case]:
     """Yield a case for each kind and shape; scales are not counted."""
     for mn, k in shapes:
         for kind in KINDS:
+            rows = uneven_experts(mn, count) if kind.experts else None
             # Of 8 columns, or 16 of x: loads, their words, and words of both results.
-            of, vectors = kind.of, mn * k // (16 if kind.of == "x" else 8)
+            of, vectors = kind.of, k // (16 if kind.of == "x" else 8)
             loads, words_in, words_out = {
                 "x": (1, 8, 8),
                 "products": (1, 8, 4),
                 "gradients": (3, 4, 8),
             }[of]
+            read, written = loads * words_in * existing_rows(rows, mn), words_out * mn
+            moved = BYTES_PER_WORD * (read + written) * vectors
             makers: Makers = {
-                "cute_quant": functools.partial(quantizing, kind, mn, k, count),
-                "stream": functools.partial(streaming, words_in, words_out, vectors, loads=loads),
+                "cute_quant": functools.partial(quantizing, kind, mn, k, rows),
+                "stream": functools.partial(streaming_bytes, moved, words_in, words_out, loads),
             }
             if not kind.stochastic:
-                makers["torch first"] = functools.partial(in_torch, kind, mn, k, count)
-            moved = 4 * (loads * words_in + words_out) * vectors
+                makers["torch first"] = functools.partial(in_torch, kind, mn, k, rows)
             yield Case(str(kind), mn, RESULTS[of] * k, moved, makers)
 
 

@@ -40,6 +40,7 @@ HOST = RECORDS / "h100-host.jsonl"
 FP4 = RECORDS / "h100-fp4.jsonl"
 BLOCKS = RECORDS / "h100-blocks.jsonl"
 ENGINES = RECORDS / "h100-engines.md"
+COLUMNS = RECORDS / "h100-columns.jsonl"
 SWEEP = LAYOUTS / "sweep.json"
 
 SUMMARY_ROWS = 1, 64, 1024, 4096, 32768
@@ -117,6 +118,11 @@ def fp4_table() -> Iterable[str]:
 def blocks_table() -> Iterable[str]:
     """Return the rows of weights in square blocks, beside DeepGEMM's cast."""
     return cases_table(BLOCKS, "DeepGEMM")
+
+
+def columns_table() -> Iterable[str]:
+    """Return the rows of groups along rows, beside a copy of the transpose and `quantize`."""
+    return cases_table(COLUMNS, "transpose first")
 
 
 def cases_table(record: Path, other: str) -> Iterable[str]:
@@ -202,6 +208,7 @@ TABLES: dict[str, tuple[Path | None, Callable[[], Iterable[str]]]] = {
     "masked": (MASKED, masked_table),
     "fp4": (FP4, fp4_table),
     "blocks": (BLOCKS, blocks_table),
+    "columns": (COLUMNS, columns_table),
     "host": (HOST, host_table),
     "engines": (ENGINES, lambda: engine_report.calls_table(ENGINES)),
     "engine layer": (ENGINES, lambda: engine_report.layer_table(ENGINES)),

@@ -114,10 +114,16 @@ class Results:
 
 
 def machine_lines(machine: dict[str, Any]) -> list[str]:
-    """Return the GPU, its driver, and versions, in words."""
-    versions = {n: v for n, v in machine.get("versions", {}).items() if v}
-    return [
-        f"{machine.get('gpu')}, driver {machine.get('driver')}, CUDA {machine.get('cuda')}, "
-        f"{machine.get('date')}, commit {machine.get('commit') or 'unknown'}",
-        ", ".join(f"{n} {v}" for n, v in versions.items()) + f", Python {machine.get('python')}",
+    """Return the GPU, its driver, and versions, in words; what was not recorded is left out."""
+    known = {
+        "driver ": machine.get("driver"),
+        "CUDA ": machine.get("cuda"),
+        "": machine.get("date"),
+        "commit ": machine.get("commit") or "unknown",
+    }
+    versions = {**machine.get("versions", {}), "Python": machine.get("python")}
+    lines = [
+        [str(machine.get("gpu")), *(f"{name}{value}" for name, value in known.items() if value)],
+        [f"{name} {version}" for name, version in versions.items() if version],
     ]
+    return [", ".join(words) for words in lines if words]

@@ -12,17 +12,15 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, const_expr
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.cute.runtime import make_fake_stream
 
 from cute_quant.contract.dtypes import INPUT_DTYPES
-from cute_quant.kernels import block_tile, copy, encodings, layouts
+from cute_quant.kernels import block_tile, copy, encodings, grids, layouts
 from cute_quant.kernels.block_tile import VECTOR_BYTES
 from cute_quant.kernels.config import (
     BLOCK_TILE,
     BLOCK_WARPS,
     LANES,
-    MAX_GRID_Y,
-    MAX_GRID_Z,
     BlocksSpec,
     Tile,
 )
@@ -44,7 +42,7 @@ class Problem(Params):
         bound: as `Stage.scale_bound` returns it.
         n, k: rows and columns of a matrix.
         batches: matrices.
-        first_batch, first_row_tile: of the launch, where a grid does not count all.
+        first_batch, first_row_tile: as `grids.launch` sets them.
     """
 
     def __init__(
@@ -55,8 +53,6 @@ class Problem(Params):
         scales: Scales | cute.Tensor,
         bound: Float32,
         k: Int32,
-        first_batch: Int32,
-        first_row_tile: Int32,
     ):
         self.w = w
         self.w_scales = w_scales
@@ -66,8 +62,7 @@ class Problem(Params):
         self.n = q.rows
         self.k = k
         self.batches = q.tensor.shape[0]
-        self.first_batch = first_batch
-        self.first_row_tile = first_row_tile
+        self.first_batch = self.first_row_tile = Int32(0)
 
     def slice_batch(self, batch: Int32) -> "Problem":
         """Return the problem of one matrix of a batch."""
@@ -111,7 +106,7 @@ class Blocks:
         shape = (batch, k, n) if spec.transposed else (batch, n, k)
         w_scales = None
         if self.scaled:
-            w_scales = self.fake_scales(Float32, (batch, cute.sym_int32(), cute.sym_int32()))
+            w_scales = copy.fake_strided(Float32, (batch, cute.sym_int32(), cute.sym_int32()), 1)
         scales = (batch, cute.sym_int32(), cute.sym_int32())
         if fmt.blocked:
             scales = (batch, cute.sym_int32())
@@ -123,15 +118,11 @@ class Blocks:
             copy.fake_matrix(
                 encodings.value_type_of(fmt), (batch, n, columns), spec.q_access.store_bytes
             ),
-            self.fake_scales(encodings.scale_type_of(fmt), scales),
+            copy.fake_strided(encodings.scale_type_of(fmt), scales, 1),
             Int32(0),
             Int32(0) if fmt.power_of_two else Float32(0),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )
-
-    def fake_scales(self, dtype: type[cutlass.Numeric], shape: tuple) -> cute.Tensor:
-        """Return a stand-in for scales of any strides."""
-        return make_fake_tensor(dtype, shape, stride=tuple(cute.sym_int64() for _ in shape))
 
     @property
     def q_values(self) -> int:
@@ -157,30 +148,12 @@ class Blocks:
             scales = self.stage.scales(mS, n, k, missing_rows)
             unit = self.size * self.fmt.groups_per_unit
             padded_k = cute.round_up(k, unit)
-        row_tiles = cute.ceil_div(n, BLOCK_TILE)
-        for first_batch in range(0, batches, MAX_GRID_Z):
-            for first_row_tile in range(0, row_tiles, MAX_GRID_Y):
-                problem = Problem(
-                    Matrix(mW),
-                    mWS,
-                    Matrix(mQ),
-                    scales,
-                    self.stage.scale_bound(floor),
-                    k,
-                    first_batch,
-                    first_row_tile,
-                )
-                self.kernel(problem).launch(
-                    grid=[
-                        # Padding of scales past the last column has CTAs too.
-                        cute.ceil_div(padded_k, BLOCK_TILE),
-                        cutlass.min(row_tiles - first_row_tile, MAX_GRID_Y),
-                        cutlass.min(batches - first_batch, MAX_GRID_Z),
-                    ],
-                    block=[LANES, BLOCK_WARPS, 1],
-                    stream=stream,
-                    use_pdl=self.spec.pdl,
-                )
+        bound = self.stage.scale_bound(floor)
+        problem = Problem(Matrix(mW), mWS, Matrix(mQ), scales, bound, k)
+        # Padding of scales past the last column has CTAs too.
+        tiles = cute.ceil_div(padded_k, BLOCK_TILE), cute.ceil_div(n, BLOCK_TILE), batches
+        options = {"stream": stream, "use_pdl": self.spec.pdl}
+        grids.launch(self.kernel, problem, tiles, BLOCK_WARPS, options)
 
     @cute.kernel
     def kernel(self, problem: Problem):

@@ -9,9 +9,8 @@ of its columns. Values that go to the transpose go through shared memory too.
 Groups along k lie in a warp, which shares their largest magnitudes at once. Threads for each row
 compute their scales beside those for each column.
 
-The values are those of a prologue: x, gates times ups, or gradients of both. Of the latter a CTA
-has a tile of gates and one of as many ups, if their columns fill tiles: it computes both from one
-read, and quantizes one after the other.
+The values are those of a prologue, see `column_prologues`. Of gradients a CTA may have two tiles,
+which it quantizes one after the other.
 """
 
 from __future__ import annotations
@@ -26,40 +25,38 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.contract.dtypes import BYTES_PER_WORD
 from cute_quant.contract.format_choices import MAX_COLUMNS
-from cute_quant.contract.prologues import FUSED
 from cute_quant.contract.rows import DENSE
-from cute_quant.kernels import block_tile, copy, encodings, layouts, row_domains
+from cute_quant.kernels import (
+    block_tile,
+    column_memory,
+    column_prologues,
+    copy,
+    encodings,
+    grids,
+    layouts,
+    row_domains,
+)
 from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.block_tile import VECTOR_BYTES
+from cute_quant.kernels.column_memory import Shared, copy_columns, in_registers, rows_of_thread
+from cute_quant.kernels.column_prologues import Pairs, copy_vectors
 from cute_quant.kernels.config import (
     BLOCK_TILE,
     BLOCK_WARPS,
     LANES,
-    MAX_GRID_Y,
-    MAX_GRID_Z,
     ColumnsSpec,
-    QuantizeSpec,
-    SiluMulBackwardSpec,
-    SiluMulSpec,
     Tile,
 )
 from cute_quant.kernels.copy import Segment
-from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
 from cute_quant.kernels.philox import Random, RngState, word_of, words_of
-from cute_quant.kernels.quantize import Input
 from cute_quant.kernels.row_domains import Row
-from cute_quant.kernels.silu_mul import Activation, GatedInput
-from cute_quant.kernels.silu_mul_backward import GatedGradient, GradientRow
+from cute_quant.kernels.silu_mul import Activation
 from cute_quant.kernels.stage import Scales, Stage
 
 WARP_ROWS = BLOCK_TILE // BLOCK_WARPS
 """Rows of a warp, all of one group along rows."""
-MULTIPLIERS = VECTOR_BYTES // 4
-"""Those that a thread takes from shared memory at once."""
-LOADED_BYTES = 192
-"""Bytes of the inputs that a thread loads at once, in 96 registers."""
 LARGEST_CARVEOUT = 100
 """Percent of an SM's memory that is shared; else the compiler asks the driver of the machine."""
 NO_TILE = 2 * MAX_COLUMNS // BLOCK_TILE
@@ -80,7 +77,7 @@ class Problem(Params):
         alignment: of the first row of such a group.
         num_rows, k: of a matrix.
         batches: matrices.
-        first_batch, first_row_tile: of the launch, where a grid does not count all.
+        first_batch, first_row_tile: as `grids.launch` sets them.
     """
 
     def __init__(
@@ -98,8 +95,6 @@ class Problem(Params):
         counts: cute.Tensor | None,
         rng: RngState | None,
         alignment: Int32,
-        first_batch: Int32,
-        first_row_tile: Int32,
     ):
         self.prologue = prologue
         self.q = q
@@ -114,8 +109,7 @@ class Problem(Params):
         self.num_rows = num_rows
         self.k = k
         self.batches = batches
-        self.first_batch = first_batch
-        self.first_row_tile = first_row_tile
+        self.first_batch = self.first_row_tile = Int32(0)
 
     def slice_batch(self, batch: Int32) -> Problem:
         """Return the problem of one matrix of a batch."""
@@ -157,24 +151,6 @@ class Part(NamedTuple):
     end: Uint32
 
 
-class Shared(NamedTuple):
-    """Shared memory of a CTA, for one tile after the other.
-
-    Attributes:
-        amaxes: of columns in each warp, (warp, column).
-        ends: of the rows of each group along rows, (group,), or None.
-        of_rows: largest magnitudes of rows, then their multipliers, (row, group along k), or None.
-        multipliers: of columns, (group along rows, column).
-        transposed: for values in the order of the transpose, or None.
-    """
-
-    amaxes: cute.Tensor
-    ends: cute.Tensor | None
-    of_rows: cute.Tensor | None
-    multipliers: cute.Tensor
-    transposed: cute.Pointer | None
-
-
 class Columns:
     """Entry point: x to values and scales of groups along rows, and maybe of groups along k."""
 
@@ -186,13 +162,9 @@ class Columns:
         self.rows = layouts.rows_of_block_thread(self.values)
         self.lanes = BLOCK_TILE // self.values
         self.groups = BLOCK_TILE // spec.fmt.group_size
-        self.input_dtype = ELEMENT_TYPES[spec.dtype]
-        computed = spec.gated is not None and (spec.gated.backward or spec.gated.rounding == FUSED)
-        self.dtype = Float32 if computed else self.input_dtype
+        self.dtype = column_prologues.value_dtype(spec)
+        self.pairs = Pairs(spec)
         tile = Tile(values_per_thread=self.values)
-        self.prologue_spec = prologue_spec(spec, tile)
-        loaded = 3 * self.values * self.input_dtype.width // 8
-        self.rows_at_once = min(LOADED_BYTES // loaded, self.rows)
         self.stage = Stage(self.dtype, spec.fmt, tile)
         self.row_stage = None
         if spec.row_fmt is not None:
@@ -221,17 +193,9 @@ class Columns:
             row_floor = Int32(0) if row_fmt.power_of_two else Float32(0)
         if self.counted:
             counts = make_fake_tensor(Int32, (cute.sym_int32(),), stride=(1,))
-        x_shape, weight, grad = shape, None, None
-        if self.gated is not None and self.gated.backward:
-            grad_shape = batch, mn, cute.sym_int32()
-            grad = copy.fake_matrix(self.input_dtype, grad_shape, spec.access.load_bytes)
-        elif self.gated is not None:
-            columns = cute.sym_int32(divisibility=2 if spec.access.ragged else 2 * self.values)
-            x_shape = batch, mn, columns
-            if self.gated.weighted:
-                weight = make_fake_tensor(Float32, (batch, mn), stride=(cute.sym_int64(), 1))
+        x, weight, grad = column_prologues.fake_inputs(spec, shape)
         return (
-            copy.fake_matrix(self.input_dtype, x_shape, spec.access.load_bytes),
+            x,
             copy.fake_matrix(
                 encodings.value_type_of(fmt),
                 (batch, k, mn) if spec.transposed else shape,
@@ -277,7 +241,7 @@ class Columns:
     ):
         """Launch the kernel, on batches of matrices; `Activation` describes the last numbers."""
         batches, mn, k = mX.shape
-        if const_expr(isinstance(self.prologue_spec, SiluMulSpec)):
+        if const_expr(self.gated is not None and not self.gated.backward):
             k = k // 2
         scales, row_q, row_scales, row_bound, padded_k = mS, None, None, None, k
         if const_expr(self.fmt.blocked):
@@ -295,39 +259,25 @@ class Columns:
         column_tiles, row_tiles = cute.ceil_div(padded_k, BLOCK_TILE), cute.ceil_div(mn, BLOCK_TILE)
         if const_expr(self.paired):
             column_tiles = column_tiles - k // (2 * BLOCK_TILE)
-        activation = None
-        if const_expr(self.gated is not None):
-            activation = Activation(limit, alpha, beta)
-        for first_batch in range(0, batches, MAX_GRID_Z):
-            for first_row_tile in range(0, row_tiles, MAX_GRID_Y):
-                problem = Problem(
-                    self.prologue(Matrix(mX), mWeight, mGrad, activation),
-                    batches,
-                    Matrix(mX).rows,
-                    k,
-                    Matrix(mQ),
-                    scales,
-                    self.stage.scale_bound(floor),
-                    row_q,
-                    row_scales,
-                    row_bound,
-                    mCounts,
-                    None if const_expr(mRng is None) else RngState(mRng),
-                    alignment,
-                    first_batch,
-                    first_row_tile,
-                )
-                self.kernel(problem).launch(
-                    grid=[
-                        column_tiles,
-                        cutlass.min(row_tiles - first_row_tile, MAX_GRID_Y),
-                        cutlass.min(batches - first_batch, MAX_GRID_Z),
-                    ],
-                    block=[LANES, BLOCK_WARPS, 1],
-                    stream=stream,
-                    use_pdl=self.spec.pdl,
-                    **self.residence,
-                )
+        activation = Activation(limit, alpha, beta)
+        problem = Problem(
+            column_prologues.prologue(self.spec, Matrix(mX), mWeight, mGrad, activation),
+            batches,
+            Matrix(mX).rows,
+            k,
+            Matrix(mQ),
+            scales,
+            self.stage.scale_bound(floor),
+            row_q,
+            row_scales,
+            row_bound,
+            mCounts,
+            None if const_expr(mRng is None) else RngState(mRng),
+            alignment,
+        )
+        options = {"stream": stream, "use_pdl": self.spec.pdl, **self.residence}
+        tiles = column_tiles, row_tiles, batches
+        grids.launch(self.kernel, problem, tiles, BLOCK_WARPS, options)
 
     @property
     def residence(self) -> dict[str, int]:
@@ -338,21 +288,6 @@ class Columns:
         if gradients and self.spec.stochastic:
             return {}  # whose registers would spill
         return {"min_blocks_per_mp": 2, "preferred_smem_carveout": LARGEST_CARVEOUT}
-
-    def prologue(
-        self,
-        x: Matrix,
-        mWeight: cute.Tensor | None,
-        mGrad: cute.Tensor | None,
-        activation: Activation | None,
-    ) -> Params:
-        """Return what yields the values that are quantized."""
-        spec = self.prologue_spec
-        if isinstance(spec, SiluMulBackwardSpec):
-            return GatedGradient(x, Matrix(mGrad), activation, spec)
-        if isinstance(spec, SiluMulSpec):
-            return GatedInput(x, mWeight, activation, spec)
-        return Input(x, spec)
 
     @cute.kernel
     def kernel(self, problem: Problem):
@@ -378,7 +313,8 @@ class Columns:
             inputs = self.inputs(part, problem)
             loaded = [row.load(segment) for row in inputs]
             tXrX = [row.values(t) for row, t in zip(inputs, loaded, strict=True)]
-            self.quantize_tile(tXrX, part, (row_tile, column_tile), self.shared(), problem)
+            shared = column_memory.allocate(self.spec, self.dtype)
+            self.quantize_tile(tXrX, part, (row_tile, column_tile), shared, problem)
 
     @property
     def paired(self) -> bool:
@@ -403,11 +339,12 @@ class Columns:
     def quantize_pair(self, part: Part, row_tile: Int32, column_tile: Int32, problem: Problem):
         """Compute the gradients of a tile of gates and of its ups, and quantize these after those.
 
-        Registers hold one of both. The other waits in shared memory, each value in its thread's.
+        The ups wait in shared memory, see `Pairs`.
         """
-        waiting, shared = self.waiting_values(), self.shared()
+        waiting = self.pairs.waiting_values()
+        shared = column_memory.allocate(self.spec, self.dtype)
         segment = self.segment(part, column_tile)
-        tXrX = self.compute_pair(self.inputs(part, problem), segment, waiting)
+        tXrX = self.pairs.compute(self.inputs(part, problem), segment, waiting)
         tiles = problem.k // (2 * BLOCK_TILE)
         # Past all gates there is the padding of scales past all ups.
         tile = cutlass.select_(column_tile < tiles, column_tile, Int32(NO_TILE))
@@ -418,35 +355,6 @@ class Columns:
             for i in cutlass.range_constexpr(self.rows):
                 copy_vectors(waiting[i], tXrX[i])
             tile = column_tile + tiles
-
-    def compute_pair(
-        self, inputs: list[GradientRow], segment: Segment, waiting: list[list[cute.Tensor]]
-    ) -> list[cute.Tensor]:
-        """Return the gradients of a thread's gates, (values,) of each row, and keep those of ups.
-
-        Rows are loaded as many at once as registers hold.
-        """
-        tXrX = []
-        for first in range(0, self.rows, self.rows_at_once):
-            some = inputs[first : first + self.rows_at_once]
-            loaded = [row.load_pair(segment) for row in some]
-            for row, t in zip(some, loaded, strict=True):
-                of_gates, of_ups = row.gradients(t)
-                copy_vectors(of_ups, waiting[len(tXrX)])
-                tXrX.append(of_gates)
-        return tXrX
-
-    def waiting_values(self) -> list[list[cute.Tensor]]:
-        """Return shared memory for a thread's values, vectors of each of its rows."""
-        lane, warp, _ = cute.arch.thread_idx()
-        layout = layouts.vectors_of_threads(MULTIPLIERS)
-        memory = cute.arch.alloc_smem(Float32, cute.size(layout), alignment=VECTOR_BYTES)
-        count = self.values // MULTIPLIERS
-        vectors = []
-        for i in range(self.rows * count):
-            place = cute.assume(layout(((0, i), lane, warp)), divby=MULTIPLIERS)
-            vectors.append(cute.make_tensor(memory + place, MULTIPLIERS))
-        return [vectors[i * count : (i + 1) * count] for i in range(self.rows)]
 
     @cute.jit
     def quantize_tile(
@@ -520,35 +428,8 @@ class Columns:
         amaxes = [self.row_amax(tXrV) for tXrV in tXrX]
         lane_of_group, group = layouts.lanes(stage.lanes_per_group)(column_lane)
         if lane_of_group == 0:
-            cute.autovec_copy(in_registers(amaxes), self.rows_of_thread(of_rows, first_row, group))
-
-    def rows_of_thread(self, of_rows: cute.Tensor, first_row: Int32, group: Int32) -> cute.Tensor:
-        """Return what a thread's rows have in `Shared.of_rows`, (rows,)."""
-        place = cute.assume(of_rows.layout((first_row, group)), divby=self.rows)
-        return cute.make_tensor(of_rows.iterator + place, self.rows)
-
-    def shared(self) -> Shared:
-        """Allocate shared memory."""
-        ends = of_rows = transposed = None
-        amaxes = self.shared_columns(Uint32 if self.dtype is Float32 else Uint16, BLOCK_WARPS)
-        if self.counted:
-            memory = cute.arch.alloc_smem(Uint32, self.groups, alignment=VECTOR_BYTES)
-            ends = cute.make_tensor(memory, self.groups)
-        if self.row_stage is not None:
-            layout = layouts.row_scales_of_tile(self.row_stage.fmt.group_size)
-            memory = cute.arch.alloc_smem(Uint32, cute.size(layout), alignment=VECTOR_BYTES)
-            of_rows = cute.make_tensor(memory, layout)
-        multipliers = self.shared_columns(Float32, self.groups)
-        if self.spec.transposed:
-            transposed = block_tile.transposed_memory(1)
-        return Shared(amaxes, ends, of_rows, multipliers, transposed)
-
-    def shared_columns(self, dtype: type[cutlass.Numeric], rows: int) -> cute.Tensor:
-        """Return shared memory for a number of each column in each of some rows."""
-        vector = VECTOR_BYTES * 8 // dtype.width
-        layout = layouts.vectors_of_column_tile(self.values, vector, rows)
-        memory = cute.arch.alloc_smem(dtype, BLOCK_TILE * rows, alignment=VECTOR_BYTES)
-        return cute.make_tensor(memory, layout)
+            registers = in_registers(amaxes)
+            cute.autovec_copy(registers, rows_of_thread(of_rows, first_row, group, self.rows))
 
     @cute.jit
     def scale_column(
@@ -714,7 +595,7 @@ class Columns:
         stage, (first_row, column_lane) = self.row_stage, part.place
         _, group = layouts.lanes(stage.lanes_per_group)(column_lane)
         tXrM = cute.make_rmem_tensor(self.rows, Uint32)
-        cute.autovec_copy(self.rows_of_thread(multipliers, first_row, group), tXrM)
+        cute.autovec_copy(rows_of_thread(multipliers, first_row, group, self.rows), tXrM)
         for i in cutlass.range_constexpr(self.rows):
             scale = scaling.scale_of_multiplier(tXrM[i].bitcast(Float32), stage.fmt)
             tXrQ = stage.encode(tXrX[i], scale, words_of(randoms[i], segment, tXrX[i]))
@@ -740,14 +621,6 @@ def pair_of(tXrV: cute.Tensor, i: int) -> cute.Tensor:
     return cute.make_tensor(tXrV.iterator + i // 2 * 2, 2)
 
 
-def in_registers(values: list[Uint32]) -> cute.Tensor:
-    """Return numbers as registers that follow each other."""
-    registers = cute.make_rmem_tensor(len(values), Uint32)
-    for i, value in enumerate(values):
-        registers[i] = value
-    return registers
-
-
 def byte_masks(hold: list[Boolean]) -> list[Uint32]:
     """Return masks of the bytes of words, 0 in those whose predicate does not hold."""
     masks = []
@@ -757,46 +630,3 @@ def byte_masks(hold: list[Boolean]) -> list[Uint32]:
             mask = mask | cutlass.select_(hold[first + j], Uint32(0xFF << 8 * j), Uint32(0))
         masks.append(mask)
     return masks
-
-
-def prologue_spec(
-    spec: ColumnsSpec, tile: Tile
-) -> QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec:
-    """Return the choices of the kernel of rows whose prologue yields the values of columns."""
-    if spec.gated is None:
-        return QuantizeSpec(spec.dtype, spec.fmt, tile, access=spec.access)
-    choices = spec.gated._asdict()
-    kind = SiluMulBackwardSpec if choices["backward"] else SiluMulSpec
-    choices = {name: choice for name, choice in choices.items() if name in kind._fields}
-    return kind(spec.dtype, spec.fmt, tile, access=spec.access, **choices)
-
-
-@cute.jit
-def copy_columns(source: cute.Tensor, target: cute.Tensor, row: Int32, column_lane: Int32):
-    """Copy a thread's columns, (values,), to or from a row of `Columns.shared_columns`."""
-    to_shared = const_expr(cute.rank(target) > 1)
-    shared, registers = (target, source) if to_shared else (source, target)
-    vector, vectors, _ = shared.shape[1]
-    for i in cutlass.range_constexpr(vectors):
-        place = shared.layout((row, (0, i, column_lane)))
-        start = shared.iterator + cute.assume(place, divby=vector)
-        part = cute.make_tensor(start, vector)
-        mine = cute.make_tensor(registers.iterator + i * vector, vector)
-        if const_expr(to_shared):
-            cute.autovec_copy(mine, part)
-        else:
-            cute.autovec_copy(part, mine)
-
-
-@cute.jit
-def copy_vectors(source: cute.Tensor | list[cute.Tensor], target: cute.Tensor | list[cute.Tensor]):
-    """Copy a thread's values, (values,), to or from vectors of shared memory."""
-    to_shared = const_expr(isinstance(target, list))
-    vectors, registers = (target, source) if to_shared else (source, target)
-    for i in cutlass.range_constexpr(len(vectors)):
-        size = cute.size(vectors[i])
-        mine = cute.make_tensor(registers.iterator + i * size, size)
-        if const_expr(to_shared):
-            cute.autovec_copy(mine, vectors[i])
-        else:
-            cute.autovec_copy(vectors[i], mine)

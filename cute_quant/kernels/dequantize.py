@@ -11,9 +11,9 @@ from cutlass import Boolean, Float32, Int32, Uint8, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.contract.format_choices import WHOLE_ROW
-from cute_quant.kernels import copy, encodings, layouts
+from cute_quant.kernels import copy, encodings, grids, layouts
 from cute_quant.kernels import scales as scaling
-from cute_quant.kernels.config import LANES, MAX_GRID_Y, MAX_GRID_Z, DequantizeSpec
+from cute_quant.kernels.config import DequantizeSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES
 from cute_quant.kernels.layouts import Matrix
@@ -30,7 +30,7 @@ class Problem(Params):
         upper: the scale over those of groups, or those of rows, (batch, mn); None without.
         y: (batch, mn, k).
         num_rows: of each matrix.
-        first_batch, first_row_tile: of the launch, where a grid does not count all.
+        first_batch, first_row_tile: as `grids.launch` sets them.
     """
 
     def __init__(
@@ -39,16 +39,13 @@ class Problem(Params):
         scales: cute.Tensor,
         upper: UpperScale | cute.Tensor | None,
         y: Matrix,
-        first_batch: Int32,
-        first_row_tile: Int32,
     ):
         self.q = q
         self.scales = scales
         self.upper = upper
         self.y = y
         self.num_rows = q.rows
-        self.first_batch = first_batch
-        self.first_row_tile = first_row_tile
+        self.first_batch = self.first_row_tile = Int32(0)
 
     def slice_batch(self, batch: Int32) -> "Problem":
         """Return the problem of one matrix of a batch."""
@@ -121,21 +118,11 @@ class Dequantize:
         upper = mUpper
         if const_expr(self.upper is not None and not self.fmt.row_scale):
             upper = UpperScale(mUpper, Float32(0.0), self.upper)
-        row_tiles = cute.ceil_div(mn, self.tile.rows)
-        # A kernel with loops over what a grid does not count is 1.5 times as slow at one row.
-        for first_batch in range(0, batches, MAX_GRID_Z):
-            for first_row_tile in range(0, row_tiles, MAX_GRID_Y):
-                problem = Problem(Matrix(mQ), mS, upper, Matrix(mY), first_batch, first_row_tile)
-                self.kernel(problem).launch(
-                    grid=[
-                        cute.ceil_div(k, self.tile.columns * self.tile.tiles_per_thread),
-                        cutlass.min(row_tiles - first_row_tile, MAX_GRID_Y),
-                        cutlass.min(batches - first_batch, MAX_GRID_Z),
-                    ],
-                    block=[LANES, self.tile.row_warps, 1],
-                    stream=stream,
-                    use_pdl=self.pdl,
-                )
+        problem = Problem(Matrix(mQ), mS, upper, Matrix(mY))
+        column_tiles = cute.ceil_div(k, self.tile.columns * self.tile.tiles_per_thread)
+        tiles = column_tiles, cute.ceil_div(mn, self.tile.rows), batches
+        options = {"stream": stream, "use_pdl": self.pdl}
+        grids.launch(self.kernel, problem, tiles, self.tile.row_warps, options)
 
     @cute.kernel
     def kernel(self, problem: Problem):

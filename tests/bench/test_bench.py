@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import (
+    cases,
     columns,
     columns_gated,
     convert_scales,
@@ -44,17 +45,67 @@ def test_conversions_are_checked(conversion, monkeypatch):
         convert_scales.of_peer(wrong, conversion, 133, COLUMNS)
 
 
-@pytest.mark.parametrize("kind", columns_gated.KINDS[1::4], ids=str)
-def test_both_directions_are_checked(kind, monkeypatch):
-    monkeypatch.setattr(columns_gated, "random", lambda *shape: torch.randn(shape).bfloat16())
+@pytest.fixture
+def columns_on_cpu(monkeypatch):
     for module in (columns_gated, columns):
         monkeypatch.setattr(module, "DEVICE", "cpu")
-    columns_gated.quantizing(kind, 200, 128, 2)()
+        monkeypatch.setattr(module, "random", lambda *shape: torch.randn(shape).bfloat16())
+
+
+@pytest.mark.parametrize("kind", columns_gated.KINDS[1::4], ids=str)
+def test_both_directions_are_checked(kind, monkeypatch, columns_on_cpu):
+    rows = columns.uneven_experts(512, 2) if kind.experts else None
+    columns_gated.quantizing(kind, 512, 128, rows)()
     if not kind.stochastic:
         of_torch = columns_gated.values
         monkeypatch.setattr(columns_gated, "values", lambda *given: of_torch(*given).flip(0))
         with pytest.raises(RuntimeError, match=": columns: differs from the reference"):
-            columns_gated.quantizing(kind, 200, 128, 2)
+            columns_gated.quantizing(kind, 512, 128, rows)
+
+
+@pytest.mark.parametrize("mn", [256, 300, 2048, 8192, 16384])
+def test_experts_of_a_benchmark_have_rows(mn, columns_on_cpu):
+    """All but one; few rows have fewer experts. Padding is less than half."""
+    rows = columns.uneven_experts(mn, columns.EXPERTS)
+    ends = rows.ends.tolist()
+    assert len(ends) == min(columns.EXPERTS, mn // 256) and ends[-1] <= mn
+    starts = [0, *(-(-end // 128) * 128 for end in ends[:-1])]
+    sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+    assert sizes.count(0) == (len(ends) > 1) and min(sizes) >= 0
+    assert columns.existing_rows(rows, mn) == sum(sizes) > mn // 2
+
+
+def test_experts_that_do_not_fit_are_refused(columns_on_cpu):
+    for mn, count in ((255, 32), (2048, 0)):
+        with pytest.raises(ValueError, match=f"at least 256 rows and 1 expert, got {mn}, {count}"):
+            columns.uneven_experts(mn, count)
+
+
+@pytest.mark.parametrize("module", [columns, columns_gated], ids=["columns", "gated"])
+def test_the_ceiling_moves_the_bytes_of_a_call(module, monkeypatch, columns_on_cpu):
+    """Rows between experts are written and not read."""
+    mn, k = 2048, 512
+    monkeypatch.setattr(cases, "allocate", lambda *traffic: traffic)
+    made = {case.name: case for case in module.cases([(mn, k)], 32)}
+    assert len(made) == len(module.KINDS)
+    for kind in module.KINDS:
+        rows = columns.uneven_experts(mn, 32) if kind.experts else None
+        live = columns.existing_rows(rows, mn)
+        if module is columns:
+            read, written = 2 * k * live, mn * k * (1 if kind.row_fmt is None else 2)
+        else:
+            columns_in, columns_out = {"x": (1, 1), "products": (2, 1), "gradients": (3, 2)}[
+                kind.of
+            ]
+            read, written = 2 * k * columns_in * live, 2 * mn * k * columns_out
+        case = made[str(kind)]
+        assert case.bytes == read + written
+        traffic, elements = case.makers[STREAM]()
+        words = traffic.loads * traffic.words_in + traffic.stores * traffic.words_out
+        assert 0 <= 4 * words * elements // 16 - case.bytes < 4 * words
+        assert (live == mn) == (rows is None)
+        if rows is None:
+            assert 4 * traffic.loads * traffic.words_in * elements // 16 == read
 
 
 ROWS, COLUMNS = 5, 640

@@ -8,7 +8,7 @@ import pytest
 from bench import figures, report
 from bench.masked import Result as MaskedResult
 from bench.names import CUTE_QUANT, PDL, PLAIN, STREAM
-from bench.results import Result, Results
+from bench.results import Result, Results, machine_lines
 from cute_quant.lab import report as sweep_report
 from cute_quant.lab.sweep import from_json, origin
 
@@ -75,7 +75,9 @@ def test_tables_name_gpu_and_commit(monkeypatch, tmp_path):
     assert "| whole row | 64 | 3.00 |  |  | 2.00 |" in text
 
 
-@pytest.mark.parametrize(("name", "other"), [("FP4", "vLLM"), ("BLOCKS", "DeepGEMM")])
+@pytest.mark.parametrize(
+    ("name", "other"), [("FP4", "vLLM"), ("BLOCKS", "DeepGEMM"), ("COLUMNS", "transpose first")]
+)
 def test_the_tables_of_cases_have_another_library(name, other, monkeypatch, tmp_path):
     path = tmp_path / "cases.jsonl"
     seconds = {"cute_quant": 2e-6, "stream": 1e-6}
@@ -119,6 +121,20 @@ def test_a_faster_launch_is_higher_in_the_plot():
     assert {round(h, 6) for h in heights} == {round(h, 6) for h in expected}
     assert "stream with PDL" in share.get_title(loc="left")
     pyplot.close(figure)
+
+
+def test_what_was_not_recorded_is_left_out():
+    (first,) = machine_lines(machine())
+    assert first == "NVIDIA H100, 2026-11-26 10:00 UTC, commit abcdef"
+    known = {
+        "driver": "580",
+        "cuda": "13.0",
+        "python": "3.12",
+        "versions": {"torch": "2", "x": None},
+    }
+    first, second = machine_lines(machine() | known)
+    assert first == "NVIDIA H100, driver 580, CUDA 13.0, 2026-11-26 10:00 UTC, commit abcdef"
+    assert second == "torch 2, Python 3.12"
 
 
 def test_plots_name_gpu_and_commit():

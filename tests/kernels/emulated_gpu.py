@@ -27,9 +27,7 @@ from cute_quant.distributed.records import Record
 from cute_quant.emulator import EmulatedKernel
 from cute_quant.jit import lookup
 from cute_quant.kernels import arrival as arrival_kernels
-from cute_quant.kernels import blocks as block_kernels
-from cute_quant.kernels import columns as column_kernels
-from cute_quant.kernels import combine, dequantize, heuristics, scheduler
+from cute_quant.kernels import combine, grids, heuristics, scheduler
 from cute_quant.kernels.config import DEFAULT_TILE, Spec
 
 H100_SMS = 132
@@ -229,10 +227,8 @@ class Gpu:
             ),
             mock.patch.multiple(heuristics, MAX_GRID_Y=self.max_grid, **tables),
             mock.patch.multiple(scheduler, **limits),
-            mock.patch.multiple(dequantize, **limits),
+            mock.patch.multiple(grids, **limits),
             mock.patch.object(combine, "MAX_GRID_Y", self.max_grid),
-            mock.patch.multiple(block_kernels, **limits),
-            mock.patch.multiple(column_kernels, **limits),
             mock.patch.object(arrival_kernels, "MAX_GRID_Y", self.max_grid),
             mock.patch.object(
                 plan,

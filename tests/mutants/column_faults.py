@@ -7,6 +7,8 @@ REFERENCE = "contract/column_reference.py"
 DISPATCH = "dispatch/columns.py"
 OPERATORS = "dispatch/column_ops.py"
 KERNEL = "kernels/columns.py"
+PROLOGUES = "kernels/column_prologues.py"
+GRIDS = "kernels/grids.py"
 LAYOUTS = "kernels/layouts.py"
 ENCODINGS = "kernels/encodings.py"
 SCALES = "kernels/scales.py"
@@ -232,6 +234,20 @@ FAULTS = [
         "- BLOCK_TILE, tile, shared, problem)\n        cute.arch.barrier()",
         "- BLOCK_TILE, tile, shared, problem)",
         PLACES,
+    ),
+    Fault(
+        "grids-rows-of-the-first",
+        GRIDS,
+        "problem.replace(first_batch=first_batch, first_row_tile=first_row_tile)",
+        "problem.replace(first_batch=first_batch)",
+        [f"{ON_KERNEL}::test_more_tiles_than_a_grid_counts"],
+    ),
+    Fault(
+        "columns-pairs-of-one-row",
+        PROLOGUES,
+        "copy_vectors(of_ups, waiting[len(tXrX)])",
+        "copy_vectors(of_ups, waiting[0])",
+        GATED_KERNELS,
     ),
     Fault(
         "columns-batch-of-the-first-launch",

@@ -39,6 +39,20 @@ FAULTS = [
         [f"{ON_LAYERS}::test_second_derivatives_are_refused"],
     ),
     Fault(
+        "linear-gradient-that-is-a-little-large",
+        LINEAR,
+        "transposed = quantize_blocks(weight.mT, recipe.fmt)",
+        "transposed = quantize_blocks(weight.mT * 1.0625, recipe.fmt)",
+        [f"{ON_LAYERS}::test_gradients_are_those_of_bf16_within_the_noise"],
+    ),
+    Fault(
+        "grouped-gradient-of-another-group",
+        GROUPED,
+        "transposed = quantize_blocks(weight.mT, recipe.fmt)",
+        "transposed = quantize_blocks(weight.mT.roll(1, 0), recipe.fmt)",
+        [f"{ON_LAYERS}::test_gradients_are_those_of_bf16_within_the_noise"],
+    ),
+    Fault(
         "linear-ignores-autocast",
         LINEAR,
         "return torch.get_autocast_dtype(x.device.type)",
@@ -65,6 +79,13 @@ FAULTS = [
         "with torch.autocast(a.device.type, enabled=False):",
         "with torch.autocast(a.device.type, enabled=True):",
         [f"{ON_LAYERS}::test_operands"],
+    ),
+    Fault(
+        "gemms-groups-of-the-first-rows",
+        GEMMS,
+        "part = words[:, start:end]",
+        "part = words[:, : end - start]",
+        ["tests/nn/test_gemms.py::test_groups"],
     ),
     Fault(
         "gemms-gradient-of-rows-in-words",
