@@ -119,12 +119,9 @@ def symmetric_memory(
     Returns:
         The memory of each rank, `shape`, uint8, zeros; and what owns it.
     """
-    import torch.distributed as dist
     from torch.distributed import _symmetric_memory
 
     own = _symmetric_memory.empty(shape, dtype=torch.uint8, device=device)
-    if group is None:
-        group = dist.group.WORLD
     handle: Any = _symmetric_memory.rendezvous(own, group)
     own.zero_()
     # Nobody writes to the memory of a rank before it is zeros.

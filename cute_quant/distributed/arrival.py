@@ -13,7 +13,8 @@ from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import Masked
 from cute_quant.dispatch import launch
 from cute_quant.dispatch.convert_scales import layout_format
-from cute_quant.dispatch.plan import compiled, view_of_scales
+from cute_quant.dispatch.plan import view_of_scales
+from cute_quant.distributed.compilation import compiled
 from cute_quant.distributed.records import Record
 from cute_quant.distributed.routing import Plan
 from cute_quant.jit import lookup
@@ -63,7 +64,7 @@ def _launch(
     sf = ops.empty_scales(fmt, shape, device=received.device)
     if not q.numel():
         return q.view(fmt.values), sf
-    function = compiled(spec, arch, lambda: "call distributed.dispatch once before, on this device")
+    function = compiled(spec, arch)
     scales = view_of_scales(sf, fmt.scale_dims).of(sf)
     assert scales is not None
     arguments = (

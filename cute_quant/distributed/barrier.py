@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 
 from cute_quant.dispatch import launch
-from cute_quant.dispatch.plan import compiled
+from cute_quant.distributed.compilation import compiled
 from cute_quant.jit import lookup
 from cute_quant.kernels.config import BarrierSpec, launched_on
 
@@ -27,8 +27,7 @@ class Barrier:
     def __init__(self, counters: list[torch.Tensor], rank: int, timeout: timedelta):
         own = counters[rank]
         arch = lookup.architecture(own.get_device())
-        remedy = "make PeerBuffers once before, on this device"
-        function = compiled(launched_on(BarrierSpec(), arch), arch, lambda: remedy)
+        function = compiled(launched_on(BarrierSpec(), arch), arch)
         addresses = torch.tensor([t.data_ptr() for t in counters], device=own.device)
         nanoseconds = timeout // timedelta(microseconds=1) * 1000
         self._counters = counters

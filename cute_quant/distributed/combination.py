@@ -6,7 +6,8 @@ import torch
 
 from cute_quant.contract.tensors import MAX_SIZE
 from cute_quant.dispatch import launch
-from cute_quant.dispatch.plan import alignment, compiled, matrix_view
+from cute_quant.dispatch.plan import alignment, matrix_view
+from cute_quant.distributed.compilation import compiled
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures
 from cute_quant.kernels.config import COMBINE_ROWS, Access, CombineSpec
@@ -51,7 +52,7 @@ def _launch(rows: torch.Tensor, places: torch.Tensor, factors: torch.Tensor | No
     arch = lookup.architecture(rows.get_device())
     out = rows.new_empty((len(places), rows.shape[1]))
     spec = choose_spec(rows, out, places.shape[1], weighted=factors is not None, arch=arch)
-    function = compiled(spec, arch, lambda: "call distributed.combine once before, on this device")
+    function = compiled(spec, arch)
     view = matrix_view(rows, batched=False)
     out_view = matrix_view(out, batched=False)
     launch.run(function, (view.of(rows), places, factors, out_view.of(out)), [out])
@@ -61,7 +62,7 @@ def _launch(rows: torch.Tensor, places: torch.Tensor, factors: torch.Tensor | No
 def choose_spec(
     rows: torch.Tensor, out: torch.Tensor, choices: int, *, weighted: bool, arch: str
 ) -> CombineSpec:
-    """Choose the spec of the kernel: one vector a thread, and loads of all choices at once."""
+    """Choose the spec of the kernel: one vector a thread, and loads of several choices at once."""
     architecture = architectures.named(arch)
     widest, itemsize = architecture.widest_load, rows.element_size()
     load_bytes, store_bytes = (

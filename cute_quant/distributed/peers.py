@@ -14,22 +14,26 @@ from cute_quant.contract import torch_private
 from cute_quant.contract.checks import check_format, check_whole_bytes
 from cute_quant.contract.dtypes import describe
 from cute_quant.contract.formats import Format
+from cute_quant.contract.tensors import check_tensor
 from cute_quant.distributed.barrier import Barrier
 from cute_quant.distributed.records import Record
-from cute_quant.distributed.routing import Plan, check_agreement, check_group, check_sizes
+from cute_quant.distributed.routing import Plan, check_agreement, check_group, check_sizes, world
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others, as NCCL does by default."""
+LONGEST_TIMEOUT = timedelta(days=365)
+"""One whose nanoseconds are a 64-bit number."""
 
 
 class PeerBuffers:
     """Records that arrive at each rank of a group, in memory that all of them see (NVLink).
 
-    All ranks make one together, for many calls, which follow each other on one stream of each rank:
-    ranks wait for each other before they write, and after.
+    All ranks make one together, for many calls. Those of all buffers of a group follow each other
+    on one stream of each rank, in the same order: ranks wait for each other before they write, and
+    after.
 
     Attributes:
         fmt, k, max_tokens, group: as given.
@@ -62,11 +66,12 @@ class PeerBuffers:
         shape = self.shape(fmt, k, max_tokens, group)
         if not isinstance(timeout, timedelta):
             raise TypeError(f"timeout: expected a timedelta, got {describe(timeout)}")
-        if timeout <= timedelta():
-            raise ValueError(f"timeout: expected a positive time, got {timeout}")
-        place = torch.device("cuda" if device is None else device)
-        if place.type != "cuda" or not torch.cuda.is_available():
-            raise ValueError(f"device: expected a CUDA device that is there, got {place}")
+        if not timedelta() < timeout <= LONGEST_TIMEOUT:
+            raise ValueError(
+                f"timeout: expected a positive time up to {LONGEST_TIMEOUT}, got {timeout}"
+            )
+        place = self._device(device)
+        group = world(group)
         memories, keep_memories = torch_private.symmetric_memory(shape, place, group)
         counters, keep_counters = torch_private.symmetric_memory(
             (4 * (dist.get_world_size(group) + 1),), place, group
@@ -95,7 +100,22 @@ class PeerBuffers:
             memories: of each rank, `shape`, uint8.
             barrier: waits for all ranks, and has each see what the others wrote.
         """
-        cls.shape(fmt, k, max_tokens, group)
+        shape = cls.shape(fmt, k, max_tokens, group)
+        ranks = dist.get_world_size(group)
+        if not isinstance(memories, (list, tuple)) or len(memories) != ranks:
+            raise ValueError(
+                f"memories: expected a tensor for each of {ranks} ranks, got {describe(memories)}"
+            )
+        for rank, memory in enumerate(memories):
+            name = f"memories[{rank}]"
+            check_tensor(name, memory, (torch.uint8,))
+            if memory.shape != shape or not memory.is_contiguous():
+                raise ValueError(
+                    f"{name}: expected a contiguous tensor of shape {shape}, got "
+                    f"{tuple(memory.shape)} and strides {memory.stride()}"
+                )
+        if not callable(barrier):
+            raise TypeError(f"barrier: expected a function, got {describe(barrier)}")
         buffers = cls.__new__(cls)
         buffers._set(fmt, k, max_tokens, group, memories, barrier)
         return buffers
@@ -118,6 +138,22 @@ class PeerBuffers:
         check_agreement(group, fmt=str(fmt), k=k, max_tokens=max_tokens)
         return ranks * max_tokens + 1, Record.of(fmt, k).nbytes
 
+    @staticmethod
+    def _device(device: torch.device | str | None) -> torch.device:
+        """Return a CUDA device that is there.
+
+        Raises:
+            ValueError: it is not.
+        """
+        words = f"device: expected a CUDA device that is there, got {describe(device)}"
+        try:
+            place = torch.device("cuda" if device is None else device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(words) from error
+        if place.type != "cuda" or (place.index or 0) >= torch.cuda.device_count():
+            raise ValueError(words)
+        return place
+
     def _set(
         self,
         fmt: Format,
@@ -130,7 +166,7 @@ class PeerBuffers:
         self.fmt = fmt
         self.k = k
         self.max_tokens = max_tokens
-        self.group = group
+        self.group = world(group)
         self.rank = dist.get_rank(group)
         self._barrier = barrier
         self._record = Record.of(fmt, k)
@@ -158,10 +194,12 @@ class PeerBuffers:
                 f"buffers: expected those of {fmt} and k {x.shape[1]} on {x.device}, got "
                 f"{self.fmt} and {self.k} on {self.received.device}"
             )
-        if plan.group is not self.group or plan.max_tokens != self.max_tokens:
+        if plan.group is not self.group:
+            raise ValueError("buffers: expected those of the plan's group, got another one's")
+        if plan.max_tokens != self.max_tokens:
             raise ValueError(
-                f"buffers: expected those of the plan's group and max_tokens {plan.max_tokens}, "
-                f"got max_tokens {self.max_tokens}"
+                f"buffers: expected those of the plan's max_tokens {plan.max_tokens}, got "
+                f"{self.max_tokens}"
             )
         # Own records come first: nobody else touches them, and what is wrong is found. Then each
         # rank goes on with the one after it, so that none is written by all at once.

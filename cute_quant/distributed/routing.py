@@ -40,7 +40,7 @@ class Plan:
         ids: (T, topk), int64: the experts of tokens, -1 for none.
     """
 
-    group: ProcessGroup | None
+    group: ProcessGroup
     experts: int
     rows: PrefixSum | Masked
     num_rows: int
@@ -203,7 +203,7 @@ def route(
     record = torch.arange(num_received, device=device).unsqueeze(1).expand_as(row)
     sources[row.where(row >= 0, total).flatten()] = record.flatten()
     plan = Plan(
-        group,
+        world(group),
         local,
         rows,
         num_rows,
@@ -306,6 +306,14 @@ def check_group(group: ProcessGroup | None) -> int:
     if outside or dist.get_rank(group) < 0:
         raise ValueError("group: expected one that this process is in")
     return dist.get_world_size(group)
+
+
+def world(group: ProcessGroup | None) -> ProcessGroup:
+    """Return a group, that of all ranks for None."""
+    if group is None:
+        group = dist.group.WORLD
+    assert group is not None  # there are groups
+    return group
 
 
 def check_agreement(group: ProcessGroup | None, **given: object) -> None:

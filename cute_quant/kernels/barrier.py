@@ -49,7 +49,6 @@ class Barrier:
     def kernel(self, mCounters: cute.Tensor, mPeers: cute.Tensor, rank: Int32, timeout: Int64):
         """Signal all ranks, and wait for their signals, a lane those of each 32nd one."""
         if const_expr(self.spec.pdl):
-            cute.arch.griddepcontrol_launch_dependents()
             cute.arch.griddepcontrol_wait()
         lane, _, _ = cute.arch.thread_idx()
         ranks = mPeers.shape[0]
@@ -60,6 +59,9 @@ class Barrier:
         own = mCounters.iterator.toint()
         for peer in range(lane, ranks, LANES):
             wait(own + Int64(peer) * (Int32.width // 8), number, timeout)
+        if const_expr(self.spec.pdl):
+            # Not before: dependents would hold the SMs for as long as another rank is late.
+            cute.arch.griddepcontrol_launch_dependents()
         if lane == 0:
             mCounters[ranks] = number
 

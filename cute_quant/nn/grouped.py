@@ -95,7 +95,8 @@ class Fp8GroupedLinear(torch.nn.Module):
 
         Raises:
             TypeError: an argument is no tensor of such a dtype.
-            ValueError: a shape does not fit. Of backward: `ends` decrease, or are past M.
+            ValueError: a shape does not fit. Of backward, if the weight takes a gradient: `ends`,
+                rounded up to 128, decrease or are past M.
         """
         x = input
         check_input(x, self.in_features)

@@ -22,7 +22,7 @@ def group_sizes(rows: PrefixSum, m: int) -> list[int]:
     """Read the ends of groups of m rows, and return the rows of each with its padding.
 
     Raises:
-        ValueError: ends decrease, or are past the last row: other kernels clamp them otherwise.
+        ValueError: ends, rounded up, decrease or are past the last row, which other kernels clamp.
     """
     sizes, start = [], 0
     for group, end in enumerate(rows.ends.tolist()):

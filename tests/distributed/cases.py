@@ -216,6 +216,7 @@ def errors(rank: int) -> None:
         (distributed.combine, (y, plan, torch.zeros(1, 1)), {}, "weights: expected shape (2, 1)"),
     )
     nvfp4 = {"amax": torch.tensor(1.0)}
+    memory = torch.zeros(distributed.PeerBuffers.shape(cq.DEEP_GEMM, 128, 2), dtype=torch.uint8)
     calls += (
         (distributed.dispatch, (x[:, :0], plan), {}, "x: expected columns, got shape (2, 0)"),
         (distributed.dispatch, (x.to("meta"), plan), {}, "x: expected a tensor"),
@@ -253,7 +254,29 @@ def errors(rank: int) -> None:
             distributed.PeerBuffers,
             (cq.DEEP_GEMM, 128, 2, None, "cuda", timedelta()),
             {},
-            "timeout: expected a positive time",
+            "timeout: expected a positive time up to 365 days",
+        ),
+        (
+            distributed.PeerBuffers,
+            (cq.DEEP_GEMM, 128, 2, None, "cuda", timedelta.max),
+            {},
+            "timeout: expected a positive time up to 365 days",
+        ),
+        (
+            distributed.PeerBuffers,
+            (cq.DEEP_GEMM, 128, 2, None, "nowhere"),
+            {},
+            "device: expected a CUDA device that is there, got 'nowhere'",
+        ),
+        *(
+            (distributed.PeerBuffers.of_memory, (cq.DEEP_GEMM, 128, 2, *given), {}, words)
+            for given, words in (
+                ((None, dist.barrier), "memories: expected a tensor for each of 4 ranks, got None"),
+                (([memory] * 3, dist.barrier), "memories: expected a tensor for each of 4 ranks"),
+                (([memory[1:]] * 4, dist.barrier), "memories[0]: expected a contiguous tensor"),
+                (([memory.int()] * 4, dist.barrier), "memories[0]: expected a tensor of uint8"),
+                (([memory] * 4, None), "barrier: expected a function, got None"),
+            )
         ),
         # What differs between ranks raises on all of them.
         (
@@ -283,11 +306,12 @@ def barriers(rank: int, directory: str) -> None:
         dist.barrier()
 
     buffers._barrier = barrier
+    assert distributed.route(plan.ids, ranks, dist.group.WORLD).group is plan.group
     distributed.dispatch(x, plan, cq.DEEP_GEMM, buffers=buffers)
     assert written == [1, ranks]
     others = distributed.route(torch.zeros(2, 1, dtype=torch.int64), ranks)
     for arguments, words in (
-        ((x, others, cq.DEEP_GEMM), "buffers: expected those of the plan's group"),
+        ((x, others, cq.DEEP_GEMM), "buffers: expected those of the plan's max_tokens None, got 2"),
         ((x[:, :64], plan, cq.DEEP_GEMM), "buffers: expected those of e4m3"),
         ((x, plan, cq.DEEP_GEMM_SM90), "buffers: expected those of e4m3"),
     ):

@@ -103,3 +103,6 @@ def test_machine_code(arch):
     assert fence < signal < loads[0]
     assert all("CCTL.IVALL" in lines[i + 1] for i in loads)
     assert code.stack == 0
+    # Dependents start when all ranks are there, and do not hold the SMs until then.
+    dependents = next(i for i, line in enumerate(lines) if "PREEXIT" in line)
+    assert dependents > loads[-1]
