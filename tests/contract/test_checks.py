@@ -202,7 +202,7 @@ def test_numerics():
             DEEP_GEMM_SM90.replace(numerics=numerics)
     for fmt in (DEEP_GEMM, MXFP8, DEEP_GEMM_SM90.replace(round_scale=True)):
         if fmt is not MXFP8:
-            message = r"numerics: expected one of \('ieee',\) for .*, got 'deepgemm'"
+            message = r"numerics: expected one of \('ieee', 'vllm_bf16'\) for .*, got 'deepgemm'"
             with pytest.raises(ValueError, match=message):
                 fmt.replace(numerics="deepgemm")
         with pytest.raises(ValueError, match=r"numerics: expected one of .*, got 'sglang'"):

@@ -136,7 +136,7 @@ def test_lanes_and_values_cover_a_tile_once(mlir, tile, size):
 @pytest.mark.parametrize("rows", [1, 64, 100_000])
 def test_tiles_of_experts_have_the_rows_that_checks_count_with(rows, arch, fmt):
     size = (8, rows, 7168, fmt, True, 132)
-    for launch in (heuristics.shape(*size), heuristics.silu_shape(*size, arch)):
+    for launch in (heuristics.shape(*size, arch), heuristics.silu_shape(*size, arch)):
         assert launch.tile.rows >= MIN_TILE_ROWS
 
 
