@@ -15,7 +15,10 @@ import cute_quant
 from cute_quant import kernels
 from cute_quant.cli import check, main
 from cute_quant.contract.calls import Call
-from cute_quant.dispatch import launch, plan, presets
+from cute_quant.contract.formats import DEEP_GEMM, MXFP4
+from cute_quant.dispatch import launch, plan, presets, reachable
+from cute_quant.dispatch.call_range import QUANTIZE, SILU_MUL, CallRange
+from cute_quant.dispatch.plan import Gpu
 from cute_quant.jit import disk_cache, keys, lookup, progress, toolchain, workers
 from cute_quant.jit.disk_cache import Cache
 from cute_quant.kernels.config import (
@@ -365,7 +368,7 @@ def test_cache_that_is_refused(store, capsys):
 
 
 def test_build_list(capsys):
-    assert main.main(["build", "--preset", "deepgemm", "--list"]) == 0
+    assert main.main(["build", "--preset", "deepgemm", "--arch", "sm_90a", "--list"]) == 0
     names = capsys.readouterr().out.splitlines()
     assert len(names) == len(presets.deepgemm("sm_90a"))
     assert NAME in names
@@ -385,6 +388,36 @@ def test_build_list_depends_on_the_architecture(capsys):
     assert capsys.readouterr().out.splitlines() == names
     refused = ["build", "--kernel", pattern, "--arch", "sm_100a", "--list"]
     assert pattern in fails(capsys, *refused, status=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "calls"),
+    [
+        (
+            ["--operation", "silu_mul_quantize", "--k", "7168", "--max-rows", "64"],
+            CallRange(SILU_MUL, DEEP_GEMM, torch.bfloat16, (7168,), 64),
+        ),
+        # Between 20,000 and 30,000 elements an SM, on one GPU alone.
+        (
+            ["--format", "MXFP4", "--k", "72000", "--max-rows", "1"],
+            CallRange(QUANTIZE, MXFP4, torch.bfloat16, (72000,), 1),
+        ),
+    ],
+    ids=["silu_mul", "fp4"],
+)
+def test_build_has_what_calls_take_on_any_gpu(arguments, calls, capsys):
+    assert main.main(["build", "--list", "--arch", "sm_90a", *arguments]) == 0
+    specs = [s for sms in range(1, 200) for s in reachable.specs(calls, Gpu("sm_90a", sms))]
+    assert set(capsys.readouterr().out.split()) == {keys.spec_name(s) for s in specs}
+
+
+def test_build_has_what_an_error_asks_for(capsys):
+    """The command that a call's error prints builds the kernel of that call."""
+    gpu, calls = Gpu("sm_90a", 132), CallRange(SILU_MUL, DEEP_GEMM, torch.bfloat16, (7168,), 64)
+    asked = reachable.spec_of(next(reachable.variants(calls)), 32, gpu)
+    options = re.search(r"`cute-quant warm-up (.*)`", calls.remedy(gpu.arch))
+    assert options and main.main(["build", *options[1].split(), "--list"]) == 0
+    assert keys.spec_name(asked) in capsys.readouterr().out.split()
 
 
 def test_build_of_an_unknown_kernel(capsys, tmp_path):
