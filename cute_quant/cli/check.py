@@ -54,8 +54,11 @@ SIZES = (
     (4, COLUMNS // 4),
     (4, COLUMNS),
     *((rows + 3, COLUMNS) for i in range(2, 16) for rows in (2 << i, 3 << i)),
+    *((1, COLUMNS >> i) for i in range(2, 5)),
 )
-"""(mn, k) of results, one for each range of the heuristics on any GPU."""
+"""(mn, k) of results, one for each range of the heuristics on GPUs of 3 to 2000 SMs.
+
+The first that takes a kernel is run: those of a single row on GPUs of few SMs alone."""
 WHOLE_ROWS = 208
 """A multiple of 16, for weights that are contiguous along them."""
 MATRICES = 3
@@ -577,12 +580,13 @@ def _size(spec: Spec) -> tuple[int, int]:
 def _activations(
     shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, octaves: int
 ) -> torch.Tensor:
-    """Rows of magnitudes from 2^-octaves to 2^octaves, and some with what is not finite."""
+    """Rows of magnitudes from 2^-octaves to 2^octaves, and some with what is not finite, if there are four."""
     x = torch.randn(shape, generator=generator)
     x *= 2.0 ** torch.randint(-octaves, octaves, (*shape[:-1], 1), generator=generator)
-    x[..., 1, :] = 0.0
-    x[..., 2, 5] = float("nan")
-    x[..., 3, 200] = float("inf")
+    # Slices may be empty, where there are fewer rows or columns.
+    x[..., 1:2, :] = 0.0
+    x[..., 2:3, 5] = float("nan")
+    x[..., 3:4, 200:201] = float("inf")
     return x.to(dtype)
 
 

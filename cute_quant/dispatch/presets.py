@@ -87,8 +87,8 @@ LONG_COLUMNS = 2 * COLUMNS[-1]
 """Columns of a row that is one group and that no CTA holds."""
 SMS = 8
 """Multiprocessors of a GPU that has all size classes below ``MAX_ROWS``."""
-FEW_ROWS, MANY_ROWS = 19, 203
-"""Rows that are fewer, and more, than a GPU has multiprocessors."""
+FEW_ROWS, MANY_ROWS = 7, 203
+"""Rows that are fewer, and more, than a GPU, or a part of one, has multiprocessors."""
 MAX_ROWS = 2**17
 """Rows that are not too many for one dimension of a grid, in results as DeepGEMM reads them."""
 

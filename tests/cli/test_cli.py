@@ -15,7 +15,7 @@ import cute_quant
 from cute_quant import kernels
 from cute_quant.cli import check, main
 from cute_quant.contract.calls import Call
-from cute_quant.contract.formats import DEEP_GEMM, MXFP4
+from cute_quant.contract.formats import DEEP_GEMM, MXFP4, ROWWISE_FP8
 from cute_quant.dispatch import launch, plan, presets, reachable
 from cute_quant.dispatch.call_range import QUANTIZE, SILU_MUL, CallRange
 from cute_quant.dispatch.plan import Gpu
@@ -24,6 +24,7 @@ from cute_quant.jit.disk_cache import Cache
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
     ColumnsSpec,
+    Domain,
     QuantizerSpec,
     QuantizeSpec,
     RmsNormSpec,
@@ -536,10 +537,11 @@ def results_of(spec: Spec) -> check.Results:
         return check._results(spec, "cpu")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
-    asked = []
+def calls_of_check(
+    monkeypatch: pytest.MonkeyPatch, arch: str, specs: list[Spec]
+) -> list[tuple[Spec, str]]:
+    """Return the kernels that a GPU takes for the calls which check some."""
+    asked: list[tuple[Spec, str]] = []
     function = unittest.mock.Mock()
 
     def quantize_into(call: Call, q: torch.Tensor, sf: torch.Tensor, row_scales: object) -> None:
@@ -550,14 +552,57 @@ def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
     monkeypatch.setattr(lookup, "architecture", lambda index: arch)
     monkeypatch.setattr(lookup, "function", lambda *of: asked.append(of) or function)
     monkeypatch.setattr(launch.reference, "quantize_into", quantize_into)
-    specs = [
+    for spec in specs:
+        check._results(spec, "cpu")
+    return asked
+
+
+def quantizers(arch: str) -> list[Spec]:
+    """Return the kernels of each kind that write values and scales of rows."""
+    return [
         spec
         for spec in presets.of_each_kind(arch)
         if isinstance(spec, QuantizerSpec) and not getattr(spec, "fake", False)
     ]
-    for spec in specs:
-        check._results(spec, "cpu")
-    assert asked == [(spec, arch) for spec in specs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
+    specs = quantizers(arch)
+    assert calls_of_check(monkeypatch, arch, specs) == [(spec, arch) for spec in specs]
+
+
+@pytest.mark.parametrize("sms", [3, 8, 16, 20, 132])
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a", "sm_100a"])
+def test_check_has_a_size_for_each_tile_on_any_gpu(arch, sms, small_gpu, monkeypatch):
+    """Gates and ups of a batch are in no preset, but in what is built for calls of one."""
+    monkeypatch.setattr(lookup, "architecture", lambda index: arch)
+    monkeypatch.setattr(lookup, "multiprocessors", lambda index: sms)
+    specs = {
+        (type(s), s.tile, s.fmt.value_type.per_byte): s
+        for s in quantizers(arch)
+        if not s.fmt.by_row
+    }
+    tiles = {s.tile for s in specs.values() if isinstance(s, SiluMulSpec)}
+    assert len(tiles) == (1 if arch == "sm_100a" else 4)
+    for spec in specs.values():
+        check._size(spec)
+        if isinstance(spec, SiluMulSpec):
+            check._size(spec._replace(domain=Domain(batched=True)))
+
+
+@pytest.mark.parametrize("sms", [8, 16, 188])
+def test_check_calls_what_asks_for_kernels_of_few_sms(sms, small_gpu, monkeypatch):
+    """Those of fewest values, and those of whole rows, of which few have an SM each."""
+    columns = (*presets.COLUMNS, presets.LONG_COLUMNS)
+    calls = CallRange(QUANTIZE, ROWWISE_FP8, torch.bfloat16, columns, presets.MAX_ROWS)
+    specs = list(reachable.specs(calls, Gpu("sm_90a", presets.SMS)))
+    assert {spec.max_warps for spec in specs} == {1, 8, 16}
+    few = [s for s in quantizers("sm_90a") if isinstance(s, SiluMulSpec) and s.tile == Tile(8, 1)]
+    specs += [few[0], few[-1]]
+    monkeypatch.setattr(lookup, "multiprocessors", lambda index: sms)
+    assert calls_of_check(monkeypatch, "sm_90a", specs) == [(spec, "sm_90a") for spec in specs]
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
