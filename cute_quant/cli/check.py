@@ -580,7 +580,7 @@ def _size(spec: Spec) -> tuple[int, int]:
 def _activations(
     shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, octaves: int
 ) -> torch.Tensor:
-    """Rows of magnitudes from 2^-octaves to 2^octaves, and some with what is not finite, if there are four."""
+    """Rows of magnitudes from 2^-octaves to 2^octaves; of the first four, some are not finite."""
     x = torch.randn(shape, generator=generator)
     x *= 2.0 ** torch.randint(-octaves, octaves, (*shape[:-1], 1), generator=generator)
     # Slices may be empty, where there are fewer rows or columns.
