@@ -27,6 +27,7 @@ from cute_quant.kernels.config import (
     Domain,
     QuantizerSpec,
     QuantizeSpec,
+    RequantizeSpec,
     RmsNormSpec,
     SiluMulSpec,
     Spec,
@@ -590,6 +591,10 @@ def test_check_has_a_size_for_each_tile_on_any_gpu(arch, sms, small_gpu, monkeyp
         check._size(spec)
         if isinstance(spec, SiluMulSpec):
             check._size(spec._replace(domain=Domain(batched=True)))
+    requantized = [s for s in presets.weights(arch) if isinstance(s, RequantizeSpec)]
+    assert len({s.tile for s in requantized}) == 2
+    for spec in requantized:
+        check._size(spec)
 
 
 @pytest.mark.parametrize("sms", [8, 16, 188])
