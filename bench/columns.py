@@ -28,12 +28,14 @@ from cute_quant import (
     Format,
     PrefixSum,
     bind,
+    convert_scales,
     quantize,
     quantize_both,
     quantize_columns,
 )
 from cute_quant.contract import reference
 from cute_quant.contract.dtypes import align
+from cute_quant.contract.format_choices import ROW_MAJOR
 
 SHAPES = ((2048, 7168), (8192, 8192), (16384, 7168))
 EXPERTS = 32
@@ -109,6 +111,12 @@ def existing_rows(rows: PrefixSum | None, mn: int) -> int:
     return mn if rows is None else int((reference.groups_of_rows(rows, mn) >= 0).sum())
 
 
+def rows_of_scales(sf: torch.Tensor, fmt: Format, columns: int, mn: int) -> torch.Tensor:
+    """Return the bytes of scales in blocks, (columns, groups) on the CPU, without padding."""
+    to = fmt.replace(scale_layout=ROW_MAJOR)
+    return convert_scales(sf.cpu(), fmt, to, (columns, mn)).view(torch.uint8)
+
+
 def compare(x: torch.Tensor, kind: Kind, rows: PrefixSum | None, results: Any) -> None:
     """Compare the results of columns at both ends with the reference."""
     q, sf = results
@@ -120,8 +128,12 @@ def compare(x: torch.Tensor, kind: Kind, rows: PrefixSum | None, results: Any) -
         part = (some,) if kind.transposed else (slice(None), some)
         actual = q.view(torch.uint8)[part].cpu()
         require(torch.equal(actual, expected[0].view(torch.uint8)), f"{kind}: values")
-        if not kind.fmt.blocked:
-            require(torch.equal(sf[:, some].cpu(), expected[1]), f"{kind}: scales")
+        if kind.fmt.blocked:
+            scales = rows_of_scales(sf, kind.fmt, x.shape[1], x.shape[0])[some]
+            wanted = rows_of_scales(expected[1], kind.fmt, COMPARED, x.shape[0])
+        else:
+            scales, wanted = sf[:, some].cpu(), expected[1]
+        require(torch.equal(scales, wanted), f"{kind}: scales")
 
 
 def quantizing(kind: Kind, mn: int, k: int, rows: PrefixSum | None) -> Run:

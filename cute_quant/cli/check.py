@@ -54,8 +54,11 @@ SIZES = (
     (4, COLUMNS // 4),
     (4, COLUMNS),
     *((rows + 3, COLUMNS) for i in range(2, 16) for rows in (2 << i, 3 << i)),
+    *((1, COLUMNS >> i) for i in range(2, 5)),
 )
-"""(mn, k) of results, one for each range of the heuristics on any GPU."""
+"""(mn, k) of results, one for each range of the heuristics on GPUs of 3 to 2000 SMs.
+
+The first that takes a kernel is run: those of a single row on GPUs of few SMs alone."""
 WHOLE_ROWS = 208
 """A multiple of 16, for weights that are contiguous along them."""
 MATRICES = 3
@@ -486,20 +489,20 @@ def _weights(spec: Spec, device: str, generator: torch.Generator) -> Results:
     """Return the results of a call on weights that takes this kernel."""
     assert isinstance(spec, BlocksSpec | RequantizeSpec | DequantizeSpec)
     fmt, transposed = spec.fmt, isinstance(spec, BlocksSpec) and spec.transposed
-    rows = WHOLE_ROWS if transposed else FEW_ROWS
-    w = _activations((rows, COLUMNS), torch.float32, generator, 3)
+    rows, k = (WHOLE_ROWS, COLUMNS) if transposed else _size(spec)
+    w = _activations((rows, k), torch.float32, generator, 3)
     if isinstance(spec, DequantizeSpec):
         q, sf = cute_quant.quantize_blocks(w.to(device), fmt)
         return Results(cute_quant.dequantize_blocks(q, sf, fmt, dtype=spec.dtype))
     upper = None if isinstance(spec, BlocksSpec) else spec.upper
     scales = _upper_scale(upper, _decode_scale(spec, w).to(device))
-    q = torch.full((rows, fmt.value_columns(COLUMNS)), POISON, dtype=torch.uint8, device=device)
+    q = torch.full((rows, fmt.value_columns(k)), POISON, dtype=torch.uint8, device=device)
     q = q.view(fmt.values)
     by_row = isinstance(spec, RequantizeSpec)
     sf = (
-        fmt.empty_scales((), rows, COLUMNS, q.device)
+        fmt.empty_scales((), rows, k, q.device)
         if by_row
-        else blocks.empty_scales(fmt, ResultShape((), rows, COLUMNS), q.device)
+        else blocks.empty_scales(fmt, ResultShape((), rows, k), q.device)
     )
     _storage(sf).fill_(POISON)
     if by_row or spec.dtype is fmt.values:
@@ -558,18 +561,21 @@ def _size(spec: Spec) -> tuple[int, int]:
     """(mn, k) of a result that a kernel of this tile is launched for."""
     if isinstance(spec, QuantizerSpec) and (isinstance(spec, RmsNormSpec) or spec.fmt.by_row):
         return presets.size_of_whole_rows(spec)
-    if not isinstance(spec, QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec):
+    if not isinstance(spec, QuantizeSpec | SiluMulSpec | SiluMulBackwardSpec | RequantizeSpec):
         return SIZES[0]
-    if spec.domain.scattered or getattr(spec, "fake", False):
+    domain = DENSE_ROWS if isinstance(spec, RequantizeSpec) else spec.domain
+    if domain.scattered or getattr(spec, "fake", False):
         return SIZES[0]
     shape = heuristics.silu_shape
-    if isinstance(spec, QuantizeSpec):
+    if isinstance(spec, RequantizeSpec):
+        shape = heuristics.wide_shape
+    elif isinstance(spec, QuantizeSpec):
         shape = heuristics.wide_shape if spec.stochastic else heuristics.shape
     device = torch.cuda.current_device()
     gpu = lookup.multiprocessors(device), lookup.architecture(device)
-    matrices = MATRICES if spec.domain.batched else 1
+    matrices = MATRICES if domain.batched else 1
     for mn, k in SIZES:
-        if shape(matrices, mn, k, spec.fmt, spec.domain.masked, *gpu).tile == spec.tile:
+        if shape(matrices, mn, k, spec.fmt, domain.masked, *gpu).tile == spec.tile:
             return mn, k
     raise ValueError(f"spec: expected a tile that is chosen for some size, got {spec.tile}")
 
@@ -577,12 +583,13 @@ def _size(spec: Spec) -> tuple[int, int]:
 def _activations(
     shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, octaves: int
 ) -> torch.Tensor:
-    """Rows of magnitudes from 2^-octaves to 2^octaves, and some with what is not finite."""
+    """Rows of magnitudes from 2^-octaves to 2^octaves; of the first four, some are not finite."""
     x = torch.randn(shape, generator=generator)
     x *= 2.0 ** torch.randint(-octaves, octaves, (*shape[:-1], 1), generator=generator)
-    x[..., 1, :] = 0.0
-    x[..., 2, 5] = float("nan")
-    x[..., 3, 200] = float("inf")
+    # Slices may be empty, where there are fewer rows or columns.
+    x[..., 1:2, :] = 0.0
+    x[..., 2:3, 5] = float("nan")
+    x[..., 3:4, 200:201] = float("inf")
     return x.to(dtype)
 
 

@@ -27,8 +27,11 @@ from cute_quant.jit import keys
 from cute_quant.kernels.config import Spec
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in INPUT_DTYPES}
-ANY_SMS = (1, 1024)
-"""Numbers of multiprocessors of GPUs that take every size class early, or late."""
+ANY_SMS = (1, *(part << i for i in range(9) for part in (2, 3)), 1024)
+"""Numbers of multiprocessors of GPUs that take all kernels which any GPU takes.
+
+Elements an SM are at most half as many again from one to the next, which no range of the heuristics
+lies between."""
 
 Task = tuple[Spec, str]
 

@@ -80,12 +80,15 @@ COLUMNS = tuple(
 )
 """Numbers of columns of every choice that depends on them."""
 FEW_COLUMNS = COLUMNS[:1]
+"""Columns of operations whose kernels are the same for every number of them."""
+FP4_COLUMNS = COLUMNS[:2]
+"""Columns of FP4: only rows longer than one tile have two of them a thread."""
 LONG_COLUMNS = 2 * COLUMNS[-1]
 """Columns of a row that is one group and that no CTA holds."""
 SMS = 8
 """Multiprocessors of a GPU that has all size classes below ``MAX_ROWS``."""
-FEW_ROWS, MANY_ROWS = 19, 203
-"""Rows that are fewer, and more, than a GPU has multiprocessors."""
+FEW_ROWS, MANY_ROWS = 7, 203
+"""Rows that are fewer, and more, than a GPU, or a part of one, has multiprocessors."""
 MAX_ROWS = 2**17
 """Rows that are not too many for one dimension of a grid, in results as DeepGEMM reads them."""
 
@@ -119,7 +122,7 @@ def size_of_whole_rows(spec: QuantizerSpec) -> tuple[int, int]:
 def _columns(fmt: Format) -> tuple[int, ...]:
     """Return columns of every choice for a format, if rows are not normalized."""
     if not fmt.by_row:
-        return FEW_COLUMNS
+        return FEW_COLUMNS if fmt.value_type.per_byte == 1 else FP4_COLUMNS
     return (*COLUMNS, LONG_COLUMNS) if fmt.whole_row else COLUMNS
 
 
@@ -193,7 +196,7 @@ def _of_weights() -> list[CallRange]:
                 REQUANTIZE_BLOCKS,
                 fmt,
                 *BF16,
-                FEW_COLUMNS,
+                _columns(fmt),
                 MAX_ROWS,
                 source_blocks=(SOURCE_BLOCK,),
             )

@@ -282,10 +282,9 @@ class Columns:
     @property
     def residence(self) -> dict[str, int]:
         """Return options of a launch that have an SM hold two CTAs, where registers suffice."""
-        gradients = self.gated is not None and self.gated.backward
-        if self.spec == self.spec._replace(gated=None, stochastic=False):
+        if self.gated is None and not self.spec.stochastic:
             return {}  # as many as fit
-        if gradients and self.spec.stochastic:
+        if self.gated is not None and self.gated.backward and self.spec.stochastic:
             return {}  # whose registers would spill
         return {"min_blocks_per_mp": 2, "preferred_smem_carveout": LARGEST_CARVEOUT}
 

@@ -63,6 +63,27 @@ def test_both_directions_are_checked(kind, monkeypatch, columns_on_cpu):
             columns_gated.quantizing(kind, 512, 128, rows)
 
 
+@pytest.mark.parametrize("kind", [k for k in columns.KINDS if k.row_fmt is None], ids=str)
+def test_columns_at_both_ends_are_checked(kind, columns_on_cpu):
+    """Their values and their scales, in blocks too, whose last rows are not those of a block."""
+    mn, k = 512, 592
+    rows = columns.uneven_experts(mn, 2) if kind.experts else None
+    x = columns.random(mn, k)
+    q, sf = columns.quantize_columns(x, kind.fmt, transposed=kind.transposed, rows=rows)
+    columns.compare(x, kind, rows, (q, sf))
+    # The last column is row 79 of the last block: the fourth of its 128 x 4 bytes is of group 3.
+    last = -512 + 79 % 32 * 16 + 79 // 32 * 4 + 3
+    for scale in (0, last if kind.fmt.blocked else -1):
+        wrong = sf.clone()
+        wrong.view(torch.uint8).flatten()[scale] ^= 1
+        with pytest.raises(RuntimeError, match=": scales: differs from the reference"):
+            columns.compare(x, kind, rows, (q, wrong))
+    of_values = q.mT if kind.transposed else q
+    of_values.view(torch.uint8)[0, -1] ^= 1
+    with pytest.raises(RuntimeError, match=": values: differs from the reference"):
+        columns.compare(x, kind, rows, (q, sf))
+
+
 @pytest.mark.parametrize("mn", [256, 300, 2048, 8192, 16384])
 def test_experts_of_a_benchmark_have_rows(mn, columns_on_cpu):
     """All but one; few rows have fewer experts. Padding is less than half."""

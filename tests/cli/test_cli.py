@@ -15,14 +15,19 @@ import cute_quant
 from cute_quant import kernels
 from cute_quant.cli import check, main, selection
 from cute_quant.contract.calls import Call
-from cute_quant.dispatch import launch, plan, presets
+from cute_quant.contract.formats import DEEP_GEMM, MXFP4, ROWWISE_FP8
+from cute_quant.dispatch import launch, plan, presets, reachable
+from cute_quant.dispatch.call_range import QUANTIZE, SILU_MUL, CallRange
+from cute_quant.dispatch.plan import Gpu
 from cute_quant.jit import disk_cache, keys, lookup, progress, toolchain, workers
 from cute_quant.jit.disk_cache import Cache
 from cute_quant.kernels.config import (
     DEFAULT_TILE,
     ColumnsSpec,
+    Domain,
     QuantizerSpec,
     QuantizeSpec,
+    RequantizeSpec,
     RmsNormSpec,
     SiluMulSpec,
     Spec,
@@ -365,7 +370,7 @@ def test_cache_that_is_refused(store, capsys):
 
 
 def test_build_list(capsys):
-    assert main.main(["build", "--preset", "deepgemm", "--list"]) == 0
+    assert main.main(["build", "--preset", "deepgemm", "--arch", "sm_90a", "--list"]) == 0
     names = capsys.readouterr().out.splitlines()
     every = {selection.name(s) for a in lookup.ARCHITECTURES.values() for s in presets.deepgemm(a)}
     assert set(names) == every and len(names) == len(every)
@@ -386,6 +391,36 @@ def test_build_list_depends_on_the_architecture(capsys):
     assert capsys.readouterr().out.splitlines() == names
     refused = ["build", "--kernel", pattern, "--arch", "sm_100a", "--list"]
     assert pattern in fails(capsys, *refused, status=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "calls"),
+    [
+        (
+            ["--operation", "silu_mul_quantize", "--k", "7168", "--max-rows", "64"],
+            CallRange(SILU_MUL, DEEP_GEMM, torch.bfloat16, (7168,), 64),
+        ),
+        # Between 20,000 and 30,000 elements an SM, on one GPU alone.
+        (
+            ["--format", "MXFP4", "--k", "72000", "--max-rows", "1"],
+            CallRange(QUANTIZE, MXFP4, torch.bfloat16, (72000,), 1),
+        ),
+    ],
+    ids=["silu_mul", "fp4"],
+)
+def test_build_has_what_calls_take_on_any_gpu(arguments, calls, capsys):
+    assert main.main(["build", "--list", "--arch", "sm_90a", *arguments]) == 0
+    specs = [s for sms in range(1, 200) for s in reachable.specs(calls, Gpu("sm_90a", sms))]
+    assert set(capsys.readouterr().out.split()) == {keys.spec_name(s) for s in specs}
+
+
+def test_build_has_what_an_error_asks_for(capsys):
+    """The command that a call's error prints builds the kernel of that call."""
+    gpu, calls = Gpu("sm_90a", 132), CallRange(SILU_MUL, DEEP_GEMM, torch.bfloat16, (7168,), 64)
+    asked = reachable.spec_of(next(reachable.variants(calls)), 32, gpu)
+    options = re.search(r"`cute-quant warm-up (.*)`", calls.remedy(gpu.arch))
+    assert options and main.main(["build", *options[1].split(), "--list"]) == 0
+    assert keys.spec_name(asked) in capsys.readouterr().out.split()
 
 
 def test_build_of_an_unknown_kernel(capsys, tmp_path):
@@ -504,10 +539,11 @@ def results_of(spec: Spec) -> check.Results:
         return check._results(spec, "cpu")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
-    asked = []
+def calls_of_check(
+    monkeypatch: pytest.MonkeyPatch, arch: str, specs: list[Spec]
+) -> list[tuple[Spec, str]]:
+    """Return the kernels that a GPU takes for the calls which check some."""
+    asked: list[tuple[Spec, str]] = []
     function = unittest.mock.Mock()
 
     def quantize_into(call: Call, q: torch.Tensor, sf: torch.Tensor, row_scales: object) -> None:
@@ -518,14 +554,61 @@ def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
     monkeypatch.setattr(lookup, "architecture", lambda index: arch)
     monkeypatch.setattr(lookup, "function", lambda *of: asked.append(of) or function)
     monkeypatch.setattr(launch.reference, "quantize_into", quantize_into)
-    specs = [
+    for spec in specs:
+        check._results(spec, "cpu")
+    return asked
+
+
+def quantizers(arch: str) -> list[Spec]:
+    """Return the kernels of each kind that write values and scales of rows."""
+    return [
         spec
         for spec in presets.of_each_kind(arch)
         if isinstance(spec, QuantizerSpec) and not getattr(spec, "fake", False)
     ]
-    for spec in specs:
-        check._results(spec, "cpu")
-    assert asked == [(spec, arch) for spec in specs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_check_calls_what_asks_for_each_kernel(arch, small_gpu, monkeypatch):
+    specs = quantizers(arch)
+    assert calls_of_check(monkeypatch, arch, specs) == [(spec, arch) for spec in specs]
+
+
+@pytest.mark.parametrize("sms", [3, 8, 16, 20, 132])
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a", "sm_100a"])
+def test_check_has_a_size_for_each_tile_on_any_gpu(arch, sms, small_gpu, monkeypatch):
+    """Gates and ups of a batch are in no preset, but in what is built for calls of one."""
+    monkeypatch.setattr(lookup, "architecture", lambda index: arch)
+    monkeypatch.setattr(lookup, "multiprocessors", lambda index: sms)
+    specs = {
+        (type(s), s.tile, s.fmt.value_type.per_byte): s
+        for s in quantizers(arch)
+        if not s.fmt.by_row
+    }
+    tiles = {s.tile for s in specs.values() if isinstance(s, SiluMulSpec)}
+    assert len(tiles) == (1 if arch == "sm_100a" else 4)
+    for spec in specs.values():
+        check._size(spec)
+        if isinstance(spec, SiluMulSpec):
+            check._size(spec._replace(domain=Domain(batched=True)))
+    requantized = [s for s in presets.weights(arch) if isinstance(s, RequantizeSpec)]
+    assert len({s.tile for s in requantized}) == 2
+    for spec in requantized:
+        check._size(spec)
+
+
+@pytest.mark.parametrize("sms", [8, 16, 188])
+def test_check_calls_what_asks_for_kernels_of_few_sms(sms, small_gpu, monkeypatch):
+    """Those of fewest values, and those of whole rows, of which few have an SM each."""
+    columns = (*presets.COLUMNS, presets.LONG_COLUMNS)
+    calls = CallRange(QUANTIZE, ROWWISE_FP8, torch.bfloat16, columns, presets.MAX_ROWS)
+    specs = list(reachable.specs(calls, Gpu("sm_90a", presets.SMS)))
+    assert {spec.max_warps for spec in specs} == {1, 8, 16}
+    few = [s for s in quantizers("sm_90a") if isinstance(s, SiluMulSpec) and s.tile == Tile(8, 1)]
+    specs += [few[0], few[-1]]
+    monkeypatch.setattr(lookup, "multiprocessors", lambda index: sms)
+    assert calls_of_check(monkeypatch, "sm_90a", specs) == [(spec, "sm_90a") for spec in specs]
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])

@@ -24,7 +24,10 @@ from cute_quant.contract.calls import Call
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import FUSED, Prologue, make_rms_norm, make_silu_mul
 from cute_quant.contract.rows import Rows
-from cute_quant.dispatch import plan, presets
+from cute_quant.contract.upper_scales import ENCODE
+from cute_quant.dispatch import plan, presets, reachable
+from cute_quant.dispatch.call_range import QUANTIZE, REQUANTIZE_BLOCKS, SILU_MUL
+from cute_quant.dispatch.plan import Gpu
 from cute_quant.jit import aot_build, aot_load, keys, lookup, shared_objects, toolchain
 from cute_quant.jit.trusted_files import check_writers
 from cute_quant.kernels.config import QuantizeSpec, RmsNormSpec, SiluMulSpec, Spec
@@ -583,6 +586,24 @@ def test_presets_have_what_calls_ask_for(kind, large, gathered, fmt, asked, arch
     spec = asked.call(x, shape, fmt, rows_of(kind, 64), index)
     assert spec in presets.moe(arch) or (kind == "batch" and spec in presets.deepgemm(arch))
     assert gathered or spec in presets.deepgemm(arch)
+
+
+@pytest.mark.parametrize("preset", ["moe", "weights"])
+def test_presets_have_all_of_their_calls_on_any_gpu(preset, arch):
+    """Of every format and number of rows, at another k and on GPUs of other sizes."""
+    ranges = {"moe": presets._of_moe, "weights": presets._of_weights}[preset]()
+    assert {fmt.values for fmt in (calls.fmt for calls in ranges)} == {
+        torch.float8_e4m3fn,
+        torch.float4_e2m1fn_x2,
+    }
+    kernels = presets.PRESETS[preset](arch)
+    for calls in ranges:
+        if calls.operation not in (QUANTIZE, SILU_MUL, REQUANTIZE_BLOCKS):
+            continue
+        calls = calls._replace(k=(7168,), max_rows=2**14).with_upper_scale(ENCODE)
+        for sms in (16, 132):
+            missing = set(reachable.specs(calls, Gpu(arch, sms))) - set(kernels)
+            assert not [spec for spec in missing if presets._has_whole_vectors(spec)], calls
 
 
 ACTIVATIONS = {

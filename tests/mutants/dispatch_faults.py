@@ -7,6 +7,9 @@ LAUNCH = "dispatch/launch.py"
 TORCH_OPS = "dispatch/torch_ops.py"
 REACHABLE = "dispatch/reachable.py"
 CALL_RANGE = "dispatch/call_range.py"
+PRESETS = "dispatch/presets.py"
+SELECTION = "cli/selection.py"
+CHECK = "cli/check.py"
 
 ON_INPUTS = "tests/contract/test_inputs.py"
 ON_CHECKS = "tests/contract/test_checks.py"
@@ -15,6 +18,8 @@ ON_LAUNCH = "tests/dispatch/test_launch.py"
 ON_TORCH_OPS = "tests/dispatch/test_torch_ops.py"
 ON_TORCH_FP4 = "tests/dispatch/test_torch_fp4.py"
 ON_WARM_UP = "tests/dispatch/test_warm_up.py"
+ON_AHEAD_OF_TIME = "tests/jit/test_ahead_of_time.py"
+ON_CLI = "tests/cli/test_cli.py"
 ON_OPERATORS = "tests/dispatch/test_gradients.py"
 ON_QUANTIZE_KERNEL = "tests/kernels/test_quantize.py"
 
@@ -384,5 +389,33 @@ FAULTS = [
         "upper=DECODE if self.operation == DEQUANTIZE else None",
         "upper=None",
         [f"{ON_WARM_UP}::test_nothing_is_compiled_after_a_warm_up"],
+    ),
+    Fault(
+        "presets-fp4-of-short-rows-alone",
+        PRESETS,
+        "FP4_COLUMNS = COLUMNS[:2]",
+        "FP4_COLUMNS = COLUMNS[:1]",
+        [f"{ON_AHEAD_OF_TIME}::test_presets_have_all_of_their_calls_on_any_gpu"],
+    ),
+    Fault(
+        "selection-gpus-of-twice-as-many-sms",
+        SELECTION,
+        "for part in (2, 3))",
+        "for part in (2,))",
+        [f"{ON_CLI}::test_build_has_what_calls_take_on_any_gpu"],
+    ),
+    Fault(
+        "check-no-single-row",
+        CHECK,
+        "    *((1, COLUMNS >> i) for i in range(2, 5)),\n",
+        "",
+        [f"{ON_CLI}::test_check_has_a_size_for_each_tile_on_any_gpu"],
+    ),
+    Fault(
+        "check-few-rows-of-large-gpus",
+        PRESETS,
+        "FEW_ROWS, MANY_ROWS = 7, 203",
+        "FEW_ROWS, MANY_ROWS = 19, 203",
+        [f"{ON_CLI}::test_check_calls_what_asks_for_kernels_of_few_sms"],
     ),
 ]
