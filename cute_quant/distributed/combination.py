@@ -48,28 +48,23 @@ def _takes(rows: torch.Tensor) -> bool:
 
 
 def _launch(rows: torch.Tensor, places: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
-    """Launch the kernel on rows and places of which there are some."""
+    """Launch the kernel on rows and places of which there are some.
+
+    A thread has one vector of columns, and loads those of several choices at once.
+    """
     arch = lookup.architecture(rows.get_device())
+    architecture, itemsize = architectures.named(arch), rows.element_size()
     out = rows.new_empty((len(places), rows.shape[1]))
-    spec = choose_spec(rows, out, places.shape[1], weighted=factors is not None, arch=arch)
-    function = compiled(spec, arch)
-    view = matrix_view(rows, batched=False)
-    out_view = matrix_view(out, batched=False)
-    launch.run(function, (view.of(rows), places, factors, out_view.of(out)), [out])
-    return out
-
-
-def choose_spec(
-    rows: torch.Tensor, out: torch.Tensor, choices: int, *, weighted: bool, arch: str
-) -> CombineSpec:
-    """Choose the spec of the kernel: one vector a thread, and loads of several choices at once."""
-    architecture = architectures.named(arch)
-    widest, itemsize = architecture.widest_load, rows.element_size()
+    views = [matrix_view(t, batched=False) for t in (rows, out)]
     load_bytes, store_bytes = (
-        alignment(t.data_ptr(), matrix_view(t, batched=False), itemsize, widest)
-        for t in (rows, out)
+        alignment(t.data_ptr(), view, itemsize, architecture.widest_load)
+        for t, view in zip((rows, out), views, strict=True)
     )
-    values = widest // itemsize
+    values = architecture.widest_load // itemsize
     access = Access(load_bytes, store_bytes, ragged=rows.shape[1] % values != 0)
-    in_flight = min(1 << (choices - 1).bit_length(), COMBINE_ROWS)
-    return CombineSpec(rows.dtype, in_flight, values, access, weighted, architecture.pdl)
+    in_flight = min(1 << (places.shape[1] - 1).bit_length(), COMBINE_ROWS)
+    weighted = factors is not None
+    spec = CombineSpec(rows.dtype, in_flight, values, access, weighted, architecture.pdl)
+    arguments = views[0].of(rows), places, factors, views[1].of(out)
+    launch.run(compiled(spec, arch), arguments, [out])
+    return out
