@@ -188,7 +188,8 @@ def _cubins(library: Path, arch: str, directory: Path) -> Iterator[Path]:
 
 
 def _kernels(cubin: Path) -> Iterator[Kernel]:
-    sections = dict(_sections(cubin.read_bytes()))
+    elf = cubin.read_bytes()
+    sections = {name: elf[place] for name, place in section_places(elf)}
     for name in sections:
         symbol = name.removeprefix(".text.")
         match = MANGLED.match(symbol)
@@ -206,8 +207,8 @@ def _kernels(cubin: Path) -> Iterator[Kernel]:
         )
 
 
-def _sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
-    """Return names and contents of the sections of a 64-bit ELF file."""
+def section_places(elf: bytes) -> Iterator[tuple[str, slice]]:
+    """Return names and places of the sections of a 64-bit ELF file."""
     (table,) = struct.unpack_from("<Q", elf, 0x28)
     entry_size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
     headers = [
@@ -217,7 +218,7 @@ def _sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
     strings = headers[names][4]
     for name, _, _, _, offset, size in headers:
         start = strings + name
-        yield elf[start : elf.index(b"\0", start)].decode(), elf[offset : offset + size]
+        yield elf[start : elf.index(b"\0", start)].decode(), slice(offset, offset + size)
 
 
 def _parameters(info: bytes) -> tuple[tuple[int, int], ...]:
