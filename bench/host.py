@@ -17,9 +17,18 @@ from pathlib import Path
 import torch
 
 from bench import environment, report
-from bench.names import EMPTY_LIKE, LAUNCH, NEG, QUANTIZE, QUANTIZE_OUT
+from bench.names import (
+    EMPTY_LIKE,
+    LAUNCH,
+    NEG,
+    NORM,
+    NORM_OPERATOR,
+    OPERATOR,
+    QUANTIZE,
+    QUANTIZE_OUT,
+)
 from bench.results import Results, machine_lines
-from cute_quant import bind, quantize
+from cute_quant import DEEP_GEMM, bind, quantize, rms_norm_quantize
 
 SHAPE = (16, 7168)
 CALLS = 100
@@ -31,9 +40,16 @@ def measure() -> dict[str, float]:
     """Return the seconds of a call on a small input, whose kernels never hold the host up."""
     x = torch.randn(SHAPE, dtype=torch.bfloat16, device="cuda")
     out = quantize(x)
+    residual, weight, new_sum = torch.randn_like(x), torch.ones_like(x[0]), torch.empty_like(x)
+    operators, fmt = torch.ops.cute_quant, str(DEEP_GEMM)
+    norm = operators.rms_norm_quantize_residual.default
+    options = {"eps": 1e-6, "weight_offset": 0.0, "rounding": "fused"}
     functions: dict[str, Callable[[], object]] = {
         QUANTIZE_OUT: lambda: quantize(x, out=out),
         QUANTIZE: lambda: quantize(x),
+        OPERATOR: lambda: operators.quantize.default(x, fmt),
+        NORM: lambda: rms_norm_quantize(x, weight, eps=1e-6, residual=residual),
+        NORM_OPERATOR: lambda: norm(x, weight, residual, new_sum, None, fmt, **options),
         LAUNCH: bind(x, out=out),
         NEG: lambda: torch.neg(x),
         EMPTY_LIKE: lambda: torch.empty_like(x),
@@ -55,7 +71,7 @@ def measure() -> dict[str, float]:
 def lines(seconds: dict[str, float]) -> list[str]:
     """Return a small table."""
     return [f"host time of a call, x {SHAPE} bf16, median of {BATCHES} batches of {CALLS}"] + [
-        f"  {name:42} {s * 1e6:6.2f} us  {s / seconds[NEG]:5.2f} x {NEG}"
+        f"  {name:55} {s * 1e6:6.2f} us  {s / seconds[NEG]:5.2f} x {NEG}"
         for name, s in seconds.items()
     ]
 

@@ -10,6 +10,12 @@ FLOAT16_INPUT, FLOAT32_SCALES = "cute_quant fp16", "cute_quant fp32 sf"
 
 QUANTIZE_OUT = "quantize(x, out=(q, sf))"
 QUANTIZE = "quantize(x)"
+NORM = "rms_norm_quantize(x, weight, residual=r)"
+OPERATOR, NORM_OPERATOR = (
+    "torch.ops.cute_quant.quantize(x, ...)",
+    "torch.ops.cute_quant.rms_norm_quantize_residual(x, ...)",
+)
+"""What compiled graphs call."""
 LAUNCH = "launch = bind(x, out=(q, sf)); launch()"
 NEG = "torch.neg(x)"
 EMPTY_LIKE = "torch.empty_like(x)"

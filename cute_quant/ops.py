@@ -37,7 +37,7 @@ from cute_quant.contract.torch_private import (
     outside_of_graphs,
 )
 from cute_quant.contract.upper_scales import make_upper_scale
-from cute_quant.dispatch import block_ops, column_ops, launch, torch_ops
+from cute_quant.dispatch import block_ops, column_ops, launch, operators, torch_ops
 from cute_quant.dispatch import blocks as block_launches
 from cute_quant.dispatch import columns as column_launches
 from cute_quant.dispatch import convert_scales as conversions
@@ -533,7 +533,7 @@ def tensor_amax(x: torch.Tensor, *, per_matrix: bool = False) -> torch.Tensor:
         TypeError, ValueError, RuntimeError: as :func:`quantize`.
     """
     _check_input("tensor_amax", "x", x)
-    compute = amaxes.operator if _is_traced(x) else amaxes.run
+    compute = torch.ops.cute_quant.tensor_amax if _is_traced(x) else amaxes.run
     amax: torch.Tensor = compute(x, per_matrix)
     return amax
 
@@ -1133,7 +1133,7 @@ def _check_input(function: str, name: str, t: object) -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {describe(t)}")
     if t.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(torch_ops.not_differentiable(function, name))
+        raise RuntimeError(operators.not_differentiable(function, name))
 
 
 def _check_bool(name: str, value: object) -> None:

@@ -6,18 +6,18 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch._C import _after_ADInplaceOrView_keyset as BELOW_VERSIONS
 from torch._C import _get_tracing_state as jit_tracing_state
 from torch._C import _increment_version as increment_version
 from torch._C import _len_torch_dispatch_stack as num_dispatch_modes
 from torch._C._dynamo import eval_frame
 from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import is_functorch_wrapped_tensor as is_functorch_wrapped
-from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 __all__ = [
-    "CustomOpDef",
+    "BELOW_VERSIONS",
     "constant_in_graphs",
     "has_tangent",
     "hash_all_arguments",

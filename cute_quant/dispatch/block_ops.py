@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from cute_quant.contract import blocks
 from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.checks import check_format
 from cute_quant.contract.formats import Format
-from cute_quant.contract.torch_private import CustomOpDef
 from cute_quant.contract.upper_scales import UpperScale
 from cute_quant.dispatch import blocks as launches
+from cute_quant.dispatch import operators
 from cute_quant.dispatch.torch_ops import (
     UPPER_ARGUMENTS,
     as_stored,
     from_stored,
     new_stored_scales,
-    refuse_gradients,
-    refuse_vmap,
     stored_dtype,
     upper_scale_of,
 )
@@ -189,55 +185,34 @@ def _dequantize_fake(
     return q.new_empty((*shape.batch_shape, shape.mn, shape.k), dtype=dtype)
 
 
-def _register_all() -> list[CustomOpDef]:
-    memory, pair = "Tensor(a!) q, Tensor(b!) sf", "(Tensor, Tensor)"
-    source = "Tensor w8, Tensor w_sf"
-    table: dict[str, tuple[str, str, Any, Any]] = {
-        "quantize_blocks": ("Tensor w, str fmt", pair, _quantize, _quantize_fake),
-        "quantize_blocks_out": (
-            f"Tensor w, {memory}, str fmt",
-            "()",
-            _quantize_out,
-            _quantize_out_fake,
-        ),
-        "requantize_blocks": (
-            f"{source}, str fmt, {UPPER_ARGUMENTS}",
-            pair,
-            _requantize,
-            _requantize_fake,
-        ),
-        "requantize_blocks_out": (
-            f"{source}, {memory}, str fmt, {UPPER_ARGUMENTS}",
-            "()",
-            _requantize_out,
-            _requantize_out_fake,
-        ),
-        "dequantize_blocks": (
-            "Tensor q, Tensor sf, str fmt, ScalarType dtype",
-            "Tensor",
-            _dequantize,
-            _dequantize_fake,
-        ),
-    }
-    operators = []
-    for name, (arguments, results, run, fake) in table.items():
-        operator = torch.library.custom_op(
-            f"cute_quant::{name}",
-            run,
-            mutates_args=("q", "sf") if results == "()" else (),
-            schema=f"({arguments}) -> {results}",
-        )
-        operator.register_fake(fake)
-        refuse_vmap(operator)
-        operators.append(operator)
-    for i, function, names in (
-        (0, "quantize_blocks", "w"),
-        (2, "requantize_blocks", "w8 and w_sf"),
-        (4, "dequantize_blocks", "q and sf"),
-    ):
-        refuse_gradients(operators[i], function, names)
-    return operators
-
-
-_operators = _register_all()
-"""torch keeps no operator that nobody holds."""
+_MEMORY, _PAIR = "Tensor(a!) q, Tensor(b!) sf", "(Tensor, Tensor)"
+_SOURCE, _END = "Tensor w8, Tensor w_sf", f"str fmt, {UPPER_ARGUMENTS}"
+operators.register(
+    "quantize_blocks", f"(Tensor w, str fmt) -> {_PAIR}", _quantize, _quantize_fake, inputs="w"
+)
+operators.register(
+    "quantize_blocks_out",
+    f"(Tensor w, {_MEMORY}, str fmt) -> ()",
+    _quantize_out,
+    _quantize_out_fake,
+)
+operators.register(
+    "requantize_blocks",
+    f"({_SOURCE}, {_END}) -> {_PAIR}",
+    _requantize,
+    _requantize_fake,
+    inputs="w8 and w_sf",
+)
+operators.register(
+    "requantize_blocks_out",
+    f"({_SOURCE}, {_MEMORY}, {_END}) -> ()",
+    _requantize_out,
+    _requantize_out_fake,
+)
+operators.register(
+    "dequantize_blocks",
+    "(Tensor q, Tensor sf, str fmt, ScalarType dtype) -> Tensor",
+    _dequantize,
+    _dequantize_fake,
+    inputs="q and sf",
+)

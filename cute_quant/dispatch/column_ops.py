@@ -22,8 +22,8 @@ from cute_quant.contract.prologues import (
     make_silu_mul_backward,
 )
 from cute_quant.contract.rows import DENSE, RowOperands, from_operands, to_operands
-from cute_quant.contract.torch_private import CustomOpDef
 from cute_quant.dispatch import columns as launches
+from cute_quant.dispatch import operators
 from cute_quant.dispatch.columns import Results
 from cute_quant.dispatch.torch_ops import (
     GATED,
@@ -33,8 +33,6 @@ from cute_quant.dispatch.torch_ops import (
     as_stored,
     from_stored,
     new_stored_scales,
-    refuse_gradients,
-    refuse_vmap,
     stored_dtype,
 )
 
@@ -180,7 +178,7 @@ def _tensors(results: Results) -> tuple[torch.Tensor, ...]:
     return tuple(as_stored(t) for pair in pairs for t in pair)
 
 
-def _register(operation: _Operation, *, writes: bool) -> CustomOpDef:
+def _register(operation: _Operation, *, writes: bool) -> None:
     """Register an operator that runs a call.
 
     Args:
@@ -213,24 +211,16 @@ def _register(operation: _Operation, *, writes: bool) -> CustomOpDef:
         shape = columns.check_columns(call)
         return None if writes else tuple(_allocate(call, shape))
 
-    run_and_fake: tuple[Callable[..., Any], ...] = execute, fake
-    operator = torch.library.custom_op(
-        f"cute_quant::{name}",
-        run_and_fake[0],
-        mutates_args=tuple(memory),
-        schema=f"({', '.join(arguments)}, *, {operation.options}) -> {returned}",
+    inputs = " and ".join(names[: len(operation.inputs.split(", "))])
+    operators.register(
+        name,
+        f"({', '.join(arguments)}, *, {operation.options}) -> {returned}",
+        execute,
+        fake,
+        inputs=None if writes else inputs,
     )
-    operator.register_fake(run_and_fake[1])
-    refuse_vmap(operator)
-    if not writes:
-        inputs = names[: len(operation.inputs.split(", "))]
-        refuse_gradients(operator, name, " and ".join(inputs))
-    return operator
 
 
-_operators = [
-    _register(operation, writes=writes)
-    for operation in (_COLUMNS, _ROWS_AND_COLUMNS, _GATED, _GRADIENTS)
-    for writes in (False, True)
-]
-"""torch keeps no operator that nobody holds."""
+for _operation in (_COLUMNS, _ROWS_AND_COLUMNS, _GATED, _GRADIENTS):
+    _register(_operation, writes=False)
+    _register(_operation, writes=True)

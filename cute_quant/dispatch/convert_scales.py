@@ -22,7 +22,7 @@ from cute_quant.contract.tensors import (
     region_of_scales,
 )
 from cute_quant.contract.torch_private import in_dual_level
-from cute_quant.dispatch import launch, torch_ops
+from cute_quant.dispatch import launch, operators, torch_ops
 from cute_quant.dispatch.call_range import CallRange
 from cute_quant.dispatch.plan import compiled, missing_scale_rows, view_of_scales
 from cute_quant.jit import lookup
@@ -182,23 +182,15 @@ def _convert_out_meta(*arguments: Any) -> None:
 
 
 _ARGUMENTS = "Tensor sf, str fmt, str to, SymInt[] shape, str rows, Tensor? row_data, int alignment"
-_operator = torch.library.custom_op(
-    "cute_quant::convert_scales",
-    _convert,
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}) -> Tensor",
+operators.register(
+    "convert_scales", f"({_ARGUMENTS}) -> Tensor", _convert, _convert_meta, inputs="sf"
 )
-_operator_out = torch.library.custom_op(
-    "cute_quant::convert_scales_out",
+operators.register(
+    "convert_scales_out",
+    f"({_ARGUMENTS}, Tensor(a!) out) -> ()",
     _convert_out,
-    mutates_args=("out",),
-    schema=f"({_ARGUMENTS}, Tensor(a!) out) -> ()",
+    _convert_out_meta,
 )
-_operator.register_fake(_convert_meta)
-_operator_out.register_fake(_convert_out_meta)
-torch_ops.refuse_gradients(_operator, "convert_scales", "sf")
-for _each in (_operator, _operator_out):
-    torch_ops.refuse_vmap(_each)
 
 
 def trace(call: Conversion) -> torch.Tensor:

@@ -21,7 +21,7 @@ from cute_quant.contract.tensors import (
     check_tensor,
 )
 from cute_quant.contract.torch_private import in_dual_level
-from cute_quant.dispatch import torch_ops
+from cute_quant.dispatch import operators
 from cute_quant.dispatch.launch import has_kernels
 from cute_quant.dispatch.plan import View, alignment, compiled, matrix_view, view_as_matrices
 from cute_quant.jit import lookup
@@ -170,13 +170,4 @@ def _meta(x: torch.Tensor, per_matrix: bool) -> torch.Tensor:
     return x.new_empty(result_shape(x, per_matrix=per_matrix), dtype=torch.float32)
 
 
-operator = torch.library.custom_op(
-    "cute_quant::tensor_amax",
-    run,
-    mutates_args=(),
-    schema="(Tensor x, bool per_matrix) -> Tensor",
-)
-"""Operator of ``cute_quant.tensor_amax`` for tracers."""
-operator.register_fake(_meta)
-torch_ops.refuse_gradients(operator, "tensor_amax", "x")
-torch_ops.refuse_vmap(operator)
+operators.register("tensor_amax", "(Tensor x, bool per_matrix) -> Tensor", run, _meta, inputs="x")

@@ -26,9 +26,8 @@ from cute_quant.contract.prologues import (
     make_silu_mul_backward,
 )
 from cute_quant.contract.rows import RowOperands, from_operands, to_operands
-from cute_quant.contract.torch_private import CustomOpDef
 from cute_quant.contract.upper_scales import KINDS, UpperScale
-from cute_quant.dispatch import launch
+from cute_quant.dispatch import launch, operators
 from cute_quant.dispatch.launch import Results
 
 _ROW_TENSORS = "Tensor? row_data=None, Tensor? index=None, Tensor? upper=None, Tensor? scatter=None"
@@ -43,14 +42,6 @@ SILU_MUL_OPTIONS = (*GATED_OPTIONS, "rounding")
 SILU_MUL = f"{GATED}, str rounding"
 """The same of the activation."""
 _RMS_NORM_OPTIONS = ("eps", "weight_offset", "rounding")
-
-
-def not_differentiable(function: str, name: str) -> str:
-    """Return what to say of an argument that requires a gradient."""
-    return (
-        f"{name}: expected a tensor that requires no gradient, since {function} is not "
-        "differentiable; got one that does: detach it or call under torch.no_grad()"
-    )
 
 
 _STORED_AS_BYTES = (torch.float8_e8m0fnu, torch.float4_e2m1fn_x2)
@@ -167,8 +158,12 @@ def _fake_results(call: Call) -> Results:
 
 
 def _register(
-    name: str, arguments: str, options: str, make_call: Callable[..., Call]
-) -> CustomOpDef:
+    name: str,
+    arguments: str,
+    options: str,
+    make_call: Callable[..., Call],
+    inputs: str | None = None,
+) -> None:
     """Register an operator that runs a call.
 
     Args:
@@ -177,12 +172,10 @@ def _register(
             returns them.
         options: its keywords.
         make_call: takes both by name.
+        inputs: what must require no gradient, None if it writes to memory that it is given.
     """
-    words = [argument.partition("=")[0].split() for argument in arguments.split(", ")]
-    names = [name for _, name in words]
-    mutated = tuple(name for kind, name in words if "!" in kind)
+    names = [argument.partition("=")[0].split()[-1] for argument in arguments.split(", ")]
     returns = "q" not in names
-    results = "(Tensor, Tensor)" if returns else "()"
 
     def call_of(positional: tuple[Any, ...], keywords: dict[str, Any]) -> Call:
         call = make_call(**dict(zip(names, positional, strict=False)), **keywords)
@@ -205,14 +198,8 @@ def _register(
         checks.check_call(call)
         return None
 
-    operator = torch.library.custom_op(
-        f"cute_quant::{name}",
-        run,
-        mutates_args=mutated,
-        schema=f"({arguments}, *, {options}) -> {results}",
-    )
-    operator.register_fake(fake)
-    return operator
+    results = "(Tensor, Tensor)" if returns else "()"
+    operators.register(name, f"({arguments}, *, {options}) -> {results}", run, fake, inputs=inputs)
 
 
 def _dequantize_arguments(
@@ -258,96 +245,65 @@ def _fake_quantize_meta(*arguments: Any) -> torch.Tensor:
     return call.x.new_empty(call.x.shape)
 
 
-def refuse_gradients(operator: CustomOpDef, function: str, name: str) -> None:
-    """Let an operator raise RuntimeError for arguments `name` that require gradients."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError(not_differentiable(function, name))
-
-    operator.register_autograd(refuse, setup_context=refuse)
-
-
-def refuse_vmap(operator: CustomOpDef) -> None:
-    """Let an operator raise RuntimeError under torch.vmap."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError(
-            "torch.vmap is not supported: quantize the batch as leading dimensions instead"
-        )
-
-    operator.register_vmap(refuse)
-
-
-def _register_all() -> list[CustomOpDef]:
-    gate_up, normed = "Tensor gate_up, Tensor? weight", "Tensor x, Tensor weight"
-    backward = "Tensor grad, Tensor gate_up"
-    silu_mul = f"{SILU_MUL}, {_ROWS}"
-    rms_norm = "float eps, float weight_offset, str rounding, " + _ROWS
-    end = f"str fmt, {_ROW_TENSORS}"
-    rounded = f"{end}, Tensor? rng_state=None"
-    quantize = _register("quantize", f"Tensor x, {rounded}", _ROWS, _quantize_call)
-    silu_mul_quantize = _register(
-        "silu_mul_quantize", f"{gate_up}, {end}", silu_mul, _silu_mul_call
-    )
-    silu_mul_backward_quantize = _register(
-        "silu_mul_backward_quantize",
-        f"{backward}, {rounded}",
-        f"{GATED}, {_ROWS}",
-        _silu_mul_backward_call,
-    )
-    rms_norm_quantize = _register("rms_norm_quantize", f"{normed}, {end}", rms_norm, _rms_norm_call)
-    dequantize = torch.library.custom_op(
-        "cute_quant::dequantize",
-        _dequantize,
-        mutates_args=(),
-        schema=f"(Tensor q, Tensor sf, str fmt, ScalarType dtype, {UPPER_ARGUMENTS}) -> Tensor",
-    )
-    dequantize.register_fake(_dequantize_meta)
-    fake_quantize = torch.library.custom_op(
-        "cute_quant::fake_quantize",
-        _fake_quantize,
-        mutates_args=(),
-        schema=f"(Tensor x, str fmt, {UPPER_ARGUMENTS}) -> Tensor",
-    )
-    fake_quantize.register_fake(_fake_quantize_meta)
-    refuse_gradients(quantize, "quantize", "x")
-    refuse_gradients(silu_mul_quantize, "silu_mul_quantize", "gate_up and weight")
-    refuse_gradients(silu_mul_backward_quantize, "silu_mul_backward_quantize", "grad and gate_up")
-    refuse_gradients(rms_norm_quantize, "rms_norm_quantize", "x and weight")
-    refuse_gradients(dequantize, "dequantize", "q and sf")
-    refuse_gradients(fake_quantize, "fake_quantize", "x")
-    operators = [
-        quantize,
-        silu_mul_quantize,
-        silu_mul_backward_quantize,
-        rms_norm_quantize,
-        dequantize,
-        fake_quantize,
-        _register("quantize_out", f"Tensor x, {_OUT}, {rounded}", _ROWS, _quantize_call),
-        _register("silu_mul_quantize_out", f"{gate_up}, {_OUT}, {end}", silu_mul, _silu_mul_call),
-        _register(
-            "silu_mul_backward_quantize_out",
-            f"{backward}, {_OUT}, {rounded}",
-            f"{GATED}, {_ROWS}",
-            _silu_mul_backward_call,
-        ),
-        _register(
-            "rms_norm_quantize_residual", f"{normed}, {_RESIDUAL}, {end}", rms_norm, _rms_norm_call
-        ),
-        _register(
-            "rms_norm_quantize_out",
-            f"{normed}, {_OUT}, {_RESIDUAL}, {end}",
-            rms_norm,
-            _rms_norm_call,
-        ),
-    ]
-    for operator in operators:
-        refuse_vmap(operator)
-    return operators
-
-
-_operators = _register_all()
-"""torch keeps no operator that nobody holds."""
+_GATE_UP, _NORMED = "Tensor gate_up, Tensor? weight", "Tensor x, Tensor weight"
+_BACKWARD = "Tensor grad, Tensor gate_up"
+_SILU_MUL_END = f"{SILU_MUL}, {_ROWS}"
+_RMS_NORM_END = "float eps, float weight_offset, str rounding, " + _ROWS
+_END = f"str fmt, {_ROW_TENSORS}"
+_ROUNDED = f"{_END}, Tensor? rng_state=None"
+_register("quantize", f"Tensor x, {_ROUNDED}", _ROWS, _quantize_call, inputs="x")
+_register("quantize_out", f"Tensor x, {_OUT}, {_ROUNDED}", _ROWS, _quantize_call)
+_register(
+    "silu_mul_quantize",
+    f"{_GATE_UP}, {_END}",
+    _SILU_MUL_END,
+    _silu_mul_call,
+    inputs="gate_up and weight",
+)
+_register("silu_mul_quantize_out", f"{_GATE_UP}, {_OUT}, {_END}", _SILU_MUL_END, _silu_mul_call)
+_register(
+    "silu_mul_backward_quantize",
+    f"{_BACKWARD}, {_ROUNDED}",
+    f"{GATED}, {_ROWS}",
+    _silu_mul_backward_call,
+    inputs="grad and gate_up",
+)
+_register(
+    "silu_mul_backward_quantize_out",
+    f"{_BACKWARD}, {_OUT}, {_ROUNDED}",
+    f"{GATED}, {_ROWS}",
+    _silu_mul_backward_call,
+)
+_register(
+    "rms_norm_quantize",
+    f"{_NORMED}, {_END}",
+    _RMS_NORM_END,
+    _rms_norm_call,
+    inputs="x and weight",
+)
+_register(
+    "rms_norm_quantize_residual", f"{_NORMED}, {_RESIDUAL}, {_END}", _RMS_NORM_END, _rms_norm_call
+)
+_register(
+    "rms_norm_quantize_out",
+    f"{_NORMED}, {_OUT}, {_RESIDUAL}, {_END}",
+    _RMS_NORM_END,
+    _rms_norm_call,
+)
+operators.register(
+    "dequantize",
+    f"(Tensor q, Tensor sf, str fmt, ScalarType dtype, {UPPER_ARGUMENTS}) -> Tensor",
+    _dequantize,
+    _dequantize_meta,
+    inputs="q and sf",
+)
+operators.register(
+    "fake_quantize",
+    f"(Tensor x, str fmt, {UPPER_ARGUMENTS}) -> Tensor",
+    _fake_quantize,
+    _fake_quantize_meta,
+    inputs="x",
+)
 
 
 def quantize(call: Call) -> Results:

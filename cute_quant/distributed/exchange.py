@@ -12,7 +12,7 @@ from cute_quant.contract.checks import MAX_PLACES, check_format, check_whole_byt
 from cute_quant.contract.dtypes import INPUT_DTYPES, describe
 from cute_quant.contract.formats import DEEP_GEMM, Format
 from cute_quant.contract.tensors import check_real, check_tensor
-from cute_quant.dispatch import torch_ops
+from cute_quant.dispatch import operators
 from cute_quant.distributed.arrival import lay_out
 from cute_quant.distributed.combination import add_up
 from cute_quant.distributed.peers import PeerBuffers
@@ -177,6 +177,6 @@ def _check_input(
     check_tensor(name, t, dtypes)
     check_real({name: t})
     if t.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(torch_ops.not_differentiable(f"distributed.{function}", name))
+        raise RuntimeError(operators.not_differentiable(f"distributed.{function}", name))
     if t.device != plan.ids.device:
         raise ValueError(f"{name}: expected the plan's device {plan.ids.device}, got {t.device}")

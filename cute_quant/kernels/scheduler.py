@@ -268,8 +268,9 @@ class Scheduler:
         """Call ``process(row_tile, problem)`` for masked experts, whose counts are on the device.
 
         The first tiles of each expert have CTAs to themselves, which find them without a search.
-        All CTAs share the other tiles. Their number is read beside the count of the first tile, so
-        that nothing waits for memory once a CTA has no more of them.
+        All CTAs share the other tiles, each takes adjacent ones: it searches an expert once, not
+        for every tile. Their number is read beside the count of the first tile, so that nothing
+        waits for memory once a CTA has no more of them.
         """
         experts = problem.batches
         row_tile = Int32(Uint32(row_cta) // layouts.unsigned(experts))
@@ -281,21 +282,26 @@ class Scheduler:
         count = clamp_count(problem, count)
         if Uint32(row_tile * self.tile.rows) < self.num_visited_rows(problem, count):
             process(row_tile, problem.slice_expert(expert, count))
-        next_tile, end = row_cta, Int32(0)
         for chunk in range(0, experts, EXPERTS_PER_CHUNK):
             if chunk > 0:
                 lane_tiles = self.shared_tiles_of_lane(problem, chunk)
             if cute.arch.vote_any_sync(lane_tiles > 0):
-                lane_end = end + prefix_sum(lane_tiles, LANES)
-                lane_first, end = lane_end - lane_tiles, cute.arch.shuffle_sync(lane_end, LANES - 1)
+                lane_end = prefix_sum(lane_tiles, LANES)
+                lane_first = lane_end - lane_tiles
+                next_tile, end = share(
+                    cute.arch.shuffle_sync(lane_end, LANES - 1), row_cta, num_row_ctas
+                )
+                tiles_left = Int32(0)
                 while next_tile < end:
-                    owner = lane_where(lane_first <= next_tile and next_tile < lane_end)
-                    first_tile = cute.arch.shuffle_sync(lane_first, owner)
-                    expert, row_tile, count = self.find_tile(
-                        problem, chunk + owner, first_tile, next_tile
-                    )
+                    if tiles_left == 0:
+                        owner = lane_where(lane_first <= next_tile and next_tile < lane_end)
+                        first_tile = cute.arch.shuffle_sync(lane_first, owner)
+                        expert, row_tile, count = self.find_tile(
+                            problem, chunk + owner, first_tile, next_tile
+                        )
+                        tiles_left = self.num_tiles(problem, count) - row_tile
                     process(row_tile, problem.slice_expert(expert, count))
-                    next_tile += num_row_ctas
+                    next_tile, row_tile, tiles_left = next_tile + 1, row_tile + 1, tiles_left - 1
 
     @cute.jit
     def shared_tiles_of_lane(self, problem: Problem, chunk: Int32) -> Int32:
@@ -337,9 +343,12 @@ class Scheduler:
 
     def num_shared_tiles(self, problem: Problem, count: Int32) -> Int32:
         """Return how many tiles an expert of `count` rows has past the dedicated ones."""
+        return cutlass.max(self.num_tiles(problem, count) - problem.dedicated_tiles, Int32(0))
+
+    def num_tiles(self, problem: Problem, count: Int32) -> Int32:
+        """Return how many tiles an expert of `count` rows has."""
         rows = self.num_visited_rows(problem, count)
-        tiles = Int32((rows + (self.tile.rows - 1)) // self.tile.rows)
-        return cutlass.max(tiles - problem.dedicated_tiles, Int32(0))
+        return Int32((rows + (self.tile.rows - 1)) // self.tile.rows)
 
     def num_visited_rows(self, problem: Problem, count: Int32) -> Uint32:
         """Return how many rows the tiles of an expert of `count` rows have to reach.
@@ -350,6 +359,14 @@ class Scheduler:
         if self.tile.rows % SCALE_ROW_ALIGNMENT == 0:
             return Uint32(count)
         return problem.scales.rows_to_write(count)
+
+
+def share(total: Int32, i: Int32, parts: Int32) -> tuple[Int32, Int32]:
+    """Return where the part `i` of so many begins and ends, of sizes that differ by one at most."""
+    each = Int32(layouts.unsigned(total) // layouts.unsigned(parts))
+    rest = total - each * parts
+    first = i * each + cutlass.min(i, rest)
+    return first, first + each + Int32(i < rest)
 
 
 @cute.jit

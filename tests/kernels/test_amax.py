@@ -237,7 +237,7 @@ def test_tracers_see_an_operator():
         assert amax.shape == (2, 3) and amax.dtype is torch.float32 and amax.is_cuda
         assert cq.tensor_amax(x).shape == ()
     x = filled((6, 40), torch.bfloat16)
-    torch.library.opcheck(tensor_amax.operator, (x, False))
+    torch.library.opcheck(torch.ops.cute_quant.tensor_amax.default, (x, False))
     compiled = torch.compile(
         lambda x: cq.tensor_amax(x * 2), backend="aot_eager", fullgraph=True, dynamic=True
     )
@@ -266,10 +266,10 @@ def test_vmap_and_gradients_of_the_operator_are_refused():
     with pytest.raises(RuntimeError, match="vmap is not supported"):
         torch.vmap(cq.tensor_amax)(torch.ones(2, 3, 8))
     with pytest.raises(RuntimeError, match=r"torch\.vmap is not supported"):
-        torch.vmap(lambda x: tensor_amax.operator(x, False))(torch.ones(2, 3, 8))
+        torch.vmap(lambda x: torch.ops.cute_quant.tensor_amax(x, False))(torch.ones(2, 3, 8))
     x = torch.ones(2, 8, requires_grad=True)
     with pytest.raises(RuntimeError, match="tensor_amax is not differentiable"):
-        tensor_amax.operator(x, False).backward()
+        torch.ops.cute_quant.tensor_amax(x, False).backward()
 
 
 def test_a_missing_kernel_is_named(monkeypatch):

@@ -5,6 +5,7 @@ from tests.mutants.fault import Fault
 PLAN = "dispatch/plan.py"
 LAUNCH = "dispatch/launch.py"
 TORCH_OPS = "dispatch/torch_ops.py"
+OPERATORS = "dispatch/operators.py"
 REACHABLE = "dispatch/reachable.py"
 CALL_RANGE = "dispatch/call_range.py"
 PRESETS = "dispatch/presets.py"
@@ -253,8 +254,8 @@ FAULTS = [
     Fault(
         "torch-ops-gradient-of-dequantize",
         TORCH_OPS,
-        '    refuse_gradients(dequantize, "dequantize", "q and sf")\n',
-        "",
+        '    _dequantize_meta,\n    inputs="q and sf",',
+        "    _dequantize_meta,",
         [f"{ON_OPERATORS}::test_operators_have_no_gradient"],
     ),
     Fault(
@@ -280,9 +281,9 @@ FAULTS = [
     ),
     Fault(
         "torch-ops-vmap",
-        TORCH_OPS,
-        "        refuse_vmap(operator)",
-        "        pass",
+        OPERATORS,
+        "    torch.library.register_vmap(operator, _refuse_vmap, lib=_LIBRARY)\n",
+        "",
         [f"{ON_TORCH_OPS}::test_vmap_of_operators_is_refused"],
     ),
     Fault(
