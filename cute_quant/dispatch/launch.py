@@ -188,12 +188,17 @@ def run(
     function(*arguments)
 
 
+def is_usual() -> bool:
+    """Return whether calls are launched: nothing traces, differentiates or binds them."""
+    return not (num_dispatch_modes() or in_dual_level() or _captures)
+
+
 def quantize_again(x: torch.Tensor, fmt: Format, upper: UpperScale | None) -> Results | None:
     """Allocate and launch, for an x that looks like that of a recent call.
 
     Return None where there was none, or anything else is unusual: `quantize` then looks closer.
     """
-    if num_dispatch_modes() or in_dual_level() or _captures:
+    if not is_usual():
         return None
     kind: str | None = None
     tensors: tuple[torch.Tensor, ...] = (x,)
@@ -224,7 +229,7 @@ def quantize_into_again(
     x: torch.Tensor, fmt: Format, upper: UpperScale | None, q: torch.Tensor, sf: torch.Tensor
 ) -> Results | None:
     """Launch into memory of the caller, for tensors that look like those of a recent call."""
-    if num_dispatch_modes() or in_dual_level() or _captures:
+    if not is_usual():
         return None
     kind: str | None = None
     tensors: tuple[torch.Tensor, ...] = (x, q, sf)
@@ -284,7 +289,7 @@ def quantize(call: Call, *, check: bool = False, remember: bool = False) -> Resu
     if not has_kernels(call.x):
         return _quantize_by_reference(call, check=check)
     key = _key(call)
-    plan = _plans.get(key) if key else None
+    plan = _plans.get(key)
     if plan is None:
         plan = make_plan(call)
         if plan.kernel is not None and key:
@@ -297,6 +302,11 @@ def quantize(call: Call, *, check: bool = False, remember: bool = False) -> Resu
     if remember and key and plan.kernel is not None and not _captures:
         _remember(plan, plan.kernel, call)
     return result
+
+
+def known_plan(call: Call) -> Plan | None:
+    """Return the plan of a call on a GPU that was run before, None if there is none."""
+    return _plans.get(_key(call)) if call.x.is_cuda else None
 
 
 def _check_contents(call: Call, mn: int) -> None:
@@ -350,8 +360,8 @@ def _remember(plan: Plan, kernel: Kernel, call: Call) -> None:
         *others, upper_view = kernel.views[:3] + kernel.views[4:] + kernel.views[3:4]
         if any(others):
             return
-    # One that is there was passed over for something else, and will be again.
-    if any(other.plan is plan for other in recent):
+    # One that looks the same was passed over for something else, and will be again.
+    if any(other.plan is plan and other.matches(*tensors) for other in recent):
         return
     found = _Recent(
         fmt,
@@ -369,7 +379,7 @@ def _remember(plan: Plan, kernel: Kernel, call: Call) -> None:
 
 def _execute(plan: Plan, call: Call) -> Results:
     """Allocate what a call does not give, and launch its kernel."""
-    x, rows, prologue = call.x, call.rows, call.prologue
+    prologue = call.prologue
     q = plan.new_q() if call.q is None else call.q
     sf = plan.new_sf() if call.sf is None else call.sf
     row_scales = call.row_scales
@@ -389,18 +399,7 @@ def _execute(plan: Plan, call: Call) -> Results:
         if row_scales is not None:
             row_scales.fill_(1.0)
         return results
-    row_data = None if rows is None else rows.data
-    upper = row_scales if call.upper is None else call.upper.tensor
-    operands: tuple[torch.Tensor | None, ...] = (
-        x,
-        q,
-        sf,
-        upper,
-        row_data,
-        call.row_map,
-        call.rng_state,
-    )
-    further: tuple[torch.Tensor | None, ...] = () if prologue is None else prologue.operands
+    operands, further = kernel_tensors(call, q, sf, row_scales)
     written = [*results, *further_written]
     if kernel.views is not None:
         operands, further = _viewed(kernel.views, operands, further)
@@ -411,6 +410,16 @@ def _execute(plan: Plan, call: Call) -> Results:
         checks.check_real_call(call)
         raise
     return results
+
+
+def kernel_tensors(
+    call: Call, q: torch.Tensor | None, sf: torch.Tensor | None, row_scales: torch.Tensor | None
+) -> tuple[tuple[torch.Tensor | None, ...], tuple[torch.Tensor | None, ...]]:
+    """Return the tensors of a call in the order of its kernel, and those of its prologue."""
+    row_data = None if call.rows is None else call.rows.data
+    upper = row_scales if call.upper is None else call.upper.tensor
+    operands = call.x, q, sf, upper, row_data, call.row_map, call.rng_state
+    return operands, () if call.prologue is None else call.prologue.operands
 
 
 def _key(call: Call) -> tuple[object, ...]:

@@ -27,7 +27,7 @@ from cute_quant.contract.prologues import (
 )
 from cute_quant.contract.rows import RowOperands, from_operands, to_operands
 from cute_quant.contract.upper_scales import KINDS, UpperScale
-from cute_quant.dispatch import launch, operators
+from cute_quant.dispatch import launch, operators, repeats
 from cute_quant.dispatch.launch import Results
 
 _ROW_TENSORS = "Tensor? row_data=None, Tensor? index=None, Tensor? upper=None, Tensor? scatter=None"
@@ -187,9 +187,15 @@ def _register(
         return call
 
     def run(*positional: Any, **keywords: Any) -> Results | None:
-        call = call_of(positional, keywords)
-        results = launch.quantize(call)
-        return tuple(map(as_stored, results[:2])) if returns else None
+        if not returns:
+            launch.quantize(call_of(positional, keywords))
+            return None
+        results = repeats.run(name, positional, keywords)
+        if results is None:
+            call = call_of(positional, keywords)
+            results = launch.quantize(call)
+            repeats.remember(name, call, results, positional, keywords)
+        return tuple(map(as_stored, results))
 
     def fake(*positional: Any, **keywords: Any) -> Results | None:
         call = call_of(positional, keywords)

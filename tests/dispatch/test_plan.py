@@ -19,7 +19,7 @@ from cute_quant import (
     rms_norm_quantize,
     silu_mul_quantize,
 )
-from cute_quant.dispatch import launch, seen
+from cute_quant.dispatch import launch, repeats, seen
 from cute_quant.dispatch.call_range import RMS_NORM, SILU_MUL
 from cute_quant.jit import lookup
 from cute_quant.kernels.config import Tile
@@ -59,6 +59,7 @@ def launched(monkeypatch) -> list[Launched]:
     monkeypatch.setattr(lookup, "function", function)
     for name, empty in (("_plans", {}), ("_recent", []), ("_recent_out", [])):
         monkeypatch.setattr(launch, name, empty)
+    monkeypatch.setattr(repeats, "_recent", {})
     return launches
 
 

@@ -6,6 +6,7 @@ PLAN = "dispatch/plan.py"
 LAUNCH = "dispatch/launch.py"
 TORCH_OPS = "dispatch/torch_ops.py"
 OPERATORS = "dispatch/operators.py"
+REPEATS = "dispatch/repeats.py"
 REACHABLE = "dispatch/reachable.py"
 CALL_RANGE = "dispatch/call_range.py"
 PRESETS = "dispatch/presets.py"
@@ -15,6 +16,7 @@ CHECK = "cli/check.py"
 ON_INPUTS = "tests/contract/test_inputs.py"
 ON_CHECKS = "tests/contract/test_checks.py"
 ON_PLAN = "tests/dispatch/test_plan.py"
+ON_REPEATS = "tests/dispatch/test_repeats.py"
 ON_LAUNCH = "tests/dispatch/test_launch.py"
 ON_TORCH_OPS = "tests/dispatch/test_torch_ops.py"
 ON_TORCH_FP4 = "tests/dispatch/test_torch_fp4.py"
@@ -418,5 +420,82 @@ FAULTS = [
         "FEW_ROWS, MANY_ROWS = 7, 203",
         "FEW_ROWS, MANY_ROWS = 19, 203",
         [f"{ON_CLI}::test_check_calls_what_asks_for_kernels_of_few_sms"],
+    ),
+    Fault(
+        "repeats-options",
+        REPEATS,
+        "            repeat.options == options\n            and ",
+        "            ",
+        [f"{ON_REPEATS}::test_formats_are_compared"],
+    ),
+    Fault(
+        "repeats-keywords",
+        REPEATS,
+        "            and repeat.keywords == keywords\n",
+        "",
+        [f"{ON_REPEATS}::test_options_are_compared"],
+    ),
+    Fault(
+        "repeats-alignment",
+        REPEATS,
+        "            and repeat.offsets == offsets\n",
+        "",
+        [f"{ON_REPEATS}::test_looks_are_compared"],
+    ),
+    Fault(
+        "repeats-looks",
+        REPEATS,
+        "            and repeat.matches(*tensors)\n",
+        "",
+        [f"{ON_REPEATS}::test_looks_are_compared"],
+    ),
+    Fault(
+        "repeats-overlap",
+        REPEATS,
+        "    if _overlaps(repeat, addresses):\n        return None\n",
+        "",
+        [f"{ON_REPEATS}::test_overlap_is_refused_again"],
+    ),
+    Fault(
+        "repeats-binding",
+        REPEATS,
+        "if recent is None or not launch.is_usual():",
+        "if recent is None:",
+        [f"{ON_REPEATS}::test_what_is_bound_is_not_launched"],
+    ),
+    Fault(
+        "repeats-views",
+        REPEATS,
+        "t if view is None else view.of(t)",
+        "t",
+        [f"{ON_REPEATS}::test_a_repeat_launches_the_same"],
+    ),
+    Fault(
+        "repeats-place",
+        REPEATS,
+        "i if i < len(operands) else i + len(numbers)",
+        "i",
+        [f"{ON_REPEATS}::test_a_repeat_launches_the_same"],
+    ),
+    Fault(
+        "repeats-tensor-twice",
+        REPEATS,
+        "    if len(sources) < len(tensors) + 2:\n",
+        "    if not sources:\n",
+        [f"{ON_REPEATS}::test_a_tensor_that_is_given_twice"],
+    ),
+    Fault(
+        "operators-autograd-is-not-told",
+        OPERATORS,
+        "increment_version([t for i in written if (t := arguments[i]) is not None])",
+        "pass",
+        [f"{ON_REPEATS}::test_writes_are_told_to_autograd"],
+    ),
+    Fault(
+        "repeats-inference",
+        REPEATS,
+        "if any(repeat.plan is plan and repeat.matches(*tensors) for repeat in recent):",
+        "if any(repeat.plan is plan for repeat in recent):",
+        [f"{ON_REPEATS}::test_inference_after_training"],
     ),
 ]

@@ -138,18 +138,32 @@ FAULTS = [
     Fault(
         "scheduler-shared-tiles-below-0",
         SCHEDULER,
-        "return cutlass.max(tiles - problem.dedicated_tiles, Int32(0))",
-        "return tiles - problem.dedicated_tiles",
+        "return cutlass.max(self.num_tiles(problem, count) - problem.dedicated_tiles, Int32(0))",
+        "return self.num_tiles(problem, count) - problem.dedicated_tiles",
         [
             f"{ON_QUANTIZE_KERNEL}::test_masked_experts_of_several_chunks",
             f"{ON_QUANTIZE_KERNEL}::test_masked",
         ],
     ),
     Fault(
-        "scheduler-next-tile-of-the-cta",
+        "scheduler-next-tile-of-the-expert",
         SCHEDULER,
-        "next_tile += num_row_ctas",
-        "next_tile += num_row_ctas + 1",
+        "next_tile, row_tile, tiles_left = next_tile + 1, row_tile + 1, tiles_left - 1",
+        "next_tile, row_tile, tiles_left = next_tile + 1, row_tile, tiles_left - 1",
+        [f"{ON_NORM_KERNEL}::test_masked_experts"],
+    ),
+    Fault(
+        "scheduler-tiles-past-the-expert",
+        SCHEDULER,
+        "tiles_left = self.num_tiles(problem, count) - row_tile",
+        "tiles_left = self.num_tiles(problem, count) - row_tile + 1",
+        [f"{ON_NORM_KERNEL}::test_masked_experts", f"{ON_QUANTIZE_KERNEL}::test_masked"],
+    ),
+    Fault(
+        "scheduler-share-without-the-rest",
+        SCHEDULER,
+        "return first, first + each + Int32(i < rest)",
+        "return first, first + each",
         [f"{ON_NORM_KERNEL}::test_masked_experts"],
     ),
     Fault(
