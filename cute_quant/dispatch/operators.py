@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cute_quant.contract.torch_private import BELOW_VERSIONS, increment_version
+from cute_quant.contract.torch_private import BELOW_VERSIONS, increment_version, outside_of_graphs
 
 _LIBRARY: Any = torch.library.Library("cute_quant", "FRAGMENT")  # type: ignore[no-untyped-call]
 _VMAP = "torch.vmap is not supported: quantize the batch as leading dimensions instead"
@@ -51,7 +51,7 @@ def register(
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
 
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, outside_of_graphs(run), "CompositeExplicitAutograd")
     torch.library.register_fake(operator, fake, lib=_LIBRARY)
     torch.library.register_vmap(operator, _refuse_vmap, lib=_LIBRARY)
     if written:

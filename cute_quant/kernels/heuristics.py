@@ -127,6 +127,15 @@ On an H100, by values a thread x warps; k and elements are those of the result:
      3972             256, k 2048    1.547    1.311    1.239    1.308    1.272     1.442     1.505
      6951             128            1.730    1.481    1.233    1.253    1.324     1.478     1.552
     13902             256            2.265    1.582    1.172    1.168    1.500     1.400     1.379
+
+Of masked experts, whose CTAs walk them, microseconds with FUSED and with VLLM_CUDA, whose sigmoid
+has more instructions:
+
+    experts x rows of each    8 x 8           16 x 4
+    8 x 8, of 1024             3.01,  3.14     2.41,  3.01
+    8 x 128                   16.25, 18.12    16.29, 16.36
+    8 x 512                   55.55, 65.08    58.30, 57.45
+    32 x 64, of 1024          29.84, 30.60    30.42, 30.32
 """
 DEQUANTIZE_TILES = {16: Tile(values_per_thread=8, tiles_per_thread=2), 32: DEFAULT_TILE}
 """Tiles of values to be multiplied by their scales, by the bytes of a vector.
@@ -174,15 +183,16 @@ memory does. Kernels of one tile have 200, of two tiles 166.
 
 RESIDENT_CTAS = 8
 """CTAs for each SM that walk the experts of a batch, at most, where each expert has its least."""
-EXPERT_CTAS = 2
+EXPERT_CTAS = 3
 """CTAs for each expert and tile of columns, at least.
 
 On an H100, k = 7168, time over that of the ceiling, by the CTAs of an expert:
 
-    experts x rows of each     1        2        3        4        5        8
-    32 x 8, of 1024                     1.441    1.485             1.564
-    256 x 16, of 640           1.378    1.368             1.357
-    256 x 512, of 640          1.085    1.077    1.067    1.062             1.056
+    experts x rows of each     2        3        4        8
+    32 x 8, of 1024            1.467    1.440    1.548    1.931
+    32 x 512, of 1024          1.144    1.128    1.157    1.101
+    256 x 16, of 640           1.377    1.367    1.364    1.809
+    256 x 512, of 640          1.080    1.071    1.067    1.060
 
 A CTA without a tile of rows costs the time to count those of all experts.
 """
@@ -276,10 +286,10 @@ def silu_shape(
     matrices: int, rows: int, k: int, fmt: Format, masked: bool, sms: int, arch: str
 ) -> Shape:
     """Return the launch for gates and ups on an architecture."""
-    widest_load = architectures.named(arch).widest_load
-    tile = VECTOR_TILES[widest_load]
+    tile = DEFAULT_TILE
     if not masked:
-        tile = _tile(SILU_TILES[widest_load], matrices * rows * k, k, fmt, sms, arch)
+        table = SILU_TILES[architectures.named(arch).widest_load]
+        tile = _tile(table, matrices * rows * k, k, fmt, sms, arch)
     return shape(matrices, rows, k, fmt, masked, sms, arch, tile)
 
 
