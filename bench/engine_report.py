@@ -1,4 +1,4 @@
-"""Tables of `bench.engines` and `bench.vllm_layer`, from what they printed.
+"""Tables of `bench.engines`, `bench.vllm_layer` and `bench.vllm_model`, from what they printed.
 
 The record is their output, under lines of text that say where and how it was measured.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-CALLS, LAYER = "call", "rows"
-"""First columns of the two tables."""
+CALLS, LAYER, MODEL = "call", "rows", "step"
+"""First columns of the three tables."""
 
 
 def origin_lines(record: Path) -> Iterator[str]:
@@ -57,3 +57,11 @@ def layer_table(record: Path) -> Iterable[str]:
     yield "| ---: | ---: | ---: |"
     for count, cells in times.items():
         yield f"| {count} | {cells['quantize']} | {cells['apply']} |"
+
+
+def model_table(record: Path) -> Iterable[str]:
+    """Return a row for each kind of step of a model."""
+    yield "| step | vLLM µs | cute_quant µs | vLLM / cute_quant |"
+    yield "| --- | ---: | ---: | ---: |"
+    for row in rows_of(record, MODEL):
+        yield f"| {' | '.join(row.values())} |"

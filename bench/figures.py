@@ -212,6 +212,7 @@ TABLES: dict[str, tuple[Path | None, Callable[[], Iterable[str]]]] = {
     "host": (HOST, host_table),
     "engines": (ENGINES, lambda: engine_report.calls_table(ENGINES)),
     "engine layer": (ENGINES, lambda: engine_report.layer_table(ENGINES)),
+    "engine model": (ENGINES, lambda: engine_report.model_table(ENGINES)),
     "sass": (None, sass_table),
     "bound": (bound.MEASURED, bound_table),
     "sweep": (SWEEP, sweep_table),
