@@ -67,14 +67,14 @@ def without_others(elf: bytes, arch: int, keep: Callable[[bytes], bool]) -> byte
         keep: says of code, which may be compressed, whether it is needed.
     """
     found = list(entries(elf))
-    chosen: dict[int, Entry] = {}
+    chosen: dict[int, tuple[int, int]] = {}
     for entry in found:
-        before = chosen.get(entry.unit)
+        kind = entry.kind, entry.arch
         fits = entry.arch == arch if entry.kind == CUBIN else entry.arch <= arch
-        if fits and (before is None or (entry.kind, entry.arch) > (before.kind, before.arch)):
-            chosen[entry.unit] = entry
+        if fits and kind > chosen.get(entry.unit, (0, 0)):
+            chosen[entry.unit] = kind
     contents = bytearray(elf)
     for entry in found:
-        if entry != chosen.get(entry.unit) or not keep(elf[entry.code]):
+        if (entry.kind, entry.arch) != chosen.get(entry.unit) or not keep(elf[entry.code]):
             contents[entry.code] = bytes(entry.code.stop - entry.code.start)
     return bytes(contents)

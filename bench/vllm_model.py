@@ -201,13 +201,13 @@ def run(options: argparse.Namespace) -> None:
     theirs, ours = results
     print("| step | vLLM, us | cute_quant, us | vLLM / cute_quant |")
     print("| --- | ---: | ---: | ---: |")
-    for step in theirs["seconds"]:
+    for step in theirs["seconds"].keys() & ours["seconds"].keys():
         a, b = (1e6 * result["seconds"][step] for result in results)
         print(f"| {step} | {a:.0f} | {b:.0f} | {a / b:.2f} |")
-    equal = sum(a == b for a, b in zip(theirs["tokens"], ours["tokens"], strict=True))
-    pairs = list(zip(theirs["logprobs"], ours["logprobs"], strict=True))
-    off = max(abs(a - b) for a, b in pairs)
-    print(f"first tokens: {equal} of {len(pairs)} are equal, logarithms differ by {off:.4f}")
+    pairs = [zip(r["tokens"], r["logprobs"], strict=True) for r in results]
+    off = [abs(a - b) for (i, a), (j, b) in zip(*pairs, strict=True) if i == j]
+    print(f"first tokens: {len(off)} of {len(theirs['tokens'])} are equal", end="")
+    print(f", their logarithms differ by {max(off):.4f} at most" if off else "")
 
 
 def main() -> None:

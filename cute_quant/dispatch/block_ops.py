@@ -188,31 +188,33 @@ def _dequantize_fake(
 _MEMORY, _PAIR = "Tensor(a!) q, Tensor(b!) sf", "(Tensor, Tensor)"
 _SOURCE, _END = "Tensor w8, Tensor w_sf", f"str fmt, {UPPER_ARGUMENTS}"
 operators.register(
-    "quantize_blocks", f"(Tensor w, str fmt) -> {_PAIR}", _quantize, _quantize_fake, inputs="w"
+    "quantize_blocks", f"(Tensor w, str fmt) -> {_PAIR}", _quantize, _quantize_fake, "w"
 )
 operators.register(
     "quantize_blocks_out",
     f"(Tensor w, {_MEMORY}, str fmt) -> ()",
     _quantize_out,
     _quantize_out_fake,
+    "w",
 )
 operators.register(
     "requantize_blocks",
     f"({_SOURCE}, {_END}) -> {_PAIR}",
     _requantize,
     _requantize_fake,
-    inputs="w8 and w_sf",
+    "w8 and w_sf",
 )
 operators.register(
     "requantize_blocks_out",
     f"({_SOURCE}, {_MEMORY}, {_END}) -> ()",
     _requantize_out,
     _requantize_out_fake,
+    "w8 and w_sf",
 )
 operators.register(
     "dequantize_blocks",
     "(Tensor q, Tensor sf, str fmt, ScalarType dtype) -> Tensor",
     _dequantize,
     _dequantize_fake,
-    inputs="q and sf",
+    "q and sf",
 )

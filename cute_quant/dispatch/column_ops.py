@@ -217,7 +217,7 @@ def _register(operation: _Operation, *, writes: bool) -> None:
         f"({', '.join(arguments)}, *, {operation.options}) -> {returned}",
         execute,
         fake,
-        inputs=None if writes else inputs,
+        inputs,
     )
 
 

@@ -182,14 +182,13 @@ def _convert_out_meta(*arguments: Any) -> None:
 
 
 _ARGUMENTS = "Tensor sf, str fmt, str to, SymInt[] shape, str rows, Tensor? row_data, int alignment"
-operators.register(
-    "convert_scales", f"({_ARGUMENTS}) -> Tensor", _convert, _convert_meta, inputs="sf"
-)
+operators.register("convert_scales", f"({_ARGUMENTS}) -> Tensor", _convert, _convert_meta, "sf")
 operators.register(
     "convert_scales_out",
     f"({_ARGUMENTS}, Tensor(a!) out) -> ()",
     _convert_out,
     _convert_out_meta,
+    "sf",
 )
 
 

@@ -85,7 +85,7 @@ _recent: list[_Recent] = []
 """Those that allocate, the last one first."""
 _recent_out: list[_Recent] = []
 """Those into memory of the caller."""
-_MAX_RECENT = 8
+MAX_RECENT = 8
 """A call that finds none has looked at them for a microsecond, a third of what a key takes."""
 
 
@@ -188,7 +188,7 @@ def run(
     function(*arguments)
 
 
-def is_usual() -> bool:
+def launches_now() -> bool:
     """Return whether calls are launched: nothing traces, differentiates or binds them."""
     return not (num_dispatch_modes() or in_dual_level() or _captures)
 
@@ -198,7 +198,7 @@ def quantize_again(x: torch.Tensor, fmt: Format, upper: UpperScale | None) -> Re
 
     Return None where there was none, or anything else is unusual: `quantize` then looks closer.
     """
-    if not is_usual():
+    if not launches_now():
         return None
     kind: str | None = None
     tensors: tuple[torch.Tensor, ...] = (x,)
@@ -229,7 +229,7 @@ def quantize_into_again(
     x: torch.Tensor, fmt: Format, upper: UpperScale | None, q: torch.Tensor, sf: torch.Tensor
 ) -> Results | None:
     """Launch into memory of the caller, for tensors that look like those of a recent call."""
-    if not is_usual():
+    if not launches_now():
         return None
     kind: str | None = None
     tensors: tuple[torch.Tensor, ...] = (x, q, sf)
@@ -289,7 +289,7 @@ def quantize(call: Call, *, check: bool = False, remember: bool = False) -> Resu
     if not has_kernels(call.x):
         return _quantize_by_reference(call, check=check)
     key = _key(call)
-    plan = _plans.get(key)
+    plan = _plans.get(key)  # None of ()
     if plan is None:
         plan = make_plan(call)
         if plan.kernel is not None and key:
@@ -306,6 +306,7 @@ def quantize(call: Call, *, check: bool = False, remember: bool = False) -> Resu
 
 def known_plan(call: Call) -> Plan | None:
     """Return the plan of a call on a GPU that was run before, None if there is none."""
+    # Calls that cannot have a plan have the key ().
     return _plans.get(_key(call)) if call.x.is_cuda else None
 
 
@@ -374,7 +375,7 @@ def _remember(plan: Plan, kernel: Kernel, call: Call) -> None:
         kernel.function,
         kernel.numbers,
     )
-    recent[:] = [found, *recent[: _MAX_RECENT - 1]]
+    recent[:] = [found, *recent[: MAX_RECENT - 1]]
 
 
 def _execute(plan: Plan, call: Call) -> Results:

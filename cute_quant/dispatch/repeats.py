@@ -20,9 +20,6 @@ from cute_quant.dispatch import launch
 from cute_quant.dispatch.launch import Results
 from cute_quant.dispatch.plan import Plan, View
 
-MAX_RECENT = 8
-"""Calls of an operator that are compared with one."""
-
 
 class _Slot(NamedTuple):
     """A tensor of a call among the arguments of the kernel.
@@ -49,6 +46,7 @@ class _Repeat(NamedTuple):
         extents: bytes from the first element of each tensor to its last.
         written: which of the tensors are written.
         plan: allocates the results.
+        function: the kernel.
         arguments: of the kernel, but for its tensors.
         slots: where these belong.
     """
@@ -75,23 +73,21 @@ def run(name: str, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Res
     Return None if it looks like no recent one, or anything else is unusual.
     """
     recent = _recent.get(name)
-    if recent is None or not launch.is_usual():
+    if recent is None or not launch.launches_now():
         return None
-    tensors = [t for t in positional if isinstance(t, torch.Tensor)]
-    options = _options(positional)
-    addresses = [t.data_ptr() for t in tensors]
-    offsets = [address % LOAD_BYTES for address in addresses]
+    tensors, options = _parts(positional)
     for repeat in recent:
+        # Tensors without memory have no address, and match none.
         if (
             repeat.options == options
             and repeat.keywords == keywords
-            and repeat.offsets == offsets
             and repeat.matches(*tensors)
+            and repeat.offsets == _offsets(tensors)
         ):
             break
     else:
         return None
-    if _overlaps(repeat, addresses):
+    if _overlaps(repeat, tensors):
         return None
     arguments = repeat.arguments.copy()
     q, sf = repeat.plan.new_q(), repeat.plan.new_sf()
@@ -107,38 +103,45 @@ def remember(
     name: str, call: Call, results: Results, positional: tuple[Any, ...], keywords: dict[str, Any]
 ) -> None:
     """Have calls like one that was launched find it."""
+    tensors, options = _parts(positional)
+    q, sf = results[:2]
+    sources = {id(t): i for i, t in enumerate([*tensors, q, sf])}
+    if len(sources) < len(tensors) + 2 or not launch.launches_now():
+        # Of a tensor that is given twice nothing says which argument took which place.
+        return
     plan = launch.known_plan(call)
-    if plan is None or plan.kernel is None or not launch.is_usual():
+    if plan is None or plan.kernel is None:
         return
     recent = _recent.setdefault(name, [])
-    tensors = [t for t in positional if isinstance(t, torch.Tensor)]
-    # One that looks the same was passed over for something else, and will be again.
-    if any(repeat.plan is plan and repeat.matches(*tensors) for repeat in recent):
-        return
-    q, sf = results[:2]
+    for repeat in recent:
+        # One that looks the same was passed over for something else, and will be again.
+        if (
+            repeat.plan is plan
+            and repeat.options == options
+            and repeat.keywords == keywords
+            and repeat.matches(*tensors)
+        ):
+            return
     operands, further = launch.kernel_tensors(call, q, sf, None)
     taken = [*operands, *further]
     views = plan.kernel.views or [None] * len(taken)
-    numbers: list[object] = [0, *plan.kernel.numbers]  # rows of padding that new scales lack
+    missing_rows = 0  # of new scales, which have memory for all padding
+    numbers: list[object] = [missing_rows, *plan.kernel.numbers]
     arguments = [*[None] * len(operands), *numbers, *[None] * len(further)]
-    sources = {id(t): i for i, t in enumerate([*tensors, q, sf])}
-    if len(sources) < len(tensors) + 2:
-        # Of a tensor that is given twice nothing says which argument took which place.
-        return
     slots = []
     for i, (t, view) in enumerate(zip(taken, views, strict=True)):
         if t is None:
             continue
-        if id(t) not in sources or t.requires_grad:
+        if id(t) not in sources:
             return
         place = i if i < len(operands) else i + len(numbers)
         slots.append(_Slot(place, sources[id(t)], view))
     writes = () if call.prologue is None else call.prologue.writes.values()
     repeat = _Repeat(
-        _options(positional),
+        options,
         keywords,
         look_alike_check(*tensors),
-        [t.data_ptr() % LOAD_BYTES for t in tensors],
+        _offsets(tensors),
         [span(t) for t in tensors],
         [sources[id(t)] for t in writes],
         plan,
@@ -146,16 +149,24 @@ def remember(
         arguments,
         slots,
     )
-    recent[:] = [repeat, *recent[: MAX_RECENT - 1]]
+    recent[:] = [repeat, *recent[: launch.MAX_RECENT - 1]]
 
 
-def _options(positional: tuple[Any, ...]) -> list[object]:
-    return [torch.Tensor if isinstance(value, torch.Tensor) else value for value in positional]
+def _parts(positional: tuple[Any, ...]) -> tuple[list[torch.Tensor], list[object]]:
+    """Return the tensors among arguments, and the arguments with their class in their places."""
+    tensors = [t for t in positional if isinstance(t, torch.Tensor)]
+    return tensors, [torch.Tensor if isinstance(v, torch.Tensor) else v for v in positional]
 
 
-def _overlaps(repeat: _Repeat, addresses: list[int]) -> bool:
+def _offsets(tensors: list[torch.Tensor]) -> list[int]:
+    return [t.data_ptr() % LOAD_BYTES for t in tensors]
+
+
+def _overlaps(repeat: _Repeat, tensors: list[torch.Tensor]) -> bool:
     """Return whether what is written may lie in the memory of another tensor."""
-    extents = repeat.extents
+    if not repeat.written:
+        return False
+    extents, addresses = repeat.extents, [t.data_ptr() for t in tensors]
     for i in repeat.written:
         start, end = addresses[i], addresses[i] + extents[i]
         for j, other in enumerate(addresses):

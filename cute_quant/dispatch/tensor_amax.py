@@ -170,4 +170,4 @@ def _meta(x: torch.Tensor, per_matrix: bool) -> torch.Tensor:
     return x.new_empty(result_shape(x, per_matrix=per_matrix), dtype=torch.float32)
 
 
-operators.register("tensor_amax", "(Tensor x, bool per_matrix) -> Tensor", run, _meta, inputs="x")
+operators.register("tensor_amax", "(Tensor x, bool per_matrix) -> Tensor", run, _meta, "x")

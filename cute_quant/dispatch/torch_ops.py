@@ -162,7 +162,7 @@ def _register(
     arguments: str,
     options: str,
     make_call: Callable[..., Call],
-    inputs: str | None = None,
+    inputs: str,
 ) -> None:
     """Register an operator that runs a call.
 
@@ -172,7 +172,7 @@ def _register(
             returns them.
         options: its keywords.
         make_call: takes both by name.
-        inputs: what must require no gradient, None if it writes to memory that it is given.
+        inputs: what must require no gradient.
     """
     names = [argument.partition("=")[0].split()[-1] for argument in arguments.split(", ")]
     returns = "q" not in names
@@ -205,7 +205,7 @@ def _register(
         return None
 
     results = "(Tensor, Tensor)" if returns else "()"
-    operators.register(name, f"({arguments}, *, {options}) -> {results}", run, fake, inputs=inputs)
+    operators.register(name, f"({arguments}, *, {options}) -> {results}", run, fake, inputs)
 
 
 def _dequantize_arguments(
@@ -257,58 +257,70 @@ _SILU_MUL_END = f"{SILU_MUL}, {_ROWS}"
 _RMS_NORM_END = "float eps, float weight_offset, str rounding, " + _ROWS
 _END = f"str fmt, {_ROW_TENSORS}"
 _ROUNDED = f"{_END}, Tensor? rng_state=None"
-_register("quantize", f"Tensor x, {_ROUNDED}", _ROWS, _quantize_call, inputs="x")
-_register("quantize_out", f"Tensor x, {_OUT}, {_ROUNDED}", _ROWS, _quantize_call)
+_register("quantize", f"Tensor x, {_ROUNDED}", _ROWS, _quantize_call, "x")
+_register("quantize_out", f"Tensor x, {_OUT}, {_ROUNDED}", _ROWS, _quantize_call, "x")
 _register(
     "silu_mul_quantize",
     f"{_GATE_UP}, {_END}",
     _SILU_MUL_END,
     _silu_mul_call,
-    inputs="gate_up and weight",
+    "gate_up and weight",
 )
-_register("silu_mul_quantize_out", f"{_GATE_UP}, {_OUT}, {_END}", _SILU_MUL_END, _silu_mul_call)
+_register(
+    "silu_mul_quantize_out",
+    f"{_GATE_UP}, {_OUT}, {_END}",
+    _SILU_MUL_END,
+    _silu_mul_call,
+    "gate_up and weight",
+)
 _register(
     "silu_mul_backward_quantize",
     f"{_BACKWARD}, {_ROUNDED}",
     f"{GATED}, {_ROWS}",
     _silu_mul_backward_call,
-    inputs="grad and gate_up",
+    "grad and gate_up",
 )
 _register(
     "silu_mul_backward_quantize_out",
     f"{_BACKWARD}, {_OUT}, {_ROUNDED}",
     f"{GATED}, {_ROWS}",
     _silu_mul_backward_call,
+    "grad and gate_up",
 )
 _register(
     "rms_norm_quantize",
     f"{_NORMED}, {_END}",
     _RMS_NORM_END,
     _rms_norm_call,
-    inputs="x and weight",
+    "x and weight",
 )
 _register(
-    "rms_norm_quantize_residual", f"{_NORMED}, {_RESIDUAL}, {_END}", _RMS_NORM_END, _rms_norm_call
+    "rms_norm_quantize_residual",
+    f"{_NORMED}, {_RESIDUAL}, {_END}",
+    _RMS_NORM_END,
+    _rms_norm_call,
+    "x, weight and residual",
 )
 _register(
     "rms_norm_quantize_out",
     f"{_NORMED}, {_OUT}, {_RESIDUAL}, {_END}",
     _RMS_NORM_END,
     _rms_norm_call,
+    "x, weight and residual",
 )
 operators.register(
     "dequantize",
     f"(Tensor q, Tensor sf, str fmt, ScalarType dtype, {UPPER_ARGUMENTS}) -> Tensor",
     _dequantize,
     _dequantize_meta,
-    inputs="q and sf",
+    "q and sf",
 )
 operators.register(
     "fake_quantize",
     f"(Tensor x, str fmt, {UPPER_ARGUMENTS}) -> Tensor",
     _fake_quantize,
     _fake_quantize_meta,
-    inputs="x",
+    "x",
 )
 
 

@@ -288,8 +288,8 @@ def silu_shape(
     """Return the launch for gates and ups on an architecture."""
     tile = DEFAULT_TILE
     if not masked:
-        table = SILU_TILES[architectures.named(arch).widest_load]
-        tile = _tile(table, matrices * rows * k, k, fmt, sms, arch)
+        widest_load = architectures.named(arch).widest_load
+        tile = _tile(SILU_TILES[widest_load], matrices * rows * k, k, fmt, sms, arch)
     return shape(matrices, rows, k, fmt, masked, sms, arch, tile)
 
 

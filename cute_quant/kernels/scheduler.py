@@ -282,15 +282,18 @@ class Scheduler:
         count = clamp_count(problem, count)
         if Uint32(row_tile * self.tile.rows) < self.num_visited_rows(problem, count):
             process(row_tile, problem.slice_expert(expert, count))
+        turn = row_cta
         for chunk in range(0, experts, EXPERTS_PER_CHUNK):
             if chunk > 0:
                 lane_tiles = self.shared_tiles_of_lane(problem, chunk)
             if cute.arch.vote_any_sync(lane_tiles > 0):
                 lane_end = prefix_sum(lane_tiles, LANES)
                 lane_first = lane_end - lane_tiles
-                next_tile, end = share(
-                    cute.arch.shuffle_sync(lane_end, LANES - 1), row_cta, num_row_ctas
-                )
+                total = cute.arch.shuffle_sync(lane_end, LANES - 1)
+                next_tile, end, longer = share(total, turn, num_row_ctas)
+                # In the next chunk the next CTAs take one tile more than others.
+                turn = turn - longer
+                turn = turn + num_row_ctas if turn < 0 else turn
                 tiles_left = Int32(0)
                 while next_tile < end:
                     if tiles_left == 0:
@@ -361,12 +364,12 @@ class Scheduler:
         return problem.scales.rows_to_write(count)
 
 
-def share(total: Int32, i: Int32, parts: Int32) -> tuple[Int32, Int32]:
-    """Return where the part `i` of so many begins and ends, of sizes that differ by one at most."""
+def share(total: Int32, i: Int32, parts: Int32) -> tuple[Int32, Int32, Int32]:
+    """Return where the part `i` of so many begins and ends, and how many are longer by one."""
     each = Int32(layouts.unsigned(total) // layouts.unsigned(parts))
-    rest = total - each * parts
-    first = i * each + cutlass.min(i, rest)
-    return first, first + each + Int32(i < rest)
+    longer = total - each * parts
+    first = i * each + cutlass.min(i, longer)
+    return first, first + each + Int32(i < longer), longer
 
 
 @cute.jit

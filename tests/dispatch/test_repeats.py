@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, NVFP4
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, NVFP4, quantize
 from cute_quant.dispatch import launch, repeats
 from tests.dispatch.test_plan import BF16, at, launched, x_at
 
@@ -15,51 +15,58 @@ NORM = {"eps": 1e-6, "weight_offset": 0.0, "rounding": "fused"}
 SILU = {"interleaved": False, "clamp": None, "alpha": 1.0, "beta": 0.0, "rounding": "fused"}
 
 
-def quantize_call(fmt=DEEP_GEMM, **options):
-    return operators.quantize.default, (x_at(), str(fmt)), options
+def quantize_call(x=None, fmt=DEEP_GEMM, *tensors, **options):
+    return operators.quantize.default, (x_at() if x is None else x, str(fmt), *tensors), options
 
 
 def batch_call():
-    return operators.quantize.default, (x_at(shape=(2, 6, 256)), str(DEEP_GEMM)), {}
+    return quantize_call(x_at(shape=(2, 6, 256)))
 
 
 def batches_call():
-    return operators.quantize.default, (x_at(shape=(2, 3, 6, 256)), str(DEEP_GEMM)), {}
+    return quantize_call(x_at(shape=(2, 3, 6, 256)))
 
 
 def strided_call():
-    return operators.quantize.default, (x_at(stride=272), str(DEEP_GEMM_SM90)), {}
+    return quantize_call(x_at(stride=272), DEEP_GEMM_SM90)
 
 
 def nvfp4_call():
-    return (
-        quantize_call(NVFP4, upper_kind="amax", rows="dense")[0],
-        (
-            x_at(),
-            str(NVFP4),
-            None,
-            None,
-            torch.ones(1),
-        ),
-        {"upper_kind": "amax"},
-    )
+    return quantize_call(None, NVFP4, None, None, torch.ones(1), upper_kind="amax")
 
 
 def prefix_sum_call():
     ends = torch.tensor([2, 6], dtype=torch.int32)
-    return (
-        operators.quantize.default,
-        (x_at(), str(DEEP_GEMM), ends),
-        {
-            "rows": "prefix_sum",
-            "alignment": 1,
-        },
-    )
+    return quantize_call(None, DEEP_GEMM, ends, rows="prefix_sum")
+
+
+def masked_call():
+    counts = torch.tensor([2, 6], dtype=torch.int32)
+    return quantize_call(x_at(shape=(2, 6, 256)), DEEP_GEMM, counts, rows="masked")
 
 
 def gathered_call():
-    index = torch.arange(4, dtype=torch.int32)
-    return operators.quantize.default, (x_at(), str(DEEP_GEMM), None, index), {}
+    return quantize_call(None, DEEP_GEMM, None, torch.arange(4, dtype=torch.int32))
+
+
+def scattered_call():
+    scatter = torch.tensor([[0, 7], [1, 6], [2, 5], [3, -1], [4, -1], [-1, -1]], dtype=torch.int32)
+    return quantize_call(None, DEEP_GEMM_SM90, None, None, None, scatter, num_rows=8)
+
+
+def stochastic_call():
+    state = torch.tensor([1, 2])
+    return quantize_call(None, DEEP_GEMM, None, None, None, None, state)
+
+
+def weighted_call():
+    return operators.silu_mul_quantize.default, (x_at(), torch.ones(6), str(MXFP8)), SILU
+
+
+def gradients_call():
+    options = {name: value for name, value in SILU.items() if name != "rounding"}
+    arguments = (x_at(shape=(6, 128)), x_at(), str(MXFP8))
+    return operators.silu_mul_backward_quantize.default, arguments, options
 
 
 def silu_call():
@@ -94,7 +101,12 @@ CALLS = [
     strided_call,
     nvfp4_call,
     prefix_sum_call,
+    masked_call,
     gathered_call,
+    scattered_call,
+    stochastic_call,
+    weighted_call,
+    gradients_call,
     silu_call,
     norm_call,
     residual_call,
@@ -221,6 +233,34 @@ def test_inference_after_training(launched, found):
     assert found == [False, False, True, True]
 
 
+def test_weights_with_gradients(launched, found):
+    """Under no_grad they are read as others are."""
+    function, (x, weight, *rest), options = norm_call()
+    with torch.no_grad():
+        for _ in range(2):
+            function(x, torch.nn.Parameter(weight), *rest, **options)
+    assert found == [False, True]
+
+
+def test_tensors_without_memory_are_named(launched):
+    operators.quantize.default(x_at(), str(DEEP_GEMM))
+    for x in (x_at().to_sparse(), x_at().float().to_mkldnn()):
+        with pytest.raises(TypeError, match="x: expected a strided tensor"):
+            operators.quantize.default(x, str(DEEP_GEMM))
+
+
+def test_functions_find_tensors_of_inference_mode_again(launched, monkeypatch):
+    looked_up = []
+    key = launch._key
+    monkeypatch.setattr(launch, "_key", lambda call: looked_up.append(call) or key(call))
+    quantize(x_at())
+    with torch.inference_mode():
+        x = x_at()
+        for _ in range(3):
+            quantize(x)
+    assert len(looked_up) == 2
+
+
 def test_overlap_is_refused_again(launched, found):
     function, arguments, options = residual_call()
     function(*arguments, **options)
@@ -253,7 +293,7 @@ def test_what_is_bound_is_not_launched(launched, found):
 
 
 def test_recent_calls_are_few(launched, found):
-    calls = [(x_at(shape=(rows, 256)), str(DEEP_GEMM)) for rows in range(1, repeats.MAX_RECENT + 2)]
+    calls = [(x_at(shape=(rows, 256)), str(DEEP_GEMM)) for rows in range(1, launch.MAX_RECENT + 2)]
     for _ in range(2):
         for arguments in calls:
             operators.quantize.default(*arguments)

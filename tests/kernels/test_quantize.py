@@ -550,10 +550,9 @@ def test_gathered(gpu, mixed):
 @pytest.mark.slow
 @on_mixed(0)
 def test_masked(kernels, arch, mixed):
-    """On one multiprocessor, whose few CTAs walk over all experts, and on many."""
+    """With one CTA for each expert, which walk over all of them, and with many."""
     dtype, fmt, k = mixed
     gathered = MIXED.index(mixed) % 4 > 1
-    gpus = [Gpu(kernels, arch, sms=sms) for sms in (1, 132)]
     extremes = torch.tensor([9, -(2**31), 1, 2**31 - 1, 0], dtype=torch.int32)
     for turn, (experts, max_m, counts) in enumerate(
         (
@@ -566,7 +565,7 @@ def test_masked(kernels, arch, mixed):
     ):
         index = numbers((experts, max_m), -2, 12, turn) if gathered else None
         x = batch((11,) if gathered else (experts, max_m), k, dtype, fmt)
-        for gpu in gpus:
+        for gpu in (Gpu(kernels, arch, row_ctas=experts), Gpu(kernels, arch, sms=132)):
             check(gpu, x, fmt, rows=Masked(counts), index=index, last_padding=bool(turn % 2))
 
 

@@ -89,8 +89,8 @@ FAULTS = [
     Fault(
         "scheduler-tiles-of-an-expert-rounded-down",
         SCHEDULER,
-        "tiles = Int32((rows + (self.tile.rows - 1)) // self.tile.rows)",
-        "tiles = Int32(rows // self.tile.rows)",
+        "return Int32((rows + (self.tile.rows - 1)) // self.tile.rows)",
+        "return Int32(rows // self.tile.rows)",
         [f"{ON_QUANTIZE_KERNEL}::test_masked"],
     ),
     Fault(
@@ -162,8 +162,8 @@ FAULTS = [
     Fault(
         "scheduler-share-without-the-rest",
         SCHEDULER,
-        "return first, first + each + Int32(i < rest)",
-        "return first, first + each",
+        "return first, first + each + Int32(i < longer), longer",
+        "return first, first + each, longer",
         [f"{ON_NORM_KERNEL}::test_masked_experts"],
     ),
     Fault(
