@@ -290,9 +290,10 @@ class Scheduler:
                 lane_end = prefix_sum(lane_tiles, LANES)
                 lane_first = lane_end - lane_tiles
                 total = cute.arch.shuffle_sync(lane_end, LANES - 1)
-                next_tile, end, longer = share(total, turn, num_row_ctas)
+                part = share(total, turn, num_row_ctas)
+                next_tile, end = part.first, part.end
                 # In the next chunk the next CTAs take one tile more than others.
-                turn = turn - longer
+                turn = turn - part.longer
                 turn = turn + num_row_ctas if turn < 0 else turn
                 tiles_left = Int32(0)
                 while next_tile < end:
@@ -364,12 +365,25 @@ class Scheduler:
         return problem.scales.rows_to_write(count)
 
 
-def share(total: Int32, i: Int32, parts: Int32) -> tuple[Int32, Int32, Int32]:
-    """Return where the part `i` of so many begins and ends, and how many are longer by one."""
+class Share(NamedTuple):
+    """A part of a number of tiles.
+
+    Attributes:
+        first, end: its first tile, and the one after its last.
+        longer: how many parts have a tile more than the others.
+    """
+
+    first: Int32
+    end: Int32
+    longer: Int32
+
+
+def share(total: Int32, i: Int32, parts: Int32) -> Share:
+    """Return part `i` of so many."""
     each = Int32(layouts.unsigned(total) // layouts.unsigned(parts))
     longer = total - each * parts
     first = i * each + cutlass.min(i, longer)
-    return first, first + each + Int32(i < longer), longer
+    return Share(first, first + each + Int32(i < longer), longer)
 
 
 @cute.jit

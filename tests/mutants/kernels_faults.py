@@ -162,8 +162,8 @@ FAULTS = [
     Fault(
         "scheduler-share-without-the-rest",
         SCHEDULER,
-        "return first, first + each + Int32(i < longer), longer",
-        "return first, first + each, longer",
+        "return Share(first, first + each + Int32(i < longer), longer)",
+        "return Share(first, first + each, longer)",
         [f"{ON_NORM_KERNEL}::test_masked_experts"],
     ),
     Fault(
