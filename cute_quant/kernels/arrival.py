@@ -5,6 +5,8 @@ warp. Its warps copy the values of one row after the other. Then lane i has the 
 words of neighbouring rows are stored together, which in MN-major layouts lie side by side.
 """
 
+from dataclasses import dataclass
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -25,6 +27,7 @@ IN_FLIGHT = 4
 """Loads of a thread that are in flight at once."""
 
 
+@dataclass(eq=False, kw_only=True)
 class Problem(Params):
     """Arguments of the kernel.
 
@@ -40,28 +43,15 @@ class Problem(Params):
         stored_rows: of a matrix of scales, padding included.
     """
 
-    def __init__(
-        self,
-        *,
-        values: cute.Tensor,
-        words: cute.Tensor,
-        scale_word: Int32,
-        num_words: Int32,
-        sources: cute.Tensor,
-        counts: cute.Tensor | None,
-        q: cute.Tensor,
-        scales: cute.Tensor,
-        stored_rows: Uint32,
-    ):
-        self.values = values
-        self.words = words
-        self.scale_word = scale_word
-        self.num_words = num_words
-        self.sources = sources
-        self.counts = counts
-        self.q = q
-        self.scales = scales
-        self.stored_rows = stored_rows
+    values: cute.Tensor
+    words: cute.Tensor
+    scale_word: Int32
+    num_words: Int32
+    sources: cute.Tensor
+    counts: cute.Tensor | None
+    q: cute.Tensor
+    scales: cute.Tensor
+    stored_rows: Uint32
 
 
 class Arrival:

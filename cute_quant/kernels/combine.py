@@ -5,6 +5,8 @@ record's rows, and the warp goes through those that exist, in their order, sever
 and sums are rounded each, as torch does: no product is fused with a sum.
 """
 
+from dataclasses import dataclass
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -25,6 +27,7 @@ from cute_quant.kernels.layouts import Matrix
 from cute_quant.kernels.params import Params
 
 
+@dataclass(eq=False)
 class Problem(Params):
     """Arguments of the kernel.
 
@@ -36,19 +39,11 @@ class Problem(Params):
         first_record: of the launch, where a grid does not count all.
     """
 
-    def __init__(
-        self,
-        rows: Matrix,
-        places: cute.Tensor,
-        factors: cute.Tensor | None,
-        out: Matrix,
-        first_record: Int32,
-    ):
-        self.rows = rows
-        self.places = places
-        self.factors = factors
-        self.out = out
-        self.first_record = first_record
+    rows: Matrix
+    places: cute.Tensor
+    factors: cute.Tensor | None
+    out: Matrix
+    first_record: Int32
 
 
 class Combine:

@@ -4,6 +4,8 @@ A thread has four groups of a row, and of four rows where the result has these s
 stores is a word or a vector of 16 bytes. Both sides are addressed by layouts (batch, row, group).
 """
 
+from dataclasses import dataclass
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -31,6 +33,7 @@ GROUPS = BYTES_PER_WORD
 """Groups of a thread, whose bytes make a word."""
 
 
+@dataclass(eq=False, kw_only=True)
 class Problem(Params):
     """Arguments of the kernel.
 
@@ -45,30 +48,16 @@ class Problem(Params):
         first_batch: of the launch, where a grid does not count all.
     """
 
-    def __init__(
-        self,
-        source: cute.Tensor,
-        result: cute.Tensor,
-        counts: cute.Tensor | None,
-        *,
-        num_rows: Uint32,
-        num_groups: Int32,
-        stored_rows: Uint32,
-        missing_rows: Uint32,
-        alignment: Int32,
-        zero: Uint32,
-        first_batch: Int32,
-    ):
-        self.source = source
-        self.result = result
-        self.counts = counts
-        self.num_rows = num_rows
-        self.num_groups = num_groups
-        self.stored_rows = stored_rows
-        self.missing_rows = missing_rows
-        self.alignment = alignment
-        self.zero = zero
-        self.first_batch = first_batch
+    source: cute.Tensor
+    result: cute.Tensor
+    counts: cute.Tensor | None
+    num_rows: Uint32
+    num_groups: Int32
+    stored_rows: Uint32
+    missing_rows: Uint32
+    alignment: Int32
+    zero: Uint32
+    first_batch: Int32
 
 
 class ConvertScales:
@@ -121,9 +110,9 @@ class ConvertScales:
         tile_rows, tile_quads = layouts.conversion_tile(self.result)
         for first_batch in range(0, batches, MAX_GRID_Z):
             problem = Problem(
-                source,
-                result,
-                mCounts,
+                source=source,
+                result=result,
+                counts=mCounts,
                 num_rows=Uint32(mn),
                 num_groups=groups,
                 stored_rows=stored_rows,

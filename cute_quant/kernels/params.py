@@ -12,8 +12,9 @@ Self = TypeVar("Self", bound="Params")
 class Params:
     """Arguments of a kernel as attributes of one object.
 
-    An attribute is a tensor, a number, a tuple of these, another `Params` or None. A subclass sets
-    them in its ``__init__``, which runs where the kernel is launched, not in it.
+    An attribute is a tensor, a number, a tuple of these, another `Params` or None. A subclass is
+    a dataclass of them, or computes them in an ``__init__`` of its own, which runs where the kernel
+    is launched, not in it.
 
     Attributes:
         static: names of attributes that are compile-time choices, and are not passed.

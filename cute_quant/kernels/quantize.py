@@ -8,6 +8,8 @@ shuffles; all of them know its scale, and one writes it. `layouts` draws the thr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -177,6 +179,7 @@ def quantizer(
     return (RowQuantizer if spec.fmt.by_row else GroupQuantizer)(spec, stage, fake)
 
 
+@dataclass(eq=False)
 class Input(Params):
     """The prologue of values that are quantized as they are.
 
@@ -186,9 +189,8 @@ class Input(Params):
 
     static = ("spec",)
 
-    def __init__(self, x: Matrix, spec: QuantizeSpec):
-        self.x = x
-        self.spec = spec
+    x: Matrix
+    spec: QuantizeSpec
 
     def slice_batch(self, batch: Int32, gathered: bool) -> Input:
         """Return the prologue of one matrix of a batch; gathered rows come from one x."""
@@ -199,15 +201,15 @@ class Input(Params):
         return InputRow(self.x.row(row.source, k), row.exists, self.spec)
 
 
+@dataclass(eq=False)
 class InputRow(Params):
     """A row of x, (k,)."""
 
     static = ("spec",)
 
-    def __init__(self, gX: cute.Tensor, predicate: Boolean, spec: QuantizeSpec):
-        self.gX = gX
-        self.predicate = predicate
-        self.spec = spec
+    gX: cute.Tensor
+    predicate: Boolean
+    spec: QuantizeSpec
 
     def load(self, segment: Segment) -> cute.Tensor:
         """Load a thread's segment, (values,), zeros where there is nothing."""

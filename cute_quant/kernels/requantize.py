@@ -5,6 +5,8 @@ It is `quantize` of the float32 products of values and scales, which stay in reg
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
 from cutlass import Boolean, Float8E4M3FN, Float32, Int32
@@ -21,6 +23,7 @@ from cute_quant.kernels.row_domains import Row
 from cute_quant.kernels.stage import Stage
 
 
+@dataclass(eq=False)
 class Products(Params):
     """The prologue of values that are multiplied by the scales of their blocks.
 
@@ -31,10 +34,9 @@ class Products(Params):
 
     static = ("spec",)
 
-    def __init__(self, x: Matrix, scales: cute.Tensor, spec: RequantizeSpec):
-        self.x = x
-        self.scales = scales
-        self.spec = spec
+    x: Matrix
+    scales: cute.Tensor
+    spec: RequantizeSpec
 
     def slice_batch(self, batch: Int32, gathered: bool) -> Products:
         """Return the prologue of one matrix of a batch."""
@@ -46,24 +48,17 @@ class Products(Params):
         return ProductsRow(gX, self.scales, Int32(row.source), row.exists, self.spec)
 
 
+@dataclass(eq=False)
 class ProductsRow(Params):
     """A row of products, (k,)."""
 
     static = ("spec",)
 
-    def __init__(
-        self,
-        gX: cute.Tensor,
-        scales: cute.Tensor,
-        index: Int32,
-        predicate: Boolean,
-        spec: RequantizeSpec,
-    ):
-        self.gX = gX
-        self.scales = scales
-        self.index = index
-        self.predicate = predicate
-        self.spec = spec
+    gX: cute.Tensor
+    scales: cute.Tensor
+    index: Int32
+    predicate: Boolean
+    spec: RequantizeSpec
 
     def load(self, segment: Segment) -> tuple[cute.Tensor, Float32]:
         """Load a thread's segment, (values,), and its scale; zeros where there is nothing."""

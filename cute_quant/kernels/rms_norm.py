@@ -8,6 +8,8 @@ sums. With a residual, x + residual is what gets normalized, and is written.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -33,6 +35,7 @@ EARLY_WEIGHTS = 2
 """Tiles of a thread up to which it loads the weights with the row; more fill its registers."""
 
 
+@dataclass(eq=False, kw_only=True)
 class NormInput(Params):
     """Tensors and numbers of RMSNorm, besides the quantized values.
 
@@ -47,26 +50,14 @@ class NormInput(Params):
         reciprocal: of k.
     """
 
-    def __init__(
-        self,
-        *,
-        x: Matrix,
-        residual: Matrix | None,
-        residual_out: Matrix | None,
-        normalized: Matrix | None,
-        weight: cute.Tensor,
-        eps: Float32,
-        offset: Float32,
-        reciprocal: Float32,
-    ):
-        self.x = x
-        self.residual = residual
-        self.residual_out = residual_out
-        self.normalized = normalized
-        self.weight = weight
-        self.eps = eps
-        self.offset = offset
-        self.reciprocal = reciprocal
+    x: Matrix
+    residual: Matrix | None
+    residual_out: Matrix | None
+    normalized: Matrix | None
+    weight: cute.Tensor
+    eps: Float32
+    offset: Float32
+    reciprocal: Float32
 
     def slice_batch(self, batch: Int32, gathered: bool) -> NormInput:
         """Return the prologue of one matrix of a batch; gathered rows come from one x."""

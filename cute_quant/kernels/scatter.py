@@ -8,6 +8,8 @@ that no byte is written twice.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
@@ -28,15 +30,15 @@ from cute_quant.kernels.scales import GroupScale
 from cute_quant.kernels.stage import Origin, Rows, Scales, Stage
 
 
+@dataclass(eq=False)
 class Target(Params):
     """The row of q, (k,), that takes a row's values."""
 
     static = ("access",)
 
-    def __init__(self, gQ: cute.Tensor, predicate: Boolean, access: Access):
-        self.gQ = gQ
-        self.predicate = predicate
-        self.access = access
+    gQ: cute.Tensor
+    predicate: Boolean
+    access: Access
 
     def store(self, tXrQ: cute.Tensor, segment: Segment):
         """Store a thread's segment of values."""

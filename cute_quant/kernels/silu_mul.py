@@ -8,6 +8,8 @@ rounded to 8 bits, or is rounded where torch's operations in the dtype of the in
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Numeric, const_expr
@@ -50,6 +52,7 @@ class Activation(Params):
         self.beta = beta
 
 
+@dataclass(eq=False)
 class GatedInput(Params):
     """The prologue of products of a gate's SiLU and an up.
 
@@ -60,13 +63,10 @@ class GatedInput(Params):
 
     static = ("spec",)
 
-    def __init__(
-        self, x: Matrix, weight: cute.Tensor | None, activation: Activation, spec: SiluMulSpec
-    ):
-        self.x = x
-        self.weight = weight
-        self.activation = activation
-        self.spec = spec
+    x: Matrix
+    weight: cute.Tensor | None
+    activation: Activation
+    spec: SiluMulSpec
 
     def slice_batch(self, batch: Int32, gathered: bool) -> GatedInput:
         """Return the prologue of one matrix of a batch; gathered rows come from one x."""
@@ -91,6 +91,7 @@ class GatedInput(Params):
         return GatedRow(parts, weight, activation, row.exists, self.spec)
 
 
+@dataclass(eq=False)
 class GatedRow(Params):
     """A row of x.
 
@@ -101,19 +102,11 @@ class GatedRow(Params):
 
     static = ("spec",)
 
-    def __init__(
-        self,
-        parts: tuple[cute.Tensor, ...],
-        weight: Float32,
-        activation: Activation,
-        predicate: Boolean,
-        spec: SiluMulSpec,
-    ):
-        self.parts = parts
-        self.weight = weight
-        self.activation = activation
-        self.predicate = predicate
-        self.spec = spec
+    parts: tuple[cute.Tensor, ...]
+    weight: Float32
+    activation: Activation
+    predicate: Boolean
+    spec: SiluMulSpec
 
     def load(self, segment: Segment) -> list[cute.Tensor]:
         """Load a thread's segments of gates and ups, zeros where there is nothing."""

@@ -9,6 +9,8 @@ the L2 cache once more.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -31,6 +33,7 @@ LARGEST_ARGUMENT = 88.0
 """Bound of the sigmoid's argument as a factor: beyond it sigmoid or its complement is 0."""
 
 
+@dataclass(eq=False)
 class GatedGradient(Params):
     """The prologue of gradients of gates and ups.
 
@@ -41,11 +44,10 @@ class GatedGradient(Params):
 
     static = ("spec",)
 
-    def __init__(self, x: Matrix, grad: Matrix, activation: Activation, spec: SiluMulBackwardSpec):
-        self.x = x
-        self.grad = grad
-        self.activation = activation
-        self.spec = spec
+    x: Matrix
+    grad: Matrix
+    activation: Activation
+    spec: SiluMulBackwardSpec
 
     def slice_batch(self, batch: Int32, gathered: bool) -> GatedGradient:
         """Return the prologue of one matrix of a batch."""
@@ -67,6 +69,7 @@ class GatedGradient(Params):
         return GradientRow(gG, parts, activation, row.exists, self.spec)
 
 
+@dataclass(eq=False)
 class GradientRow(Params):
     """A row of the gradient, and of gates and ups.
 
@@ -77,19 +80,11 @@ class GradientRow(Params):
 
     static = ("spec",)
 
-    def __init__(
-        self,
-        gG: cute.Tensor,
-        parts: tuple[cute.Tensor, ...],
-        activation: Activation,
-        predicate: Boolean,
-        spec: SiluMulBackwardSpec,
-    ):
-        self.gG = gG
-        self.parts = parts
-        self.activation = activation
-        self.predicate = predicate
-        self.spec = spec
+    gG: cute.Tensor
+    parts: tuple[cute.Tensor, ...]
+    activation: Activation
+    predicate: Boolean
+    spec: SiluMulBackwardSpec
 
     def load(self, segment: Segment) -> tuple[list[cute.Tensor], list[Boolean | bool]]:
         """Load a thread's segments, zeros where there is nothing.
