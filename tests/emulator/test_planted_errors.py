@@ -330,9 +330,12 @@ def test_wrong_offset_in_shared_memory(plant):
 
 @pytest.mark.slow
 def test_all_lanes_store_to_shared_memory(plant):
-    """The branch of all but one lane of a warp around it, dropped."""
-    said = plant(rms_norm, r"@!?%p\d+ bra[^;]*;((?:[^;]*;){0,3}?)(\s+st\.shared)", r"\1\2")
+    """To the place of their warp, or to places that shared memory does not have."""
+    place = r"mad\.lo\.s32\s+(%r\d+), %r\d+, %r\d+, (%r\d+);(\s+setp\.gt\.u32\s+%p\d+, \1, 15;)"
+    said = plant(rms_norm, place, r"mov.b32 \1, \2;\3")
     assert re.search("store of 4 bytes .* another thread wrote since the last barrier", said)
+    branch = r"(setp\.gt\.u32\s+%p\d+, %r\d+, 15;\s+)@%p\d+ bra[^;]*;"
+    assert "out of bounds" in plant(rms_norm, branch, r"\1")
 
 
 @pytest.mark.slow
