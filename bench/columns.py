@@ -33,9 +33,9 @@ from cute_quant import (
     quantize_both,
     quantize_columns,
 )
-from cute_quant.contract import reference
 from cute_quant.contract.dtypes import align
 from cute_quant.contract.format_choices import ROW_MAJOR
+from cute_quant.contract.reference.rows import groups_of_rows
 
 SHAPES = ((2048, 7168), (8192, 8192), (16384, 7168))
 EXPERTS = 32
@@ -108,7 +108,7 @@ def uneven_experts(mn: int, count: int) -> PrefixSum:
 
 def existing_rows(rows: PrefixSum | None, mn: int) -> int:
     """Return how many of mn rows are in a group, all without groups."""
-    return mn if rows is None else int((reference.groups_of_rows(rows, mn) >= 0).sum())
+    return mn if rows is None else int((groups_of_rows(rows, mn) >= 0).sum())
 
 
 def rows_of_scales(sf: torch.Tensor, fmt: Format, columns: int, mn: int) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch
 
 from bench.shapes import GROUP_SIZE, bytes_moved
 from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, Format
-from cute_quant.contract import reference
 from cute_quant.contract.calls import Call
+from cute_quant.contract.reference.quantize import quantize_into
 from cute_quant.lab import timing
 
 UE8M0 = DEEP_GEMM.replace(group_size=GROUP_SIZE)
@@ -92,7 +92,7 @@ class Problem:
         q = torch.empty(x.shape, dtype=fmt.values)
         mn, k = x.shape
         sf = fmt.empty_scales((), mn, k, x.device)
-        reference.quantize_into(Call(x, fmt), q, sf)
+        quantize_into(Call(x, fmt), q, sf)
         self._expected[key] = q, sf
         return q, sf
 

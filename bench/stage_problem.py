@@ -16,9 +16,11 @@ import torch
 from bench.problem import POISON, UE8M0, sampled_rows
 from bench.run import Check
 from bench.shapes import QUANTIZE_ALONE, RMS_NORM_QUANTIZE, SILU_MUL_QUANTIZE, Operation
-from cute_quant.contract import reference
 from cute_quant.contract.dtypes import E4M3_MAX
 from cute_quant.contract.prologues import FUSED, make_rms_norm, make_silu_mul
+from cute_quant.contract.reference.prologues import rms_norm, silu_mul
+from cute_quant.contract.reference.scales import group_scales
+from cute_quant.contract.reference.values import group_values
 from cute_quant.lab import timing
 
 EPS = 1e-6
@@ -132,7 +134,7 @@ def expected(operation: Operation, buffer: StageBuffer, rows: torch.Tensor) -> E
         activation = make_silu_mul(
             interleaved=False, clamp=None, alpha=1.0, beta=0.0, rounding=FUSED, weight=None
         )
-        return Expected(reference.silu_mul(buffer.gate_up[rows].cpu()[None], activation)[0], None)
+        return Expected(silu_mul(buffer.gate_up[rows].cpu()[None], activation)[0], None)
     if operation is RMS_NORM_QUANTIZE:
         residual, total = buffer.residual[rows].cpu()[None], torch.empty_like(x)[None]
         norm = make_rms_norm(
@@ -143,7 +145,7 @@ def expected(operation: Operation, buffer: StageBuffer, rows: torch.Tensor) -> E
             residual=residual,
             residual_out=total,
         )
-        return Expected(reference.rms_norm(x[None], norm)[0], total[0])
+        return Expected(rms_norm(x[None], norm)[0], total[0])
     raise ValueError(f"operation: expected one of bench.shapes.OPERATIONS, got {operation}")
 
 
@@ -162,7 +164,7 @@ def check_quantized(q: torch.Tensor, sf: torch.Tensor, values: torch.Tensor, err
     shifts = torch.arange(0, 32, 8, dtype=torch.int32)
     stored = (sf.unsqueeze(2) >> shifts & 0xFF).flatten(1)
     exponents, padding = stored[:, :groups], stored[:, groups:]
-    least, wanted, most = (reference.group_scales(t, UE8M0) for t in (low, values, high))
+    least, wanted, most = (group_scales(t, UE8M0) for t in (low, values, high))
     wrong_scales = int(((exponents < least) | (exponents > most)).sum()) + int((padding != 0).sum())
     multipliers = torch.exp2(127.0 - exponents.float()).repeat_interleave(UE8M0.group_size, 1)
     ends = [
@@ -171,7 +173,7 @@ def check_quantized(q: torch.Tensor, sf: torch.Tensor, values: torch.Tensor, err
     actual = q.float()
     inside = (torch.minimum(*ends) <= actual) & (actual <= torch.maximum(*ends))
     wrong_values = int((~inside).sum())
-    wanted_q = reference.group_values(values, wanted, UE8M0)
+    wanted_q = group_values(values, wanted, UE8M0)
     differing = int((q.view(torch.uint8) != wanted_q.view(torch.uint8)).sum())
     differing += int((exponents != wanted).sum())
     difference = ""

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from cute_quant import ops
-from cute_quant.contract import reference
 from cute_quant.contract.formats import Format
+from cute_quant.contract.reference.values import ue8m0_to_float32
 
 BLOCK_ELEMENTS = 1 << 21
 """Elements that are compared at a time, so that a weight of gigabytes needs little more memory."""
@@ -188,7 +188,7 @@ def _scale_reasons(
     for one, other, fmt in ((of_a, of_b, a), (of_b, of_a, b)):
         floor = fmt.floor
         if fmt.power_of_two:
-            floor = reference.ue8m0_to_float32(torch.tensor(fmt.floor)).item()
+            floor = ue8m0_to_float32(torch.tensor(fmt.floor)).item()
         bounded |= (one.scale_values == floor) & (other.scale_values < floor)
     rest = HALF_UP if a.rounds_half_up != b.rounds_half_up else QUOTIENT
     return {SMALLEST: differ & bounded, rest: differ & ~bounded}

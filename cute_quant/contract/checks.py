@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from cute_quant.contract.calls import Call, ResultShape
-from cute_quant.contract.dtypes import INPUT_DTYPES, align, ceil_div, describe, dtype_name
+from cute_quant.contract.dtypes import INPUT_DTYPES, ceil_div, describe, dtype_name
 from cute_quant.contract.format_choices import IEEE, MAX_COLUMNS
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import MAX_NORM_COLUMNS, RmsNorm, SiluMul, SiluMulBackward
@@ -549,41 +549,6 @@ def check_row_domain(
     check_operand(name, rows.data, x, input_name)
     if not 0 < rows.alignment <= MAX_SIZE:
         raise ValueError(f"rows.alignment: expected 1 to {MAX_SIZE}, got {rows.alignment}")
-
-
-def check_counts(rows: Rows | None, index: torch.Tensor | None, tokens: int, mn: int) -> None:
-    """Read the counts and indices of a call, which synchronizes, and check them.
-
-    Args:
-        rows: the row domain of a ``Call``.
-        index: the index of a ``Call``.
-        tokens: rows of x, which `index` points to.
-        mn: rows of the result.
-
-    Raises:
-        ValueError: an entry is out of range, or a group ends before its start.
-    """
-    if index is not None:
-        _check_range("index", index, -1, tokens - 1)
-    if isinstance(rows, Masked):
-        _check_range("rows.masked_m", rows.masked_m, 0, mn)
-    if isinstance(rows, PrefixSum):
-        _check_range("rows.ends", rows.ends, 0, mn)
-        start = 0
-        for group, end in enumerate(rows.ends.tolist()):
-            if end < start:
-                raise ValueError(
-                    f"rows.ends: expected group {group} to end at its start {start} or later, "
-                    f"got {end}"
-                )
-            start = align(end, rows.alignment)
-
-
-def _check_range(name: str, t: torch.Tensor, lowest: int, highest: int) -> None:
-    outside = ((t < lowest) | (t > highest)).nonzero().tolist()
-    if outside:
-        at = tuple(outside[0]) if t.ndim > 1 else outside[0][0]
-        raise ValueError(f"{name}: expected {lowest} to {highest}, got {t[at].item()} at {at}")
 
 
 def check_values_out(

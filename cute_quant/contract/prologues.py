@@ -6,6 +6,7 @@ A prologue holds the options and the further tensors of one call. `reference` ha
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -359,6 +360,15 @@ def make_rms_norm(
             f"out residual: expected None without a residual, got {describe(residual_out)}"
         )
     return RmsNorm(weight, eps, weight_offset, rounding, residual, residual_out, normalized)
+
+
+def clamp_limit(prologue: SiluMul, dtype: torch.dtype) -> float:
+    """Return the bound of gates and ups, rounded to `dtype` if activations are; Inf if none."""
+    if prologue.clamp is None:
+        return math.inf
+    if not rounds_activation(prologue.rounding):
+        return prologue.clamp
+    return torch.tensor(prologue.clamp, dtype=torch.float64).to(dtype).item()
 
 
 def _number(name: str, value: object) -> float:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from cute_quant.contract import reference, scale_storage
+from cute_quant.contract import scale_storage
 from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.checks import (
     check_format,
@@ -29,6 +29,8 @@ from cute_quant.contract.dtypes import (
     dtype_name,
 )
 from cute_quant.contract.formats import Format
+from cute_quant.contract.reference.rows import below_count, rows_of_groups
+from cute_quant.contract.reference.values import ue8m0_to_float32
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, PrefixSumWithGaps, Rows
 from cute_quant.contract.tensors import (
     check_count,
@@ -166,9 +168,9 @@ def rows_that_exist(rows: Rows, mn: int) -> torch.Tensor:
     """Return which rows of a row domain exist, (batch, mn)."""
     match rows:
         case Masked():
-            return reference.below_count(rows, mn, mn)
+            return below_count(rows, mn, mn)
         case PrefixSum():
-            return reference.rows_of_groups(rows, mn).any(0, keepdim=True)
+            return rows_of_groups(rows, mn).any(0, keepdim=True)
         case Indexed():
             return (rows.m_indices >= 0).unsqueeze(0)
 
@@ -183,7 +185,7 @@ def convert_into(call: Conversion, result: torch.Tensor) -> None:
         scales = exponents(scales)
     elif fmt.byte_scales and not to.byte_scales:
         zero = torch.tensor(call.zero, dtype=torch.int32, device=sf.device).view(torch.float32)
-        scales = reference.ue8m0_to_float32(scales).where(scales != 0, zero)
+        scales = ue8m0_to_float32(scales).where(scales != 0, zero)
     if rows is not None:
         scales = scales.where(rows_that_exist(rows, shape.mn).unsqueeze(2), 0)
     written = torch.ones(1, to.scale_rows(shape.mn), dtype=torch.bool, device=sf.device)

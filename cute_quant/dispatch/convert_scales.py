@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from cute_quant.contract import scale_conversion
-from cute_quant.contract.checks import check_counts, check_values_shape
+from cute_quant.contract.checks import check_values_shape
+from cute_quant.contract.contents import check_counts
 from cute_quant.contract.dtypes import BYTES_PER_WORD
 from cute_quant.contract.formats import Format
 from cute_quant.contract.rows import RowOperands, from_operands, to_operands

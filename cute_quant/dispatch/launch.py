@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cute_quant.contract import checks, reference
+from cute_quant.contract import checks
 from cute_quant.contract.calls import Call
+from cute_quant.contract.contents import check_contents
 from cute_quant.contract.dtypes import LOAD_BYTES, STORE_BYTES
 from cute_quant.contract.formats import Format
+from cute_quant.contract.reference.dequantize import dequantize_into
+from cute_quant.contract.reference.quantize import fake_quantize_into, quantize_into
 from cute_quant.contract.tensors import (
     Region,
     check_disjoint,
@@ -297,7 +300,7 @@ def quantize(call: Call, *, check: bool = False, remember: bool = False) -> Resu
                 _plans.clear()
             _plans[key] = plan
     if check:
-        _check_contents(call, plan.mn)
+        check_contents(call, plan.mn)
     result = _execute(plan, call)
     if remember and key and plan.kernel is not None and not _captures:
         _remember(plan, plan.kernel, call)
@@ -308,13 +311,6 @@ def known_plan(call: Call) -> Plan | None:
     """Return the plan of a call on a GPU that was run before, None if there is none."""
     # Calls that cannot have a plan have the key ().
     return _plans.get(_key(call)) if call.x.is_cuda else None
-
-
-def _check_contents(call: Call, mn: int) -> None:
-    """Read the counts, indices, places and the upper scale of a call, and check them."""
-    checks.check_counts(call.rows, call.index, call.x.shape[-2], mn)
-    reference.check_scatter(call)
-    reference.check_upper_scale(call)
 
 
 def has_kernels(x: torch.Tensor) -> bool:
@@ -500,7 +496,7 @@ def _quantize_by_reference(call: Call, *, check: bool) -> Results:
     shape = checks.check_real_call(call)
     x, fmt = call.x, call.fmt
     if check:
-        _check_contents(call, shape.mn)
+        check_contents(call, shape.mn)
     q = x.new_empty(shape.values(fmt), dtype=fmt.values) if call.q is None else call.q
     sf = fmt.empty_scales(*shape, x.device) if call.sf is None else call.sf
     row_scales = call.row_scales
@@ -511,7 +507,7 @@ def _quantize_by_reference(call: Call, *, check: bool) -> Results:
         padded = fmt.mn_major and not call.dense_scales
         sf_region = region_of_scales("out sf", sf, mn_major=padded)
         _check_regions(call, region("out q", q), sf_region)
-    run(reference.quantize_into, (call, q, sf, row_scales), [])
+    run(quantize_into, (call, q, sf, row_scales), [])
     return (q, sf) if row_scales is None else (q, sf, row_scales)
 
 
@@ -528,7 +524,7 @@ def fake_quantize(call: Call, out: torch.Tensor | None) -> torch.Tensor:
         reads = [region(name, t) for name, t in call.tensors.items() if t is not None]
         check_disjoint(reads, [region("out", out)])
     if not has_kernels(x):
-        run(reference.fake_quantize_into, (call, out), [])
+        run(fake_quantize_into, (call, out), [])
     elif x.numel():
         result = Destination(View(tuple(out.shape), out.stride()), out.data_ptr(), x.dtype)
         kernel = choose_kernel(call, result, None)
@@ -557,7 +553,7 @@ def dequantize(
         check_no_tangents(tensors)
     y = torch.empty((*shape.batch_shape, shape.mn, shape.k), dtype=dtype, device=q.device)
     if not has_kernels(q):
-        run(reference.dequantize_into, (q, sf, fmt, y, upper), [])
+        run(dequantize_into, (q, sf, fmt, y, upper), [])
     elif q.numel():
         kernel = choose_dequantize_kernel(q, sf, y, fmt, upper)
         run(kernel.function, kernel.arguments(q, sf, y, upper), [y])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cute_quant.contract import reference
 from cute_quant.contract.dtypes import align
+from cute_quant.contract.reference import rows as reference
 from cute_quant.contract.rows import PrefixSum
 
 GROUP_ALIGNMENT = 128

@@ -23,8 +23,8 @@ from cute_quant import (
     quantize,
     silu_mul_backward_quantize,
 )
-from cute_quant.contract import reference
 from cute_quant.contract.prologues import make_silu_mul_backward
+from cute_quant.contract.reference.prologues import silu_mul_backward
 from tests.contract.test_inputs import inputs, int32
 from tests.helpers import (
     INPUT_DTYPES,
@@ -114,9 +114,9 @@ def test_they_are_the_gradients_of_torch(options):
     beta = torch.tensor(options.get("beta", 0.0)).float().item()
     ((up + beta) * gate * torch.sigmoid(alpha * gate)).backward(grad)
     given = {"interleaved": False, "clamp": None, "alpha": 1.0, "beta": 0.0} | options
-    result = reference.silu_mul_backward(
-        gate_up.detach()[None], make_silu_mul_backward(grad[None], **given)
-    )[0]
+    result = silu_mul_backward(gate_up.detach()[None], make_silu_mul_backward(grad[None], **given))[
+        0
+    ]
     assert result.dtype is torch.float32
     # The bound of 0.3 is rounded to float32.
     torch.testing.assert_close(result, gate_up.grad.float(), rtol=1e-6, atol=1e-6)
@@ -179,7 +179,7 @@ def test_stochastic_rounding(device):
     fmt = DEEP_GEMM_SM90
     q, _ = silu_mul_backward_quantize(grad, gate_up, fmt, rng_state=given)
     options = {"interleaved": False, "clamp": None, "alpha": 1.0, "beta": 0.0}
-    exact = reference.silu_mul_backward(
+    exact = silu_mul_backward(
         gate_up.cpu()[None], make_silu_mul_backward(grad.cpu()[None], **options)
     )[0]
     expected = quantize(exact, fmt, rng_state=given.cpu())

@@ -19,8 +19,9 @@ from cute_quant import (
     dequantize,
     quantize,
 )
-from cute_quant.contract import philox, reference
+from cute_quant.contract import philox
 from cute_quant.contract.formats import Format
+from cute_quant.contract.reference.values import round_stochastically
 from tests import oracle
 from tests.helpers import assert_same_bits, check_every_byte, random_bits
 
@@ -94,7 +95,7 @@ def test_share_of_draws_that_round_up(fmt):
             words = torch.cat([torch.tensor([0, *edges, 2**32 - 1]), random])
             expected = torch.where(words >> 32 - bits >= first_up, high, low).float()
             for sign in (1, -1):
-                rounded = reference.round_stochastically(sign * value, words, fmt)
+                rounded = round_stochastically(sign * value, words, fmt)
                 assert torch.equal(rounded, sign * expected), (below, count)
 
 
@@ -103,12 +104,12 @@ def test_values_of_the_format_stay(fmt):
     table = torch.from_numpy(oracle.TABLES[fmt.values]).float()
     words = torch.tensor([0, 2**32 - 1]).view(2, 1)
     values = torch.cat([table, -table])
-    rounded = reference.round_stochastically(values, words, fmt)
+    rounded = round_stochastically(values, words, fmt)
     assert torch.equal(rounded, values.expand(2, -1))
     assert torch.equal(rounded.signbit(), values.signbit().expand(2, -1))
     beyond = torch.tensor([1.01, 1e30, torch.inf]) * fmt.value_type.max
-    assert (reference.round_stochastically(beyond, words, fmt) == fmt.value_type.max).all()
-    assert reference.round_stochastically(torch.tensor([torch.nan]), words, fmt).isnan().all()
+    assert (round_stochastically(beyond, words, fmt) == fmt.value_type.max).all()
+    assert round_stochastically(torch.tensor([torch.nan]), words, fmt).isnan().all()
 
 
 @every_values
@@ -118,7 +119,7 @@ def test_fractions_below_normal_values_are_rounded(fmt):
     value = torch.tensor([step * (1 - 2.0 ** -(bits + 2))], dtype=FP32)
     words = torch.tensor([0, 2**32 - 1])
     assert value < step
-    assert (reference.round_stochastically(value, words, fmt) == step).all()
+    assert (round_stochastically(value, words, fmt) == step).all()
 
 
 @every_values

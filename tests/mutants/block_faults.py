@@ -3,7 +3,8 @@
 from tests.mutants.fault import Fault
 
 BLOCKS = "contract/blocks.py"
-REFERENCE = "contract/block_reference.py"
+CONTENTS = "contract/contents.py"
+REFERENCE_BLOCKS = "contract/reference/blocks.py"
 DISPATCH = "dispatch/blocks.py"
 OPERATORS = "dispatch/block_ops.py"
 KERNEL = "kernels/blocks.py"
@@ -27,28 +28,28 @@ CHECKPOINT = [f"{ON_CONTRACT}::test_check_names_what_a_checkpoint_has_wrong"]
 FAULTS = [
     Fault(
         "blocks-rows-of-a-block-counted-down",
-        REFERENCE,
+        REFERENCE_BLOCKS,
         "return scales.repeat_interleave(size, -2)[..., :n, :]",
         "return scales.repeat(1, size, 1)[..., :n, :]",
         FORMATS,
     ),
     Fault(
         "blocks-nan-of-a-short-block-dropped",
-        REFERENCE,
+        REFERENCE_BLOCKS,
         "padded = pad(w, (0, -k % size, 0, -n % size))",
         "padded = pad(w.nan_to_num(), (0, -k % size, 0, -n % size))",
         FORMATS,
     ),
     Fault(
         "blocks-exponents-as-floats",
-        REFERENCE,
-        "floats = reference.ue8m0_to_float32(scales) if fmt.power_of_two else scales",
+        REFERENCE_BLOCKS,
+        "floats = ue8m0_to_float32(scales) if fmt.power_of_two else scales",
         "floats = scales",
         FORMATS,
     ),
     Fault(
         "blocks-requantized-in-half-precision",
-        REFERENCE,
+        REFERENCE_BLOCKS,
         "w = w8.float() * by_column",
         "w = (w8.float() * by_column).half().float()",
         [f"{ON_CONTRACT}::test_requantize_in_blocks"],
@@ -335,29 +336,29 @@ FAULTS = [
     ),
     Fault(
         "checkpoint-negative-scales",
-        REFERENCE,
+        CONTENTS,
         "~(w_sf.isfinite() & (w_sf >= 0))",
         "~w_sf.isfinite()",
         CHECKPOINT,
     ),
     Fault(
         "checkpoint-nan-of-one-sign",
-        REFERENCE,
+        CONTENTS,
         "codes = (w8.view(torch.uint8) & E4M3_NAN)",
         "codes = w8.view(torch.uint8)",
         CHECKPOINT,
     ),
     Fault(
         "checkpoint-infinite-products",
-        REFERENCE,
+        CONTENTS,
         "w_sf, products.isinf())",
         "w_sf, products.isnan())",
         CHECKPOINT,
     ),
     Fault(
         "checkpoint-upper-scale-unread",
-        REFERENCE,
-        "reference.check_upper_scale(Call(products, fmt, upper=upper))",
+        CONTENTS,
+        "check_upper_scale(Call(products, fmt, upper=upper))",
         "pass",
         CHECKPOINT,
     ),

@@ -3,7 +3,7 @@
 from tests.mutants.fault import Fault
 
 COLUMNS = "contract/columns.py"
-REFERENCE = "contract/column_reference.py"
+REFERENCE_COLUMNS = "contract/reference/columns.py"
 DISPATCH = "dispatch/columns.py"
 OPERATORS = "dispatch/column_ops.py"
 KERNEL = "kernels/columns.py"
@@ -82,8 +82,8 @@ FAULTS = [
     ),
     Fault(
         "columns-of-gates",
-        REFERENCE,
-        "source = reference.computed(source, call.prologue)",
+        REFERENCE_COLUMNS,
+        "source = computed(source, call.prologue)",
         "source = source[..., : call.shape.k]",
         GATED,
     ),
@@ -153,21 +153,21 @@ FAULTS = [
     ),
     Fault(
         "columns-dead-rows-count",
-        REFERENCE,
+        REFERENCE_COLUMNS,
         "of_columns = source.where(live.unsqueeze(2), 0.0).mT",
         "of_columns = source.mT",
         [f"{ON_CONTRACT}::test_rows_that_do_not_exist_are_zeros_beside_what_is_not_finite"],
     ),
     Fault(
         "columns-dead-rows-are-nan",
-        REFERENCE,
+        REFERENCE_COLUMNS,
         "codes = codes.where(live.unsqueeze(1), 0)",
         "codes = codes.where(live.any(), 0)",
         [f"{ON_CONTRACT}::test_rows_that_do_not_exist_are_zeros_beside_what_is_not_finite"],
     ),
     Fault(
         "columns-scales-of-groups-without-rows",
-        REFERENCE,
+        REFERENCE_COLUMNS,
         "scales = scales.where(_groups_with_rows(live, fmt).unsqueeze(1), 0)",
         "scales = scales + 0",
         [f"{ON_CONTRACT}::test_experts"],

@@ -4,7 +4,9 @@ from tests.mutants.fault import Fault
 
 SCATTER = "kernels/scatter.py"
 ROW_DOMAINS = "kernels/row_domains.py"
-REFERENCE = "contract/reference.py"
+CONTENTS = "contract/contents.py"
+REFERENCE_QUANTIZE = "contract/reference/quantize.py"
+REFERENCE_ROWS = "contract/reference/rows.py"
 CALLS = "contract/calls.py"
 LAUNCH = "dispatch/launch.py"
 STAGE = "kernels/stage.py"
@@ -117,28 +119,28 @@ FAULTS = [
     ),
     Fault(
         "scatter-reference-writes-unnamed-rows",
-        REFERENCE,
+        REFERENCE_QUANTIZE,
         "        written = written & named\n",
         "        pass\n",
         [f"{ON_CONTRACT}::test_every_byte"],
     ),
     Fault(
         "scatter-reference-of-rows-that-do-not-exist",
-        REFERENCE,
+        REFERENCE_ROWS,
         "    return exist, source.where(exist, -1)\n",
         "    return exist, source\n",
         [f"{ON_CONTRACT}::test_every_byte"],
     ),
     Fault(
         "scatter-reference-clears-gaps",
-        REFERENCE,
+        REFERENCE_QUANTIZE,
         "        written_scales[:, :mn] = live\n",
         "        pass\n",
         [f"{ON_CONTRACT}::test_gaps_that_are_kept"],
     ),
     Fault(
         "scatter-reference-draws-of-the-result",
-        REFERENCE,
+        REFERENCE_QUANTIZE,
         "        random = random_of_elements(call.rng_state, *source.shape)\n",
         "        shape = call.result_shape\n"
         "        random = random_of_elements(call.rng_state, 1, shape.mn, shape.k)\n"
@@ -154,7 +156,7 @@ FAULTS = [
     ),
     Fault(
         "scatter-check-of-rows-named-twice",
-        REFERENCE,
+        CONTENTS,
         "    if (times > 1).any():\n",
         "    if (times > 2).any():\n",
         [f"{ON_CONTRACT}::test_check_reads_places"],

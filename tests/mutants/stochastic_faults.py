@@ -3,7 +3,8 @@
 from tests.mutants.fault import Fault
 
 CONTRACT_PHILOX = "contract/philox.py"
-REFERENCE = "contract/reference.py"
+REFERENCE_PROLOGUES = "contract/reference/prologues.py"
+REFERENCE_VALUES = "contract/reference/values.py"
 PHILOX = "kernels/philox.py"
 PROBLEM = "kernels/problem.py"
 ENCODINGS = "kernels/encodings.py"
@@ -43,14 +44,14 @@ FAULTS = [
     ),
     Fault(
         "reference-truncates-fractions",
-        REFERENCE,
+        REFERENCE_VALUES,
         "units = (magnitudes / step * 2**bits).round().long()",
         "units = (magnitudes / step * 2**bits).long()",
         [f"{ON_CONTRACT}::test_fractions_below_normal_values_are_rounded"],
     ),
     Fault(
         "reference-draw-one-too-large",
-        REFERENCE,
+        REFERENCE_VALUES,
         "(random >> 32 - bits)) >> bits",
         "(random >> 32 - bits) + 1) >> bits",
         [f"{ON_CONTRACT}::test_share_of_draws_that_round_up"],
@@ -120,21 +121,21 @@ FAULTS = [
     ),
     Fault(
         "backward-reference-slope",
-        REFERENCE,
+        REFERENCE_PROLOGUES,
         "slope = sigmoid * (1 + argument * torch.sigmoid(-argument))",
         "slope = sigmoid * (1 + bounded_gate * torch.sigmoid(-argument))",
         [f"{ON_BACKWARD}::test_they_are_the_gradients_of_torch"],
     ),
     Fault(
         "backward-reference-infinite-gates",
-        REFERENCE,
+        REFERENCE_PROLOGUES,
         "(prologue.alpha * bounded_gate).clamp(-MAX_ARGUMENT, MAX_ARGUMENT)",
         "prologue.alpha * bounded_gate",
         [f"{ON_BACKWARD}::test_special_values"],
     ),
     Fault(
         "backward-reference-ups-below-their-bound",
-        REFERENCE,
+        REFERENCE_PROLOGUES,
         "masked_fill(up.abs() > limit, 0.0)",
         "masked_fill(up > limit, 0.0)",
         [f"{ON_BACKWARD}::test_they_are_the_gradients_of_torch"],

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
-from cute_quant.contract import reference, scale_storage
+from cute_quant.contract import scale_storage
 from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT
 from cute_quant.contract.reader_checks.placement import has_strides
 from cute_quant.contract.reader_checks.quantized import Finding, Quantized
+from cute_quant.contract.reference.rows import below_count
 from cute_quant.contract.rows import Masked
 from cute_quant.contract.tensors import last_column_rows
 
@@ -74,5 +75,5 @@ def _written(given: Quantized, rows: int) -> torch.Tensor:
     """Return which of the stored rows of scales are defined, (batch or 1, rows)."""
     if isinstance(given.rows, Masked):
         mn = given.shape.mn
-        return reference.below_count(given.rows, mn, rows, SCALE_ROW_ALIGNMENT)
+        return below_count(given.rows, mn, rows, SCALE_ROW_ALIGNMENT)
     return torch.ones(1, rows, dtype=torch.bool, device=given.sf.device)

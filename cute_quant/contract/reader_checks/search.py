@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 
 from cute_quant.contract import scale_storage
-from cute_quant.contract.block_reference import rows_of_blocks
 from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.format_choices import ROW_MAJOR
 from cute_quant.contract.reader_checks.k_grouped import wrong_k_grouped
@@ -22,6 +21,7 @@ from cute_quant.contract.reader_checks.quantized import Finding, Quantized
 from cute_quant.contract.reader_checks.scales import wrong_nan, wrong_powers_of_two
 from cute_quant.contract.reader_checks.upper_scale import wrong_upper_scale
 from cute_quant.contract.reader_checks.values import wrong_values
+from cute_quant.contract.reference.blocks import rows_of_blocks
 from cute_quant.contract.scale_conversion import rows_that_exist
 
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from cute_quant.contract import reference
 from cute_quant.contract.dtypes import UPPER_MAX
 from cute_quant.contract.formats import Format
 from cute_quant.contract.reader_checks.quantized import Finding, Quantized
+from cute_quant.contract.reference.rows import groups_of_rows
+from cute_quant.contract.reference.values import multiply_back
 from cute_quant.contract.upper_scales import decode_scale
 
 LEAST_PRODUCT = UPPER_MAX / 2**8
@@ -65,7 +66,7 @@ def _units(given: Quantized, live: torch.Tensor) -> _Units:
     count = given.upper.tensor.numel()
     if given.upper_of_groups:
         assert given.rows is not None
-        group = reference.groups_of_rows(given.rows, live.shape[1])
+        group = groups_of_rows(given.rows, live.shape[1])
         of_rows = group.where((group >= 0) & (group < count), count)
         return _Units("group", count, of_rows.expand(live.shape))
     if given.fmt.row_scale or count == 1:
@@ -98,7 +99,7 @@ def wrong_upper_scale(
     finite = decoded.isfinite() & live.unsqueeze(2)
     decoded = decoded.where(finite, 0.0)
     q = given.q.view(torch.uint8).reshape(*live.shape, -1)
-    by_row = reference.multiply_back(q, decoded, fmt, torch.float32).abs().amax(2)
+    by_row = multiply_back(q, decoded, fmt, torch.float32).abs().amax(2)
     largest = units.amax(by_row)
     dequantized = by_row * decode_factors(given, live).squeeze(2)
     amax = units.amax(dequantized.where(by_row > 0, 0.0))

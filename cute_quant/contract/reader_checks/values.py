@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import pad
 
-from cute_quant.contract import reference
 from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.formats import Format
 from cute_quant.contract.reader_checks.operands import block_orders
 from cute_quant.contract.reader_checks.padding import bytes_in_order
 from cute_quant.contract.reader_checks.quantized import Finding, Quantized
 from cute_quant.contract.reader_checks.upper_scale import decode_factors
+from cute_quant.contract.reference.dequantize import dequantize
+from cute_quant.contract.reference.quantize import fake_quantize_into
 
 ERROR = 0.25
 """Relative error from which on values and scales do not belong to x, where these are not tiny."""
@@ -69,7 +70,7 @@ def _error_bound(given: Quantized) -> float:
     assert given.x is not None
     x = given.x.where(given.x.isfinite(), 0.0)
     nearest = torch.empty_like(x)
-    reference.fake_quantize_into(Call(x, given.fmt), nearest)
+    fake_quantize_into(Call(x, given.fmt), nearest)
     return max(ERROR, 2 * _relative(nearest.float(), x.float()))
 
 
@@ -87,7 +88,7 @@ def _finite(
     """Return x and the dequantized values, (batch, mn, k), 0 where one is not finite, or no row."""
     assert given.x is not None
     q = given.q.view(fmt.values)
-    y = reference.dequantize(q, sf, fmt, torch.float32).view(*live.shape, shape.k)
+    y = dequantize(q, sf, fmt, torch.float32).view(*live.shape, shape.k)
     if given.upper is not None:
         y = y * decode_factors(given, live)
     x = given.x.float().reshape(y.shape)

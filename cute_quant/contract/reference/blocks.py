@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from cute_quant.contract import reference
 from cute_quant.contract.blocks import block_size, quantized_by_row, stored_once
 from cute_quant.contract.calls import Call
-from cute_quant.contract.dtypes import E4M3_NAN, ceil_div
+from cute_quant.contract.dtypes import ceil_div
 from cute_quant.contract.formats import Format
+from cute_quant.contract.reference import quantize
+from cute_quant.contract.reference.quantize import store_scales
+from cute_quant.contract.reference.scales import scales_of_amax
+from cute_quant.contract.reference.values import group_values, multiply_back, ue8m0_to_float32
 from cute_quant.contract.upper_scales import UpperScale
 
 
@@ -26,16 +29,16 @@ def quantize_into(w: torch.Tensor, fmt: Format, q: torch.Tensor, sf: torch.Tenso
         return
     n, k = w.shape[-2:]
     w = w.reshape(-1, n, k)
-    scales = reference.scales_of_amax(block_amax(w, fmt.group_size), fmt)
+    scales = scales_of_amax(block_amax(w, fmt.group_size), fmt)
     by_row = rows_of_blocks(scales, fmt.group_size, n)
-    codes = reference.group_values(w, by_row, fmt)
+    codes = group_values(w, by_row, fmt)
     q.view(torch.uint8).copy_(codes.view(torch.uint8).view(q.shape))
     if stored_once(fmt):
-        floats = reference.ue8m0_to_float32(scales) if fmt.power_of_two else scales
+        floats = ue8m0_to_float32(scales) if fmt.power_of_two else scales
         sf.copy_(floats.view(sf.shape))
     else:
         written = torch.ones(len(w), fmt.scale_rows(n), dtype=torch.bool, device=w.device)
-        reference.store_scales(by_row, written, sf, fmt, k)
+        store_scales(by_row, written, sf, fmt, k)
 
 
 def block_amax(w: torch.Tensor, size: int) -> torch.Tensor:
@@ -60,7 +63,7 @@ def dequantize_into(q: torch.Tensor, sf: torch.Tensor, fmt: Format, y: torch.Ten
     if y.numel() == 0:
         return
     scales = rows_of_blocks(sf, fmt.group_size, y.shape[-2])
-    y.copy_(reference.multiply_back(q, scales, fmt, y.dtype))
+    y.copy_(multiply_back(q, scales, fmt, y.dtype))
 
 
 def requantize_into(
@@ -88,38 +91,6 @@ def requantize_into(
     by_column = scales.repeat_interleave(size, -1)[..., : w8.shape[-1]]
     w = w8.float() * by_column
     if quantized_by_row(fmt):
-        reference.quantize_into(Call(w, fmt, upper=upper), q, sf)
+        quantize.quantize_into(Call(w, fmt, upper=upper), q, sf)
     else:
         quantize_into(w, fmt, q, sf)
-
-
-def check_source(
-    w8: torch.Tensor, w_sf: torch.Tensor, fmt: Format, upper: UpperScale | None
-) -> None:
-    """Read the values and scales of a checkpoint, which synchronizes, and check that they fit.
-
-    Raises:
-        ValueError: a scale is negative or not finite, a value is NaN, a product is Inf, or the
-            scale over e4m3 scales does not fit the products.
-    """
-    if w8.numel() == 0:
-        return
-    _refuse("w_sf: expected finite scales, 0 or above", w_sf, ~(w_sf.isfinite() & (w_sf >= 0)))
-    # The codes of magnitudes are in their order, NaN the largest.
-    codes = (w8.view(torch.uint8) & E4M3_NAN).reshape(-1, *w8.shape[-2:])
-    codes = block_amax(codes, block_size(w8, w_sf)).view(w_sf.shape)
-    amaxes = codes.view(w8.dtype).float()
-    _refuse("w8: expected numbers, of which a block has the amax", amaxes, amaxes.isnan())
-    products = amaxes * w_sf
-    _refuse("w_sf: expected products with the amax of a block below 2^128", w_sf, products.isinf())
-    reference.check_upper_scale(Call(products, fmt, upper=upper))
-
-
-def _refuse(expected: str, t: torch.Tensor, wrong: torch.Tensor) -> None:
-    """Raise for the first block of which something is wrong, if there is one."""
-    if wrong.any():
-        at = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(
-            f"{expected}, got {t[at].item():.6g} at block {at}, and such in {int(wrong.sum())} of "
-            f"{wrong.numel()} blocks"
-        )
