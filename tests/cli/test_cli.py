@@ -13,7 +13,9 @@ import torch
 
 import cute_quant
 from cute_quant import kernels
-from cute_quant.cli import check, main, selection
+from cute_quant.cli import check, kernel_results, main, selection
+from cute_quant.cli.comparison import WrongResult, compare, compare_columns
+from cute_quant.cli.kernel_results import results_of_columns
 from cute_quant.contract.calls import Call
 from cute_quant.contract.formats import DEEP_GEMM, MXFP4, ROWWISE_FP8
 from cute_quant.dispatch import launch, plan, presets, reachable
@@ -532,11 +534,11 @@ def put_small_gpu(monkeypatch: pytest.MonkeyPatch, spec: Spec | None = None) -> 
         monkeypatch.setattr(lookup, "architecture", lambda index: arch)
 
 
-def results_of(spec: Spec) -> check.Results:
+def results_of(spec: Spec) -> kernel_results.Results:
     """Return the reference's results of the call that takes a kernel."""
     with pytest.MonkeyPatch.context() as patch:
         put_small_gpu(patch, spec)
-        return check._results(spec, "cpu")
+        return kernel_results.results(spec, "cpu")
 
 
 def calls_of_check(
@@ -553,9 +555,9 @@ def calls_of_check(
 
     monkeypatch.setattr(lookup, "architecture", lambda index: arch)
     monkeypatch.setattr(lookup, "function", lambda *of: asked.append(of) or function)
-    monkeypatch.setattr(launch.reference, "quantize_into", quantize_into)
+    monkeypatch.setattr(launch, "quantize_into", quantize_into)
     for spec in specs:
-        check._results(spec, "cpu")
+        kernel_results.results(spec, "cpu")
     return asked
 
 
@@ -589,13 +591,13 @@ def test_check_has_a_size_for_each_tile_on_any_gpu(arch, sms, small_gpu, monkeyp
     tiles = {s.tile for s in specs.values() if isinstance(s, SiluMulSpec)}
     assert len(tiles) == (1 if arch == "sm_100a" else 5)
     for spec in specs.values():
-        check._size(spec)
+        kernel_results.size(spec)
         if isinstance(spec, SiluMulSpec) and not spec.domain.masked:
-            check._size(spec._replace(domain=Domain(batched=True)))
+            kernel_results.size(spec._replace(domain=Domain(batched=True)))
     requantized = [s for s in presets.weights(arch) if isinstance(s, RequantizeSpec)]
     assert len({s.tile for s in requantized}) == 2
     for spec in requantized:
-        check._size(spec)
+        kernel_results.size(spec)
 
 
 @pytest.mark.parametrize("sms", [8, 16, 188])
@@ -628,59 +630,59 @@ def test_check_calls_what_asks_for_each_kernel_of_weights(arch, small_gpu, monke
         "requantize",
     }
     for spec in specs:
-        check._results(spec, "cpu")
+        kernel_results.results(spec, "cpu")
         assert asked[-1] == (spec, arch)
 
 
 @pytest.mark.parametrize("spec", [*EXACT[::40], *{s.kernel: s for s in EXACT}.values()])
 def test_check_sees_a_wrong_byte(spec):
     expected, actual = (results_of(spec) for _ in range(2))
-    assert check._compare(spec, actual, expected) is None
+    assert compare(spec, actual, expected) is None
     for t in actual.values, actual.scales:
         if t is not None:
-            data = check._storage(t)
+            data = kernel_results.storage(t)
             # The bits of a NaN that is multiplied back are any.
             byte = 7
             if t.dtype in (torch.bfloat16, torch.float16, torch.float32):
                 byte = int(t.flatten().isfinite().nonzero()[0]) * t.itemsize
             data[byte] ^= 1
-            with pytest.raises(check.WrongResult, match=r"^1 of \d+ bytes of (values|scales) are"):
-                check._compare(spec, actual, expected)
+            with pytest.raises(WrongResult, match=r"^1 of \d+ bytes of (values|scales) are"):
+                compare(spec, actual, expected)
             data[byte] ^= 1
 
 
 @pytest.fixture(
     scope="module", params=[COMPUTED[0], NORMS[0], NORMS[3], COMPUTED[-1]], ids=keys.spec_name
 )
-def computed(request: pytest.FixtureRequest) -> tuple[Spec, check.Results]:
+def computed(request: pytest.FixtureRequest) -> tuple[Spec, kernel_results.Results]:
     return request.param, results_of(request.param)
 
 
-def copied(results: check.Results) -> check.Results:
+def copied(results: kernel_results.Results) -> kernel_results.Results:
     def copy(t: torch.Tensor) -> torch.Tensor:
-        storage = check._storage(t).clone().view(t.dtype)
+        storage = kernel_results.storage(t).clone().view(t.dtype)
         return storage.as_strided(t.shape, t.stride(), t.storage_offset())
 
-    return check.Results(*(t if t is None else copy(t) for t in results))
+    return kernel_results.Results(*(t if t is None else copy(t) for t in results))
 
 
 def flip(t: torch.Tensor, count: int, bit: int) -> None:
     """Flip a bit of the first bytes, of a row of ordinary magnitude."""
-    check._storage(t)[:count] ^= bit
+    kernel_results.storage(t)[:count] ^= bit
 
 
 def move_to_neighbours(t: torch.Tensor, count: int) -> None:
     """Make the first values those next to them: towards 0, or from it."""
-    data = check._storage(t)[:count]
+    data = kernel_results.storage(t)[:count]
     data += torch.where((data & 0x7F) == 0, 1, -1).to(torch.uint8)
 
 
 def test_check_counts_neighbours(computed):
     spec, expected = computed
     actual = copied(expected)
-    assert check._compare(spec, actual, expected) == 0
+    assert compare(spec, actual, expected) == 0
     move_to_neighbours(actual.values, 3)
-    assert check._compare(spec, actual, expected) == 3
+    assert compare(spec, actual, expected) == 3
 
 
 def test_check_sees_many_neighbours(computed):
@@ -688,8 +690,8 @@ def test_check_sees_many_neighbours(computed):
     actual = copied(expected)
     count = expected.values.numel() // 900
     move_to_neighbours(actual.values, count)
-    with pytest.raises(check.WrongResult, match=f"^{count} of .* values are neighbours .* at most"):
-        check._compare(spec, actual, expected)
+    with pytest.raises(WrongResult, match=f"^{count} of .* values are neighbours .* at most"):
+        compare(spec, actual, expected)
 
 
 @pytest.mark.parametrize("bit", [0x80, 0x40, 0x10])
@@ -697,26 +699,26 @@ def test_check_sees_values_that_are_far_off(computed, bit):
     spec, expected = computed
     actual = copied(expected)
     flip(actual.values, 1, bit)
-    with pytest.raises(check.WrongResult, match=r"^1 of \d+ values are not neighbours"):
-        check._compare(spec, actual, expected)
+    with pytest.raises(WrongResult, match=r"^1 of \d+ values are not neighbours"):
+        compare(spec, actual, expected)
 
 
 def test_check_sees_wrong_scales(computed):
     spec, expected = computed
     actual = copied(expected)
     flip(actual.scales, 4, 1 if spec.fmt.ue8m0 else 0x10)
-    with pytest.raises(check.WrongResult, match=r"(values|scales) are"):
-        check._compare(spec, actual, expected)
+    with pytest.raises(WrongResult, match=r"(values|scales) are"):
+        compare(spec, actual, expected)
 
 
 def test_check_sees_padding_that_is_not_written(computed):
     spec, expected = computed
     actual = copied(expected)
-    data = check._storage(actual.scales)
+    data = kernel_results.storage(actual.scales)
     zeros = (data.view(torch.int32) == 0).nonzero()
-    data.view(torch.int32)[zeros[-1]] = 0x01010101 * check.POISON - 2**32
-    with pytest.raises(check.WrongResult, match=r"scales are"):
-        check._compare(spec, actual, expected)
+    data.view(torch.int32)[zeros[-1]] = 0x01010101 * kernel_results.POISON - 2**32
+    with pytest.raises(WrongResult, match=r"scales are"):
+        compare(spec, actual, expected)
 
 
 def test_check_takes_a_scale_that_is_a_neighbour(monkeypatch):
@@ -727,8 +729,8 @@ def test_check_takes_a_scale_that_is_a_neighbour(monkeypatch):
     values = expected.values.flatten()[:128].float()
     flatten = actual.values.flatten()
     flatten[:128] = (values / 2).to(spec.fmt.values)
-    check._storage(actual.scales)[0] += 1
-    assert check._compare(spec, actual, expected) == 1
+    kernel_results.storage(actual.scales)[0] += 1
+    assert compare(spec, actual, expected) == 1
 
 
 @pytest.mark.parametrize("name", ["residual", "normalized"])
@@ -738,10 +740,10 @@ def test_check_sees_a_norms_other_results(name):
     actual = copied(expected)
     flip(getattr(actual, name), 1, 1)
     if name == "normalized":  # computed in float32, too
-        assert check._compare(spec, actual, expected) == 1
+        assert compare(spec, actual, expected) == 1
         flip(getattr(actual, name), 2, 0x40)
-    with pytest.raises(check.WrongResult, match=rf"1 of \d+ .*{name} are not"):
-        check._compare(spec, actual, expected)
+    with pytest.raises(WrongResult, match=rf"1 of \d+ .*{name} are not"):
+        compare(spec, actual, expected)
 
 
 SOME_FP4 = [
@@ -752,7 +754,7 @@ SOME_FP4 = [
 
 
 @pytest.fixture(scope="module", params=SOME_FP4, ids=keys.spec_name)
-def computed_fp4(request: pytest.FixtureRequest) -> tuple[Spec, check.Results]:
+def computed_fp4(request: pytest.FixtureRequest) -> tuple[Spec, kernel_results.Results]:
     return request.param, results_of(request.param)
 
 
@@ -761,9 +763,9 @@ def test_check_counts_each_value_of_a_byte(computed_fp4):
     spec, expected = computed_fp4
     actual = copied(expected)
     flip(actual.values, 3, 0x01)
-    assert check._compare(spec, actual, expected) == 3
+    assert compare(spec, actual, expected) == 3
     flip(actual.values, 2, 0x10)
-    assert check._compare(spec, actual, expected) == 5
+    assert compare(spec, actual, expected) == 5
 
 
 @pytest.mark.parametrize("bit", [0x04, 0x40])
@@ -771,16 +773,16 @@ def test_check_sees_fp4_values_that_are_far_off(computed_fp4, bit):
     spec, expected = computed_fp4
     actual = copied(expected)
     flip(actual.values, 8, bit)
-    with pytest.raises(check.WrongResult, match=r"of \d+ values are not neighbours"):
-        check._compare(spec, actual, expected)
+    with pytest.raises(WrongResult, match=r"of \d+ values are not neighbours"):
+        compare(spec, actual, expected)
 
 
 def test_check_sees_wrong_scales_of_fp4(computed_fp4):
     spec, expected = computed_fp4
     actual = copied(expected)
     flip(actual.scales, 1, 0x10)
-    with pytest.raises(check.WrongResult, match=r"scales are not neighbours"):
-        check._compare(spec, actual, expected)
+    with pytest.raises(WrongResult, match=r"scales are not neighbours"):
+        compare(spec, actual, expected)
 
 
 def test_check_sees_wrong_scales_of_rows():
@@ -792,10 +794,10 @@ def test_check_sees_wrong_scales_of_rows():
     )
     expected = results_of(spec)
     actual = copied(expected)
-    assert check._compare(spec, actual, expected) is None
+    assert compare(spec, actual, expected) is None
     flip(actual.decode_scales, 1, 1)
-    with pytest.raises(check.WrongResult, match=r"1 of \d+ bytes of decode scales are not"):
-        check._compare(spec, actual, expected)
+    with pytest.raises(WrongResult, match=r"1 of \d+ bytes of decode scales are not"):
+        compare(spec, actual, expected)
 
 
 ON_COLUMNS = [s for s in presets.training("sm_90a") if isinstance(s, ColumnsSpec)]
@@ -804,14 +806,14 @@ ON_COLUMNS = [s for s in presets.training("sm_90a") if isinstance(s, ColumnsSpec
 @pytest.mark.parametrize("spec", ON_COLUMNS[::9], ids=keys.spec_name)
 def test_check_sees_wrong_columns(spec):
     """In either direction, in values and in scales."""
-    expected = check._of_columns(spec, "cpu")
-    assert check._compare_columns(spec, expected, expected) == (None if spec.gated is None else 0)
+    expected = results_of_columns(spec, "cpu")
+    assert compare_columns(spec, expected, expected) == (None if spec.gated is None else 0)
     for number, result in enumerate(expected):
         for name in ("values", "scales"):
             wrong = [copied(r) for r in expected]
-            check._storage(getattr(wrong[number], name))[1000:1010] ^= 0x30
-            with pytest.raises(check.WrongResult, match=name):
-                check._compare_columns(spec, wrong, expected)
+            kernel_results.storage(getattr(wrong[number], name))[1000:1010] ^= 0x30
+            with pytest.raises(WrongResult, match=name):
+                compare_columns(spec, wrong, expected)
         assert result.scales is not None
 
 
@@ -824,7 +826,7 @@ def test_check_says_how_many_are_neighbours(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(lookup, "architecture", lambda index: "sm_90a")
     monkeypatch.setattr(presets, "of_each_kind", lambda arch: [spec])
-    monkeypatch.setattr(check, "_results", lambda spec, device: results[device])
+    monkeypatch.setattr(check, "results", lambda spec, device: results[device])
     line = f"ran      sm_90a   {keys.spec_name(spec)}: "
     assert main.main(["check"]) == 0
     _, kernel, total = capsys.readouterr().out.splitlines()

@@ -11,7 +11,7 @@ REACHABLE = "dispatch/reachable.py"
 CALL_RANGE = "dispatch/call_range.py"
 PRESETS = "dispatch/presets.py"
 SELECTION = "cli/selection.py"
-CHECK = "cli/check.py"
+KERNEL_RESULTS = "cli/kernel_results.py"
 
 ON_INPUTS = "tests/contract/test_inputs.py"
 ON_CHECKS = "tests/contract/test_checks.py"
@@ -409,7 +409,7 @@ FAULTS = [
     ),
     Fault(
         "check-no-single-row",
-        CHECK,
+        KERNEL_RESULTS,
         "    *((1, COLUMNS >> i) for i in range(2, 5)),\n",
         "",
         [f"{ON_CLI}::test_check_has_a_size_for_each_tile_on_any_gpu"],

@@ -1200,7 +1200,7 @@ FAULTS = [
     ),
     Fault(
         "check-another-kernel-of-few-gates",
-        "cli/check.py",
+        "cli/kernel_results.py",
         "    (4, COLUMNS // 4),\n",
         "",
         ["tests/cli/test_cli.py::test_check_calls_what_asks_for_each_kernel"],
