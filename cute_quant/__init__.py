@@ -36,27 +36,24 @@ from cute_quant.dispatch.launch import Launch
 from cute_quant.dispatch.warm_up import WarmUp, warm_up
 from cute_quant.jit.aot_load import load
 from cute_quant.jit.compilation import forbid_compilation
-from cute_quant.ops import (
-    bind,
-    check_scales,
-    convert_scales,
-    deep_gemm_format,
-    dequantize,
-    dequantize_blocks,
-    empty_scales,
-    fake_quantize,
-    quantize,
-    quantize_blocks,
+from cute_quant.ops.binding import bind
+from cute_quant.ops.columns import (
     quantize_both,
     quantize_columns,
-    requantize_blocks,
+    silu_mul_backward_quantize_both,
+    silu_mul_quantize_both,
+)
+from cute_quant.ops.rows import (
+    dequantize,
+    fake_quantize,
+    quantize,
     rms_norm_quantize,
     silu_mul_backward_quantize,
-    silu_mul_backward_quantize_both,
     silu_mul_quantize,
-    silu_mul_quantize_both,
     tensor_amax,
 )
+from cute_quant.ops.scales import check_scales, convert_scales, deep_gemm_format, empty_scales
+from cute_quant.ops.weights import dequantize_blocks, quantize_blocks, requantize_blocks
 
 __all__ = [
     "DEEP_GEMM",

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cute_quant import ops
 from cute_quant.contract import blocks
 from cute_quant.contract.dtypes import SOURCE_BLOCK, ceil_div
 from cute_quant.contract.formats import DEEP_GEMM_SM90, MXFP4, MXFP8, NVFP4, Format
+from cute_quant.ops.rows import quantize
+from cute_quant.ops.weights import quantize_blocks, requantize_blocks
 
 FP8_CONFIG: Mapping[str, Any] = {
     "quant_method": "fp8",
@@ -126,10 +127,10 @@ class Convention:
             encode_scale: the scale over e4m3 scales, if the format has one.
         """
         if w_sf is not None:
-            return ops.requantize_blocks(w, w_sf, self.fmt, encode_scale=encode_scale)
+            return requantize_blocks(w, w_sf, self.fmt, encode_scale=encode_scale)
         if self.in_blocks:
-            return ops.quantize_blocks(w, self.fmt)
-        q, sf = ops.quantize(w, self.fmt, encode_scale=encode_scale)
+            return quantize_blocks(w, self.fmt)
+        q, sf = quantize(w, self.fmt, encode_scale=encode_scale)
         return q, sf
 
     def quantization_config(self, kept: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 import cute_quant
-from cute_quant import ops
 from cute_quant.checkpoint import conventions, output_directory, source
 from cute_quant.checkpoint.conventions import Part
 from cute_quant.checkpoint.selection import Plan, make_plan
@@ -33,6 +32,8 @@ from cute_quant.contract.dtypes import E4M3_MAX, E4M3_NAN, FLOAT32_MAX, SOURCE_B
 from cute_quant.contract.formats import DEEP_GEMM_SM90
 from cute_quant.contract.upper_scales import factors_of_amax
 from cute_quant.jit import progress
+from cute_quant.ops.rows import tensor_amax
+from cute_quant.ops.weights import dequantize_blocks
 
 SLAB_VALUES = 2**23
 """Most values of a tensor that are in memory at once, but at least ``SOURCE_BLOCK`` rows."""
@@ -304,7 +305,7 @@ class _Converter:
         for slab in _slabs(tensor.shape):
             w, w_sf = self._read(tensor, slab)
             self._check_finite(tensor, slab, w, w_sf)
-            amax = torch.maximum(amax, ops.tensor_amax(_products(w, w_sf)))
+            amax = torch.maximum(amax, tensor_amax(_products(w, w_sf)))
         return amax
 
     def _check_finite(
@@ -335,7 +336,7 @@ def _products(w: torch.Tensor, w_sf: torch.Tensor | None) -> torch.Tensor:
     """Return weights in a dtype of arithmetic: FP8 ones times the scales of their blocks."""
     if w_sf is None:
         return w
-    return ops.dequantize_blocks(w, w_sf, DEEP_GEMM_SM90, dtype=torch.float32)
+    return dequantize_blocks(w, w_sf, DEEP_GEMM_SM90, dtype=torch.float32)
 
 
 def _by_shard(plan: Plan) -> dict[str, list[StoredTensor]]:

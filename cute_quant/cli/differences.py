@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from cute_quant import ops
 from cute_quant.contract.formats import Format
 from cute_quant.contract.reference.values import ue8m0_to_float32
+from cute_quant.ops.rows import dequantize, quantize
 
 BLOCK_ELEMENTS = 1 << 21
 """Elements that are compared at a time, so that a weight of gigabytes needs little more memory."""
@@ -167,11 +167,11 @@ def _quantized(x: torch.Tensor, fmt: Format, amax: torch.Tensor | None) -> Quant
     """Quantize rows, and return the results on the CPU."""
     decode_scale = None
     if fmt.row_scale:
-        q, sf, decode_scale = ops.quantize(x, fmt)
+        q, sf, decode_scale = quantize(x, fmt)
     else:
-        q, sf = ops.quantize(x, fmt, amax=amax)
+        q, sf = quantize(x, fmt, amax=amax)
     upper = {"amax": amax, "decode_scale": decode_scale}
-    values = ops.dequantize(q, sf, fmt, dtype=torch.float32, **upper).cpu()
+    values = dequantize(q, sf, fmt, dtype=torch.float32, **upper).cpu()
     codes, sf = q.view(torch.uint8).cpu(), sf.cpu()
     if fmt.value_type.per_byte == 2:
         codes = torch.stack([codes & 0xF, codes >> 4], -1).flatten(-2)

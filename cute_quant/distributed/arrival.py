@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from cute_quant import ops
 from cute_quant.contract.dtypes import STORE_BYTES
 from cute_quant.contract.format_choices import ROW_MAJOR
 from cute_quant.contract.formats import Format
@@ -20,6 +19,7 @@ from cute_quant.distributed.routing import Plan
 from cute_quant.jit import lookup
 from cute_quant.kernels import architectures
 from cute_quant.kernels.config import ArrivalSpec
+from cute_quant.ops.scales import convert_scales, empty_scales
 
 UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Elements that rows of bytes are gathered as."""
@@ -49,7 +49,7 @@ def lay_out(
     sf = scales.index_select(0, plan.sources)
     q, sf = q.view(*shape[:-1], q.shape[1]), sf.view(*shape[:-1], sf.shape[1])
     if record.fmt is not fmt:
-        sf = ops.convert_scales(sf, record.fmt, fmt, shape, rows=plan.rows)
+        sf = convert_scales(sf, record.fmt, fmt, shape, rows=plan.rows)
     return q, sf
 
 
@@ -61,7 +61,7 @@ def _launch(
     masked = isinstance(plan.rows, Masked)
     spec = ArrivalSpec(layout_format(fmt), masked, architectures.named(arch).pdl)
     q = received.new_empty((*shape[:-1], record.value_bytes))
-    sf = ops.empty_scales(fmt, shape, device=received.device)
+    sf = empty_scales(fmt, shape, device=received.device)
     if not q.numel():
         return q.view(fmt.values), sf
     function = compiled(spec, arch)

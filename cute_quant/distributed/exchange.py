@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from cute_quant import ops
 from cute_quant.contract.checks import MAX_PLACES, check_format, check_whole_bytes
 from cute_quant.contract.dtypes import INPUT_DTYPES, describe
 from cute_quant.contract.formats import DEEP_GEMM, Format
@@ -18,6 +17,7 @@ from cute_quant.distributed.combination import add_up
 from cute_quant.distributed.peers import PeerBuffers
 from cute_quant.distributed.records import Record
 from cute_quant.distributed.routing import Plan, all_to_all
+from cute_quant.ops.rows import quantize
 
 
 def dispatch(
@@ -111,7 +111,7 @@ def _quantize(
     """Write each row to its places, as many at once as a row may have."""
     for first in range(0, places.shape[1], MAX_PLACES):
         some = places[:, first : first + MAX_PLACES].contiguous()
-        ops.quantize(x, fmt, scatter=some, out=out, **upper)
+        quantize(x, fmt, scatter=some, out=out, **upper)
 
 
 def combine(y: torch.Tensor, plan: Plan, weights: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from cute_quant import ops
 from cute_quant.contract import torch_private
 from cute_quant.contract.checks import check_format, check_whole_bytes
 from cute_quant.contract.dtypes import describe
@@ -18,6 +17,7 @@ from cute_quant.contract.tensors import check_tensor
 from cute_quant.distributed.barrier import Barrier
 from cute_quant.distributed.records import Record
 from cute_quant.distributed.routing import Plan, check_agreement, check_group, check_sizes, world
+from cute_quant.ops.rows import quantize
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -214,4 +214,4 @@ class PeerBuffers:
     def _write(self, x: torch.Tensor, plan: Plan, rank: int, upper: dict[str, Any]) -> None:
         """Quantize tokens into the records for a rank."""
         out = self._record.views(self.sent[rank])
-        ops.quantize(x, self._record.fmt, scatter=plan.slots[rank], out=out, **upper)
+        quantize(x, self._record.fmt, scatter=plan.slots[rank], out=out, **upper)

@@ -8,7 +8,8 @@ from cute_quant.contract.dtypes import INPUT_DTYPES, describe
 from cute_quant.contract.format_choices import DEEPGEMM, IEEE
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_SM90, Format
 from cute_quant.contract.tensors import check_tensor
-from cute_quant.ops import quantize, quantize_blocks
+from cute_quant.ops.rows import quantize
+from cute_quant.ops.weights import quantize_blocks
 
 GROUP_SIZES = (32, 128)
 

@@ -18,7 +18,7 @@ from cute_quant.contract.dtypes import (
 from cute_quant.contract.format_choices import ROW_MAJOR, VLLM_EMULATION
 from cute_quant.contract.formats import DEEP_GEMM, NVFP4, Format
 from cute_quant.contract.tensors import check_device, check_tensor
-from cute_quant.ops import dequantize, quantize
+from cute_quant.ops.rows import dequantize, quantize
 
 GROUP_SIZES = (32, 128)
 BYTE_DTYPES = (torch.float8_e4m3fn, torch.uint8, torch.int8)

@@ -14,7 +14,8 @@ import torch
 from cute_quant.contract.rows import PrefixSum
 from cute_quant.nn.recipes import Recipe
 from cute_quant.nn.rows import GROUP_ALIGNMENT, group_sizes, groups_of_rows
-from cute_quant.ops import dequantize, dequantize_blocks
+from cute_quant.ops.rows import dequantize
+from cute_quant.ops.weights import dequantize_blocks
 
 Fp8 = tuple[torch.Tensor, torch.Tensor]
 """Values and scales."""

@@ -21,7 +21,9 @@ from cute_quant.nn.linear import (
 )
 from cute_quant.nn.recipes import Recipe, recipe_of
 from cute_quant.nn.rows import GROUP_ALIGNMENT
-from cute_quant.ops import quantize, quantize_blocks, quantize_both
+from cute_quant.ops.columns import quantize_both
+from cute_quant.ops.rows import quantize
+from cute_quant.ops.weights import quantize_blocks
 
 
 class Fp8GroupedLinear(torch.nn.Module):

@@ -11,7 +11,9 @@ from cute_quant.contract.tensors import check_tensor
 from cute_quant.nn import gemms
 from cute_quant.nn.gemms import Fp8
 from cute_quant.nn.recipes import SM90, SM100, Recipe, recipe_of
-from cute_quant.ops import quantize, quantize_blocks, quantize_both
+from cute_quant.ops.columns import quantize_both
+from cute_quant.ops.rows import quantize
+from cute_quant.ops.weights import quantize_blocks
 
 FEATURE_ALIGNMENT = 16
 """Bytes that TMA aligns rows to, and so features, of which each has a byte."""

@@ -424,7 +424,7 @@ FAULTS = [
     ),
     Fault(
         "empty-scales-of-rows-for-blocks",
-        "ops.py",
+        "ops/scales.py",
         "    if blocks:\n",
         "    if False:\n",
         ["tests/contract/test_blocks.py::test_empty_scales_of_blocks"],

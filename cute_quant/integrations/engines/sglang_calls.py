@@ -46,7 +46,7 @@ from cute_quant.contract.formats import (
 )
 from cute_quant.contract.rows import Masked
 from cute_quant.contract.torch_private import constant_in_graphs
-from cute_quant.ops import quantize, silu_mul_quantize
+from cute_quant.ops.rows import quantize, silu_mul_quantize
 
 MIN_AMAX = 1e-10
 """SGLang's `eps`, which its kernels have as a constant."""

@@ -45,7 +45,8 @@ from cute_quant.contract.formats import (
 )
 from cute_quant.contract.rows import Masked, PrefixSum, PrefixSumWithGaps
 from cute_quant.contract.torch_private import constant_in_graphs
-from cute_quant.ops import convert_scales, quantize, silu_mul_quantize
+from cute_quant.ops.rows import quantize, silu_mul_quantize
+from cute_quant.ops.scales import convert_scales
 
 MIN_AMAX = 1e-10
 """vLLM's `eps`."""
