@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FIRST, *OTHERS = ARCHITECTURES
 HAS_GPU = torch.cuda.is_available()
-SLOW_PARTS = 4
+SLOW_PARTS = 8
 
 
 def pytest_configure() -> None:
@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--slow-part",
         type=of_slow_tests,
         default=(0, 1),
-        help="of the tests marked slow, a part such as 1/2, or today's quarter",
+        help="of the tests marked slow, a part such as 1/2, or today's eighth",
     )
 
 
