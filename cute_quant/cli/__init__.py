@@ -1,1 +1,1 @@
-"""The command line: one module for each command, and `main`, which finds them."""
+"""The command line: one module for each command, what they share, and `main`, which finds them."""

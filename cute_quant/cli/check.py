@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from cute_quant.cli.comparison import WrongResult, compare, compare_columns
-from cute_quant.cli.kernel_results import results, results_of_columns
+from cute_quant.cli.kernel_comparison import WrongResult, compare, compare_columns
+from cute_quant.cli.kernel_results import results_of, results_of_columns
 from cute_quant.dispatch import presets
 from cute_quant.jit import keys, lookup, progress
 from cute_quant.kernels.config import ColumnsSpec, Spec
@@ -94,7 +94,7 @@ def _outcome(spec: Spec, arch: str, gpu: bool) -> Outcome:
                 spec, results_of_columns(spec, "cuda"), results_of_columns(spec, "cpu")
             )
         elif gpu:
-            rounded = compare(spec, results(spec, "cuda"), results(spec, "cpu"))
+            rounded = compare(spec, results_of(spec, "cuda"), results_of(spec, "cpu"))
         else:
             lookup.build(lookup.kernel(spec), arch)
     except WrongResult as raised:

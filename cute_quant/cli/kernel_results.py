@@ -1,4 +1,4 @@
-"""A call that takes each kernel, on numbers of all kinds, and all that it writes."""
+"""Call each kernel on numbers of all kinds, and return all that it writes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Results(NamedTuple):
     decode_scales: torch.Tensor | None = None
 
 
-def results(spec: Spec, device: str) -> Results:
+def results_of(spec: Spec, device: str) -> Results:
     """Return the results of a call that takes this kernel."""
     generator = torch.Generator().manual_seed(SEED)
     if isinstance(spec, ConvertSpec):
@@ -83,7 +83,7 @@ def results(spec: Spec, device: str) -> Results:
     fmt = spec.fmt
     domain = DENSE_ROWS if isinstance(spec, DequantizeSpec) else spec.domain
     batch_shape = (MATRICES,) if domain.batched else ()
-    mn, k = size(spec)
+    mn, k = size_for(spec)
     index = None
     if domain.gathered:
         index = torch.randint(FEW_ROWS, (*batch_shape, mn), dtype=torch.int32, generator=generator)
@@ -111,7 +111,7 @@ def results(spec: Spec, device: str) -> Results:
     q = torch.full((*batch_shape, mn, columns), POISON, dtype=torch.uint8, device=device)
     q = q.view(fmt.values)
     sf = fmt.empty_scales(batch_shape, mn, k, q.device)
-    storage(sf).fill_(POISON)
+    storage_bytes(sf).fill_(POISON)
     out: tuple[torch.Tensor, ...] = (q, sf)
     if fmt.row_scale:
         decode_scales = torch.full((*batch_shape, mn), torch.nan, device=device)
@@ -230,7 +230,7 @@ def _weights(spec: Spec, device: str, generator: torch.Generator) -> Results:
     """Return the results of a call on weights that takes this kernel."""
     assert isinstance(spec, BlocksSpec | RequantizeSpec | DequantizeSpec)
     fmt, transposed = spec.fmt, isinstance(spec, BlocksSpec) and spec.transposed
-    rows, k = (WHOLE_ROWS, COLUMNS) if transposed else size(spec)
+    rows, k = (WHOLE_ROWS, COLUMNS) if transposed else size_for(spec)
     w = _activations((rows, k), torch.float32, generator, 3)
     if isinstance(spec, DequantizeSpec):
         q, sf = cute_quant.quantize_blocks(w.to(device), fmt)
@@ -245,7 +245,7 @@ def _weights(spec: Spec, device: str, generator: torch.Generator) -> Results:
         if by_row
         else blocks.empty_scales(fmt, ResultShape((), rows, k), q.device)
     )
-    storage(sf).fill_(POISON)
+    storage_bytes(sf).fill_(POISON)
     if by_row or spec.dtype is fmt.values:
         w8, w_sf = cute_quant.quantize_blocks(
             w, DEEP_GEMM_SM90.replace(group_size=spec.source_block)
@@ -270,7 +270,7 @@ def _conversion(spec: ConvertSpec, device: str, generator: torch.Generator) -> R
     x = _activations((FEW_ROWS, COLUMNS), torch.float32, generator, 14)
     _, sf = cute_quant.quantize(x.to(device), fmt)
     result = to.empty_scales((), FEW_ROWS, COLUMNS, sf.device)
-    storage(result).fill_(POISON)
+    storage_bytes(result).fill_(POISON)
     cute_quant.convert_scales(sf, fmt, to, x.shape, out=result)
     return Results(result, result)
 
@@ -298,7 +298,7 @@ def _upper_scale(kind: str | None, decode_scale: torch.Tensor | None) -> dict[st
     return {kind: forms[kind]}
 
 
-def size(spec: Spec) -> tuple[int, int]:
+def size_for(spec: Spec) -> tuple[int, int]:
     """(mn, k) of a result that a kernel of this tile is launched for."""
     if isinstance(spec, QuantizerSpec) and (isinstance(spec, RmsNormSpec) or spec.fmt.by_row):
         return presets.size_of_whole_rows(spec)
@@ -349,6 +349,6 @@ def _rows(domain: Domain, mn: int, device: str, generator: torch.Generator) -> R
     return None
 
 
-def storage(t: torch.Tensor) -> torch.Tensor:
+def storage_bytes(t: torch.Tensor) -> torch.Tensor:
     """The bytes of all of the tensor's storage, where they are."""
     return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())

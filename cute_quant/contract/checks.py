@@ -1,6 +1,6 @@
 """Checks of calls. Each failure names the argument, what was expected and what came.
 
-Sizes may be symbolic: see ``tensors``.
+No tensor is read, which ``contents`` does. Sizes may be symbolic: see ``tensors``.
 """
 
 from __future__ import annotations

@@ -34,6 +34,9 @@ from cute_quant.contract.tensors import (
     check_written,
 )
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Values and scales."""
+
 GROUP_SIZES = (32, 128)
 """Rows of a group, which weight gradients are read with."""
 WORD_GROUP_SIZE = 32

@@ -1,4 +1,4 @@
-"""Checks of what tensors hold. They read it, which waits for a GPU."""
+"""Checks of what the tensors of calls that quantize hold. They read it, which waits for a GPU."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def check_contents(call: Call, mn: int) -> None:
         ValueError: as the checks of each.
     """
     check_counts(call.rows, call.index, call.x.shape[-2], mn)
-    check_scatter(call)
-    check_upper_scale(call)
+    _check_scatter(call)
+    _check_upper_scale(call)
 
 
 def check_counts(rows: Rows | None, index: torch.Tensor | None, tokens: int, mn: int) -> None:
@@ -60,7 +60,7 @@ def _check_range(name: str, t: torch.Tensor, lowest: int, highest: int) -> None:
         raise ValueError(f"{name}: expected {lowest} to {highest}, got {t[at].item()} at {at}")
 
 
-def check_scatter(call: Call) -> None:
+def _check_scatter(call: Call) -> None:
     """Read the places of a scatter, which synchronizes, and check that each row is named once.
 
     Raises:
@@ -105,7 +105,7 @@ def _where(scatter: torch.Tensor, place: int) -> tuple[int, ...]:
     return tuple((scatter == place).nonzero()[0].tolist())
 
 
-def check_upper_scale(call: Call) -> None:
+def _check_upper_scale(call: Call) -> None:
     """Read the upper scale of a call, which synchronizes, and check that it fits the input.
 
     The amax of x times the encode scale has to lie within 2^20 of 2688, and within 2^8 if its
@@ -171,7 +171,7 @@ def _amax_under_each(call: Call, count: int) -> torch.Tensor:
     return of_rows.flatten().amax(0, keepdim=True) if count == 1 else of_rows.amax(1)
 
 
-def check_source(
+def check_source_blocks(
     w8: torch.Tensor, w_sf: torch.Tensor, fmt: Format, upper: UpperScale | None
 ) -> None:
     """Read the values and scales of a checkpoint, which synchronizes, and check that they fit.
@@ -190,7 +190,7 @@ def check_source(
     _refuse("w8: expected numbers, of which a block has the amax", amaxes, amaxes.isnan())
     products = amaxes * w_sf
     _refuse("w_sf: expected products with the amax of a block below 2^128", w_sf, products.isinf())
-    check_upper_scale(Call(products, fmt, upper=upper))
+    _check_upper_scale(Call(products, fmt, upper=upper))
 
 
 def _refuse(expected: str, t: torch.Tensor, wrong: torch.Tensor) -> None:

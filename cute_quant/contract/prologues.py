@@ -1,7 +1,7 @@
 """Prologues: operations before the quantizer in the same kernel, whose results it quantizes.
 
-A prologue holds the options and the further tensors of one call. `reference` has what it computes,
-`checks` what its tensors have to look like.
+A prologue holds the options and the further tensors of one call. `reference.prologues` has what it
+computes, `checks` what its tensors have to look like.
 """
 
 from __future__ import annotations

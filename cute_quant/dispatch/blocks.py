@@ -7,10 +7,10 @@ import functools
 import torch
 
 from cute_quant.contract import blocks
-from cute_quant.contract.contents import check_source
+from cute_quant.contract.contents import check_source_blocks
 from cute_quant.contract.dtypes import LOAD_BYTES, SOURCE_BLOCK, STORE_BYTES
 from cute_quant.contract.formats import Format
-from cute_quant.contract.reference import blocks as reference
+from cute_quant.contract.reference import blocks as block_reference
 from cute_quant.contract.tensors import (
     check_disjoint,
     check_no_tangents,
@@ -61,7 +61,7 @@ def quantize(
     of_rows = not blocks.stored_once(fmt)
     _check_regions({"w": w}, q, sf, mn_major=fmt.mn_major and of_rows)
     if not launch.has_kernels(w):
-        launch.run(reference.quantize_into, (w, fmt, q, sf), [])
+        launch.run(block_reference.quantize_into, (w, fmt, q, sf), [])
     elif w.numel():
         _launch_blocks(w, None, fmt, q, sf)
     return q, sf
@@ -95,9 +95,9 @@ def requantize(
     of_rows = blocks.quantized_by_row(fmt) or not blocks.stored_once(fmt)
     _check_regions(reads, q, sf, mn_major=fmt.mn_major and of_rows)
     if check:
-        check_source(w8, w_sf, fmt, upper)
+        check_source_blocks(w8, w_sf, fmt, upper)
     if not launch.has_kernels(w8):
-        launch.run(reference.requantize_into, (w8, w_sf, fmt, upper, q, sf), [])
+        launch.run(block_reference.requantize_into, (w8, w_sf, fmt, upper, q, sf), [])
     elif w8.numel() and blocks.quantized_by_row(fmt):
         _launch_groups(w8, w_sf, fmt, upper, q, sf)
     elif w8.numel():
@@ -113,7 +113,7 @@ def dequantize(q: torch.Tensor, sf: torch.Tensor, fmt: Format, dtype: torch.dtyp
     _check_memory({"q": q, "sf": sf})
     y = torch.empty((*shape.batch_shape, shape.mn, shape.k), dtype=dtype, device=q.device)
     if not launch.has_kernels(q):
-        launch.run(reference.dequantize_into, (q, sf, fmt, y), [])
+        launch.run(block_reference.dequantize_into, (q, sf, fmt, y), [])
     elif q.numel():
         arch = lookup.architecture(q.get_device())
         spec = choose_dequantize_spec(q, y, fmt, arch)

@@ -10,7 +10,7 @@ import torch
 from cute_quant.contract import columns
 from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.checks import check_row_kind
-from cute_quant.contract.columns import ColumnCall, Output
+from cute_quant.contract.columns import ColumnCall, Output, Pair
 from cute_quant.contract.dtypes import describe
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import (
@@ -20,7 +20,6 @@ from cute_quant.contract.prologues import (
     make_silu_mul,
     make_silu_mul_backward,
 )
-from cute_quant.contract.reference.columns import Pair
 from cute_quant.contract.rows import DENSE, RowOperands, from_operands, to_operands
 from cute_quant.dispatch import columns as launches
 from cute_quant.dispatch import operators

@@ -9,13 +9,12 @@ import torch
 
 from cute_quant.contract import columns
 from cute_quant.contract.calls import ResultShape
-from cute_quant.contract.columns import ColumnCall, Output
+from cute_quant.contract.columns import ColumnCall, Output, Pair
 from cute_quant.contract.contents import check_counts
 from cute_quant.contract.dtypes import STORE_BYTES
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import GatedPrologue, SiluMul, SiluMulBackward
-from cute_quant.contract.reference import columns as reference
-from cute_quant.contract.reference.columns import Pair
+from cute_quant.contract.reference import columns as column_reference
 from cute_quant.contract.rows import DENSE
 from cute_quant.contract.tensors import (
     Region,
@@ -67,7 +66,7 @@ def run(call: ColumnCall, *, check: bool = False) -> Results:
     results = allocate(call, shape)
     _check_regions(call, results)
     if not launch.has_kernels(call.x):
-        launch.run(reference.quantize_into, (call, *results), [])
+        launch.run(column_reference.quantize_into, (call, *results), [])
     elif call.x.numel():
         _launch(call, results)
     return results

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cute_quant.contract import checks, prologues
+from cute_quant.contract import checks
 from cute_quant.contract.calls import Call, ResultShape
 from cute_quant.contract.dtypes import LOAD_BYTES, align
 from cute_quant.contract.formats import Format
-from cute_quant.contract.prologues import RmsNorm, SiluMul, SiluMulBackward
+from cute_quant.contract.prologues import RmsNorm, SiluMul, SiluMulBackward, clamp_limit
 from cute_quant.contract.rows import DENSE, Masked
 from cute_quant.contract.tensors import MAX_SIZE, flat_batch, last_column_rows, span
 from cute_quant.contract.upper_scales import UpperScale
@@ -326,7 +326,7 @@ def choose_silu_mul(
         "weighted": prologue.weight is not None,
     }
     # The bound as the reference rounds it.
-    bound = 0.0 if prologue.clamp is None else prologues.clamp_limit(prologue, dtype)
+    bound = 0.0 if prologue.clamp is None else clamp_limit(prologue, dtype)
     numbers = bound, prologue.alpha, prologue.beta
     views = (_factors_view(prologue.weight, batched=batched),)
     # The ups of a row start k elements after its gates.

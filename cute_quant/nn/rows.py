@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cute_quant.contract.dtypes import align
-from cute_quant.contract.reference import rows as reference
+from cute_quant.contract.reference import rows as row_domains
 from cute_quant.contract.rows import PrefixSum
 
 GROUP_ALIGNMENT = 128
@@ -15,7 +15,7 @@ that shares a scale."""
 
 def groups_of_rows(rows: PrefixSum, m: int) -> torch.Tensor:
     """Return the group of each of m rows, int32, -1 of none."""
-    return reference.groups_of_rows(rows, m).int()
+    return row_domains.groups_of_rows(rows, m).int()
 
 
 def group_sizes(rows: PrefixSum, m: int) -> list[int]:

@@ -51,12 +51,12 @@ def inputs_of(x: torch.Tensor, prologue: Prologue | None) -> list[torch.Tensor]:
     return [x, *(t for t in further if isinstance(t, torch.Tensor) and not is_fake(t))]
 
 
-def refuse_check(check: bool) -> None:
-    """Refuse to check counts where a tracer sees the call."""
+def refuse_check(check: bool, contents: str) -> None:
+    """Refuse to read the `contents` of tensors where a tracer sees the call."""
     if check:
         raise ValueError(
             "check: expected False under a tracer or dispatch mode, or with a tensor subclass, "
-            "whose counts are not read"
+            f"whose {contents} are not read"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cute_quant.contract.columns import ColumnCall, Output
+from cute_quant.contract.columns import ColumnCall, Output, Pair
 from cute_quant.contract.dtypes import describe
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import (
@@ -27,9 +27,6 @@ from cute_quant.ops.arguments import (
     outputs_of,
     refuse_check,
 )
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""Values and scales."""
 
 
 def quantize_columns(
@@ -281,5 +278,5 @@ def _run_columns(call: ColumnCall, check: bool) -> column_launches.Results:
     check_bool("check", check)
     if not any(map(is_traced, inputs_of(call.x, call.prologue))):
         return column_launches.run(call, check=check)
-    refuse_check(check)
+    refuse_check(check, "counts")
     return column_ops.run(call)

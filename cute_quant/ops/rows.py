@@ -525,5 +525,5 @@ def _run(call: Call, check: bool) -> tuple[torch.Tensor, ...]:
     check_bool("check", check)
     if not any(map(is_traced, inputs_of(call.x, call.prologue))):
         return launch.quantize(call, check=check, remember=not check)
-    refuse_check(check)
+    refuse_check(check, "counts")
     return torch_ops.quantize(call)

@@ -1,4 +1,4 @@
-"""Scales for themselves: allocated, converted, and checked against what a reader requires."""
+"""Scales allocated, converted, and checked against what a reader requires, DeepGEMM's by GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cute_quant.contract.scale_conversion import Conversion
 from cute_quant.contract.torch_private import outside_of_graphs
 from cute_quant.contract.upper_scales import make_upper_scale
 from cute_quant.dispatch import convert_scales as conversions
-from cute_quant.ops.arguments import check_bool, check_input, is_traced
+from cute_quant.ops.arguments import check_bool, check_input, is_traced, refuse_check
 
 
 def convert_scales(
@@ -73,11 +73,7 @@ def convert_scales(
     call = Conversion(sf, fmt, to, checks.check_values_shape(shape), rows, out)
     if not is_traced(sf):
         return conversions.run(call, check=check)
-    if check:
-        raise ValueError(
-            "check: expected False under a tracer or dispatch mode, or with a tensor subclass, "
-            "whose scales are not read"
-        )
+    refuse_check(check, "scales")
     # A schema cannot name what is wrong with these.
     checks.check_format(fmt)
     checks.check_format(to, "to")

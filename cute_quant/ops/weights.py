@@ -10,7 +10,14 @@ from cute_quant.contract.formats import DEEP_GEMM, Format
 from cute_quant.contract.upper_scales import make_upper_scale
 from cute_quant.dispatch import block_ops
 from cute_quant.dispatch import blocks as block_launches
-from cute_quant.ops.arguments import Out, check_bool, check_input, is_traced, outputs_of
+from cute_quant.ops.arguments import (
+    Out,
+    check_bool,
+    check_input,
+    is_traced,
+    outputs_of,
+    refuse_check,
+)
 from cute_quant.ops.rows import dequantize
 
 
@@ -133,9 +140,5 @@ def requantize_blocks(
     call = w8, w_sf, fmt, upper, outputs.q, outputs.sf
     if not is_traced(w8):
         return block_launches.requantize(*call, check=check)
-    if check:
-        raise ValueError(
-            "check: expected False under a tracer or dispatch mode, or with a tensor subclass, "
-            "whose values are not read"
-        )
+    refuse_check(check, "values")
     return block_ops.requantize(*call)

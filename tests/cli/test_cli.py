@@ -14,7 +14,7 @@ import torch
 import cute_quant
 from cute_quant import kernels
 from cute_quant.cli import check, kernel_results, main, selection
-from cute_quant.cli.comparison import WrongResult, compare, compare_columns
+from cute_quant.cli.kernel_comparison import WrongResult, compare, compare_columns
 from cute_quant.cli.kernel_results import results_of_columns
 from cute_quant.contract.calls import Call
 from cute_quant.contract.formats import DEEP_GEMM, MXFP4, ROWWISE_FP8
@@ -538,7 +538,7 @@ def results_of(spec: Spec) -> kernel_results.Results:
     """Return the reference's results of the call that takes a kernel."""
     with pytest.MonkeyPatch.context() as patch:
         put_small_gpu(patch, spec)
-        return kernel_results.results(spec, "cpu")
+        return kernel_results.results_of(spec, "cpu")
 
 
 def calls_of_check(
@@ -557,7 +557,7 @@ def calls_of_check(
     monkeypatch.setattr(lookup, "function", lambda *of: asked.append(of) or function)
     monkeypatch.setattr(launch, "quantize_into", quantize_into)
     for spec in specs:
-        kernel_results.results(spec, "cpu")
+        kernel_results.results_of(spec, "cpu")
     return asked
 
 
@@ -591,13 +591,13 @@ def test_check_has_a_size_for_each_tile_on_any_gpu(arch, sms, small_gpu, monkeyp
     tiles = {s.tile for s in specs.values() if isinstance(s, SiluMulSpec)}
     assert len(tiles) == (1 if arch == "sm_100a" else 5)
     for spec in specs.values():
-        kernel_results.size(spec)
+        kernel_results.size_for(spec)
         if isinstance(spec, SiluMulSpec) and not spec.domain.masked:
-            kernel_results.size(spec._replace(domain=Domain(batched=True)))
+            kernel_results.size_for(spec._replace(domain=Domain(batched=True)))
     requantized = [s for s in presets.weights(arch) if isinstance(s, RequantizeSpec)]
     assert len({s.tile for s in requantized}) == 2
     for spec in requantized:
-        kernel_results.size(spec)
+        kernel_results.size_for(spec)
 
 
 @pytest.mark.parametrize("sms", [8, 16, 188])
@@ -630,7 +630,7 @@ def test_check_calls_what_asks_for_each_kernel_of_weights(arch, small_gpu, monke
         "requantize",
     }
     for spec in specs:
-        kernel_results.results(spec, "cpu")
+        kernel_results.results_of(spec, "cpu")
         assert asked[-1] == (spec, arch)
 
 
@@ -640,7 +640,7 @@ def test_check_sees_a_wrong_byte(spec):
     assert compare(spec, actual, expected) is None
     for t in actual.values, actual.scales:
         if t is not None:
-            data = kernel_results.storage(t)
+            data = kernel_results.storage_bytes(t)
             # The bits of a NaN that is multiplied back are any.
             byte = 7
             if t.dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -660,7 +660,7 @@ def computed(request: pytest.FixtureRequest) -> tuple[Spec, kernel_results.Resul
 
 def copied(results: kernel_results.Results) -> kernel_results.Results:
     def copy(t: torch.Tensor) -> torch.Tensor:
-        storage = kernel_results.storage(t).clone().view(t.dtype)
+        storage = kernel_results.storage_bytes(t).clone().view(t.dtype)
         return storage.as_strided(t.shape, t.stride(), t.storage_offset())
 
     return kernel_results.Results(*(t if t is None else copy(t) for t in results))
@@ -668,12 +668,12 @@ def copied(results: kernel_results.Results) -> kernel_results.Results:
 
 def flip(t: torch.Tensor, count: int, bit: int) -> None:
     """Flip a bit of the first bytes, of a row of ordinary magnitude."""
-    kernel_results.storage(t)[:count] ^= bit
+    kernel_results.storage_bytes(t)[:count] ^= bit
 
 
 def move_to_neighbours(t: torch.Tensor, count: int) -> None:
     """Make the first values those next to them: towards 0, or from it."""
-    data = kernel_results.storage(t)[:count]
+    data = kernel_results.storage_bytes(t)[:count]
     data += torch.where((data & 0x7F) == 0, 1, -1).to(torch.uint8)
 
 
@@ -714,7 +714,7 @@ def test_check_sees_wrong_scales(computed):
 def test_check_sees_padding_that_is_not_written(computed):
     spec, expected = computed
     actual = copied(expected)
-    data = kernel_results.storage(actual.scales)
+    data = kernel_results.storage_bytes(actual.scales)
     zeros = (data.view(torch.int32) == 0).nonzero()
     data.view(torch.int32)[zeros[-1]] = 0x01010101 * kernel_results.POISON - 2**32
     with pytest.raises(WrongResult, match=r"scales are"):
@@ -729,7 +729,7 @@ def test_check_takes_a_scale_that_is_a_neighbour(monkeypatch):
     values = expected.values.flatten()[:128].float()
     flatten = actual.values.flatten()
     flatten[:128] = (values / 2).to(spec.fmt.values)
-    kernel_results.storage(actual.scales)[0] += 1
+    kernel_results.storage_bytes(actual.scales)[0] += 1
     assert compare(spec, actual, expected) == 1
 
 
@@ -811,7 +811,7 @@ def test_check_sees_wrong_columns(spec):
     for number, result in enumerate(expected):
         for name in ("values", "scales"):
             wrong = [copied(r) for r in expected]
-            kernel_results.storage(getattr(wrong[number], name))[1000:1010] ^= 0x30
+            kernel_results.storage_bytes(getattr(wrong[number], name))[1000:1010] ^= 0x30
             with pytest.raises(WrongResult, match=name):
                 compare_columns(spec, wrong, expected)
         assert result.scales is not None
@@ -826,7 +826,7 @@ def test_check_says_how_many_are_neighbours(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(lookup, "architecture", lambda index: "sm_90a")
     monkeypatch.setattr(presets, "of_each_kind", lambda arch: [spec])
-    monkeypatch.setattr(check, "results", lambda spec, device: results[device])
+    monkeypatch.setattr(check, "results_of", lambda spec, device: results[device])
     line = f"ran      sm_90a   {keys.spec_name(spec)}: "
     assert main.main(["check"]) == 0
     _, kernel, total = capsys.readouterr().out.splitlines()

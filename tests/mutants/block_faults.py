@@ -358,7 +358,7 @@ FAULTS = [
     Fault(
         "checkpoint-upper-scale-unread",
         CONTENTS,
-        "check_upper_scale(Call(products, fmt, upper=upper))",
+        "_check_upper_scale(Call(products, fmt, upper=upper))",
         "pass",
         CHECKPOINT,
     ),

@@ -1,4 +1,4 @@
-"""Faults in what results are: the reference, formats, checks and prologues, and `diff`."""
+"""Faults in what results are: the reference, formats, checks, prologues and `diff`."""
 
 from tests.mutants.fault import Fault
 
@@ -522,21 +522,21 @@ FAULTS = [
         [f"{ON_TENSORS}::test_most_rows_of_experts"],
     ),
     Fault(
-        "checks-index-of-one-past-the-last",
+        "contents-index-of-one-past-the-last",
         CONTENTS,
         '_check_range("index", index, -1, tokens - 1)',
         '_check_range("index", index, -1, tokens)',
         [f"{ON_CHECKS}::test_check"],
     ),
     Fault(
-        "checks-ends-before-aligned-starts",
+        "contents-ends-before-aligned-starts",
         CONTENTS,
         "start = align(end, rows.alignment)",
         "start = end",
         [f"{ON_CHECKS}::test_check"],
     ),
     Fault(
-        "checks-count-of-one-too-many",
+        "contents-count-of-one-too-many",
         CONTENTS,
         '_check_range("rows.masked_m", rows.masked_m, 0, mn)',
         '_check_range("rows.masked_m", rows.masked_m, 0, mn + 1)',
@@ -724,21 +724,21 @@ FAULTS = [
         [f"{ON_UPPER_SCALE}::test_every_kind_and_shape"],
     ),
     Fault(
-        "reference-check-of-scales-sees-dead-rows",
+        "contents-of-scales-sees-dead-rows",
         CONTENTS,
         "source.abs().amax(-1).where(live, 0)",
         "source.abs().amax(-1)",
         [f"{ON_UPPER_SCALE}::test_check_looks_at_each_matrix_and_at_rows_that_exist"],
     ),
     Fault(
-        "reference-check-of-swapped-scales",
+        "contents-of-swapped-scales",
         CONTENTS,
         "(encode * fitting).log2().abs() < 4",
         "(encode * fitting).log2().abs() < 0",
         [f"{ON_UPPER_SCALE}::test_check_names_a_mixed_up_scale"],
     ),
     Fault(
-        "reference-check-of-groups-without-a-scale",
+        "contents-of-groups-without-a-scale",
         CONTENTS,
         "if last >= count:",
         "if last > count:",

@@ -72,7 +72,7 @@ FAULTS = [
     Fault(
         "plan-bound-not-rounded",
         PLAN,
-        "prologues.clamp_limit(prologue, dtype)",
+        "clamp_limit(prologue, dtype)",
         "prologue.clamp",
         [f"{ON_PLAN}::test_numbers_of_a_gated_activation"],
     ),

@@ -9,7 +9,7 @@ from cute_quant.contract.blocks import block_size, quantized_by_row, stored_once
 from cute_quant.contract.calls import Call
 from cute_quant.contract.dtypes import ceil_div
 from cute_quant.contract.formats import Format
-from cute_quant.contract.reference import quantize
+from cute_quant.contract.reference.quantize import quantize_into as quantize_rows_into
 from cute_quant.contract.reference.quantize import store_scales
 from cute_quant.contract.reference.scales import scales_of_amax
 from cute_quant.contract.reference.values import group_values, multiply_back, ue8m0_to_float32
@@ -91,6 +91,6 @@ def requantize_into(
     by_column = scales.repeat_interleave(size, -1)[..., : w8.shape[-1]]
     w = w8.float() * by_column
     if quantized_by_row(fmt):
-        quantize.quantize_into(Call(w, fmt, upper=upper), q, sf)
+        quantize_rows_into(Call(w, fmt, upper=upper), q, sf)
     else:
         quantize_into(w, fmt, q, sf)

@@ -7,17 +7,15 @@ from torch.nn.functional import pad
 
 from cute_quant.contract import scale_storage
 from cute_quant.contract.calls import Call
-from cute_quant.contract.columns import ColumnCall
+from cute_quant.contract.columns import ColumnCall, Pair
 from cute_quant.contract.formats import Format
 from cute_quant.contract.philox import COLUMN_DRAWS, random_of_elements
-from cute_quant.contract.reference import quantize
 from cute_quant.contract.reference.prologues import computed
+from cute_quant.contract.reference.quantize import quantize_into as quantize_rows_into
 from cute_quant.contract.reference.quantize import stored_scales
 from cute_quant.contract.reference.rows import live_rows
 from cute_quant.contract.reference.scales import group_scales
 from cute_quant.contract.reference.values import group_values
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def quantize_into(call: ColumnCall, columns: Pair, along_k: Pair | None) -> None:
@@ -30,7 +28,7 @@ def quantize_into(call: ColumnCall, columns: Pair, along_k: Pair | None) -> None
     """
     if call.along_k is not None and along_k is not None:
         of_rows = Call(call.x, call.along_k.fmt, rows=call.rows, prologue=call.prologue)
-        quantize.quantize_into(of_rows._replace(rng_state=call.rng_state), *along_k)
+        quantize_rows_into(of_rows._replace(rng_state=call.rng_state), *along_k)
     if call.x.numel():
         _quantize_columns_into(call, *columns)
 

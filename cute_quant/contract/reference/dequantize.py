@@ -1,4 +1,4 @@
-"""Whole calls that multiply back."""
+"""Multiply values with their scales."""
 
 from __future__ import annotations
 

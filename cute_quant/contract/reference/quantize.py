@@ -1,4 +1,4 @@
-"""Whole calls that quantize, into memory that is there."""
+"""Quantize rows into memory that is there, and store their scales."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def group_values(
         values = groups / (scales * upper.decode).unsqueeze(-1)
     else:
         finite = scales.isfinite()
-        values = groups * e4m3_multipliers(scales, upper, fmt).unsqueeze(-1)
+        values = groups * _e4m3_multipliers(scales, upper, fmt).unsqueeze(-1)
         if fmt.numerics == VLLM_EMULATION:
             values = values + 0.0  # which makes 0 of -0
     values = values.where(finite.unsqueeze(-1), torch.nan).flatten(-2)[..., : x.shape[-1]]
@@ -101,7 +101,7 @@ def _scaled(groups: torch.Tensor, scales: torch.Tensor, fmt: Format) -> torch.Te
     return values.bfloat16().float() if fmt.in_bf16 else values
 
 
-def e4m3_multipliers(scales: torch.Tensor, upper: Factors, fmt: Format) -> torch.Tensor:
+def _e4m3_multipliers(scales: torch.Tensor, upper: Factors, fmt: Format) -> torch.Tensor:
     """Return what values are multiplied with under e4m3 scales."""
     encode, decode = upper
     match fmt.numerics:

@@ -1,11 +1,11 @@
-"""Whether what a kernel writes is the reference's."""
+"""Compare what a kernel writes with the reference, and count neighbours."""
 
 from __future__ import annotations
 
 import torch
 
 import cute_quant
-from cute_quant.cli.kernel_results import Results, storage
+from cute_quant.cli.kernel_results import Results, storage_bytes
 from cute_quant.contract.dtypes import INPUT_DTYPES
 from cute_quant.contract.formats import Format
 from cute_quant.kernels.config import (
@@ -56,7 +56,9 @@ def compare(spec: Spec, actual: Results, expected: Results) -> int | None:
         return count
     _require_equal("values", *(_bytes(_one_nan(t.values)) for t in (actual, expected)))
     if expected.scales is not None:
-        _require_equal("scales", storage(_scales(actual)).cpu(), storage(expected.scales))
+        _require_equal(
+            "scales", storage_bytes(_scales(actual)).cpu(), storage_bytes(expected.scales)
+        )
     return None
 
 
@@ -68,7 +70,7 @@ def compare_columns(
     for fmt, a, b in zip(formats, actual, expected, strict=True):
         if spec.gated is None:
             _require_equal("values", _bytes(a.values), _bytes(b.values))
-            _require_equal("scales", storage(_scales(a)).cpu(), storage(_scales(b)))
+            _require_equal("scales", storage_bytes(_scales(a)).cpu(), storage_bytes(_scales(b)))
         else:
             count += _neighbouring_scales(_scales(a), _scales(b), fmt)
             count += _neighbouring_values(a, b, fmt)
@@ -106,7 +108,7 @@ def _neighbouring_scales(actual: torch.Tensor, expected: torch.Tensor, fmt: Form
     Floats have to be close to the reference's. Padding and rows that
     nobody writes are equal in any case.
     """
-    actual, expected = storage(actual).cpu(), storage(expected)
+    actual, expected = storage_bytes(actual).cpu(), storage_bytes(expected)
     if not fmt.byte_scales:
         close = _close(actual.view(torch.float32), expected.view(torch.float32))
         _require_all("scales", close, f"more than {SCALE_ERROR:.1g} away from the reference's")
