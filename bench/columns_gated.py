@@ -43,7 +43,7 @@ from cute_quant import (
 
 SHAPES = ((2048, 2048), (8192, 4096), (16384, 2048))
 LARGEST_ERROR = 0.2
-"""Of columns, next to those of values that torch rounded to bf16 before."""
+"""Largest error of columns, next to those of values that torch rounded to bf16 before."""
 Operation = Callable[..., Any]
 OPERATIONS: dict[str, tuple[Operation, Operation]] = {
     "x": (quantize_both, quantize),

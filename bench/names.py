@@ -15,7 +15,7 @@ OPERATOR, NORM_OPERATOR = (
     "torch.ops.cute_quant.quantize(x, ...)",
     "torch.ops.cute_quant.rms_norm_quantize_residual(x, ...)",
 )
-"""What compiled graphs call."""
+"""Operators, as compiled graphs call them."""
 LAUNCH = "launch = bind(x, out=(q, sf)); launch()"
 NEG = "torch.neg(x)"
 EMPTY_LIKE = "torch.empty_like(x)"

@@ -41,7 +41,7 @@ MAGNITUDE_BARS = 8
 
 
 class Result(NamedTuple):
-    """What came of a numerics.
+    """Results of numerics that have the same bits.
 
     Attributes:
         names: the numerics that have these bits.

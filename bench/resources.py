@@ -38,7 +38,7 @@ ISSUE, ALU, FMA, CONVERT, MUFU, SHARED, MEMORY, IN_FLIGHT = (
 
 
 class Machine(NamedTuple):
-    """What is known of a GPU beside its clock and bandwidth.
+    """A GPU, but for its clock and bandwidth.
 
     Attributes:
         gpu: the GPU.
@@ -103,7 +103,7 @@ RATES = {ALU: 64, FMA: 128, CONVERT: 64, MUFU: 16}
 """Results of a cycle and SM: CUDA C++ Programming Guide, "Throughput of Native Arithmetic
 Instructions", compute capability 9.0 and 10.0."""
 SHARED_BYTES_PER_CYCLE = 128
-"""Of an SM: the guide, "Shared Memory": 32 banks of 4 bytes."""
+"""Bytes of an SM: the guide, "Shared Memory": 32 banks of 4."""
 
 PIPES = {
     FMA: "FFMA FMUL FADD HFMA2 HMUL2 HADD2 FHFMA FFMA2 FMUL2 FADD2 IMAD",
@@ -222,7 +222,7 @@ def resident_ctas(code: MachineCode, warps: int, arch: str) -> int:
 
 
 class Bound(NamedTuple):
-    """What bounds a launch.
+    """Bounds of the time of a launch.
 
     Attributes:
         seconds: that each resource needs.

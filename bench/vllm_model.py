@@ -201,7 +201,7 @@ def run(options: argparse.Namespace) -> None:
     theirs, ours = results
     print("| step | vLLM, us | cute_quant, us | vLLM / cute_quant |")
     print("| --- | ---: | ---: | ---: |")
-    for step in theirs["seconds"].keys() & ours["seconds"].keys():
+    for step in [s for s in theirs["seconds"] if s in ours["seconds"]]:
         a, b = (1e6 * result["seconds"][step] for result in results)
         print(f"| {step} | {a:.0f} | {b:.0f} | {a / b:.2f} |")
     pairs = [zip(r["tokens"], r["logprobs"], strict=True) for r in results]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 import cute_quant
-from cute_quant.cli.kernel_results import Results, storage_bytes
+from cute_quant.cli.kernel_results import Results
 from cute_quant.contract.dtypes import INPUT_DTYPES
 from cute_quant.contract.formats import Format
+from cute_quant.contract.tensors import storage_bytes
 from cute_quant.kernels.config import (
     ColumnsSpec,
     QuantizeSpec,

@@ -13,6 +13,7 @@ from cute_quant.contract.calls import ResultShape
 from cute_quant.contract.dtypes import STORE_BYTES, UPPER_MAX, ceil_div
 from cute_quant.contract.formats import DEEP_GEMM_SM90
 from cute_quant.contract.rows import Indexed, Masked, PrefixSum, Rows
+from cute_quant.contract.tensors import storage_bytes
 from cute_quant.contract.upper_scales import AMAX, DECODE, ENCODE
 from cute_quant.dispatch import presets
 from cute_quant.jit import lookup
@@ -347,8 +348,3 @@ def _rows(domain: Domain, mn: int, device: str, generator: torch.Generator) -> R
         experts = torch.randint(-1, groups, (mn,), dtype=torch.int32, generator=generator)
         return Indexed(experts.to(device))
     return None
-
-
-def storage_bytes(t: torch.Tensor) -> torch.Tensor:
-    """The bytes of all of the tensor's storage, where they are."""
-    return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())

@@ -275,3 +275,8 @@ def span(t: torch.Tensor) -> int:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return (last + 1) * t.element_size()
+
+
+def storage_bytes(t: torch.Tensor) -> torch.Tensor:
+    """Return a view of all bytes of a tensor's storage, padding included."""
+    return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())

@@ -13,7 +13,7 @@ from cute_quant.kernels.config import BarrierSpec, launched_on
 
 
 class Barrier:
-    """What a rank calls for the kernel that counts, signals and waits, on the current stream.
+    """A rank's call of the kernel that counts, signals and waits, on the current stream.
 
     Args:
         counters: of each rank, (ranks + 1,), int32, zeros, in the memory of that rank.

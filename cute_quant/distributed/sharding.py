@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
 
 Spec = Any
-"""What DTensor says of a tensor: its shape, mesh and placements."""
+"""A tensor's shape, mesh and placements, as DTensor gives them."""
 Strategy = tuple[list["Placement | None"], list["Placement | None"]]
 """Placements of results and of arguments, None of those that are no tensors."""
 

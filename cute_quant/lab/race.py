@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from cute_quant.contract.dtypes import UPPER_MAX, ceil_div
+from cute_quant.contract.tensors import storage_bytes
 from cute_quant.jit import lookup
 from cute_quant.kernels.config import MAX_GRID_Y, launched_on
 from cute_quant.lab import timing
@@ -69,7 +70,9 @@ class Track:
         if fmt.upper_scale:
             self.encode_scale = torch.full((1,), UPPER_MAX / NORMAL_AMAX, device=device)
         self.calls = self._calls(default)
-        self.expected = [[_bits(t).clone() for t in results] for results in self._run(self.calls)]
+        self.expected = [
+            [storage_bytes(t).clone() for t in results] for results in self._run(self.calls)
+        ]
         self.graph = timing.capture(self.calls, self.launches)
 
     def time(self, layout: Layout) -> Time:
@@ -83,7 +86,7 @@ class Track:
         calls = self._calls(layout)
         for got, expected in zip(self._run(calls), self.expected, strict=True):
             for name, t, bits in zip(("values", "scales"), got, expected, strict=True):
-                wrong = int((_bits(t) != bits).sum())
+                wrong = int((storage_bytes(t) != bits).sum())
                 if wrong:
                     raise WrongResultError(
                         f"{layout.name}: {wrong} bytes of the {name} of an ({self.mn}, {self.k}) "
@@ -106,7 +109,7 @@ class Track:
         """Run each call over poison and return its results."""
         for call, (_, *results) in zip(calls, self.buffers, strict=True):
             for t in results:
-                _bits(t).fill_(POISON)
+                storage_bytes(t).fill_(POISON)
             call()
         torch.cuda.synchronize()
         return [(q, sf) for _, q, sf in self.buffers]
@@ -126,8 +129,3 @@ def check_shape(layout: Layout, mn: int, k: int) -> None:
         raise ValueError(
             f"mn: expected at most {MAX_GRID_Y} tiles of {layout.tile.rows} rows, got {mn} rows"
         )
-
-
-def _bits(t: torch.Tensor) -> torch.Tensor:
-    """Return all bytes of a tensor's storage."""
-    return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())

@@ -1,4 +1,4 @@
-"""What all operations ask of their arguments, and who runs a call: the launcher, or a tracer."""
+"""Checks of arguments that all operations have, and who runs a call: the launcher, or a tracer."""
 
 from __future__ import annotations
 
@@ -44,20 +44,23 @@ def is_traced(t: torch.Tensor) -> bool:
     return num_dispatch_modes() > 0 or type(t) not in _PLAIN_TYPES or t.is_meta
 
 
-def inputs_of(x: torch.Tensor, prologue: Prologue | None) -> list[torch.Tensor]:
-    """Return the inputs of a call that a tracer may ask for."""
-    # A fake beside a real input is a mistake that the checks name.
-    further = () if prologue is None else prologue.operands
-    return [x, *(t for t in further if isinstance(t, torch.Tensor) and not is_fake(t))]
-
-
-def refuse_check(check: bool, contents: str) -> None:
-    """Refuse to read the `contents` of tensors where a tracer sees the call."""
+def goes_to_tracer(inputs: Sequence[torch.Tensor], check: bool, contents: str) -> bool:
+    """Return whether the dispatcher has to see a call, which then may not check `contents`."""
+    if not any(map(is_traced, inputs)):
+        return False
     if check:
         raise ValueError(
             "check: expected False under a tracer or dispatch mode, or with a tensor subclass, "
             f"whose {contents} are not read"
         )
+    return True
+
+
+def inputs_of(x: torch.Tensor, prologue: Prologue | None) -> list[torch.Tensor]:
+    """Return the inputs of a call that a tracer may ask for."""
+    # A fake beside a real input is a mistake that the checks name.
+    further = () if prologue is None else prologue.operands
+    return [x, *(t for t in further if isinstance(t, torch.Tensor) and not is_fake(t))]
 
 
 class Outputs(NamedTuple):

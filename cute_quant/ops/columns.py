@@ -22,10 +22,9 @@ from cute_quant.ops.arguments import (
     Out,
     check_bool,
     check_input,
+    goes_to_tracer,
     inputs_of,
-    is_traced,
     outputs_of,
-    refuse_check,
 )
 
 
@@ -276,7 +275,6 @@ def _run_both(
 def _run_columns(call: ColumnCall, check: bool) -> column_launches.Results:
     """Launch a call, or hand it to its operator."""
     check_bool("check", check)
-    if not any(map(is_traced, inputs_of(call.x, call.prologue))):
-        return column_launches.run(call, check=check)
-    refuse_check(check, "counts")
-    return column_ops.run(call)
+    if goes_to_tracer(inputs_of(call.x, call.prologue), check, "counts"):
+        return column_ops.run(call)
+    return column_launches.run(call, check=check)

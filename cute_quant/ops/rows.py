@@ -24,10 +24,10 @@ from cute_quant.ops.arguments import (
     Out,
     check_bool,
     check_input,
+    goes_to_tracer,
     inputs_of,
     is_traced,
     outputs_of,
-    refuse_check,
 )
 
 
@@ -523,7 +523,6 @@ def tensor_amax(x: torch.Tensor, *, per_matrix: bool = False) -> torch.Tensor:
 def _run(call: Call, check: bool) -> tuple[torch.Tensor, ...]:
     """Launch a call, or hand it to its operator."""
     check_bool("check", check)
-    if not any(map(is_traced, inputs_of(call.x, call.prologue))):
-        return launch.quantize(call, check=check, remember=not check)
-    refuse_check(check, "counts")
-    return torch_ops.quantize(call)
+    if goes_to_tracer(inputs_of(call.x, call.prologue), check, "counts"):
+        return torch_ops.quantize(call)
+    return launch.quantize(call, check=check, remember=not check)

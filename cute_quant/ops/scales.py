@@ -20,7 +20,7 @@ from cute_quant.contract.scale_conversion import Conversion
 from cute_quant.contract.torch_private import outside_of_graphs
 from cute_quant.contract.upper_scales import make_upper_scale
 from cute_quant.dispatch import convert_scales as conversions
-from cute_quant.ops.arguments import check_bool, check_input, is_traced, refuse_check
+from cute_quant.ops.arguments import check_bool, check_input, goes_to_tracer
 
 
 def convert_scales(
@@ -71,9 +71,8 @@ def convert_scales(
     if out is not None and not isinstance(out, torch.Tensor):
         raise TypeError(f"out: expected a tensor or None, got {describe(out)}")
     call = Conversion(sf, fmt, to, checks.check_values_shape(shape), rows, out)
-    if not is_traced(sf):
+    if not goes_to_tracer([sf], check, "scales"):
         return conversions.run(call, check=check)
-    refuse_check(check, "scales")
     # A schema cannot name what is wrong with these.
     checks.check_format(fmt)
     checks.check_format(to, "to")

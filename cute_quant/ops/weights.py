@@ -14,9 +14,9 @@ from cute_quant.ops.arguments import (
     Out,
     check_bool,
     check_input,
+    goes_to_tracer,
     is_traced,
     outputs_of,
-    refuse_check,
 )
 from cute_quant.ops.rows import dequantize
 
@@ -138,7 +138,6 @@ def requantize_blocks(
     check_bool("check", check)
     outputs = outputs_of(out, fmt)
     call = w8, w_sf, fmt, upper, outputs.q, outputs.sf
-    if not is_traced(w8):
-        return block_launches.requantize(*call, check=check)
-    refuse_check(check, "values")
-    return block_ops.requantize(*call)
+    if goes_to_tracer([w8], check, "values"):
+        return block_ops.requantize(*call)
+    return block_launches.requantize(*call, check=check)

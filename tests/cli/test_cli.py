@@ -18,6 +18,7 @@ from cute_quant.cli.kernel_comparison import WrongResult, compare, compare_colum
 from cute_quant.cli.kernel_results import results_of_columns
 from cute_quant.contract.calls import Call
 from cute_quant.contract.formats import DEEP_GEMM, MXFP4, ROWWISE_FP8
+from cute_quant.contract.tensors import storage_bytes
 from cute_quant.dispatch import launch, plan, presets, reachable
 from cute_quant.dispatch.call_range import QUANTIZE, SILU_MUL, CallRange
 from cute_quant.dispatch.plan import Gpu
@@ -640,7 +641,7 @@ def test_check_sees_a_wrong_byte(spec):
     assert compare(spec, actual, expected) is None
     for t in actual.values, actual.scales:
         if t is not None:
-            data = kernel_results.storage_bytes(t)
+            data = storage_bytes(t)
             # The bits of a NaN that is multiplied back are any.
             byte = 7
             if t.dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -660,7 +661,7 @@ def computed(request: pytest.FixtureRequest) -> tuple[Spec, kernel_results.Resul
 
 def copied(results: kernel_results.Results) -> kernel_results.Results:
     def copy(t: torch.Tensor) -> torch.Tensor:
-        storage = kernel_results.storage_bytes(t).clone().view(t.dtype)
+        storage = storage_bytes(t).clone().view(t.dtype)
         return storage.as_strided(t.shape, t.stride(), t.storage_offset())
 
     return kernel_results.Results(*(t if t is None else copy(t) for t in results))
@@ -668,12 +669,12 @@ def copied(results: kernel_results.Results) -> kernel_results.Results:
 
 def flip(t: torch.Tensor, count: int, bit: int) -> None:
     """Flip a bit of the first bytes, of a row of ordinary magnitude."""
-    kernel_results.storage_bytes(t)[:count] ^= bit
+    storage_bytes(t)[:count] ^= bit
 
 
 def move_to_neighbours(t: torch.Tensor, count: int) -> None:
     """Make the first values those next to them: towards 0, or from it."""
-    data = kernel_results.storage_bytes(t)[:count]
+    data = storage_bytes(t)[:count]
     data += torch.where((data & 0x7F) == 0, 1, -1).to(torch.uint8)
 
 
@@ -714,7 +715,7 @@ def test_check_sees_wrong_scales(computed):
 def test_check_sees_padding_that_is_not_written(computed):
     spec, expected = computed
     actual = copied(expected)
-    data = kernel_results.storage_bytes(actual.scales)
+    data = storage_bytes(actual.scales)
     zeros = (data.view(torch.int32) == 0).nonzero()
     data.view(torch.int32)[zeros[-1]] = 0x01010101 * kernel_results.POISON - 2**32
     with pytest.raises(WrongResult, match=r"scales are"):
@@ -729,7 +730,7 @@ def test_check_takes_a_scale_that_is_a_neighbour(monkeypatch):
     values = expected.values.flatten()[:128].float()
     flatten = actual.values.flatten()
     flatten[:128] = (values / 2).to(spec.fmt.values)
-    kernel_results.storage_bytes(actual.scales)[0] += 1
+    storage_bytes(actual.scales)[0] += 1
     assert compare(spec, actual, expected) == 1
 
 
@@ -811,7 +812,7 @@ def test_check_sees_wrong_columns(spec):
     for number, result in enumerate(expected):
         for name in ("values", "scales"):
             wrong = [copied(r) for r in expected]
-            kernel_results.storage_bytes(getattr(wrong[number], name))[1000:1010] ^= 0x30
+            storage_bytes(getattr(wrong[number], name))[1000:1010] ^= 0x30
             with pytest.raises(WrongResult, match=name):
                 compare_columns(spec, wrong, expected)
         assert result.scales is not None

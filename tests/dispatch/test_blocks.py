@@ -134,7 +134,8 @@ def test_vmap_and_gradients_are_refused():
 def test_a_missing_kernel_is_named(call, name, monkeypatch):
     monkeypatch.setattr(lookup, "_functions", {})
     monkeypatch.setattr(lookup, "_found", lambda spec, arch: None)
-    monkeypatch.setattr("cute_quant.ops.weights.is_traced", lambda t: False)
+    for module in ("weights", "arguments"):
+        monkeypatch.setattr(f"cute_quant.ops.{module}.is_traced", lambda t: False)
     with (
         mock.patch.multiple(
             lookup,

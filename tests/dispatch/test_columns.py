@@ -184,7 +184,7 @@ def test_a_tracer_names_the_format_that_columns_do_not_have():
 def test_a_missing_kernel_is_named(monkeypatch):
     monkeypatch.setattr(lookup, "_functions", {})
     monkeypatch.setattr(lookup, "_found", lambda spec, arch: None)
-    monkeypatch.setattr("cute_quant.ops.columns.is_traced", lambda t: False)
+    monkeypatch.setattr("cute_quant.ops.arguments.is_traced", lambda t: False)
     with (
         mock.patch.multiple(
             lookup,

@@ -12,10 +12,10 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant import emulator, jit
 from cute_quant.emulator import host
-from cute_quant.emulator.host import C_COMPILER
+from tests.c_compiler import needs_c_compiler
 
 ARCH = "sm_90a"
-pytestmark = pytest.mark.skipif(C_COMPILER is None, reason="needs a C compiler")
+pytestmark = needs_c_compiler
 
 
 class Add:

@@ -17,6 +17,7 @@ from cute_quant.emulator.host import C_COMPILER
 from cute_quant.jit import lookup
 from examples import moe_layer, relu_squared, rope_quantize, train
 from examples.moe_layer import DeepGemmCasts, Fused, Unfused, relative_error
+from tests.c_compiler import needs_c_compiler
 from tests.helpers import (
     DIFFERING_SHARE,
     UE8M0,
@@ -361,10 +362,9 @@ def relu_inputs(mn: int, k: int) -> torch.Tensor:
     return x
 
 
+@needs_c_compiler
 @pytest.mark.parametrize("arch", EMULATED_ARCHITECTURES)
 def test_relu_squared_in_the_emulator(arch):
-    if C_COMPILER is None:
-        pytest.skip("needs a C compiler")
     for x in (relu_inputs(7, 1296), torch.randn(7, 1296).to(torch.bfloat16)):
         for ours, theirs in zip(
             relu_squared.emulated(x, arch), relu_squared.expected(x), strict=True
@@ -381,6 +381,7 @@ def test_relu_squared(mn, k):
         assert_same_bits(ours, theirs)
 
 
+@needs_c_compiler
 @pytest.mark.parametrize(
     ("example", "last_line"),
     [
@@ -390,8 +391,6 @@ def test_relu_squared(mn, k):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_examples_run_without_a_gpu(example, last_line, monkeypatch, capsys):
-    if C_COMPILER is None:
-        pytest.skip("needs a C compiler")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     example.main()
     lines = capsys.readouterr().out.splitlines()

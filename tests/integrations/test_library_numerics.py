@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cute_quant.emulator.host import C_COMPILER
+from tests.c_compiler import needs_c_compiler
 from tests.peers import formulas, libraries
 from tests.peers.groups import BF16_KINDS, KINDS, TENSOR_AMAX, UPPER_SCALES, groups
 
@@ -26,7 +26,6 @@ every_upper_scale = pytest.mark.parametrize("amax", UPPER_SCALES)
 every_error = pytest.mark.parametrize("squared", [False, True], ids=["MAE", "MSE"])
 every_domain = pytest.mark.parametrize("scaled_errors", [False, True])
 both_largest = pytest.mark.parametrize("e4m3_max", [448, 256])
-in_emulator = pytest.mark.skipif(C_COMPILER is None, reason="needs a C compiler")
 
 
 def as_bytes(t: torch.Tensor) -> np.ndarray:
@@ -334,7 +333,7 @@ def test_4over6_of_te(kind, e4m3_max, squared, scaled_errors):
 
 
 @pytest.mark.library("flashinfer")
-@in_emulator
+@needs_c_compiler
 @pytest.mark.parametrize("strict", [False, True], ids=["fast", "strict"])
 @every_bf16_kind
 def test_nvfp4_of_flashinfer(kind, strict):
@@ -347,7 +346,7 @@ def test_nvfp4_of_flashinfer(kind, strict):
 
 
 @pytest.mark.library("flashinfer")
-@in_emulator
+@needs_c_compiler
 @every_domain
 @every_error
 @every_bf16_kind
@@ -372,7 +371,7 @@ def rows_of_groups(kind: str) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.library("flashinfer")
-@in_emulator
+@needs_c_compiler
 @pytest.mark.parametrize("strict", [False, True], ids=["fast", "strict"])
 @every_bf16_kind
 def test_per_token_nvfp4_of_flashinfer(kind, strict):
@@ -393,7 +392,7 @@ def test_per_token_nvfp4_of_flashinfer(kind, strict):
 
 
 @pytest.mark.library("flashinfer")
-@in_emulator
+@needs_c_compiler
 @every_error
 @both_largest
 @pytest.mark.parametrize("strict", [False, True], ids=["fast", "strict"])
@@ -414,7 +413,7 @@ def test_per_token_4over6_of_flashinfer(kind, strict, e4m3_max, squared):
 
 
 @pytest.mark.library("flashinfer")
-@in_emulator
+@needs_c_compiler
 @every_bf16_kind
 def test_mxfp4_of_flashinfer(kind):
     from tests.peers import kernels
@@ -425,7 +424,7 @@ def test_mxfp4_of_flashinfer(kind):
 
 
 @pytest.mark.library("flashinfer")
-@in_emulator
+@needs_c_compiler
 @every_kind
 def test_mxfp8_of_flashinfer(kind):
     from tests.peers import kernels

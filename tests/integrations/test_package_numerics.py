@@ -16,7 +16,7 @@ import torch
 import cute_quant as cq
 from cute_quant.contract.dtypes import INPUT_DTYPES, dtype_name
 from cute_quant.contract.upper_scales import DECODE, ENCODE, UpperScale
-from cute_quant.emulator.host import C_COMPILER
+from tests.c_compiler import needs_c_compiler
 from tests.helpers import ARCHITECTURES
 from tests.peers import formulas
 from tests.peers.groups import BF16_KINDS, KINDS, UPPER_SCALES, groups, neighbours
@@ -281,7 +281,7 @@ def some_groups(size: int, kind: str) -> np.ndarray:
     return np.resize(x, (-(-len(x) // ROW_GROUPS) * ROW_GROUPS, size))
 
 
-@pytest.mark.skipif(C_COMPILER is None, reason="needs a C compiler")
+@needs_c_compiler
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @every_formula
 def test_kernels(name, numerics, arch, kernels):
@@ -312,7 +312,7 @@ def test_kernels(name, numerics, arch, kernels):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(C_COMPILER is None, reason="needs a C compiler")
+@needs_c_compiler
 @every_float32_formula
 def test_kernels_of_float32_scales(name, numerics, kernels):
     from tests.kernels.emulated_gpu import Gpu
@@ -330,7 +330,7 @@ def test_kernels_of_float32_scales(name, numerics, kernels):
     check(torch.from_numpy(x), name, numerics, np.ones(()), quantize)
 
 
-@pytest.mark.skipif(C_COMPILER is None, reason="needs a C compiler")
+@needs_c_compiler
 @pytest.mark.parametrize("numerics", ["sglang", "vllm"])
 def test_kernels_on_groups_that_are_not_finite(numerics, kernels):
     """Values and scale are NaN, as on the CPU, also where the inverse of Inf is 0."""

@@ -11,14 +11,14 @@ from cutlass import BFloat16, Float32, Uint32
 from cute_quant.contract.rcp_approx import rcp_approx
 from cute_quant.emulator import EmulatedKernel, isa
 from cute_quant.emulator import floats as formats
-from cute_quant.emulator.host import C_COMPILER
 from cute_quant.kernels import arithmetic, encodings
 from cute_quant.kernels.encodings import registers
 from tests import oracle
+from tests.c_compiler import needs_c_compiler
 from tests.exact import E2M1
 from tests.kernels.elementwise import Apply
 
-pytestmark = pytest.mark.skipif(C_COMPILER is None, reason="needs a C compiler")
+pytestmark = needs_c_compiler
 
 
 def sigmoid(factor=None):

@@ -1,4 +1,4 @@
-"""What is computed in front of the quantizer: gated activations, their gradients, and RMSNorm."""
+"""Computations in front of the quantizer: gated activations, their gradients, and RMSNorm."""
 
 from __future__ import annotations
 
