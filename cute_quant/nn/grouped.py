@@ -140,7 +140,7 @@ class _GroupedLinear(torch.autograd.Function):
         ends, weight, *columns = ctx.saved_tensors
         recipe, (x_dtype, weight_dtype) = ctx.recipe, ctx.dtypes
         rows = PrefixSum(ends, GROUP_ALIGNMENT)
-        of_rows, grad_columns = _both(grads[0], rows, recipe, with_columns=bool(columns))
+        of_rows, grad_columns = _both(grads[0], rows, recipe, with_columns=len(columns) > 0)
         of_x = of_weight = None
         if weight is not None:
             transposed = quantize_blocks(weight.mT, recipe.fmt)

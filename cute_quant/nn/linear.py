@@ -99,7 +99,7 @@ class _Linear(torch.autograd.Function):
         refuse_second_derivative("Fp8Linear")
         weight, *columns = ctx.saved_tensors
         recipe, (x_dtype, weight_dtype) = ctx.recipe, ctx.dtypes
-        rows, grad_columns = _both(grads[0], recipe, with_columns=bool(columns))
+        rows, grad_columns = _both(grads[0], recipe, with_columns=len(columns) > 0)
         of_x = of_weight = None
         if weight is not None:
             # A square block is one of the transpose too, with the same scale and values.
