@@ -20,7 +20,15 @@ from bench.fp4 import bytes_of, quantizing
 from bench.shapes import SILU_MUL_QUANTIZE, Operation
 from bench.stage_problem import EPS, FLOAT32_ERROR, StageProblem
 from bench.stream import Traffic
-from cute_quant import DEEP_GEMM, Format, bind, rms_norm_quantize, silu_mul_quantize
+from cute_quant import (
+    DEEP_GEMM,
+    Format,
+    bind,
+    dequantize,
+    quantize,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
 from cute_quant.lab import timing
 
 DEVICE = "cuda"
@@ -65,6 +73,23 @@ def quantizing_case(fmt: Format, m: int, k: int) -> Case:
     nbytes = 2 * m * k + bytes_of(fmt, m, k)
     make = functools.partial(quantizing, fmt, m, k)
     return Case(f"{fmt}, {m} x {k}", nbytes, traffic, m * k, lambda: make)
+
+
+def dequantizing_case(m: int, k: int) -> Case:
+    """Return the case of `dequantize`, of values for DeepGEMM."""
+    quantized, name = Traffic(), f"dequantize, {m} x {k}"
+    traffic = Traffic(words_in=quantized.words_out, words_out=quantized.words_in)
+
+    def make() -> Run:
+        q, sf = quantize(masked.random(m, k))
+        launch = bind(q, sf, operation=dequantize)
+        launch.results.fill_(float("nan"))
+        launch()
+        require(not masked.different_rows(launch.results, dequantize, q, sf), name)
+        return launch
+
+    nbytes = 2 * m * k + bytes_of(DEEP_GEMM, m, k)
+    return Case(name, nbytes, traffic, m * k, lambda: make)
 
 
 def stage_case(operation: Operation, m: int, k: int) -> Case:

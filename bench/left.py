@@ -3,10 +3,11 @@
     python -m bench.left [--against DIRECTORY_OR_FILE]... [--rounds N] [--only PATTERN]
                          [--output FILE]
 
-A row of the table is a call: microseconds, and times those of the fastest kernel that moves its
-bytes, here and in each other tree. That ratio is asked to be below what stands beside it; a star
-marks one that is not. A directory is another checkout: its `cute_quant` is measured by this one's
-benchmark, in processes of their own that take turns. A file is what ``--output`` wrote.
+A row of the table is a call: microseconds with their quartiles, and times those of the fastest
+kernel that moves its bytes, here and in each other tree. That ratio is asked to be below what
+stands beside it; a star marks one that is not. A directory is another checkout: its `cute_quant` is
+measured by this one's benchmark, in processes of their own that take turns. A file is what
+``--output`` wrote.
 
 Launches are programmatic dependents of each other, in CUDA graphs over rotating buffers. Outputs
 are compared with the reference before they are timed. The first process finds which streaming
@@ -31,7 +32,7 @@ import torch
 from bench import calls, environment
 from bench.calls import Case
 from bench.shapes import MAIN_COLUMN, RMS_NORM_QUANTIZE, SILU_MUL_QUANTIZE
-from cute_quant import DEEP_GEMM, NVFP4, ROWWISE_FP8, ROWWISE_INT8
+from cute_quant import DEEP_GEMM, DEEP_GEMM_SM90, MXFP8, NVFP4, ROWWISE_FP8, ROWWISE_INT8
 from cute_quant.lab import timing
 
 LONG = 65536
@@ -39,7 +40,7 @@ LONG = 65536
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = "here"
-WIDTH = 20
+WIDTH = 34
 BOOT = """
 import runpy, sys
 tree, root, *arguments = sys.argv[1:]
@@ -58,12 +59,15 @@ class Measured(NamedTuple):
     """Seconds of a call and of its ceiling.
 
     Attributes:
+        seconds, low, high: of the call, the median and the quartiles of the replays.
         kernel: of the ceiling, as its place in `bench.stream.family`.
         stream: its compile-time choices.
     """
 
     name: str
     seconds: float
+    low: float
+    high: float
     ceiling_seconds: float
     kernel: int
     stream: str
@@ -90,6 +94,10 @@ def every_case() -> Iterator[tuple[Case, float | None]]:
     for fmt in (ROWWISE_FP8, ROWWISE_INT8, NVFP4.replace(row_scale=True)):
         for m, asked in ((64, 1.35), (1024, None), (16384, 1.05)):
             yield calls.quantizing_case(fmt, m, k), asked
+    for fmt in (DEEP_GEMM_SM90, MXFP8):
+        yield calls.quantizing_case(fmt, 4096, k), 1.02
+    for m, asked in ((64, 1.3), (1024, 1.06), (16384, 1.04)):
+        yield calls.dequantizing_case(m, k), asked
     yield calls.quantizing_case(ROWWISE_FP8, 1024, LONG), None
     for m, asked in ((1, 1.2), (16, 1.2), (64, 1.2), (4096, None)):
         yield calls.stage_case(SILU_MUL_QUANTIZE, m, k), asked
@@ -104,9 +112,14 @@ def measure(case: Case, kernel: int | None) -> Measured:
     torch.cuda.empty_cache()
     ceiling = case.ceiling(kernel)
     graphs = {"call": case.capture(), "ceiling": case.captured(ceiling.calls())}
-    seconds = timing.median_seconds(graphs)
+    measured = timing.measure(graphs)
     return Measured(
-        case.name, seconds["call"], seconds["ceiling"], ceiling.kernel, str(ceiling.spec)
+        case.name,
+        measured["call"].median,
+        *measured["call"].quartiles,
+        measured["ceiling"].median,
+        ceiling.kernel,
+        str(ceiling.spec),
     )
 
 
@@ -166,9 +179,11 @@ def write(path: Path, machine: dict[str, Any], measured: Sequence[Measured]) -> 
 
 
 class Cell(NamedTuple):
-    """A tree's times of a call, the medians of its rounds."""
+    """A tree's times of a call, and their quartiles, the medians of its rounds."""
 
     seconds: float
+    low: float
+    high: float
     ratio: float
 
 
@@ -177,8 +192,8 @@ def cells(measured: Sequence[Measured]) -> dict[str, Cell]:
     found: dict[str, Cell] = {}
     for name in dict.fromkeys(m.name for m in measured):
         rounds = [m for m in measured if m.name == name]
-        seconds = statistics.median(m.seconds for m in rounds)
-        found[name] = Cell(seconds, statistics.median(m.ratio for m in rounds))
+        values = ((m.seconds, m.low, m.high, m.ratio) for m in rounds)
+        found[name] = Cell(*map(statistics.median, zip(*values, strict=True)))
     return found
 
 
@@ -200,7 +215,8 @@ def table(trees: Mapping[str, Mapping[str, Cell]], asked: Mapping[str, float]) -
             text = ""
             if cell := found.get(name):
                 missed = "*" if cell.ratio > asked.get(name, cell.ratio) else " "
-                text = f"{cell.seconds * 1e6:.2f} us {cell.ratio:7.3f}{missed}"
+                middle, low, high = (s * 1e6 for s in (cell.seconds, cell.low, cell.high))
+                text = f"{middle:.2f} us ({low:.2f} to {high:.2f}) {cell.ratio:7.3f}{missed}"
             words.append(text.rjust(WIDTH))
         here = trees[HERE].get(name)
         for other in others:
