@@ -55,17 +55,18 @@ Fields = dict[str, Any]
 
 def tiles_of_groups(k: int) -> Iterator[Fields]:
     """Yield shapes of kernels whose warps tile columns independently."""
-    for values, warps in itertools.product(VALUES, WARPS):
+    for values, warps, free in itertools.product(VALUES, WARPS, (False, True)):
         for rows, tiles in ((1, 1), (2, 1), (4, 1), (1, 2)):
             if k % (rows * values) == 0 and tiles * values * LANES <= k:
-                tile = Tile(values, warps, rows_per_thread=rows, tiles_per_thread=tiles)
+                tile = Tile(values, warps, rows, tiles_per_thread=tiles, low_latency=free)
                 yield {"tile": tile}
 
 
 def tiles_of_rows(k: int) -> Iterator[Fields]:
     """Yield shapes of CTAs that hold rows which are scaled as a whole."""
-    for values, tiles in itertools.product(VALUES, (1, 2, 4, 8)):
-        tile = ONE_ROW._replace(values_per_thread=values, tiles_per_thread=tiles)
+    for values, tiles, free in itertools.product(VALUES, (1, 2, 4, 8), (False, True)):
+        tile = ONE_ROW._replace(values_per_thread=values, low_latency=free)
+        tile = tile._replace(tiles_per_thread=tiles)
         warps = ceil_div(k, tiles * tile.columns)
         most = 1 << (warps - 1).bit_length()
         for max_warps in {most, heuristics.FEW_ROWS_WARPS, heuristics.MAX_WARPS}:
@@ -75,12 +76,15 @@ def tiles_of_rows(k: int) -> Iterator[Fields]:
 
 def tiles_of_norms(k: int) -> Iterator[Fields]:
     """Yield shapes of CTAs that normalize rows."""
-    for row_warps, tiles in itertools.product(WARPS, (1, 2, 4)):
-        warps = ceil_div(k, tiles * ONE_ROW.columns)
+    for values, row_warps, tiles, free in itertools.product(
+        VALUES, WARPS, (1, 2, 4), (False, True)
+    ):
+        tile = ONE_ROW._replace(values_per_thread=values, low_latency=free)
+        tile = tile._replace(row_warps=row_warps)
+        warps = ceil_div(k, tiles * tile.columns)
         most = 1 << (warps - 1).bit_length()
         for max_warps in {most, heuristics.MAX_WARPS}:
             if warps <= max_warps and max_warps * row_warps <= heuristics.MAX_WARPS:
-                tile = ONE_ROW._replace(row_warps=row_warps)
                 yield {"tile": tile, "tiles_per_thread": tiles, "max_warps": max_warps}
 
 

@@ -41,7 +41,7 @@ SIZES = (
     (FEW_ROWS, COLUMNS),
     (4, COLUMNS // 4),
     (4, COLUMNS),
-    *((rows + 3, COLUMNS) for i in range(2, 16) for rows in (2 << i, 3 << i)),
+    *((rows + 3, COLUMNS) for i in range(1, 16) for rows in (2 << i, 3 << i)),
     *((1, COLUMNS >> i) for i in range(2, 5)),
 )
 """(mn, k) of results, one for each range of the heuristics on GPUs of 3 to 2000 SMs.

@@ -56,6 +56,9 @@ class Tile(NamedTuple):
             once like those of rows, and their addresses differ by constants.
         warp_order: rasterization order of the warps of a CTA, one of ``ORDERS``.
         cta_order: rasterization order of CTAs.
+        low_latency: whether the CTAs of a launch are too few to fill an SM, so that the time of one
+            is what counts. A thread may take registers that more warps would not have, and knows
+            the addresses of its loads before it waits for the kernel before.
     """
 
     values_per_thread: int = 16
@@ -65,6 +68,7 @@ class Tile(NamedTuple):
     tiles_per_thread: int = 1
     warp_order: str = DOWN
     cta_order: str = ALONG
+    low_latency: bool = False
 
     @property
     def columns(self) -> int:

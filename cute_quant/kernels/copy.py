@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, const_expr
+from cutlass import Boolean, Int32, Int64, const_expr
 from cutlass.cute.runtime import make_fake_tensor
 
 from cute_quant.kernels import layouts
@@ -84,6 +84,12 @@ def load(
     tXcX = partition(cute.make_identity_tensor(cute.size(gRow)), segment, atom, cute.size(tXrX))
     tXrX = cute.make_tensor(tXrX.iterator, tXgX.layout)
     copy_in_bounds(atom, tXgX, tXrX, tXcX, cute.size(gRow), row_predicate, access.ragged)
+
+
+def address(gRow: cute.Tensor, segment: Segment, values: int, access: Access) -> Int64:
+    """Return where a thread's segment of a row, (k,), begins in memory."""
+    atom = load_atom(gRow.element_type, values, access)
+    return Int64(partition(gRow, segment, atom, values).iterator.toint())
 
 
 @cute.jit

@@ -72,9 +72,9 @@ On an H100, DEEP_GEMM where no format is named, by values a thread x warps x row
 """
 FP4_TILES = {
     16: (
-        Range(2_000, Tile(values_per_thread=8, row_warps=8)),
-        Range(8_000, Tile(values_per_thread=8)),
-        Range(20_000, Tile(values_per_thread=8, row_warps=8)),
+        Range(2_000, Tile(values_per_thread=8, row_warps=8, low_latency=True)),
+        Range(5_000, Tile(values_per_thread=8)),
+        Range(20_000, Tile(low_latency=True)),
         Range(30_000, DEFAULT_TILE),
         Range(math.inf, TWO_TILES),
     ),
@@ -82,15 +82,17 @@ FP4_TILES = {
 }
 """Tiles of FP4 values, by the bytes of a vector.
 
-On an H100, NVFP4 with scales in blocks of 128x4, by values a thread x warps:
+On an H100, NVFP4 with scales in blocks of 128x4, by values a thread x warps, free of low
+latency:
 
-    elements an SM    rows    8 x 4    8 x 8    16 x 4    8 x 4,       16 x 4,
-                                                          two tiles    two tiles
-       54             1       2.241    1.619    1.823     1.918        2.479
-      869             16      1.935    1.482    1.466     2.437        2.405
-     3476             64      1.701    1.876    2.168     2.662        2.355
-    13902             256     1.467    1.226    1.496     1.564        1.911
-    27803             512     1.236    1.202    1.187     1.192        1.403
+    elements an SM    rows    8 x 4    8 x 8    16 x 4    8 x 4    8 x 8    16 x 4
+                                                          free     free     free
+       54             1       2.241    1.455    1.823     2.009    1.451    1.676
+      869             16      1.935    1.820    1.466     1.687    1.417    1.532
+     3476             64      1.637    1.876    2.168     1.636    1.736    1.746
+     6951             128     1.234    -        -         1.227    1.237    1.194
+    13902             256     1.467    1.343    1.496     1.503    1.415    1.249
+    27803             512     1.236    1.202    1.233     1.366    1.321    1.223
 
 Larger sizes were not measured by tile. Two tiles have the bound that two rows of 8-bit values had,
 and were measured alone, earlier: 1.19 at 55606 elements an SM, 1.08 at 222425, 1.04 at 889700.
@@ -105,28 +107,32 @@ and two rows a thread 1.08. Of NVFP4 and back 0.94 instead of 0.98 at 4096 x 716
 of 1.27 at one row."""
 SILU_TILES = {
     16: (
-        Range(100, Tile(values_per_thread=8, row_warps=1)),
-        Range(512, Tile(values_per_thread=8)),
-        Range(3_700, Tile(row_warps=1)),
-        Range(10_000, Tile(values_per_thread=8)),
+        Range(600, Tile(values_per_thread=8, low_latency=True)),
+        Range(2_500, Tile(row_warps=1, low_latency=True)),
+        Range(10_000, Tile(values_per_thread=8, low_latency=True)),
         Range(math.inf, VECTOR_TILES[16]),
     ),
     32: (Range(math.inf, VECTOR_TILES[32]),),
 }
-"""Tiles of gates and ups, by the bytes of a vector. A CTA of one warp spreads few over all SMs.
+"""Tiles of gates and ups, by the bytes of a vector. Few have CTAs of one warp on all SMs.
 
-On an H100, by values a thread x warps; k and elements are those of the result:
+On an H100, by values a thread x warps, low of low latency; k and elements are those of the result:
 
-    elements an SM    rows           8 x 1    8 x 2    8 x 4    8 x 8    16 x 1    16 x 2    16 x 4
-       54             1              1.298    1.374    1.384    1.429    1.425     1.821     1.829
-      217             4              1.445    1.395    1.353    1.361    1.432     1.772     1.760
-      869             16             1.657    1.649    1.629    1.633    1.523     1.748     1.710
-      993             64, k 2048     1.560    1.543    1.539    1.651    1.418     1.621     1.604
-     1738             32             1.537    1.510    1.612    1.749    1.336     1.556     1.580
-     3476             64             1.596    1.258    1.401    1.523    1.208     1.424     1.479
-     3972             256, k 2048    1.547    1.311    1.239    1.308    1.272     1.442     1.505
-     6951             128            1.730    1.481    1.233    1.253    1.324     1.478     1.552
-    13902             256            2.265    1.582    1.172    1.168    1.500     1.400     1.379
+    elements an SM    rows          8 x 4   8 x 8   16 x 1  8 x 2   8 x 4   8 x 8   16 x 1  16 x 2
+                                                            low     low     low     low     low
+       54             1             1.405   1.452   1.450   1.332   1.336   1.362   1.459   1.467
+      109             2             -       -       -       1.223   1.217   1.237   1.338   1.335
+      217             4             1.348   1.364   1.425   1.313   1.249   1.255   1.407   1.361
+      434             8             -       -       -       1.373   1.327   1.390   1.450   1.379
+      869             16            1.580   1.599   1.497   1.531   1.492   1.443   1.418   1.394
+      993             64, k 2048    1.539   1.651   1.418   1.455   1.409   1.470   1.358   1.373
+     1738             32            1.612   1.749   1.336   1.403   1.437   1.408   1.302   1.322
+     3476             64            1.260   1.395   1.182   1.216   1.136   1.160   1.212   1.226
+     3972             256, k 2048   1.239   1.308   1.442   1.161   1.052   1.091   1.156   1.057
+     5214             96            -       -       -       1.320   1.117   1.093   1.273   1.171
+     6951             128           1.233   1.253   1.324   1.331   1.081   1.086   1.347   1.164
+    13902             256           1.205   1.113   1.365   1.152   1.188   1.126   1.170   1.209
+    55606             1024          1.081   1.032   1.400   1.388   1.053   1.041   1.396   1.060
 
 Of masked experts, whose CTAs walk them, microseconds with FUSED and with VLLM_CUDA, whose sigmoid
 has more instructions:
@@ -171,8 +177,16 @@ On an H100, FP8 of k = 7168, time over that of the ceiling:
 
 Rows are few where each has an SM. Blackwell, whose vectors have 16 values, is not measured.
 """
+FREE_ROWS = {16: 2, 32: 0}
+"""Rows for each SM up to which threads of rows with a scale of their own have unlimited registers,
+by the bytes of a vector.
+
+On an H100, of NVFP4 with k = 7168, without and with: 3.39 and 2.17 at 64 rows, 2.02 and 1.53 at
+128, 2.09 and 1.62 at 256, 1.25 and 1.69 at 1024."""
 WARPS_PER_NORM = 4
 """Least warps of a CTA where rows are so short that it can have several."""
+
+
 NORM_TILES = {16: 1, 32: 2}
 """Least tiles of a thread that holds part of a row to be normalized, by the bytes of a vector.
 
@@ -181,18 +195,22 @@ measured: a B200 has 226 instructions of a warp for each of its tiles before the
 memory does. Kernels of one tile have 200, of two tiles 166.
 """
 
+MASKED_TILES = {16: Tile(row_warps=8), 32: DEFAULT_TILE}
+"""Tiles of masked experts, of whose rows the host does not know how many exist, by the bytes of a
+vector. The default where no tile of the operation is measured."""
 RESIDENT_CTAS = 8
 """CTAs for each SM that walk the experts of a batch, at most, where each expert has its least."""
 EXPERT_CTAS = 3
 """CTAs for each expert and tile of columns, at least.
 
-On an H100, k = 7168, time over that of the ceiling, by the CTAs of an expert:
+On an H100, k = 7168, time over that of the ceiling, by the CTAs of an expert x their warps:
 
-    experts x rows of each     2        3        4        8
-    32 x 8, of 1024            1.467    1.440    1.548    1.931
-    32 x 512, of 1024          1.144    1.128    1.157    1.101
-    256 x 16, of 640           1.377    1.367    1.364    1.809
-    256 x 512, of 640          1.080    1.071    1.067    1.060
+    experts x rows of each    2 x 4    3 x 4    4 x 4    8 x 4    2 x 8    3 x 8    4 x 8
+    32 x 8, of 1024           1.438    1.429    1.526    1.931    1.451    1.456    1.565
+    32 x 64, of 1024          1.206    1.171    1.202    -        1.220    1.124    1.143
+    32 x 512, of 1024         1.144    1.127    1.151    1.098    -        1.092    1.092
+    256 x 16, of 640          1.354    1.369    1.359    1.809    1.320    1.419    1.587
+    256 x 512, of 640         1.080    1.068    1.063    1.057    -        1.058    1.055
 
 A CTA without a tile of rows costs the time to count those of all experts.
 """
@@ -224,11 +242,10 @@ def shape(
 ) -> Shape:
     """Return the launch for a batch of (rows, k) matrices, on a GPU with `sms` multiprocessors.
 
-    A `tile` that is given is taken, whatever the size. Of masked experts the host does not know the
-    rows that exist: they take the default.
+    A `tile` that is given is taken, whatever the size.
     """
     if tile is None and masked:
-        tile = DEFAULT_TILE
+        tile = MASKED_TILES[architectures.named(arch).widest_load]
     elif tile is None:
         table = _quantize_tiles(fmt)[architectures.named(arch).widest_load]
         tile = _tile(table, matrices * rows * k, k, fmt, sms, arch)
@@ -334,7 +351,10 @@ def row_shape(
     shape = norm_shape(matrices, rows, k, fmt, masked, sms, least_tiles=ROW_TILES)
     tiles = shape.tiles_per_thread
     if not fmt.whole_row:
-        return shape._replace(tile=shape.tile._replace(tiles_per_thread=tiles))
+        most = FREE_ROWS[architectures.named(arch).widest_load] * sms
+        free = not masked and matrices * rows <= most
+        tile = shape.tile._replace(tiles_per_thread=tiles, low_latency=free)
+        return shape._replace(tile=tile)
     if shape.max_warps == 1:
         return shape._replace(tile=shape.tile._replace(tiles_per_thread=ROW_TILES))
     row_ctas = expert_ctas(matrices, fmt.scale_rows(rows), 1, sms)

@@ -183,6 +183,23 @@ def pack_int8(
 
 
 @dsl_user_op
+def wait_behind(addresses: list[Int64], *, loc=None, ip=None) -> None:
+    """Wait for the grid before, once these addresses are known.
+
+    The assembler puts a wait ahead of all that it does not depend on. So this one depends on the
+    addresses, by a condition that holds for all of them, which the assembler does not see.
+    """
+    words = [Uint32(address).ir_value(loc=loc, ip=ip) for address in addresses]
+    common = [f"and.b32 t, t, ${i};" for i in range(len(words))]
+    ptx = (
+        f"{{ .reg .b32 t; .reg .pred p; mov.b32 t, -2; {' '.join(common)} "
+        "setp.ne.b32 p, t, -1; @p griddepcontrol.wait; }"
+    )
+    constraints = ",".join(["r"] * len(words) + ["~{memory}"])
+    llvm.inline_asm(None, words, ptx, constraints, has_side_effects=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def store_release(address: Int64, value: Int32, *, loc=None, ip=None) -> None:
     """Store a number that any GPU of the host sees, and all that was stored before it."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(value).ir_value(loc=loc, ip=ip)]

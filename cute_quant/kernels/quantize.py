@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_quant.kernels import copy, encodings, layouts, scatter
@@ -62,6 +62,7 @@ class GroupQuantizer:
         self.kernel(problem).launch(
             grid=self.scheduler.grid(problem, operands, num_column_ctas),
             block=[LANES, *layouts.warps(tile).shape],
+            min_blocks_per_mp=int(tile.low_latency),
             stream=stream,
             use_pdl=self.spec.pdl,
         )
@@ -79,6 +80,7 @@ class GroupQuantizer:
         rows = select_rows(problem, self.spec.domain, row_indices)
         inputs = [problem.prologue.row(row, k) for row in rows]
         targets = [scatter.target(row, problem, self.spec.access) for row in rows]
+        self.scheduler.wait([a for row in inputs for s in segments for a in row.addresses(s)])
 
         scales = stage.scale_registers(len(segments) * len(rows))  # (rows of each tile,)
         if stage.may_write(rows[0].in_bounds):
@@ -216,6 +218,11 @@ class InputRow(Params):
         tXrX = encodings.zeros(self.spec.tile.values_per_thread, self.gX.element_type)
         copy.load(self.gX, segment, self.predicate, tXrX, self.spec.access)
         return tXrX
+
+    def addresses(self, segment: Segment) -> list[Int64]:
+        """Return where a thread's segment lies."""
+        spec = self.spec
+        return [copy.address(self.gX, segment, spec.tile.values_per_thread, spec.access)]
 
     def values(self, tXrX: cute.Tensor) -> cute.Tensor:
         """Return the values to be quantized, (values,)."""

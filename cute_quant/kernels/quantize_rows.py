@@ -54,6 +54,8 @@ class RowQuantizer(WholeRows):
         """Load, reduce, scale, quantize and store a row by the warps that share it."""
         row, segments = self.row_segments(row_tile, problem)
         source = problem.prologue.row(row, problem.k)  # (k,)
+        held = segments if const_expr(self.spec.held) else []
+        self.scheduler.wait([a for segment in held for a in source.addresses(segment)])
         scales = self.stage.scale_registers(len(segments))  # (tiles,)
         if self.may_write(row):
             if const_expr(self.spec.held):

@@ -15,8 +15,8 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_tensor
 
 from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT
-from cute_quant.kernels import layouts
-from cute_quant.kernels.config import DOWN, LANES, MAX_GRID_Y, MAX_GRID_Z, Spec
+from cute_quant.kernels import layouts, ptx
+from cute_quant.kernels.config import DENSE_ROWS, DOWN, LANES, MAX_GRID_Y, MAX_GRID_Z, Spec
 from cute_quant.kernels.copy import fake_matrix
 from cute_quant.kernels.encodings import scale_type_of, values_per_element
 from cute_quant.kernels.layouts import Matrix
@@ -217,7 +217,7 @@ class Scheduler:
         num_row_ctas = self.num_row_ctas()
         _, _, depth = cute.arch.grid_dim()
         # Nothing is read or written before: the kernel before may still write x, or read q.
-        if const_expr(self.spec.pdl):
+        if const_expr(self.spec.pdl and not self.waits_late):
             cute.arch.griddepcontrol_wait()
         if const_expr(self.domain.scattered):
             self.for_each_token_tile(row_cta, num_row_ctas, problem, process)
@@ -229,6 +229,21 @@ class Scheduler:
                     process(row_tile, problem.slice_batch(batch))
         else:
             process(row_cta, problem)
+
+    @property
+    def waits_late(self) -> bool:
+        """Return whether a kernel computes the addresses of its loads before it waits.
+
+        Then the input is the first thing that is read.
+        """
+        weighted = getattr(self.spec, "weighted", False)
+        first = self.domain == DENSE_ROWS and not weighted
+        return self.spec.pdl and self.tile.low_latency and first
+
+    def wait(self, addresses: list[Int64]):
+        """Wait for the kernel before, with these addresses of loads, if that is not done yet."""
+        if const_expr(self.waits_late):
+            ptx.wait_behind(addresses)
 
     @property
     def walks_experts(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Numeric, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, Numeric, const_expr
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.contract.prologues import (
@@ -115,6 +115,11 @@ class GatedRow(Params):
         for gX, registers in zip(self.parts, tXrX, strict=True):
             copy.load(gX, segment, self.predicate, registers, self.spec.access)
         return tXrX
+
+    def addresses(self, segment: Segment) -> list[Int64]:
+        """Return where a thread's segments of gates and ups lie."""
+        values = 2 * self.spec.tile.values_per_thread // len(self.parts)
+        return [copy.address(gX, segment, values, self.spec.access) for gX in self.parts]
 
     def values(self, tXrX: list[cute.Tensor]) -> cute.Tensor:
         """Return (up + beta) * gate * sigmoid(alpha * gate), times the row's weight, (values,)."""

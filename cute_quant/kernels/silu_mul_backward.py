@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from cute_quant.kernels import arithmetic, copy, encodings, layouts
@@ -114,6 +114,10 @@ class GradientRow(Params):
         for gX, registers in zip(sources, tXrX, strict=True):
             copy.load(gX, Segment(tile, lane), self.predicate, registers, spec.access)
         return tXrX, [is_up] * values
+
+    def addresses(self, segment: Segment) -> list[Int64]:
+        """Return none: what is loaded depends on where the ups begin."""
+        return []
 
     @cute.jit
     def load_each(self, gX: cute.Tensor, columns: cute.Tensor, registers: cute.Tensor):

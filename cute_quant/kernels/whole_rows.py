@@ -53,6 +53,7 @@ class WholeRows:
             grid=self.scheduler.grid(problem, operands, 1),
             block=[LANES, warps, self.stage.tile.rows],
             max_number_threads=[LANES, self.spec.max_warps, self.stage.tile.rows],
+            min_blocks_per_mp=int(self.stage.tile.low_latency),
             stream=stream,
             use_pdl=self.spec.pdl,
         )

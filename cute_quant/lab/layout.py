@@ -114,6 +114,7 @@ def _words(layout: Layout) -> list[tuple[str, str]]:
         ("CTA order", f"CTAs {tile.cta_order} first"),
         ("load", "widest" if access.load_bytes == widest else f"loads of {access.load_bytes} B"),
         ("hint", str(access.load_hint)),
+        ("latency", "low latency" if tile.low_latency else ""),
     ]
 
 

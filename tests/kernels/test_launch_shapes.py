@@ -45,18 +45,8 @@ def silu_tile(rows, k, fmt=DEEP_GEMM, masked=False, arch="sm_90a", matrices=1):
         (tile, MXFP8, 1024, 7168, 8, 8, 1),
         (tile, DEEP_GEMM, 8192, 4096, 8, 8, 1),
         (tile, DEEP_GEMM, 16384, 7168, 8, 8, 1),
-        (tile, NVFP4, 1, 7168, 8, 8, 1),
-        (tile, NVFP4, 16, 7168, 8, 8, 1),
         (tile, NVFP4, 64, 7168, 8, 4, 1),
-        (tile, NVFP4, 256, 7168, 8, 8, 1),
-        (tile, NVFP4, 512, 7168, 16, 4, 1),
         (tile, NVFP4, 4096, 7168, 16, 4, 2),
-        (silu_tile, DEEP_GEMM, 1, 7168, 8, 1, 1),
-        (silu_tile, DEEP_GEMM, 4, 7168, 8, 4, 1),
-        (silu_tile, DEEP_GEMM, 16, 7168, 16, 1, 1),
-        (silu_tile, DEEP_GEMM, 64, 7168, 16, 1, 1),
-        (silu_tile, DEEP_GEMM, 256, 2048, 8, 4, 1),
-        (silu_tile, DEEP_GEMM, 128, 7168, 8, 4, 1),
         (silu_tile, DEEP_GEMM, 256, 7168, 8, 8, 1),
         (silu_tile, DEEP_GEMM, 4096, 2048, 8, 8, 1),
     ],
@@ -66,6 +56,25 @@ def test_tiles_as_measured(choose, fmt, rows, k, values, row_warps, tiles):
     """Those that an H100 was fastest with, but for noise."""
     expected = Tile(values, row_warps, tiles_per_thread=tiles)
     assert choose(rows, k, fmt) == expected
+
+
+@pytest.mark.parametrize(
+    ("choose", "fmt", "rows", "values", "row_warps"),
+    [
+        (tile, NVFP4, 1, 8, 8),
+        (tile, NVFP4, 16, 8, 8),
+        (tile, NVFP4, 256, 16, 4),
+        (silu_tile, DEEP_GEMM, 1, 8, 4),
+        (silu_tile, DEEP_GEMM, 8, 8, 4),
+        (silu_tile, DEEP_GEMM, 16, 16, 1),
+        (silu_tile, DEEP_GEMM, 32, 16, 1),
+        (silu_tile, DEEP_GEMM, 64, 8, 4),
+        (silu_tile, DEEP_GEMM, 128, 8, 4),
+    ],
+    ids=lambda v: getattr(v, "__name__", str(v)),
+)
+def test_few_rows_are_of_low_latency(choose, fmt, rows, values, row_warps):
+    assert choose(rows, 7168, fmt) == Tile(values, row_warps, low_latency=True)
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
@@ -87,8 +96,9 @@ def test_a_batch_counts_as_a_whole():
 
 def test_tiles_of_masked_experts_are_those_of_any_rows():
     for rows in (1, 75, 4096):
-        assert tile(rows, 4096, masked=True) == tile(rows, 4096, NVFP4, True) == DEFAULT_TILE
-        for arch in ("sm_90a", "sm_100a"):
+        for arch, expected in (("sm_90a", Tile(row_warps=8)), ("sm_100a", DEFAULT_TILE)):
+            for fmt in (DEEP_GEMM, NVFP4):
+                assert tile(rows, 4096, fmt, True, arch) == expected
             assert silu_tile(rows, 4096, masked=True, arch=arch) == DEFAULT_TILE
 
 
@@ -182,7 +192,7 @@ def test_ctas_of_masked_experts():
     assert row_ctas(64, 1024) == 64 * 3
     assert row_ctas(256, 4096) == 256 * 3
     assert row_ctas(256, 4) == 256
-    assert row_ctas(8, 16) == 8 * 4
+    assert row_ctas(8, 16) == 8 * 2
     assert heuristics.row_shape(8, 4096, 7168, ROWWISE_FP8, True, SMS, "sm_90a").row_ctas == 8 * 132
     assert heuristics.row_shape(8, 16, 512, ROWWISE_FP8, True, SMS, "sm_90a").row_ctas == 8 * 4
     assert row_ctas(2**16, 64, 128) == MAX_GRID_Y
@@ -232,6 +242,23 @@ def test_warps_of_a_norm(fmt, k, tiles_per_thread, max_warps, row_warps):
 
 
 @pytest.mark.parametrize(
+    ("rows", "masked", "arch", "free"),
+    [
+        (2 * SMS, False, "sm_90a", True),
+        (2 * SMS + 1, False, "sm_90a", False),
+        (2, True, "sm_90a", False),
+        (2, False, "sm_100a", False),
+    ],
+)
+def test_latency_of_rows_with_a_scale_of_their_own(rows, masked, arch, free):
+    fmt = NVFP4.replace(row_scale=True)
+    shape = heuristics.row_shape(1, rows, 7168, fmt, masked, SMS, arch)
+    assert shape.tile.low_latency == free
+    of_groups = heuristics.row_shape(1, rows, 7168, ROWWISE_FP8, masked, SMS, arch)
+    assert not of_groups.tile.low_latency
+
+
+@pytest.mark.parametrize(
     ("fmt", "k", "tiles", "max_warps", "held"),
     [
         (ROWWISE_FP8, 7, 2, 1, True),
@@ -277,8 +304,9 @@ def test_few_rows_have_fewer_warps(matrices, rows, masked, arch, columns, tiles,
 
 
 def test_ctas_of_masked_norms():
-    assert heuristics.norm_shape(8, 4096, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 132
-    assert heuristics.norm_shape(8, 9, 7168, DEEP_GEMM, True, SMS).row_ctas == 8 * 12
+    for rows, ctas in ((4096, 132), (9, 12)):
+        shape = heuristics.norm_shape(8, rows, 7168, DEEP_GEMM, True, SMS)
+        assert shape.row_ctas == 8 * ctas
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from cute_quant.kernels.config import (
     Domain,
     QuantizeSpec,
     RmsNormSpec,
+    SiluMulSpec,
+    Tile,
     launched_on,
 )
 from cute_quant.kernels.heuristics import TWO_ROWS
@@ -150,6 +152,23 @@ def test_rows_that_are_normalized(arch, limit):
     gpu = architectures.named(arch).gpu
     assert limit <= 0.75 * gpu.issue_budget(tiles * BYTES_PER_WARP)
     assert code.stack == 0 and code.registers <= 64
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantizeSpec(BF16, UE8M0, Tile(low_latency=True)),
+        SiluMulSpec(BF16, UE8M0, Tile(8, low_latency=True)),
+    ],
+    ids=["quantize", "silu"],
+)
+def test_addresses_are_known_before_the_wait(spec):
+    """The assembler would compute them after it: what a thread loads first is an instant away."""
+    opcodes = machine_code(launched_on(spec, "sm_90a"), "sm_90a").opcodes
+    wait = opcodes.index("ACQBULK")
+    load = next(i for i, op in enumerate(opcodes) if op.startswith("LDG"))
+    assert "IMAD.WIDE.U32" in opcodes[:wait]
+    assert "S2R" not in opcodes[wait:load] and "IMAD.WIDE.U32" not in opcodes[wait:load]
 
 
 @pytest.mark.slow
