@@ -82,11 +82,10 @@ FP4_TILES = {
 }
 """Tiles of FP4 values, by the bytes of a vector.
 
-On an H100, NVFP4 with scales in blocks of 128x4, by values a thread x warps, free of low
-latency:
+On an H100, NVFP4 with scales in blocks of 128x4, by values a thread x warps, low of low latency:
 
     elements an SM    rows    8 x 4    8 x 8    16 x 4    8 x 4    8 x 8    16 x 4
-                                                          free     free     free
+                                                          low      low      low
        54             1       2.241    1.455    1.823     2.009    1.451    1.676
       869             16      1.935    1.820    1.466     1.687    1.417    1.532
      3476             64      1.637    1.876    2.168     1.636    1.736    1.746

@@ -16,7 +16,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
-from cute_quant.kernels import copy, encodings, layouts, scatter
+from cute_quant.kernels import copy, encodings, layouts, ptx, scatter
 from cute_quant.kernels.config import LANES, QuantizeSpec, SiluMulBackwardSpec, SiluMulSpec
 from cute_quant.kernels.copy import Segment
 from cute_quant.kernels.encodings import ELEMENT_TYPES
@@ -80,7 +80,8 @@ class GroupQuantizer:
         rows = select_rows(problem, self.spec.domain, row_indices)
         inputs = [problem.prologue.row(row, k) for row in rows]
         targets = [scatter.target(row, problem, self.spec.access) for row in rows]
-        self.scheduler.wait([a for row in inputs for s in segments for a in row.addresses(s)])
+        if const_expr(self.scheduler.waits_late):
+            ptx.wait_behind([a for row in inputs for s in segments for a in row.addresses(s)])
 
         scales = stage.scale_registers(len(segments) * len(rows))  # (rows of each tile,)
         if stage.may_write(rows[0].in_bounds):

@@ -13,7 +13,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, const_expr
 
-from cute_quant.kernels import arithmetic, scatter
+from cute_quant.kernels import arithmetic, ptx, scatter
 from cute_quant.kernels import scales as scaling
 from cute_quant.kernels.config import QuantizeSpec, SiluMulBackwardSpec, SiluMulSpec
 from cute_quant.kernels.copy import Segment
@@ -54,8 +54,8 @@ class RowQuantizer(WholeRows):
         """Load, reduce, scale, quantize and store a row by the warps that share it."""
         row, segments = self.row_segments(row_tile, problem)
         source = problem.prologue.row(row, problem.k)  # (k,)
-        held = segments if const_expr(self.spec.held) else []
-        self.scheduler.wait([a for segment in held for a in source.addresses(segment)])
+        if const_expr(self.scheduler.waits_late):
+            ptx.wait_behind([a for segment in segments for a in source.addresses(segment)])
         scales = self.stage.scale_registers(len(segments))  # (tiles,)
         if self.may_write(row):
             if const_expr(self.spec.held):

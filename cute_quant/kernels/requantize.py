@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import Boolean, Float8E4M3FN, Float32, Int32, Int64
+from cutlass import Boolean, Float8E4M3FN, Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from cute_quant.kernels import copy, encodings, layouts
@@ -66,11 +66,6 @@ class ProductsRow(Params):
         tXrX = encodings.zeros(self.spec.tile.values_per_thread, self.gX.element_type)
         copy.load(self.gX, segment, self.predicate, tXrX, self.spec.access)
         return tXrX, scale
-
-    def addresses(self, segment: Segment) -> list[Int64]:
-        """Return where a thread's segment lies."""
-        spec = self.spec
-        return [copy.address(self.gX, segment, spec.tile.values_per_thread, spec.access)]
 
     @cute.jit
     def load_scale(self, segment: Segment) -> Float32:

@@ -15,7 +15,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_tensor
 
 from cute_quant.contract.dtypes import SCALE_ROW_ALIGNMENT
-from cute_quant.kernels import layouts, ptx
+from cute_quant.kernels import layouts
 from cute_quant.kernels.config import DENSE_ROWS, DOWN, LANES, MAX_GRID_Y, MAX_GRID_Z, Spec
 from cute_quant.kernels.copy import fake_matrix
 from cute_quant.kernels.encodings import scale_type_of, values_per_element
@@ -239,11 +239,6 @@ class Scheduler:
         weighted = getattr(self.spec, "weighted", False)
         first = self.domain == DENSE_ROWS and not weighted
         return self.spec.pdl and self.tile.low_latency and first
-
-    def wait(self, addresses: list[Int64]):
-        """Wait for the kernel before, with these addresses of loads, if that is not done yet."""
-        if const_expr(self.waits_late):
-            ptx.wait_behind(addresses)
 
     @property
     def walks_experts(self) -> bool:

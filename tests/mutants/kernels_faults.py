@@ -61,9 +61,37 @@ FAULTS = [
     Fault(
         "heuristics-gates-and-ups-of-one-warp",
         HEURISTICS,
-        "Range(100, Tile(values_per_thread=8, row_warps=1)),",
-        "Range(400, Tile(values_per_thread=8, row_warps=1)),",
-        [f"{ON_LAUNCH_SHAPES}::test_tiles_as_measured"],
+        "Range(600, Tile(values_per_thread=8, low_latency=True)),",
+        "Range(400, Tile(values_per_thread=8, low_latency=True)),",
+        [f"{ON_LAUNCH_SHAPES}::test_few_rows_are_of_low_latency"],
+    ),
+    Fault(
+        "low-latency-without-a-wait",
+        QUANTIZE,
+        "ptx.wait_behind([a for row in inputs for s in segments for a in row.addresses(s)])",
+        "pass",
+        [f"{ON_SILU_KERNEL}::test_variants"],
+    ),
+    Fault(
+        "low-latency-of-rows-without-a-wait",
+        QUANTIZE_ROWS,
+        "ptx.wait_behind([a for segment in segments for a in source.addresses(segment)])",
+        "pass",
+        [f"{ON_UPPER_SCALES}::test_kernels_find_the_better_of_two_scales"],
+    ),
+    Fault(
+        "low-latency-reads-factors-before-the-wait",
+        SCHEDULER,
+        "first = self.domain == DENSE_ROWS and not weighted",
+        "first = self.domain == DENSE_ROWS",
+        [f"{ON_SILU_KERNEL}::test_variants"],
+    ),
+    Fault(
+        "low-latency-waits-before-addresses",
+        PTX,
+        'common = [f"and.b32 t, t, ${i};" for i in range(len(words))]',
+        "common = []",
+        ["tests/kernels/test_machine_code.py::test_addresses_are_known_before_the_wait"],
     ),
     Fault(
         "heuristics-one-cta-an-expert",
@@ -1180,8 +1208,8 @@ FAULTS = [
     Fault(
         "heuristics-a-range-that-nothing-finds",
         HEURISTICS,
-        "Range(8_000, Tile(values_per_thread=8)),",
-        "Range(3_900, Tile(values_per_thread=8)),",
+        "Range(2_500, Tile(row_warps=1, low_latency=True)),",
+        "Range(1_100, Tile(row_warps=1, low_latency=True)),",
         [f"{ON_LAUNCH_SHAPES}::test_ranges_are_found_by_powers_of_two"],
     ),
     Fault(
