@@ -10,7 +10,7 @@ import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -430,11 +430,19 @@ _FLUSH = {
 }
 """Numerics in which values under the smallest UE8M0 scale become 0."""
 
-_larger: Callable[[int, int], int] = torch.sym_max
-"""The larger of two sizes, also of those that only the run can tell."""
-
 _formats: weakref.WeakValueDictionary[Choices, Format] = weakref.WeakValueDictionary()
 _lock = threading.RLock()
+
+
+def _larger(a: int, b: int) -> int:
+    """Return the larger of two sizes, also of those that only the run can tell.
+
+    Torch 2.11 does not trace the function for these of two integers.
+    """
+    if isinstance(a, int) and isinstance(b, int):
+        return max(a, b)
+    larger: int = torch.sym_max(a, b)
+    return larger
 
 
 @functools.lru_cache(1024)

@@ -12,6 +12,7 @@ from cute_quant.contract.rows import PrefixSum
 from cute_quant.contract.tensors import check_tensor
 from cute_quant.nn import gemms
 from cute_quant.nn.linear import (
+    as_result,
     check_input,
     check_layer,
     output_dtype,
@@ -132,7 +133,7 @@ class _GroupedLinear(torch.autograd.Function):
         of_rows, columns = _both(x, rows, recipe, with_columns=trains)
         ctx.save_for_backward(ends, weight if ctx.needs_input_grad[0] else None, *columns)
         weights = quantize_blocks(weight, recipe.fmt)
-        return gemms.grouped_product(of_rows, weights, rows, recipe).to(dtype)
+        return as_result(gemms.grouped_product(of_rows, weights, rows, recipe), dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -92,7 +92,8 @@ class _Linear(torch.autograd.Function):
         ctx.recipe, ctx.dtypes = recipe, (x.dtype, weight.dtype)
         rows, columns = _both(x, recipe, with_columns=trains)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *columns)
-        return gemms.product(rows, quantize_blocks(weight, recipe.fmt), recipe).to(dtype)
+        y = gemms.product(rows, quantize_blocks(weight, recipe.fmt), recipe)
+        return as_result(y, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -123,6 +124,15 @@ def _both(x: torch.Tensor, recipe: Recipe, *, with_columns: bool) -> tuple[Fp8, 
         # Each row as TMA wants it.
         q = torch.nn.functional.pad(q.view(torch.uint8), (0, padding)).view(q.dtype)
     return rows, (q, sf)
+
+
+def as_result(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what a GEMM wrote as the result of an autograd function, in a dtype.
+
+    A graph that torch 2.11 traces has no gradient of a result that was written in place, and takes
+    it to be 0. Inductor leaves the copy out.
+    """
+    return y.to(dtype, copy=torch.compiler.is_compiling())
 
 
 def with_rows(x: torch.Tensor) -> torch.Tensor:

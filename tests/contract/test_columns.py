@@ -1,5 +1,7 @@
 """Groups along rows on each device: every byte against the oracle, and what is refused."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from cute_quant import (
 )
 from tests.columns import (
     DTYPES,
+    FLOAT32_32,
     FORMATS,
     GATED,
     ROW_FORMATS,
@@ -327,6 +330,42 @@ def test_a_word_of_scales(device):
     assert sf.shape == (2, 8) and sf.dtype is torch.int32
     assert sf[:, 2].contiguous().view(torch.uint8).tolist() == [127, 128, 129, 130, 131, 0, 0, 0]
     assert sf[:, 0].tolist() == [0x5E5E5E5E, 0x5E]
+
+
+def pack_as_deep_gemm(sf: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Return the words of float32 scales (rows, k), each of 32 rows of a group of `sizes` rows.
+
+    Ported from DeepGEMM's ``pack_fp32_into_ue8m0``: each group starts a new row of words, and bytes
+    behind its last scale are 0.
+    """
+    words = []
+    for scales in sf.split([-(-size // 32) for size in sizes]):
+        exponents = scales.view(torch.int32) >> 23
+        exponents = torch.nn.functional.pad(exponents, (0, 0, 0, -len(scales) % 4))
+        lowest, *others = exponents.view(-1, 4, sf.shape[1]).unbind(1)
+        for byte, exponent in enumerate(others, start=1):
+            lowest = lowest | exponent << 8 * byte
+        words.append(lowest)
+    return torch.cat(words)
+
+
+@pytest.mark.parametrize("sizes", [[128], [256, 96, 512], [32, 0, 200, 1, 128]], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_words_of_experts_are_those_that_deep_gemm_packs(transposed, sizes, device):
+    """Of experts that lie at multiples of 128 rows here, and one behind the other there."""
+    k = 40
+    starts = [0, *itertools.accumulate(-(-size // 128) * 128 for size in sizes)]
+    parts = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+    ends = torch.tensor([part.stop for part in parts], dtype=torch.int32, device=device)
+    x = special_weights((starts[-1], k), torch.bfloat16, 32, 5).to(device)
+    q, words = cq.quantize_columns(x, DEEP_GEMM_32, transposed=transposed, rows=PrefixSum(ends))
+    in_float32 = FLOAT32_32.replace(round_scale=True)
+    singly = [cq.quantize_columns(x[part], in_float32) for part in parts]
+    packed = pack_as_deep_gemm(torch.cat([sf for _, sf in singly]), sizes)
+    assert_same_bits(words, packed)
+    q = q.mT if transposed else q
+    for part, (expected, _) in zip(parts, singly, strict=True):
+        assert_same_bits(q[part].contiguous(), expected)
 
 
 def test_it_is_one_launch_to_bind(device):

@@ -107,6 +107,7 @@ def test_compiled_operators_that_write_have_no_gradient(backend):
         torch.compile(call, fullgraph=True, backend=backend)(x.requires_grad_())
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch 2.11 loses schemas defined again")
 def test_modules_of_operators_can_be_loaded_again():
     importlib.reload(block_ops)
     w = torch.ones(128, 128)

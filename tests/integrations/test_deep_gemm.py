@@ -34,8 +34,17 @@ def with_deep_gemm(test):
 
 def on_hopper(test):
     """The mark of tests whose GEMM reads float32 scales."""
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    return with_deep_gemm(pytest.mark.skipif(not hopper, reason="needs SM90")(test))
+    return with_deep_gemm(pytest.mark.skipif(_architecture() != 9, reason="needs SM90")(test))
+
+
+def on_blackwell(test):
+    """The mark of tests of what DeepGEMM packs there alone."""
+    return with_deep_gemm(pytest.mark.skipif(_architecture() != 10, reason="needs SM100")(test))
+
+
+def _architecture() -> int | None:
+    """Return the major number of the GPU's compute capability."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None
 
 
 @with_deep_gemm

@@ -9,7 +9,6 @@ from cute_quant.contract import format_choices
 from cute_quant.contract.dtypes import (
     BELOW_HALF,
     FLOAT32_MAX,
-    INT8_MAX,
     UE8M0_BIAS,
     UE8M0_MAX,
     UE8M0_NAN,
@@ -141,7 +140,9 @@ def encode(values: torch.Tensor, fmt: Format) -> torch.Tensor:
         if fmt.adds_half:
             values = values + values.new_tensor(BELOW_HALF).copysign(values)
         rounded = values.trunc() if fmt.truncates else values.round()
-        values = rounded.clamp(-INT8_MAX, INT8_MAX).where(~nan, 0.0)
+        values = rounded.where(~nan, 0.0)
+    # Torch 2.11 turns what is past the largest value of e4m3 into NaN.
+    values = values.clamp(-value_type.max, value_type.max)
     codes = values.to(fmt.values).view(torch.uint8)
     return codes.where(~nan, value_type.nan_byte).view(fmt.values)
 
