@@ -41,6 +41,8 @@ FP4 = RECORDS / "h100-fp4.jsonl"
 BLOCKS = RECORDS / "h100-blocks.jsonl"
 ENGINES = RECORDS / "h100-engines.md"
 COLUMNS = RECORDS / "h100-columns.jsonl"
+GATED_COLUMNS = RECORDS / "h100-columns-gated.jsonl"
+GRADIENTS = RECORDS / "h100-gradients.jsonl"
 SWEEP = LAYOUTS / "sweep.json"
 
 SUMMARY_ROWS = 1, 64, 1024, 4096, 32768
@@ -123,6 +125,16 @@ def blocks_table() -> Iterable[str]:
 def columns_table() -> Iterable[str]:
     """Return the rows of groups along rows, beside a copy of the transpose and `quantize`."""
     return cases_table(COLUMNS, "transpose first")
+
+
+def gated_columns_table() -> Iterable[str]:
+    """Return the rows of gated activations both ways, beside torch and `quantize_both`."""
+    return cases_table(GATED_COLUMNS, "torch first")
+
+
+def gradients_table() -> Iterable[str]:
+    """Return the rows of gradients in one direction, beside torch and `quantize`."""
+    return cases_table(GRADIENTS, "torch")
 
 
 def cases_table(record: Path, other: str) -> Iterable[str]:
@@ -209,6 +221,8 @@ TABLES: dict[str, tuple[Path | None, Callable[[], Iterable[str]]]] = {
     "fp4": (FP4, fp4_table),
     "blocks": (BLOCKS, blocks_table),
     "columns": (COLUMNS, columns_table),
+    "gated columns": (GATED_COLUMNS, gated_columns_table),
+    "gradients": (GRADIENTS, gradients_table),
     "host": (HOST, host_table),
     "engines": (ENGINES, lambda: engine_report.calls_table(ENGINES)),
     "engine layer": (ENGINES, lambda: engine_report.layer_table(ENGINES)),
