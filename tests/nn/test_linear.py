@@ -379,6 +379,24 @@ def test_compile(m, recipe):
         assert torch.equal(eager, graph)
 
 
+@every_recipe
+def test_compile_groups(recipe):
+    """With a break in backward, which reads the ends of the groups."""
+    torch._dynamo.reset()
+    layer = Fp8GroupedLinear(2, 64, 32, dtype=BF16, recipe=recipe)
+    ends = torch.tensor([100, 200], dtype=torch.int32)
+    x = activations(256, 64).requires_grad_()
+    results = []
+    for call in (layer, torch.compile(layer, backend="aot_eager")):
+        layer.zero_grad()
+        x.grad = None
+        y = call(x, ends)
+        y.float().square().sum().backward()
+        results.append((y.detach(), x.grad, layer.weight.grad))
+    for eager, graph in zip(*results, strict=True):
+        assert torch.equal(eager, graph)
+
+
 @pytest.mark.gpu
 def test_compile_under_autocast_and_checkpointing():
     """By inductor, as the page on training has it."""
