@@ -12,15 +12,16 @@ from cute_quant.contract.rows import PrefixSum
 from cute_quant.contract.tensors import check_tensor
 from cute_quant.nn import gemms
 from cute_quant.nn.linear import (
-    as_result,
+    as_dtype,
     check_input,
     check_layer,
     output_dtype,
+    recipe_on,
     refuse_second_derivative,
     trains_weight,
     with_rows,
 )
-from cute_quant.nn.recipes import Recipe, recipe_of
+from cute_quant.nn.recipes import Recipe
 from cute_quant.nn.rows import GROUP_ALIGNMENT
 from cute_quant.ops.columns import quantize_both
 from cute_quant.ops.rows import quantize
@@ -104,12 +105,16 @@ class Fp8GroupedLinear(torch.nn.Module):
         x = input
         check_input(x, self.in_features)
         check_tensor("ends", ends, (torch.int32,))
+        if not ends.is_contiguous():
+            raise ValueError(
+                f"ends: expected a contiguous tensor, got strides {tuple(ends.stride())}"
+            )
         if x.ndim != 2 or len(x) % GROUP_ALIGNMENT or ends.shape != (self.groups,):
             raise ValueError(
                 f"input, ends: expected shapes (M, {self.in_features}) and ({self.groups},), M a "
                 f"multiple of {GROUP_ALIGNMENT}, got {tuple(x.shape)} and {tuple(ends.shape)}"
             )
-        recipe = recipe_of(x.device) if self.recipe is None else self.recipe
+        recipe = recipe_on(x.device, self.recipe)
         trains = trains_weight(self.weight)
         y: torch.Tensor = _GroupedLinear.apply(
             x, self.weight, ends, recipe, output_dtype(x), trains
@@ -128,28 +133,28 @@ class _GroupedLinear(torch.autograd.Function):
         dtype: torch.dtype,
         trains: bool,  # autograd passes positions
     ) -> torch.Tensor:
-        ctx.recipe, ctx.dtypes = recipe, (x.dtype, weight.dtype)
+        ctx.recipe, ctx.x_dtype, ctx.weight_dtype = recipe, x.dtype, weight.dtype
         rows = PrefixSum(ends, GROUP_ALIGNMENT)
         of_rows, columns = _both(x, rows, recipe, with_columns=trains)
         ctx.save_for_backward(ends, weight if ctx.needs_input_grad[0] else None, *columns)
         weights = quantize_blocks(weight, recipe.fmt)
-        return as_result(gemms.grouped_product(of_rows, weights, rows, recipe), dtype)
+        return as_dtype(gemms.product(of_rows, weights, recipe, ends), dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative("Fp8GroupedLinear")
         ends, weight, *columns = ctx.saved_tensors
-        recipe, (x_dtype, weight_dtype) = ctx.recipe, ctx.dtypes
+        recipe = ctx.recipe
         rows = PrefixSum(ends, GROUP_ALIGNMENT)
         of_rows, grad_columns = _both(grads[0], rows, recipe, with_columns=len(columns) > 0)
         of_x = of_weight = None
         if weight is not None:
             transposed = quantize_blocks(weight.mT, recipe.fmt)
-            of_x = gemms.grouped_product(of_rows, transposed, rows, recipe).to(x_dtype)
+            of_x = gemms.product(of_rows, transposed, recipe, ends).to(ctx.x_dtype)
         if columns:
             q, sf = columns
-            of_weight = gemms.grouped_weight_gradient(grad_columns, (q, sf), rows, recipe)
-            of_weight = of_weight.to(weight_dtype)
+            of_weight = gemms.weight_gradient(grad_columns, (q, sf), recipe, ends)
+            of_weight = of_weight.to(ctx.weight_dtype)
         return of_x, of_weight, None, None, None, None
 
 

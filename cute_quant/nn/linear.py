@@ -41,7 +41,7 @@ class Fp8Linear(torch.nn.Linear):
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: features are no multiple of 16.
+        ValueError: features are no multiple of 16, or the recipe is another one.
     """
 
     def __init__(
@@ -67,11 +67,12 @@ class Fp8Linear(torch.nn.Linear):
             input: (..., in_features), bfloat16, float16 or float32.
 
         Raises:
-            TypeError: `input` is no tensor of such a dtype on a CPU or a CUDA device.
-            ValueError: it has another number of features.
+            TypeError: `input` is no tensor of such a dtype.
+            ValueError: it has another number of features or is on another kind of device, or
+                DeepGEMM does not read the layer's recipe there.
         """
         check_input(input, self.in_features)
-        recipe = recipe_of(input.device) if self.recipe is None else self.recipe
+        recipe = recipe_on(input.device, self.recipe)
         x = input.reshape(-1, self.in_features)
         trains = trains_weight(self.weight)
         y: torch.Tensor = _Linear.apply(x, self.weight, recipe, output_dtype(input), trains)
@@ -89,26 +90,27 @@ class _Linear(torch.autograd.Function):
         dtype: torch.dtype,
         trains: bool,  # autograd passes positions
     ) -> torch.Tensor:
-        ctx.recipe, ctx.dtypes = recipe, (x.dtype, weight.dtype)
+        ctx.recipe, ctx.x_dtype, ctx.weight_dtype = recipe, x.dtype, weight.dtype
         rows, columns = _both(x, recipe, with_columns=trains)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *columns)
         y = gemms.product(rows, quantize_blocks(weight, recipe.fmt), recipe)
-        return as_result(y, dtype)
+        return as_dtype(y, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative("Fp8Linear")
         weight, *columns = ctx.saved_tensors
-        recipe, (x_dtype, weight_dtype) = ctx.recipe, ctx.dtypes
+        recipe = ctx.recipe
         rows, grad_columns = _both(grads[0], recipe, with_columns=len(columns) > 0)
         of_x = of_weight = None
         if weight is not None:
             # A square block is one of the transpose too, with the same scale and values.
             transposed = quantize_blocks(weight.mT, recipe.fmt)
-            of_x = gemms.product(rows, transposed, recipe).to(x_dtype)
+            of_x = gemms.product(rows, transposed, recipe).to(ctx.x_dtype)
         if columns:
             q, sf = columns
-            of_weight = gemms.weight_gradient(grad_columns, (q, sf), recipe).to(weight_dtype)
+            of_weight = gemms.weight_gradient(grad_columns, (q, sf), recipe)
+            of_weight = of_weight.to(ctx.weight_dtype)
         return of_x, of_weight, None, None, None
 
 
@@ -126,13 +128,12 @@ def _both(x: torch.Tensor, recipe: Recipe, *, with_columns: bool) -> tuple[Fp8, 
     return rows, (q, sf)
 
 
-def as_result(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return what a GEMM wrote as the result of an autograd function, in a dtype.
+def as_dtype(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the result of an autograd function in a dtype.
 
-    A graph that torch 2.11 traces has no gradient of a result that was written in place, and takes
-    it to be 0. Inductor leaves the copy out.
+    A graph of torch 2.11 has no gradient of the result of ``to`` where that does nothing.
     """
-    return y.to(dtype, copy=torch.compiler.is_compiling())
+    return y if y.dtype is dtype else y.to(dtype)
 
 
 def with_rows(x: torch.Tensor) -> torch.Tensor:
@@ -151,11 +152,22 @@ def trains_weight(weight: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and weight.requires_grad
 
 
+def recipe_on(device: torch.device, recipe: Recipe | None) -> Recipe:
+    """Return the recipe of a layer for inputs on a device, whose GEMMs have to read its formats."""
+    if recipe is None:
+        return recipe_of(device)
+    gemms.check_recipe(recipe, device)
+    return recipe
+
+
 def check_layer(dtype: torch.dtype | None, recipe: Recipe | None, **features: int) -> None:
     """Check arguments of a layer: rows of inputs and outputs have whole vectors of TMA."""
-    if recipe is not None and recipe not in (SM90, SM100):
+    if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected None, SM90 or SM100, got {describe(recipe)}")
-    if (dtype or torch.get_default_dtype()) not in INPUT_DTYPES:
+    if recipe not in (None, SM90, SM100):
+        raise ValueError(f"recipe: expected None, SM90 or SM100, got {recipe}")
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if dtype not in INPUT_DTYPES:
         raise TypeError(f"dtype: expected {dtype_names(INPUT_DTYPES)}, got {dtype}")
     for name, count in features.items():
         if not isinstance(count, int):
@@ -171,7 +183,7 @@ def check_input(x: torch.Tensor, features: int) -> None:
     """Check that an input can be quantized, and has so many features."""
     check_tensor("input", x, INPUT_DTYPES)
     if not (x.is_cpu or x.is_cuda):
-        raise TypeError(f"input: expected a tensor on a CPU or a CUDA device, got {x.device}")
+        raise ValueError(f"input: expected a tensor on a CPU or a CUDA device, got {x.device}")
     if x.shape[-1:] != (features,):
         raise ValueError(f"input: expected shape (..., {features}), got {tuple(x.shape)}")
 

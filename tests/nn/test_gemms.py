@@ -116,6 +116,7 @@ def emulated(request, monkeypatch) -> CheckedDeepGemm:
     torch.manual_seed(0)
     made = CheckedDeepGemm(request.param)
     monkeypatch.setattr(gemms, "_deep_gemm", lambda device: made)
+    monkeypatch.setattr(gemms, "recipe_of", lambda device: made.recipe)
     return made
 
 
@@ -170,6 +171,40 @@ def test_rows_between_groups(emulated, frozen):
     for t in (y, x.grad):
         assert t.isfinite().all() and not t[100:128].any() and not t[140:].any()
         assert t[:100].any() and t[128:140].any()
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["linear", "grouped"])
+def test_a_graph_calls_it(emulated, grouped):
+    """Of a compiled layer, without a break: Dynamo sees operators, and none of its functions."""
+    torch._dynamo.reset()
+    made = {"dtype": torch.bfloat16, "recipe": emulated.recipe}
+    layer = Fp8GroupedLinear(2, 64, 48, **made) if grouped else Fp8Linear(64, 48, **made)
+    ends = [torch.tensor([100, 200], dtype=torch.int32)] if grouped else []
+    x = activations(256, 64).requires_grad_()
+    results, calls = [], []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        x.grad = None
+        y = call(x, *ends)
+        y.float().square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
+        calls.append(emulated.calls[:])
+        emulated.calls.clear()
+    assert sorted(calls[0]) == sorted(calls[1]) and len(calls[0]) == 3
+    for eager, graph in zip(*results, strict=True):
+        assert eager.any() and torch.equal(eager, graph)
+
+
+def test_a_recipe_that_it_does_not_read(emulated):
+    other = SM100 if emulated.recipe is SM90 else SM90
+    x, ends = torch.zeros(128, 64), torch.tensor([128], dtype=torch.int32)
+    read = emulated.recipe.name
+    for layer, inputs in (
+        (Fp8Linear(64, 32, recipe=other), (x,)),
+        (Fp8GroupedLinear(1, 64, 32, recipe=other), (x, ends)),
+    ):
+        with pytest.raises(ValueError, match=f"recipe: expected None or {read}, .* {other.name}"):
+            layer(*inputs)
 
 
 def test_devices_without_its_gemms_take_torch():

@@ -9,8 +9,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import cute_quant as cq
+from cute_quant.contract.reference import rows as row_domains
 from cute_quant.nn import SM90, SM100, Fp8GroupedLinear, Fp8Linear, Recipe
-from cute_quant.nn.rows import group_sizes
+from cute_quant.nn.rows import group_sizes, groups_of_rows
 
 BF16 = torch.bfloat16
 E4M3_ERROR, BF16_ERROR = (2.0**-bits / 12**0.5 for bits in (3, 7))
@@ -245,6 +246,12 @@ def test_wrong_arguments():
         Fp8Linear(63, 32)
     with pytest.raises(ValueError, match="out_features: expected a multiple of 16"):
         Fp8GroupedLinear(2, 64, 30)
+    with pytest.raises(ValueError, match="input: expected a tensor on a CPU"):
+        Fp8Linear(64, 32)(torch.zeros(4, 64, device="meta"))
+    with pytest.raises(ValueError, match="recipe: expected None, SM90 or SM100, got Recipe"):
+        Fp8Linear(64, 32, recipe=SM90._replace(name="SM120"))
+    with pytest.raises(ValueError, match="ends: expected a contiguous tensor"):
+        Fp8GroupedLinear(2, 64, 32)(torch.zeros(128, 64), torch.zeros(4, dtype=torch.int32)[::2])
     with pytest.raises(ValueError, match="groups: expected at least 1"):
         Fp8GroupedLinear(0, 64, 32)
     with pytest.raises(ValueError, match=r"input: expected shape \(\.\.\., 64\)"):
@@ -264,7 +271,6 @@ def test_wrong_arguments():
         ),
         (lambda: Fp8Linear(64, 32)([1]), "input: expected a tensor of"),
         (lambda: Fp8Linear(64, 32)(x.double()), "input: expected a tensor of"),
-        (lambda: Fp8Linear(64, 32)(x.to("meta")), "input: expected a tensor on a CPU"),
         (lambda: layer(x, [64, 128]), "ends: expected a tensor of int32"),
         (lambda: layer(x, ends.long()), "ends: expected a tensor of int32"),
     ):
@@ -332,14 +338,29 @@ def test_groups_that_are_frozen(recipe, device):
 def test_sizes_of_groups():
     """With padding; an empty group may end where the one before does, or where it begins."""
     ends = torch.tensor([5, 5, 128, 130, 400, 512], dtype=torch.int32)
-    assert group_sizes(cq.PrefixSum(ends), 512) == [128, 0, 0, 128, 256, 0]
-    for wrong, words in (
-        ([130, 5, 200], "ends: expected group 1 to end at 256 to 384, or before without rows, got"),
-        ([130, 256, 385], "ends: expected group 2 to end at 256 to 384"),
-        ([-1, 256, 384], "ends: expected group 0 to end at 0 to 384"),
+    assert group_sizes(ends, 512) == [128, 0, 0, 128, 256, 0]
+    for wrong, group, start, end in (
+        ([130, 5, 200], 1, 256, 5),
+        ([130, 256, 385], 2, 256, 385),
+        ([-1, 256, 384], 0, 0, -1),
     ):
+        words = (
+            f"ends: expected that of group {group}, rounded up to 128, between {start}, where the "
+            f"group starts, and 384, got {end}"
+        )
         with pytest.raises(ValueError, match=words):
-            group_sizes(cq.PrefixSum(torch.tensor(wrong, dtype=torch.int32)), 384)
+            group_sizes(torch.tensor(wrong, dtype=torch.int32), 384)
+
+
+@pytest.mark.parametrize(
+    "ends", [[5, 5, 128, 130, 400, 512], [0], [384], [512, 512], [200, 600], [-3, 7]], ids=str
+)
+def test_groups_of_rows(ends, device):
+    """As the definition has it, whose memory is that of all groups times all rows."""
+    ends = torch.tensor(ends, dtype=torch.int32, device=device)
+    for m in (0, 128, 512):
+        expected = row_domains.groups_of_rows(cq.PrefixSum(ends, 128), m).int()
+        assert torch.equal(groups_of_rows(ends, m), expected)
 
 
 @every_recipe
@@ -367,32 +388,15 @@ def test_compile(m, recipe):
     torch._dynamo.reset()
     layer = Fp8Linear(64, 32, dtype=BF16, recipe=recipe)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = activations(m, 64).requires_grad_()
     results = []
     for call in (layer, compiled):
         layer.zero_grad()
-        x = activations(m, 64).requires_grad_() if not results else results[0][0]
         x.grad = None
         y = call(x)
         y.sum().backward()
-        results.append((x, y.detach(), x.grad.clone(), layer.weight.grad.clone()))
-    for eager, graph in zip(*results, strict=True):
-        assert torch.equal(eager, graph)
-
-
-@every_recipe
-def test_compile_groups(recipe):
-    """With a break in backward, which reads the ends of the groups."""
-    torch._dynamo.reset()
-    layer = Fp8GroupedLinear(2, 64, 32, dtype=BF16, recipe=recipe)
-    ends = torch.tensor([100, 200], dtype=torch.int32)
-    x = activations(256, 64).requires_grad_()
-    results = []
-    for call in (layer, torch.compile(layer, backend="aot_eager")):
-        layer.zero_grad()
-        x.grad = None
-        y = call(x, ends)
-        y.float().square().sum().backward()
-        results.append((y.detach(), x.grad, layer.weight.grad))
+        of_parameters = [p.grad.clone() for p in layer.parameters()]
+        results.append([y.detach(), x.grad.clone(), *of_parameters])
     for eager, graph in zip(*results, strict=True):
         assert torch.equal(eager, graph)
 
@@ -422,9 +426,34 @@ def test_groups_under_autocast_and_checkpointing(device):
     layer = Fp8GroupedLinear(2, 64, 32, device=device)
     ends = torch.tensor([100, 200], dtype=torch.int32, device=device)
     x = activations(256, 64, dtype=torch.float32, device=device).requires_grad_()
-    with torch.autocast(device, dtype=BF16):
-        y = checkpoint(layer, x, ends, use_reentrant=False)
-    assert y.dtype is BF16
-    y.float().sum().backward()
-    assert layer.weight.grad.dtype is torch.float32 and layer.weight.grad.isfinite().all()
+    gradients = []
+    for run in (layer, lambda *given: checkpoint(layer, *given, use_reentrant=False)):
+        layer.zero_grad()
+        x.grad = None
+        with torch.autocast(device, dtype=BF16):
+            y = run(x, ends)
+        assert y.dtype is BF16
+        y.float().square().sum().backward()
+        gradients.append([x.grad, layer.weight.grad])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain.dtype is torch.float32 and plain.isfinite().all() and plain.any()
+        assert torch.equal(plain, recomputed)
     assert "groups=2" in repr(layer)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("grouped", [False, True], ids=["linear", "grouped"])
+def test_a_gpu_that_is_not_the_current_one(grouped):
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        torch.manual_seed(0)
+        layer = Fp8GroupedLinear(2, 256, 128) if grouped else Fp8Linear(256, 128)
+        layer = layer.to(device)
+        x = activations(256, 256, dtype=torch.float32, device=device).requires_grad_()
+        ends = torch.tensor([100, 200], dtype=torch.int32, device=device)
+        y = layer(x, ends) if grouped else layer(x)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
+    for first, second in zip(*results, strict=True):
+        assert first.any() and torch.equal(first.cpu(), second.cpu())
