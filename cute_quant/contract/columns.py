@@ -208,7 +208,7 @@ def check_columns(call: ColumnCall) -> ResultShape:
     """Check everything that the tensors of a call say of themselves, real or fake.
 
     Returns:
-        The shape of x.
+        The shape of the values that are quantized.
 
     Raises:
         TypeError, ValueError: an argument is wrong.

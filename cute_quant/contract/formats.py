@@ -437,7 +437,7 @@ _lock = threading.RLock()
 def _larger(a: int, b: int) -> int:
     """Return the larger of two sizes, also of those that only the run can tell.
 
-    Torch 2.11 does not trace the function for these of two integers.
+    Dynamo of torch 2.11 does not trace ``sym_max`` of two integers.
     """
     if isinstance(a, int) and isinstance(b, int):
         return max(a, b)

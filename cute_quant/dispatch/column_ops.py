@@ -106,7 +106,7 @@ def run(call: ColumnCall) -> Results:
             options |= {option: getattr(prologue, option) for option in GATED_OPTIONS}
     formats = [output.fmt.text for output in call.outputs]
     ops, end = torch.ops.cute_quant, (*formats, rows.row_data, call.rng_state)
-    if all(output.q is output.sf is None for output in call.outputs):
+    if all(output.q is None and output.sf is None for output in call.outputs):
         return _results(call, getattr(ops, name)(*inputs, *end, **options))
     memory = _allocate(call, columns.check_columns(call))
     getattr(ops, f"{name}_out")(*inputs, *memory, *end, **options)

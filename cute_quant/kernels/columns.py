@@ -347,13 +347,12 @@ class Columns:
         tiles = problem.k // (2 * BLOCK_TILE)
         # Past all gates there is the padding of scales past all ups.
         tile = cutlass.select_(column_tile < tiles, column_tile, Int32(NO_TILE))
-        for _ in cutlass.range_constexpr(2):
-            self.quantize_tile(tXrX, part, (row_tile, tile), shared, problem)
-            # The next tile goes through the same shared memory.
-            cute.arch.barrier()
-            for i in cutlass.range_constexpr(self.rows):
-                copy_vectors(waiting[i], tXrX[i])
-            tile = column_tile + tiles
+        self.quantize_tile(tXrX, part, (row_tile, tile), shared, problem)
+        # The ups go through the same shared memory.
+        cute.arch.barrier()
+        for i in cutlass.range_constexpr(self.rows):
+            copy_vectors(waiting[i], tXrX[i])
+        self.quantize_tile(tXrX, part, (row_tile, column_tile + tiles), shared, problem)
 
     @cute.jit
     def quantize_tile(
@@ -406,7 +405,9 @@ class Columns:
         # Lanes with other rows of the same columns.
         for i in cutlass.range_constexpr((LANES // self.lanes).bit_length() - 1):
             for j in cutlass.range_constexpr(len(amaxes)):
-                other = cute.arch.shuffle_sync_bfly(amaxes[j], offset=8 << i)
+                other = cute.arch.shuffle_sync_bfly(
+                    amaxes[j], offset=layouts.HALF_WARP_COLUMNS << i
+                )
                 amaxes[j] = larger(amaxes[j], other)
 
         first_row, _ = layouts.threads_of_column_tile(self.values)((lane, 0))
@@ -606,9 +607,9 @@ class Columns:
         """Return the largest magnitude of a group along k, as `Stage.scale` takes it."""
         stage = self.row_stage
         amax = stage.thread_amax(tXrX)
-        lanes = min(stage.lanes_per_group, 8)
+        lanes = min(stage.lanes_per_group, layouts.HALF_WARP_COLUMNS)
         if stage.lanes_per_group > lanes and self.lanes < LANES:
-            # The other eight lanes along columns, past those along rows.
+            # Those of the other half warp, past the lanes along rows.
             amax = stage.larger(amax, cute.arch.shuffle_sync_bfly(amax, offset=LANES // 2))
         elif stage.lanes_per_group > lanes:
             lanes = stage.lanes_per_group

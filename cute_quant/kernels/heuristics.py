@@ -82,7 +82,8 @@ FP4_TILES = {
 }
 """Tiles of FP4 values, by the bytes of a vector.
 
-On an H100, NVFP4 with scales in blocks of 128x4, by values a thread x warps, low of low latency:
+On an H100, NVFP4 with scales in blocks of 128x4, by values a thread x warps,
+*low* for tiles of low latency:
 
     elements an SM    rows    8 x 4    8 x 8    16 x 4    8 x 4    8 x 8    16 x 4
                                                           low      low      low
@@ -115,7 +116,8 @@ SILU_TILES = {
 }
 """Tiles of gates and ups, by the bytes of a vector. Few have CTAs of one warp on all SMs.
 
-On an H100, by values a thread x warps, low of low latency; k and elements are those of the result:
+On an H100, by values a thread x warps, *low* for tiles of low latency; k and elements are
+those of the result:
 
     elements an SM    rows          8 x 4   8 x 8   16 x 1  8 x 2   8 x 4   8 x 8   16 x 1  16 x 2
                                                             low     low     low     low     low

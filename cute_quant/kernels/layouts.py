@@ -115,6 +115,10 @@ def threads_of_block_tile(values: int) -> cute.Layout:
     )
 
 
+HALF_WARP_COLUMNS = 8
+"""Lanes of a half warp along the columns of a tile whose columns are reduced."""
+
+
 def threads_of_column_tile(values: int) -> cute.Layout:
     """Return the same layout for a tile whose columns are reduced and transposed.
 
@@ -123,9 +127,9 @@ def threads_of_column_tile(values: int) -> cute.Layout:
     """
     lanes, rows = BLOCK_TILE // values, rows_of_block_thread(values)
     return cute.make_layout(
-        ((8, LANES // lanes, lanes // 8), BLOCK_WARPS),
+        ((HALF_WARP_COLUMNS, LANES // lanes, lanes // HALF_WARP_COLUMNS), BLOCK_WARPS),
         stride=(
-            (cute.E(1), rows * cute.E(0), 8 * cute.E(1)),
+            (cute.E(1), rows * cute.E(0), HALF_WARP_COLUMNS * cute.E(1)),
             BLOCK_TILE // BLOCK_WARPS * cute.E(0),
         ),
     )

@@ -131,7 +131,17 @@ def quantize_both(
         TypeError, ValueError, RuntimeError: as :func:`quantize`.
     """
     check_input("quantize_both", "x", x)
-    return _run_both(x, fmt, column_fmt, None, transposed, rows, rng_state, check, out)
+    return _run_both(
+        x,
+        fmt,
+        column_fmt,
+        None,
+        transposed=transposed,
+        rows=rows,
+        rng_state=rng_state,
+        check=check,
+        out=out,
+    )
 
 
 def silu_mul_quantize_both(
@@ -191,7 +201,17 @@ def silu_mul_quantize_both(
         rounding=rounding,
         weight=weight,
     )
-    return _run_both(gate_up, fmt, column_fmt, prologue, transposed, rows, rng_state, check, out)
+    return _run_both(
+        gate_up,
+        fmt,
+        column_fmt,
+        prologue,
+        transposed=transposed,
+        rows=rows,
+        rng_state=rng_state,
+        check=check,
+        out=out,
+    )
 
 
 def silu_mul_backward_quantize_both(
@@ -244,7 +264,17 @@ def silu_mul_backward_quantize_both(
     prologue = make_silu_mul_backward(
         grad, interleaved=interleaved, clamp=clamp, alpha=alpha, beta=beta
     )
-    return _run_both(gate_up, fmt, column_fmt, prologue, transposed, rows, rng_state, check, out)
+    return _run_both(
+        gate_up,
+        fmt,
+        column_fmt,
+        prologue,
+        transposed=transposed,
+        rows=rows,
+        rng_state=rng_state,
+        check=check,
+        out=out,
+    )
 
 
 def _run_both(
@@ -252,6 +282,7 @@ def _run_both(
     fmt: Format,
     column_fmt: Format,
     prologue: GatedPrologue | None,
+    *,
     transposed: bool,
     rows: PrefixSum | None,
     rng_state: torch.Tensor | None,
