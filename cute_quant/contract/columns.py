@@ -18,6 +18,7 @@ from cute_quant.contract.checks import (
     check_number_of_scales,
     check_rng_state,
     check_row_domain,
+    check_row_kind,
     check_scales_out,
     check_silu_mul,
     check_silu_mul_backward,
@@ -27,7 +28,7 @@ from cute_quant.contract.dtypes import BYTES_PER_WORD, INPUT_DTYPES, describe
 from cute_quant.contract.format_choices import BLOCKED, MAX_COLUMNS, MN_MAJOR, MN_MAJOR_PACKED
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import GatedPrologue, SiluMul, SiluMulBackward
-from cute_quant.contract.rows import PrefixSum, PrefixSumWithGaps, Rows
+from cute_quant.contract.rows import KINDS, PrefixSum, PrefixSumWithGaps, Rows
 from cute_quant.contract.tensors import (
     check_matrices,
     check_tensor,
@@ -159,16 +160,31 @@ def check_group_format(fmt: object, name: str) -> None:
     check_format(fmt, name)
     assert isinstance(fmt, Format)
     if fmt.value_type.per_byte > 1:
-        raise ValueError(f"{name}: expected 8-bit values, got {fmt.text}: use quantize")
+        raise ValueError(f"{name}: expected 8-bit values, got {fmt.text}")
     if fmt.divides or fmt.truncates or fmt.in_bf16:
         raise ValueError(
             f"{name}: expected numerics that multiply values and round them to nearest, got "
-            f"{fmt.text}: use quantize"
+            f"{fmt.text}"
         )
     if fmt.group_size not in GROUP_SIZES:
         raise ValueError(
             f"{name}: expected a group_size of {' or '.join(map(str, GROUP_SIZES))}, got {fmt.text}"
         )
+
+
+def check_rows_of_groups(rows: Rows | None) -> None:
+    """Check the type of a row domain, and of its alignment.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is another one than groups along rows have.
+    """
+    prefix_sum = isinstance(rows, PrefixSum) and not isinstance(rows, PrefixSumWithGaps)
+    if rows is not None and not prefix_sum:
+        error = ValueError if isinstance(rows, tuple(KINDS.values())) else TypeError
+        expected = "None or a PrefixSum for groups along rows"
+        raise error(f"rows: expected {expected}, got {describe(rows)}")
+    check_row_kind(rows)
 
 
 def check_transposed(transposed: object) -> None:
@@ -258,13 +274,10 @@ def check_formats(call: ColumnCall) -> None:
 def _check_rows(call: ColumnCall) -> None:
     x, rows = call.x, call.rows
     name = call.input_name
+    check_rows_of_groups(rows)
     check_row_domain(rows, x, name, tuple(x.shape[:-1]), name, x.shape[-1])
     if rows is None:
         return
-    if not isinstance(rows, PrefixSum) or isinstance(rows, PrefixSumWithGaps):
-        raise ValueError(
-            f"rows: expected None or a PrefixSum for groups along rows, got {describe(rows)}"
-        )
     unit = rows_of_unit(call.columns.fmt)
     if rows.alignment % unit:
         raise ValueError(

@@ -9,7 +9,6 @@ import torch
 
 from cute_quant.contract import columns
 from cute_quant.contract.calls import ResultShape
-from cute_quant.contract.checks import check_row_kind
 from cute_quant.contract.columns import ColumnCall, Output, Pair
 from cute_quant.contract.dtypes import describe
 from cute_quant.contract.formats import Format
@@ -90,7 +89,7 @@ def run(call: ColumnCall) -> Results:
     # A schema cannot name what is wrong with these.
     columns.check_formats(call)
     columns.check_transposed(call.transposed)
-    check_row_kind(call.rows)
+    columns.check_rows_of_groups(call.rows)
     if not isinstance(call.rng_state, (torch.Tensor, type(None))):
         raise TypeError(f"rng_state: expected a tensor or None, got {describe(call.rng_state)}")
     rows, prologue = to_operands(call.rows), call.prologue

@@ -15,6 +15,7 @@ from cute_quant.nn.linear import (
     as_dtype,
     check_input,
     check_layer,
+    check_weight,
     output_dtype,
     recipe_on,
     refuse_second_derivative,
@@ -60,7 +61,7 @@ class Fp8GroupedLinear(torch.nn.Module):
         recipe: Recipe | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(groups, int):
+        if not isinstance(groups, int) or isinstance(groups, bool):
             raise TypeError(f"groups: expected an int, got {describe(groups)}")
         if groups < 1:
             raise ValueError(f"groups: expected at least 1, got {groups}")
@@ -114,6 +115,7 @@ class Fp8GroupedLinear(torch.nn.Module):
                 f"input, ends: expected shapes (M, {self.in_features}) and ({self.groups},), M a "
                 f"multiple of {GROUP_ALIGNMENT}, got {tuple(x.shape)} and {tuple(ends.shape)}"
             )
+        check_weight(self.weight, (self.groups, self.out_features, self.in_features), x)
         recipe = recipe_on(x.device, self.recipe)
         trains = trains_weight(self.weight)
         y: torch.Tensor = _GroupedLinear.apply(

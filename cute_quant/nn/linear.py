@@ -67,11 +67,13 @@ class Fp8Linear(torch.nn.Linear):
             input: (..., in_features), bfloat16, float16 or float32.
 
         Raises:
-            TypeError: `input` is no tensor of such a dtype.
-            ValueError: it has another number of features or is on another kind of device, or
-                DeepGEMM does not read the layer's recipe there.
+            TypeError: `input` is no tensor of such a dtype, or the weight has another one.
+            ValueError: it has another number of features or is on another kind of device; the
+                weight has another shape or device; or DeepGEMM does not read the layer's recipe
+                there.
         """
         check_input(input, self.in_features)
+        check_weight(self.weight, (self.out_features, self.in_features), input)
         recipe = recipe_on(input.device, self.recipe)
         x = input.reshape(-1, self.in_features)
         trains = trains_weight(self.weight)
@@ -170,7 +172,7 @@ def check_layer(dtype: torch.dtype | None, recipe: Recipe | None, **features: in
     if dtype not in INPUT_DTYPES:
         raise TypeError(f"dtype: expected {dtype_names(INPUT_DTYPES)}, got {dtype}")
     for name, count in features.items():
-        if not isinstance(count, int):
+        if not isinstance(count, int) or isinstance(count, bool):
             raise TypeError(f"{name}: expected an int, got {describe(count)}")
         if count < 1 or count % FEATURE_ALIGNMENT:
             raise ValueError(
@@ -186,6 +188,15 @@ def check_input(x: torch.Tensor, features: int) -> None:
         raise ValueError(f"input: expected a tensor on a CPU or a CUDA device, got {x.device}")
     if x.shape[-1:] != (features,):
         raise ValueError(f"input: expected shape (..., {features}), got {tuple(x.shape)}")
+
+
+def check_weight(weight: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> None:
+    """Check a weight that may have been assigned to a layer, for an input."""
+    check_tensor("weight", weight, INPUT_DTYPES)
+    if weight.shape != shape:
+        raise ValueError(f"weight: expected shape {shape}, got {tuple(weight.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"weight: expected on {x.device}, as input, got {weight.device}")
 
 
 def output_dtype(x: torch.Tensor) -> torch.dtype:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from cute_quant.contract.dtypes import SMALLEST_NORMAL
 from cute_quant.contract.formats import DEEP_GEMM, DEEP_GEMM_32, DEEP_GEMM_SM90, Format
 
 
@@ -26,8 +27,16 @@ class Recipe(NamedTuple):
     transposed_groups: bool
 
 
-SM90 = Recipe("SM90", DEEP_GEMM_SM90, DEEP_GEMM_SM90, transposed_groups=True)
-SM100 = Recipe("SM100", DEEP_GEMM, DEEP_GEMM_32, transposed_groups=False)
+# Gradients may be small, so that scales are as small as those of their dtypes, not 1e-10.
+_FLOAT32_SCALES = DEEP_GEMM_SM90.replace(min_scale=SMALLEST_NORMAL)
+
+SM90 = Recipe("SM90", _FLOAT32_SCALES, _FLOAT32_SCALES, transposed_groups=True)
+SM100 = Recipe(
+    "SM100",
+    DEEP_GEMM.replace(min_scale="ocp"),
+    DEEP_GEMM_32.replace(min_scale="ocp"),
+    transposed_groups=False,
+)
 RECIPES = {recipe.name: recipe for recipe in (SM90, SM100)}
 
 

@@ -293,6 +293,9 @@ def _run_both(
     if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
         got = f"{len(out)} items" if isinstance(out, (tuple, list)) else describe(out)
         raise TypeError(f"out: expected ((q, sf), (q, sf)), got {got}")
+    for pair in out or ():
+        if isinstance(pair, torch.Tensor):
+            raise TypeError(f"out: expected ((q, sf), (q, sf)), got {describe(pair)} for a pair")
     of_rows, of_columns = out or (None, None)
     outputs, column_outputs = outputs_of(of_rows, fmt), outputs_of(of_columns, column_fmt)
     along_k = Output(fmt, outputs.q, outputs.sf)

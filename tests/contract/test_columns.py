@@ -402,7 +402,7 @@ SF32 = torch.empty(2, 256)
         (X.mT[:200], DEEP_GEMM_32, {}, ValueError, "x: expected rows contiguous along k"),
         (X, DEEP_GEMM_32, {"transposed": 1}, TypeError, "transposed: expected a bool, got 1"),
         (X, DEEP_GEMM_32, {"check": 1}, TypeError, "check: expected a bool, got 1"),
-        (X, DEEP_GEMM_32, {"rows": ENDS}, TypeError, "rows: expected None or one of"),
+        (X, DEEP_GEMM_32, {"rows": ENDS}, TypeError, "rows: expected None or a PrefixSum"),
         (
             X[None],
             DEEP_GEMM_32,
@@ -484,7 +484,7 @@ def test_what_is_refused(x, fmt, options, error, message):
         (MXFP8, DEEP_GEMM, None, ValueError, "column_fmt: expected groups of 32 rows"),
         (MXFP8, None, None, TypeError, "column_fmt: expected a Format"),
         (MXFP8, DEEP_GEMM_32, Q, TypeError, r"out: expected \(\(q, sf\), \(q, sf\)\), got a"),
-        (MXFP8, DEEP_GEMM_32, (Q, None), TypeError, r"out: expected \(q, sf\), got a tensor"),
+        (MXFP8, DEEP_GEMM_32, (Q, None), TypeError, r"out: expected \(\(q, sf\), \(q, sf\)\), got a tensor"),
         (MXFP8, DEEP_GEMM_32, ((Q[:9], None), None), ValueError, "out q: expected shape"),
         (MXFP8, DEEP_GEMM_32, (None, (Q[:9], None)), ValueError, "out column q: expected shape"),
         (DEEP_GEMM_32, DEEP_GEMM_SM90, (None, (None, SF32[:1])), ValueError, "out column sf: "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -230,6 +231,42 @@ def test_it_takes_the_place_of_a_linear_layer(device):
     x = activations(8, 64, dtype=torch.float32, device=device)
     assert relative_error(layer(x), plain(x)) < NOISE
     assert isinstance(layer, torch.nn.Linear) and "in_features=64" in repr(layer)
+
+
+@every_recipe
+def test_small_gradients(recipe, device):
+    """They have the bits of large ones: no scale is held from below before float32 ends."""
+    layer = Fp8Linear(64, 32, bias=False, device=device, recipe=on(device, recipe))
+    x = activations(40, 64, dtype=torch.float32, device=device).requires_grad_()
+    grad = activations(40, 32, dtype=torch.float32, device=device)
+    gradients = []
+    for factor in (1.0, 2.0**-80):
+        layer.zero_grad()
+        x.grad = None
+        layer(x).backward(grad * factor)
+        gradients.append([x.grad / factor, layer.weight.grad / factor])
+    for large, small in zip(*gradients, strict=True):
+        assert large.any() and torch.equal(small, large)
+
+
+def test_weights_that_do_not_fit(device):
+    """As they may after an assignment, and with experts that the layer does not have."""
+    linear, x = Fp8Linear(64, 32, device=device), torch.zeros(128, 64, device=device)
+    experts = Fp8GroupedLinear(2, 64, 32, device=device)
+    ends = torch.tensor([5, 128], dtype=torch.int32, device=device)
+    for layer, inputs, shape in ((linear, (x,), (32, 64)), (experts, (x, ends), (2, 32, 64))):
+        first, *others = shape
+        for wrong in ((first + 1, *others), (*shape[:-1], 48), shape[1:]):
+            layer.weight = torch.nn.Parameter(torch.zeros(wrong, device=device))
+            message = f"weight: expected shape {shape}, got {wrong}"
+            with pytest.raises(ValueError, match=re.escape(message)):
+                layer(*inputs)
+        layer.weight = torch.nn.Parameter(torch.zeros(shape, device="meta"))
+        with pytest.raises(ValueError, match=f"weight: expected on {x.device}, as input, got meta"):
+            layer(*inputs)
+        layer.weight = torch.nn.Parameter(torch.zeros(shape, device=device).double())
+        with pytest.raises(TypeError, match="weight: expected a tensor of"):
+            layer(*inputs)
 
 
 def test_no_rows(device):
