@@ -61,7 +61,7 @@ def weight_gradient(
 
 def check_recipe(recipe: Recipe, device: torch.device) -> None:
     """Check that the GEMMs of a device read the formats of a recipe. Those of torch read all."""
-    if _deep_gemm(device) is not None and recipe is not recipe_of(device):
+    if _deep_gemm(device) is not None and recipe != recipe_of(device):
         raise ValueError(
             f"recipe: expected None or {recipe_of(device).name}, whose formats DeepGEMM reads on "
             f"this GPU, got {recipe.name}"

@@ -90,7 +90,7 @@ FAULTS = [
     Fault(
         "gemms-any-recipe",
         GEMMS,
-        "if _deep_gemm(device) is not None and recipe is not recipe_of(device):",
+        "if _deep_gemm(device) is not None and recipe != recipe_of(device):",
         "if False:",
         ["tests/nn/test_gemms.py::test_a_recipe_that_it_does_not_read"],
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -205,6 +207,8 @@ def test_a_recipe_that_it_does_not_read(emulated):
     ):
         with pytest.raises(ValueError, match=f"recipe: expected None or {read}, .* {other.name}"):
             layer(*inputs)
+    own = pickle.loads(pickle.dumps(Fp8Linear(64, 32, recipe=emulated.recipe)))
+    assert own(x).shape == (128, 32)
 
 
 def test_devices_without_its_gemms_take_torch():
