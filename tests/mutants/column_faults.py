@@ -111,8 +111,7 @@ FAULTS = [
     Fault(
         "columns-tiles-in-the-same-memory",
         KERNEL,
-        "            # The next tile goes through the same shared memory.\n"
-        "            cute.arch.barrier()\n",
+        "        # The ups go through the same shared memory.\n        cute.arch.barrier()\n",
         "",
         GATED_KERNELS,
     ),
@@ -126,8 +125,8 @@ FAULTS = [
     Fault(
         "columns-gaps-that-are-kept",
         COLUMNS,
-        "if not isinstance(rows, PrefixSum) or isinstance(rows, PrefixSumWithGaps):",
-        "if not isinstance(rows, PrefixSum):",
+        "isinstance(rows, PrefixSum) and not isinstance(rows, PrefixSumWithGaps)",
+        "isinstance(rows, PrefixSum)",
         [f"{ON_CONTRACT}::test_what_gated_activations_refuse"],
     ),
     Fault(
@@ -350,7 +349,7 @@ FAULTS = [
     Fault(
         "columns-conflicts-of-banks",
         LAYOUTS,
-        "((8, LANES // lanes, lanes // 8), BLOCK_WARPS),",
+        "((HALF_WARP_COLUMNS, LANES // lanes, lanes // HALF_WARP_COLUMNS), BLOCK_WARPS),",
         "((min(lanes, 32), LANES // lanes, 1), BLOCK_WARPS),",
         ["tests/kernels/test_layouts.py::test_a_tile_is_transposed_without_bank_conflicts"],
     ),
