@@ -11,7 +11,6 @@ from cute_quant.contract.dtypes import describe
 from cute_quant.contract.formats import Format
 from cute_quant.contract.prologues import (
     FUSED,
-    GatedPrologue,
     make_silu_mul,
     make_silu_mul_backward,
 )
@@ -131,17 +130,9 @@ def quantize_both(
         TypeError, ValueError, RuntimeError: as :func:`quantize`.
     """
     check_input("quantize_both", "x", x)
-    return _run_both(
-        x,
-        fmt,
-        column_fmt,
-        None,
-        transposed=transposed,
-        rows=rows,
-        rng_state=rng_state,
-        check=check,
-        out=out,
-    )
+    along_k, columns = _outputs_of_both(out, fmt, column_fmt)
+    call = ColumnCall(x, columns, transposed, rows, along_k, rng_state=rng_state)
+    return _run_both(call, check)
 
 
 def silu_mul_quantize_both(
@@ -201,17 +192,9 @@ def silu_mul_quantize_both(
         rounding=rounding,
         weight=weight,
     )
-    return _run_both(
-        gate_up,
-        fmt,
-        column_fmt,
-        prologue,
-        transposed=transposed,
-        rows=rows,
-        rng_state=rng_state,
-        check=check,
-        out=out,
-    )
+    along_k, columns = _outputs_of_both(out, fmt, column_fmt)
+    call = ColumnCall(gate_up, columns, transposed, rows, along_k, prologue, rng_state)
+    return _run_both(call, check)
 
 
 def silu_mul_backward_quantize_both(
@@ -264,32 +247,15 @@ def silu_mul_backward_quantize_both(
     prologue = make_silu_mul_backward(
         grad, interleaved=interleaved, clamp=clamp, alpha=alpha, beta=beta
     )
-    return _run_both(
-        gate_up,
-        fmt,
-        column_fmt,
-        prologue,
-        transposed=transposed,
-        rows=rows,
-        rng_state=rng_state,
-        check=check,
-        out=out,
-    )
+    along_k, columns = _outputs_of_both(out, fmt, column_fmt)
+    call = ColumnCall(gate_up, columns, transposed, rows, along_k, prologue, rng_state)
+    return _run_both(call, check)
 
 
-def _run_both(
-    x: torch.Tensor,
-    fmt: Format,
-    column_fmt: Format,
-    prologue: GatedPrologue | None,
-    *,
-    transposed: bool,
-    rows: PrefixSum | None,
-    rng_state: torch.Tensor | None,
-    check: bool,
-    out: Sequence[Out | None] | None,
-) -> tuple[Pair, Pair]:
-    """Run a call with results in both directions."""
+def _outputs_of_both(
+    out: Sequence[Out | None] | None, fmt: Format, column_fmt: Format
+) -> tuple[Output, Output]:
+    """Return what `out` gives for the rows, and for the columns."""
     if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
         got = f"{len(out)} items" if isinstance(out, (tuple, list)) else describe(out)
         raise TypeError(f"out: expected ((q, sf), (q, sf)), got {got}")
@@ -298,9 +264,14 @@ def _run_both(
             raise TypeError(f"out: expected ((q, sf), (q, sf)), got {describe(pair)} for a pair")
     of_rows, of_columns = out or (None, None)
     outputs, column_outputs = outputs_of(of_rows, fmt), outputs_of(of_columns, column_fmt)
-    along_k = Output(fmt, outputs.q, outputs.sf)
-    columns = Output(column_fmt, column_outputs.q, column_outputs.sf)
-    call = ColumnCall(x, columns, transposed, rows, along_k, prologue, rng_state)
+    return (
+        Output(fmt, outputs.q, outputs.sf),
+        Output(column_fmt, column_outputs.q, column_outputs.sf),
+    )
+
+
+def _run_both(call: ColumnCall, check: bool) -> tuple[Pair, Pair]:
+    """Run a call with results in both directions."""
     results = _run_columns(call, check)
     assert results.along_k is not None
     return results.along_k, results.columns
